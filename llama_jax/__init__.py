@@ -1,0 +1,28 @@
+"""LLaMA 2 in JAX and Flax: pretrain on any text, load a checkpoint, generate.
+
+    import llama_jax
+    model = llama_jax.load("runs/tiny")
+    model.generate(["Once upon a time"], llama_jax.SampleArgs(temperature=0.0, max_new_tokens=64))
+"""
+
+from typing import TYPE_CHECKING
+
+from llama_jax import tokenizer as tokenizer
+from llama_jax.config import DataArgs, ModelArgs, SampleArgs, TrainArgs
+
+if TYPE_CHECKING:
+    from llama_jax.generation import Model
+
+__all__ = ["DataArgs", "ModelArgs", "SampleArgs", "TrainArgs", "load"]
+
+
+def load(path: str, compute_dtype: str = "auto") -> "Model":
+    """Load a model: a run folder (its best step), a step folder, or a converted checkpoint.
+
+    compute_dtype: "auto" (bfloat16 on TPU and GPU, float32 on CPU), "float32" or "bfloat16".
+    Raises UserError where the folder is not a checkpoint.
+    """
+    # Imported here, so that `import llama_jax` costs no more than the dataclasses.
+    from llama_jax.generation import Model
+
+    return Model.load(path, compute_dtype)

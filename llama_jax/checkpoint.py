@@ -1,0 +1,180 @@
+"""The one checkpoint form: a folder that holds all that a model needs to run, written by orbax.
+
+    <step>/params/                  the parameters (model.py's tree, float32 from training)
+    <step>/model/model.json         the model arguments
+    <step>/model/tokenizer.model    the tokenizer
+    <step>/state/                   the optimizer's state; only in checkpoints that training can resume from
+
+A run folder holds such folders under checkpoints/. Orbax writes each under a temporary name and renames it when it is whole.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from llama_jax.config import ModelArgs, from_dict
+from llama_jax.errors import UserError
+from llama_jax.tokenizer import Tokenizer
+
+
+class ModelFilesHandler(ocp.CheckpointHandler):
+    """Orbax handler that writes the small files beside the arrays; they are read without orbax."""
+
+    def save(self, directory: Any, args: "ModelFiles") -> None:
+        """Write the files into ``directory``."""
+        (Path(directory) / "model.json").write_text(json.dumps(dataclasses.asdict(args.model), indent=1))
+        (Path(directory) / "tokenizer.model").write_bytes(args.tokenizer.model_bytes)
+
+    def restore(self, directory: Any, args: Any = None) -> None:
+        """Not used: see ``Checkpoint``."""
+        raise NotImplementedError
+
+
+@ocp.args.register_with_handler(ModelFilesHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class ModelFiles(ocp.args.CheckpointArgs):
+    """What ModelFilesHandler writes."""
+
+    model: ModelArgs
+    tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: its folder, its model arguments and its tokenizer. Arrays are read by ``restore``."""
+
+    folder: Path
+    args: ModelArgs
+    tokenizer: Tokenizer
+
+    @classmethod
+    def find(cls, path: str | Path) -> "Checkpoint":
+        """Open a run folder (its best step, or else its last), a step folder or a converted checkpoint.
+
+        Raises UserError where ``path`` is none of these.
+        """
+        path = Path(path).expanduser()
+        if not path.is_dir():
+            raise UserError(f"{path}: expected a checkpoint folder, found {'a file' if path.exists() else 'nothing'}")
+        folder = path
+        if not (path / "model").is_dir():
+            folder = _step_of_run(path)
+        source = folder / "model" / "model.json"
+        try:
+            table = json.loads(source.read_text())
+            if not isinstance(table, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{source}: expected the model arguments of a checkpoint, found {error}") from None
+        args = from_dict(ModelArgs, table, str(source))
+        args.check()
+        tokenizer = Tokenizer(folder / "model" / "tokenizer.model")
+        if tokenizer.vocab_size != args.vocab_size:
+            raise UserError(f"{source}: expected vocab_size {tokenizer.vocab_size} as its tokenizer has, found {args.vocab_size}")
+        return cls(folder, args, tokenizer)
+
+    def restore(self, item: str, target: Any) -> Any:
+        """Read ``item`` ("params" or "state") into ``target``, a tree of ShapeDtypeStructs with shardings.
+
+        Raises UserError where the files do not hold just these arrays.
+        """
+        folder = self.folder / item
+        if not folder.is_dir():
+            raise UserError(f"{self.folder}: expected {item} of a checkpoint, found none; choose a step folder that has them")
+        with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder.absolute(), target)
+
+
+def steps_of(run: Path) -> list[int]:
+    """Steps of the whole checkpoints in a run folder, ascending."""
+    folder = run / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def _step_of_run(run: Path) -> Path:
+    steps = steps_of(run)
+    if not steps:
+        raise UserError(f"{run}: expected a run folder, a step folder or a converted checkpoint, found no checkpoint in it")
+    try:
+        best = json.loads((run / "best.json").read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        best = None
+    return run / "checkpoints" / str(best if best in steps else steps[-1])
+
+
+class CheckpointWriter:
+    """Saves a run's checkpoints while training goes on; keeps the latest and the one with the best evaluation."""
+
+    def __init__(self, run: Path):
+        keep = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(1),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["eval_loss"],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
+        self._folder = run / "checkpoints"
+        with _told(self._folder, "write"):
+            self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
+
+    def save(
+        self, step: int, params: Any, state: Any, model: ModelArgs, tokenizer: Tokenizer, eval_loss: float | None
+    ) -> None:
+        """Begin to save; returns when the arrays may change again. Raises UserError where an earlier save failed."""
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            state=ocp.args.StandardSave(state),
+            model=ModelFiles(model, tokenizer),
+        )
+        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+        with _told(self._folder / str(step), "write"):
+            self._manager.save(step, args=args, metrics=metrics, force=True)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk. Raises UserError where that failed."""
+        with _told(self._folder, "write"):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and end the threads."""
+        self.wait()
+        self._manager.close()
+
+
+def save_checkpoint(folder: Path, params: Any, model: ModelArgs, tokenizer: Tokenizer) -> None:
+    """Write a checkpoint without optimizer state, as converters do. Raises UserError where ``folder`` exists."""
+    if folder.exists():
+        raise UserError(f"{folder}: expected a new folder, found one that exists; choose another")
+    args = ocp.args.Composite(params=ocp.args.StandardSave(params), model=ModelFiles(model, tokenizer))
+    with _told(folder, "write"), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder.absolute(), args=args)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes with the sharding that each array is to be restored into."""
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+
+
+@contextlib.contextmanager
+def _told(folder: Path, verb: str) -> Iterator[None]:
+    """Orbax and tensorstore raise many kinds of errors for a disk that is full, a file that is cut, a shape that differs."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines)[:300] or type(error).__name__
+        raise UserError(f"{folder}: could not {verb} the checkpoint: {reason}") from error

@@ -1,0 +1,140 @@
+"""Token files: a text encoded once, memory-mapped afterwards.
+
+A folder holds train.bin and eval.bin (uint16, or uint32 where the vocabulary needs it, little endian) and manifest.json,
+written last, which says of what text and tokenizer they are.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from llama_jax.data.text import Corpus, Part
+from llama_jax.errors import UserError
+from llama_jax.tokenizer import Tokenizer
+
+VERSION = 1
+SPLITS = ("train", "eval")
+# Parts that are encoded at once, by as many threads as there are workers.
+PARTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a token folder holds. Lengths are tokens and bytes of text, each of train and eval."""
+
+    version: int
+    text_sha256: str
+    tokenizer_sha256: str
+    dtype: str
+    tokens: dict[str, int]
+    text_bytes: dict[str, int]
+    documents: dict[str, int]
+    replaced_sequences: int
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """The two token streams of a text, memory-mapped: documents one after the other, each from BOS to EOS."""
+
+    train: np.ndarray
+    eval: np.ndarray
+    manifest: Manifest
+
+    @property
+    def eval_bytes_per_token(self) -> float:
+        """Bytes of held-out text that a token that is predicted stands for (the first token of a stream never is)."""
+        return self.manifest.text_bytes["eval"] / max(1, self.manifest.tokens["eval"] - 1)
+
+
+def sha256(content: bytes) -> str:
+    """Hex digest."""
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a finished token folder, or None where there is none that this version reads."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text())
+        return Manifest(**found) if found["version"] == VERSION else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def open_tokens(folder: Path) -> TokenSet:
+    """Map a token folder. Raises UserError where it is not one, or not whole."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder}: expected a folder of prepared tokens with manifest.json, found none; make it again")
+    streams = []
+    for split in SPLITS:
+        path, count = folder / f"{split}.bin", manifest.tokens[split]
+        dtype = np.dtype(manifest.dtype)
+        if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
+            raise UserError(f"{path}: expected {count} tokens of {dtype}, found another size; delete {folder} to make it again")
+        streams.append(np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype))
+    return TokenSet(streams[0], streams[1], manifest)
+
+
+def prepare(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int = 1) -> TokenSet:
+    """The tokens of ``corpus``: taken from ``folder`` if it holds just these, else made there.
+
+    Memory is bounded whatever the text's length; nothing unfinished ever looks finished.
+    """
+    keys = corpus.digest(), sha256(tokenizer.model_bytes)
+    manifest = read_manifest(folder)
+    if manifest is not None and (manifest.text_sha256, manifest.tokenizer_sha256) == keys:
+        return open_tokens(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    counts: dict[str, tuple[int, int, int]] = {}
+    corpus.replaced = 0
+    for split in SPLITS:
+        temporary = folder / f"{split}.bin.tmp"
+        counts[split] = _write_stream(corpus.parts(split), tokenizer, dtype, temporary, workers, split)
+        os.replace(temporary, folder / f"{split}.bin")
+    tokens, text_bytes, documents = ({s: counts[s][i] for s in SPLITS} for i in range(3))
+    manifest = Manifest(VERSION, *keys, dtype.str, tokens, text_bytes, documents, corpus.replaced)
+    temporary = folder / "manifest.json.tmp"
+    temporary.write_text(json.dumps(asdict(manifest), indent=1))
+    os.replace(temporary, folder / "manifest.json")
+    return open_tokens(folder)
+
+
+def _write_stream(
+    parts: Iterator[Part], tokenizer: Tokenizer, dtype: np.dtype, path: Path, workers: int, split: str
+) -> tuple[int, int, int]:
+    """Encode ``parts`` into a file; returns tokens, bytes of text and documents. A failure leaves no file."""
+    tokens = text_bytes = documents = 0
+    try:
+        with open(path, "wb") as file, tqdm(desc=f"tokens ({split})", unit="B", unit_scale=True, delay=2) as bar:
+            while batch := list(itertools.islice(parts, PARTS_AT_ONCE)):
+                ids = np.array(_encode(batch, tokenizer, workers), dtype)
+                file.write(ids.tobytes())
+                size = sum(len(part.text.encode()) for part in batch)
+                tokens, text_bytes = tokens + len(ids), text_bytes + size
+                documents += sum(part.starts for part in batch)
+                bar.update(size)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return tokens, text_bytes, documents
+
+
+def _encode(parts: list[Part], tokenizer: Tokenizer, workers: int) -> list[int]:
+    """Tokens of consecutive parts, each document between BOS and EOS."""
+    rows = tokenizer.encode_parts([part.text for part in parts], [part.starts for part in parts], workers)
+    ids: list[int] = []
+    for part, row in zip(parts, rows, strict=True):
+        ids += [tokenizer.bos_id] * part.starts + row + [tokenizer.eos_id] * part.ends
+    return ids

@@ -1,0 +1,119 @@
+"""Loss, perplexity and bits per byte of a text: ``python -m llama_jax.evaluate --ckpt runs/x --text held_out.txt``."""
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from llama_jax.config import DType, parse_flags
+from llama_jax.data.text import Corpus, find_files
+from llama_jax.errors import UserError, run_command
+from llama_jax.generation import Model
+from llama_jax.loss import cross_entropy
+from llama_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluateArgs:
+    """Print one JSON line: loss (nats a token), perplexity, bits_per_byte, tokens, bytes, window, stride, bos."""
+
+    ckpt: str = ""
+    """A run folder (its best step), a step folder, or a converted checkpoint."""
+    text: str = ""
+    """A text file, a folder or a glob; files are joined, each behind a BOS."""
+    window: int = 0
+    """Positions in a forward pass. 0: the model's context."""
+    stride: int = 0
+    """Positions that a window moves on; less than the window gives every token more context. 0: the window."""
+    batch_size: int = 8
+    """Windows at a time."""
+    compute_dtype: DType = "auto"
+    """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU."""
+
+
+def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, batch_size: int = 8) -> dict[str, Any]:
+    """Score every token of a text once (BOS, which begins each file, is not scored and EOS is not added).
+
+    Raises UserError where the text is missing or empty, or the window does not fit the model.
+    """
+    context = model.args.max_seq_len
+    window, stride = window or context, stride or window or context
+    if not 0 < window <= context:
+        raise UserError(f"--window: expected 1 to {context}, the model's context, found {window}")
+    if not 0 < stride <= window:
+        raise UserError(f"--stride: expected 1 to the window of {window}, found {stride}")
+    if batch_size < 1:
+        raise UserError(f"--batch-size: expected 1 or more, found {batch_size}")
+    stream, scored, text_bytes = _read(find_files(str(text)), model.tokenizer)
+    total, tokens = 0.0, int(scored[1:].sum())
+    if not tokens:
+        raise UserError(f"--text: expected text, found none in {text}")
+    rows = list(_windows(len(stream) - 1, window, stride))
+    positions = np.arange(window)
+    for i in tqdm(range(0, len(rows), batch_size), desc="evaluate", unit="batch", delay=2):
+        batch = rows[i : i + batch_size] + [(0, 0, 0)] * (batch_size - len(rows[i : i + batch_size]))
+        starts, first, last = (np.array(column)[:, None] for column in zip(*batch, strict=True))
+        at = np.minimum(starts + positions, len(stream) - 2)
+        counts = (starts + positions >= first) & (starts + positions < last)
+        total += float(_loss(model.module, model.params, stream[at], stream[at + 1], (counts & scored[at + 1]).astype(np.float32)))
+    loss = total / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": total / math.log(2) / text_bytes,
+        "tokens": tokens,
+        "bytes": text_bytes,
+        "window": window,
+        "stride": stride,
+        "bos": "at the start of a file only",
+    }
+
+
+def _read(paths: list[Path], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, int]:
+    """Token ids of all files, which of them are scored (all but BOS), and the bytes of text."""
+    ids: list[int] = []
+    scored: list[bool] = []
+    text_bytes = 0
+    for part in Corpus(paths, b"", train_size=1.0).parts("train"):
+        (row,) = tokenizer.encode_parts([part.text], [part.starts])
+        ids += [tokenizer.bos_id] * part.starts + row
+        scored += [False] * part.starts + [True] * len(row)
+        text_bytes += len(part.text.encode())
+    return np.array(ids, np.int32), np.array(scored, bool), text_bytes
+
+
+def _windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Start of each window, and the range of positions that it scores: together all of 0 .. count - 1, each once."""
+    start = done = 0
+    while done < count:
+        end = min(start + window, count)
+        yield start, done, end
+        done, start = end, start + stride
+
+
+@functools.partial(jax.jit, static_argnames=("module",))
+def _loss(module: Any, params: Any, inputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    hidden, _ = module.apply({"params": params}, inputs, method="hidden")
+    return cross_entropy(hidden, params["output"], targets, weights)
+
+
+def main() -> None:
+    """Run the command line."""
+    args = parse_flags(EvaluateArgs, sys.argv[1:], EvaluateArgs(), "-m llama_jax.evaluate", __doc__ or "")
+    for name in ("ckpt", "text"):
+        if not getattr(args, name):
+            raise UserError(f"--{name}: expected a path, found none")
+    model = Model.load(args.ckpt, args.compute_dtype)
+    print(json.dumps(evaluate(model, args.text, args.window, args.stride, args.batch_size)))
+
+
+if __name__ == "__main__":
+    run_command(main)

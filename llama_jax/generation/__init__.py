@@ -1,0 +1,146 @@
+"""Generation: a loaded model, its logits, and completions of prompts."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.checkpoint import Checkpoint, with_shardings
+from llama_jax.config import DType, MeshArgs, ModelArgs, SampleArgs
+from llama_jax.errors import UserError
+from llama_jax.generation.decode import generate_chunks
+from llama_jax.model import Llama
+from llama_jax.runtime import make_model, use_compilation_cache
+from llama_jax.sharding import make_mesh, parameter_shardings
+from llama_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What follows a prompt. ``token_ids`` and ``logprobs`` are as long as each other; EOS is in neither."""
+
+    text: str
+    """The text after the prompt."""
+    token_ids: list[int]
+    logprobs: list[float]
+    """Natural logarithm of each token's probability under the model, before temperature and top-p."""
+    finish_reason: str
+    """"stop": the model ended with EOS; "length": max_new_tokens or the context came first."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A LLaMA with its parameters and its tokenizer."""
+
+    args: ModelArgs
+    params: Any
+    tokenizer: Tokenizer
+    module: Llama
+
+    @classmethod
+    def load(cls, path: str | Path, compute_dtype: DType = "auto") -> "Model":
+        """See ``llama_jax.load``."""
+        use_compilation_cache()
+        checkpoint = Checkpoint.find(path)
+        module = make_model(checkpoint.args, compute_dtype)
+        mesh = make_mesh(MeshArgs(data=1), jax.devices()[:1])
+        shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+        params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(module, mesh)))
+        return cls(checkpoint.args, params, checkpoint.tokenizer, module)
+
+    def logits(self, token_ids: Any) -> jax.Array:
+        """Logits of the token after each position: int [B, T] -> float32 [B, T, V].
+
+        Raises UserError where T is longer than the context or an id is outside the vocabulary.
+        """
+        token_ids = np.asarray(token_ids)
+        if token_ids.ndim != 2 or not np.issubdtype(token_ids.dtype, np.integer):
+            raise UserError(f"token_ids: expected integers [B, T], found {token_ids.dtype} {list(token_ids.shape)}")
+        if token_ids.shape[1] > self.args.max_seq_len:
+            raise UserError(f"token_ids: expected up to {self.args.max_seq_len} positions, found {token_ids.shape[1]}")
+        if token_ids.size and not (0 <= token_ids.min() and token_ids.max() < self.args.vocab_size):
+            raise UserError(f"token_ids: expected ids from 0 to {self.args.vocab_size - 1}, found others")
+        return _logits(self.module, self.params, token_ids.astype(np.int32))
+
+    def generate(self, prompts: Sequence[str], args: SampleArgs = SampleArgs()) -> list[Completion]:
+        """A completion a prompt, in order. Raises UserError on a prompt that fills the context, or bad ``args``."""
+        if isinstance(prompts, str):
+            raise UserError("prompts: expected a list of strings, found one string; put it in a list")
+        rows = self._encode(prompts, args)
+        done = [_Row(self, prompt_ids, args) for prompt_ids in rows]
+        for chunk in self._chunks(rows, args):
+            for row, ids, logprobs in zip(done, chunk.ids, chunk.logprobs, strict=True):
+                row.push(ids, logprobs)
+            if all(row.finish_reason for row in done):
+                break
+        return [row.completion() for row in done]
+
+    def stream(self, prompt: str, args: SampleArgs = SampleArgs()) -> Iterator[str]:
+        """The text of ``generate([prompt])``, piece by piece as it comes."""
+        rows = self._encode([prompt], args)
+        row, text = _Row(self, rows[0], args), self.tokenizer.stream(rows[0])
+        for chunk in self._chunks(rows, args):
+            before = len(row.ids)
+            row.push(chunk.ids[0], chunk.logprobs[0])
+            yield text.push(row.ids[before:])
+            if row.finish_reason:
+                break
+        yield text.flush()
+
+    def _encode(self, prompts: Sequence[str], args: SampleArgs) -> list[list[int]]:
+        args.check()
+        rows = [self.tokenizer.encode(prompt) for prompt in prompts]
+        for prompt, ids in zip(prompts, rows, strict=True):
+            if len(ids) >= self.args.max_seq_len:
+                start = prompt[:20] + ("..." if len(prompt) > 20 else "")
+                raise UserError(
+                    f"prompt {start!r}: expected fewer than {self.args.max_seq_len} tokens, the model's context, "
+                    f"found {len(ids)}; shorten it"
+                )
+        return rows
+
+    def _chunks(self, rows: list[list[int]], args: SampleArgs):
+        if not rows:
+            return iter(())
+        longest = max(min(args.max_new_tokens, self.args.max_seq_len - len(ids)) for ids in rows)
+        return generate_chunks(self.module, self.params, rows, args, longest)
+
+
+class _Row:
+    """The completion of one prompt while it grows."""
+
+    def __init__(self, model: Model, prompt_ids: list[int], args: SampleArgs):
+        self._tokenizer, self._prompt_ids = model.tokenizer, prompt_ids
+        self._limit = min(args.max_new_tokens, model.args.max_seq_len - len(prompt_ids))
+        self.ids: list[int] = []
+        self._logprobs: list[float] = []
+        self.finish_reason = ""
+
+    def push(self, ids: np.ndarray, logprobs: np.ndarray) -> None:
+        """Take the tokens of a chunk, up to EOS or the limit."""
+        for token, logprob in zip(ids.tolist(), logprobs.tolist(), strict=True):
+            if self.finish_reason:
+                return
+            if token == self._tokenizer.eos_id:
+                self.finish_reason = "stop"
+                return
+            self.ids.append(token)
+            self._logprobs.append(logprob)
+            if len(self.ids) == self._limit:
+                self.finish_reason = "length"
+
+    def completion(self) -> Completion:
+        stream = self._tokenizer.stream(self._prompt_ids)
+        text = stream.push(self.ids) + stream.flush()
+        return Completion(text, self.ids, self._logprobs, self.finish_reason)
+
+
+@functools.partial(jax.jit, static_argnames=("module",))
+def _logits(module: Llama, params: Any, token_ids: jax.Array) -> jax.Array:
+    return module.apply({"params": params}, token_ids)[0]

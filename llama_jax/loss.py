@@ -1,0 +1,72 @@
+"""Next-token cross entropy from hidden states, in chunks of positions: [B, T, V] never exists.
+
+B batch, T positions, D dim, V vocab, C positions a chunk.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.linear import linear
+
+# Logits of about this many tokens are held at once.
+CHUNK_TOKENS = 512
+
+
+@jax.custom_vjp
+def cross_entropy(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum over all positions of weights x -log softmax(hidden @ output)[targets], in nats, float32.
+
+    hidden: [B, T, D]; output: [D, V]; targets: int [B, T]; weights: float32 [B, T], not differentiated. Its gradient is
+    computed along with the loss, chunk by chunk, while the chunk's logits are at hand.
+    """
+
+    def chunk(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x, y, w = xs
+        return total + jnp.sum(w * negative_log_likelihood(_logits(x, output), y)), None
+
+    total, _ = jax.lax.scan(chunk, jnp.zeros((), jnp.float32), _chunks(hidden, targets, weights))
+    return total
+
+
+def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log softmax(logits)[targets] in nats: float32 [..., V] and int [...] -> float32 [...]."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def _logits(x: jax.Array, output: jax.Array) -> jax.Array:
+    return jnp.einsum("BCD,DV->BCV", x, output.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Each [B, T, ...] as [T/C, B, C, ...]: the batch axis stays whole, for it may be spread over devices."""
+    B, T = arrays[0].shape[:2]
+    count = max(1, B * T // CHUNK_TOKENS)
+    while T % count:
+        count -= 1
+    return tuple(a.reshape(B, count, T // count, *a.shape[2:]).swapaxes(0, 1) for a in arrays)
+
+
+def _forward(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array):
+    def chunk(carry: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, ...]):
+        total, d_output = carry
+        x, y, w = xs
+        logits = _logits(x, output)
+        total += jnp.sum(w * negative_log_likelihood(logits, y))
+        d_logits = (jax.nn.softmax(logits) - jax.nn.one_hot(y, logits.shape[-1])) * w[..., None]
+        d_logits = d_logits.astype(x.dtype)
+        dx = linear("BCV,DV->BCD", d_logits, output.astype(x.dtype))
+        d_output += jnp.einsum("BCD,BCV->DV", x, d_logits, preferred_element_type=jnp.float32)
+        return (total, d_output), dx
+
+    start = jnp.zeros((), jnp.float32), jnp.zeros(output.shape, jnp.float32)
+    (total, d_output), dx = jax.lax.scan(chunk, start, _chunks(hidden, targets, weights))
+    return total, (dx.swapaxes(0, 1).reshape(hidden.shape), d_output.astype(output.dtype))
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], d_total: jax.Array):
+    d_hidden, d_output = saved
+    return (d_hidden * d_total).astype(d_hidden.dtype), d_output * d_total, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)

@@ -1,0 +1,212 @@
+"""LLaMA 2 (Touvron et al., 2023): RMSNorm, rotary embedding, grouped-query attention, SwiGLU, as Flax modules.
+
+Letters in every einsum and shape: B batch, T query positions, S key positions, D dim, N query heads, K KV heads, H head_dim,
+F hidden, V vocab, L layers. Parameters have Meta's names, are float32, and stand in one tree with the layers stacked on a
+leading axis. Activations have the model's ``dtype``; norms, rotary angles, softmax and logits are float32.
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from llama_jax.attention import attention
+from llama_jax.config import ModelArgs, Remat
+from llama_jax.linear import linear
+
+# What the backward pass finds kept of a block; the rest it computes again.
+REMAT_POLICIES: dict[Remat, Any] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+
+class KVCache(flax.struct.PyTreeNode):
+    """Keys and values of the tokens that a batch has seen, in slots of a preallocated buffer.
+
+    Rows are padded on the left, so that all of them write their next token to the same slot.
+    """
+
+    k: jax.Array  # [L, B, S, K, H]
+    v: jax.Array  # [L, B, S, K, H]
+    slot: jax.Array  # int32 []: the slot that is written next
+    first: jax.Array  # int32 [B]: the slot of the row's first token
+
+    @classmethod
+    def empty(cls, args: ModelArgs, first: jax.Array, slots: int, dtype: jnp.dtype) -> "KVCache":
+        """A cache of ``slots`` slots for rows whose first tokens stand at slots ``first`` [B]."""
+        shape = (args.n_layers, first.shape[0], slots, args.kv_heads, args.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32), first)
+
+
+# One layer's keys and values: two arrays [B, S, K, H].
+KeysValues = tuple[jax.Array, jax.Array]
+
+
+class Positions(flax.struct.PyTreeNode):
+    """Where the tokens of a forward pass stand: what all layers share."""
+
+    angles: tuple[jax.Array, jax.Array]  # float32 [B, T, 1, H/2], of the rotary embedding
+    slot: jax.Array | None = None  # int32 []: the cache slot of the first of them; without a cache, None
+    first: jax.Array | None = None  # int32 [B]: each row's first slot that holds a token
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm (Zhang and Sennrich, 2019), x / rms(x) * weight in float32: [..., D], [D] -> [..., D] of x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * weight).astype(x.dtype)
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of position x frequency (RoFormer, section 3.2.2): int [B, T] -> two float32 [B, T, 1, H/2]."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate feature i of each head with feature i + H/2, by the position's angles: [B, T, N, H] -> the same.
+
+    Meta rotates neighbours (2i, 2i + 1) instead; its weights are permuted to these halves when they are imported.
+    """
+    cos, sin = angles
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def _matrix(module: nn.Module, name: str, std: float, **axes: int) -> jax.Array:
+    """A float32 parameter with its sizes by logical axis (sharding.py lays the axes over the mesh).
+
+    Initial embeddings are N(0, 1), other matrices N(0, 1 / fan-in) (PaLM paper, section 5), and those that write to the
+    residual stream are divided by the square root of their number, 2 L, so that the stream's variance does not grow with
+    depth (GPT-2 paper, section 2.3).
+    """
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), tuple(axes))
+    return module.param(name, init, tuple(axes.values()))
+
+
+def _norm_weight(module: nn.Module, name: str, dim: int) -> jax.Array:
+    return module.param(name, nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (dim,))
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions (LLaMA 2 paper, section 2.2): [B, T, D] -> [B, T, D]."""
+
+    args: ModelArgs
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys_values: KeysValues | None, at: Positions) -> tuple[jax.Array, KeysValues | None]:
+        a, dtype = self.args, x.dtype
+        std = a.dim**-0.5
+        wq = _matrix(self, "wq", std, embed=a.dim, heads=a.n_heads, head_dim=a.head_dim)
+        wk = _matrix(self, "wk", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
+        wv = _matrix(self, "wv", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
+        wo = _matrix(self, "wo", std * (2 * a.n_layers) ** -0.5, heads=a.n_heads, head_dim=a.head_dim, embed=a.dim)
+
+        q = rotary(linear("BTD,DNH->BTNH", x, wq.astype(dtype)), at.angles)
+        k = rotary(linear("BTD,DKH->BTKH", x, wk.astype(dtype)), at.angles)
+        v = linear("BTD,DKH->BTKH", x, wv.astype(dtype))
+        if keys_values is not None:
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at.slot, axis=1)
+            k, v = keys_values = write(keys_values[0], k), write(keys_values[1], v)
+        y = attention(q, k, v, at.slot, at.first)
+        return linear("BTNH,NHD->BTD", y, wo.astype(dtype)), keys_values
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer, w2(silu(w1 x) * w3 x) (Shazeer, 2020): [B, T, D] -> [B, T, D]."""
+
+    args: ModelArgs
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        a, dtype = self.args, x.dtype
+        w1 = _matrix(self, "w1", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
+        w3 = _matrix(self, "w3", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
+        w2 = _matrix(self, "w2", (2 * a.n_layers * a.hidden_dim) ** -0.5, mlp=a.hidden_dim, embed=a.dim)
+        gate = jax.nn.silu(linear("BTD,DF->BTF", x, w1.astype(dtype)))
+        return linear("BTF,FD->BTD", gate * linear("BTD,DF->BTF", x, w3.astype(dtype)), w2.astype(dtype))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on the norm of the residual stream and added to it: [B, T, D] -> [B, T, D]."""
+
+    args: ModelArgs
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys_values: KeysValues | None, at: Positions) -> tuple[jax.Array, KeysValues | None]:
+        a = self.args
+        h = rms_norm(x, _norm_weight(self, "attention_norm", a.dim), a.norm_eps)
+        h, keys_values = Attention(a, name="attention")(h, keys_values, at)
+        x = x + h
+        h = rms_norm(x, _norm_weight(self, "ffn_norm", a.dim), a.norm_eps)
+        x = x + SwiGLU(a, name="feed_forward")(h)
+        return nn.with_logical_constraint(x, ("batch", "length", None)), keys_values
+
+
+class Llama(nn.Module):
+    """The whole model. ``unroll`` layers are compiled one after the other before the scan over layers repeats."""
+
+    args: ModelArgs
+    dtype: Any = jnp.float32
+    remat: Remat = "none"
+    unroll: int = 1
+
+    def setup(self) -> None:
+        a = self.args
+        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        self.tok_embeddings = _matrix(self, "tok_embeddings", 1.0, vocab=a.vocab_size, embed=a.dim)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            out_axes=0,
+            length=a.n_layers,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(a)
+        self.norm = _norm_weight(self, "norm", a.dim)
+        self.output = _matrix(self, "output", a.dim**-0.5, embed=a.dim, vocab=a.vocab_size)
+
+    def hidden(self, token_ids: jax.Array, cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
+        """Normed hidden states that the output matrix turns into logits: int [B, T] -> [B, T, D] of ``dtype``.
+
+        Without a cache, positions are 0 to T - 1. With one, the T tokens are written to its next slots, their positions
+        are counted from each row's first slot, and the filled cache comes back.
+        """
+        args = self.args
+        positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
+        if cache is None:
+            at, keys_values = Positions(rotary_angles(positions, args.head_dim, args.rope_theta)), None
+        else:
+            positions = jnp.maximum(cache.slot + positions - cache.first[:, None], 0)  # a padding slot is at 0
+            angles = rotary_angles(positions, args.head_dim, args.rope_theta)
+            at, keys_values = Positions(angles, cache.slot, cache.first), (cache.k, cache.v)
+        x = jnp.take(self.tok_embeddings, token_ids, axis=0).astype(self.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "length", None))
+        x, keys_values = self.layers(x, keys_values, at)
+        if cache is not None:
+            cache = cache.replace(k=keys_values[0], v=keys_values[1], slot=cache.slot + token_ids.shape[1])
+        return rms_norm(x, self.norm, args.norm_eps), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V]."""
+        return jnp.einsum("...D,DV->...V", hidden, self.output.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    def __call__(self, token_ids: jax.Array, cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
+        """Logits of the token after each position: int [B, T] -> float32 [B, T, V], and the filled cache."""
+        hidden, cache = self.hidden(token_ids, cache)
+        return self.logits(hidden), cache
+
+
+def count_parameters(args: ModelArgs) -> int:
+    """Exact number of parameters, without making any."""
+    shapes = jax.eval_shape(Llama(args).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nn.unbox(shapes)))

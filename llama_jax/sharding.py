@@ -1,0 +1,111 @@
+"""The device mesh, and one table that lays the model's logical axes over it."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
+from llama_jax.errors import UserError
+from llama_jax.model import Llama
+
+# Logical axis -> the mesh axes that it is spread over (None: whole on every device).
+RULES: dict[str, tuple[str, ...] | str | None] = {
+    "batch": ("data", "fsdp"),
+    "length": "sequence",
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+    "layers": None,
+}
+
+
+def make_mesh(args: MeshArgs, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of all devices (one device: a mesh of ones). Raises UserError where the sizes do not make up the devices."""
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(args)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if open_axes and len(devices) % known == 0:
+        sizes[open_axes[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(f"mesh: expected sizes that make up {len(devices)} devices, found {describe(sizes)}; change [mesh]")
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes), devices=devices
+    )
+
+
+def describe(sizes: dict[str, int]) -> str:
+    """Mesh sizes as text: "data 2 x fsdp 4"; axes of one device are left out."""
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
+
+
+def check_divisible(mesh: Mesh, model: ModelArgs, train: TrainArgs) -> None:
+    """Raise UserError where a size cannot be laid evenly over its mesh axes."""
+    sizes = {
+        "train.batch_size / train.gradient_accumulation_steps": ("batch", train.batch_size // train.gradient_accumulation_steps),
+        "model.max_seq_len": ("length", model.max_seq_len),
+        "model.vocab_size": ("vocab", model.vocab_size),
+        "model.dim": ("embed", model.dim),
+        "model.n_heads": ("heads", model.n_heads),
+        "model.n_kv_heads": ("kv_heads", model.kv_heads),
+        "feed-forward width": ("mlp", model.hidden_dim),
+    }
+    for name, (axis, size) in sizes.items():
+        mesh_axes = mesh_axes_of(axis)
+        parts = math.prod(mesh.shape[a] for a in mesh_axes)
+        if size % parts:
+            spread = " x ".join(f"mesh.{a}" for a in mesh_axes)
+            raise UserError(f"{name}: expected a multiple of {spread} = {parts}, found {size}; change one of them")
+
+
+def mesh_axes_of(axis: str) -> tuple[str, ...]:
+    """Mesh axes of a logical axis. Raises UserError for one that the table does not know."""
+    if axis not in RULES:
+        raise UserError(f"logical axis: expected one of {', '.join(RULES)}, found {axis}")
+    rule = RULES[axis]
+    return () if rule is None else (rule,) if isinstance(rule, str) else rule
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """Partition of an array with these logical axes. Raises UserError where a mesh axis would be used twice."""
+    parts = [() if axis is None else mesh_axes_of(axis) for axis in axes]
+    used = [a for part in parts for a in part]
+    if len(used) != len(set(used)):
+        raise UserError(f"logical axes {axes}: expected each mesh axis once, found {used}")
+    return PartitionSpec(*(part or None for part in parts))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of int [B, T] batches."""
+    return NamedSharding(mesh, spec("batch", "length"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_shardings(model: Llama, mesh: Mesh) -> Any:
+    """A NamedSharding a parameter, in the tree of the parameters."""
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.tree.map(
+        lambda leaf: NamedSharding(mesh, spec(*leaf.names)), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """Trace under the mesh: the model's constraints on activations take effect."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
+        yield

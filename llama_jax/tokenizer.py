@@ -1,0 +1,190 @@
+"""SentencePiece tokens: load a model, train one with LLaMA 2's settings, encode, decode, stream."""
+
+import collections
+import io
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece as spm
+
+from llama_jax.errors import UserError
+
+# SentencePiece reads a string as a whole; longer texts are encoded in parts of about this many characters.
+PART_CHARS = 32_768
+# SentencePiece's trainer passes over sentences longer than this many bytes (trainer_spec.max_sentence_length).
+MAX_SENTENCE_BYTES = 4192
+
+
+class Tokenizer:
+    """A SentencePiece model, with LLaMA 2's use of BOS and EOS.
+
+    Raises UserError where ``model_path`` is not a SentencePiece model.
+    """
+
+    def __init__(self, model_path: str | Path):
+        self.model_path = Path(model_path)
+        try:
+            self.model_bytes = self.model_path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise UserError(f"{model_path}: expected a SentencePiece model, found no such file") from None
+        self._sp = spm.SentencePieceProcessor()
+        try:
+            self._sp.LoadFromSerializedProto(self.model_bytes)
+            self.vocab_size: int = self._sp.vocab_size()
+        except (RuntimeError, TypeError):
+            raise UserError(f"{model_path}: expected a SentencePiece model (tokenizer.model), found something else") from None
+        if self.vocab_size == 0:
+            raise UserError(f"{model_path}: expected a SentencePiece model, found an empty one")
+        # A model without BOS, as T5's, has EOS stand between documents instead.
+        bos, eos = self._sp.bos_id(), self._sp.eos_id()
+        if bos < 0 and eos < 0:
+            raise UserError(f"{model_path}: expected a vocabulary with BOS or EOS, found neither")
+        self.bos_id: int = bos if bos >= 0 else eos
+        self.eos_id: int = eos if eos >= 0 else bos
+        self._newline_ids = self._sp.encode("\n")
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """Token ids of ``text``; ``decode`` gives it back, but for U+2581, SentencePiece's own mark of a space.
+
+        Lone surrogates, which no UTF-8 text holds, become U+FFFD.
+        """
+        parts = list(split_text(clean(text)))
+        rows = self.encode_parts(parts, [True] + [False] * (len(parts) - 1))
+        return [self.bos_id] * bos + [i for row in rows for i in row] + [self.eos_id] * eos
+
+    def encode_parts(self, parts: Sequence[str], starts: Sequence[bool], num_threads: int = 1) -> list[list[int]]:
+        """Token ids of each part of a document or of several; ``starts``: the part begins its document.
+
+        Joined, a document's rows are the ids of its whole text, where the parts are cut as ``split_text`` cuts.
+        """
+        # SentencePiece puts a space before what it reads. A later part is read behind a newline, whose ids are cut off.
+        marked = [part if start else "\n" + part for part, start in zip(parts, starts, strict=True)]
+        rows = self._sp.encode(marked, num_threads=num_threads)
+        newline = self._newline_ids
+        return [row if start else row[len(newline) :] for row, start in zip(rows, starts, strict=True)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ``ids``; BOS, EOS and other controls have none, bytes that are not UTF-8 become U+FFFD.
+
+        Raises UserError on an id outside the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise UserError(f"token id: expected 0 to {self.vocab_size - 1}, found {i}")
+        return self._sp.decode(ids)
+
+    def stream(self, prompt_ids: Sequence[int]) -> "TextStream":
+        """A stream of the text that follows ``prompt_ids``."""
+        return TextStream(self, prompt_ids)
+
+
+class TextStream:
+    """Text of a growing list of tokens, piece by piece: no half characters, and every space in its place.
+
+    What all pieces join to equals decode(prompt + tokens) with decode(prompt) cut off its front.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids)
+        self._shown = len(tokenizer.decode(self._ids))
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Add tokens; the text that is now certain, possibly empty."""
+        self._ids += [int(i) for i in ids]
+        text = self._tokenizer.decode(self._ids)
+        # A trailing U+FFFD may be the beginning of a character whose last bytes are still to come.
+        return self._advance(text, len(text.rstrip("\ufffd")))
+
+    def flush(self) -> str:
+        """The text that was held back, at the end."""
+        text = self._tokenizer.decode(self._ids)
+        return self._advance(text, len(text))
+
+    def _advance(self, text: str, end: int) -> str:
+        new = text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return new
+
+
+def clean(text: str) -> str:
+    """``text`` with what UTF-8 cannot hold (lone surrogates, as of undecodable arguments) replaced by U+FFFD."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# A border that no token crosses: behind a newline, or before a space, where what follows is no white space.
+_BORDER = re.compile(r"(?<=\n)(?=[^\s▁])|(?<=[^\s▁])(?= [^\s▁])")
+
+
+def split_text(text: str, part_chars: int = PART_CHARS) -> Iterator[str]:
+    """``text`` in consecutive parts of about ``part_chars`` characters, cut where no token reaches across.
+
+    A text without such a border (a single enormous word) is cut at four times that length.
+    """
+    start = 0
+    while len(text) - start > part_chars:
+        border = _BORDER.search(text, start + part_chars, min(len(text), start + 4 * part_chars))
+        end = border.start() if border else min(len(text), start + 4 * part_chars)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def train_tokenizer(sentences: Iterable[str], vocab_size: int, output: Path) -> Tokenizer:
+    """Train a BPE vocabulary with LLaMA 2's settings and save it as ``output``.
+
+    sentences: lines of text, of any length. The vocabulary comes out smaller than ``vocab_size`` where the text has too
+    few different pairs to fill it. Raises UserError where there is no text.
+    """
+    lines = _spell_rare_characters(list(_short_lines(sentences)), vocab_size)
+    if not lines:
+        raise UserError("data.filepath: expected text to train a vocabulary on, found only white space")
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=0.99995,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        allow_whitespace_only_pieces=True,
+        max_sentence_length=MAX_SENTENCE_BYTES,
+        num_threads=1,
+        minloglevel=2,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_bytes(model.getvalue())
+    os.replace(temporary, output)
+    return Tokenizer(output)
+
+
+def _spell_rare_characters(lines: list[str], vocab_size: int) -> list[str]:
+    """Lines cut at the characters that are too rare for a piece of their own, and will be spelled in bytes.
+
+    Single characters get at most half of the room that the 256 bytes and the three controls leave in the vocabulary.
+    """
+    counts = collections.Counter(itertools.chain.from_iterable(lines))
+    room = max(1, (vocab_size - 259) // 2)
+    if len(counts) < room:
+        return lines
+    border = {ord(char): "\n" for char, _ in counts.most_common()[room:]}
+    return [part for line in lines for part in line.translate(border).split("\n") if part.strip()]
+
+
+def _short_lines(sentences: Iterable[str]) -> Iterator[str]:
+    """Lines that the trainer takes: neither empty nor longer than it reads, without NUL, which it refuses."""
+    step = MAX_SENTENCE_BYTES // 4  # a character has 4 bytes at most
+    for sentence in sentences:
+        for line in clean(sentence).replace("\0", " ").split("\n"):
+            yield from (line[i : i + step] for i in range(0, len(line), step) if line[i : i + step].strip())

@@ -1,0 +1,1 @@
+"""Training: the optimizer, the step, the loop and the run folder."""

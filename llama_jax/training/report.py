@@ -1,0 +1,75 @@
+"""What a run says: before it starts, at evaluations, and at the end."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from llama_jax.config import Config
+from llama_jax.data import Data
+from llama_jax.model import count_parameters
+from llama_jax.sharding import describe
+from llama_jax.training.flops import train_flops_per_token
+
+
+def announce(config: Config, data: Data, mesh: jax.sharding.Mesh, dtype: str, steps: int, start: int, save_dir: Path) -> None:
+    """Say what will happen."""
+    model, train, manifest = config.model, config.train, data.tokens.manifest
+    tokens = train.batch_size * model.max_seq_len
+    held_out = manifest.tokens["eval"]
+    epochs = steps * tokens / manifest.tokens["train"]
+    device = jax.devices()[0]
+    rows = {
+        "model": f"{count_parameters(model):,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, "
+        f"{model.kv_heads} kv heads, context {model.max_seq_len}",
+        "text": f"{data.source}: {manifest.tokens['train']:,} tokens to train on, {held_out:,} held out, "
+        f"vocabulary {data.tokenizer.vocab_size:,}",
+        "training": f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
+        f"{train_flops_per_token(model) * tokens * steps / 1e12:,.1f} TFLOP",
+        "devices": f"{len(mesh.devices.flat)} x {device.device_kind}, mesh: {describe(dict(mesh.shape))}, {dtype}, attention: xla",
+        "run folder": str(save_dir),
+    }
+    for name, text in rows.items():
+        print(f"{name:>10}  {text}")
+    if manifest.replaced_sequences:
+        print(f"warning: {manifest.replaced_sequences:,} byte sequences are not UTF-8; each was read as U+FFFD")
+    if data.floor is not None:
+        print(f"{'floor':>10}  {data.floor:.3f} bits per byte, the entropy of the stories' grammar")
+    if start:
+        print(f"{'resumed':>10}  at step {start:,}")
+
+
+def announce_cost(compiled: jax.stages.Compiled, seconds: float) -> None:
+    """Say what the compiled step needs."""
+    analysis = compiled.memory_analysis()
+    if analysis is not None:
+        need = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+        print(f"{'memory':>10}  {need / 1e6:,.0f} MB a device; the step compiled in {seconds:.1f} s")
+
+
+def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> str:
+    """One line about an evaluation."""
+    bits = record["eval_bits_per_byte"]
+    text = f"step {record['step']:,}: eval loss {record['eval_loss']:.4f} nats a token, {bits:.3f} bits per byte"
+    if floor is not None:
+        text += f" ({bits - floor:+.3f} from the floor)"
+    return text + (", the best so far" if best else "")
+
+
+def say(text: str) -> None:
+    """Print a line without breaking the progress bar."""
+    with tqdm.external_write_mode():
+        print(text, flush=True)
+
+
+def closing_text(save_dir: Path, steps: int, seconds: float, best: dict[str, Any] | None, prompt: str) -> str:
+    """Where things are, and what to type next."""
+    lines = [f"{steps:,} steps in {seconds:.0f} s"]
+    if best is not None:
+        lines[0] += f"; best: step {best['step']:,}, {best['eval_loss']:.4f} nats a token, {best['eval_bits_per_byte']:.3f} bits per byte"
+    lines.append(f"checkpoints: {save_dir / 'checkpoints'}   losses: {save_dir / 'losses.png'}   numbers: {save_dir / 'metrics.jsonl'}")
+    lines.append("now try:")
+    lines.append(f"  python sample.py --ckpt {shlex.quote(str(save_dir))} {shlex.quote(prompt)}")
+    return "\n".join(lines)

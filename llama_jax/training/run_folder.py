@@ -1,0 +1,104 @@
+"""The run folder: config.toml, tokenizer.model, metrics.jsonl, losses.png, best.json, checkpoints/ (see DESIGN in README)."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import Config, load_toml, to_toml
+from llama_jax.errors import UserError
+
+# What a run cannot change between two starts: its model, and which tokens a step reads.
+FIXED = {
+    "model": None,
+    "data": None,
+    "train": ("batch_size", "init_from", "seed"),
+}
+
+
+class RunFolder:
+    """Paths and records of a run; every record appears whole or not at all."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.plot_path = self.path / "losses.png"
+        self.tokenizer_path = self.path / "tokenizer.model"
+        self.best_path = self.path / "best.json"
+        self.config_path = self.path / "config.toml"
+        self.records: list[dict[str, Any]] = []
+
+    def create(self) -> None:
+        """Make the folder. Raises UserError where that is not possible."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"train.save_dir: expected a folder to write to, found {self.path}: {reason}") from None
+
+    def check_config(self, config: Config) -> None:
+        """Raise UserError where the run in this folder was started as another one."""
+        if not self.config_path.exists():
+            return
+        stored = load_toml(self.config_path)
+        for section, names in FIXED.items():
+            before, now = getattr(stored, section), getattr(config, section)
+            for name in names or [f.name for f in dataclasses.fields(before)]:
+                old, new = getattr(before, name), getattr(now, name)
+                unresolved = (section, name) == ("model", "vocab_size") and -1 in (old, new)
+                if old != new and not unresolved:
+                    raise UserError(
+                        f"{section}.{name}: expected {old!r}, as the run in {self.path} began with, found {new!r}; "
+                        f"choose another --train.save-dir, or delete {self.path}"
+                    )
+
+    def write_config(self, config: Config) -> None:
+        """Write config.toml, all values resolved."""
+        write_atomically(self.config_path, to_toml(config))
+
+    def resume_metrics(self, step: int) -> None:
+        """Keep the records up to ``step``, the checkpoint that training goes on from."""
+        self.records = []
+        if self.metrics_path.exists():
+            for line in self.metrics_path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break  # the last line of a run that was killed while writing it
+                if record["step"] <= step:
+                    self.records.append(record)
+        text = "".join(json.dumps(r) + "\n" for r in self.records)
+        write_atomically(self.metrics_path, text)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl. Raises UserError where the disk does not take it."""
+        self.records.append(record)
+        with open(self.metrics_path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def best(self) -> dict[str, Any] | None:
+        """The record with the lowest eval_loss so far."""
+        evaluated = [r for r in self.records if "eval_loss" in r]
+        return min(evaluated, key=lambda r: r["eval_loss"]) if evaluated else None
+
+    def write_best(self, steps: list[int]) -> None:
+        """Point best.json at the best evaluation whose checkpoint (one of ``steps``) is on disk."""
+        saved = [r for r in self.records if "eval_loss" in r and r["step"] in steps]
+        if saved:
+            best = min(saved, key=lambda r: r["eval_loss"])
+            write_atomically(self.best_path, json.dumps({k: best[k] for k in ("step", "eval_loss", "eval_bits_per_byte")}) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

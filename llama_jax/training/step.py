@@ -1,0 +1,151 @@
+"""The optimizer and the jitted training step.
+
+A gradient-accumulation parts, B rows a part, T positions.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from llama_jax.checkpoint import with_shardings
+from llama_jax.config import TrainArgs
+from llama_jax.data.batches import Batch
+from llama_jax.loss import cross_entropy
+from llama_jax.model import Llama
+from llama_jax.sharding import on_mesh, parameter_shardings, replicated
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a step changes. Its number of steps is in the optimizer's state."""
+
+    params: Any
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """Of one step, on the device: float32 scalars."""
+
+    loss: jax.Array  # nats a token
+    grad_norm: jax.Array  # before clipping
+
+
+def learning_rate(args: TrainArgs, steps: int) -> optax.Schedule:
+    """Linear warm-up to lr, then a cosine to min_lr_ratio x lr at ``steps`` (LLaMA 2 paper, section 2.1)."""
+    warmup = min(args.warmup_steps, max(0, steps - 1))
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else args.lr,
+        peak_value=args.lr,
+        # The first of the steps already moves: step s is taken at the rate of s + 1.
+        warmup_steps=warmup,
+        decay_steps=max(steps, 1),
+        end_value=args.lr * args.min_lr_ratio,
+    )
+
+
+def make_optimizer(args: TrainArgs, steps: int) -> optax.GradientTransformation:
+    """AdamW with clipping and decoupled weight decay on matrices only (all but the norms' weights)."""
+    schedule = learning_rate(args, steps)
+    return optax.chain(
+        optax.clip_by_global_norm(args.grad_clip) if args.grad_clip else optax.identity(),
+        optax.adamw(
+            lambda count: schedule(count + 1),
+            b1=args.beta1,
+            b2=args.beta2,
+            eps=args.eps,
+            weight_decay=args.weight_decay,
+            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].key, params),
+        ),
+    )
+
+
+def state_shapes(model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state's shapes, each with its sharding: the optimizer's moments are laid out as their parameters."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    shapes = nn.unbox(variables)["params"]
+    shardings = parameter_shardings(model, mesh)
+    opt_shapes = jax.eval_shape(optimizer.init, shapes)
+    opt_shardings = optax.tree_map_params(
+        optimizer, lambda _, s: s, opt_shapes, shardings, transform_non_params=lambda _: replicated(mesh)
+    )
+    return TrainState(with_shardings(shapes, shardings), with_shardings(opt_shapes, opt_shardings))
+
+
+def shardings_of(shapes: Any) -> Any:
+    """The shardings in a tree of shapes."""
+    return jax.tree.map(lambda s: s.sharding, shapes)
+
+
+def init_state(model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, params: Any = None) -> TrainState:
+    """A new state, born sharded; ``params``: start from these."""
+    shapes = state_shapes(model, optimizer, mesh)
+
+    def init_params() -> Any:
+        return nn.unbox(model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
+
+    with on_mesh(mesh):
+        if params is None:
+            params = jax.jit(init_params, out_shardings=shardings_of(shapes.params))()
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings_of(shapes.opt_state))(params)
+    return TrainState(params, opt_state)
+
+
+def loss_sum(model: Llama, params: Any, batch: Batch) -> jax.Array:
+    """Sum of weights x negative log-likelihood of a batch, in nats."""
+    hidden, _ = model.apply({"params": params}, batch.inputs, method="hidden")
+    return cross_entropy(hidden, params["output"], batch.targets, batch.weights)
+
+
+def make_train_step(
+    model: Llama, optimizer: optax.GradientTransformation, accumulation: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The step, to be jitted: gradients of the mean loss over the batch's tokens, and one update.
+
+    The batch is split into ``accumulation`` parts, whose gradients are added up; each part counts by its tokens, so that
+    the result is that of the whole batch.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        total_weight = jnp.maximum(jnp.sum(batch.weights), 1)
+
+        def part_loss(params: Any, part: Batch) -> jax.Array:
+            return loss_sum(model, params, part) / total_weight
+
+        def add(so_far: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
+            return jax.tree.map(jnp.add, so_far, jax.value_and_grad(part_loss)(state.params, part)), None
+
+        # Parts take every A-th row, so that each is spread over the devices as the batch is.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, x.shape[-1]).swapaxes(0, 1), batch)
+        first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
+        (loss, grads), _ = jax.lax.scan(add, jax.value_and_grad(part_loss)(state.params, first), rest)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state), StepMetrics(loss, optax.global_norm(grads))
+
+    return train_step
+
+
+def compile_train_step(
+    model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, accumulation: int, batch: Batch
+) -> jax.stages.Compiled:
+    """Compile the step for a mesh and the shapes of ``batch``; the state's buffers are donated."""
+    shapes = state_shapes(model, optimizer, mesh)
+    step = jax.jit(
+        make_train_step(model, optimizer, accumulation),
+        donate_argnums=0,
+        out_shardings=(shardings_of(shapes), StepMetrics(replicated(mesh), replicated(mesh))),
+    )
+    with on_mesh(mesh):
+        return step.lower(shapes, batch).compile()
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def eval_step(model: Llama, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Summed loss in nats and summed weights of a batch: float32 scalars."""
+    return loss_sum(model, params, batch), jnp.sum(batch.weights)
