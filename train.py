@@ -24,7 +24,9 @@ def main() -> None:
 
         # The checkpoint brings the model's shape; flags may still change what does not alter its parameters.
         config = dataclasses.replace(config, model=Checkpoint.find(init_from or config.train.init_from).args)
-    config = parse_flags(Config, argv, config, "train.py", f"{__doc__}\n\n--config FILE.toml supplies what flags do not.")
+    config = parse_flags(
+        Config, argv, config, "train.py", f"{__doc__}\n\n--config FILE.toml supplies what flags do not."
+    )
     config.check()
 
     from llama_jax.training.loop import train

@@ -1,8 +1,8 @@
 """LLaMA 2 in JAX and Flax: pretrain on any text, load a checkpoint, generate.
 
-    import llama_jax
-    model = llama_jax.load("runs/tiny")
-    model.generate(["Once upon a time"], llama_jax.SampleArgs(temperature=0.0, max_new_tokens=64))
+import llama_jax
+model = llama_jax.load("runs/tiny")
+model.generate(["Once upon a time"], llama_jax.SampleArgs(temperature=0.0, max_new_tokens=64))
 """
 
 from typing import TYPE_CHECKING

@@ -77,7 +77,9 @@ class Checkpoint:
         args.check()
         tokenizer = Tokenizer(folder / "model" / "tokenizer.model")
         if tokenizer.vocab_size != args.vocab_size:
-            raise UserError(f"{source}: expected vocab_size {tokenizer.vocab_size} as its tokenizer has, found {args.vocab_size}")
+            raise UserError(
+                f"{source}: expected vocab_size {tokenizer.vocab_size} as its tokenizer has, found {args.vocab_size}"
+            )
         return cls(folder, args, tokenizer)
 
     def restore(self, item: str, target: Any) -> Any:
@@ -87,7 +89,9 @@ class Checkpoint:
         """
         folder = self.folder / item
         if not folder.is_dir():
-            raise UserError(f"{self.folder}: expected {item} of a checkpoint, found none; choose a step folder that has them")
+            raise UserError(
+                f"{self.folder}: expected {item} of a checkpoint, found none; choose a step folder that has them"
+            )
         with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(folder.absolute(), target)
 
@@ -101,7 +105,9 @@ def steps_of(run: Path) -> list[int]:
 def _step_of_run(run: Path) -> Path:
     steps = steps_of(run)
     if not steps:
-        raise UserError(f"{run}: expected a run folder, a step folder or a converted checkpoint, found no checkpoint in it")
+        raise UserError(
+            f"{run}: expected a run folder, a step folder or a converted checkpoint, found no checkpoint in it"
+        )
     try:
         best = json.loads((run / "best.json").read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -164,7 +170,9 @@ def save_checkpoint(folder: Path, params: Any, model: ModelArgs, tokenizer: Toke
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
     """A tree of shapes with the sharding that each array is to be restored into."""
-    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 @contextlib.contextmanager

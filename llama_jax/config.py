@@ -72,7 +72,9 @@ class ModelArgs:
         """Raise UserError where no model can have this shape."""
         for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_seq_len", "norm_eps", "rope_theta"):
             _check(getattr(self, name) > 0, f"model.{name}", "a positive number", getattr(self, name))
-        _check(self.vocab_size == -1 or self.vocab_size > 0, "model.vocab_size", "-1 or a positive number", self.vocab_size)
+        _check(
+            self.vocab_size == -1 or self.vocab_size > 0, "model.vocab_size", "-1 or a positive number", self.vocab_size
+        )
         _check(self.dim % self.n_heads == 0, "model.n_heads", f"a divisor of model.dim = {self.dim}", self.n_heads)
         _check(
             self.head_dim % 2 == 0,
@@ -88,7 +90,9 @@ class ModelArgs:
         )
         multiplier = self.ffn_dim_multiplier
         _check(multiplier is None or multiplier > 0, "model.ffn_dim_multiplier", "a positive number", multiplier)
-        _check(self.hidden_dim > 0, "model.ffn_dim_multiplier", "a feed-forward layer of one unit or more", self.hidden_dim)
+        _check(
+            self.hidden_dim > 0, "model.ffn_dim_multiplier", "a feed-forward layer of one unit or more", self.hidden_dim
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,12 @@ class DataArgs:
     def check(self) -> None:
         """Raise UserError on impossible values."""
         _check(0 < self.train_size <= 1, "data.train_size", "a share above 0 and up to 1", self.train_size)
-        _check(self.vocab_size >= 262, "data.vocab_size", "262 or more (256 bytes, 3 controls and some characters)", self.vocab_size)
+        _check(
+            self.vocab_size >= 262,
+            "data.vocab_size",
+            "262 or more (256 bytes, 3 controls and some characters)",
+            self.vocab_size,
+        )
         _check(self.stories > 0, "data.stories", "a positive number", self.stories)
 
 
@@ -249,7 +258,9 @@ def load_toml(path: str | Path, kind: type[T] = Config) -> T:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: expected a TOML configuration, found no such file; see configs/ for examples") from None
+        raise UserError(
+            f"{path}: expected a TOML configuration, found no such file; see configs/ for examples"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected TOML, found: {error}") from None
     return from_dict(kind, table, source=str(path))
@@ -279,7 +290,9 @@ def to_toml(config: Any) -> str:
     for section in dataclasses.fields(config):
         lines.append(f"[{section.name}]")
         for name, value in dataclasses.asdict(getattr(config, section.name)).items():
-            lines.append(f"# {name} is not set" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}")
+            lines.append(
+                f"# {name} is not set" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
+            )
         lines.append("")
     return "\n".join(lines)
 

@@ -63,7 +63,9 @@ def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, b
         starts, first, last = (np.array(column)[:, None] for column in zip(*batch, strict=True))
         at = np.minimum(starts + positions, len(stream) - 2)
         counts = (starts + positions >= first) & (starts + positions < last)
-        total += float(_loss(model.module, model.params, stream[at], stream[at + 1], (counts & scored[at + 1]).astype(np.float32)))
+        total += float(
+            _loss(model.module, model.params, stream[at], stream[at + 1], (counts & scored[at + 1]).astype(np.float32))
+        )
     loss = total / tokens
     return {
         "loss": loss,

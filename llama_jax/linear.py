@@ -1,6 +1,7 @@
 """Matrix products of the model: an einsum with a gradient that keeps the weight's layout."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,15 @@ def _backward(equation: str, saved: tuple[jax.Array, jax.Array], dy: jax.Array) 
     operands, y_axes = equation.split("->")
     x_axes, w_axes = operands.split(",")
     dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, w)
-    if x.size <= dy.size:
-        dw = jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy)
+    n_in = sum(a in x_axes for a in w_axes)
+    x2 = x.reshape(-1, math.prod(w.shape[:n_in]))
+    dy2 = dy.reshape(-1, math.prod(w.shape[n_in:]))
+    tokens = (((0,), (0,)), ((), ()))
+    if x2.shape[1] <= dy2.shape[1]:
+        dw = jax.lax.dot_general(x2, dy2, tokens)
     else:
-        out_axes = "".join(a for a in y_axes if a in w_axes)
-        in_axes = "".join(a for a in x_axes if a in w_axes)
-        dw = jnp.einsum(f"{out_axes}{in_axes}->{w_axes}", jnp.einsum(f"{y_axes},{x_axes}->{out_axes}{in_axes}", dy, x))
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+        dw = jax.lax.dot_general(dy2, x2, tokens).T
+    return dx.astype(x.dtype), dw.reshape(w.shape).astype(w.dtype)
 
 
 linear.defvjp(_forward, _backward)

@@ -52,9 +52,13 @@ def _forward(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: 
         total, d_output = carry
         x, y, w = xs
         logits = _logits(x, output)
-        total += jnp.sum(w * negative_log_likelihood(logits, y))
-        d_logits = (jax.nn.softmax(logits) - jax.nn.one_hot(y, logits.shape[-1])) * w[..., None]
-        d_logits = d_logits.astype(x.dtype)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        exps = jnp.exp(logits - top)
+        norm = jnp.sum(exps, axis=-1, keepdims=True)
+        picked = jnp.take_along_axis(logits, y[..., None], axis=-1)
+        total += jnp.sum(w * (jnp.log(norm) + top - picked)[..., 0])
+        is_target = jnp.arange(logits.shape[-1]) == y[..., None]
+        d_logits = ((exps / norm - is_target) * w[..., None]).astype(x.dtype)
         dx = linear("BCV,DV->BCD", d_logits, output.astype(x.dtype))
         d_output += jnp.einsum("BCD,BCV->DV", x, d_logits, preferred_element_type=jnp.float32)
         return (total, d_output), dx

@@ -13,6 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.attention import attention
 from llama_jax.config import ModelArgs, Remat
@@ -23,7 +24,6 @@ REMAT_POLICIES: dict[Remat, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -46,12 +46,14 @@ class KVCache(flax.struct.PyTreeNode):
 
 # One layer's keys and values: two arrays [B, S, K, H].
 KeysValues = tuple[jax.Array, jax.Array]
+# Cosines and sines: two arrays float32 [B or 1, T, 1, H/2].
+Angles = tuple[jax.Array, jax.Array]
 
 
 class Positions(flax.struct.PyTreeNode):
     """Where the tokens of a forward pass stand: what all layers share."""
 
-    angles: tuple[jax.Array, jax.Array]  # float32 [B, T, 1, H/2], of the rotary embedding
+    angles: Angles  # of the rotary embedding
     slot: jax.Array | None = None  # int32 []: the cache slot of the first of them; without a cache, None
     first: jax.Array | None = None  # int32 [B]: each row's first slot that holds a token
 
@@ -63,14 +65,17 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (x32 * weight).astype(x.dtype)
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of position x frequency (RoFormer, section 3.2.2): int [B, T] -> two float32 [B, T, 1, H/2]."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of position x frequency (RoFormer, section 3.2.2): two float32 [positions, 1, H/2].
+
+    A constant of the program: computed on the device, XLA would compute it again wherever it is used.
+    """
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(positions)[:, None, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotary(x: jax.Array, angles: Angles) -> jax.Array:
     """Rotate feature i of each head with feature i + H/2, by the position's angles: [B, T, N, H] -> the same.
 
     Meta rotates neighbours (2i, 2i + 1) instead; its weights are permuted to these halves when they are imported.
@@ -101,7 +106,9 @@ class Attention(nn.Module):
     args: ModelArgs
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys_values: KeysValues | None, at: Positions) -> tuple[jax.Array, KeysValues | None]:
+    def __call__(
+        self, x: jax.Array, keys_values: KeysValues | None, at: Positions
+    ) -> tuple[jax.Array, KeysValues | None]:
         a, dtype = self.args, x.dtype
         std = a.dim**-0.5
         wq = _matrix(self, "wq", std, embed=a.dim, heads=a.n_heads, head_dim=a.head_dim)
@@ -140,7 +147,9 @@ class Block(nn.Module):
     args: ModelArgs
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys_values: KeysValues | None, at: Positions) -> tuple[jax.Array, KeysValues | None]:
+    def __call__(
+        self, x: jax.Array, keys_values: KeysValues | None, at: Positions
+    ) -> tuple[jax.Array, KeysValues | None]:
         a = self.args
         h = rms_norm(x, _norm_weight(self, "attention_norm", a.dim), a.norm_eps)
         h, keys_values = Attention(a, name="attention")(h, keys_values, at)
@@ -182,18 +191,19 @@ class Llama(nn.Module):
         are counted from each row's first slot, and the filled cache comes back.
         """
         args = self.args
-        positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
+        T = token_ids.shape[1]
+        cos, sin = rotary_table(args.max_seq_len, args.head_dim, args.rope_theta)
         if cache is None:
-            at, keys_values = Positions(rotary_angles(positions, args.head_dim, args.rope_theta)), None
+            at, keys_values = Positions((cos[None, :T], sin[None, :T])), None
         else:
-            positions = jnp.maximum(cache.slot + positions - cache.first[:, None], 0)  # a padding slot is at 0
-            angles = rotary_angles(positions, args.head_dim, args.rope_theta)
+            positions = jnp.maximum(cache.slot + jnp.arange(T) - cache.first[:, None], 0)  # a padding slot is at 0
+            angles = jnp.asarray(cos)[positions], jnp.asarray(sin)[positions]
             at, keys_values = Positions(angles, cache.slot, cache.first), (cache.k, cache.v)
         x = jnp.take(self.tok_embeddings, token_ids, axis=0).astype(self.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", None))
         x, keys_values = self.layers(x, keys_values, at)
         if cache is not None:
-            cache = cache.replace(k=keys_values[0], v=keys_values[1], slot=cache.slot + token_ids.shape[1])
+            cache = cache.replace(k=keys_values[0], v=keys_values[1], slot=cache.slot + T)
         return rms_norm(x, self.norm, args.norm_eps), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -39,7 +39,9 @@ def make_mesh(args: MeshArgs, devices: list[jax.Device] | None = None) -> Mesh:
     if open_axes and len(devices) % known == 0:
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        raise UserError(f"mesh: expected sizes that make up {len(devices)} devices, found {describe(sizes)}; change [mesh]")
+        raise UserError(
+            f"mesh: expected sizes that make up {len(devices)} devices, found {describe(sizes)}; change [mesh]"
+        )
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes), devices=devices
     )
@@ -53,7 +55,10 @@ def describe(sizes: dict[str, int]) -> str:
 def check_divisible(mesh: Mesh, model: ModelArgs, train: TrainArgs) -> None:
     """Raise UserError where a size cannot be laid evenly over its mesh axes."""
     sizes = {
-        "train.batch_size / train.gradient_accumulation_steps": ("batch", train.batch_size // train.gradient_accumulation_steps),
+        "train.batch_size / train.gradient_accumulation_steps": (
+            "batch",
+            train.batch_size // train.gradient_accumulation_steps,
+        ),
         "model.max_seq_len": ("length", model.max_seq_len),
         "model.vocab_size": ("vocab", model.vocab_size),
         "model.dim": ("embed", model.dim),
@@ -100,7 +105,9 @@ def parameter_shardings(model: Llama, mesh: Mesh) -> Any:
     """A NamedSharding a parameter, in the tree of the parameters."""
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return jax.tree.map(
-        lambda leaf: NamedSharding(mesh, spec(*leaf.names)), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+        lambda leaf: NamedSharding(mesh, spec(*leaf.names)),
+        boxed,
+        is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
     )
 
 

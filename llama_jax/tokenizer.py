@@ -35,7 +35,9 @@ class Tokenizer:
             self._sp.LoadFromSerializedProto(self.model_bytes)
             self.vocab_size: int = self._sp.vocab_size()
         except (RuntimeError, TypeError):
-            raise UserError(f"{model_path}: expected a SentencePiece model (tokenizer.model), found something else") from None
+            raise UserError(
+                f"{model_path}: expected a SentencePiece model (tokenizer.model), found something else"
+            ) from None
         if self.vocab_size == 0:
             raise UserError(f"{model_path}: expected a SentencePiece model, found an empty one")
         # A model without BOS, as T5's, has EOS stand between documents instead.

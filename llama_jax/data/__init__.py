@@ -88,7 +88,9 @@ def _prepared_tokenizer(prepared: Path, path: Path) -> Tokenizer:
     tokenizer = Tokenizer(prepared / "tokenizer.model")
     manifest = read_manifest(prepared)
     if manifest is None or manifest.tokenizer_sha256 != sha256(tokenizer.model_bytes):
-        raise UserError(f"{prepared}: expected the tokenizer.model that made these tokens, found another; prepare them again")
+        raise UserError(
+            f"{prepared}: expected the tokenizer.model that made these tokens, found another; prepare them again"
+        )
     if path.exists() and Tokenizer(path).model_bytes != tokenizer.model_bytes:
         raise UserError(f"data.filepath: expected tokens of {path}, found tokens of another tokenizer in {prepared}")
     return _save(tokenizer, path)

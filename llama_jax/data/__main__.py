@@ -35,7 +35,9 @@ def main() -> None:
     argv = sys.argv[1:]
     if argv[:1] != ["prepare"] and argv[:1] != ["--help"]:
         raise UserError(f"llama_jax.data: expected the command prepare, found {' '.join(argv[:1]) or 'none'}")
-    args = parse_flags(PrepareArgs, argv[argv[:1] == ["prepare"] :], PrepareArgs(), "-m llama_jax.data prepare", __doc__ or "")
+    args = parse_flags(
+        PrepareArgs, argv[argv[:1] == ["prepare"] :], PrepareArgs(), "-m llama_jax.data prepare", __doc__ or ""
+    )
     for name in ("filepath", "output"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")

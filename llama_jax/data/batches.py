@@ -37,7 +37,9 @@ class Windows:
         return row.astype(np.int32)
 
 
-def train_batches(stream: np.ndarray, batch_size: int, length: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
+def train_batches(
+    stream: np.ndarray, batch_size: int, length: int, seed: int, start: int, stop: int
+) -> Iterator[Batch]:
     """Batches of steps ``start`` to ``stop`` - 1, read ahead by threads of grain."""
     windows = Windows(stream, length, seed)
     rows = grain.MapDataset.range(windows.per_epoch).shuffle(seed=seed).repeat().map_with_index(windows.row)

@@ -78,7 +78,9 @@ def open_tokens(folder: Path) -> TokenSet:
         path, count = folder / f"{split}.bin", manifest.tokens[split]
         dtype = np.dtype(manifest.dtype)
         if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
-            raise UserError(f"{path}: expected {count} tokens of {dtype}, found another size; delete {folder} to make it again")
+            raise UserError(
+                f"{path}: expected {count} tokens of {dtype}, found another size; delete {folder} to make it again"
+            )
         streams.append(np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype))
     return TokenSet(streams[0], streams[1], manifest)
 

@@ -52,6 +52,7 @@ def decode_chunk(
     model: Llama, params: Any, state: DecodeState, temperature: jax.Array, top_p: jax.Array
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
     """CHUNK steps: sample a token a row, feed it, keep its logits. Returns ids and log-probabilities, each [B, CHUNK]."""
+
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
         # A row's randomness depends on its key and on how many tokens it has, not on its place in the batch.
         keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
@@ -80,7 +81,9 @@ def generate_chunks(
     keys = jnp.broadcast_to(jax.random.key(args.seed), (len(prompts),))
     state = prefill(model, params, tokens, first, keys, slots)
     for _ in range(0, max_new_tokens, CHUNK):
-        state, (ids, logprobs) = decode_chunk(model, params, state, jnp.float32(args.temperature), jnp.float32(args.top_p))
+        state, (ids, logprobs) = decode_chunk(
+            model, params, state, jnp.float32(args.temperature), jnp.float32(args.top_p)
+        )
         yield Sampled(np.asarray(ids), np.asarray(logprobs))
 
 

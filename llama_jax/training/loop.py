@@ -114,7 +114,10 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     clock = _Clock(run, start)
     pending: list[StepMetrics] = []
     saved_at = start
-    with _stop_signals() as stopped, tqdm(total=run.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
+    with (
+        _stop_signals() as stopped,
+        tqdm(total=run.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05) as bar,
+    ):
         for step, batch in zip(range(start + 1, run.steps + 1), batches, strict=False):
             state, metrics = compiled(state, jax.device_put(batch, sharding))
             pending.append(metrics)
@@ -237,7 +240,9 @@ def _resolve(config: Config, data: Data) -> Config:
     """The configuration with the vocabulary's size in it. Raises UserError where another one was asked for."""
     size = data.tokenizer.vocab_size
     if config.model.vocab_size not in (-1, size):
-        raise UserError(f"model.vocab_size: expected {size}, as the tokenizer has, or -1, found {config.model.vocab_size}")
+        raise UserError(
+            f"model.vocab_size: expected {size}, as the tokenizer has, or -1, found {config.model.vocab_size}"
+        )
     return replace(config, model=replace(config.model, vocab_size=size))
 
 

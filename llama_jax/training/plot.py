@@ -21,11 +21,22 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
     tokens = [t for t, _ in train]
-    axes.plot(tokens, [loss for _, loss in train], color="tab:blue", alpha=0.3, linewidth=0.8, label="train, each logged step")
-    axes.plot(tokens, _running_mean([loss for _, loss in train]), color="tab:blue", linewidth=1.6, label="train, running mean")
+    axes.plot(
+        tokens, [loss for _, loss in train], color="tab:blue", alpha=0.3, linewidth=0.8, label="train, each logged step"
+    )
+    axes.plot(
+        tokens, _running_mean([loss for _, loss in train]), color="tab:blue", linewidth=1.6, label="train, running mean"
+    )
     bits_per_nat = None
     if evals:
-        axes.plot([t for t, _, _ in evals], [loss for _, loss, _ in evals], color="tab:orange", marker="o", markersize=4, label="eval")
+        axes.plot(
+            [t for t, _, _ in evals],
+            [loss for _, loss, _ in evals],
+            color="tab:orange",
+            marker="o",
+            markersize=4,
+            label="eval",
+        )
         best = min(evals, key=lambda e: e[1])
         bits_per_nat = best[2] / best[1]
         axes.annotate(
@@ -36,8 +47,18 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
         secondary = axes.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))
         secondary.set_ylabel("bits a byte")
         if floor is not None:
-            axes.axhline(floor / bits_per_nat, color="gray", linestyle="--", linewidth=1, label=f"entropy of the text, {floor:.3f} bits a byte")
-    low = min([loss for _, loss in train] + [loss for _, loss, _ in evals] + ([floor / bits_per_nat] if floor and bits_per_nat else []))
+            axes.axhline(
+                floor / bits_per_nat,
+                color="gray",
+                linestyle="--",
+                linewidth=1,
+                label=f"entropy of the text, {floor:.3f} bits a byte",
+            )
+    low = min(
+        [loss for _, loss in train]
+        + [loss for _, loss, _ in evals]
+        + ([floor / bits_per_nat] if floor and bits_per_nat else [])
+    )
     high = max(loss for _, loss in train)
     axes.set_ylim(max(0, low - 0.08 * (high - low)), high + 0.05 * (high - low) + 1e-3)
     axes.set(xlabel="tokens trained on", ylabel="loss, nats a token", title=title)

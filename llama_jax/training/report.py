@@ -14,7 +14,9 @@ from llama_jax.sharding import describe
 from llama_jax.training.flops import train_flops_per_token
 
 
-def announce(config: Config, data: Data, mesh: jax.sharding.Mesh, dtype: str, steps: int, start: int, save_dir: Path) -> None:
+def announce(
+    config: Config, data: Data, mesh: jax.sharding.Mesh, dtype: str, steps: int, start: int, save_dir: Path
+) -> None:
     """Say what will happen."""
     model, train, manifest = config.model, config.train, data.tokens.manifest
     tokens = train.batch_size * model.max_seq_len
@@ -68,8 +70,12 @@ def closing_text(save_dir: Path, steps: int, seconds: float, best: dict[str, Any
     """Where things are, and what to type next."""
     lines = [f"{steps:,} steps in {seconds:.0f} s"]
     if best is not None:
-        lines[0] += f"; best: step {best['step']:,}, {best['eval_loss']:.4f} nats a token, {best['eval_bits_per_byte']:.3f} bits per byte"
-    lines.append(f"checkpoints: {save_dir / 'checkpoints'}   losses: {save_dir / 'losses.png'}   numbers: {save_dir / 'metrics.jsonl'}")
+        lines[0] += (
+            f"; best: step {best['step']:,}, {best['eval_loss']:.4f} nats a token, {best['eval_bits_per_byte']:.3f} bits per byte"
+        )
+    lines.append(
+        f"checkpoints: {save_dir / 'checkpoints'}   losses: {save_dir / 'losses.png'}   numbers: {save_dir / 'metrics.jsonl'}"
+    )
     lines.append("now try:")
     lines.append(f"  python sample.py --ckpt {shlex.quote(str(save_dir))} {shlex.quote(prompt)}")
     return "\n".join(lines)

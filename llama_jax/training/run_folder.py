@@ -90,7 +90,9 @@ class RunFolder:
         saved = [r for r in self.records if "eval_loss" in r and r["step"] in steps]
         if saved:
             best = min(saved, key=lambda r: r["eval_loss"])
-            write_atomically(self.best_path, json.dumps({k: best[k] for k in ("step", "eval_loss", "eval_bits_per_byte")}) + "\n")
+            write_atomically(
+                self.best_path, json.dumps({k: best[k] for k in ("step", "eval_loss", "eval_bits_per_byte")}) + "\n"
+            )
 
 
 def write_atomically(path: Path, text: str) -> None:

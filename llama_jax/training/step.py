@@ -82,7 +82,9 @@ def shardings_of(shapes: Any) -> Any:
     return jax.tree.map(lambda s: s.sharding, shapes)
 
 
-def init_state(model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, params: Any = None) -> TrainState:
+def init_state(
+    model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, params: Any = None
+) -> TrainState:
     """A new state, born sharded; ``params``: start from these."""
     shapes = state_shapes(model, optimizer, mesh)
 

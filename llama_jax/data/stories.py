@@ -1,0 +1,440 @@
+"""The built-in training text: small children's stories out of a grammar, endless, and of a known entropy.
+
+The grammar is data. A story is OPENING, one of PLOTS and ENDING. These are made of steps, each marked by a dash; the
+lines of a step are alternatives, of which one is told. All alternatives are equally likely. In a line stand
+
+    {colour}     a word of the rule "colour", drawn where the story first meets it and remembered from there on
+    {colour2}    another word of that rule, never the same as {colour}; the numbers only tell such words apart
+    {a colour}   the word in another form (FORMS), here "an orange"; {he}, {his} and {him} are forms of {name}
+    [colour]     a word of the rule, drawn afresh and forgotten; [a colour] is such a word in another form
+    [rain|snow]  one of the alternatives written out
+
+and a capital letter asks for one: {His}. So names, animals, colours and places stay the same from sentence to sentence,
+which a model has to learn, and what a choice costs is plain: log2 of the number of its alternatives, in bits.
+
+The sum of these costs is the information in a *text* only if no text can be told in two ways. So no two alternatives,
+with whatever may follow them, come to the same letters (as "old oak" + "tree" and "old" + "oak tree" would), and a word
+that is drawn is also spelled out, not only hinted at by "he": whoever knows the whole text can name every choice that
+was made. The tests prove this for the grammar as it stands, and fail where a new word or line breaks it.
+"""
+
+import functools
+import hashlib
+import itertools
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+
+def _words(text: str) -> list[str]:
+    return [" ".join(word.split()) for word in text.split(",")]
+
+
+BOYS = _words("""Pip, Max, Toby, Finn, Otto, Gus, Hugo, Milo, Sam, Leo, Ned, Rufus, Oscar, Jasper, Barnaby, Felix,
+    Teddy, Jack, Ollie, Alfie, Basil, Bruno, Ziggy, Monty, Rory, Wilf, Archie, Dexter, Fergus, Percy, Tim, Ben""")
+GIRLS = _words("""Lily, Daisy, Ruby, Molly, Rosie, Poppy, Hazel, Ivy, Clara, Tilly, Bella, Willow, Nora, Mabel, Luna,
+    Stella, Penny, Dot, Elsie, Maya, Zoe, Olive, Hattie, Flora, Pearl, Juno, Betsy, Freya, Wren, Minnie, Sasha, Tess""")
+
+# How one is at a place: "by the pond", "in the forest".
+PLACES = {
+    **dict.fromkeys(_words("pond, lake, river, stream, canal, brook, fountain, sea"), "by"),
+    **dict.fromkeys(_words("forest, meadow, garden, orchard, valley, village, park, marsh, wood, town"), "in"),
+    **dict.fromkeys(_words("hill, beach, farm, island, heath, moor, mountain, shore"), "on"),
+    **dict.fromkeys(_words("mill, bridge, waterfall, lighthouse, cave, castle, market, barn, harbour"), "near"),
+}
+
+RULES = {
+    # Who there is, and what they are like.
+    "name": ", ".join(BOYS + GIRLS),
+    "animal": """rabbit, mouse, fox, bear, squirrel, hedgehog, mole, badger, otter, duck, frog, kitten, puppy, goat,
+        lamb, piglet, pony, owl, beaver, fawn, turtle, hen, sparrow, robin, raccoon, panda, koala, hamster, chipmunk,
+        donkey, goose, elephant""",
+    "trait": """kind, brave, shy, clever, cheerful, gentle, curious, playful, friendly, polite, patient, quiet, lively,
+        careful, dreamy, helpful, thoughtful, merry, eager, modest, generous, adventurous, bold, tidy, wise, funny,
+        loyal, hopeful, busy, calm, lucky, imaginative, sleepy, jolly, nimble, sensible, warm-hearted, lazy, stubborn,
+        forgetful""",
+    "family": "mother, father, grandmother, grandfather, aunt, uncle, sister, brother, cousin, godmother",
+    "pet": """crickets, beetles, ladybirds, butterflies, fireflies, snails, moths, ants, bees, caterpillars, spiders,
+        dragonflies, worms, grasshoppers, tadpoles, goldfish""",
+    "funny": """noisy, sleepy, polite, friendly, silly, cheeky, shiny, jolly, grumpy, lazy, spotted, giggling, fat,
+        round, striped, singing, clever, nervous, dancing, hungry, purple, fluffy, sneezing, elegant""",
+    # What there is to have and to love.
+    "colour": """red, blue, green, yellow, purple, orange, golden, silver, white, pink, brown, grey, scarlet, violet,
+        turquoise, emerald, amber, ivory, crimson, indigo, black, copper, lilac, cream""",
+    "thing": """kite, ball, cap, scarf, drum, bell, button, whistle, ribbon, basket, book, spoon, cup, key, marble,
+        umbrella, flute, cushion, balloon, pebble, mitten, necklace, feather, teapot, trumpet, puppet, bucket, comb,
+        ring, coin, shell, mirror, purse, apron, yo-yo, jug, fan, pencil, brush, candle, crown, bracelet, whisk, tin,
+        vase, harp, bead, clock, telescope, pocket watch, sock, bonnet, pinwheel, stamp, thimble, kettle""",
+    "hat": "hat, coat, cloak, jacket, jumper, waistcoat, shawl, dress",
+    "lantern": "lantern, lamp, candlestick, torch",
+    "basket": "bag, box, bowl, sack, hamper, bundle, tub, crate",
+    "food": """apples, berries, honey, pancakes, muffins, biscuits, cherries, plums, nuts, cheese, bread, soup,
+        porridge, jam, carrots, pears, cakes, waffles, noodles, peaches, grapes, figs, toast, peas, buns, tarts,
+        dumplings, mushrooms, strawberries, chestnuts, raisins, custard, pudding, popcorn, oranges, beans, radishes,
+        pies, salad, chocolate, apricots, lettuce, turnips, gingerbread, marmalade, potatoes, onions, sandwiches,
+        melons, stew, dates, pretzels, doughnuts, toffee, almonds, rice""",
+    "tasty": """tasty, delicious, sweet, fresh, lovely, yummy, wonderful, splendid, excellent, superb, delightful,
+        heavenly, scrumptious, marvellous""",
+    "joy": """long walks, warm rain, old songs, bright stars, bedtime stories, picnics, puzzles, windy days, snow,
+        riddles, jokes, puddles, treasure hunts, daydreams, pirates, dancing, music, moonlight, sunsets, parties,
+        parades, painting, rainbows, dragons, fairy tales, soft clouds, brave knights, magic, tall ships, distant
+        lands, giants, autumn leaves, secret maps, castles, mermaids, sleepy owls, flying carpets, snowmen, acrobats,
+        summer nights, clowns, the moon, deep caves, wild geese, wizards, talking trees, hot-air balloons, the sea""",
+    "moral": """a friend is worth more than gold, everything is easier together, nobody is too small to help, kindness
+        comes back, two are braver than one, friends can be found everywhere, it is good to have a friend, good friends
+        never give up""",
+    "flower": """rose, tulip, poppy, lily, orchid, pansy, daisy, iris, dahlia, peony, crocus, carnation, petunia,
+        primrose, aster, hyacinth""",
+    "project": """boat, swing, wagon, raft, bench, tower, cart, fort, house, playhouse, sledge, seesaw, birdhouse, bed,
+        hut, rocking horse""",
+    "material": """planks, ropes, sticks, nails, logs, branches, bricks, barrels, wheels, stones, boxes, pegs, screws,
+        poles, tiles, reeds""",
+    "tool": "hammer, saw, ladder, axe, rake, spade, shovel, wheelbarrow",
+    "crash": "crash, bang, bump, thud, clatter, rumble, crack, snap",
+    "skill": """swim, whistle, skate, dance, juggle, sing, climb, paint, fish, sew, knit, read, bake, sail, ski, row,
+        draw, write, cook, count, hop on one leg, stand on one leg, tell jokes, do magic""",
+    # Where and when.
+    "place": ", ".join(PLACES),
+    "scenic": """quiet, sunny, misty, windy, green, old, lonely, shady, wide, hidden, peaceful, muddy, sleepy, silent,
+        breezy, pretty, little, lovely, famous, beautiful, snowy, golden, far-off, magic, foggy, cheerful, nearby,
+        wild""",
+    "snug": """cosy, snug, tiny, tidy, warm, crooked, wooden, sunny, neat, old, narrow, pretty, round, bright, small,
+        cheerful""",
+    "house": "cottage, house, hut, den, cabin, home, caravan, tent, burrow, shed",
+    "spot": "[under|behind|beside|near|beneath|next to] [landmark]",
+    "landmark": "the [mossy] [log]",
+    "mossy": """mossy, old, big, small, crooked, dusty, round, wet, broad, tall, lonely, sunny, grey, pretty, wide,
+        long, short, huge, tiny, leaning, broken, shady, heavy, strange, smooth, rough, ancient, muddy, narrow,
+        painted""",
+    "log": """log, rock, bush, fence, hedge, haystack, bench, oak, stump, barrel, cart, ladder, gate, wall, tree,
+        wheelbarrow, boulder, willow, trough, rosebush, birch, pine, fir, statue, scarecrow, signpost, beehive, maple,
+        sundial, pump""",
+    "weather": """sunny, bright, misty, windy, cold, warm, rainy, frosty, cloudy, golden, quiet, crisp, breezy, snowy,
+        foggy, lovely, hot, grey, chilly, mild, dewy, stormy, cool, pale, peaceful, still, calm, beautiful, dull,
+        damp""",
+    "starry": """dark, misty, windy, cold, rainy, frosty, cloudy, starry, quiet, snowy, foggy, chilly, stormy, still,
+        moonlit, black""",
+    "daytime": "morning, afternoon, evening, day",
+    "weekday": "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday",
+    "days": "hours, days, weeks, months",
+    "number": "two, three, four, five, six, seven, eight, nine, ten, eleven, twelve, twenty",
+    # What they do and feel.
+    "ran": """ran, walked, skipped, hurried, wandered, danced, marched, strolled, trotted, scampered, raced, rushed,
+        bounced, dashed, tiptoed, rambled, hopped, jumped, strode, sauntered, galloped, waddled, crept, sped""",
+    "sobbed": "sobbed, sighed, cried, whispered, wept, wailed, sniffed, mumbled, groaned, moaned, stammered, said",
+    "cheered": "cheered, laughed, sang, shouted, giggled, called, cried, chuckled, exclaimed, said, squealed, cooed",
+    "sad": """sad, worried, unhappy, upset, gloomy, miserable, lonely, troubled, glum, tearful, tired, sorry, hopeless,
+        discouraged, downcast, weary, helpless, nervous, anxious, puzzled, grumpy, forlorn""",
+    "happy": """happy, glad, proud, joyful, cheerful, delighted, merry, thankful, pleased, excited, grateful,
+        overjoyed, content, jolly, relieved, hopeful""",
+}
+
+OPENING = """
+    - Once upon a time there was {a trait} little {animal} named {name}, who loved {joy}, {joy2} and {food}.
+      Once upon a time there lived {a trait} and {trait2} {animal} named {name} with [number] [funny] [pet].
+      Once upon a time {a trait} {animal} named {name} lived in [a snug] [house] {at place2} the [scenic] {place2}.
+      Once upon a time there was {a trait} young {animal} named {name}, who had {a colour8} [hat] and {a colour9} bed.
+      Once upon a time, {at place2} the {place2}, there lived {a trait} {animal} named {name} with {his} [family].
+"""
+
+PLOTS = {
+    "a thing is lost": """
+    - One [weather] [daytime] {he} lost {his} {colour} {thing} {at place} the [scenic] {place}.
+      One [weather] [daytime] {he} [ran] to the [scenic] {place} with {a colour} {thing}, but came home without it.
+    - "Where is my {thing}?" [sobbed] {name}, looking [spot] and [spot].
+      {He} looked [spot] and [spot], {sad} and {sad2}.
+    - {A trait3} {animal2} named {name2} [ran] over with {a colour2} [lantern] to help {him}.
+      Then came {name2}, {a trait3} {animal2} in {a colour2} [hat], and asked, "May I help you?"
+    - Together they found {a colour3} {thing2}, {a colour4} {thing3} and {a thing4}, but no {thing}.
+      They searched [spot], [spot] and [spot].
+    - At last {name2} saw something {colour} [spot], and it was the {thing}!
+      "Here it is!" [cheered] {name2}, and there, [spot], lay the {colour} {thing}.
+    """,
+    "a meal is shared": """
+    - One [weather] [daytime] {he} took {food3}, {food4} and {food5} to the [scenic] {place} in {a colour} [basket].
+      On [weekday] {he} [ran] to the [scenic] {place} with {a colour} [basket] of [tasty] {food3} and {food4}.
+    - There, [spot], sat {a trait3} {animal2} named {name2}, {sad} and {sad2}.
+      There {he} met {name2}, {a trait3} {animal2} in {a colour2} [hat], who looked {sad} and {sad2}.
+    - "I have eaten only {food6} and {food7} since [weekday]," [sobbed] {name2}.
+      "I dropped my {food6} and my {food7} [spot]," [sobbed] {name2}.
+    - {name} was hungry too, but {he} gave {name2} half of the {food3} and all of the {food4}.
+      "Let us share!" [cheered] {name}, and {name2} ate [number] helpings of {food3} and {food4}.
+    - {name2} had nothing to give but {a colour3} {thing} and a song about {joy3} and {joy4}.
+      Soon {name2} felt {happy} and {happy2}, and they sat [spot] and sang about {joy3}.
+    """,
+    "a thing is built": """
+    - One [weather] [daytime] {he} began to build {a colour} {project} {at place} the [scenic] {place}.
+      {He} wished for {a colour} {project}, and on [weekday] {he} began to build it {at place} the [scenic] {place}.
+    - {name2}, {a trait3} {animal2}, came to help with {a tool}, [number] {material} and {food3}.
+      {A trait3} {animal2} named {name2} [ran] over with {a tool}, [number] {material} and [tasty] {food3}.
+    - They worked for [number] [days] and ate {food4} and {food5}, but the {project} fell down with a [crash].
+      But one [weather] [daytime] a [strong|cold|wild|sudden] wind came, and the {project} broke with a [crash].
+    - "We will never finish it," [sobbed] {name}, {sad} and {sad2}, but {name2} did not give up.
+      "Think of {joy3} and {joy4}," said {name2}, "and let us try again!"
+    - This time they tied it to [landmark] with {a colour2} [rope|ribbon|string|chain], and it held.
+      They brought [number] [longer|better|thicker|stronger] {material2}, and soon the {colour} {project} was ready.
+    """,
+    "a guest comes in from the storm": """
+    - One [weather] [daytime] a storm came over the [scenic] {place} while {name} was eating [tasty] {food3}.
+      One [weather] [daytime] dark clouds rolled over the [scenic] {place}, and {name} [ran] home.
+    - Soon {a trait3} {animal2} named {name2} knocked [number] times at the {colour} door, {sad} and wet.
+      "Please let me in," [sobbed] {name2}, {a trait3} {animal2} in {a colour} [hat], {sad} and wet.
+    - {name} gave {name2} {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4} with {food5}.
+      "Come in!" [cheered] {name}, and {he} brought {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4}.
+    - They played with {a thing2}, {a thing3} and {a thing4} until the [rain|storm|wind|thunder] stopped.
+      They talked about {joy3}, {joy4} and {joy5} until the [rain|storm|wind|thunder] stopped.
+    - When the sun came out, {name2}, {happy} and {happy2}, gave {name} {a colour3} {thing}.
+      Then a rainbow stood over the {place}, and they danced [spot], {happy} and {happy2}.
+    """,
+    "a skill is learned": """
+    - On [weekday] {he} [ran] to the [scenic] {place} to learn to {skill} like {his} [family].
+      One [weather] [daytime], {at place} the [scenic] {place}, {he} tried to {skill} like {his} [family].
+    - {He} practised [spot] and [spot], but it always went wrong.
+      "I will never {skill}!" [sobbed] {name}, {sad} and {sad2}, and hid [spot].
+    - {A trait3} {animal2} named {name2} [ran] over and gave {him} {a colour} {thing} for luck.
+      "I can help you," said {name2}, {a trait3} {animal2} with {a colour} {thing}.
+    - Every [weekday] they practised {at place} the {place} and ate [tasty] {food3} and {food4}.
+      "Try again and think of {joy3} and {joy4}!" said {name2} every [daytime].
+    - After [number] [days] {name} could {skill}, {happy} and {happy2}, with the {colour} {thing} beside {him}.
+      And on [weekday] {name} held the {colour} {thing} up high and could {skill} at last!
+    """,
+    "a present is bought": """
+    - It was the birthday of {his} friend {name2}, {a trait3} {animal2} who dreamed of {a colour} {thing}.
+      On [weekday] {his} friend {name2}, {a trait3} {animal2}, had a birthday and wished for {a colour} {thing}.
+    - But {name} had only [number] coins, so {he} sold {food3}, {food4} and {food5} {at place} the [scenic] {place}.
+      So {he} [ran] to the [scenic] {place} and carried {food3} for {a trait4} {animal3} to earn [number] coins.
+    - Then {he} bought the {thing} and wrapped it in {colour2} [paper|leaves|silk|cloth] with {a colour3} ribbon.
+      Then {he} bought the {thing} and hid it [spot] in {a colour2} [basket].
+    - "Happy birthday!" [cheered] {name}, and {name2} opened it, {happy} and {happy2}.
+      "Is the {colour} {thing} for me?" [cheered] {name2}, {happy} and {happy2}.
+    - They ate [tasty] {food6} and {food7} [spot] and sang about {joy3}.
+      They ate [tasty] {food6}, {food7} and {food8} and danced around [landmark].
+    """,
+    "a noise is heard in the night": """
+    - One [starry] night something [squeaked|howled|moaned|rustled] {at place} the [scenic] {place}.
+      One [starry] night {he} heard a [strange|loud|soft|sad] [squeak|howl|moan|cry] {at place} the [scenic] {place}.
+    - {He} took {a colour} [lantern] and woke {his} friend {name2}, {a trait3} {animal2}.
+      "Come with me!" {he} said to {name2}, {a trait3} {animal2} with {a colour} [lantern].
+    - They tiptoed [bravely|slowly|quietly|carefully|softly|nervously] past [landmark] and [landmark].
+      "It must be [a funny] [ghost|monster|dragon|giant|witch|pirate|troll|wolf]," whispered {name} [spot].
+    - But [spot] sat only a [little|small|young|tiny] {animal3}, {sad} and lost.
+      "I am lost," [sobbed] a [little|small|young|tiny] {animal3} [spot].
+    - They gave the {animal3} [tasty] {food3} and {food4} and took it home to its [family].
+      They carried it home, and its [family] gave them {food3}, {food4} and {a colour2} {thing}.
+    """,
+    "a flower grows": """
+    - One [weather] [daytime] {he} found a seed {at place} the [scenic] {place} and put it in {a colour} pot [spot].
+      {His} [family] gave {him} a seed from the [scenic] {place}, and {he} put it in {a colour} pot.
+    - Every [daytime] {he} watered the pot and told it about {joy3} and {joy4}.
+      Every [weekday] {he} watered the pot and sang about {joy3}, {joy4} and {joy5}.
+    - But after [number] [days] there was nothing to see, and {name} was {sad} and {sad2}.
+      "Nothing grows in my {colour} pot," [sobbed] {name}, {sad} and {sad2}.
+    - "Wait a little," said {name2}, {a trait3} {animal2}, and brought [tasty] {food3} and {food4}.
+      {A trait3} {animal2} named {name2} [ran] over to wait with {him}, and they ate [tasty] {food3}.
+    - Then, one [weather] [daytime], there was {a colour2} {flower}, as tall as {a animal3}!
+      Then, on [weekday], there was {a colour2} {flower}, and even [number] [funny] [pet] came to see it.
+    """,
+}
+
+ENDING = """
+    - After that, {name} and {name2} met every [weekday] to share {food9} and stories about {joy9}.
+      From then on the {animal} and the {animal2} were always together, and they never ran out of {food9}.
+      That night {name} dreamed of {joy8}, {joy9} and {name2}.
+      And so {name} learned that [moral].
+      "What a [wonderful|lovely|perfect|splendid] friend you are!" said the {animal2}, and the {animal} smiled.
+"""
+
+
+def _article(word: str) -> str:
+    # The rules hold no "hour" and no "unicorn": the first letter decides.
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+FORMS: dict[str, Callable[[str], str]] = {
+    "": lambda word: word,
+    "a": _article,
+    "at": lambda place: PLACES[place],
+    "he": lambda name: "he" if name in BOYS else "she",
+    "his": lambda name: "his" if name in BOYS else "her",
+    "him": lambda name: "him" if name in BOYS else "her",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A remembered word of a rule, as ``{a colour2}``."""
+
+    rule: str
+    variable: str
+    forms: Mapping[str, str]
+    """How each word of the rule is spelled here."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several sequences, all equally likely, drawn afresh."""
+
+    options: tuple[tuple["Node", ...], ...]
+
+
+Node = str | Slot | Choice
+
+
+def _rule(variable: str) -> str:
+    return variable.rstrip("0123456789")
+
+
+def _parse(template: str) -> tuple[Node, ...]:
+    pieces = re.split(r"(\{[^{}]*\}|\[[^\[\]]*\])", template)
+    return tuple(_parse_piece(piece) for piece in pieces if piece)
+
+
+def _parse_piece(piece: str) -> Node:
+    if piece[0] not in "[{":
+        return piece
+    inside = piece[1:-1]
+    if "|" in inside:
+        return Choice(tuple(map(_parse, inside.split("|"))))
+    form, _, variable = (inside[0].lower() + inside[1:]).rpartition(" ")
+    if variable in FORMS:
+        form, variable = variable, "name"
+    rule = _rule(variable)
+    forms = {word: FORMS[form](word) for word in _words(RULES[rule])}
+    if inside[0].isupper():
+        forms = {word: text[0].upper() + text[1:] for word, text in forms.items()}
+    return Slot(rule, variable, forms) if piece[0] == "{" else Choice(tuple(map(_parse, forms.values())))
+
+
+def _parse_steps(text: str) -> tuple[Node, ...]:
+    parts: list[Node] = []
+    for step in re.split(r"^\s*- ", text.strip(), flags=re.MULTILINE)[1:]:
+        parts += [Choice(tuple(_parse(line.strip()) for line in step.strip().splitlines())), " "]
+    return tuple(parts[:-1])
+
+
+GRAMMAR = Choice(tuple(_parse_steps(OPENING + plot + ENDING) for plot in PLOTS.values()))
+
+
+@dataclass(frozen=True)
+class Story:
+    """A story and what it takes to tell it."""
+
+    text: str
+    """One paragraph of ASCII, without a newline at its end."""
+    bits: float
+    """Information content: -log2 of the probability that the grammar tells this very text."""
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Means over all stories of the grammar."""
+
+    bits_per_story: float
+    bytes_per_story: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The floor of a language model's loss on stories read one by one, in bits per byte of their text."""
+        return self.bits_per_story / self.bytes_per_story
+
+
+def story(seed: int, index: int) -> Story:
+    """Story number ``index`` of ``seed``: always the same, on every machine and version of Python."""
+    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=16).digest()
+    pieces: list[str] = []
+    ways = _tell((GRAMMAR,), random.Random(int.from_bytes(digest, "big")), {}, pieces)
+    return Story("".join(pieces), math.log2(ways))
+
+
+def stories(seed: int, start: int = 0) -> Iterator[Story]:
+    """The endless stories of ``seed``, from number ``start`` on."""
+    return (story(seed, index) for index in itertools.count(start))
+
+
+def _tell(parts: Sequence[Node], rng: random.Random, memory: dict[str, dict[str, str]], pieces: list[str]) -> int:
+    """Append the text of ``parts`` to ``pieces``; return among how many equally likely tellings it was chosen.
+
+    ``memory``: by rule, the variables told so far and their words.
+    """
+    ways = 1
+    for part in parts:
+        if isinstance(part, str):
+            pieces.append(part)
+        elif isinstance(part, Choice):
+            ways *= len(part.options) * _tell(part.options[_draw(len(part.options), rng)], rng, memory, pieces)
+        else:
+            told = memory.setdefault(part.rule, {})
+            if part.variable not in told:
+                untold = [word for word in part.forms if word not in told.values()]
+                ways *= len(untold)
+                told[part.variable] = untold[_draw(len(untold), rng)]
+            pieces.append(part.forms[told[part.variable]])
+    return ways
+
+
+def _draw(number: int, rng: random.Random) -> int:
+    # Of random.Random's methods only random() is promised to stay the same from one version of Python to the next.
+    return int(rng.random() * number)
+
+
+# The variables told so far, and the probability to be in that state.
+_States = dict[frozenset[str], float]
+
+
+@functools.cache
+def entropy() -> Entropy:
+    """Exact means over all stories, by recursion over the grammar."""
+    _, bits, length = _expect((GRAMMAR,), {frozenset(): 1.0})
+    return Entropy(bits, length)
+
+
+def _expect(parts: Sequence[Node], states: _States) -> tuple[_States, float, float]:
+    """Go through ``parts`` from all ``states`` at once: the states behind them, the mean bits and the mean bytes.
+
+    Which words were drawn need not be known, only which variables: by symmetry every word of a rule is as likely as any
+    other wherever a variable stands, the second of a rule as well as the first, and no choice depends on a word.
+    """
+    bits = length = 0.0
+    for part in parts:
+        weight = sum(states.values())
+        if isinstance(part, str):
+            length += weight * len(part)  # All is ASCII: a letter is a byte.
+        elif isinstance(part, Choice):
+            bits += weight * math.log2(len(part.options))
+            share = {state: p / len(part.options) for state, p in states.items()}
+            states = {}
+            for option in part.options:
+                ends, option_bits, option_length = _expect(option, share)
+                bits += option_bits
+                length += option_length
+                for state, p in ends.items():
+                    states[state] = states.get(state, 0.0) + p
+        else:
+            length += weight * sum(map(len, part.forms.values())) / len(part.forms)
+            before, states = states, {}
+            for state, p in before.items():
+                if part.variable not in state:
+                    told = sum(_rule(variable) == part.rule for variable in state)
+                    bits += p * math.log2(len(part.forms) - told)
+                state |= {part.variable}
+                states[state] = states.get(state, 0.0) + p
+    return states, bits, length
+
+
+@functools.cache
+def vocabulary() -> frozenset[str]:
+    """All words, in lower case, that stories are made of."""
+    return frozenset(re.findall(r"[a-z-]+", " ".join(_texts((GRAMMAR,))).lower()))
+
+
+def _texts(parts: Sequence[Node]) -> Iterator[str]:
+    for part in parts:
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, Slot):
+            yield from part.forms.values()
+        else:
+            for option in part.options:
+                yield from _texts(option)
