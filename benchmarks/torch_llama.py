@@ -68,8 +68,7 @@ class TorchLlama(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         exponents = torch.arange(0, args.head_dim, 2) / args.head_dim
         angles = torch.outer(torch.arange(args.max_seq_len), torch.exp(-math.log(args.rope_theta) * exponents))
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
+        self.cos, self.sin = angles.cos(), angles.sin()
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """int [B, T], int [B, T] -> nats a token."""

@@ -8,7 +8,7 @@ model.generate(["Once upon a time"], llama_jax.SampleArgs(temperature=0.0, max_n
 from typing import TYPE_CHECKING
 
 from llama_jax import tokenizer as tokenizer
-from llama_jax.config import DataArgs, ModelArgs, SampleArgs, TrainArgs
+from llama_jax.config import DataArgs, DType, ModelArgs, SampleArgs, TrainArgs
 
 if TYPE_CHECKING:
     from llama_jax.generation import Model
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["DataArgs", "ModelArgs", "SampleArgs", "TrainArgs", "load"]
 
 
-def load(path: str, compute_dtype: str = "auto") -> "Model":
+def load(path: str, compute_dtype: DType = "auto") -> "Model":
     """Load a model: a run folder (its best step), a step folder, or a converted checkpoint.
 
     compute_dtype: "auto" (bfloat16 on TPU and GPU, float32 on CPU), "float32" or "bfloat16".

@@ -7,7 +7,7 @@ leading axis. Activations have the model's ``dtype``; norms, rotary angles, soft
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -47,7 +47,7 @@ class KVCache(flax.struct.PyTreeNode):
 # One layer's keys and values: two arrays [B, S, K, H].
 KeysValues = tuple[jax.Array, jax.Array]
 # Cosines and sines: two arrays float32 [B or 1, T, 1, H/2].
-Angles = tuple[jax.Array, jax.Array]
+Angles = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
 
 
 class Positions(flax.struct.PyTreeNode):
@@ -93,11 +93,12 @@ def _matrix(module: nn.Module, name: str, std: float, **axes: int) -> jax.Array:
     depth (GPT-2 paper, section 2.3).
     """
     init = nn.with_logical_partitioning(nn.initializers.normal(std), tuple(axes))
-    return module.param(name, init, tuple(axes.values()))
+    return cast(jax.Array, module.param(name, init, tuple(axes.values())))
 
 
 def _norm_weight(module: nn.Module, name: str, dim: int) -> jax.Array:
-    return module.param(name, nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (dim,))
+    init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+    return cast(jax.Array, module.param(name, init, (dim,)))
 
 
 class Attention(nn.Module):
@@ -119,7 +120,7 @@ class Attention(nn.Module):
         q = rotary(linear("BTD,DNH->BTNH", x, wq.astype(dtype)), at.angles)
         k = rotary(linear("BTD,DKH->BTKH", x, wk.astype(dtype)), at.angles)
         v = linear("BTD,DKH->BTKH", x, wv.astype(dtype))
-        if keys_values is not None:
+        if keys_values is not None and at.slot is not None:
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at.slot, axis=1)
             k, v = keys_values = write(keys_values[0], k), write(keys_values[1], v)
         y = attention(q, k, v, at.slot, at.first)
@@ -202,7 +203,7 @@ class Llama(nn.Module):
         x = jnp.take(self.tok_embeddings, token_ids, axis=0).astype(self.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", None))
         x, keys_values = self.layers(x, keys_values, at)
-        if cache is not None:
+        if cache is not None and keys_values is not None:
             cache = cache.replace(k=keys_values[0], v=keys_values[1], slot=cache.slot + T)
         return rms_norm(x, self.norm, args.norm_eps), cache
 

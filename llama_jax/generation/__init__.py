@@ -64,7 +64,7 @@ class Model:
             raise UserError(f"token_ids: expected integers [B, T], found {token_ids.dtype} {list(token_ids.shape)}")
         if token_ids.shape[1] > self.args.max_seq_len:
             raise UserError(f"token_ids: expected up to {self.args.max_seq_len} positions, found {token_ids.shape[1]}")
-        if token_ids.size and not (0 <= token_ids.min() and token_ids.max() < self.args.vocab_size):
+        if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < self.args.vocab_size):
             raise UserError(f"token_ids: expected ids from 0 to {self.args.vocab_size - 1}, found others")
         return _logits(self.module, self.params, token_ids.astype(np.int32))
 

@@ -5,7 +5,7 @@ B prompts (rows), P slots of the longest prompt, S slots of the cache, V vocab.
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.struct
 import jax
@@ -41,9 +41,9 @@ class Sampled(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
 def prefill(model: Llama, params: Any, tokens: jax.Array, first: jax.Array, keys: jax.Array, slots: int) -> DecodeState:
     """Read prompts, padded on the left: int [B, P], each row's first token at slot ``first`` [B]."""
-    cache = KVCache.empty(model.args, first, slots, model.dtype)
-    hidden, cache = model.apply({"params": params}, tokens, cache, method="hidden")
-    logits = model.apply({"params": params}, hidden[:, -1], method="logits")
+    empty = KVCache.empty(model.args, first, slots, model.dtype)
+    hidden, cache = cast(Any, model.apply({"params": params}, tokens, empty, method="hidden"))
+    logits = cast(jax.Array, model.apply({"params": params}, hidden[:, -1], method="logits"))
     return DecodeState(cache, logits, keys, jnp.zeros((), jnp.int32))
 
 
@@ -58,7 +58,7 @@ def decode_chunk(
         keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
         ids = jax.vmap(sample_token, (0, 0, None, None))(keys, state.logits, temperature, top_p)
         logprobs = jnp.take_along_axis(jax.nn.log_softmax(state.logits), ids[:, None], axis=-1)[:, 0]
-        logits, cache = model.apply({"params": params}, ids[:, None], state.cache)
+        logits, cache = cast(Any, model.apply({"params": params}, ids[:, None], state.cache))
         return DecodeState(cache, logits[:, 0], state.keys, state.step + 1), (ids, logprobs)
 
     state, (ids, logprobs) = jax.lax.scan(step, state, None, length=CHUNK)

@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,7 +21,7 @@ from llama_jax.data.batches import Batch, eval_batches, steps_per_epoch, train_b
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
 from llama_jax.runtime import make_model, use_compilation_cache
-from llama_jax.sharding import batch_sharding, check_divisible, make_mesh, on_mesh, parameter_shardings
+from llama_jax.sharding import batch_sharding, check_divisible, make_mesh, on_mesh
 from llama_jax.training import report
 from llama_jax.training.flops import peak_flops, train_flops_per_token
 from llama_jax.training.plot import plot_losses
@@ -283,7 +282,7 @@ def _stop_signals() -> Iterator[list[str]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:

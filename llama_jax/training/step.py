@@ -141,7 +141,10 @@ def compile_train_step(
     step = jax.jit(
         make_train_step(model, optimizer, accumulation),
         donate_argnums=0,
-        out_shardings=(shardings_of(shapes), StepMetrics(replicated(mesh), replicated(mesh))),
+        out_shardings=(
+            shardings_of(shapes),
+            replicated(mesh),
+        ),
     )
     with on_mesh(mesh):
         return step.lower(shapes, batch).compile()

@@ -1,0 +1,231 @@
+"""The whole of training: resume, kill, signals, run folder, bad input; as a user runs it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import llama_jax
+from llama_jax.checkpoint import steps_of
+
+ROOT = Path(__file__).parents[2]
+TIMING = ("step_seconds", "tokens_per_second", "mfu")
+SMALL = {
+    "model.dim": 32,
+    "model.n_layers": 2,
+    "model.n_heads": 4,
+    "model.n_kv_heads": 2,
+    "model.multiple_of": 16,
+    "model.max_seq_len": 32,
+    "data.vocab_size": 300,
+    "train.batch_size": 4,
+    "train.warmup_steps": 3,
+    "train.max_steps": 10,
+    "train.eval_interval": 4,
+    "train.eval_iters": 2,
+    "train.save_interval": 2,
+    "train.log_interval": 1,
+    "train.lr": 1e-2,
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = [w for w in "the cat sat on a mat and saw the dog who ran to the old barn by the sea".split()]
+    rng = random.Random(0)
+    path.write_text("\n".join(" ".join(rng.choices(words, k=9)) + "." for _ in range(400)))
+    return path
+
+
+def command(text: Path | str, save_dir: Path, **changes) -> list[str]:
+    flags = {**SMALL, "data.filepath": text, "train.save_dir": save_dir}
+    flags |= {k.replace("__", "."): v for k, v in changes.items()}
+    return [sys.executable, str(ROOT / "train.py")] + [f"--{k}={v}" for k, v in flags.items()]
+
+
+def run(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def train(text: Path, save_dir: Path, **changes) -> subprocess.CompletedProcess:
+    result = run(command(text, save_dir, **changes))
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in records]
+
+
+def parameters(run_dir: Path, step: int | None = None) -> list[np.ndarray]:
+    model = llama_jax.load(str(run_dir / "checkpoints" / str(step or steps_of(run_dir)[-1])))
+    return [np.asarray(x) for x in jax.tree.leaves(model.params)]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    assert steps_of(a)[-1] == steps_of(b)[-1]
+    for x, y in zip(parameters(a), parameters(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def reference(text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    train(text, folder)
+    return folder
+
+
+def test_run_folder_holds_what_is_promised(reference):
+    names = {p.name for p in reference.iterdir()}
+    assert {"config.toml", "tokenizer.model", "metrics.jsonl", "losses.png", "checkpoints", "best.json"} <= names
+    records = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, 11))
+    required = {"step", "tokens", "train_loss", "lr", "grad_norm", "step_seconds", "tokens_per_second"}
+    assert all(required <= set(r) for r in records)
+    assert [r["step"] for r in records if "eval_loss" in r and "eval_bits_per_byte" in r] == [4, 8, 10]
+    assert records[-1]["tokens"] == 10 * 4 * 32
+    assert records[-1]["train_loss"] < records[0]["train_loss"]
+    best = min((r for r in records if "eval_loss" in r), key=lambda r: r["eval_loss"])
+    assert json.loads((reference / "best.json").read_text())["step"] == best["step"]
+    assert set(steps_of(reference)) == {best["step"], 10}
+    assert (reference / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_rate_reaches_its_peak_and_falls_to_a_tenth(reference):
+    rates = {r["step"]: r["lr"] for r in metrics(reference)}
+    assert max(rates.values()) == pytest.approx(1e-2, rel=1e-6)
+    assert rates[10] == pytest.approx(1e-3, rel=1e-6)
+
+
+def test_a_run_stopped_and_started_again_equals_an_uninterrupted_one(text, reference, tmp_path):
+    process = subprocess.Popen(command(text, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    train(text, tmp_path / "run")
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_kill_at_any_moment_then_the_same_command_gives_the_same_run(text, reference, tmp_path):
+    folder, rng = tmp_path / "run", random.Random(1)
+    for _ in range(4):
+        process = subprocess.Popen(command(text, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        target = (steps_of(folder) or [0])[-1] + 1
+        wait_for_step(folder, min(target, 10), process)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.wait()
+        if steps_of(folder):
+            llama_jax.load(str(folder))
+    train(text, folder)
+    assert_same_run(folder, reference)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    path, deadline = folder / "metrics.jsonl", time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+
+
+def test_a_finished_run_started_again_changes_nothing(text, reference):
+    before = metrics(reference), steps_of(reference)
+    tokens = reference / "tokens" / "train.bin"
+    made = tokens.stat().st_mtime_ns
+    result = train(text, reference)
+    assert "has its 10 steps" in result.stdout
+    assert (metrics(reference), steps_of(reference)) == before
+    assert tokens.stat().st_mtime_ns == made
+
+
+def test_what_is_printed_ends_with_the_command_that_samples(text, reference):
+    result = train(text, reference)
+    line = next(line.strip() for line in result.stdout.splitlines() if "python sample.py" in line)
+    sampled = run(["bash", "-c", line.replace("python sample.py", f"{sys.executable} {ROOT / 'sample.py'}")])
+    assert sampled.returncode == 0, sampled.stderr
+    assert len(sampled.stdout) > 10
+
+
+def test_fine_tuning_starts_from_the_checkpoint(text, reference, tmp_path):
+    train(text, tmp_path / "tuned", **{"train.init_from": reference, "train.max_steps": 1, "train.lr": 1e-9})
+    before, after = parameters(reference, json.loads((reference / "best.json").read_text())["step"]), parameters(tmp_path / "tuned")
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_a_non_finite_loss_stops_the_run_with_a_message(text, tmp_path):
+    result = run(command(text, tmp_path / "run", **{"train.lr": 1e30, "train.grad_clip": 0, "train.warmup_steps": 0}))
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: train: expected a finite loss") and "step" in last
+    assert "Traceback" not in result.stderr
+
+
+def test_metrics_of_another_seed_differ(text, reference, tmp_path):
+    train(text, tmp_path / "run", **{"train.seed": 1, "train.max_steps": 2})
+    assert metrics(tmp_path / "run")[0]["train_loss"] != metrics(reference)[0]["train_loss"]
+
+
+BAD = [
+    ({"data.filepath": "missing.txt"}, ["data.filepath", "missing.txt"]),
+    ({"data.filepath": "empty.txt"}, ["data.filepath", "empty"]),
+    ({"data.filepath": "folder"}, ["data.filepath", "folder"]),
+    ({"data.tokenizer_model_path": "text.txt"}, ["text.txt", "SentencePiece"]),
+    ({"model.n_heads": 5}, ["model.n_heads", "32", "5"]),
+    ({"model.n_kv_heads": 3}, ["model.n_kv_heads", "3"]),
+    ({"model.n_layers": "x"}, ["model.n-layers", "x"]),
+    ({"train.nonsense": 1}, ["train.nonsense"]),
+    ({"train.batch_size": 0}, ["train.batch_size", "0"]),
+    ({"train.init_from": "folder"}, ["folder", "checkpoint"]),
+    ({"mesh.tensor": 3}, ["mesh", "3"]),
+    ({"config": "missing.toml"}, ["missing.toml"]),
+    ({"config": "unknown.toml"}, ["unknown.toml", "model.depth"]),
+    ({"config": "wrong.toml"}, ["wrong.toml", "model.dim", "int", "'wide'"]),
+    ({"train.save_dir": "text.txt"}, ["text.txt"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), BAD, ids=[next(iter(c)) + "=" + str(next(iter(c.values()))) for c, _ in BAD])
+def test_bad_input_ends_in_one_line_and_status_2(changes, named, text, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.txt").write_bytes(text.read_bytes())
+    (tmp_path / "unknown.toml").write_text("[model]\ndepth = 3\n")
+    (tmp_path / "wrong.toml").write_text('[model]\ndim = "wide"\n')
+    argv = command("text.txt", Path("run"), **changes)
+    result = run(argv, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert all(name in lines[0] for name in named), lines[0]
+
+
+def test_a_run_of_another_model_in_the_folder_is_refused(text, reference):
+    result = run(command(text, reference, **{"model.dim": 64}))
+    assert result.returncode == 2
+    assert "model.dim" in result.stderr and "save-dir" in result.stderr
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(text, tmp_path):
+    folder = tmp_path / "run"
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    argv = command(text, folder)
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    result = run([argv[0], "-c", limited, *argv[1:]], env=environment)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert steps_of(folder) == []
