@@ -34,7 +34,7 @@ def main() -> None:
         raise UserError("--ckpt: expected a checkpoint folder, found none; python train.py makes one in runs/tiny")
     prompts = list(args.prompts)
     if not prompts:
-        prompts = [line.rstrip("\r\n") for line in sys.stdin]
+        prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise UserError("prompts: expected one or more, found none; give them as arguments or on standard input")
 

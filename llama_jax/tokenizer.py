@@ -145,7 +145,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int, output: Path) -> 
     """
     lines = _spell_rare_characters(list(_short_lines(sentences)), vocab_size)
     if not lines:
-        raise UserError("data.filepath: expected text to train a vocabulary on, found only white space")
+        raise UserError("data.filepath: expected text to train a vocabulary on, found nothing but white space")
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),

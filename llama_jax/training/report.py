@@ -14,6 +14,10 @@ from llama_jax.sharding import describe
 from llama_jax.training.flops import train_flops_per_token
 
 
+# What the command that is proposed at the end generates: a whole story.
+NEXT_TOKENS = 256
+
+
 def announce(
     config: Config, data: Data, mesh: jax.sharding.Mesh, dtype: str, steps: int, start: int, save_dir: Path
 ) -> None:
@@ -77,5 +81,5 @@ def closing_text(save_dir: Path, steps: int, seconds: float, best: dict[str, Any
         f"checkpoints: {save_dir / 'checkpoints'}   losses: {save_dir / 'losses.png'}   numbers: {save_dir / 'metrics.jsonl'}"
     )
     lines.append("now try:")
-    lines.append(f"  python sample.py --ckpt {shlex.quote(str(save_dir))} {shlex.quote(prompt)}")
+    lines.append(f"  python sample.py --ckpt {shlex.quote(str(save_dir))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}")
     return "\n".join(lines)

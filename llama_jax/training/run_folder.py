@@ -1,4 +1,4 @@
-"""The run folder: config.toml, tokenizer.model, metrics.jsonl, losses.png, best.json, checkpoints/ (see DESIGN in README)."""
+"""The run folder: config.toml, tokenizer.model, metrics.jsonl, losses.png, best.json, checkpoints/."""
 
 import dataclasses
 import json

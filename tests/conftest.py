@@ -1,0 +1,33 @@
+"""Fixtures that several rooms share."""
+
+from pathlib import Path
+
+import pytest
+
+from llama_jax.tokenizer import Tokenizer, train_tokenizer
+
+TEXT = """Once upon a time there was a small brown fox who lived by the river, under an old tree.
+Every morning she went out to look at the water, and every evening she came home again.
+"Where have you been?" asked the owl. "By the river," said the fox, "I saw 12 boats and 345 ducks!"
+
+    The owl laughed.  It had not seen a boat since 1987, when the river was still the sea.
+Où est le hibou? Là-bas, près de l'arbre. Schön wär's, sagte der Fuchs über den großen Fluß.
+"""
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "tokenizers").is_dir():
+        pytest.skip("needs LLaMA 2's tokenizer in the folder ../shared, which is not part of the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer(shared: Path) -> Tokenizer:
+    return Tokenizer(shared / "tokenizers" / "llama2" / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer([TEXT], 400, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")

@@ -1,0 +1,122 @@
+"""Batches: a function of seed and step; every token a target, once an epoch; no padding in training."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax.data.batches import Windows, eval_batches, steps_per_epoch, train_batches
+
+
+def stream_of(count: int) -> np.ndarray:
+    """A stream whose tokens are their positions, counted from 1, so that padding (0) stands out."""
+    return np.arange(1, count + 1, dtype=np.uint16)
+
+
+def train(count: int, batch_size: int, length: int, seed: int, start: int, stop: int):
+    return list(train_batches(stream_of(count), batch_size, length, seed, start, stop))
+
+
+def equal(left, right) -> bool:
+    return len(left) == len(right) and all(
+        np.array_equal(a, b) for pair in zip(left, right, strict=True) for a, b in zip(*pair, strict=True)
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    count=st.integers(2, 200),
+    batch_size=st.integers(1, 5),
+    length=st.integers(1, 30),
+    seed=st.integers(0, 2**32 - 1),
+    start=st.integers(0, 30),
+)
+def test_a_run_that_starts_at_any_step_reads_what_the_run_from_0_reads_there(count, batch_size, length, seed, start):
+    whole = train(count, batch_size, length, seed, 0, start + 3)
+    assert len(whole) == start + 3
+    assert equal(train(count, batch_size, length, seed, start, start + 3), whole[start:])
+
+
+def test_a_far_step_is_reached_without_reading_what_lies_before():
+    # The run from 0 would read 10^12 batches first.
+    assert equal(train(1000, 4, 16, 0, 10**12, 10**12 + 2), train(1000, 4, 16, 0, 10**12, 10**12 + 2))
+
+
+def test_another_seed_gives_another_order():
+    orders = [train(1000, 4, 16, seed, 0, 10) for seed in (0, 1, 2**32 - 1)]
+    assert equal(orders[0], train(1000, 4, 16, 0, 0, 10))
+    assert not any(equal(a, b) for a, b in itertools.combinations(orders, 2))
+
+
+def test_the_order_is_shuffled_and_new_every_epoch():
+    windows = Windows(stream_of(320), 16, 0)
+    assert windows.per_epoch == 20
+    first = np.concatenate([batch.inputs[:, 0] for batch in train(320, 4, 16, 0, 0, 15)]).astype(int).reshape(3, 20)
+    # Which window comes when, whatever the epoch's offset: order of starts round the ring.
+    orders = [tuple((epoch - epoch[0]) % 320 // 16) for epoch in first]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len(set(orders)) == 3 and all(order != tuple(range(20)) for order in orders)
+
+
+def test_an_epoch_begins_at_an_offset_of_its_own():
+    first = np.concatenate([batch.inputs[:, 0] for batch in train(320, 4, 16, 0, 0, 25)]).astype(int).reshape(5, 20)
+    assert len(set(first[:, 0] % 16)) > 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(2, 300), length=st.integers(1, 50), seed=st.integers(0, 1000), epoch=st.integers(0, 3))
+def test_every_token_is_a_target_in_every_epoch(count, length, seed, epoch):
+    rows = steps_per_epoch(stream_of(count), 1, length)
+    batches = train(count, 1, length, seed, epoch * rows, (epoch + 1) * rows)
+    targets, times = np.unique(np.concatenate([batch.targets.ravel() for batch in batches]), return_counts=True)
+    assert targets.tolist() == list(range(1, count + 1))
+    assert times.sum() == rows * length < count + length  # no more is read twice than fills the last window
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(2, 300), batch_size=st.integers(1, 5), length=st.integers(1, 50), seed=st.integers(0, 1000))
+def test_training_rows_are_stretches_of_the_ring_without_padding(count, batch_size, length, seed):
+    for inputs, targets, weights in train(count, batch_size, length, seed, 0, 4):
+        assert inputs.shape == targets.shape == weights.shape == (batch_size, length)
+        assert inputs.dtype == targets.dtype == np.int32 and weights.dtype == np.float32
+        assert (weights == 1).all() and (inputs > 0).all() and (targets > 0).all()
+        assert (targets == inputs % count + 1).all()
+        assert (inputs[:, 1:] == targets[:, :-1]).all()
+
+
+def test_a_text_shorter_than_a_window_trains():
+    for inputs, targets, weights in train(3, 2, 16, 0, 0, 5):
+        assert (targets == inputs % 3 + 1).all() and weights.all()
+
+
+@pytest.mark.parametrize(("count", "batch_size", "length", "steps"), [(320, 4, 16, 5), (321, 4, 16, 6), (2, 4, 16, 1), (64, 1, 16, 4)])
+def test_an_epoch_takes_the_steps_that_cover_the_stream(count, batch_size, length, steps):
+    assert steps_per_epoch(stream_of(count), batch_size, length) == steps
+
+
+@settings(deadline=None, max_examples=100)
+@given(count=st.integers(0, 300), batch_size=st.integers(1, 5), length=st.integers(1, 50))
+def test_evaluation_predicts_every_token_but_the_first_exactly_once(count, batch_size, length):
+    predicted = []
+    for inputs, targets, weights in eval_batches(stream_of(count), batch_size, length):
+        assert inputs.shape == targets.shape == weights.shape == (batch_size, length)
+        assert inputs.dtype == targets.dtype == np.int32 and weights.dtype == np.float32
+        counted = weights == 1
+        assert (weights[~counted] == 0).all() and (targets[~counted] == 0).all()
+        assert (targets[counted] == inputs[counted] + 1).all()
+        assert counted.any()
+        predicted += targets[counted].tolist()
+    assert predicted == list(range(2, count + 1))
+
+
+@settings(deadline=None, max_examples=50)
+@given(count=st.integers(2, 300), limit=st.integers(1, 20))
+def test_a_limited_evaluation_reads_so_many_different_batches_spread_over_the_text(count, limit):
+    whole = list(eval_batches(stream_of(count), 2, 5))
+    limited = list(eval_batches(stream_of(count), 2, 5, limit))
+    assert len(limited) == min(limit, len(whole))
+    places = [next(i for i, batch in enumerate(whole) if equal([batch], [b])) for b in limited]
+    gaps = np.diff(places)
+    assert places[0] == 0 and (gaps > 0).all() and (len(gaps) == 0 or gaps.max() - gaps.min() <= 1)

@@ -1,0 +1,120 @@
+"""Attention against a literal loop over queries and heads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax import attention as module
+from llama_jax.attention import attention
+
+
+def literal(q: np.ndarray, k: np.ndarray, v: np.ndarray, slot: int = 0, first: np.ndarray | None = None) -> np.ndarray:
+    """Each query alone, over the keys that it may see; padding queries are left zero."""
+    B, T, N, H = q.shape
+    group = N // k.shape[2]
+    out = np.zeros(q.shape)
+    for b in range(B):
+        begin = 0 if first is None else int(first[b])
+        for t in range(T):
+            if slot + t < begin:
+                continue
+            for n in range(N):
+                keys = k[b, begin : slot + t + 1, n // group].astype(np.float64)
+                values = v[b, begin : slot + t + 1, n // group]
+                scores = keys @ q[b, t, n] / np.sqrt(H)
+                weights = np.exp(scores - scores.max())
+                out[b, t, n] = weights @ values / weights.sum()
+    return out
+
+
+def random_qkv(B: int, T: int, S: int, N: int, K: int, H: int, seed: int = 0) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H)
+    return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+
+
+@pytest.mark.parametrize("T", [1, 5, 63, 64, 65, 130])
+def test_attention_equals_the_literal_one_below_at_and_above_a_block(T: int) -> None:
+    q, k, v = random_qkv(2, T, T, 4, 2, 8)
+    np.testing.assert_allclose(attention(q, k, v), literal(q, k, v), atol=1e-5)
+
+
+def test_blocks_grow_where_their_number_would_not_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(module, "MAX_BLOCKS", 3)
+    q, k, v = random_qkv(1, 50, 50, 2, 1, 4)
+    np.testing.assert_allclose(attention(q, k, v), literal(q, k, v), atol=1e-5)
+    assert str(jax.make_jaxpr(attention)(q, k, v)).count("dot_general") == 2 * 3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (4, 4), (6, 2), (1, 1)])
+def test_query_heads_read_their_groups_kv_head(heads: int, kv_heads: int) -> None:
+    q, k, v = random_qkv(2, 9, 9, heads, kv_heads, 4)
+    np.testing.assert_allclose(attention(q, k, v), literal(q, k, v), atol=1e-5)
+
+
+def test_a_uniform_query_averages_just_the_visible_values() -> None:
+    v = np.array([1.0, 3.0, 5.0, 7.0], np.float32).reshape(1, 4, 1, 1)
+    zeros = np.zeros_like(v)
+    np.testing.assert_allclose(attention(zeros, zeros, v).ravel(), [1.0, 2.0, 3.0, 4.0], rtol=1e-6)
+    # In a cache: queries at slots 2 and 3; row 0 holds tokens from slot 0 on, row 1 from slot 1, row 2 from slot 3.
+    rows = np.repeat(v, 3, axis=0)
+    queries = np.zeros((3, 2, 1, 1), np.float32)
+    out = np.asarray(attention(queries, np.zeros_like(rows), rows, jnp.int32(2), jnp.array([0, 1, 3])))[:, :, 0, 0]
+    np.testing.assert_allclose(out[0], [3.0, 4.0], rtol=1e-6)
+    np.testing.assert_allclose(out[1], [4.0, 5.0], rtol=1e-6)
+    np.testing.assert_allclose(out[2, 1], 7.0, rtol=1e-6)
+    assert np.isfinite(out).all()
+
+
+@settings(deadline=None, max_examples=12)
+@given(data=st.data(), T=st.sampled_from([1, 3, 70]), extra=st.sampled_from([0, 7]), seed=st.integers(0, 99))
+def test_cache_slots_equal_the_literal_attention_and_padding_stays_finite(
+    data: st.DataObject, T: int, extra: int, seed: int
+) -> None:
+    slot = data.draw(st.integers(0, 6))
+    S = slot + T + extra
+    first = np.array(data.draw(st.lists(st.integers(0, slot + T - 1), min_size=3, max_size=3)), np.int32)
+    q, k, v = random_qkv(3, T, S, 4, 2, 4, seed)
+    out = np.asarray(attention(q, k, v, jnp.int32(slot), jnp.asarray(first)))
+    assert np.isfinite(out).all()
+    tokens = slot + np.arange(T) >= first[:, None]
+    np.testing.assert_allclose(out[tokens], literal(q, k, v, slot, first)[tokens], atol=1e-5)
+
+
+def test_slots_after_the_query_and_before_the_first_token_are_never_read() -> None:
+    q, k, v = random_qkv(2, 3, 20, 2, 1, 4)
+    slot, first = jnp.int32(8), jnp.array([2, 5])
+    before = attention(q, k, v, slot, first)
+    k2, v2 = k.copy(), v.copy()
+    for row, begin in enumerate([2, 5]):
+        k2[row, :begin], v2[row, :begin] = 9.0, -9.0
+        k2[row, 11:], v2[row, 11:] = 9.0, -9.0
+    np.testing.assert_array_equal(attention(q, k2, v2, slot, first), before)
+
+
+def test_softmax_is_float32_for_bfloat16_inputs() -> None:
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(1, 40, 40, 2, 1, 16))
+    out = attention(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    exps = [line for line in str(jax.make_jaxpr(attention)(q, k, v)).splitlines() if " exp " in line]
+    assert exps and all("f32[" in line for line in exps)
+    exact = literal(*(np.asarray(x, np.float32) for x in (q, k, v)))
+    np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=0.03)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = random_qkv(1, 8, 8, 2, 1, 4)
+    np.testing.assert_allclose(attention(q * 1000, k, v), literal(q * 1000, k, v), atol=1e-3)
+
+
+def test_gradients_reach_no_future_key() -> None:
+    q, k, v = random_qkv(1, 70, 70, 2, 1, 4)
+    for t in (0, 10, 63, 64, 68):
+        dk, dv = jax.grad(lambda k, v, t=t: jnp.sum(attention(q, k, v)[:, t]), argnums=(0, 1))(k, v)
+        assert np.isfinite(dk).all() and np.isfinite(dv).all()
+        assert not np.any(dk[:, t + 1 :]) and not np.any(dv[:, t + 1 :])
+        assert np.any(dv[:, : t + 1])

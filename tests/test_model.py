@@ -1,0 +1,230 @@
+"""The model: equal to an independent numpy LLaMA, causal, of the published sizes, initialised as documented."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_llama
+import pytest
+
+from llama_jax.config import ModelArgs
+from llama_jax.loss import cross_entropy
+from llama_jax.model import Llama, count_parameters
+
+ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, multiple_of=8, max_seq_len=1000)
+
+
+def random_params(args: ModelArgs, seed: int = 0) -> Any:
+    """Initial parameters, with the norms' weights away from one."""
+    params = nn.unbox(Llama(args).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
+    rng = np.random.default_rng(seed)
+
+    def move(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf * rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32) if "norm" in path[-1].key else leaf
+
+    return jax.tree_util.tree_map_with_path(move, params)
+
+
+def random_ids(B: int, T: int, vocab: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(vocab, size=(B, T)).astype(np.int32)
+
+
+def logits_of(params: Any, ids: np.ndarray, args: ModelArgs, **module: Any) -> np.ndarray:
+    model = Llama(args, **module)
+    return np.asarray(jax.jit(lambda p, i: model.apply({"params": p}, i)[0])(params, ids))
+
+
+def loss_of(model: Llama, ids: np.ndarray) -> Any:
+    """The mean loss as a function of the parameters."""
+
+    def loss(params: Any) -> jax.Array:
+        hidden, _ = model.apply({"params": params}, ids[:, :-1], method="hidden")
+        return cross_entropy(hidden, params["output"], ids[:, 1:], jnp.ones(ids[:, 1:].shape)) / ids[:, 1:].size
+
+    return loss
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, None])
+def test_model_equals_numpy_llama_over_kv_heads(kv_heads: int | None) -> None:
+    args = dataclasses.replace(ARGS, n_kv_heads=kv_heads)
+    params, ids = random_params(args), random_ids(3, 70, args.vocab_size)
+    np.testing.assert_allclose(logits_of(params, ids, args), numpy_llama.llama(params, ids, args), atol=1e-4)
+
+
+def test_model_equals_numpy_llama_at_a_thousand_positions() -> None:
+    params, ids = random_params(ARGS), random_ids(1, 1000, ARGS.vocab_size)
+    np.testing.assert_allclose(logits_of(params, ids, ARGS), numpy_llama.llama(params, ids, ARGS), atol=2e-4)
+
+
+def test_model_equals_numpy_llama_with_other_constants() -> None:
+    args = dataclasses.replace(ARGS, rope_theta=300.0, norm_eps=0.1, ffn_dim_multiplier=1.7, n_layers=3)
+    params, ids = random_params(args), random_ids(2, 40, args.vocab_size)
+    np.testing.assert_allclose(logits_of(params, ids, args), numpy_llama.llama(params, ids, args), atol=1e-4)
+
+
+def test_a_token_never_influences_an_earlier_position() -> None:
+    T = 130  # three blocks of attention
+    params, ids = random_params(ARGS), random_ids(1, T, ARGS.vocab_size)
+    same = np.repeat(ids, T, axis=0)
+    changed = same.copy()
+    changed[np.arange(T), np.arange(T)] = (ids[0] + 1) % ARGS.vocab_size
+    before, after = logits_of(params, same, ARGS), logits_of(params, changed, ARGS)
+    for t in range(T):
+        np.testing.assert_array_equal(after[t, :t], before[t, :t])
+        assert (after[t, t:] != before[t, t:]).any(axis=-1).all(), "every later position must see the token"
+
+
+@pytest.mark.parametrize(
+    ("args", "count"),
+    [
+        (ModelArgs(4096, 32, 32, vocab_size=32000), 6_738_415_616),
+        (ModelArgs(5120, 40, 40, vocab_size=32000), 13_015_864_320),
+        (ModelArgs(8192, 80, 64, 8, vocab_size=32000, multiple_of=4096, ffn_dim_multiplier=1.3), 68_976_648_192),
+    ],
+    ids=["7B", "13B", "70B"],
+)
+def test_published_sizes_have_their_exact_parameter_counts(args: ModelArgs, count: int) -> None:
+    assert count_parameters(args) == count
+
+
+def test_parameters_have_the_documented_names_shapes_and_axes() -> None:
+    a = ARGS
+    boxed = jax.eval_shape(Llama(a).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    L, D, N, K, H, F, V = a.n_layers, a.dim, a.n_heads, 2, a.dim // a.n_heads, 88, a.vocab_size
+    assert {
+        "/".join(key.key for key in path): (box.value.shape, " ".join(box.names), box.value.dtype) for path, box in leaves
+    } == {
+        name: (shape, axes, jnp.float32)
+        for name, shape, axes in [
+            ("tok_embeddings", (V, D), "vocab embed"),
+            ("layers/attention/wq", (L, D, N, H), "layers embed heads head_dim"),
+            ("layers/attention/wk", (L, D, K, H), "layers embed kv_heads head_dim"),
+            ("layers/attention/wv", (L, D, K, H), "layers embed kv_heads head_dim"),
+            ("layers/attention/wo", (L, N, H, D), "layers heads head_dim embed"),
+            ("layers/feed_forward/w1", (L, D, F), "layers embed mlp"),
+            ("layers/feed_forward/w3", (L, D, F), "layers embed mlp"),
+            ("layers/feed_forward/w2", (L, F, D), "layers mlp embed"),
+            ("layers/attention_norm", (L, D), "layers norm"),
+            ("layers/ffn_norm", (L, D), "layers norm"),
+            ("norm", (D,), "norm"),
+            ("output", (D, V), "embed vocab"),
+        ]
+    }
+
+
+CHANGES_SHAPES = {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 51, "multiple_of": 16, "ffn_dim_multiplier": 1.3}
+CHANGES_RESULTS = {"norm_eps": 1e-2, "rope_theta": 1e3}
+
+
+def test_every_model_field_is_covered_by_a_claim_below() -> None:
+    fields = {field.name for field in dataclasses.fields(ModelArgs)}
+    assert fields == {*CHANGES_SHAPES, *CHANGES_RESULTS, "max_seq_len"}
+
+
+@pytest.mark.parametrize("field", CHANGES_SHAPES)
+def test_field_changes_the_shapes(field: str) -> None:
+    def shapes(args: ModelArgs) -> Any:
+        variables = jax.eval_shape(Llama(args).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        return jax.tree.map(lambda leaf: leaf.shape, nn.unbox(variables))
+
+    assert shapes(dataclasses.replace(ARGS, **{field: CHANGES_SHAPES[field]})) != shapes(ARGS)
+
+
+@pytest.mark.parametrize("field", CHANGES_RESULTS)
+def test_field_changes_the_logits(field: str) -> None:
+    params, ids = random_params(ARGS), random_ids(1, 32, ARGS.vocab_size)
+    other = dataclasses.replace(ARGS, **{field: CHANGES_RESULTS[field]})
+    assert np.abs(logits_of(params, ids, other) - logits_of(params, ids, ARGS)).max() > 1e-3
+
+
+def test_max_seq_len_is_the_longest_sequence_taken() -> None:
+    params, ids = random_params(ARGS), random_ids(1, 17, ARGS.vocab_size)
+    assert logits_of(params, ids, dataclasses.replace(ARGS, max_seq_len=17)).shape == (1, 17, ARGS.vocab_size)
+    with pytest.raises(Exception, match="shape"):
+        logits_of(params, ids, dataclasses.replace(ARGS, max_seq_len=16))
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["scanned", "unrolled"])
+def by_policy(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Of each remat policy: the program's text, the bytes of its temporaries, and its loss and gradients."""
+    args = dataclasses.replace(ARGS, n_layers=3, dim=64, max_seq_len=64)
+    params, ids = random_params(args), random_ids(8, 65, args.vocab_size)
+    found = {}
+    for policy in ("none", "dots", "full"):
+        loss = loss_of(Llama(args, remat=policy, unroll=request.param), ids)  # type: ignore[arg-type]
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
+        compiled = lowered.compile()
+        found[policy] = (lowered.as_text(), compiled.memory_analysis().temp_size_in_bytes, compiled(params))
+    return found
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_remat_changes_neither_loss_nor_gradients(by_policy: dict[str, Any], policy: str) -> None:
+    (loss, grads), (remat_loss, remat_grads) = by_policy["none"][2], by_policy[policy][2]
+    np.testing.assert_allclose(remat_loss, loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), remat_grads, grads)
+
+
+def test_remat_policies_are_three_programs(by_policy: dict[str, Any]) -> None:
+    assert len({text for text, _, _ in by_policy.values()}) == 3
+
+
+def test_remat_saves_memory_and_the_more_the_more_is_computed_again(by_policy: dict[str, Any]) -> None:
+    none, dots, full = (by_policy[policy][1] for policy in ("none", "dots", "full"))
+    assert full < dots < none
+    assert full < 0.7 * none
+
+
+def test_unrolling_does_not_change_the_logits() -> None:
+    args = dataclasses.replace(ARGS, n_layers=4)
+    params, ids = random_params(args), random_ids(2, 33, args.vocab_size)
+    scanned = logits_of(params, ids, args)
+    for unroll in (2, 3, 4):
+        np.testing.assert_allclose(logits_of(params, ids, args, unroll=unroll), scanned, atol=1e-5)
+
+
+def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones() -> None:
+    params, ids = random_params(ARGS), random_ids(2, 100, ARGS.vocab_size)
+    exact, rounded = logits_of(params, ids, ARGS), logits_of(params, ids, ARGS, dtype=jnp.bfloat16)
+    assert rounded.dtype == np.float32
+    error = np.abs(rounded - exact)
+    assert 1e-4 < error.max() < 0.2  # computed in bfloat16 indeed, and near
+    assert error.mean() < 0.02
+    assert len(np.unique(rounded.view(np.uint32) & 0xFFFF)) > 1000  # not rounded to bfloat16 at the end
+
+
+def test_initial_matrices_have_their_documented_spread() -> None:
+    args = ModelArgs(dim=256, n_layers=8, n_heads=4, n_kv_heads=2, vocab_size=300, multiple_of=32)
+    params = nn.unbox(Llama(args).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    layers, residual = params["layers"], 2 * args.n_layers
+    expected = [
+        (params["tok_embeddings"], 1.0),
+        (params["output"], args.dim**-0.5),
+        (layers["attention"]["wq"], args.dim**-0.5),
+        (layers["attention"]["wk"], args.dim**-0.5),
+        (layers["attention"]["wv"], args.dim**-0.5),
+        (layers["attention"]["wo"], (residual * args.dim) ** -0.5),
+        (layers["feed_forward"]["w1"], args.dim**-0.5),
+        (layers["feed_forward"]["w3"], args.dim**-0.5),
+        (layers["feed_forward"]["w2"], (residual * args.hidden_dim) ** -0.5),
+    ]
+    for matrix, std in expected:
+        np.testing.assert_allclose(np.std(matrix), std, rtol=0.02)
+        assert abs(np.mean(matrix)) < 0.02 * std
+    for norm in (params["norm"], layers["attention_norm"], layers["ffn_norm"]):
+        np.testing.assert_array_equal(norm, 1.0)
+    assert not np.allclose(layers["attention"]["wq"][0], layers["attention"]["wq"][1]), "layers must differ"
+
+
+@pytest.mark.parametrize("n_layers", [1, 12])
+def test_initial_loss_is_that_of_unit_gaussian_logits_at_any_depth(n_layers: int) -> None:
+    args = dataclasses.replace(ARGS, dim=128, vocab_size=200, n_layers=n_layers)
+    params = nn.unbox(Llama(args).init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32)))["params"]
+    ids = random_ids(8, 129, args.vocab_size)
+    # Logits are N(0, 1): E[log sum exp] is about log V + 1/2, and the target's logit has mean zero.
+    assert float(jax.jit(loss_of(Llama(args), ids))(params)) == pytest.approx(math.log(200) + 0.5, abs=0.15)
