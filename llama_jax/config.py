@@ -181,6 +181,9 @@ class TrainArgs:
             _check(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
         for name in ("beta1", "beta2"):
             _check(0 <= getattr(self, name) < 1, f"train.{name}", "at least 0 and below 1", getattr(self, name))
+        for name in ("lr", "eps", "weight_decay", "grad_clip"):
+            _check(math.isfinite(getattr(self, name)), f"train.{name}", "a finite number", getattr(self, name))
+        _check(self.seed < 2**32, "train.seed", "below 2^32", self.seed)
         _check(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", "between 0 and 1", self.min_lr_ratio)
         _check(self.max_steps is None or self.max_steps > 0, "train.max_steps", "a positive number", self.max_steps)
         _check(
@@ -290,11 +293,16 @@ def to_toml(config: Any) -> str:
     for section in dataclasses.fields(config):
         lines.append(f"[{section.name}]")
         for name, value in dataclasses.asdict(getattr(config, section.name)).items():
-            lines.append(
-                f"# {name} is not set" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
-            )
+            lines.append(f"# {name} is not set" if value is None else f"{name} = {_toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    # JSON's spelling is TOML's for all that fields hold, but for infinities and DEL.
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def parse_flags(kind: type[T], argv: Sequence[str] | None, default: T, prog: str, description: str) -> T:

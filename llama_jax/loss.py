@@ -39,12 +39,15 @@ def _logits(x: jax.Array, output: jax.Array) -> jax.Array:
 
 
 def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Each [B, T, ...] as [T/C, B, C, ...]: the batch axis stays whole, for it may be spread over devices."""
+    """Each [B, T, ...] as [T/C, B, C, ...], with zeros behind the end (of no weight) where C does not divide T.
+
+    The batch axis stays whole, for it may be spread over devices.
+    """
     B, T = arrays[0].shape[:2]
-    count = max(1, B * T // CHUNK_TOKENS)
-    while T % count:
-        count -= 1
-    return tuple(a.reshape(B, count, T // count, *a.shape[2:]).swapaxes(0, 1) for a in arrays)
+    C = min(T, max(1, CHUNK_TOKENS // B))
+    count = -(-T // C)
+    padded = (jnp.pad(a, [(0, 0), (0, count * C - T)] + [(0, 0)] * (a.ndim - 2)) for a in arrays)
+    return tuple(a.reshape(B, count, C, *a.shape[2:]).swapaxes(0, 1) for a in padded)
 
 
 def _forward(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array):
@@ -63,9 +66,10 @@ def _forward(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: 
         d_output += jnp.einsum("BCD,BCV->DV", x, d_logits, preferred_element_type=jnp.float32)
         return (total, d_output), dx
 
+    B, T, D = hidden.shape
     start = jnp.zeros((), jnp.float32), jnp.zeros(output.shape, jnp.float32)
     (total, d_output), dx = jax.lax.scan(chunk, start, _chunks(hidden, targets, weights))
-    return total, (dx.swapaxes(0, 1).reshape(hidden.shape), d_output.astype(output.dtype))
+    return total, (dx.swapaxes(0, 1).reshape(B, -1, D)[:, :T], d_output.astype(output.dtype))
 
 
 def _backward(saved: tuple[jax.Array, jax.Array], d_total: jax.Array):

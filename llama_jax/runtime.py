@@ -30,5 +30,6 @@ def make_model(args: ModelArgs, compute_dtype: DType = "auto", remat: Remat = "n
     cpu = jax.default_backend() == "cpu"
     if compute_dtype == "auto":
         compute_dtype = "float32" if cpu else "bfloat16"
-    unroll = args.n_layers if cpu and args.n_layers <= CPU_UNROLLED_LAYERS else 1
+    # Unrolled, XLA would find what remat computes again to be the same as before, and keep it after all.
+    unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
     return Llama(args, dtype=jnp.dtype(compute_dtype), remat=remat, unroll=unroll)

@@ -176,9 +176,9 @@ def _spell_rare_characters(lines: list[str], vocab_size: int) -> list[str]:
 
     Single characters get at most half of the room that the 256 bytes and the three controls leave in the vocabulary.
     """
-    counts = collections.Counter(itertools.chain.from_iterable(lines))
+    counts = collections.Counter(char for char in itertools.chain.from_iterable(lines) if char != " ")
     room = max(1, (vocab_size - 259) // 2)
-    if len(counts) < room:
+    if len(counts) <= room:
         return lines
     border = {ord(char): "\n" for char, _ in counts.most_common()[room:]}
     return [part for line in lines for part in line.translate(border).split("\n") if part.strip()]

@@ -36,24 +36,25 @@ def random_qkv(B: int, T: int, S: int, N: int, K: int, H: int, seed: int = 0) ->
     return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
 
-@pytest.mark.parametrize("T", [1, 5, 63, 64, 65, 130])
+@pytest.mark.parametrize("T", [1, 5, 64, 65, 130])
 def test_attention_equals_the_literal_one_below_at_and_above_a_block(T: int) -> None:
     q, k, v = random_qkv(2, T, T, 4, 2, 8)
-    np.testing.assert_allclose(attention(q, k, v), literal(q, k, v), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(attention)(q, k, v), literal(q, k, v), atol=1e-5)
 
 
 def test_blocks_grow_where_their_number_would_not_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK", 4)
     monkeypatch.setattr(module, "MAX_BLOCKS", 3)
     q, k, v = random_qkv(1, 50, 50, 2, 1, 4)
-    np.testing.assert_allclose(attention(q, k, v), literal(q, k, v), atol=1e-5)
-    assert str(jax.make_jaxpr(attention)(q, k, v)).count("dot_general") == 2 * 3
+    # A function of its own: the programs of the true sizes are cached under the other.
+    np.testing.assert_allclose(jax.jit(lambda *qkv: attention(*qkv))(q, k, v), literal(q, k, v), atol=1e-5)
+    assert str(jax.make_jaxpr(lambda *qkv: attention(*qkv))(q, k, v)).count("dot_general") == 2 * 3
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (4, 4), (6, 2), (1, 1)])
 def test_query_heads_read_their_groups_kv_head(heads: int, kv_heads: int) -> None:
     q, k, v = random_qkv(2, 9, 9, heads, kv_heads, 4)
-    np.testing.assert_allclose(attention(q, k, v), literal(q, k, v), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(attention)(q, k, v), literal(q, k, v), atol=1e-5)
 
 
 def test_a_uniform_query_averages_just_the_visible_values() -> None:
@@ -70,16 +71,17 @@ def test_a_uniform_query_averages_just_the_visible_values() -> None:
     assert np.isfinite(out).all()
 
 
+cached_attention = jax.jit(attention)
+
+
 @settings(deadline=None, max_examples=12)
-@given(data=st.data(), T=st.sampled_from([1, 3, 70]), extra=st.sampled_from([0, 7]), seed=st.integers(0, 99))
+@given(data=st.data(), T=st.sampled_from([1, 70]), slot=st.integers(0, 6), seed=st.integers(0, 99))
 def test_cache_slots_equal_the_literal_attention_and_padding_stays_finite(
-    data: st.DataObject, T: int, extra: int, seed: int
+    data: st.DataObject, T: int, slot: int, seed: int
 ) -> None:
-    slot = data.draw(st.integers(0, 6))
-    S = slot + T + extra
     first = np.array(data.draw(st.lists(st.integers(0, slot + T - 1), min_size=3, max_size=3)), np.int32)
-    q, k, v = random_qkv(3, T, S, 4, 2, 4, seed)
-    out = np.asarray(attention(q, k, v, jnp.int32(slot), jnp.asarray(first)))
+    q, k, v = random_qkv(3, T, T + 8, 4, 2, 4, seed)
+    out = np.asarray(cached_attention(q, k, v, jnp.int32(slot), jnp.asarray(first)))
     assert np.isfinite(out).all()
     tokens = slot + np.arange(T) >= first[:, None]
     np.testing.assert_allclose(out[tokens], literal(q, k, v, slot, first)[tokens], atol=1e-5)
@@ -113,8 +115,9 @@ def test_large_scores_do_not_overflow() -> None:
 
 def test_gradients_reach_no_future_key() -> None:
     q, k, v = random_qkv(1, 70, 70, 2, 1, 4)
+    gradient = jax.jit(jax.grad(lambda k, v, t: jnp.sum(attention(q, k, v)[:, t]), argnums=(0, 1)))
     for t in (0, 10, 63, 64, 68):
-        dk, dv = jax.grad(lambda k, v, t=t: jnp.sum(attention(q, k, v)[:, t]), argnums=(0, 1))(k, v)
+        dk, dv = gradient(k, v, jnp.int32(t))
         assert np.isfinite(dk).all() and np.isfinite(dv).all()
         assert not np.any(dk[:, t + 1 :]) and not np.any(dv[:, t + 1 :])
-        assert np.any(dv[:, : t + 1])
+        assert np.all(dv[:, : t + 1])

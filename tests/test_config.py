@@ -115,6 +115,9 @@ def test_a_bad_flag_is_refused_in_one_line_with_flag_expected_and_found(argv, pa
         (ModelArgs(multiple_of=0), "model.multiple_of", "0"),
         (ModelArgs(vocab_size=0), "model.vocab_size", "0"),
         (ModelArgs(norm_eps=float("nan")), "model.norm_eps", "nan"),
+        (ModelArgs(norm_eps=float("inf")), "model.norm_eps", "inf"),
+        (ModelArgs(rope_theta=float("inf")), "model.rope_theta", "inf"),
+        (ModelArgs(ffn_dim_multiplier=float("inf")), "model.ffn_dim_multiplier", "inf"),
         (ModelArgs(ffn_dim_multiplier=-1.0), "model.ffn_dim_multiplier", "-1.0"),
         (ModelArgs(ffn_dim_multiplier=1e-9), "model.ffn_dim_multiplier", "0"),
         (DataArgs(train_size=0.0), "data.train_size", "0.0"),
@@ -200,7 +203,9 @@ def test_every_field_can_be_set_by_its_flag():
     for section, name in FIELDS:
         default = getattr(getattr(Config(), section), name)
         hint = str(typing.get_type_hints(SECTIONS[section])[name])
-        value = {"remat": "dots", "compute_dtype": "bfloat16"}.get(name, "7" if "int" in hint or "float" in hint else "x")
+        value = {"remat": "dots", "compute_dtype": "bfloat16"}.get(
+            name, "7" if "int" in hint or "float" in hint else "x"
+        )
         config = flags(f"--{section}.{name.replace('_', '-')}", value)
         changed = getattr(getattr(config, section), name)
         assert changed != default and str(changed).removesuffix(".0") == value
@@ -216,8 +221,8 @@ configs = st.builds(
         ModelArgs,
         dim=st.integers(),
         n_kv_heads=st.none() | st.integers(),
-        ffn_dim_multiplier=st.none() | st.floats(allow_nan=False),
-        norm_eps=st.floats(allow_nan=False),
+        ffn_dim_multiplier=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+        norm_eps=st.floats(allow_nan=False, allow_infinity=False),
     ),
     data=st.builds(
         DataArgs,
@@ -226,7 +231,7 @@ configs = st.builds(
     ),
     train=st.builds(
         TrainArgs,
-        lr=st.floats(allow_nan=False),
+        lr=st.floats(allow_nan=False, allow_infinity=False),
         max_steps=st.none() | st.integers(),
         remat=st.sampled_from(typing.get_args(Remat)),
     ),
@@ -287,7 +292,14 @@ def test_a_refused_command_ends_with_one_line_and_status_2_and_debug_shows_the_t
 
 @pytest.mark.parametrize(
     "argv",
-    [["--model.n-heads", "7"], ["--config"], ["--config", "missing.toml"], ["--train.lr", "x"], ["--model.dim"], ["--no"]],
+    [
+        ["--model.n-heads", "7"],
+        ["--config"],
+        ["--config", "missing.toml"],
+        ["--train.lr", "x"],
+        ["--model.dim"],
+        ["--no"],
+    ],
     ids=" ".join,
 )
 def test_train_py_refuses_bad_arguments_in_one_line_with_status_2(tmp_path, argv):

@@ -1,5 +1,7 @@
 """linear: the values and gradients of jnp.einsum, for every product of the model."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,13 +28,20 @@ def operands(equation: str, dtype: jnp.dtype = jnp.float32) -> list[jax.Array]:
     ]
 
 
+def results(function: Any, equation: str, x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+    """The product, and the gradients with respect to x and w."""
+
+    def run(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda x, w: function(equation, x, w), x, w)
+        return y, *pull(dy)
+
+    return jax.jit(run)(x, w, dy)
+
+
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_values_and_gradients_are_those_of_einsum(equation: str) -> None:
     x, w, dy = operands(equation)
-    y, pull = jax.vjp(lambda x, w: linear(equation, x, w), x, w)
-    expected, pull_expected = jax.vjp(lambda x, w: jnp.einsum(equation, x, w), x, w)
-    np.testing.assert_allclose(y, expected, atol=1e-5)
-    for found, wanted in zip(pull(dy), pull_expected(dy), strict=True):
+    for found, wanted in zip(results(linear, equation, x, w, dy), results(jnp.einsum, equation, x, w, dy), strict=True):
         assert found.shape == wanted.shape
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
@@ -40,11 +49,7 @@ def test_values_and_gradients_are_those_of_einsum(equation: str) -> None:
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_bfloat16_operands_have_bfloat16_results_and_gradients(equation: str) -> None:
     x, w, dy = operands(equation, jnp.bfloat16)
-    y, pull = jax.vjp(lambda x, w: linear(equation, x, w), x, w)
-    exact, pull_exact = jax.vjp(
-        lambda x, w: jnp.einsum(equation, x, w), x.astype(jnp.float32), w.astype(jnp.float32)
-    )
-    found, wanted = (y, *pull(dy)), (exact, *pull_exact(dy.astype(jnp.float32)))
-    for a, b in zip(found, wanted, strict=True):
+    exact = results(jnp.einsum, equation, *(a.astype(jnp.float32) for a in (x, w, dy)))
+    for a, b in zip(results(linear, equation, x, w, dy), exact, strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llama_jax import loss as module
 from llama_jax.loss import cross_entropy, negative_log_likelihood
@@ -31,9 +29,10 @@ def case(B: int, T: int, D: int = 6, V: int = 13, seed: int = 0) -> tuple[Any, .
 
 
 def assert_equal_to_plain(args: tuple[Any, ...]) -> None:
-    expected, wanted = jax.value_and_grad(plain, argnums=(0, 1))(*args)
-    np.testing.assert_allclose(cross_entropy(*args), expected, rtol=1e-5, atol=1e-5)
-    value, found = jax.value_and_grad(cross_entropy, argnums=(0, 1))(*args)
+    expected, wanted = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(*args)
+    # Functions of their own: what is cached under cross_entropy may be cut in other chunks.
+    value, found = jax.jit(jax.value_and_grad(lambda *a: cross_entropy(*a), argnums=(0, 1)))(*args)
+    np.testing.assert_allclose(jax.jit(lambda *a: cross_entropy(*a))(*args), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -44,12 +43,10 @@ def test_values_and_gradients_are_those_of_plain_cross_entropy(shape: tuple[int,
     assert_equal_to_plain(case(*shape))
 
 
-@settings(deadline=None, max_examples=10)
-@given(B=st.integers(1, 3), T=st.integers(1, 20), chunk=st.integers(1, 40), seed=st.integers(0, 99))
-def test_the_size_of_a_chunk_changes_nothing(B: int, T: int, chunk: int, seed: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_TOKENS", chunk)
-        assert_equal_to_plain(case(B, T, seed=seed))
+@pytest.mark.parametrize("chunk", [1, 7, 24, 60, 1000])
+def test_the_size_of_a_chunk_changes_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_TOKENS", chunk)
+    assert_equal_to_plain(case(2, 18))
 
 
 def test_positions_of_weight_zero_add_nothing_to_loss_or_gradients() -> None:

@@ -14,6 +14,7 @@ import pytest
 from llama_jax.config import ModelArgs
 from llama_jax.loss import cross_entropy
 from llama_jax.model import Llama, count_parameters
+from llama_jax.runtime import make_model
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, multiple_of=8, max_seq_len=1000)
 
@@ -97,7 +98,8 @@ def test_parameters_have_the_documented_names_shapes_and_axes() -> None:
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     L, D, N, K, H, F, V = a.n_layers, a.dim, a.n_heads, 2, a.dim // a.n_heads, 88, a.vocab_size
     assert {
-        "/".join(key.key for key in path): (box.value.shape, " ".join(box.names), box.value.dtype) for path, box in leaves
+        "/".join(key.key for key in path): (box.value.shape, " ".join(box.names), box.value.dtype)
+        for path, box in leaves
     } == {
         name: (shape, axes, jnp.float32)
         for name, shape, axes in [
@@ -117,7 +119,15 @@ def test_parameters_have_the_documented_names_shapes_and_axes() -> None:
     }
 
 
-CHANGES_SHAPES = {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 51, "multiple_of": 16, "ffn_dim_multiplier": 1.3}
+CHANGES_SHAPES = {
+    "dim": 64,
+    "n_layers": 3,
+    "n_heads": 8,
+    "n_kv_heads": 4,
+    "vocab_size": 51,
+    "multiple_of": 16,
+    "ffn_dim_multiplier": 1.3,
+}
 CHANGES_RESULTS = {"norm_eps": 1e-2, "rope_theta": 1e3}
 
 
@@ -149,14 +159,14 @@ def test_max_seq_len_is_the_longest_sequence_taken() -> None:
         logits_of(params, ids, dataclasses.replace(ARGS, max_seq_len=16))
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["scanned", "unrolled"])
-def by_policy(request: pytest.FixtureRequest) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def by_policy() -> dict[str, Any]:
     """Of each remat policy: the program's text, the bytes of its temporaries, and its loss and gradients."""
     args = dataclasses.replace(ARGS, n_layers=3, dim=64, max_seq_len=64)
     params, ids = random_params(args), random_ids(8, 65, args.vocab_size)
     found = {}
     for policy in ("none", "dots", "full"):
-        loss = loss_of(Llama(args, remat=policy, unroll=request.param), ids)  # type: ignore[arg-type]
+        loss = loss_of(Llama(args, remat=policy), ids)  # type: ignore[arg-type]
         lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
         compiled = lowered.compile()
         found[policy] = (lowered.as_text(), compiled.memory_analysis().temp_size_in_bytes, compiled(params))
@@ -170,21 +180,28 @@ def test_remat_changes_neither_loss_nor_gradients(by_policy: dict[str, Any], pol
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), remat_grads, grads)
 
 
-def test_remat_policies_are_three_programs(by_policy: dict[str, Any]) -> None:
-    assert len({text for text, _, _ in by_policy.values()}) == 3
-
-
 def test_remat_saves_memory_and_the_more_the_more_is_computed_again(by_policy: dict[str, Any]) -> None:
     none, dots, full = (by_policy[policy][1] for policy in ("none", "dots", "full"))
     assert full < dots < none
     assert full < 0.7 * none
 
 
+def test_remat_saves_memory_in_the_model_that_this_platform_runs() -> None:
+    args = dataclasses.replace(ARGS, n_layers=3, dim=64, max_seq_len=64)
+    params, ids = random_params(args), random_ids(8, 65, args.vocab_size)
+
+    def temporaries(policy: Any) -> int:
+        gradient = jax.jit(jax.grad(loss_of(make_model(args, "float32", policy), ids)))
+        return gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries("full") < 0.7 * temporaries("none")
+
+
 def test_unrolling_does_not_change_the_logits() -> None:
     args = dataclasses.replace(ARGS, n_layers=4)
     params, ids = random_params(args), random_ids(2, 33, args.vocab_size)
     scanned = logits_of(params, ids, args)
-    for unroll in (2, 3, 4):
+    for unroll in (3, 4):
         np.testing.assert_allclose(logits_of(params, ids, args, unroll=unroll), scanned, atol=1e-5)
 
 

@@ -42,7 +42,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Batches of steps ``start`` to ``stop`` - 1, read ahead by threads of grain."""
     windows = Windows(stream, length, seed)
-    rows = grain.MapDataset.range(windows.per_epoch).shuffle(seed=seed).repeat().map_with_index(windows.row)
+    epochs = -(-stop * batch_size // windows.per_epoch)
+    rows = grain.MapDataset.range(windows.per_epoch).shuffle(seed=seed).repeat(epochs).map_with_index(windows.row)
     steps = rows.batch(batch_size).slice(slice(start, stop))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     for tokens in steps.to_iter_dataset(options):

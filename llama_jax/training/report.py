@@ -81,5 +81,7 @@ def closing_text(save_dir: Path, steps: int, seconds: float, best: dict[str, Any
         f"checkpoints: {save_dir / 'checkpoints'}   losses: {save_dir / 'losses.png'}   numbers: {save_dir / 'metrics.jsonl'}"
     )
     lines.append("now try:")
-    lines.append(f"  python sample.py --ckpt {shlex.quote(str(save_dir))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}")
+    lines.append(
+        f"  python sample.py --ckpt {shlex.quote(str(save_dir))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}"
+    )
     return "\n".join(lines)

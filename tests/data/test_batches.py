@@ -50,14 +50,16 @@ def test_another_seed_gives_another_order():
     assert not any(equal(a, b) for a, b in itertools.combinations(orders, 2))
 
 
-def test_the_order_is_shuffled_and_new_every_epoch():
-    windows = Windows(stream_of(320), 16, 0)
-    assert windows.per_epoch == 20
-    first = np.concatenate([batch.inputs[:, 0] for batch in train(320, 4, 16, 0, 0, 15)]).astype(int).reshape(3, 20)
-    # Which window comes when, whatever the epoch's offset: order of starts round the ring.
-    orders = [tuple((epoch - epoch[0]) % 320 // 16) for epoch in first]
-    assert all(sorted(order) == list(range(20)) for order in orders)
-    assert len(set(orders)) == 3 and all(order != tuple(range(20)) for order in orders)
+def test_the_order_is_shuffled_and_new_with_every_epoch_and_seed():
+    assert Windows(stream_of(320), 16, 0).per_epoch == 20
+    orders = {}
+    for seed in (0, 7, 1000):
+        first = np.concatenate([batch.inputs[:, 0] for batch in train(320, 4, 16, seed, 0, 15)]).reshape(3, 20)
+        # Which window comes when, counted round the ring from the epoch's first, whatever the epoch's offset.
+        orders[seed] = [tuple(((epoch - epoch[0]) % 320 // 16).tolist()) for epoch in first]
+    every = [order for epochs in orders.values() for order in epochs]
+    assert all(sorted(order) == list(range(20)) for order in every)
+    assert len({*every, tuple(range(20))}) == 10
 
 
 def test_an_epoch_begins_at_an_offset_of_its_own():
@@ -91,7 +93,9 @@ def test_a_text_shorter_than_a_window_trains():
         assert (targets == inputs % 3 + 1).all() and weights.all()
 
 
-@pytest.mark.parametrize(("count", "batch_size", "length", "steps"), [(320, 4, 16, 5), (321, 4, 16, 6), (2, 4, 16, 1), (64, 1, 16, 4)])
+@pytest.mark.parametrize(
+    ("count", "batch_size", "length", "steps"), [(320, 4, 16, 5), (321, 4, 16, 6), (2, 4, 16, 1), (64, 1, 16, 4)]
+)
 def test_an_epoch_takes_the_steps_that_cover_the_stream(count, batch_size, length, steps):
     assert steps_per_epoch(stream_of(count), batch_size, length) == steps
 

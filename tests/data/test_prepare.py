@@ -15,7 +15,7 @@ from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = "The fox went to the river.\nThe owl said: \"12 boats!\" Où?\n\n" * 40
+TEXT = 'The fox went to the river.\nThe owl said: "12 boats!" Où?\n\n' * 40
 
 
 def load(folder: Path, **options) -> Data:
@@ -72,7 +72,9 @@ def test_a_folder_or_a_glob_is_read_whole(tmp_path, small_tokenizer, target):
     (tmp_path / "text").mkdir()
     for i in range(4):
         (tmp_path / "text" / f"{i}.txt").write_text(f"text {i}\n" * 30)
-    data = load(tmp_path, filepath=str(tmp_path / "text" / target), tokenizer_model_path=str(small_tokenizer.model_path))
+    data = load(
+        tmp_path, filepath=str(tmp_path / "text" / target), tokenizer_model_path=str(small_tokenizer.model_path)
+    )
     assert text_of(data) == "".join(f"text {i}\n" * 30 for i in range(4))
     # The cut goes through the last file, so it is a document of both.
     assert data.tokens.manifest.documents == {"train": 4, "eval": 1}
@@ -196,14 +198,20 @@ def test_prepared_tokens_with_another_tokenizer_than_theirs_are_refused(tmp_path
         (["cook"], "expected the command prepare, found cook"),
         (["prepare"], "--filepath: expected a path"),
         (["prepare", "--filepath", "a.txt"], "--output: expected a path"),
-        (["prepare", "--filepath", "a.txt", "--output", "out", "--workers", "0"], "--workers: expected 1 or more, found 0"),
+        (
+            ["prepare", "--filepath", "a.txt", "--output", "out", "--workers", "0"],
+            "--workers: expected 1 or more, found 0",
+        ),
         (["prepare", "--filepath", "a.txt", "--output", "out", "--workers", "two"], "--workers"),
         (["prepare", "--filepath", "a.txt", "--output", "out", "--train-size", "2"], "train_size: expected"),
         (["prepare", "--filepath", "b.txt", "--output", "out"], "found nothing at b.txt"),
         (["prepare", "--filepath", "a.txt", "--output", "a.txt"], "a.txt"),
-        (["prepare", "--filepath", "a.txt", "--output", "out", "--tokenizer-model-path", "a.txt"], "expected a SentencePiece"),
+        (
+            ["prepare", "--filepath", "a.txt", "--output", "out", "--tokenizer-model-path", "a.txt"],
+            "expected a SentencePiece",
+        ),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_prepare_refuses_bad_arguments_in_one_line_with_status_2(tmp_path, argv, words):
     (tmp_path / "a.txt").write_text(TEXT)

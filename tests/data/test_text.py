@@ -119,13 +119,27 @@ def test_the_document_that_the_cut_goes_through_is_open_in_training_and_ends_in_
     assert documents(corpus, "eval") == [("efg", True), ("h", True)]
 
 
-@pytest.mark.parametrize("cut", range(1, 13))
-def test_a_separator_that_the_cut_goes_through_is_in_neither_part(tmp_path, cut):
-    content = b"abc<sep>defg"
-    corpus = corpus_of(tmp_path, content, separator=b"<sep>", train_size=cut / len(content) + 1e-9)
-    assert corpus.cut == cut
-    train, held_out = joined(corpus, "train"), joined(corpus, "eval")
-    assert train + held_out == "abcdefg"
+@pytest.mark.parametrize(
+    ("content", "separator"),
+    [
+        (b"abc<sep>defg", b"<sep>"),
+        (b"ab\n\n\n\ncd", b"\n\n"),
+        (b"ab\n\n\n\n\ncd\n\n", b"\n\n"),
+        (b"\n\n\nab\n\n", b"\n\n"),
+        ("é — è —".encode(), "—".encode()),
+    ],
+    ids=ascii,
+)
+def test_wherever_the_cut_is_no_separator_is_in_either_part_and_whole_documents_are_ended(tmp_path, content, separator):
+    whole = documents(corpus_of(tmp_path, content, separator=separator, train_size=1.0), "train")
+    assert [text for text, _ in whole] == [d for d in content.decode().split(separator.decode()) if d]
+    for cut in range(1, len(content)):
+        corpus = corpus_of(tmp_path, content, separator=separator, train_size=cut / len(content) + 1e-9)
+        assert corpus.cut == cut
+        train, held_out = documents(corpus, "train"), documents(corpus, "eval")
+        if train and not train[-1][1]:  # the cut goes through a document: put its halves together
+            train, held_out = train[:-1], [(train[-1][0] + held_out[0][0], held_out[0][1]), *held_out[1:]]
+        assert train + held_out == whole, cut
 
 
 def test_a_document_is_read_in_parts_that_start_and_end_it_once(tmp_path):

@@ -33,7 +33,7 @@ def documents(stream: np.ndarray, tokenizer: Tokenizer) -> list[list[int]]:
     ids = stream.tolist()
     starts = [i for i, token in enumerate(ids) if token == tokenizer.bos_id]
     assert not ids or starts[0] == 0
-    return [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    return [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)], strict=False)]  # an empty stream has none
 
 
 def text_of(tokens: TokenSet, tokenizer: Tokenizer) -> str:
@@ -86,13 +86,13 @@ def test_a_document_stands_between_bos_and_eos(tmp_path, small_tokenizer, conten
     assert tokens.manifest.documents == {"train": len(texts), "eval": 0}
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     words=st.lists(
         st.sampled_from(["the", "fox", "12", "a\tb", "don't", "\0", "(", "\r", "é", "<s>", "\u3000x"]), max_size=60
     ),
     gaps=st.lists(st.sampled_from([" ", " ", "\n", "\n\n", "  ", " \n", "\n    ", "\r\n"]), min_size=60, max_size=60),
-    part_bytes=st.integers(4, 40),
+    part_bytes=st.integers(16, 40),
     workers=st.integers(1, 3),
 )
 def test_a_document_read_in_parts_has_the_ids_of_the_whole(
@@ -102,7 +102,7 @@ def test_a_document_read_in_parts_has_the_ids_of_the_whole(
     text = "".join(f"{word}{gap}some words" for word, gap in zip(words, gaps, strict=False)) or "x"
     folder = tmp_path_factory.mktemp("parts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_module, "PART_BYTES", max(part_bytes, 16))
+        patch.setattr(text_module, "PART_BYTES", part_bytes)
         patch.setattr(tokens_module, "PARTS_AT_ONCE", 3)
         for i, tokenizer in enumerate((small_tokenizer, llama2_tokenizer)):
             corpus = corpus_of(folder / "text", text.encode(), train_size=1.0)
@@ -110,7 +110,7 @@ def test_a_document_read_in_parts_has_the_ids_of_the_whole(
             assert tokens.train.tolist() == tokenizer.encode(text, bos=True, eos=True)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=40)
 @given(content=st.binary(max_size=200), train_size=st.floats(0.05, 1), part_bytes=st.integers(4, 40))
 def test_any_bytes_become_tokens_of_the_text_that_they_decode_to(
     tmp_path_factory, small_tokenizer, content, train_size, part_bytes
@@ -200,13 +200,14 @@ def test_an_interrupted_write_leaves_nothing_that_looks_finished(tmp_path, small
     contents = [b"the fox " * 50, b"the owl " * 50, b"12 boats " * 50]
     corpus = corpus_of(tmp_path / "text", *contents)
     monkeypatch.setattr(tokens_module, "PARTS_AT_ONCE", 1)
-    calls = 0
+    calls, failed = 0, ""
 
     def fails_at_last(step):
         def counted(*args, **options):
-            nonlocal calls
+            nonlocal calls, failed
             calls += 1
             if calls == call:
+                failed = step.__name__
                 raise failure
             return step(*args, **options)
 
@@ -218,6 +219,8 @@ def test_an_interrupted_write_leaves_nothing_that_looks_finished(tmp_path, small
         with pytest.raises(type(failure) if isinstance(failure, OSError) else failure):
             prepare(corpus, small_tokenizer, folder)
     assert read_manifest(folder) is None
+    if failed == "_encode":
+        assert not list(folder.glob("*.tmp"))
     with pytest.raises(UserError, match="manifest"):
         open_tokens(folder)
     again = prepare(corpus, small_tokenizer, folder)

@@ -109,7 +109,9 @@ def test_learning_rate_reaches_its_peak_and_falls_to_a_tenth(reference):
 
 
 def test_a_run_stopped_and_started_again_equals_an_uninterrupted_one(text, reference, tmp_path):
-    process = subprocess.Popen(command(text, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(text, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for_step(tmp_path / "run", 3, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -162,7 +164,10 @@ def test_what_is_printed_ends_with_the_command_that_samples(text, reference):
 
 def test_fine_tuning_starts_from_the_checkpoint(text, reference, tmp_path):
     train(text, tmp_path / "tuned", **{"train.init_from": reference, "train.max_steps": 1, "train.lr": 1e-9})
-    before, after = parameters(reference, json.loads((reference / "best.json").read_text())["step"]), parameters(tmp_path / "tuned")
+    before, after = (
+        parameters(reference, json.loads((reference / "best.json").read_text())["step"]),
+        parameters(tmp_path / "tuned"),
+    )
     for x, y in zip(before, after, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
@@ -199,7 +204,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "named"), BAD, ids=[next(iter(c)) + "=" + str(next(iter(c.values()))) for c, _ in BAD])
+@pytest.mark.parametrize(
+    ("changes", "named"), BAD, ids=[next(iter(c)) + "=" + str(next(iter(c.values()))) for c, _ in BAD]
+)
 def test_bad_input_ends_in_one_line_and_status_2(changes, named, text, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
