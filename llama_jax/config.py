@@ -71,7 +71,7 @@ class ModelArgs:
     def check(self) -> None:
         """Raise UserError where no model can have this shape."""
         for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_seq_len", "norm_eps", "rope_theta"):
-            _check(getattr(self, name) > 0, f"model.{name}", "a positive number", getattr(self, name))
+            _check(0 < getattr(self, name) < math.inf, f"model.{name}", "a positive number", getattr(self, name))
         _check(
             self.vocab_size == -1 or self.vocab_size > 0, "model.vocab_size", "-1 or a positive number", self.vocab_size
         )
@@ -89,7 +89,9 @@ class ModelArgs:
             self.kv_heads,
         )
         multiplier = self.ffn_dim_multiplier
-        _check(multiplier is None or multiplier > 0, "model.ffn_dim_multiplier", "a positive number", multiplier)
+        _check(
+            multiplier is None or 0 < multiplier < math.inf, "model.ffn_dim_multiplier", "a positive number", multiplier
+        )
         _check(
             self.hidden_dim > 0, "model.ffn_dim_multiplier", "a feed-forward layer of one unit or more", self.hidden_dim
         )

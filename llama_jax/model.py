@@ -17,11 +17,11 @@ import numpy as np
 
 from llama_jax.attention import attention
 from llama_jax.config import ModelArgs, Remat
-from llama_jax.linear import linear
+from llama_jax.linear import PROJECTION, linear
 
 # What the backward pass finds kept of a block; the rest it computes again.
 REMAT_POLICIES: dict[Remat, Any] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

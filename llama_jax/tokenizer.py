@@ -176,7 +176,7 @@ def _spell_rare_characters(lines: list[str], vocab_size: int) -> list[str]:
 
     Single characters get at most half of the room that the 256 bytes and the three controls leave in the vocabulary.
     """
-    counts = collections.Counter(char for char in itertools.chain.from_iterable(lines) if char != " ")
+    counts = collections.Counter(char for char in itertools.chain.from_iterable(lines) if not char.isspace())
     room = max(1, (vocab_size - 259) // 2)
     if len(counts) <= room:
         return lines

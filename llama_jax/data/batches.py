@@ -42,8 +42,10 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Batches of steps ``start`` to ``stop`` - 1, read ahead by threads of grain."""
     windows = Windows(stream, length, seed)
-    epochs = -(-stop * batch_size // windows.per_epoch)
-    rows = grain.MapDataset.range(windows.per_epoch).shuffle(seed=seed).repeat(epochs).map_with_index(windows.row)
+    epochs = max(1, -(-stop * batch_size // windows.per_epoch))
+    # Grain orders epoch e of seed s as epoch e + 1 of seed s - 1: keep the seeds far from each other.
+    order = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    rows = grain.MapDataset.range(windows.per_epoch).shuffle(seed=order).repeat(epochs).map_with_index(windows.row)
     steps = rows.batch(batch_size).slice(slice(start, stop))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     for tokens in steps.to_iter_dataset(options):

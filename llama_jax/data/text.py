@@ -63,19 +63,14 @@ class Corpus:
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 while 0 < cut < size and data[cut] & 0xC0 == 0x80:  # not in the middle of a character
                     cut -= 1
-                cut = self._before_separator(data, cut)
                 start, end = (0, cut) if split == "train" else (cut, size)
-                if start == 0 and data[:3] == BOM:
-                    start = min(3, end)
-                for doc_start, doc_end in self._documents(data, start, end):
-                    # The file that the cut goes through leaves its last training document open.
-                    yield from self._document(data, doc_start, doc_end, ends=doc_end < end or end == size)
-
-    def _before_separator(self, data: mmap.mmap, cut: int) -> int:
-        """The cut, moved in front of the separator that it goes through."""
-        reach = len(self.separator) - 1
-        found = data.find(self.separator, max(0, cut - reach), cut + reach) if reach > 0 and 0 < cut < len(data) else -1
-        return found if 0 <= found < cut else cut
+                for doc_start, doc_end in self._documents(data, len(BOM) if data[:3] == BOM else 0, size):
+                    if doc_start >= end:
+                        break
+                    first, last = max(doc_start, start), min(doc_end, end)
+                    if first < last:
+                        # The document that the cut goes through stays open in training, and begins anew in evaluation.
+                        yield from self._document(data, first, last, ends=last == doc_end)
 
     def _documents(self, data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Ranges of the documents between ``start`` and ``end``; empty ones are passed over."""

@@ -24,8 +24,11 @@ from llama_jax.training.step import (
     state_shapes,
 )
 
-MODEL = Llama(ModelArgs(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=20, multiple_of=8, max_seq_len=12))
-ARGS = TrainArgs(lr=1e-2, warmup_steps=2, max_steps=10, batch_size=6, grad_clip=1.0)
+MODEL = Llama(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=20, multiple_of=8, max_seq_len=12))
+# The epsilon is large, so that updates are smooth in the gradient and rounding is not magnified.
+ARGS = TrainArgs(lr=1e-2, warmup_steps=2, max_steps=10, batch_size=6, eps=1e-2)
+CLIPPED = dataclasses.replace(ARGS, grad_clip=0.05, eps=1e-3, weight_decay=0.5, beta1=0.8, beta2=0.9)
+NOT_CLIPPED = dataclasses.replace(CLIPPED, grad_clip=0.0, min_lr_ratio=0.5)
 MESH = make_mesh(MeshArgs(data=1), jax.devices()[:1])
 
 
@@ -44,8 +47,14 @@ def compiled(args: TrainArgs, accumulation: int = 1) -> Any:
     return compile_train_step(MODEL, optimizer, MESH, accumulation, ragged_batch())
 
 
-def fresh(args: TrainArgs = ARGS) -> TrainState:
-    return init_state(MODEL, make_optimizer(args, args.max_steps or 1), MESH, seed=0)
+@functools.cache
+def initial() -> TrainState:
+    return init_state(MODEL, make_optimizer(ARGS, 10), MESH, seed=0)
+
+
+def fresh() -> TrainState:
+    """A new initial state, to be donated; no option changes it."""
+    return jax.tree.map(jnp.copy, initial())
 
 
 def literal_loss(params: Any, batch: Batch) -> jax.Array:
@@ -59,14 +68,12 @@ def flat(tree: Any) -> np.ndarray:
     return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("accumulation", [2, 3, 6])
+@pytest.mark.parametrize("accumulation", [2, 6])
 def test_accumulation_over_ragged_rows_equals_the_whole_batch(accumulation: int) -> None:
-    # The epsilon is large, so that the update is smooth in the gradient and rounding is not magnified.
-    args = dataclasses.replace(ARGS, eps=1e-2)
-    whole, parts = fresh(args), fresh(args)
+    whole, parts = fresh(), fresh()
     for seed in range(2):
-        whole, expected = compiled(args)(whole, ragged_batch(seed))
-        parts, found = compiled(args, accumulation)(parts, ragged_batch(seed))
+        whole, expected = compiled(ARGS)(whole, ragged_batch(seed))
+        parts, found = compiled(ARGS, accumulation)(parts, ragged_batch(seed))
         np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
         np.testing.assert_allclose(found.grad_norm, expected.grad_norm, rtol=1e-5)
         np.testing.assert_allclose(flat(parts.params), flat(whole.params), atol=2e-6)
@@ -74,11 +81,11 @@ def test_accumulation_over_ragged_rows_equals_the_whole_batch(accumulation: int)
 
 
 def test_loss_is_the_mean_over_counted_tokens_and_the_norm_is_taken_before_clipping() -> None:
-    args, batch = dataclasses.replace(ARGS, grad_clip=1e-3), ragged_batch()
-    state = fresh(args)
+    state, batch = fresh(), ragged_batch()
     loss, grads = jax.jit(jax.value_and_grad(literal_loss))(state.params, batch)
     total, weight = eval_step(MODEL, state.params, batch)
-    _, metrics = compiled(args)(state, batch)
+    _, metrics = compiled(CLIPPED)(state, batch)
+    assert float(metrics.grad_norm) > CLIPPED.grad_clip
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, np.linalg.norm(flat(grads)), rtol=1e-4)
     np.testing.assert_allclose(float(total), float(loss) * batch.weights.sum(), rtol=1e-5)
@@ -90,17 +97,17 @@ def is_norm(path: Any) -> bool:
 
 
 def test_without_gradient_matrices_decay_by_lr_times_weight_decay_and_norms_stay() -> None:
-    args = dataclasses.replace(ARGS, weight_decay=0.3, warmup_steps=0, min_lr_ratio=1.0)
-    before = jax.tree.map(np.array, fresh(args).params)
+    before = jax.tree.map(np.array, fresh().params)
     nothing = Batch(*(np.zeros_like(x) for x in ragged_batch()))
-    after, metrics = compiled(args)(fresh(args), nothing)
+    after, metrics = compiled(NOT_CLIPPED)(fresh(), nothing)
+    decay = literal_rate(NOT_CLIPPED, 1, 10) * NOT_CLIPPED.weight_decay
     assert float(metrics.loss) == 0.0 == float(metrics.grad_norm)
 
     def check(path: Any, old: np.ndarray, new: jax.Array) -> None:
         if is_norm(path):
             np.testing.assert_array_equal(new, old)
         else:
-            np.testing.assert_allclose(new, old * (1 - args.lr * 0.3), rtol=1e-5)
+            np.testing.assert_allclose(new, old * (1 - decay), rtol=1e-6)
 
     jax.tree_util.tree_map_with_path(check, before, after.params)
 
@@ -145,7 +152,7 @@ def literal_adamw(args: TrainArgs, params: Any, batches: list[Batch]) -> Any:
         norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in grads.values()))
         rate = literal_rate(args, t, args.max_steps or 1)
         for path, leaf in named.items():
-            g = np.asarray(grads[path], np.float64) * min(1.0, args.grad_clip / norm)
+            g = np.asarray(grads[path], np.float64) * (min(1.0, args.grad_clip / norm) if args.grad_clip else 1.0)
             m[path] = args.beta1 * m[path] + (1 - args.beta1) * g
             v[path] = args.beta2 * v[path] + (1 - args.beta2) * g**2
             update = m[path] / (1 - args.beta1**t) / (np.sqrt(v[path] / (1 - args.beta2**t)) + args.eps)
@@ -154,25 +161,17 @@ def literal_adamw(args: TrainArgs, params: Any, batches: list[Batch]) -> Any:
     return jax.tree.unflatten(structure, list(named.values()))
 
 
-@pytest.mark.parametrize("grad_clip", [0.05, 1e6], ids=["clipped", "not clipped"])
-def test_five_steps_equal_a_literal_adamw(grad_clip: float) -> None:
-    args = dataclasses.replace(ARGS, grad_clip=grad_clip, eps=1e-3, weight_decay=0.5, beta1=0.8, beta2=0.9)
+@pytest.mark.parametrize("args", [CLIPPED, NOT_CLIPPED], ids=["clipped", "not clipped"])
+def test_five_steps_equal_a_literal_adamw(args: TrainArgs) -> None:
     batches = [ragged_batch(seed) for seed in range(5)]
-    state = fresh(args)
+    state = fresh()
     start = jax.tree.map(np.array, state.params)
     expected = literal_adamw(args, start, batches)
     for batch in batches:
         state, metrics = compiled(args)(state, batch)
-        assert (float(metrics.grad_norm) > grad_clip) == (grad_clip < 1)
+        assert float(metrics.grad_norm) > 0.05  # the clipping bites
     assert np.abs(flat(expected) - flat(start)).max() > 1e-3
     np.testing.assert_allclose(flat(state.params), flat(expected), atol=1e-5)
-
-
-def test_grad_clip_0_is_no_clipping() -> None:
-    off, loose = (dataclasses.replace(ARGS, grad_clip=clip) for clip in (0.0, 1e6))
-    a, _ = compiled(off)(fresh(off), ragged_batch())
-    b, _ = compiled(loose)(fresh(loose), ragged_batch())
-    np.testing.assert_allclose(flat(a.params), flat(b.params), atol=1e-7)
 
 
 PERTURBED = {
@@ -183,7 +182,7 @@ PERTURBED = {
     "weight_decay": 0.4,
     "beta1": 0.5,
     "beta2": 0.5,
-    "eps": 1e-2,
+    "eps": 1e-3,
     "grad_clip": 0.01,
 }
 
@@ -204,9 +203,8 @@ def after_four_steps(args: TrainArgs) -> np.ndarray:
 
 @pytest.mark.parametrize("field", PERTURBED)
 def test_optimizer_field_changes_the_parameters(field: str) -> None:
-    base = dataclasses.replace(ARGS, eps=1e-3)
-    other = dataclasses.replace(base, **{field: PERTURBED[field]})
-    assert np.abs(after_four_steps(base) - after_four_steps(other)).max() > 1e-5
+    other = dataclasses.replace(ARGS, **{field: PERTURBED[field]})
+    assert np.abs(after_four_steps(ARGS) - after_four_steps(other)).max() > 1e-5
 
 
 def test_the_state_is_donated_and_keeps_its_shapes_and_its_count() -> None:
@@ -217,23 +215,12 @@ def test_the_state_is_donated_and_keeps_its_shapes_and_its_count() -> None:
     shapes = state_shapes(MODEL, make_optimizer(ARGS, 10), MESH)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(new.params))
-    assert {
-        int(count) for count in optax.tree_utils.tree_get_all_with_path(new.opt_state, "count") for count in count[1:]
-    } == {1}
+    counts = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(new.opt_state) if "count" in str(path[-1])]
+    assert counts and all(int(count) == 1 for count in counts)
 
 
 def test_a_seed_names_the_initial_parameters() -> None:
-    optimizer = make_optimizer(ARGS, 10)
-    first, again, other = (flat(init_state(MODEL, optimizer, MESH, seed).params) for seed in (0, 0, 1))
+    first = flat(initial().params)
+    again, other = (flat(init_state(MODEL, make_optimizer(ARGS, 10), MESH, seed).params) for seed in (0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
-
-
-def test_training_lowers_the_loss_of_a_batch_to_memory() -> None:
-    args = dataclasses.replace(ARGS, max_steps=60, lr=3e-2, weight_decay=0.0)
-    state, batch = fresh(args), ragged_batch()
-    losses = []
-    for _ in range(60):
-        state, metrics = compiled(args)(state, batch)
-        losses.append(float(metrics.loss))
-    assert losses[0] > 2.5 and losses[-1] < 0.3
