@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-
 # The name by which rematerialisation policies know the results (model.py).
 PROJECTION = "projection"
 

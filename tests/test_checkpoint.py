@@ -21,6 +21,9 @@ from llama_jax.sharding import make_mesh
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.training.step import init_state, make_optimizer, state_shapes
 
+# Orbax leaves the reads that it did not wait for to the garbage collector.
+QUIET = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
@@ -169,12 +172,14 @@ def test_missing_params_are_told(copy: Path) -> None:
     assert "params" in told(copy, lambda: Model.load(copy))
 
 
+@QUIET
 def test_emptied_params_are_told(copy: Path) -> None:
     shutil.rmtree(copy / "params")
     (copy / "params").mkdir()
     told(copy, lambda: Model.load(copy))
 
 
+@QUIET
 def test_cut_parameter_files_are_told(copy: Path) -> None:
     files = [path for path in (copy / "params").rglob("*") if path.is_file() and "/d/" in path.as_posix()]
     assert files
@@ -183,6 +188,7 @@ def test_cut_parameter_files_are_told(copy: Path) -> None:
     told(copy, lambda: Model.load(copy))
 
 
+@QUIET
 @pytest.mark.parametrize(
     "other",
     [{"dim": 32}, {"dim": 8}, {"n_layers": 3}, {"n_layers": 1}, {"n_kv_heads": 2}, {"multiple_of": 64}],
@@ -194,6 +200,7 @@ def test_params_of_another_shape_are_told(copy: Path, args: ModelArgs, other: di
     told(copy, lambda: Model.load(copy))
 
 
+@QUIET
 def test_params_with_a_leaf_too_few_or_too_many_are_told(
     params: Any, args: ModelArgs, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

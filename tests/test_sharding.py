@@ -97,7 +97,7 @@ def test_the_width_must_divide_over_fsdp_and_the_feed_forward_over_tensor() -> N
 def test_a_part_of_an_accumulated_batch_must_divide() -> None:
     mesh = abstract_mesh(data=8)
     check_divisible(mesh, MODEL, TrainArgs(batch_size=16, gradient_accumulation_steps=2))
-    with pytest.raises(UserError, match="train.gradient_accumulation_steps.* found 4"):
+    with pytest.raises(UserError, match=r"train.gradient_accumulation_steps.* found 4"):
         check_divisible(mesh, MODEL, TrainArgs(batch_size=16, gradient_accumulation_steps=4))
 
 

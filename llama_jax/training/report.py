@@ -13,7 +13,6 @@ from llama_jax.model import count_parameters
 from llama_jax.sharding import describe
 from llama_jax.training.flops import train_flops_per_token
 
-
 # What the command that is proposed at the end generates: a whole story.
 NEXT_TOKENS = 256
 

@@ -40,7 +40,30 @@ SMALL = {
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = [w for w in "the cat sat on a mat and saw the dog who ran to the old barn by the sea".split()]
+    words = [
+        w
+        for w in [
+            "the",
+            "cat",
+            "sat",
+            "on",
+            "a",
+            "mat",
+            "and",
+            "saw",
+            "the",
+            "dog",
+            "who",
+            "ran",
+            "to",
+            "the",
+            "old",
+            "barn",
+            "by",
+            "the",
+            "sea",
+        ]
+    ]
     rng = random.Random(0)
     path.write_text("\n".join(" ".join(rng.choices(words, k=9)) + "." for _ in range(400)))
     return path
@@ -114,7 +137,7 @@ def test_a_run_stopped_and_started_again_equals_an_uninterrupted_one(text, refer
     )
     wait_for_step(tmp_path / "run", 3, process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    _out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "Traceback" not in err
     train(text, tmp_path / "run")

@@ -1,0 +1,118 @@
+"""evaluate(): every token of a text once, from whole logits and by hand."""
+
+import math
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.config import ModelArgs
+from llama_jax.errors import UserError
+from llama_jax.evaluate import _windows, evaluate
+from llama_jax.generation import Model
+from llama_jax.model import Llama
+from llama_jax.tokenizer import Tokenizer
+
+TEXT = "The fox saw 12 boats.\n\nA fox, an owl and the river — été!\n" * 3
+CONTEXT = 48
+
+
+@pytest.fixture(scope="module")
+def model(small_tokenizer: Tokenizer) -> Model:
+    vocab = small_tokenizer.vocab_size
+    args = ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=vocab, multiple_of=8, max_seq_len=CONTEXT)
+    module = Llama(args)
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    return Model(args, params, small_tokenizer, module)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def literal(model: Model, text: str, window: int, stride: int) -> tuple[float, int]:
+    """Summed nats of a text, a window at a time, each token in the first window that reaches it; and how many tokens."""
+    ids = model.tokenizer.encode(text)
+    total, scored = 0.0, 1
+    for start in range(0, len(ids), stride):
+        inputs = ids[start : start + window]
+        # Padding behind the window does not reach back: one shape is compiled instead of many.
+        padded = np.array([inputs + [0] * (CONTEXT - len(inputs))])
+        logits = np.asarray(model.logits(padded), np.float64)[0]
+        while scored <= start + len(inputs) and scored < len(ids):
+            row = logits[scored - 1 - start]
+            total += np.log(np.exp(row - row.max()).sum()) + row.max() - row[ids[scored]]
+            scored += 1
+    return total, len(ids) - 1
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "batch_size"), [(48, 48, 3), (48, 48, 8), (48, 20, 8), (17, 17, 1), (17, 4, 8), (5, 1, 8)]
+)
+def test_evaluation_equals_a_literal_one_from_whole_logits(
+    model: Model, text: Path, window: int, stride: int, batch_size: int
+) -> None:
+    found = evaluate(model, text, window, stride, batch_size)
+    total, tokens = literal(model, TEXT, window, stride)
+    assert (found["tokens"], found["window"], found["stride"]) == (tokens, window, stride)
+    assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+    assert found["bytes"] == len(TEXT.encode())
+    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / len(TEXT.encode()), rel=1e-5)
+
+
+def test_window_and_stride_are_the_context_unless_given(model: Model, text: Path) -> None:
+    found = evaluate(model, text)
+    assert (found["window"], found["stride"]) == (CONTEXT, CONTEXT)
+    assert evaluate(model, text, window=17)["stride"] == 17
+
+
+def test_files_are_scored_each_behind_a_bos_of_its_own(model: Model, tmp_path: Path) -> None:
+    texts = ["The fox.", "An owl saw it."]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    rows = [model.tokenizer.encode(text) for text in texts]
+    stream = np.array([rows[0] + rows[1]])
+    assert stream.shape[1] <= CONTEXT
+    log_probs = np.asarray(jax.nn.log_softmax(model.logits(stream)))[0]
+    scored = [i for i in range(1, stream.shape[1]) if i != len(rows[0])]
+    found = evaluate(model, tmp_path)
+    assert found["tokens"] == len(rows[0]) + len(rows[1]) - 2
+    assert found["loss"] == pytest.approx(-np.mean([log_probs[i - 1, stream[0, i]] for i in scored]), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 23])
+@pytest.mark.parametrize(("window", "stride"), [(5, 5), (5, 2), (5, 1), (1, 1), (40, 40), (40, 7)])
+def test_windows_score_every_position_once_and_reach_what_they_score(count: int, window: int, stride: int) -> None:
+    rows = list(_windows(count, window, stride))
+    assert [i for _, first, last in rows for i in range(first, last)] == list(range(count))
+    assert all(start <= first < last <= start + window for start, first, last in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"window": CONTEXT + 1}, "--window"),
+        ({"window": -1}, "--window"),
+        ({"window": 8, "stride": 9}, "--stride"),
+        ({"stride": -1}, "--stride"),
+        ({"batch_size": 0}, "--batch-size"),
+    ],
+)
+def test_a_bad_option_is_named(model: Model, text: Path, options: dict[str, int], named: str) -> None:
+    with pytest.raises(UserError, match=f"^{named}: expected"):
+        evaluate(model, text, **options)
+
+
+def test_a_missing_an_empty_and_a_bare_text_are_told(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf")
+    for name in ("none.txt", "empty.txt", "bom.txt"):
+        with pytest.raises(UserError, match=name):
+            evaluate(model, tmp_path / name)
