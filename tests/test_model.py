@@ -1,6 +1,7 @@
 """The model: equal to an independent numpy LLaMA, causal, of the published sizes, initialised as documented."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -19,24 +20,36 @@ from llama_jax.runtime import make_model
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, multiple_of=8, max_seq_len=1000)
 
 
-def random_params(args: ModelArgs, seed: int = 0) -> Any:
-    """Initial parameters, with the norms' weights away from one."""
-    params = nn.unbox(Llama(args).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
-    rng = np.random.default_rng(seed)
+@functools.cache
+def random_params(args: ModelArgs) -> Any:
+    """Parameters of the size of initial ones, with the norms' weights away from one."""
+    shapes = nn.unbox(jax.eval_shape(Llama(args).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    rng = np.random.default_rng(0)
 
-    def move(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf * rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32) if "norm" in path[-1].key else leaf
+    def make(path: Any, leaf: Any) -> np.ndarray:
+        if "norm" in path[-1].key:
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        std = 1.0 if path[-1].key == "tok_embeddings" else args.dim**-0.5
+        return rng.normal(0.0, std, leaf.shape).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(move, params)
+    return jax.tree_util.tree_map_with_path(make, shapes)
+
+
+def initial_params(args: ModelArgs) -> Any:
+    return nn.unbox(jax.jit(Llama(args).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
 def random_ids(B: int, T: int, vocab: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(vocab, size=(B, T)).astype(np.int32)
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(model: Llama, params: Any, ids: np.ndarray) -> jax.Array:
+    return model.apply({"params": params}, ids)[0]
+
+
 def logits_of(params: Any, ids: np.ndarray, args: ModelArgs, **module: Any) -> np.ndarray:
-    model = Llama(args, **module)
-    return np.asarray(jax.jit(lambda p, i: model.apply({"params": p}, i)[0])(params, ids))
+    return np.asarray(_logits(Llama(args, **module), params, ids))
 
 
 def loss_of(model: Llama, ids: np.ndarray) -> Any:
@@ -217,7 +230,7 @@ def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones() -> None:
 
 def test_initial_matrices_have_their_documented_spread() -> None:
     args = ModelArgs(dim=256, n_layers=8, n_heads=4, n_kv_heads=2, vocab_size=300, multiple_of=32)
-    params = nn.unbox(Llama(args).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    params = initial_params(args)
     layers, residual = params["layers"], 2 * args.n_layers
     expected = [
         (params["tok_embeddings"], 1.0),
@@ -241,7 +254,7 @@ def test_initial_matrices_have_their_documented_spread() -> None:
 @pytest.mark.parametrize("n_layers", [1, 12])
 def test_initial_loss_is_that_of_unit_gaussian_logits_at_any_depth(n_layers: int) -> None:
     args = dataclasses.replace(ARGS, dim=128, vocab_size=200, n_layers=n_layers)
-    params = nn.unbox(Llama(args).init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32)))["params"]
+    params = initial_params(args)
     ids = random_ids(8, 129, args.vocab_size)
     # Logits are N(0, 1): E[log sum exp] is about log V + 1/2, and the target's logit has mean zero.
     assert float(jax.jit(loss_of(Llama(args), ids))(params)) == pytest.approx(math.log(200) + 0.5, abs=0.15)

@@ -109,10 +109,9 @@ def test_what_divides_passes(sizes: dict[str, int]) -> None:
 MESHES = {
     "one device": {"data": 1},
     "data 8": {"data": 8},
-    "fsdp 8": {"fsdp": 8, "data": 1},
+    "fsdp 8, 2 parts": {"fsdp": 8, "data": 1, "parts": 2},
     "tensor 2 x fsdp 4": {"tensor": 2, "fsdp": 4, "data": 1},
     "sequence 2 x data 4": {"sequence": 2, "data": 4},
-    "fsdp 8, 2 parts": {"fsdp": 8, "data": 1, "parts": 2},
 }
 
 
@@ -160,6 +159,7 @@ def trained() -> dict[str, Any]:
     """What train_on says of each mesh, in a process with eight devices."""
     root = Path(__file__).parent.parent
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    flags += " --xla_backend_optimization_level=0"  # compiles faster
     done = subprocess.run(
         [sys.executable, __file__],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.fspath(root)},
@@ -188,12 +188,12 @@ def test_parameters_and_moments_lie_in_shards_as_the_table_says(trained: dict[st
     assert whole == trained["data 8"]["shards"] == trained["sequence 2 x data 4"]["shards"]
     assert whole["layers/attention/wq"] == [L, D, N, H]
     assert trained["data 8"]["moments"] == 1.0
-    fsdp = trained["fsdp 8"]["shards"]
+    fsdp = trained["fsdp 8, 2 parts"]["shards"]
     assert fsdp["layers/attention/wq"] == [L, D // 8, N, H]
     assert fsdp["layers/attention/wo"] == [L, N, H, D // 8]
     assert fsdp["output"] == [D // 8, V]
     assert fsdp["norm"] == [D]
-    assert trained["fsdp 8"]["moments"] < 0.13
+    assert trained["fsdp 8, 2 parts"]["moments"] < 0.13
     both = trained["tensor 2 x fsdp 4"]["shards"]
     assert both["tok_embeddings"] == [V // 2, D // 4]
     assert both["layers/attention/wq"] == [L, D // 4, N // 2, H]

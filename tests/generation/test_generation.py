@@ -247,7 +247,7 @@ def test_impossible_sampling_is_named(model: Model, field: str, value: float) ->
     "token_ids", [[1, 2], [[1.0]], [[[1]]], [[-1]], [[10**6]], [[1] * (CONTEXT + 1)]], ids=lambda ids: str(ids)[:12]
 )
 def test_logits_refuse_what_is_not_a_batch_of_token_ids(model: Model, token_ids: Any) -> None:
-    with pytest.raises(UserError, match="^token_ids: expected"):
+    with pytest.raises(UserError, match=r"^token_ids: expected"):
         model.logits(token_ids)
 
 
