@@ -90,7 +90,7 @@ def train(config: Config) -> RunFolder:
     run = Run(config, folder, data, mesh, module, steps, CheckpointWriter(folder.path), _prompt(config, data))
     if start >= steps:
         print(f"the run has its {steps:,} steps; --train.max-steps goes on, another --train.save-dir begins anew")
-        _finish(run, 0.0)
+        _finish(run, start, 0.0)
         return folder
 
     state = _first_state(run, optimizer, start, source)
@@ -98,13 +98,13 @@ def train(config: Config) -> RunFolder:
     compiled = compile_train_step(module, optimizer, mesh, config.train.gradient_accumulation_steps, _batch_shapes(run))
     report.announce_cost(compiled, time.perf_counter() - began)
     began = time.perf_counter()
-    _loop(run, compiled, state, start)
-    _finish(run, time.perf_counter() - began)
+    end = _loop(run, compiled, state, start)
+    _finish(run, end, time.perf_counter() - began)
     return folder
 
 
-def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int) -> None:
-    """Steps, with their records, evaluations and checkpoints. Ends early, saved, on Ctrl-C and SIGTERM."""
+def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int) -> int:
+    """Steps, with their records, evaluations and checkpoints; returns the last. Ends early, saved, on Ctrl-C and SIGTERM."""
     args = run.config.train
     batches = train_batches(
         run.data.tokens.train, args.batch_size, run.config.model.max_seq_len, args.seed, start, run.steps
@@ -112,7 +112,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     sharding = batch_sharding(run.mesh)
     clock = _Clock(run, start)
     pending: list[StepMetrics] = []
-    saved_at = start
+    saved_at, announced = start, False
     with (
         _stop_signals() as stopped,
         tqdm(total=run.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05) as bar,
@@ -128,6 +128,9 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                 record = clock.record(step, _checked(run, pending, step, saved_at))
                 bar.set_postfix_str(f"loss {record['train_loss']:.3f}, {clock.tokens_per_second:,.0f} tokens/s")
                 pending.clear()
+                if not announced:
+                    announced = True
+                    report.say(report.expected_time_text(run.steps - step, record["step_seconds"]))
                 improved = False
                 if evaluating:
                     improved = _evaluate(run, state, record)
@@ -145,6 +148,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     run.folder.write_best(steps_of(run.folder.path))
     if stopped:
         print(f"stopped by {stopped[0]} at step {step:,}, saved; the same command goes on from here")
+    return step
 
 
 def _checked(run: Run, pending: list[StepMetrics], step: int, saved_at: int) -> StepMetrics:
@@ -229,10 +233,10 @@ def _draw(run: Run, sample: Any) -> None:
         plot_losses(plot, run.folder.records, str(run.folder.path), run.data.floor)
 
 
-def _finish(run: Run, seconds: float) -> None:
+def _finish(run: Run, step: int, seconds: float) -> None:
     run.writer.close()
     plot_losses(run.folder.plot_path, run.folder.records, str(run.folder.path), run.data.floor)
-    print(report.closing_text(run.folder.path, run.steps, seconds, run.folder.best(), run.prompt))
+    print(report.closing_text(run.folder.path, step, seconds, run.folder.best(), run.prompt))
 
 
 def _resolve(config: Config, data: Data) -> Config:

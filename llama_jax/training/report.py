@@ -54,6 +54,12 @@ def announce_cost(compiled: jax.stages.Compiled, seconds: float) -> None:
         print(f"{'memory':>10}  {need / 1e6:,.0f} MB a device; the step compiled in {seconds:.1f} s")
 
 
+def expected_time_text(steps: int, step_seconds: float) -> str:
+    """How long the rest of the steps will take, evaluations aside."""
+    minutes, seconds = divmod(round(steps * step_seconds), 60)
+    return f"{'time':>10}  about {f'{minutes} min ' if minutes else ''}{seconds} s to go, evaluations aside"
+
+
 def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> str:
     """One line about an evaluation."""
     bits = record["eval_bits_per_byte"]
@@ -71,7 +77,7 @@ def say(text: str) -> None:
 
 def closing_text(save_dir: Path, steps: int, seconds: float, best: dict[str, Any] | None, prompt: str) -> str:
     """Where things are, and what to type next."""
-    lines = [f"{steps:,} steps in {seconds:.0f} s"]
+    lines = [f"at step {steps:,} after {seconds:.0f} s"]
     if best is not None:
         lines[0] += (
             f"; best: step {best['step']:,}, {best['eval_loss']:.4f} nats a token, {best['eval_bits_per_byte']:.3f} bits per byte"
