@@ -236,7 +236,7 @@ class SampleArgs:
         _check(finite and self.temperature >= 0, "temperature", "0 or more", self.temperature)
         _check(0 < self.top_p <= 1, "top_p", "above 0 and up to 1", self.top_p)
         _check(self.max_new_tokens > 0, "max_new_tokens", "one token or more", self.max_new_tokens)
-        _check(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
+        _check(0 <= self.seed < 2**32, "seed", "0 or more, below 2^32", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
