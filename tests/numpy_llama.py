@@ -5,6 +5,22 @@ from typing import Any
 import numpy as np
 
 
+def random_params(shapes: Any, seed: int = 0) -> Any:
+    """Parameters in a tree of shapes, of the size of initial ones but for the norms' weights: these are not all one."""
+    rng = np.random.default_rng(seed)
+    dim = shapes["norm"].shape[0]
+
+    def make(name: str, leaf: Any) -> np.ndarray:
+        if "norm" in name:
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        return rng.normal(0.0, 1.0 if name == "tok_embeddings" else dim**-0.5, leaf.shape).astype(np.float32)
+
+    def walk(tree: Any) -> Any:
+        return {name: walk(leaf) if isinstance(leaf, dict) else make(name, leaf) for name, leaf in tree.items()}
+
+    return walk(shapes)
+
+
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """Zhang and Sennrich, 2019, equation 4: [T, D], [D] -> [T, D]."""
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * weight

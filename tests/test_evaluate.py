@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_llama
 import pytest
 
 from llama_jax.config import ModelArgs
@@ -25,7 +26,8 @@ def model(small_tokenizer: Tokenizer) -> Model:
     vocab = small_tokenizer.vocab_size
     args = ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=vocab, multiple_of=8, max_seq_len=CONTEXT)
     module = Llama(args)
-    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    params = numpy_llama.random_params(shapes)
     return Model(args, params, small_tokenizer, module)
 
 
