@@ -11,6 +11,7 @@ A run folder holds such folders under checkpoints/. Orbax writes each under a te
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from orbax.checkpoint import checkpoint_managers
 from llama_jax.config import ModelArgs, from_dict
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
+
+# When a save fails, orbax raises the first error, which is told (see _told), and leaves its other futures unread; asyncio
+# would log those, traceback and all, as the process ends.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class ModelFilesHandler(ocp.CheckpointHandler):
