@@ -19,7 +19,7 @@ import torch
 from llama_jax.config import MeshArgs, ModelArgs, TrainArgs, parse_flags
 from llama_jax.data.batches import Batch
 from llama_jax.errors import run_command
-from llama_jax.runtime import make_model
+from llama_jax.runtime import keep_freed_memory, make_model
 from llama_jax.sharding import batch_sharding, make_mesh
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer
 
@@ -51,6 +51,7 @@ class Arguments:
 
 def main() -> None:
     """Measure and print."""
+    keep_freed_memory()
     args = parse_flags(Arguments, sys.argv[1:], Arguments(), "benchmarks/train_step.py", __doc__ or "")
     model = ModelArgs(
         dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, vocab_size=args.vocab_size,

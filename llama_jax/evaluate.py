@@ -1,6 +1,5 @@
 """Loss, perplexity and bits per byte of a text: ``python -m llama_jax.evaluate --ckpt runs/x --text held_out.txt``."""
 
-import functools
 import json
 import math
 import sys
@@ -17,7 +16,7 @@ from llama_jax.config import DType, parse_flags
 from llama_jax.data.text import Corpus, find_files
 from llama_jax.errors import UserError, run_command
 from llama_jax.generation import Model
-from llama_jax.loss import cross_entropy
+from llama_jax.loss import loss_sum
 from llama_jax.tokenizer import Tokenizer
 
 
@@ -63,9 +62,8 @@ def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, b
         starts, first, last = (np.array(column)[:, None] for column in zip(*batch, strict=True))
         at = np.minimum(starts + positions, len(stream) - 2)
         counts = (starts + positions >= first) & (starts + positions < last)
-        total += float(
-            _loss(model.module, model.params, stream[at], stream[at + 1], (counts & scored[at + 1]).astype(np.float32))
-        )
+        weights = (counts & scored[at + 1]).astype(np.float32)
+        total += float(_loss_sum(model.module, model.params, stream[at], stream[at + 1], weights))
     loss = total / tokens
     return {
         "loss": loss,
@@ -101,10 +99,7 @@ def _windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, i
         done, start = end, start + stride
 
 
-@functools.partial(jax.jit, static_argnames=("module",))
-def _loss(module: Any, params: Any, inputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    hidden, _ = module.apply({"params": params}, inputs, method="hidden")
-    return cross_entropy(hidden, params["output"], targets, weights)
+_loss_sum = jax.jit(loss_sum, static_argnames=("model",))
 
 
 def main() -> None:

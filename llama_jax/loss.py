@@ -3,8 +3,12 @@
 B batch, T positions, D dim, V vocab, C positions a chunk.
 """
 
+from typing import Any, cast
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from llama_jax.linear import linear
 
@@ -26,6 +30,12 @@ def cross_entropy(hidden: jax.Array, output: jax.Array, targets: jax.Array, weig
 
     total, _ = jax.lax.scan(chunk, jnp.zeros((), jnp.float32), _chunks(hidden, targets, weights))
     return total
+
+
+def loss_sum(model: nn.Module, params: Any, inputs: ArrayLike, targets: ArrayLike, weights: ArrayLike) -> jax.Array:
+    """``cross_entropy`` of what a Llama says of a batch: int [B, T], int [B, T], float32 [B, T] -> float32 []."""
+    hidden, _ = cast(Any, model.apply({"params": params}, inputs, method="hidden"))
+    return cross_entropy(hidden, params["output"], targets, weights)
 
 
 def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -3,7 +3,6 @@
 import collections
 import io
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import sentencepiece as spm
 
 from llama_jax.errors import UserError
+from llama_jax.files import write_atomically
 
 # SentencePiece reads a string as a whole; longer texts are encoded in parts of about this many characters.
 PART_CHARS = 32_768
@@ -164,10 +164,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int, output: Path) -> 
         num_threads=1,
         minloglevel=2,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, output)
+    write_atomically(output, model.getvalue())
     return Tokenizer(output)
 
 

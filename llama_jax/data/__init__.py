@@ -13,6 +13,7 @@ from llama_jax.data.stories import story
 from llama_jax.data.text import Corpus, find_files, separator_bytes
 from llama_jax.data.tokens import TokenSet, open_tokens, prepare, read_manifest, sha256
 from llama_jax.errors import UserError
+from llama_jax.files import write_atomically
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 
 # A vocabulary is trained on at most this many bytes of text, spread over the whole.
@@ -62,10 +63,7 @@ def write_stories(path: Path, count: int) -> tuple[Path, float]:
     stories = [story(STORIES_SEED, i) for i in range(count)]
     text = STORY_SEPARATOR.join(s.text for s in stories).encode()
     if not path.exists() or path.stat().st_size != len(text):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(text)
-        os.replace(temporary, path)
+        write_atomically(path, text)
     return path, sum(s.bits for s in stories) / len(text)
 
 
@@ -97,10 +95,7 @@ def _prepared_tokenizer(prepared: Path, path: Path) -> Tokenizer:
 
 
 def _save(tokenizer: Tokenizer, path: Path) -> Tokenizer:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(tokenizer.model_bytes)
-    os.replace(temporary, path)
+    write_atomically(path, tokenizer.model_bytes)
     return tokenizer
 
 

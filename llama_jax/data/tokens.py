@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llama_jax.data.text import Corpus, Part
 from llama_jax.errors import UserError
+from llama_jax.files import replacing, write_atomically
 from llama_jax.tokenizer import Tokenizer
 
 VERSION = 1
@@ -100,36 +101,29 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int = 1
     counts: dict[str, tuple[int, int, int]] = {}
     corpus.replaced = 0
     for split in SPLITS:
-        temporary = folder / f"{split}.bin.tmp"
-        counts[split] = _write_stream(corpus.parts(split), tokenizer, dtype, temporary, workers, split)
-        os.replace(temporary, folder / f"{split}.bin")
+        with replacing(folder / f"{split}.bin") as temporary:
+            counts[split] = _write_stream(corpus.parts(split), tokenizer, dtype, temporary, workers, split)
     tokens, text_bytes, documents = ({s: counts[s][i] for s in SPLITS} for i in range(3))
     manifest = Manifest(VERSION, *keys, dtype.str, tokens, text_bytes, documents, corpus.replaced)
-    temporary = folder / "manifest.json.tmp"
-    temporary.write_text(json.dumps(asdict(manifest), indent=1))
-    os.replace(temporary, folder / "manifest.json")
+    write_atomically(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
     return open_tokens(folder)
 
 
 def _write_stream(
     parts: Iterator[Part], tokenizer: Tokenizer, dtype: np.dtype, path: Path, workers: int, split: str
 ) -> tuple[int, int, int]:
-    """Encode ``parts`` into a file; returns tokens, bytes of text and documents. A failure leaves no file."""
+    """Encode ``parts`` into a file; returns tokens, bytes of text and documents."""
     tokens = text_bytes = documents = 0
-    try:
-        with open(path, "wb") as file, tqdm(desc=f"tokens ({split})", unit="B", unit_scale=True, delay=2) as bar:
-            while batch := list(itertools.islice(parts, PARTS_AT_ONCE)):
-                ids = np.array(_encode(batch, tokenizer, workers), dtype)
-                file.write(ids.tobytes())
-                size = sum(len(part.text.encode()) for part in batch)
-                tokens, text_bytes = tokens + len(ids), text_bytes + size
-                documents += sum(part.starts for part in batch)
-                bar.update(size)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    with open(path, "wb") as file, tqdm(desc=f"tokens ({split})", unit="B", unit_scale=True, delay=2) as bar:
+        while batch := list(itertools.islice(parts, PARTS_AT_ONCE)):
+            ids = np.array(_encode(batch, tokenizer, workers), dtype)
+            file.write(ids.tobytes())
+            size = sum(len(part.text.encode()) for part in batch)
+            tokens, text_bytes = tokens + len(ids), text_bytes + size
+            documents += sum(part.starts for part in batch)
+            bar.update(size)
+        file.flush()
+        os.fsync(file.fileno())
     return tokens, text_bytes, documents
 
 

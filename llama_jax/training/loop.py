@@ -20,7 +20,7 @@ from llama_jax.data import Data, load_data
 from llama_jax.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
-from llama_jax.runtime import make_model, use_compilation_cache
+from llama_jax.runtime import keep_freed_memory, make_model, use_compilation_cache
 from llama_jax.sharding import batch_sharding, check_divisible, make_mesh, on_mesh
 from llama_jax.training import report
 from llama_jax.training.flops import peak_flops, train_flops_per_token
@@ -62,6 +62,7 @@ def train(config: Config) -> RunFolder:
     Raises UserError on what the user can put right, a non-finite loss included.
     """
     config.check()
+    keep_freed_memory()
     use_compilation_cache()
     folder = RunFolder(config.train.save_dir)
     folder.create()

@@ -1,8 +1,9 @@
 """losses.png: the losses of a run over the tokens that it has read."""
 
-import os
 from pathlib import Path
 from typing import Any
+
+from llama_jax.files import replacing
 
 
 def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: float | None = None) -> None:
@@ -65,9 +66,8 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def _running_mean(values: list[float]) -> list[float]:

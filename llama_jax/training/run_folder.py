@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import Config, load_toml, to_toml
 from llama_jax.errors import UserError
+from llama_jax.files import write_atomically
 
 # What a run cannot change between two starts: its model, and which tokens a step reads.
 FIXED = {
@@ -93,14 +93,3 @@ class RunFolder:
             write_atomically(
                 self.best_path, json.dumps({k: best[k] for k in ("step", "eval_loss", "eval_bits_per_byte")}) + "\n"
             )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from llama_jax.checkpoint import with_shardings
 from llama_jax.config import TrainArgs
 from llama_jax.data.batches import Batch
-from llama_jax.loss import cross_entropy
+from llama_jax.loss import loss_sum
 from llama_jax.model import Llama
 from llama_jax.sharding import on_mesh, parameter_shardings, replicated
 
@@ -98,12 +98,6 @@ def init_state(
     return TrainState(params, opt_state)
 
 
-def loss_sum(model: Llama, params: Any, batch: Batch) -> jax.Array:
-    """Sum of weights x negative log-likelihood of a batch, in nats."""
-    hidden, _ = model.apply({"params": params}, batch.inputs, method="hidden")
-    return cross_entropy(hidden, params["output"], batch.targets, batch.weights)
-
-
 def make_train_step(
     model: Llama, optimizer: optax.GradientTransformation, accumulation: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
@@ -117,7 +111,7 @@ def make_train_step(
         total_weight = jnp.maximum(jnp.sum(batch.weights), 1)
 
         def part_loss(params: Any, part: Batch) -> jax.Array:
-            return loss_sum(model, params, part) / total_weight
+            return loss_sum(model, params, *part) / total_weight
 
         def add(so_far: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
             return jax.tree.map(jnp.add, so_far, jax.value_and_grad(part_loss)(state.params, part)), None
@@ -128,7 +122,7 @@ def make_train_step(
         (loss, grads), _ = jax.lax.scan(add, jax.value_and_grad(part_loss)(state.params, first), rest)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state), StepMetrics(loss, optax.global_norm(grads))
+        return TrainState(params, opt_state), StepMetrics(loss, optax.tree.norm(grads))
 
     return train_step
 
@@ -153,4 +147,4 @@ def compile_train_step(
 @functools.partial(jax.jit, static_argnames=("model",))
 def eval_step(model: Llama, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Summed loss in nats and summed weights of a batch: float32 scalars."""
-    return loss_sum(model, params, batch), jnp.sum(batch.weights)
+    return loss_sum(model, params, *batch), jnp.sum(batch.weights)
