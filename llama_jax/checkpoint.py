@@ -19,9 +19,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+from tensorstore import TensorStore
 
 from llama_jax.config import ModelArgs, from_dict
 from llama_jax.errors import UserError
+from llama_jax.stored_array import open_array, saver_of_stored_arrays
 from llama_jax.tokenizer import Tokenizer
 
 # When a save fails, orbax raises the first error, which is told (see _told), and leaves its other futures unread; asyncio
@@ -100,6 +102,11 @@ class Checkpoint:
         with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(folder.absolute(), target)
 
+    def open_array(self, name: str) -> TensorStore:
+        """Parameter ``name`` ("layers/attention/wq"), to be read region by region. Raises UserError where it is not there."""
+        with _told(self.folder / "params", "read"):
+            return open_array(self.folder / "params", name)
+
 
 def steps_of(run: Path) -> list[int]:
     """Steps of the whole checkpoints in a run folder, ascending."""
@@ -165,11 +172,15 @@ class CheckpointWriter:
 
 
 def save_checkpoint(folder: Path, params: Any, model: ModelArgs, tokenizer: Tokenizer) -> None:
-    """Write a checkpoint without optimizer state, as converters do. Raises UserError where ``folder`` exists."""
+    """Write a checkpoint without optimizer state, as converters do; arrays may be StoredArrays.
+
+    Raises UserError where ``folder`` exists.
+    """
     if folder.exists():
         raise UserError(f"{folder}: expected a new folder, found one that exists; choose another")
-    args = ocp.args.Composite(params=ocp.args.StandardSave(params), model=ModelFiles(model, tokenizer))
-    with _told(folder, "write"), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), model=ModelFiles(model, tokenizer))
+    handlers = ocp.CompositeCheckpointHandler(params=saver_of_stored_arrays(), model=ModelFilesHandler())
+    with _told(folder, "write"), ocp.Checkpointer(handlers) as checkpointer:
         checkpointer.save(folder.absolute(), args=args)
 
 

@@ -12,6 +12,12 @@ class UserError(Exception):
     """
 
 
+def quoted(value: object, limit: int = 80) -> str:
+    """A value out of a file, fit to be shown: in ASCII, without control characters, cut at ``limit`` characters."""
+    text = ascii(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; a UserError ends it with one line on stderr and exit status 2.
 

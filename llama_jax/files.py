@@ -1,9 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the bytes that go into them."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -23,3 +25,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write ``content`` (text as UTF-8) to ``path``, replacing what was there."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array in row-major order; a view, where the array lies like that."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -46,7 +46,12 @@ class Tokenizer:
             raise UserError(f"{model_path}: expected a vocabulary with BOS or EOS, found neither")
         self.bos_id: int = bos if bos >= 0 else eos
         self.eos_id: int = eos if eos >= 0 else bos
+        self.unk_id: int = self._sp.unk_id()
         self._newline_ids = self._sp.encode("\n")
+
+    def piece(self, token_id: int) -> str:
+        """The text by which the vocabulary lists a token: "<s>" for BOS."""
+        return self._sp.id_to_piece(token_id)
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of ``text``; ``decode`` gives it back, but for U+2581, SentencePiece's own mark of a space.

@@ -1,0 +1,140 @@
+"""The tensors of a LLaMA in three layouts: ours, Meta's and Hugging Face's.
+
+Letters as in model.py: D dim, N query heads, K KV heads, H head_dim, F hidden, V vocab. Meta and Hugging Face store a matrix as
+(out, in); ours is (in, out), with heads as an axis of their own. So a block of rows of theirs is a block of ours.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from llama_jax.config import ModelArgs
+
+# A matrix is stored in tiles, at least this many along each of its sides, so that a device can read its own part alone;
+# and it is converted in blocks of rows of about this many bytes, so that little of it is in memory.
+TILES = 4
+BLOCK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A line of the table. ``{}`` in a name stands for the layer."""
+
+    name: str
+    axes: str
+    """Axes of ours, without the layer's."""
+    meta: str
+    huggingface: str
+    rows: str
+    """Which of the axes make up the rows of theirs; the others make up the columns."""
+    shard_axis: int | None
+    """The axis of Meta's (out, in) that is split over shards. None: every shard has the whole."""
+    rotary: bool = False
+    """Whether heads are rotated, so that Meta's rows stand in another order."""
+
+    @property
+    def layered(self) -> bool:
+        """Whether every layer has one."""
+        return self.name.startswith("layers/")
+
+    def sizes(self, args: ModelArgs) -> tuple[int, ...]:
+        """The shape of ours, without the layers' axis."""
+        sizes = axis_sizes(args)
+        return tuple(sizes[axis] for axis in self.axes)
+
+    def matrix(self, args: ModelArgs) -> tuple[int, ...]:
+        """The shape of theirs: (out, in), or (dim,) of a norm."""
+        sizes = axis_sizes(args)
+        rows = math.prod(sizes[axis] for axis in self.rows)
+        columns = [sizes[axis] for axis in self.axes if axis not in self.rows]
+        return (rows, math.prod(columns)) if columns else (rows,)
+
+    def unit(self, args: ModelArgs) -> int:
+        """Rows that belong together: those of a head, or one."""
+        sizes = axis_sizes(args)
+        return math.prod(sizes[axis] for axis in self.rows[1:])
+
+
+TABLE = (
+    Tensor("tok_embeddings", "VD", "tok_embeddings.weight", "model.embed_tokens.weight", "V", 1),
+    Tensor("layers/attention_norm", "D", "layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", "D", None),
+    Tensor("layers/attention/wq", "DNH", "layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight", "NH", 0, True),
+    Tensor("layers/attention/wk", "DKH", "layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight", "KH", 0, True),
+    Tensor("layers/attention/wv", "DKH", "layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight", "KH", 0),
+    Tensor("layers/attention/wo", "NHD", "layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight", "D", 1),
+    Tensor("layers/ffn_norm", "D", "layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", "D", None),
+    Tensor("layers/feed_forward/w1", "DF", "layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight", "F", 0),
+    Tensor("layers/feed_forward/w3", "DF", "layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight", "F", 0),
+    Tensor("layers/feed_forward/w2", "FD", "layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight", "D", 1),
+    Tensor("norm", "D", "norm.weight", "model.norm.weight", "D", None),
+    Tensor("output", "DV", "output.weight", "lm_head.weight", "V", 0),
+)  # fmt: skip
+
+
+def axis_sizes(args: ModelArgs) -> dict[str, int]:
+    """Size of each axis, by its letter."""
+    return {
+        "D": args.dim, "N": args.n_heads, "K": args.kv_heads, "H": args.head_dim, "F": args.hidden_dim, "V": args.vocab_size
+    }  # fmt: skip
+
+
+def all_tensors(args: ModelArgs) -> Iterator[tuple[Tensor, int]]:
+    """Every tensor of a model, with its layer (0 where there are no layers), in the order of a forward pass."""
+    layered = [tensor for tensor in TABLE if tensor.layered]
+    first, last = TABLE.index(layered[0]), TABLE.index(layered[-1])
+    yield from ((tensor, 0) for tensor in TABLE[:first])
+    yield from ((tensor, layer) for layer in range(args.n_layers) for tensor in layered)
+    yield from ((tensor, 0) for tensor in TABLE[last + 1 :])
+
+
+def blocks(tensor: Tensor, args: ModelArgs, itemsize: int) -> list[tuple[int, int]]:
+    """Ranges of rows to convert at once: whole heads, and whole tiles of the stored array."""
+    rows, *columns = tensor.matrix(args)
+    unit = tensor.unit(args)
+    count = max(TILES if columns else 1, -(-rows * math.prod(columns) * itemsize // BLOCK_BYTES))
+    step = -(-rows // unit // count) * unit
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def tile(tensor: Tensor, args: ModelArgs, itemsize: int) -> tuple[int, ...]:
+    """Shape of the tiles of ours, without the layers' axis."""
+    start, stop = blocks(tensor, args, itemsize)[0]
+    sizes = axis_sizes(args)
+    split = next((axis for axis in tensor.axes if axis not in tensor.rows), "")
+    tiles = {tensor.rows[0]: (stop - start) // tensor.unit(args)}
+    if split:
+        tiles[split] = -(-sizes[split] // TILES)
+    return tuple(tiles.get(axis, sizes[axis]) for axis in tensor.axes)
+
+
+def to_ours(tensor: Tensor, args: ModelArgs, rows: np.ndarray, start: int) -> tuple[tuple[slice, ...], np.ndarray]:
+    """A block of their rows as a block of ours (a view), and its place."""
+    sizes = axis_sizes(args)
+    unit = tensor.unit(args)
+    columns = "".join(axis for axis in tensor.axes if axis not in tensor.rows)
+    theirs = tensor.rows + columns
+    split = rows.reshape(-1, *(sizes[axis] for axis in theirs[1:]))
+    block = split.transpose([theirs.index(axis) for axis in tensor.axes])
+    first = tensor.rows[0]
+    place = slice(start // unit, start // unit + split.shape[0])
+    return tuple(place if axis == first else slice(None) for axis in tensor.axes), block
+
+
+def from_ours(tensor: Tensor, block: np.ndarray) -> np.ndarray:
+    """The reverse of ``to_ours``: their rows, (out, in) or (dim,)."""
+    columns = "".join(axis for axis in tensor.axes if axis not in tensor.rows)
+    theirs = block.transpose([tensor.axes.index(axis) for axis in tensor.rows + columns])
+    rows = math.prod(theirs.shape[: len(tensor.rows)])
+    return theirs.reshape(rows, -1) if columns else theirs.reshape(rows)
+
+
+def interleaved_to_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows [n H, in] of whole heads from Meta's order, in which neighbours rotate together, to ours, in which halves do."""
+    return rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def halves_to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """The reverse of ``interleaved_to_halves``."""
+    return rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

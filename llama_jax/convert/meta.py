@@ -1,0 +1,270 @@
+"""Meta's layout: params.json and consolidated.NN.pth, a shard of every tensor in each; read, checked and written."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.config import ModelArgs
+from llama_jax.convert.layout import TABLE, Tensor, all_tensors, halves_to_interleaved, interleaved_to_halves
+from llama_jax.convert.source import (
+    ReadBlocks,
+    Source,
+    check_arguments,
+    check_vocabulary,
+    find_tokenizer,
+    raise_together,
+    read_json,
+    take,
+)
+from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
+from llama_jax.errors import UserError, quoted
+from llama_jax.files import write_atomically
+
+# Stored by Meta beside the weights; a function of the configuration.
+IGNORED = {"rope.freqs"}
+# More shards than any release has.
+MAX_SHARDS = 64
+
+
+class MetaSource:
+    """A folder as Meta ships it. Raises UserError with all that is wrong with it at once."""
+
+    def __init__(self, folder: Path, tokenizer: str, max_seq_len: int, stack: ExitStack):
+        self._paths = find_shards(folder)
+        self._shards = [stack.enter_context(TorchFile.open(path)) for path in self._paths]
+        table = read_json(folder / "params.json")
+        self.tokenizer = find_tokenizer(tokenizer, folder)
+        self.args = read_params(table, folder / "params.json", self._rows_of_embeddings(folder), max_seq_len)
+        raise_together(folder, "params.json", list(self._errors()))
+        check_vocabulary(self.args, self.tokenizer, folder)
+        self.dtype = self._view(0, TABLE[0].meta).storage.dtype
+        self.description = f"Meta's weights in {folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
+        self.warnings = list(_warnings(self.args))
+        self.checklists = find_checklists(folder, self.tokenizer.model_path)
+
+    def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
+        """See Source."""
+        name = tensor.meta.format(layer)
+        if tensor.shard_axis is None:
+            return self._shards[0].read(name, start, stop)
+        if tensor.shard_axis == 1:
+            parts = [shard.read(name, start, stop) for shard in self._shards]
+            rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        else:
+            size = tensor.matrix(self.args)[0] // len(self._shards)
+            parts = []
+            for i in range(start // size, -(-stop // size)):
+                parts.append(self._shards[i].read(name, max(start - i * size, 0), min(stop - i * size, size)))
+            rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return interleaved_to_halves(rows, self.args.head_dim) if tensor.rotary else rows
+
+    def origin(self, tensor: Tensor, layer: int) -> str:
+        """See Source."""
+        split = {None: "copied", 0: "rows", 1: "columns"}[tensor.shard_axis]
+        return tensor.meta.format(layer) + (
+            f" ({split} of {len(self._shards)} shards)" if len(self._shards) > 1 else ""
+        )
+
+    def release(self) -> None:
+        """See Source."""
+        for shard in self._shards:
+            shard.release()
+
+    def _view(self, shard: int, name: str) -> Any:
+        return self._shards[shard].tensors[name]
+
+    def _rows_of_embeddings(self, folder: Path) -> int:
+        name = TABLE[0].meta
+        for path, shard in zip(self._paths, self._shards, strict=True):
+            if name not in shard.tensors or len(shard.tensors[name].shape) != 2:
+                raise UserError(f"{path}: expected the matrix {name}, found none; is {folder} a LLaMA checkpoint?")
+        return self._view(0, name).shape[0]
+
+    def _errors(self) -> Iterator[str]:
+        """All that is wrong with the tensors of all shards."""
+        count = len(self._shards)
+        expected: dict[str, tuple[int, ...]] = {}
+        for tensor, layer in all_tensors(self.args):
+            name, shape = tensor.meta.format(layer), tensor.matrix(self.args)
+            if tensor.shard_axis is not None and shape[tensor.shard_axis] % count:
+                yield f"{name}: {list(shape)} cannot be split into {count} shards"
+            expected[name] = shard_shape(tensor, self.args, count)
+        dtype = self._view(0, TABLE[0].meta).storage.dtype
+        for path, shard in zip(self._paths, self._shards, strict=True):
+            for name in expected.keys() - shard.tensors.keys():
+                yield f"{path.name}: {name} is missing"
+            for name in shard.tensors.keys() - expected.keys() - IGNORED:
+                yield f"{path.name}: {quoted(name)} is no tensor of this model"
+            for name in expected.keys() & shard.tensors.keys():
+                view = shard.tensors[name]
+                if view.shape != expected[name]:
+                    yield f"{path.name}: {name} has shape {list(view.shape)}, expected {list(expected[name])}"
+                elif view.storage.dtype != dtype:
+                    yield f"{path.name}: {name} is of {view.storage.dtype}, others of {dtype}"
+        yield from self._differing_norms(expected)
+
+    def _differing_norms(self, expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
+        for tensor, layer in all_tensors(self.args):
+            name = tensor.meta.format(layer)
+            if tensor.shard_axis is None:
+                holders = [shard for shard in self._shards if name in shard.tensors]
+                if any(shard.tensors[name].shape != expected[name] for shard in holders):
+                    continue
+                copies = {shard.read(name, verify=False).tobytes() for shard in holders}
+                if len(copies) > 1:
+                    yield f"{name}: differs from shard to shard"
+
+
+def shard_shape(tensor: Tensor, args: ModelArgs, shards: int) -> tuple[int, ...]:
+    """Shape of a tensor in each of so many shards."""
+    shape = list(tensor.matrix(args))
+    if tensor.shard_axis is not None:
+        shape[tensor.shard_axis] //= shards
+    return tuple(shape)
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """consolidated.00.pth, .01.pth, and so on. Raises UserError where there is none or one is missing."""
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise UserError(f"{folder}: expected consolidated.00.pth, found no such file")
+    if len(paths) > MAX_SHARDS:
+        raise UserError(f"{folder}: expected up to {MAX_SHARDS} shards, found {len(paths)}")
+    for i, path in enumerate(paths):
+        if path.name != f"consolidated.{i:02}.pth":
+            raise UserError(f"{folder}: expected consolidated.{i:02}.pth, found {path.name} next; a shard is missing")
+    return paths
+
+
+def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len: int) -> ModelArgs:
+    """Model arguments out of params.json; the vocabulary's size is that of the embeddings. Raises UserError."""
+    if "model" in table and isinstance(table["model"], dict):
+        table = table["model"]
+    default = ModelArgs()
+    multiplier = take(table, "ffn_dim_multiplier", float, path, None)
+    args = ModelArgs(
+        dim=take(table, "dim", int, path),
+        n_layers=take(table, "n_layers", int, path),
+        n_heads=take(table, "n_heads", int, path),
+        n_kv_heads=take(table, "n_kv_heads", int, path, None),
+        vocab_size=vocab_size,
+        multiple_of=take(table, "multiple_of", int, path, default.multiple_of),
+        ffn_dim_multiplier=multiplier,
+        norm_eps=take(table, "norm_eps", float, path, default.norm_eps),
+        rope_theta=take(table, "rope_theta", float, path, default.rope_theta),
+        max_seq_len=max_seq_len or take(table, "max_seq_len", int, path, default.max_seq_len),
+    )
+    return check_arguments(args, path)
+
+
+def write_params(args: ModelArgs) -> str:
+    """params.json of a model; what Meta leaves out at its default is left out."""
+    table: dict[str, Any] = {
+        "dim": args.dim,
+        "n_layers": args.n_layers,
+        "n_heads": args.n_heads,
+        "multiple_of": args.multiple_of,
+        "norm_eps": args.norm_eps,
+        "vocab_size": args.vocab_size,
+    }
+    if args.n_kv_heads is not None:
+        table["n_kv_heads"] = args.n_kv_heads
+    if args.ffn_dim_multiplier is not None:
+        table["ffn_dim_multiplier"] = args.ffn_dim_multiplier
+    if args.rope_theta != ModelArgs().rope_theta:
+        table["rope_theta"] = args.rope_theta
+    return json.dumps(table)
+
+
+def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> None:
+    """Write a model in Meta's layout, in so many shards. Raises UserError where its sizes do not divide."""
+    args = source.args
+    for tensor in TABLE:
+        size = 0 if tensor.shard_axis is None else tensor.matrix(args)[tensor.shard_axis]
+        if size % shards:
+            raise UserError(f"--shards: expected a divisor of {size} ({tensor.name}), found {shards}")
+    shapes = {t.meta.format(layer): shard_shape(t, args, shards) for t, layer in all_tensors(args)}
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(TorchFileWriter(folder / f"consolidated.{i:02}.pth", source.dtype, shapes))
+            for i in range(shards)
+        ]
+        for tensor, layer, start, rows in read_blocks():
+            rows = halves_to_interleaved(rows, args.head_dim) if tensor.rotary else rows
+            for i, part in _split(tensor, args, shards, start, rows):
+                writers[i].write(tensor.meta.format(layer), part)
+    write_atomically(folder / "params.json", write_params(args))
+    write_atomically(folder / "tokenizer.model", source.tokenizer.model_bytes)
+
+
+def _split(
+    tensor: Tensor, args: ModelArgs, shards: int, start: int, rows: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """What each shard gets of a block of rows."""
+    if tensor.shard_axis is None:
+        yield from ((i, rows) for i in range(shards))
+    elif tensor.shard_axis == 1:
+        yield from enumerate(np.split(rows, shards, axis=1))
+    else:
+        size = tensor.matrix(args)[0] // shards
+        for i in range(start // size, -(-(start + len(rows)) // size)):
+            yield i, rows[max(i * size - start, 0) : (i + 1) * size - start]
+
+
+def find_checklists(folder: Path, tokenizer: Path) -> list[Path]:
+    """The md5 lists that Meta ships beside the shards and beside the tokenizer."""
+    paths = folder / "checklist.chk", tokenizer.parent / "tokenizer_checklist.chk"
+    return [path for path in paths if path.is_file()]
+
+
+def verify_checklist(path: Path, progress: Callable[[int], object]) -> int:
+    """Compare the files that a checklist names ("<md5>  <name>", as md5sum writes) with it; returns how many there are.
+
+    ``progress`` is called with the bytes read. Raises UserError where a file is missing or differs.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(1 << 20)
+    if raw.lstrip()[:1] == b"<":
+        raise UserError(
+            f"{path}: expected md5 sums, found an HTML page: the download of it failed, and perhaps others; download again"
+        )
+    lines = raw.decode("latin-1").split("\n")
+    entries = [re.fullmatch(r"([0-9a-fA-F]{32}) [ *]([^/\\\0]+)", line.rstrip("\r")) for line in lines if line.strip()]
+    if not entries or not all(entries):
+        raise UserError(
+            f"{path}: expected lines of an md5 sum and a file name, found others; delete it or download it again"
+        )
+    wrong = []
+    for entry in filter(None, entries):
+        expected, name = entry.groups()
+        target = path.parent / name
+        if not target.is_file():
+            wrong.append(f"{quoted(name)} is missing")
+        elif _md5(target, progress) != expected.lower():
+            wrong.append(f"{quoted(name)} is damaged")
+    if wrong:
+        raise UserError(f"{path}: expected files as it lists them, found: {'; '.join(wrong)}; download them again")
+    return len(entries)
+
+
+def _md5(path: Path, progress: Callable[[int], object]) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest()
+
+
+def _warnings(args: ModelArgs) -> Iterator[str]:
+    if args.norm_eps == 1e-6 and args.vocab_size == 32000:
+        yield (
+            "norm_eps is 1e-06, as for LLaMA 1; the params.json of llama-2-7b-chat had it by mistake in 2023: for that model, "
+            "write 1e-05 there"
+        )

@@ -1,0 +1,111 @@
+"""What a conversion says: before it starts, as a table, and at the end."""
+
+import math
+import os
+import shlex
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from llama_jax.convert.layout import BLOCK_BYTES, TABLE, all_tensors, blocks
+from llama_jax.convert.source import Source
+from llama_jax.errors import UserError
+from llama_jax.files import raw_bytes
+from llama_jax.model import count_parameters
+
+# The process without any weights, and what it holds of them besides the blocks: measured, see docs/convert.md.
+BASE_BYTES = 350_000_000
+BLOCKS_HELD = 8
+
+
+def announce(source: Source, to: str, output: Path) -> None:
+    """Say what was found and what will happen."""
+    args, size = source.args, weight_bytes(source)
+    rows = {
+        "input": source.description,
+        "model": f"{count_parameters(args):,} parameters of {source.dtype.name}, {size / 1e9:,.2f} GB: dim {args.dim}, "
+        f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_dim}",
+        "constants": f"norm_eps {args.norm_eps:g}, rope_theta {args.rope_theta:g}, context {args.max_seq_len:,}",
+        "tokenizer": f"{source.tokenizer.model_path}, {source.tokenizer.vocab_size:,} tokens",
+        "output": f"{output if output != Path() else '(none given)'}, as {to}",
+        "memory": f"{peak_bytes(source) / 1e6:,.0f} MB at most",
+    }
+    for name, text in rows.items():
+        print(f"{name:>10}  {text}")
+    for warning in source.warnings:
+        print(f"{'warning':>10}  {warning}")
+
+
+def weight_bytes(source: Source) -> int:
+    """Bytes of all parameters."""
+    return count_parameters(source.args) * source.dtype.itemsize
+
+
+def peak_bytes(source: Source) -> int:
+    """The most memory that a conversion needs."""
+    return BASE_BYTES + BLOCKS_HELD * min(2 * BLOCK_BYTES, weight_bytes(source))
+
+
+def check_space(source: Source, output: Path) -> None:
+    """Say what the disk needs and has, and how long it will take. Raises UserError where there is too little space."""
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    need, free = weight_bytes(source), shutil.disk_usage(place).free
+    print(f"{'disk':>10}  {need / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB free")
+    if free < need * 1.01 + 10_000_000:
+        raise UserError(
+            f"{output}: expected {need / 1e9:,.2f} GB of free disk, found {free / 1e9:,.2f} GB; free some, or choose another disk"
+        )
+    print(f"{'time':>10}  about {duration(_probe_seconds(source, place))}, as a first block goes")
+
+
+def _probe_seconds(source: Source, place: Path) -> float:
+    """Seconds to expect: a block is read and written, for the disks' sake, and thrown away."""
+    tensor = max(TABLE, key=lambda t: math.prod(t.matrix(source.args)))
+    start, stop = blocks(tensor, source.args, source.dtype.itemsize)[0]
+    began = time.perf_counter()
+    rows = source.rows(tensor, 0, start, stop)
+    with tempfile.TemporaryFile(dir=place) as file:
+        file.write(raw_bytes(rows))
+        file.flush()
+        os.fsync(file.fileno())
+    source.release()
+    return (time.perf_counter() - began) / max(rows.nbytes, 1) * weight_bytes(source)
+
+
+def duration(seconds: float) -> str:
+    """90 -> "1 min 30 s"."""
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def print_table(source: Source) -> None:
+    """Every tensor: our name, shape, type, and where it comes from."""
+    for tensor, layer in all_tensors(source.args):
+        name = f"{tensor.name}[{layer}]" if tensor.layered else tensor.name
+        shape = ", ".join(map(str, tensor.sizes(source.args)))
+        print(f"{name:<32} {f'[{shape}]':<20} {source.dtype.name:<9} {source.origin(tensor, layer)}")
+
+
+def close_dry_run() -> None:
+    """Say what has been checked."""
+    print(
+        "all tensors are there, with the right shapes; nothing was written (their bytes are checked when they are copied)"
+    )
+
+
+def close(source: Source, to: str, output: Path, digest: str, seconds: float) -> None:
+    """Where things are, and what to type next."""
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(
+        f"{output}: {size / 1e9:,.2f} GB in {duration(seconds)}, {weight_bytes(source) / 1e6 / max(seconds, 1e-9):,.0f} MB/s"
+    )
+    print(f"sha256 of the weights: {digest}")
+    commands = {
+        "llama-jax": f'python sample.py --ckpt {shlex.quote(str(output))} "Once upon a time"',
+        "huggingface": f"AutoModelForCausalLM.from_pretrained({str(output)!r})",
+        "meta": f"torch.load({str(output / 'consolidated.00.pth')!r}, weights_only=True)",
+    }
+    print(f"now try:\n  {commands[to]}")
