@@ -9,7 +9,7 @@ from llama_jax.errors import run_command
 
 def main() -> None:
     """Parse and convert."""
-    convert(parse_flags(ConvertArgs, sys.argv[1:], ConvertArgs(), "convert_torch_weights.py", __doc__ or ""))
+    convert(parse_flags(ConvertArgs, sys.argv[1:], ConvertArgs(), "python convert_torch_weights.py", __doc__ or ""))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Generate text: ``python sample.py --ckpt runs/tiny "Once upon a time"``."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from typing import Annotated
@@ -9,6 +10,7 @@ import tyro
 
 from llama_jax.config import DType, SampleArgs, parse_flags
 from llama_jax.errors import UserError, run_command
+from llama_jax.tokenizer import clean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +30,12 @@ class Arguments:
 
 def main() -> None:
     """Parse, load, generate, print."""
-    args = parse_flags(Arguments, sys.argv[1:], Arguments(), "sample.py", __doc__ or "")
+    args = parse_flags(Arguments, sys.argv[1:], Arguments(), "python sample.py", __doc__ or "")
     args.sample.check()
     if not args.ckpt:
         raise UserError("--ckpt: expected a checkpoint folder, found none; python train.py makes one in runs/tiny")
-    prompts = list(args.prompts)
-    if not prompts:
-        prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    lines = [] if args.prompts or sys.stdin is None else [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    prompts = [clean(prompt) for prompt in args.prompts or lines]
     if not prompts:
         raise UserError("prompts: expected one or more, found none; give them as arguments or on standard input")
 
@@ -42,8 +43,8 @@ def main() -> None:
 
     model = llama_jax.load(args.ckpt, args.compute_dtype)
     if len(prompts) == 1 and not args.json:
-        print(prompts[0], end="", flush=True)
-        for piece in model.stream(prompts[0], args.sample):
+        pieces = model.stream(prompts[0], args.sample)
+        for piece in itertools.chain([prompts[0] + next(pieces, "")], pieces):
             print(piece, end="", flush=True)
         print()
         return

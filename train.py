@@ -13,39 +13,40 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.toml"
 def main() -> None:
     """Read the configuration, then train."""
     path, argv = take_option(sys.argv[1:], "--config")
-    source = Path(path) if path else DEFAULT_CONFIG
-    config = load_toml(source)
-    config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
-    )
-    init_from, _ = take_option(argv, "--train.init-from")
-    if init_from or config.train.init_from:
-        from llama_jax.checkpoint import Checkpoint
+    source = DEFAULT_CONFIG if path is None else Path(path)
+    base = load_toml(source)
+    config = parse(argv, base)
+    train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
+    if train.init_from:
+        from llama_jax.training.run_folder import starting_model
 
         # The checkpoint brings the model's shape; flags may still change what does not alter its parameters.
-        config = dataclasses.replace(config, model=Checkpoint.find(init_from or config.train.init_from).args)
-    config = parse_flags(
-        Config, argv, config, "train.py", f"{__doc__}\n\n--config FILE.toml supplies what flags do not."
-    )
+        config = parse(argv, dataclasses.replace(base, model=starting_model(train)))
+    config = dataclasses.replace(config, train=train)
     config.check()
 
-    from llama_jax.training.loop import train
+    from llama_jax.training.loop import train as run
 
-    train(config)
+    run(config)
 
 
-def take_option(argv: list[str], name: str) -> tuple[str, list[str]]:
-    """The value of ``--name VALUE`` or ``--name=VALUE`` (hyphens or underscores), and the arguments without it."""
+def parse(argv: list[str], default: Config) -> Config:
+    """Flags over ``default``."""
+    description = f"{__doc__}\n\n--config FILE.toml supplies what flags do not."
+    return parse_flags(Config, argv, default, "python train.py", description)
+
+
+def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, None where it is not given, and the arguments without it."""
     for i, argument in enumerate(argv):
         key, equals, value = argument.partition("=")
-        if key.replace("_", "-") != name:
-            continue
-        if equals:
-            return value, argv[:i] + argv[i + 1 :]
-        if i + 1 == len(argv):
-            raise UserError(f"{name}: expected a path, found none")
-        return argv[i + 1], argv[:i] + argv[i + 2 :]
-    return "", argv
+        if key == name:
+            rest = i + 1 if equals else i + 2
+            value = value if equals else "".join(argv[i + 1 : i + 2])
+            if not value or value.startswith("--"):
+                raise UserError(f"{name}: expected a TOML file, found none; see configs/ for examples")
+            return value, argv[:i] + argv[rest:]
+    return None, argv
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Arguments:
 def main() -> None:
     """Measure and print."""
     keep_freed_memory()
-    args = parse_flags(Arguments, sys.argv[1:], Arguments(), "benchmarks/train_step.py", __doc__ or "")
+    args = parse_flags(Arguments, sys.argv[1:], Arguments(), "python benchmarks/train_step.py", __doc__ or "")
     model = ModelArgs(
         dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, vocab_size=args.vocab_size,
         multiple_of=32, max_seq_len=args.seq_len,

@@ -5,18 +5,19 @@ model = llama_jax.load("runs/tiny")
 model.generate(["Once upon a time"], llama_jax.SampleArgs(temperature=0.0, max_new_tokens=64))
 """
 
-from typing import TYPE_CHECKING
+import typing as _typing
 
+from llama_jax import config as _config
 from llama_jax import tokenizer as tokenizer
-from llama_jax.config import DataArgs, DType, ModelArgs, SampleArgs, TrainArgs
+from llama_jax.config import DataArgs, ModelArgs, SampleArgs, TrainArgs
 
-if TYPE_CHECKING:
-    from llama_jax.generation import Model
+if _typing.TYPE_CHECKING:
+    from llama_jax.generation import Model as _Model
 
 __all__ = ["DataArgs", "ModelArgs", "SampleArgs", "TrainArgs", "load"]
 
 
-def load(path: str, compute_dtype: DType = "auto") -> "Model":
+def load(path: str, compute_dtype: _config.DType = "auto") -> "_Model":
     """Load a model: a run folder (its best step), a step folder, or a converted checkpoint.
 
     compute_dtype: "auto" (bfloat16 on TPU and GPU, float32 on CPU), "float32" or "bfloat16".

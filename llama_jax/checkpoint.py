@@ -12,9 +12,10 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,9 +27,10 @@ from llama_jax.errors import UserError
 from llama_jax.stored_array import open_array, saver_of_stored_arrays
 from llama_jax.tokenizer import Tokenizer
 
-# When a save fails, orbax raises the first error, which is told (see _told), and leaves its other futures unread; asyncio
-# would log those, traceback and all, as the process ends.
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+# When a save fails, orbax raises the first error, which is told (see _told), and logs it as well, traceback and all; and it
+# leaves its other futures unread, which asyncio would log as the process ends.
+for name in ("asyncio", "absl"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class ModelFilesHandler(ocp.CheckpointHandler):
@@ -100,12 +102,36 @@ class Checkpoint:
                 f"{self.folder}: expected {item} of a checkpoint, found none; choose a step folder that has them"
             )
         with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
+            _check_shapes(folder, checkpointer.metadata(folder.absolute()).item_metadata, target)
             return checkpointer.restore(folder.absolute(), target)
 
     def open_array(self, name: str) -> TensorStore:
         """Parameter ``name`` ("layers/attention/wq"), to be read region by region. Raises UserError where it is not there."""
         with _told(self.folder / "params", "read"):
             return open_array(self.folder / "params", name)
+
+
+def _check_shapes(folder: Path, saved: Any, target: Any) -> None:
+    """Raise UserError, which names the array, where those in ``folder`` are not those of ``target``."""
+    found, expected = (
+        {"/".join(map(_key, path)): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (saved, target)
+    )
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            raise UserError(
+                f"{folder}: expected the array {name}, found none; files of this checkpoint are missing or damaged"
+            )
+        if name not in expected or found[name] != expected[name]:
+            shape = f"of shape {list(expected[name])}" if name in expected else "to be none of it"
+            raise UserError(
+                f"{folder}: expected the array {name} {shape}, found {list(found[name])}; this is a checkpoint of another model"
+            )
+
+
+def _key(key: Any) -> str:
+    """A part of a path: of a dict, a tuple or a named tuple; orbax restores all as dicts and lists."""
+    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
 
 
 def steps_of(run: Path) -> list[int]:
@@ -165,10 +191,21 @@ class CheckpointWriter:
         with _told(self._folder, "write"):
             self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Wait, and end the threads."""
-        self.wait()
-        self._manager.close()
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait, end the threads, and clear away what a failed save left. Raises UserError where a save failed."""
+        try:
+            if kind is None:
+                self.wait()
+            else:  # the exception under way says what is wrong
+                with contextlib.suppress(Exception):
+                    self._manager.wait_until_finished()
+            self._manager.close()
+        finally:
+            for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, params: Any, model: ModelArgs, tokenizer: Tokenizer) -> None:
@@ -192,13 +229,13 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _told(folder: Path, verb: str) -> Iterator[None]:
-    """Orbax and tensorstore raise many kinds of errors for a disk that is full, a file that is cut, a shape that differs."""
+def _told(folder: Path, verb: Literal["read", "write"]) -> Iterator[None]:
+    """Turn what orbax and tensorstore raise, for a disk that is full or a file that is cut, into a UserError."""
     try:
         yield
-    except (UserError, KeyboardInterrupt):
+    except (UserError, NameError, AttributeError, AssertionError):
         raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines)[:300] or type(error).__name__
-        raise UserError(f"{folder}: could not {verb} the checkpoint: {reason}") from error
+    except Exception as error:  # orbax raises Exception itself, too
+        reason = " ".join(str(error).split()).split(". See full")[0][:200] or type(error).__name__
+        what = {"read": "files that are whole", "write": "room and permission to write"}[verb]
+        raise UserError(f"{folder}: expected {what}, found: {reason}") from error

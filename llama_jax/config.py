@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import sys
 import tomllib
 import types
@@ -23,6 +24,14 @@ T = TypeVar("T")
 
 DType = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LARGEST, _HUGE = (1 << 31) - 1, 1e300
+_TINY, _BELOW_1 = 1e-30, math.nextafter(1, 0)
+# The ranges of a field's values, both ends included: counts; floats above 0.
+_COUNT = (1, _LARGEST)
+_POSITIVE = (_TINY, _HUGE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +75,14 @@ class ModelArgs:
         hidden = int(2 * (4 * self.dim) / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
-        return self.multiple_of * math.ceil(hidden / self.multiple_of)
+        return self.multiple_of * -(-hidden // self.multiple_of)
 
     def check(self) -> None:
         """Raise UserError where no model can have this shape."""
-        for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_seq_len", "norm_eps", "rope_theta"):
-            _check(0 < getattr(self, name) < math.inf, f"model.{name}", "a positive number", getattr(self, name))
-        _check(
-            self.vocab_size == -1 or self.vocab_size > 0, "model.vocab_size", "-1 or a positive number", self.vocab_size
-        )
+        sizes = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len"), _COUNT)
+        positive = {"norm_eps": _POSITIVE, "rope_theta": _POSITIVE, "ffn_dim_multiplier": (_TINY, 1e6)}
+        _check_fields(self, "model.", sizes | positive | {"vocab_size": (-1, _LARGEST)})
+        _check(self.vocab_size != 0, "model.vocab_size", "-1 or a positive number", self.vocab_size)
         _check(self.dim % self.n_heads == 0, "model.n_heads", f"a divisor of model.dim = {self.dim}", self.n_heads)
         _check(
             self.head_dim % 2 == 0,
@@ -83,18 +91,13 @@ class ModelArgs:
             f"{self.n_heads} heads of {self.head_dim}",
         )
         _check(
-            self.kv_heads > 0 and self.n_heads % self.kv_heads == 0,
+            self.n_heads % self.kv_heads == 0,
             "model.n_kv_heads",
             f"a divisor of model.n_heads = {self.n_heads}",
             self.kv_heads,
         )
-        multiplier = self.ffn_dim_multiplier
-        _check(
-            multiplier is None or 0 < multiplier < math.inf, "model.ffn_dim_multiplier", "a positive number", multiplier
-        )
-        _check(
-            self.hidden_dim > 0, "model.ffn_dim_multiplier", "a feed-forward layer of one unit or more", self.hidden_dim
-        )
+        width = f"a feed-forward layer of 1 to {_LARGEST:,} units"
+        _check(0 < self.hidden_dim <= _LARGEST, "model.ffn_dim_multiplier", width, self.hidden_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +119,8 @@ class DataArgs:
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
-        _check(0 < self.train_size <= 1, "data.train_size", "a share above 0 and up to 1", self.train_size)
-        _check(
-            self.vocab_size >= 262,
-            "data.vocab_size",
-            "262 or more (256 bytes, 3 controls and some characters)",
-            self.vocab_size,
-        )
-        _check(self.stories > 0, "data.stories", "a positive number", self.stories)
+        # A vocabulary holds 256 bytes, 3 controls and some characters; SentencePiece numbers tokens in 31 bits.
+        _check_fields(self, "data.", {"train_size": (_TINY, 1.0), "vocab_size": (262, 1 << 24), "stories": _COUNT})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,19 +172,15 @@ class TrainArgs:
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
-        for name in ("lr", "n_epochs", "batch_size", "gradient_accumulation_steps", "eps"):
-            _check(getattr(self, name) > 0, f"train.{name}", "a positive number", getattr(self, name))
-        for name in ("eval_interval", "log_interval", "save_interval"):
-            _check(getattr(self, name) > 0, f"train.{name}", "one step or more", getattr(self, name))
-        for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_iters", "seed"):
-            _check(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
-        for name in ("beta1", "beta2"):
-            _check(0 <= getattr(self, name) < 1, f"train.{name}", "at least 0 and below 1", getattr(self, name))
-        for name in ("lr", "eps", "weight_decay", "grad_clip"):
-            _check(math.isfinite(getattr(self, name)), f"train.{name}", "a finite number", getattr(self, name))
-        _check(self.seed < 2**32, "train.seed", "below 2^32", self.seed)
-        _check(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", "between 0 and 1", self.min_lr_ratio)
-        _check(self.max_steps is None or self.max_steps > 0, "train.max_steps", "a positive number", self.max_steps)
+        counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps")
+        intervals = ("eval_interval", "log_interval", "save_interval")
+        natural = dict.fromkeys(("warmup_steps", "eval_iters"), (0, _LARGEST))
+        shares = dict.fromkeys(("beta1", "beta2"), (0.0, _BELOW_1)) | {
+            "min_lr_ratio": (0.0, 1.0),
+            "seed": (0, 2**32 - 1),
+        }
+        positive = {"lr": _POSITIVE, "eps": _POSITIVE, "weight_decay": (0.0, _HUGE), "grad_clip": (0.0, _HUGE)}
+        _check_fields(self, "train.", dict.fromkeys(counts + intervals, _COUNT) | natural | shares | positive)
         _check(
             self.batch_size % self.gradient_accumulation_steps == 0,
             "train.gradient_accumulation_steps",
@@ -212,9 +205,11 @@ class MeshArgs:
     def check(self) -> None:
         """Raise UserError on impossible values."""
         sizes = dataclasses.asdict(self)
+        _check_fields(self, "mesh.", dict.fromkeys(sizes, (-1, _LARGEST)))
         for name, size in sizes.items():
-            _check(size == -1 or size > 0, f"mesh.{name}", "-1 or a positive number", size)
-        _check(list(sizes.values()).count(-1) <= 1, "mesh", "at most one -1", sizes)
+            _check(size != 0, f"mesh.{name}", "-1 or a positive number", size)
+        left = [name for name, size in sizes.items() if size == -1]
+        _check(len(left) <= 1, "mesh", "-1 (what is left) in one place; give the others, --mesh.data too, a size", left)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,11 +227,8 @@ class SampleArgs:
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
-        finite = math.isfinite(self.temperature)
-        _check(finite and self.temperature >= 0, "temperature", "0 or more", self.temperature)
-        _check(0 < self.top_p <= 1, "top_p", "above 0 and up to 1", self.top_p)
-        _check(self.max_new_tokens > 0, "max_new_tokens", "one token or more", self.max_new_tokens)
-        _check(0 <= self.seed < 2**32, "seed", "0 or more, below 2^32", self.seed)
+        ranges = {"temperature": (0.0, 1e6), "top_p": (_TINY, 1.0), "max_new_tokens": _COUNT, "seed": (0, 2**32 - 1)}
+        _check_fields(self, "", ranges)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +253,7 @@ def load_toml(path: str | Path) -> Config:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(
             f"{path}: expected a TOML configuration, found no such file; see configs/ for examples"
@@ -280,6 +272,10 @@ def from_dict(kind: type[T], table: dict[str, Any], source: str, prefix: str = "
         field = key.replace("-", "_")
         if field not in hints:
             raise UserError(f"{source}: unknown key {name}; expected one of {', '.join(prefix + h for h in hints)}")
+        if field in values:
+            raise UserError(
+                f"{source}: {name}: expected a key once, found it twice, with a hyphen and with an underscore"
+            )
         if dataclasses.is_dataclass(hints[field]):
             if not isinstance(value, dict):
                 raise UserError(f"{source}: {name}: expected a table [{name}], found {value!r}")
@@ -322,24 +318,40 @@ def parse_flags(kind: type[T], argv: Sequence[str] | None, default: T, prog: str
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_one_line(heard.getvalue()) + f"; `python {prog} --help` lists all flags") from None
+        raise UserError(_one_line(heard.getvalue()) + f"; `{prog} --help` lists all flags") from None
+
+
+# tyro's messages, and the same in the words of all others here.
+_FLAG_ERRORS = (
+    (r"Error parsing (\S+): .*?('.*'|\[.*\]).*", r"\1: expected {kind}, found \2"),
+    (r"invalid choice ('.*') for argument '(\S+)'\. Expected one of \((.*?)\).*", r"\2: expected one of \3, found \1"),
+    (r"Missing value for argument '(\S+)'.*", r"\1: expected a value, found none"),
+    (r"Unrecognized options: (\S+?),?( .*)?", r"\1: expected a flag of this command, found another"),
+)
+_KINDS = {
+    "INT": "a whole number",
+    "FLOAT": "a number",
+    "{None}|INT": "a whole number or None",
+    "{None}|FLOAT": "a number or None",
+}
 
 
 def _one_line(panel: str) -> str:
     """The message of tyro's framed error panel, and the flag that it proposes, in one line."""
-    frame = "╭╮╰╯│─ "
-    lines = [line.strip(frame) for line in panel.splitlines()]
+    lines = [line.strip("╭╮╰╯│─ ") for line in panel.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines[1:]:
         parts.append([]) if not line else parts[-1].append(line)
     message = " ".join(parts[0]) or " ".join(filter(None, lines))
-    hints = [part for part in parts[1:] if part and part[0].startswith("Perhaps you meant")]
-    helps = [part for part in parts[1:] if part and part[0].startswith("Argument helptext")]
-    if hints and len(hints[0]) > 1:
-        message += f"; perhaps you meant {hints[0][1]}"
-    elif helps and len(helps[0]) > 1:
-        message += f"; expected {helps[0][1]}"
-    return message
+    # The second line of a hint is the flag with the kind of its value.
+    flags = {part[0].split(":")[0]: part[1] for part in parts[1:] if len(part) > 1}
+    kind = flags.get("Argument helptext", "").partition(" ")[2]
+    for pattern, words in _FLAG_ERRORS:
+        if match := re.fullmatch(pattern, message):
+            message = match.expand(words).replace("{kind}", _KINDS.get(kind, kind))
+            break
+    proposed = next((flag for title, flag in flags.items() if title.startswith("Perhaps you meant")), "")
+    return message + (f"; perhaps you meant {proposed.split(' ')[0]}" if proposed else "")
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
@@ -349,13 +361,34 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return value
         expected = "one of " + ", ".join(map(repr, typing.get_args(hint)))
     else:
-        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kinds = tuple(typing.get_origin(option) or option for option in options)
         if type(value) in kinds:
             return value
-        if float in kinds and type(value) is int:
+        if float in kinds and type(value) is int and abs(value) < 1 << 1000:
             return float(value)
         expected = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
     raise UserError(f"{where}: expected {expected}, found {value!r}")
+
+
+def _check_fields(args: Any, prefix: str, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raise UserError where a field of a dataclass has the wrong type, or a number outside its range."""
+    for name, hint in typing.get_type_hints(type(args)).items():
+        key, value = prefix + name, getattr(args, name)
+        _typed(value, hint, key)
+        if isinstance(value, str):
+            _check(value.isascii() or not _SURROGATE.search(value), key, "text in UTF-8", ascii(value))
+        if name in ranges and value is not None:
+            low, high = ranges[name]
+            expected = (
+                f"{low:,} to {high:,}" if isinstance(high, int) and isinstance(low, int) else _float_range(low, high)
+            )
+            _check(low <= value <= high, key, expected, value)
+
+
+def _float_range(low: float, high: float) -> str:
+    start = "above 0" if low == _TINY else f"{low} or more"
+    return start + {_HUGE: "", _BELOW_1: ", below 1"}.get(high, f", up to {high:g}")
 
 
 def _check(holds: bool, key: str, expected: str, found: object) -> None:

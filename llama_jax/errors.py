@@ -1,8 +1,12 @@
 """Errors that a user can cause, and how a command line ends on one."""
 
+import io
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -21,26 +25,41 @@ def quoted(value: object, limit: int = 80) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; a UserError ends it with one line on stderr and exit status 2.
 
-    ``LLAMA_JAX_DEBUG=1`` in the environment shows the traceback instead.
+    ``LLAMA_JAX_DEBUG=1`` in the environment shows the traceback before it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None, where the command was started with it closed
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output has gone (`sample.py ... | head`): nothing is wrong, and nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
+    except KeyboardInterrupt:
+        _stop(None, "stopped by Ctrl-C", 130)
     except UserError as error:
-        _stop(error, str(error))
+        _stop(error, f"error: {error}", 2)
+    except MemoryError as error:
+        _stop(
+            error,
+            "error: expected enough memory, found too little; make the model, the batch or the context smaller",
+            2,
+        )
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _stop(error, f"{where}{error.strerror}; check the path, its permissions and the free disk space")
+        _stop(error, f"error: {where}{error.strerror}; check the path, its permissions and the free disk space", 2)
 
 
-def _stop(error: Exception, message: str) -> None:
-    if os.environ.get("LLAMA_JAX_DEBUG") == "1":
-        raise error
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+def _stop(error: Exception | None, message: str, status: int) -> NoReturn:
+    if error is not None and os.environ.get("LLAMA_JAX_DEBUG") == "1":
+        traceback.print_exception(error)
+    print(" ".join(message.split()), file=sys.stderr)
+    # What libraries' threads still have to say of the same fault, as the process ends, would only hide the message.
+    sys.unraisablehook = lambda _: None
+    logging.disable()
+    sys.exit(status)

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llama_jax.config import DType, parse_flags
-from llama_jax.data.text import Corpus, find_files
+from llama_jax.data.text import Corpus, find_files, replacement_warning
 from llama_jax.errors import UserError, run_command
 from llama_jax.generation import Model
 from llama_jax.loss import loss_sum
@@ -51,7 +51,7 @@ def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, b
         raise UserError(f"--stride: expected 1 to the window of {window}, found {stride}")
     if batch_size < 1:
         raise UserError(f"--batch-size: expected 1 or more, found {batch_size}")
-    stream, scored, text_bytes = _read(find_files(str(text)), model.tokenizer)
+    stream, scored, text_bytes = _read(find_files(str(text), "--text"), model.tokenizer)
     total, tokens = 0.0, int(scored[1:].sum())
     if not tokens:
         raise UserError(f"--text: expected text, found none in {text}")
@@ -79,15 +79,17 @@ def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, b
 
 def _read(paths: list[Path], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, int]:
     """Token ids of all files, which of them are scored (all but BOS), and the bytes of text."""
-    ids: list[int] = []
-    scored: list[bool] = []
+    ids: list[np.ndarray] = []
     text_bytes = 0
-    for part in Corpus(paths, b"", train_size=1.0).parts("train"):
+    corpus = Corpus(paths, b"", train_size=1.0)
+    for part in corpus.parts("train"):
         (row,) = tokenizer.encode_parts([part.text], [part.starts])
-        ids += [tokenizer.bos_id] * part.starts + row
-        scored += [False] * part.starts + [True] * len(row)
-        text_bytes += len(part.text.encode())
-    return np.array(ids, np.int32), np.array(scored, bool), text_bytes
+        ids.append(np.array([tokenizer.bos_id] * part.starts + row, np.int32))
+        text_bytes += part.size
+    if corpus.replaced:
+        print(replacement_warning(corpus.replaced), file=sys.stderr)
+    stream = np.concatenate([np.zeros(0, np.int32), *ids])
+    return stream, stream != tokenizer.bos_id, text_bytes
 
 
 def _windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -104,7 +106,7 @@ _loss_sum = jax.jit(loss_sum, static_argnames=("model",))
 
 def main() -> None:
     """Run the command line."""
-    args = parse_flags(EvaluateArgs, sys.argv[1:], EvaluateArgs(), "-m llama_jax.evaluate", __doc__ or "")
+    args = parse_flags(EvaluateArgs, sys.argv[1:], EvaluateArgs(), "python -m llama_jax.evaluate", __doc__ or "")
     for name in ("ckpt", "text"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")

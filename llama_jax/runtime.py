@@ -4,11 +4,13 @@ import contextlib
 import ctypes
 import os
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.config import DType, ModelArgs, Remat
+from llama_jax.errors import UserError
 from llama_jax.model import Llama
 
 # Layers are compiled one by one up to this many on a CPU, where XLA pays 15% for a loop; elsewhere a scan compiles faster
@@ -39,17 +41,22 @@ def keep_freed_memory() -> None:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs on disk between runs: in JAX_COMPILATION_CACHE_DIR, or ~/.cache/llama_jax."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", os.fspath(Path(home) / "llama_jax" / "compiled"))
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(given) if given else home / "llama_jax" / "compiled"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    # A folder that cannot be written costs the cache, not the run.
+    jax.config.update("jax_compilation_cache_dir", os.fspath(folder) if os.access(folder, os.W_OK) else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    # A folder that cannot be written costs the cache, not the run.
     jax.config.update("jax_raise_persistent_cache_errors", False)
 
 
 def make_model(args: ModelArgs, compute_dtype: DType = "auto", remat: Remat = "none") -> Llama:
-    """The Flax module as this platform runs it best."""
+    """The Flax module as this platform runs it best. Raises UserError on an unknown type."""
+    if compute_dtype not in get_args(DType):
+        raise UserError(f"compute_dtype: expected one of {', '.join(get_args(DType))}, found {compute_dtype!r}")
     cpu = jax.default_backend() == "cpu"
     if compute_dtype == "auto":
         compute_dtype = "float32" if cpu else "bfloat16"

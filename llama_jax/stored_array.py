@@ -28,7 +28,9 @@ def create_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, chunks: 
     """
     name = dtype.name if dtype.name == "bfloat16" else dtype.newbyteorder("<").str
     metadata = {"shape": shape, "chunks": chunks, "dtype": name, "compressor": None}
-    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder.absolute()}/"}, "metadata": metadata}
+    kvstore = {"driver": "file", "path": f"{folder.absolute()}/"}
+    # Zeros are stored as well, so that a chunk that is missing is an error to whoever reads it.
+    spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata, "store_data_equal_to_fill_value": True}
     return ts.open(spec, create=True, open=True).result()
 
 
@@ -44,7 +46,8 @@ def open_array(folder: Path, name: str) -> ts.TensorStore:
     else:
         kvstore = {"driver": "file", "path": f"{folder.absolute()}/{key}/"}
     driver = "zarr3" if saved["use_zarr3"] else "zarr"
-    return ts.open({"driver": driver, "kvstore": kvstore}, open=True, read=True).result()
+    spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
+    return ts.open(spec, open=True, read=True).result()
 
 
 class StoredArrayHandler(ocp.type_handlers.TypeHandler):

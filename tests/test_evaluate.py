@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_llama
 import pytest
 
 from llama_jax.config import ModelArgs
@@ -16,6 +15,7 @@ from llama_jax.evaluate import _windows, evaluate
 from llama_jax.generation import Model
 from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer
+from tests import numpy_llama
 
 TEXT = "The fox saw 12 boats.\n\nA fox, an owl and the river — été!\n" * 3
 CONTEXT = 48

@@ -9,13 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_llama
 import pytest
 
 from llama_jax.config import ModelArgs
 from llama_jax.loss import cross_entropy
 from llama_jax.model import Llama, count_parameters
 from llama_jax.runtime import make_model
+from tests import numpy_llama
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, multiple_of=8, max_seq_len=1000)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from llama_jax.config import DataArgs, parse_flags
 from llama_jax.data import load_data
+from llama_jax.data.text import replacement_warning
+from llama_jax.data.tokens import read_manifest
 from llama_jax.errors import UserError, run_command
 
 
@@ -36,7 +38,7 @@ def main() -> None:
     if argv[:1] != ["prepare"] and argv[:1] != ["--help"]:
         raise UserError(f"llama_jax.data: expected the command prepare, found {' '.join(argv[:1]) or 'none'}")
     args = parse_flags(
-        PrepareArgs, argv[argv[:1] == ["prepare"] :], PrepareArgs(), "-m llama_jax.data prepare", __doc__ or ""
+        PrepareArgs, argv[argv[:1] == ["prepare"] :], PrepareArgs(), "python -m llama_jax.data prepare", __doc__ or ""
     )
     for name in ("filepath", "output"):
         if not getattr(args, name):
@@ -45,9 +47,13 @@ def main() -> None:
         raise UserError(f"--workers: expected 1 or more, found {args.workers}")
     data_args = DataArgs(args.filepath, args.train_size, args.tokenizer_model_path, args.vocab_size, args.separator)
     data_args.check()
+    if read_manifest(Path(args.filepath)) is not None:
+        raise UserError(f"--filepath: expected a text, found tokens that are prepared already in {args.filepath}")
     output = Path(args.output)
     data = load_data(data_args, output, output / "tokenizer.model", workers=args.workers)
     manifest = data.tokens.manifest
+    if manifest.replaced_sequences:
+        print(replacement_warning(manifest.replaced_sequences), file=sys.stderr)
     print(
         f"{output}: {manifest.tokens['train']:,} tokens to train on, {manifest.tokens['eval']:,} held out, "
         f"vocabulary {data.tokenizer.vocab_size:,}"

@@ -32,8 +32,9 @@ def _words(text: str) -> list[str]:
     return [" ".join(word.split()) for word in text.split(",")]
 
 
-BOYS = _words("Pip, Max, Toby, Finn, Otto, Gus, Hugo, Milo, Sam, Barnaby")
-GIRLS = _words("Lily, Daisy, Ruby, Molly, Rosie, Poppy, Hazel, Clara, Tilly, Nora")
+# Few, so that a small model soon sees each of them often enough to learn to remember it.
+BOYS = _words("Pip, Max, Toby, Finn, Otto, Hugo, Milo, Sam")
+GIRLS = _words("Lily, Daisy, Ruby, Molly, Rosie, Hazel, Clara, Nora")
 
 # How one is at a place: "by the pond", "in the forest".
 PLACES = {
@@ -46,8 +47,7 @@ PLACES = {
 RULES = {
     # Who there is, and what they are like.
     "name": ", ".join(BOYS + GIRLS),
-    "animal": """rabbit, mouse, fox, bear, squirrel, hedgehog, mole, badger, otter, duck, frog, kitten, puppy, goat,
-        lamb, owl""",
+    "animal": "rabbit, mouse, fox, bear, squirrel, hedgehog, mole, badger, otter, duck, frog, kitten, puppy, owl",
     "trait": """kind, brave, shy, clever, cheerful, gentle, curious, playful, friendly, polite, patient, quiet, lively,
         careful, dreamy, helpful, thoughtful, merry, eager, modest, generous, adventurous, bold, tidy, wise, funny,
         loyal, hopeful, busy, calm, lucky, imaginative, sleepy, jolly, nimble, sensible, warm-hearted, lazy, stubborn,
@@ -58,9 +58,8 @@ RULES = {
     "funny": """noisy, sleepy, polite, friendly, silly, cheeky, shiny, jolly, grumpy, lazy, spotted, giggling, fat,
         round, striped, singing, clever, nervous, dancing, hungry, purple, fluffy, sneezing, elegant""",
     # What there is to have and to love.
-    "colour": "red, blue, green, yellow, purple, orange, golden, silver, white, pink, brown, grey",
-    "thing": """kite, ball, cap, scarf, drum, bell, button, whistle, book, spoon, cup, key, marble, umbrella, flute,
-        cushion, balloon, pebble, necklace, feather, teapot, puppet, mirror, clock""",
+    "colour": "red, blue, green, yellow, purple, orange, silver, white, pink, brown",
+    "thing": "kite, ball, scarf, drum, bell, book, cup, key, flute, balloon, clock, umbrella, feather, mirror",
     "hat": "hat, coat, cloak, jacket, jumper, waistcoat, shawl, dress",
     "lantern": "lantern, lamp, candlestick, torch",
     "basket": "bag, box, bowl, sack, hamper, bundle, tub, crate",
@@ -143,7 +142,7 @@ PLOTS = {
       Then came {name2}, {a trait3} {animal2} in {a colour2} [hat], and asked, "May I help you?"
     - Together they found {a colour3} {thing2}, {a colour4} {thing3} and {a thing4}, but no {thing}.
       They searched [spot], [spot] and [spot].
-    - At last {name2} saw something {colour} [spot], and it was the {thing}!
+    - At last {name2} the {animal2} saw something {colour} [spot], and it was the {thing}!
       "Here it is!" [cheered] {name2}, and there, [spot], lay the {colour} {thing}.
     """,
     "a meal is shared": """
@@ -153,10 +152,10 @@ PLOTS = {
       There {he} met {name2}, {a trait3} {animal2} in {a colour2} [hat], who looked {sad} and {sad2}.
     - "I have eaten only {food6} and {food7} since [weekday]," [sobbed] {name2}.
       "I dropped my {food6} and my {food7} [spot]," [sobbed] {name2}.
-    - {name} was hungry too, but {he} gave {name2} half of the {food3} and all of the {food4}.
-      "Let us share!" [cheered] {name}, and {name2} ate [number] helpings of {food3} and {food4}.
+    - {name} the {animal} was hungry too, but {he} gave {name2} half of the {food3} and all of the {food4}.
+      "Let us share!" [cheered] {name} the {animal}, and {name2} ate [number] helpings of {food3} and {food4}.
     - {name2} had nothing to give but {a colour3} {thing} and a song about {joy3} and {joy4}.
-      Soon {name2} felt {happy} and {happy2}, and they sat [spot] and sang about {joy3}.
+      Soon {name2} the {animal2} felt {happy} and {happy2}, and they sat [spot] and sang about {joy3}.
     """,
     "a thing is built": """
     - One [weather] [daytime] {he} began to build {a colour} {project} {at place} the [scenic] {place}.
@@ -165,8 +164,8 @@ PLOTS = {
       {A trait3} {animal2} named {name2} [ran] over with {a tool}, [number] {material} and [tasty] {food3}.
     - They worked for [number] [days] and ate {food4} and {food5}, but the {project} fell down with a [crash].
       But one [weather] [daytime] a [strong|cold|wild|sudden] wind came, and the {project} broke with a [crash].
-    - "We will never finish it," [sobbed] {name}, {sad} and {sad2}, but {name2} did not give up.
-      "Think of {joy3} and {joy4}," said {name2}, "and let us try again!"
+    - "We will never finish it," [sobbed] {name} the {animal}, {sad} and {sad2}, but {name2} did not give up.
+      "Think of {joy3} and {joy4}," said {name2} the {animal2}, "and let us try again!"
     - This time they tied it to [landmark] with {a colour2} [rope|ribbon|string|chain], and it held.
       They brought [number] [longer|better|thicker|stronger] {material2}, and soon the {colour} {project} was ready.
     """,
@@ -175,8 +174,8 @@ PLOTS = {
       One [weather] [daytime] dark clouds rolled over the [scenic] {place}, and {name} [ran] home.
     - Soon {a trait3} {animal2} named {name2} knocked [number] times at the {colour} door, {sad} and wet.
       "Please let me in," [sobbed] {name2}, {a trait3} {animal2} in {a colour} [hat], {sad} and wet.
-    - {name} gave {name2} {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4} with {food5}.
-      "Come in!" [cheered] {name}, and {he} brought {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4}.
+    - {name} the {animal} gave {name2} {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4} with {food5}.
+      "Come in!" [cheered] {name} the {animal}, and {he} brought {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4}.
     - They played with {a thing2}, {a thing3} and {a thing4} until the [rain|storm|wind|thunder] stopped.
       They talked about {joy3}, {joy4} and {joy5} until the [rain|storm|wind|thunder] stopped.
     - When the sun came out, {name2}, {happy} and {happy2}, gave {name} {a colour3} {thing}.
@@ -186,11 +185,11 @@ PLOTS = {
     - On [weekday] {he} [ran] to the [scenic] {place} to learn to {skill} like {his} [family].
       One [weather] [daytime], {at place} the [scenic] {place}, {he} tried to {skill} like {his} [family].
     - {He} practised [spot] and [spot], but it always went wrong.
-      "I will never {skill}!" [sobbed] {name}, {sad} and {sad2}, and hid [spot].
+      "I will never {skill}!" [sobbed] {name} the {animal}, {sad} and {sad2}, and hid [spot].
     - {A trait3} {animal2} named {name2} [ran] over and gave {him} {a colour} {thing} for luck.
       "I can help you," said {name2}, {a trait3} {animal2} with {a colour} {thing}.
     - Every [weekday] they practised {at place} the {place} and ate [tasty] {food3} and {food4}.
-      "Try again and think of {joy3} and {joy4}!" said {name2} every [daytime].
+      "Try again and think of {joy3} and {joy4}!" said {name2} the {animal2} every [daytime].
     - After [number] [days] {name} could {skill}, {happy} and {happy2}, with the {colour} {thing} beside {him}.
       And on [weekday] {name} held the {colour} {thing} up high and could {skill} at last!
     """,
@@ -201,8 +200,8 @@ PLOTS = {
       So {he} [ran] to the [scenic] {place} and carried {food3} for {a trait4} {animal3} to earn [number] coins.
     - Then {he} bought the {thing} and wrapped it in {colour2} [paper|leaves|silk|cloth] with {a colour3} ribbon.
       Then {he} bought the {thing} and hid it [spot] in {a colour2} [basket].
-    - "Happy birthday!" [cheered] {name}, and {name2} opened it, {happy} and {happy2}.
-      "Is the {colour} {thing} for me?" [cheered] {name2}, {happy} and {happy2}.
+    - "Happy birthday!" [cheered] {name} the {animal}, and {name2} opened it, {happy} and {happy2}.
+      "Is the {colour} {thing} for me?" [cheered] {name2} the {animal2}, {happy} and {happy2}.
     - They ate [tasty] {food6} and {food7} [spot] and sang about {joy3}.
       They ate [tasty] {food6}, {food7} and {food8} and danced around [landmark].
     """,
@@ -223,8 +222,8 @@ PLOTS = {
       {His} [family] gave {him} a seed from the [scenic] {place}, and {he} put it in {a colour} pot.
     - Every [daytime] {he} watered the pot and told it about {joy3} and {joy4}.
       Every [weekday] {he} watered the pot and sang about {joy3}, {joy4} and {joy5}.
-    - But after [number] [days] there was nothing to see, and {name} was {sad} and {sad2}.
-      "Nothing grows in my {colour} pot," [sobbed] {name}, {sad} and {sad2}.
+    - But after [number] [days] there was nothing to see, and {name} the {animal} was {sad} and {sad2}.
+      "Nothing grows in my {colour} pot," [sobbed] {name} the {animal}, {sad} and {sad2}.
     - "Wait a little," said {name2}, {a trait3} {animal2}, and brought [tasty] {food3} and {food4}.
       {A trait3} {animal2} named {name2} [ran] over to wait with {him}, and they ate [tasty] {food3}.
     - Then, one [weather] [daytime], there was {a colour2} {flower}, as tall as {a animal3}!
@@ -233,11 +232,11 @@ PLOTS = {
 }
 
 ENDING = """
-    - After that, {name} and {name2} met every [weekday] to share {food9} and stories about {joy9}.
-      From then on the {animal} and the {animal2} were always together, and they never ran out of {food9}.
-      That night {name} dreamed of {joy8}, {joy9} and {name2}.
-      And so {name} learned that [moral].
-      "What a [wonderful|lovely|perfect|splendid] friend you are!" said the {animal2}, and the {animal} smiled.
+    - After that, {name} the {animal} and {name2} the {animal2} met every [weekday] to share stories about {joy9}.
+      From then on {name} the {animal} and {name2} the {animal2} were always together, and they never ran out of {food9}.
+      That night {name} the {animal} dreamed of {joy8}, {joy9} and {name2} the {animal2}.
+      And so {name} the {animal} learned from {name2} the {animal2} that [moral].
+      "What a [wonderful|lovely|perfect|splendid] friend you are!" said {name2} the {animal2}, and {name} smiled.
 """
 
 

@@ -20,9 +20,10 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a document's text; ``starts`` and ``ends``: it holds the document's beginning and its end."""
+    """A stretch of a document's text, out of so many bytes; ``starts`` and ``ends``: it holds the document's beginning and its end."""
 
     text: str
+    size: int
     starts: bool
     ends: bool
 
@@ -85,7 +86,7 @@ class Corpus:
         first = start
         while start < end:
             stop = _border(data, start, end)
-            yield Part(self._decode(data[start:stop]), starts=start == first, ends=ends and stop == end)
+            yield Part(self._decode(data[start:stop]), stop - start, starts=start == first, ends=ends and stop == end)
             start = stop
 
     def _decode(self, raw: bytes) -> str:
@@ -116,28 +117,36 @@ def _border(data: mmap.mmap, start: int, end: int) -> int:
     return stop
 
 
-def find_files(filepath: str) -> list[Path]:
-    """The text files that ``filepath`` (a file, a folder, a glob) stands for, sorted. Raises UserError where there are none."""
+def replacement_warning(replaced: int) -> str:
+    """What to tell of so many byte sequences that are not UTF-8; nothing, if there are none."""
+    return f"warning: {replaced:,} byte sequences are not UTF-8; each was read as U+FFFD" if replaced else ""
+
+
+def find_files(filepath: str, key: str = "data.filepath") -> list[Path]:
+    """The text files that ``filepath`` (a file, a folder, a glob) stands for, sorted.
+
+    Raises UserError, which speaks of the option ``key``, where there are none.
+    """
     path = Path(filepath).expanduser()
     if path.is_dir():
         paths = sorted(p for p in path.rglob("*.txt") if p.is_file())
         if not paths:
-            raise UserError(f"data.filepath: expected *.txt files in the folder {filepath}, found none")
+            raise UserError(f"{key}: expected *.txt files in the folder {filepath}, found none")
     elif path.exists():
         paths = [path]
     else:
         paths = sorted(p for p in map(Path, glob.glob(os.fspath(path), recursive=True)) if p.is_file())
         if not paths:
-            raise UserError(f"data.filepath: expected a text file, a folder or a glob, found nothing at {filepath}")
+            raise UserError(f"{key}: expected a text file, a folder or a glob, found nothing at {filepath}")
     for p in paths:
         if not os.access(p, os.R_OK):
-            raise UserError(f"data.filepath: expected a readable file, found no permission to read {p}")
+            raise UserError(f"{key}: expected a readable file, found no permission to read {p}")
         with open(p, "rb") as file:
             head = file.read(2)
         if head in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"data.filepath: expected UTF-8, found UTF-16 in {p}; convert it, for example with iconv")
+            raise UserError(f"{key}: expected UTF-8, found UTF-16 in {p}; convert it, for example with iconv")
     if all(p.stat().st_size == 0 for p in paths):
-        raise UserError(f"data.filepath: expected text, found {filepath} empty")
+        raise UserError(f"{key}: expected text, found {filepath} empty")
     return paths
 
 

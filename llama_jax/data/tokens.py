@@ -4,6 +4,8 @@ A folder holds train.bin and eval.bin (uint16, or uint32 where the vocabulary ne
 written last, which says of what text and tokenizer they are.
 """
 
+import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -14,13 +16,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from llama_jax.config import from_dict
 from llama_jax.data.text import Corpus, Part
 from llama_jax.errors import UserError
 from llama_jax.files import replacing, write_atomically
 from llama_jax.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "eval")
+DTYPES = ("<u2", "<u4")
 # Parts that are encoded at once, by as many threads as there are workers.
 PARTS_AT_ONCE = 64
 
@@ -31,7 +35,10 @@ class Manifest:
 
     version: int
     text_sha256: str
+    train_size: float
+    separator: str
     tokenizer_sha256: str
+    trained_vocab_size: int  # that was asked for, where the tokenizer was trained for this text; else 0
     dtype: str
     tokens: dict[str, int]
     text_bytes: dict[str, int]
@@ -55,18 +62,18 @@ class TokenSet:
 
 def sha256(content: bytes) -> str:
     """Hex digest."""
-    import hashlib
-
     return hashlib.sha256(content).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a finished token folder, or None where there is none that this version reads."""
     try:
-        found = json.loads((folder / "manifest.json").read_text())
-        return Manifest(**found) if found["version"] == VERSION else None
-    except (OSError, ValueError, TypeError, KeyError):
+        manifest = from_dict(Manifest, json.loads((folder / "manifest.json").read_text()), "manifest.json")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, UserError):
         return None
+    counts = (manifest.tokens, manifest.text_bytes, manifest.documents)
+    whole = all(c.keys() == set(SPLITS) and all(type(n) is int and n >= 0 for n in c.values()) for c in counts)
+    return manifest if manifest.version == VERSION and manifest.dtype in DTYPES and whole else None
 
 
 def open_tokens(folder: Path) -> TokenSet:
@@ -86,7 +93,14 @@ def open_tokens(folder: Path) -> TokenSet:
     return TokenSet(streams[0], streams[1], manifest)
 
 
-def prepare(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int = 1) -> TokenSet:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json."""
+    write_atomically(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
+
+
+def prepare(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int = 1, trained_vocab_size: int = 0
+) -> TokenSet:
     """The tokens of ``corpus``: taken from ``folder`` if it holds just these, else made there.
 
     Memory is bounded whatever the text's length; nothing unfinished ever looks finished.
@@ -94,18 +108,23 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int = 1
     keys = corpus.digest(), sha256(tokenizer.model_bytes)
     manifest = read_manifest(folder)
     if manifest is not None and (manifest.text_sha256, manifest.tokenizer_sha256) == keys:
-        return open_tokens(folder)
+        with contextlib.suppress(UserError):  # the tokens themselves may be gone
+            return open_tokens(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    dtype = np.dtype(DTYPES[tokenizer.vocab_size > 1 << 16])
     counts: dict[str, tuple[int, int, int]] = {}
     corpus.replaced = 0
     for split in SPLITS:
         with replacing(folder / f"{split}.bin") as temporary:
             counts[split] = _write_stream(corpus.parts(split), tokenizer, dtype, temporary, workers, split)
     tokens, text_bytes, documents = ({s: counts[s][i] for s in SPLITS} for i in range(3))
-    manifest = Manifest(VERSION, *keys, dtype.str, tokens, text_bytes, documents, corpus.replaced)
-    write_atomically(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
+    text_sha256, tokenizer_sha256 = keys
+    manifest = Manifest(
+        VERSION, text_sha256, corpus.train_size, corpus.separator.decode(), tokenizer_sha256, trained_vocab_size,
+        dtype.str, tokens, text_bytes, documents, corpus.replaced,
+    )  # fmt: skip
+    write_manifest(folder, manifest)
     return open_tokens(folder)
 
 
@@ -118,7 +137,7 @@ def _write_stream(
         while batch := list(itertools.islice(parts, PARTS_AT_ONCE)):
             ids = np.array(_encode(batch, tokenizer, workers), dtype)
             file.write(ids.tobytes())
-            size = sum(len(part.text.encode()) for part in batch)
+            size = sum(part.size for part in batch)
             tokens, text_bytes = tokens + len(ids), text_bytes + size
             documents += sum(part.starts for part in batch)
             bar.update(size)

@@ -1,7 +1,7 @@
 """Generation: a loaded model, its logits, and completions of prompts."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,10 @@ class Model:
 
         Raises UserError where T is longer than the context or an id is outside the vocabulary.
         """
-        token_ids = np.asarray(token_ids)
+        try:
+            token_ids = np.asarray(token_ids)
+        except ValueError:
+            raise UserError("token_ids: expected integers [B, T], found rows of different lengths") from None
         if token_ids.ndim != 2 or not np.issubdtype(token_ids.dtype, np.integer):
             raise UserError(f"token_ids: expected integers [B, T], found {token_ids.dtype} {list(token_ids.shape)}")
         if token_ids.shape[1] > self.args.max_seq_len:
@@ -68,11 +71,11 @@ class Model:
             raise UserError(f"token_ids: expected ids from 0 to {self.args.vocab_size - 1}, found others")
         return _logits(self.module, self.params, token_ids.astype(np.int32))
 
-    def generate(self, prompts: Sequence[str], args: SampleArgs = SampleArgs()) -> list[Completion]:
+    def generate(self, prompts: Iterable[str], args: SampleArgs = SampleArgs()) -> list[Completion]:
         """A completion a prompt, in order. Raises UserError on a prompt that fills the context, or bad ``args``."""
         if isinstance(prompts, str):
             raise UserError("prompts: expected a list of strings, found one string; put it in a list")
-        rows = self._encode(prompts, args)
+        rows = self._encode(list(prompts), args)
         done = [_Row(self, prompt_ids, args) for prompt_ids in rows]
         for chunk in self._chunks(rows, args):
             for row, ids, logprobs in zip(done, chunk.ids, chunk.logprobs, strict=True):
@@ -95,6 +98,8 @@ class Model:
 
     def _encode(self, prompts: Sequence[str], args: SampleArgs) -> list[list[int]]:
         args.check()
+        if any(not isinstance(prompt, str) for prompt in prompts):
+            raise UserError("prompts: expected strings, found something else among them")
         rows = [self.tokenizer.encode(prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, rows, strict=True):
             if len(ids) >= self.args.max_seq_len:

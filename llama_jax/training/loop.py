@@ -7,21 +7,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from tqdm import tqdm
 
 from llama_jax.checkpoint import Checkpoint, CheckpointWriter, steps_of
-from llama_jax.config import Config, SampleArgs
+from llama_jax.config import Config, DataArgs, SampleArgs
 from llama_jax.data import Data, load_data
 from llama_jax.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
 from llama_jax.runtime import keep_freed_memory, make_model, use_compilation_cache
 from llama_jax.sharding import batch_sharding, check_divisible, make_mesh, on_mesh
+from llama_jax.tokenizer import Tokenizer
 from llama_jax.training import report
 from llama_jax.training.flops import peak_flops, train_flops_per_token
 from llama_jax.training.plot import plot_losses
@@ -66,41 +65,41 @@ def train(config: Config) -> RunFolder:
     use_compilation_cache()
     folder = RunFolder(config.train.save_dir)
     folder.create()
-    folder.check_config(config)
+    saved = steps_of(folder.path)
+    start = saved[-1] if saved else 0
     mesh = make_mesh(config.mesh)
-    source = Checkpoint.find(config.train.init_from) if config.train.init_from else None
-    data_args = config.data
-    if source is not None:
-        data_args = replace(data_args, tokenizer_model_path=str(source.folder / "model" / "tokenizer.model"))
-    data = load_data(data_args, folder.path / "tokens", folder.tokenizer_path)
+    source = Checkpoint.find(config.train.init_from) if config.train.init_from and not start else None
+    data_args = config.data if source is None else _with_tokenizer_of(source, config.data)
+    data = load_data(data_args, folder.path / "tokens", folder.tokenizer_path, begun=start > 0)
     config = _resolve(config, data)
     check_divisible(mesh, config.model, config.train)
-    folder.check_config(config)
+    if start:
+        folder.check_config(config)
 
     module = make_model(config.model, config.train.compute_dtype, config.train.remat)
     steps = config.train.max_steps or config.train.n_epochs * steps_per_epoch(
         data.tokens.train, config.train.batch_size, config.model.max_seq_len
     )
     optimizer = make_optimizer(config.train, steps)
-    saved = steps_of(folder.path)
-    start = saved[-1] if saved else 0
     report.announce(config, data, mesh, jnp.dtype(module.dtype).name, steps, start, folder.path)
+    report.check_memory(config.model, mesh)
     folder.write_config(config)
     folder.resume_metrics(start)
     folder.write_best(saved)
-    run = Run(config, folder, data, mesh, module, steps, CheckpointWriter(folder.path), _prompt(config, data))
-    if start >= steps:
-        print(f"the run has its {steps:,} steps; --train.max-steps goes on, another --train.save-dir begins anew")
-        _finish(run, start, 0.0)
-        return folder
-
-    state = _first_state(run, optimizer, start, source)
-    began = time.perf_counter()
-    compiled = compile_train_step(module, optimizer, mesh, config.train.gradient_accumulation_steps, _batch_shapes(run))
-    report.announce_cost(compiled, time.perf_counter() - began)
-    began = time.perf_counter()
-    end = _loop(run, compiled, state, start)
-    _finish(run, end, time.perf_counter() - began)
+    with CheckpointWriter(folder.path) as writer:
+        run = Run(config, folder, data, mesh, module, steps, writer, _prompt(config, data))
+        if start >= steps:
+            print(f"the run has its {steps:,} steps; --train.max-steps goes on, another --train.save-dir begins anew")
+            _finish(run, start, 0.0)
+            return folder
+        state = _first_state(run, optimizer, start, source)
+        began = time.perf_counter()
+        accumulation = config.train.gradient_accumulation_steps
+        compiled = compile_train_step(module, optimizer, mesh, accumulation, _batch_shapes(run))
+        report.announce_cost(compiled, mesh, time.perf_counter() - began)
+        began = time.perf_counter()
+        end = _loop(run, compiled, state, start)
+        _finish(run, end, time.perf_counter() - began)
     return folder
 
 
@@ -114,27 +113,24 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     clock = _Clock(run, start)
     pending: list[StepMetrics] = []
     saved_at, announced = start, False
-    with (
-        _stop_signals() as stopped,
-        tqdm(total=run.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05) as bar,
-    ):
+    with _stop_signals() as stopped, report.Progress(run.steps, start) as progress:
         for step, batch in zip(range(start + 1, run.steps + 1), batches, strict=False):
             state, metrics = compiled(state, jax.device_put(batch, sharding))
             pending.append(metrics)
-            bar.update()
+            progress.update()
             last = step == run.steps
             evaluating = run.data.tokens.eval.size > 1 and (step % args.eval_interval == 0 or last)
             saving = step % args.save_interval == 0 or last or bool(stopped)
             if evaluating or saving or step % args.log_interval == 0:
                 record = clock.record(step, _checked(run, pending, step, saved_at))
-                bar.set_postfix_str(f"loss {record['train_loss']:.3f}, {clock.tokens_per_second:,.0f} tokens/s")
+                progress.show(record)
                 pending.clear()
                 if not announced:
                     announced = True
                     report.say(report.expected_time_text(run.steps - step, record["step_seconds"]))
                 improved = False
                 if evaluating:
-                    improved = _evaluate(run, state, record)
+                    improved = _evaluate(run, state, record, saved_at)
                 if evaluating or last or step % args.log_interval == 0:
                     run.folder.log(record)
                 if saving or improved:
@@ -153,17 +149,20 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
 
 
 def _checked(run: Run, pending: list[StepMetrics], step: int, saved_at: int) -> StepMetrics:
-    """The newest metrics, on the host. Raises UserError where a loss since the last look was not finite."""
-    losses = jax.device_get([m.loss for m in pending])
-    for i, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            bad = step - len(losses) + 1 + i
-            run.writer.wait()
-            raise UserError(
-                f"train: expected a finite loss, found {loss} at step {bad:,}; the last checkpoint is of step {saved_at:,}. "
-                "Try a lower --train.lr or more --train.warmup-steps"
-            )
+    """The newest metrics, on the host. Raises UserError where a loss or a gradient since the last look was not finite."""
+    for i, metrics in enumerate(jax.device_get(pending)):
+        for name, value in (("loss", metrics.loss), ("gradient norm", metrics.grad_norm)):
+            if not math.isfinite(value):
+                _raise_not_finite(name, value, step - len(pending) + 1 + i, saved_at)
     return pending[-1]
+
+
+def _raise_not_finite(name: str, value: float, step: int, saved_at: int) -> NoReturn:
+    last = f"the last checkpoint is of step {saved_at:,}" if saved_at else "no checkpoint was saved yet"
+    raise UserError(
+        f"train: expected a finite {name}, found {value} at step {step:,}; {last}. "
+        "Try a lower --train.lr or more --train.warmup-steps"
+    )
 
 
 class _Clock:
@@ -200,8 +199,8 @@ class _Clock:
         return record
 
 
-def _evaluate(run: Run, state: TrainState, record: dict[str, Any]) -> bool:
-    """Add the held-out loss to the record; whether it is the best so far."""
+def _evaluate(run: Run, state: TrainState, record: dict[str, Any], saved_at: int) -> bool:
+    """Add the held-out loss to the record; whether it is the best so far. Raises UserError where it is not finite."""
     args = run.config.train
     total = weight = 0.0
     with on_mesh(run.mesh):
@@ -209,6 +208,8 @@ def _evaluate(run: Run, state: TrainState, record: dict[str, Any]) -> bool:
         for batch in eval_batches(run.data.tokens.eval, rows, run.config.model.max_seq_len, args.eval_iters):
             sums = eval_step(run.module, state.params, jax.device_put(batch, batch_sharding(run.mesh)))
             total, weight = total + float(sums[0]), weight + float(sums[1])
+    if not math.isfinite(total):
+        _raise_not_finite("held-out loss", total / weight, record["step"], saved_at)
     record["eval_loss"] = total / weight
     record["eval_bits_per_byte"] = total / weight / math.log(2) / run.data.tokens.eval_bytes_per_token
     best = run.folder.best()
@@ -223,31 +224,50 @@ def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> No
 
 
 def _draw(run: Run, sample: Any) -> None:
-    """Show a sample of the model, and draw the losses if the plot is old."""
-    model = Model(run.config.model, sample, run.data.tokenizer, run.module)
-    args = SampleArgs(temperature=0.7, max_new_tokens=SAMPLE_TOKENS, seed=run.config.train.seed)
-    with on_mesh(run.mesh):
-        (completion,) = model.generate([run.prompt], args)
-    report.say("  | " + (run.prompt + completion.text).replace("\n", "\n  | "))
-    plot = run.folder.plot_path
-    if not plot.exists() or time.time() - plot.stat().st_mtime > PLOT_SECONDS:
-        plot_losses(plot, run.folder.records, str(run.folder.path), run.data.floor)
+    """Show a sample of the model, and draw the losses if the plot is old. Training goes on where that fails."""
+    try:
+        if run.config.model.max_seq_len > 1:
+            model = Model(run.config.model, sample, run.data.tokenizer, run.module)
+            args = SampleArgs(temperature=0.7, max_new_tokens=SAMPLE_TOKENS, seed=run.config.train.seed)
+            with on_mesh(run.mesh):
+                (completion,) = model.generate([run.prompt], args)
+            report.say("  | " + report.printable(run.prompt + completion.text).replace("\n", "\n  | "))
+        plot = run.folder.plot_path
+        if not plot.exists() or time.time() - plot.stat().st_mtime > PLOT_SECONDS:
+            _plot(run)
+    except (UserError, OSError) as error:
+        report.say(f"no sample or plot: {error}")
+
+
+def _plot(run: Run) -> None:
+    plot_losses(run.folder.plot_path, run.folder.records, str(run.folder.path), run.data.floor)
 
 
 def _finish(run: Run, step: int, seconds: float) -> None:
-    run.writer.close()
-    plot_losses(run.folder.plot_path, run.folder.records, str(run.folder.path), run.data.floor)
+    run.writer.wait()
+    _plot(run)
     print(report.closing_text(run.folder.path, step, seconds, run.folder.best(), run.prompt))
 
 
+def _with_tokenizer_of(source: Checkpoint, args: DataArgs) -> DataArgs:
+    """Data arguments with the tokenizer of a checkpoint. Raises UserError where another one is asked for."""
+    asked = args.tokenizer_model_path
+    if asked and Tokenizer(asked).model_bytes != source.tokenizer.model_bytes:
+        raise UserError(
+            f"data.tokenizer_model_path: expected the tokenizer of {source.folder}, found another in {asked}; leave it out"
+        )
+    return replace(args, tokenizer_model_path=str(source.tokenizer.model_path))
+
+
 def _resolve(config: Config, data: Data) -> Config:
-    """The configuration with the vocabulary's size in it. Raises UserError where another one was asked for."""
-    size = data.tokenizer.vocab_size
+    """The configuration with all that the data decide. Raises UserError where another vocabulary was asked for."""
+    size, manifest = data.tokenizer.vocab_size, data.tokens.manifest
     if config.model.vocab_size not in (-1, size):
         raise UserError(
             f"model.vocab_size: expected {size}, as the tokenizer has, or -1, found {config.model.vocab_size}"
         )
-    return replace(config, model=replace(config.model, vocab_size=size))
+    data_args = replace(config.data, train_size=manifest.train_size, separator=manifest.separator)
+    return replace(config, model=replace(config.model, vocab_size=size), data=data_args)
 
 
 def _first_state(run: Run, optimizer: Any, start: int, source: Checkpoint | None) -> TrainState:
@@ -270,14 +290,15 @@ def _batch_shapes(run: Run) -> Batch:
 
 
 def _prompt(config: Config, data: Data) -> str:
-    """How samples begin: as the stories do, or with the first words of the held-out text."""
-    if not config.data.filepath:
-        return "Once upon a time"
+    """How samples begin: as the stories do, or with the first whole words of a line of the held-out text."""
     stream = data.tokens.eval if data.tokens.eval.size else data.tokens.train
-    ids = [i for i in np.asarray(stream[:64]).tolist() if i not in (data.tokenizer.bos_id, data.tokenizer.eos_id)]
-    lines = [line.strip() for line in data.tokenizer.decode(ids).splitlines() if line.strip()]
-    line = lines[1] if len(lines) > 2 else lines[0] if lines else ""
-    return " ".join(line.split()[:4])[: config.model.max_seq_len // 4]
+    lines = data.tokenizer.decode(stream[:256].tolist()).splitlines()[1:] or [""]
+    words = next((line.split() for line in lines if line.isprintable() and len(line.split()) > 4), [])
+    words = words[:4] if config.data.filepath else ["Once", "upon", "a", "time"]
+    # Half of the context is left to go on in.
+    while words and len(data.tokenizer.encode(" ".join(words))) > config.model.max_seq_len // 2:
+        words.pop()
+    return " ".join(words)
 
 
 @contextlib.contextmanager

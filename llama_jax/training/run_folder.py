@@ -2,19 +2,31 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import Config, load_toml, to_toml
+from llama_jax.checkpoint import Checkpoint, steps_of
+from llama_jax.config import Config, ModelArgs, TrainArgs, load_toml, to_toml
 from llama_jax.errors import UserError
 from llama_jax.files import write_atomically
 
 # What a run cannot change between two starts: its model, and which tokens a step reads.
 FIXED = {
-    "model": None,
-    "data": None,
-    "train": ("batch_size", "init_from", "seed"),
+    "model": tuple(field.name for field in dataclasses.fields(ModelArgs)),
+    "data": ("train_size", "separator", "vocab_size", "stories"),  # and the text and tokenizer themselves, see data/
+    "train": ("batch_size", "seed"),
 }
+
+
+def starting_model(train: TrainArgs) -> ModelArgs:
+    """Model arguments of the checkpoint that a run with ``init_from`` starts from: its own last one, if it has one already.
+
+    Raises UserError where there is none.
+    """
+    run = Path(train.save_dir).expanduser()
+    saved = steps_of(run)
+    return Checkpoint.find(run / "checkpoints" / str(saved[-1]) if saved else train.init_from).args
 
 
 class RunFolder:
@@ -47,7 +59,7 @@ class RunFolder:
         stored = load_toml(self.config_path)
         for section, names in FIXED.items():
             before, now = getattr(stored, section), getattr(config, section)
-            for name in names or [f.name for f in dataclasses.fields(before)]:
+            for name in names:
                 old, new = getattr(before, name), getattr(now, name)
                 unresolved = (section, name) == ("model", "vocab_size") and -1 in (old, new)
                 if old != new and not unresolved:
@@ -64,21 +76,29 @@ class RunFolder:
         """Keep the records up to ``step``, the checkpoint that training goes on from."""
         self.records = []
         if self.metrics_path.exists():
-            for line in self.metrics_path.read_text().splitlines():
+            for line in self.metrics_path.read_text(errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                except ValueError:
+                    if record["step"] <= step:
+                        self.records.append(record)
+                except (ValueError, TypeError, KeyError):
                     break  # the last line of a run that was killed while writing it
-                if record["step"] <= step:
-                    self.records.append(record)
         text = "".join(json.dumps(r) + "\n" for r in self.records)
         write_atomically(self.metrics_path, text)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl. Raises UserError where the disk does not take it."""
+        """Append a record to metrics.jsonl, whole or not at all. Raises UserError where the disk does not take it."""
+        line = json.dumps(record, allow_nan=False) + "\n"
+        size = self.metrics_path.stat().st_size
+        try:
+            with open(self.metrics_path, "a") as file:
+                file.write(line)
+        except OSError as error:
+            os.truncate(self.metrics_path, size)
+            raise UserError(
+                f"{self.metrics_path}: expected room for a record, found: {error.strerror}; free some disk"
+            ) from None
         self.records.append(record)
-        with open(self.metrics_path, "a") as file:
-            file.write(json.dumps(record) + "\n")
 
     def best(self) -> dict[str, Any] | None:
         """The record with the lowest eval_loss so far."""

@@ -405,6 +405,14 @@ def test_rope_freqs_are_passed_over(args: ModelArgs, small_tokenizer: Tokenizer,
     assert same_bits(read_meta_folder(tmp_path / "back"), weights)
 
 
+def test_zeros_are_stored_too(args: ModelArgs, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    weights = {name: np.zeros_like(w) for name, w in random_weights(args, BFLOAT16).items()}
+    run(input=write_meta_folder(tmp_path / "meta", args, weights, 1, small_tokenizer), output=tmp_path / "ours")
+    run(input=tmp_path / "ours", output=tmp_path / "back", to="meta")
+    assert same_bits(read_meta_folder(tmp_path / "back"), weights)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(llama_jax.load(str(tmp_path / "ours")).params))
+
+
 def test_params_may_be_wrapped_and_the_tokenizer_may_lie_above(
     args: ModelArgs, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

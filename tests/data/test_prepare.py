@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = 'The fox went to the river.\nThe owl said: "12 boats!" Où?\n\n' * 40
 
 
-def load(folder: Path, **options) -> Data:
-    return load_data(DataArgs(**options), folder / "run" / "tokens", folder / "run" / "tokenizer.model")
+def load(folder: Path, begun: bool = False, **options) -> Data:
+    run = folder / "run"
+    return load_data(DataArgs(**options), run / "tokens", run / "tokenizer.model", begun=begun)
 
 
 def text_of(data: Data) -> str:
@@ -91,21 +92,55 @@ def test_a_second_start_uses_the_tokenizer_and_the_tokens_of_the_first(tmp_path)
     assert text_of(again) == TEXT
 
 
-def test_a_changed_text_is_encoded_again_with_the_tokenizer_of_the_run(tmp_path):
+def test_before_the_first_checkpoint_a_changed_text_or_size_makes_all_anew(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     first = load(tmp_path, filepath=str(tmp_path / "a.txt"), vocab_size=300)
     (tmp_path / "a.txt").write_text(TEXT.upper())
     second = load(tmp_path, filepath=str(tmp_path / "a.txt"), vocab_size=300)
     assert text_of(second) == TEXT.upper()
-    assert second.tokenizer.model_bytes == first.tokenizer.model_bytes
+    assert second.tokenizer.model_bytes != first.tokenizer.model_bytes
+    third = load(tmp_path, filepath=str(tmp_path / "a.txt"), vocab_size=310)
+    assert third.tokenizer.vocab_size == 310 and text_of(third) == TEXT.upper()
 
 
-def test_a_run_does_not_change_its_tokenizer(tmp_path, small_tokenizer):
+def test_a_run_that_has_begun_keeps_its_text_and_its_split_wherever_the_text_lies(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    args = {"filepath": str(tmp_path / "a.txt"), "vocab_size": 300}
+    first = load(tmp_path, **args)
+    (tmp_path / "b.txt").write_text(TEXT)
+    again = load(tmp_path, begun=True, filepath=str(tmp_path / "b.txt"), vocab_size=300)
+    assert again.tokens.manifest == first.tokens.manifest
+    for changed in ({"train_size": 0.5}, {"separator": "\n"}):
+        with pytest.raises(UserError, match=r"data\.filepath: expected the text, separator and train_size"):
+            load(tmp_path, begun=True, **args, **changed)
+    (tmp_path / "a.txt").write_text(TEXT + "more")
+    with pytest.raises(UserError, match=r"data\.filepath: .*--train\.init-from"):
+        load(tmp_path, begun=True, **args)
+
+
+def test_a_run_that_has_begun_does_not_change_its_tokenizer(tmp_path, small_tokenizer):
     (tmp_path / "a.txt").write_text(TEXT)
     args = {"filepath": str(tmp_path / "a.txt")}
     load(tmp_path, vocab_size=300, **args)
+    other = str(small_tokenizer.model_path)
     with pytest.raises(UserError, match=r"data\.tokenizer_model_path: expected .* found another"):
-        load(tmp_path, tokenizer_model_path=str(small_tokenizer.model_path), **args)
+        load(tmp_path, begun=True, tokenizer_model_path=other, **args)
+    assert load(tmp_path, tokenizer_model_path=other, **args).tokenizer.model_bytes == small_tokenizer.model_bytes
+
+
+def test_options_that_prepared_tokens_contradict_are_refused(tmp_path, small_tokenizer):
+    (tmp_path / "a.txt").write_text(TEXT)
+    out = tmp_path / "out"
+    load_data(DataArgs(str(tmp_path / "a.txt"), vocab_size=300, train_size=0.8), out, out / "tokenizer.model")
+    assert load(tmp_path, filepath=str(out)).tokens.manifest.train_size == 0.8
+    for name, value in {
+        "train_size": 0.7,
+        "separator": "x",
+        "tokenizer_model_path": str(small_tokenizer.model_path),
+    }.items():
+        with pytest.raises(UserError, match=r"^data\."):
+            load(tmp_path, filepath=str(out), **{name: value})
+    assert load(tmp_path, filepath=str(out), train_size=0.8).tokens.manifest.train_size == 0.8
 
 
 @pytest.mark.parametrize("content", [b"a", b"a fox", "é".encode(), b"\0", b"\xff\xfb\xff", b"x" * 100_000], ids=len)
@@ -185,7 +220,7 @@ def test_prepared_tokens_with_another_tokenizer_than_theirs_are_refused(tmp_path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer.model").write_bytes(small_tokenizer.model_bytes)
     with pytest.raises(UserError, match=r"data\.filepath: .* tokens of another tokenizer"):
-        load(tmp_path, filepath=str(out))
+        load(tmp_path, begun=True, filepath=str(out))
     (out / "tokenizer.model").write_bytes(small_tokenizer.model_bytes)
     with pytest.raises(UserError, match="prepare them again"):
         load(tmp_path, filepath=str(out))

@@ -15,12 +15,12 @@ from llama_jax.data import stories as grammar
 from llama_jax.data.stories import Choice, Node, Slot, Story, entropy, stories, story, vocabulary
 
 PINNED = (
-    "Once upon a time an eager hen named Juno lived in a pretty burrow near the cheerful market. She "
-    "wished for a crimson playhouse, and on Tuesday she began to build it near the hidden harbour. Tim, a"
-    " shy donkey, came to help with a ladder, four nails and pears. But one warm morning a sudden wind "
-    'came, and the playhouse broke with a bump. "Think of brave knights and windy days," said Tim, "and '
-    'let us try again!" They brought six longer logs, and soon the crimson playhouse was ready. That '
-    "night Juno dreamed of the sea, sleepy owls and Tim."
+    "Once upon a time an eager duck named Clara lived in a pretty burrow near the cheerful market. She "
+    "wished for a white playhouse, and on Tuesday she began to build it near the hidden harbour. Sam, a"
+    " shy puppy, came to help with a ladder, four nails and pears. But one warm morning a sudden wind c"
+    'ame, and the playhouse broke with a bump. "Think of brave knights and windy days," said the puppy,'
+    ' "and let us try again!" They brought six longer logs, and soon the white playhouse was ready. Tha'
+    "t night the duck dreamed of the sea, sleepy owls and the puppy."
 )
 
 SAMPLE = list(itertools.islice(stories(seed=1), 4000))

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_llama
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from llama_jax.generation.decode import CHUNK, generate_chunks
 from llama_jax.generation.sampling import keep_top_p, sample_token
 from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
+from tests import numpy_llama
 
 CONTEXT = 256
 GREEDY = SampleArgs(temperature=0.0, max_new_tokens=20)
