@@ -1,9 +1,8 @@
 """Generate text: ``python sample.py --ckpt runs/tiny "Once upon a time"``."""
 
 import dataclasses
-import itertools
-import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -15,12 +14,18 @@ from llama_jax.tokenizer import clean
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Complete prompts with a trained model."""
+    """Complete prompts with a trained model, or talk to a chat model."""
 
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Texts to go on from. None: read from standard input, one a line."""
     ckpt: str = ""
     """A run folder (its best step), a step folder, or a converted checkpoint."""
+    chat: bool = False
+    """Answer in the format of Meta's chat models: each prompt by itself, or, without prompts, a conversation of the lines of standard input."""
+    system: str = ""
+    """With --chat: what the model is told before the conversation."""
+    messages: str = ""
+    """With --chat: a JSON file of a conversation to answer, a list of {"role": "system", "user" or "assistant", "content": "..."}."""
     json: bool = False
     """Print one JSON object a prompt."""
     compute_dtype: DType = "auto"
@@ -34,33 +39,30 @@ def main() -> None:
     args.sample.check()
     if not args.ckpt:
         raise UserError("--ckpt: expected a checkpoint folder, found none; python train.py makes one in runs/tiny")
-    lines = [] if args.prompts or sys.stdin is None else [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-    prompts = [clean(prompt) for prompt in args.prompts or lines]
-    if not prompts:
-        raise UserError("prompts: expected one or more, found none; give them as arguments or on standard input")
+    if not args.chat and (args.system or args.messages):
+        raise UserError("--system and --messages: expected --chat beside them, found none")
+    if args.messages and (args.prompts or args.system):
+        raise UserError("--messages: expected the whole conversation in the file, found prompts or --system as well")
+    prompts = [clean(prompt) for prompt in args.prompts]
+    if not prompts and not args.chat:
+        prompts = [clean(line.rstrip("\r\n")) for line in sys.stdin or () if line.strip()]
+        if not prompts:
+            raise UserError("prompts: expected one or more, found none; give them as arguments or on standard input")
 
     import llama_jax
+    from llama_jax.generation import chat, console
 
+    conversations = [chat.read_messages(Path(args.messages))] if args.messages else []
+    if args.chat and prompts:
+        start = [chat.Message("system", args.system)] if args.system else []
+        conversations = [[*start, chat.Message("user", prompt)] for prompt in prompts]
     model = llama_jax.load(args.ckpt, args.compute_dtype)
-    if len(prompts) == 1 and not args.json:
-        pieces = model.stream(prompts[0], args.sample)
-        for piece in itertools.chain([prompts[0] + next(pieces, "")], pieces):
-            print(piece, end="", flush=True)
-        print()
-        return
-    for i, (prompt, completion) in enumerate(zip(prompts, model.generate(prompts, args.sample), strict=True)):
-        if args.json:
-            fields = {
-                "prompt": prompt,
-                "completion": completion.text,
-                "prompt_tokens": len(model.tokenizer.encode(prompt)),
-                "completion_tokens": len(completion.token_ids),
-                "finish_reason": completion.finish_reason,
-                "logprobs": completion.logprobs,
-            }
-            print(json.dumps(fields, ensure_ascii=False))
-        else:
-            print(("\n---\n" if i else "") + prompt + completion.text)
+    for messages in conversations:
+        console.answer(model, messages, args.sample, args.json)
+    if args.chat and not conversations:
+        console.converse(model, args.system, args.sample)
+    if not args.chat:
+        console.complete(model, prompts, args.sample, args.json)
 
 
 if __name__ == "__main__":

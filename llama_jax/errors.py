@@ -27,6 +27,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     ``LLAMA_JAX_DEBUG=1`` in the environment shows the traceback before it.
     """
+    sys.unraisablehook = _obey_interrupts
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None, where the command was started with it closed
             stream.reconfigure(errors="backslashreplace")
@@ -53,6 +54,14 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _stop(error, f"error: {where}{error.strerror}; check the path, its permissions and the free disk space", 2)
+
+
+def _obey_interrupts(unraisable: "sys.UnraisableHookArgs") -> None:
+    """A Ctrl-C that arrives within a callback of the garbage collector, where Python would only mention it."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        os._exit(130)
+    sys.__unraisablehook__(unraisable)
 
 
 def _stop(error: Exception | None, message: str, status: int) -> NoReturn:

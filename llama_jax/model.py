@@ -7,6 +7,7 @@ leading axis. Activations have the model's ``dtype``; norms, rotary angles, soft
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -215,6 +216,11 @@ class Llama(nn.Module):
         """Logits of the token after each position: int [B, T] -> float32 [B, T, V], and the filled cache."""
         hidden, cache = self.hidden(token_ids, cache)
         return self.logits(hidden), cache
+
+
+def is_norm(path: Sequence[Any]) -> bool:
+    """Whether a parameter, by its path in the tree, is an RMSNorm's weight; all others are matrices."""
+    return "norm" in path[-1].key
 
 
 def count_parameters(args: ModelArgs) -> int:

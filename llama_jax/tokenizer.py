@@ -53,6 +53,17 @@ class Tokenizer:
         """The text by which the vocabulary lists a token: "<s>" for BOS."""
         return self._sp.id_to_piece(token_id)
 
+    def score(self, token_id: int) -> float:
+        """A token's score: of a BPE vocabulary, minus its rank."""
+        return self._sp.get_score(token_id)
+
+    def is_text(self, token_id: int) -> bool:
+        """Whether a token stands for text: it is no control, no unknown, and no byte."""
+        sp = self._sp
+        return not (
+            sp.is_control(token_id) or sp.is_unknown(token_id) or sp.is_byte(token_id) or sp.is_unused(token_id)
+        )
+
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of ``text``; ``decode`` gives it back, but for U+2581, SentencePiece's own mark of a space.
 

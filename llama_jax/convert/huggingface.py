@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import ModelArgs
+from llama_jax.convert.hf_tokenizer import tokenizer_json
 from llama_jax.convert.layout import Tensor, all_tensors
 from llama_jax.convert.safetensors import SafetensorsFile, SafetensorsWriter
 from llama_jax.convert.source import (
@@ -189,7 +190,12 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
         "top_p": 0.9,
     }
     write_atomically(folder / "generation_config.json", json.dumps(generation, indent=2))
-    write_atomically(folder / "tokenizer_config.json", json.dumps(_tokenizer_config(source), indent=2))
+    table = tokenizer_json(tokenizer)
+    if table is not None:
+        write_atomically(folder / "tokenizer.json", json.dumps(table, ensure_ascii=False, indent=1))
+    write_atomically(
+        folder / "tokenizer_config.json", json.dumps(_tokenizer_config(source, table is not None), indent=2)
+    )
     write_atomically(folder / "tokenizer.model", tokenizer.model_bytes)
 
 
@@ -236,17 +242,18 @@ def _config(source: Source) -> dict[str, Any]:
     }
 
 
-def _tokenizer_config(source: Source) -> dict[str, Any]:
+def _tokenizer_config(source: Source, whole: bool) -> dict[str, Any]:
+    """``whole``: tokenizer.json says how to encode; transformers need not make that up from tokenizer.model."""
     tokenizer, pieces = source.tokenizer, source.tokenizer.piece
     return {
-        "tokenizer_class": "LlamaTokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast" if whole else "LlamaTokenizer",
         "bos_token": pieces(tokenizer.bos_id),
         "eos_token": pieces(tokenizer.eos_id),
         "unk_token": pieces(tokenizer.unk_id),
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "legacy": False,
+        "legacy": True,
         "model_max_length": source.args.max_seq_len,
         "sp_model_kwargs": {},
     }

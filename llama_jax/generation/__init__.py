@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy as np
 
 from llama_jax.checkpoint import Checkpoint, with_shardings
 from llama_jax.config import DType, MeshArgs, ModelArgs, SampleArgs
-from llama_jax.errors import UserError
-from llama_jax.generation.decode import generate_chunks
-from llama_jax.model import Llama
+from llama_jax.errors import UserError, quoted
+from llama_jax.generation.chat import Message, encode_dialog
+from llama_jax.generation.decode import Sampled, generate_chunks
+from llama_jax.model import Llama, is_norm
 from llama_jax.runtime import make_model, use_compilation_cache
 from llama_jax.sharding import make_mesh, parameter_shardings
 from llama_jax.tokenizer import Tokenizer
@@ -45,12 +46,15 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path, compute_dtype: DType = "auto") -> "Model":
-        """See ``llama_jax.load``."""
+        """See ``llama_jax.load``. Matrices are kept in the type that is computed in, each device reading its own part."""
         use_compilation_cache()
         checkpoint = Checkpoint.find(path)
         module = make_model(checkpoint.args, compute_dtype)
         mesh = make_mesh(MeshArgs(data=1), jax.devices()[:1])
         shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+        shapes = jax.tree_util.tree_map_with_path(
+            lambda path, s: s if is_norm(path) else jax.ShapeDtypeStruct(s.shape, module.dtype), shapes
+        )
         params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(module, mesh)))
         return cls(checkpoint.args, params, checkpoint.tokenizer, module)
 
@@ -75,7 +79,16 @@ class Model:
         """A completion a prompt, in order. Raises UserError on a prompt that fills the context, or bad ``args``."""
         if isinstance(prompts, str):
             raise UserError("prompts: expected a list of strings, found one string; put it in a list")
-        rows = self._encode(list(prompts), args)
+        return self.generate_ids([self._encode(prompt) for prompt in prompts], args)
+
+    def chat(self, messages: Sequence[Message], args: SampleArgs = SampleArgs()) -> Completion:
+        """The answer to a conversation, in the format of Meta's chat models. Raises UserError, as ``encode_dialog`` does."""
+        (completion,) = self.generate_ids([encode_dialog(self.tokenizer, messages)], args)
+        return replace(completion, text=completion.text.strip())
+
+    def generate_ids(self, rows: Sequence[Sequence[int]], args: SampleArgs = SampleArgs()) -> list[Completion]:
+        """``generate`` for prompts that are token ids."""
+        self._check(rows, args)
         done = [_Row(self, prompt_ids, args) for prompt_ids in rows]
         for chunk in self._chunks(rows, args):
             for row, ids, logprobs in zip(done, chunk.ids, chunk.logprobs, strict=True):
@@ -86,9 +99,13 @@ class Model:
 
     def stream(self, prompt: str, args: SampleArgs = SampleArgs()) -> Iterator[str]:
         """The text of ``generate([prompt])``, piece by piece as it comes."""
-        rows = self._encode([prompt], args)
-        row, text = _Row(self, rows[0], args), self.tokenizer.stream(rows[0])
-        for chunk in self._chunks(rows, args):
+        return self.stream_ids(self._encode(prompt), args)
+
+    def stream_ids(self, prompt_ids: Sequence[int], args: SampleArgs = SampleArgs()) -> Iterator[str]:
+        """``stream`` for a prompt of token ids."""
+        self._check([prompt_ids], args)
+        row, text = _Row(self, prompt_ids, args), self.tokenizer.stream(prompt_ids)
+        for chunk in self._chunks([prompt_ids], args):
             before = len(row.ids)
             row.push(chunk.ids[0], chunk.logprobs[0])
             yield text.push(row.ids[before:])
@@ -96,21 +113,22 @@ class Model:
                 break
         yield text.flush()
 
-    def _encode(self, prompts: Sequence[str], args: SampleArgs) -> list[list[int]]:
+    def _encode(self, prompt: str) -> list[int]:
+        if not isinstance(prompt, str):
+            raise UserError(f"prompts: expected strings, found {quoted(prompt)}")
+        return self.tokenizer.encode(prompt)
+
+    def _check(self, rows: Sequence[Sequence[int]], args: SampleArgs) -> None:
         args.check()
-        if any(not isinstance(prompt, str) for prompt in prompts):
-            raise UserError("prompts: expected strings, found something else among them")
-        rows = [self.tokenizer.encode(prompt) for prompt in prompts]
-        for prompt, ids in zip(prompts, rows, strict=True):
+        for ids in rows:
             if len(ids) >= self.args.max_seq_len:
-                start = prompt[:20] + ("..." if len(prompt) > 20 else "")
+                start = self.tokenizer.decode(ids[:12])
                 raise UserError(
-                    f"prompt {start!r}: expected fewer than {self.args.max_seq_len} tokens, the model's context, "
+                    f"prompt {quoted(start + '...')}: expected fewer than {self.args.max_seq_len} tokens, the model's context, "
                     f"found {len(ids)}; shorten it"
                 )
-        return rows
 
-    def _chunks(self, rows: list[list[int]], args: SampleArgs):
+    def _chunks(self, rows: Sequence[Sequence[int]], args: SampleArgs) -> Iterator[Sampled]:
         if not rows:
             return iter(())
         longest = max(min(args.max_new_tokens, self.args.max_seq_len - len(ids)) for ids in rows)
@@ -120,7 +138,7 @@ class Model:
 class _Row:
     """The completion of one prompt while it grows."""
 
-    def __init__(self, model: Model, prompt_ids: list[int], args: SampleArgs):
+    def __init__(self, model: Model, prompt_ids: Sequence[int], args: SampleArgs):
         self._tokenizer, self._prompt_ids = model.tokenizer, prompt_ids
         self._limit = min(args.max_new_tokens, model.args.max_seq_len - len(prompt_ids))
         self.ids: list[int] = []

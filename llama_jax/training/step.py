@@ -18,7 +18,7 @@ from llama_jax.checkpoint import with_shardings
 from llama_jax.config import TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.loss import loss_sum
-from llama_jax.model import Llama
+from llama_jax.model import Llama, is_norm
 from llama_jax.sharding import on_mesh, parameter_shardings, replicated
 
 
@@ -60,7 +60,7 @@ def make_optimizer(args: TrainArgs, steps: int) -> optax.GradientTransformation:
             b2=args.beta2,
             eps=args.eps,
             weight_decay=args.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].key, params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: not is_norm(path), params),
         ),
     )
 

@@ -1,0 +1,78 @@
+"""Conversations in the format of Meta's LLaMA 2 chat models (llama/generation.py, chat_completion).
+
+<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST] {assistant} </s><s>[INST] {user} [/INST]
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from llama_jax.errors import UserError, quoted
+from llama_jax.tokenizer import Tokenizer
+
+INSTRUCTION, END_INSTRUCTION = "[INST]", "[/INST]"
+SYSTEM, END_SYSTEM = "<<SYS>>", "<</SYS>>"
+TAGS = (INSTRUCTION, END_INSTRUCTION, SYSTEM, END_SYSTEM)
+
+
+class Message(NamedTuple):
+    """What one side says."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+def encode_dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation that the model is to answer: perhaps a system prompt, then user and assistant in turn.
+
+    Every pair of a user's message and its answer stands between BOS and EOS. Raises UserError where the roles do not take
+    turns, where the user has not the last word, or where a message contains the format's tags.
+    """
+    system = messages[0].content if messages and messages[0].role == "system" else None
+    turns = list(messages[system is not None :])
+    for i, message in enumerate(messages):
+        for tag in TAGS:
+            if tag in message.content:
+                raise UserError(
+                    f"message {i + 1}: expected text without {tag}, which the chat format uses itself, found it"
+                )
+    for i, message in enumerate(turns):
+        expected = ("user", "assistant")[i % 2]
+        if message.role != expected:
+            raise UserError(
+                f"message {i + 1 + (system is not None)}: expected the {expected}, found the {message.role}"
+            )
+    if len(turns) % 2 == 0:
+        raise UserError("messages: expected the last one from the user, to be answered, found none")
+    if system is not None:
+        turns[0] = Message("user", f"{SYSTEM}\n{system}\n{END_SYSTEM}\n\n{turns[0].content}")
+    ids: list[int] = []
+    for user, answer in zip(turns[:-1:2], turns[1::2], strict=True):
+        text = f"{INSTRUCTION} {user.content.strip()} {END_INSTRUCTION} {answer.content.strip()} "
+        ids += tokenizer.encode(text, bos=True, eos=True)
+    return ids + tokenizer.encode(f"{INSTRUCTION} {turns[-1].content.strip()} {END_INSTRUCTION}", bos=True)
+
+
+def read_messages(path: Path) -> list[Message]:
+    """A conversation out of a JSON file: a list of {"role": ..., "content": ...}. Raises UserError where it is none."""
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: expected a JSON file of messages, found no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON, found {quoted(str(error))}") from None
+    if not isinstance(found, list) or not found:
+        raise UserError(
+            f'{path}: expected a list of messages {{"role": "user", "content": "..."}}, found another value'
+        )
+    messages = []
+    for i, item in enumerate(found):
+        if not isinstance(item, dict) or set(item) != {"role", "content"} or not isinstance(item["content"], str):
+            raise UserError(f"{path}: message {i + 1}: expected a role and a text as content, found {quoted(item)}")
+        if item["role"] not in ("system", "user", "assistant"):
+            raise UserError(
+                f"{path}: message {i + 1}: expected system, user or assistant, found {quoted(item['role'])}"
+            )
+        messages.append(Message(item["role"], item["content"]))
+    return messages

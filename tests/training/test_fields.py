@@ -1,0 +1,173 @@
+"""Every field of every section is read: changed, it changes what a run does."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import llama_jax
+from llama_jax.checkpoint import steps_of
+from llama_jax.config import Config, DataArgs, ModelArgs, SampleArgs, TrainArgs
+from llama_jax.data.batches import Batch
+from llama_jax.runtime import make_model
+from llama_jax.sharding import make_mesh
+from llama_jax.training import loop
+from llama_jax.training.step import compile_train_step, make_optimizer
+
+MODEL = ModelArgs(dim=16, n_layers=1, n_heads=2, multiple_of=16, max_seq_len=16)
+TRAIN = TrainArgs(
+    lr=1e-2, warmup_steps=1, max_steps=4, batch_size=4, eval_interval=2, eval_iters=1, log_interval=1, save_interval=4
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fields")
+    words = ["the", "cat", "and", "a", "dog", "sat", "on", "one", "old", "mat", "by", "the", "sea"]
+    for name, seed in (("a.txt", 0), ("b.txt", 1)):
+        rng = random.Random(seed)
+        (folder / name).write_text("\n".join(" ".join(rng.choices(words, k=8)) for _ in range(60)))
+    return folder
+
+
+SAVES: list[int] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def watched() -> Iterator[None]:
+    """Runs are not drawn here, nor do they tell samples, which these tests are not about; it is noted when they save."""
+
+    def save(run: Any, state: Any, step: int, eval_loss: float | None) -> None:
+        SAVES.append(step)
+        original(run, state, step, eval_loss)
+
+    original = loop._save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_save", save)
+        patch.setattr(loop, "_plot", lambda *_: None)
+        patch.setattr(loop, "_draw", lambda *_, **__: None)
+        yield
+
+
+def outcome(folder: Path, name: str, section: str = "", **changes: Any) -> dict[str, Any]:
+    """What a small run leaves behind, without times."""
+    config = Config(
+        MODEL, DataArgs(str(folder / "a.txt"), vocab_size=280), dataclasses.replace(TRAIN, save_dir=str(folder / name))
+    )
+    if section:
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
+    SAVES.clear()
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = loop.train(config)
+    params = llama_jax.load(str(run.path / "checkpoints" / str(steps_of(run.path)[-1]))).params
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))).hexdigest()
+    times = ("step_seconds", "tokens_per_second")
+    records = [
+        {k: v for k, v in json.loads(line).items() if k not in times}
+        for line in run.metrics_path.read_text().splitlines()
+    ]
+    documents = json.loads((run.path / "tokens" / "manifest.json").read_text())["documents"]
+    return {
+        "folder": str(run.path),
+        "records": records,
+        "params": digest,
+        "saves": list(SAVES),
+        "documents": documents,
+    }
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> dict[str, Any]:
+    return outcome(folder, "base")
+
+
+# Values that change the numbers of the run.
+CHANGED: dict[str, dict[str, Any]] = {
+    "data": {
+        "filepath": "b.txt", "train_size": 0.5, "tokenizer_model_path": "base/tokenizer.model", "vocab_size": 290,
+        "separator": "\n", "stories": 30,
+    },
+    "train": {
+        "lr": 5e-3, "min_lr_ratio": 0.5, "warmup_steps": 3, "n_epochs": 2, "max_steps": 3, "batch_size": 2, "weight_decay": 0.9,
+        "beta1": 0.5, "beta2": 0.5, "eps": 1e-2, "grad_clip": 0.1, "compute_dtype": "bfloat16", "eval_interval": 1,
+        "eval_iters": 2, "log_interval": 2, "save_interval": 1, "save_dir": "elsewhere", "init_from": "base", "seed": 1,
+    },
+}  # fmt: skip
+# Values that change the program and not what it computes.
+SAME_NUMBERS = {"gradient_accumulation_steps": 2, "remat": "full"}
+
+
+def test_every_field_is_covered() -> None:
+    fields = {
+        name: {f.name for f in dataclasses.fields(kind)} for name, kind in (("data", DataArgs), ("train", TrainArgs))
+    }
+    assert fields["data"] == set(CHANGED["data"])
+    assert fields["train"] == set(CHANGED["train"]) | set(SAME_NUMBERS)
+    assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING)
+    # ModelArgs: tests/test_model.py; MeshArgs: tests/test_sharding.py.
+    assert {f.name for f in dataclasses.fields(Config)} == {"model", "data", "train", "mesh"}
+
+
+@pytest.mark.parametrize(("section", "field"), [(s, f) for s, fields in CHANGED.items() for f in fields])
+def test_a_changed_field_changes_the_run(section: str, field: str, folder: Path, base: dict[str, Any]) -> None:
+    value: Any = CHANGED[section][field]
+    changes: dict[str, Any] = {field: value}
+    if field in ("filepath", "tokenizer_model_path", "save_dir", "init_from"):
+        changes[field] = str(folder / value)
+    compared = base
+    if field == "tokenizer_model_path":  # the very tokenizer that would be trained: nothing else may change
+        assert outcome(folder, field, section, **changes) | {"folder": ""} == base | {"folder": ""}
+        other = outcome(folder, "larger", "data", vocab_size=290)
+        changes[field] = str(folder / "larger" / "tokenizer.model")
+        assert outcome(folder, "larger2", section, **changes) | {"folder": other["folder"]} == other
+        return
+    if field == "stories":
+        compared = outcome(folder, "fewer stories", "data", filepath="", stories=20)
+        changes["filepath"] = ""
+    if field == "n_epochs":
+        compared = outcome(folder, "one epoch", "train", max_steps=None)
+        changes["max_steps"] = None
+    found = outcome(folder, field, section, **changes)
+    if field != "save_dir":
+        assert found | {"folder": ""} != compared | {"folder": ""}
+    assert (found["folder"] == str(folder / "elsewhere")) == (field == "save_dir")
+
+
+@pytest.mark.parametrize("field", SAME_NUMBERS)
+def test_a_field_that_only_saves_memory_changes_the_program_and_not_the_numbers(
+    field: str, folder: Path, base: dict[str, Any]
+) -> None:
+    found = outcome(folder, field, "train", **{field: SAME_NUMBERS[field]})
+    for a, b in zip(found["records"], base["records"], strict=True):
+        assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in ("train_loss", "grad_norm", "lr"))
+
+    def program(args: TrainArgs) -> str:
+        model = make_model(dataclasses.replace(MODEL, vocab_size=280, n_layers=2), "float32", args.remat)
+        shape = jax.ShapeDtypeStruct((4, 16), np.int32)
+        batch = Batch(shape, shape, jax.ShapeDtypeStruct((4, 16), np.float32))  # type: ignore[arg-type]
+        mesh = make_mesh(Config().mesh)
+        return compile_train_step(
+            model, make_optimizer(args, 4), mesh, args.gradient_accumulation_steps, batch
+        ).as_text()
+
+    assert program(TRAIN) != program(dataclasses.replace(TRAIN, **{field: SAME_NUMBERS[field]}))
+
+
+SAMPLING = {"temperature": 0.0, "top_p": 0.1, "max_new_tokens": 3, "seed": 5}
+
+
+@pytest.mark.parametrize("field", SAMPLING)
+def test_a_changed_field_changes_the_sample(field: str, folder: Path, base: dict[str, Any]) -> None:
+    model = llama_jax.load(base["folder"])
+    args = SampleArgs(temperature=1.0, top_p=0.9, max_new_tokens=10, seed=0)
+    changed = dataclasses.replace(args, **{field: SAMPLING[field]})
+    assert model.generate(["the cat"], changed) != model.generate(["the cat"], args)
