@@ -165,7 +165,9 @@ class _Opening:
             self._refuse(
                 f"{label}: expected {storage.numel} elements of {storage.dtype} in {record.name}, found {record.size} bytes"
             )
-        if any(size > 1 and not step for size, step in zip(view.shape, view.strides, strict=True)):
+        if 0 not in view.shape and any(
+            size > 1 and not step for size, step in zip(view.shape, view.strides, strict=True)
+        ):
             self._refuse(f"{label}: expected every element to have a place of its own, found a stride of 0")
         if _end(view) > storage.numel:
             self._refuse(f"{label}: expected it within its {storage.numel} elements, found it to reach {_end(view)}")
