@@ -41,12 +41,44 @@ def attention(
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, first: jax.Array | None) -> jax.Array:
     """Attention of queries [B, K, G, T, H] at slots ``positions`` [T] over keys and values [B, K, S, H] at slots 0 to S - 1."""
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
     slots = jnp.arange(k.shape[2])
     visible = slots <= positions[:, None]
     if first is not None:
         # A padding query sees itself, so that its softmax, which nobody reads, stays finite.
         visible = (visible & (slots >= first[:, None, None]))[:, None, None] | (slots == positions[:, None])
-    scores = jnp.where(visible, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BKSH->BKGTH", weights, v)
+    return _softmax_attention(q, k, v, jnp.where(visible, 0.0, -jnp.inf))
+
+
+@jax.custom_vjp
+def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+    """softmax(q k + bias) v: q [B, K, G, T, H]; k, v [B, K, S, H]; bias float32 [T, S] or [B, 1, 1, T, S], not differentiated.
+
+    What is divided and summed is [T, H] and never [T, S] where that can be: the softmax is normalised behind its product
+    with v, and its gradient needs the sum of dy y and not of dw w (FlashAttention-2, section 3.1).
+    """
+    return _forward(q, k, v, bias)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) + bias
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    norm = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    y = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32) / norm
+    return y.astype(v.dtype), (q, k, v, weights, norm, y)
+
+
+def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, weights, norm, y = saved
+    dy = dy.astype(jnp.float32) / norm
+    mean = jnp.sum(dy * y, axis=-1, keepdims=True)
+    dy = dy.astype(v.dtype)
+    d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", dy, v, preferred_element_type=jnp.float32)
+    d_scores = (weights * (d_weights - mean)).astype(k.dtype)
+    dq = jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k).astype(q.dtype)
+    dk = jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q.astype(k.dtype))
+    dv = jnp.einsum("BKGTS,BKGTH->BKSH", weights, dy)
+    return dq, dk, dv, None
+
+
+_softmax_attention.defvjp(_forward, _backward)

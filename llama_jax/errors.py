@@ -1,7 +1,7 @@
 """Errors that a user can cause, and how a command line ends on one."""
 
+import contextlib
 import io
-import logging
 import os
 import sys
 import traceback
@@ -67,8 +67,9 @@ def _obey_interrupts(unraisable: "sys.UnraisableHookArgs") -> None:
 def _stop(error: Exception | None, message: str, status: int) -> NoReturn:
     if error is not None and os.environ.get("LLAMA_JAX_DEBUG") == "1":
         traceback.print_exception(error)
-    print(" ".join(message.split()), file=sys.stderr)
-    # What libraries' threads still have to say of the same fault, as the process ends, would only hide the message.
-    sys.unraisablehook = lambda _: None
-    logging.disable()
-    sys.exit(status)
+    with contextlib.suppress(OSError):  # a full disk
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    # Not sys.exit: libraries' threads, still at work, would go on to speak of the same fault, or crash in the ruins.
+    os._exit(status)

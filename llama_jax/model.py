@@ -89,9 +89,9 @@ def rotary(x: jax.Array, angles: Angles) -> jax.Array:
 def _matrix(module: nn.Module, name: str, std: float, **axes: int) -> jax.Array:
     """A float32 parameter with its sizes by logical axis (sharding.py lays the axes over the mesh).
 
-    Initial embeddings are N(0, 1), other matrices N(0, 1 / fan-in) (PaLM paper, section 5), and those that write to the
-    residual stream are divided by the square root of their number, 2 L, so that the stream's variance does not grow with
-    depth (GPT-2 paper, section 2.3).
+    Initial embeddings are N(0, 1), other matrices N(0, 1 / fan-in) (PaLM paper, section 5). The feed-forward layers' output
+    is divided by the square root of the number of terms in the residual stream, 2 L, so that its variance does not grow
+    with depth (GPT-2 paper, section 2.3); attention's is not, for a mean over positions is small already.
     """
     init = nn.with_logical_partitioning(nn.initializers.normal(std), tuple(axes))
     return cast(jax.Array, module.param(name, init, tuple(axes.values())))
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         wq = _matrix(self, "wq", std, embed=a.dim, heads=a.n_heads, head_dim=a.head_dim)
         wk = _matrix(self, "wk", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
         wv = _matrix(self, "wv", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
-        wo = _matrix(self, "wo", std * (2 * a.n_layers) ** -0.5, heads=a.n_heads, head_dim=a.head_dim, embed=a.dim)
+        wo = _matrix(self, "wo", std, heads=a.n_heads, head_dim=a.head_dim, embed=a.dim)
 
         q = rotary(linear("BTD,DNH->BTNH", x, wq.astype(dtype)), at.angles)
         k = rotary(linear("BTD,DKH->BTKH", x, wk.astype(dtype)), at.angles)

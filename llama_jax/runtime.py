@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -63,3 +64,19 @@ def make_model(args: ModelArgs, compute_dtype: DType = "auto", remat: Remat = "n
     # Unrolled, XLA would find what remat computes again to be the same as before, and keep it after all.
     unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
     return Llama(args, dtype=jnp.dtype(compute_dtype), remat=remat, unroll=unroll)
+
+
+def check_memory(need: float, devices: Sequence[jax.Device], what: str, hint: str) -> None:
+    """Raise UserError where ``what`` takes more bytes a device than one of ``devices`` has."""
+    limit = _memory_of(devices)
+    if limit is not None and need > limit:
+        raise UserError(
+            f"memory: expected up to {limit / 1e9:,.1f} GB a device, found that {what} {need / 1e9:,.1f} GB; {hint}"
+        )
+
+
+def _memory_of(devices: Sequence[jax.Device]) -> float | None:
+    """Bytes of memory that one of the devices has; None where that is not known. CPU devices share the machine's."""
+    if devices[0].platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
+    return (devices[0].memory_stats() or {}).get("bytes_limit")

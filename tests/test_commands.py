@@ -102,7 +102,7 @@ def test_every_command_of_the_readme_runs(place: Path) -> None:
         echoed, _, command = line.rpartition("| ")
         argv = shlex.split(command)[1:]
         if argv[0] == "train.py":
-            argv += [*SMALL, "--train.save-dir", f"readme/{i}"]
+            argv += [*SMALL, "--train.gradient-accumulation-steps", "1", "--train.save-dir", f"readme/{i}"]
             if "--data.tokenizer-model-path" not in argv and "tokens" not in argv:
                 argv += ["--data.vocab-size", "300", "--data.stories", "60"]
         if argv[0] == "convert_torch_weights.py":

@@ -233,7 +233,7 @@ def test_initial_matrices_have_their_documented_spread() -> None:
         (layers["attention"]["wq"], args.dim**-0.5),
         (layers["attention"]["wk"], args.dim**-0.5),
         (layers["attention"]["wv"], args.dim**-0.5),
-        (layers["attention"]["wo"], (residual * args.dim) ** -0.5),
+        (layers["attention"]["wo"], args.dim**-0.5),
         (layers["feed_forward"]["w1"], args.dim**-0.5),
         (layers["feed_forward"]["w3"], args.dim**-0.5),
         (layers["feed_forward"]["w2"], (residual * args.hidden_dim) ** -0.5),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from llama_jax.convert import report
 from llama_jax.convert.huggingface import HuggingFaceSource, write_huggingface
@@ -23,6 +22,7 @@ from llama_jax.convert.source import Block, Source
 from llama_jax.errors import UserError
 from llama_jax.files import raw_bytes
 from llama_jax.model import count_parameters
+from llama_jax.progress import Progress
 
 Format = Literal["llama-jax", "huggingface", "meta"]
 # Blocks that are read ahead of the one being written.
@@ -69,12 +69,12 @@ def convert(args: ConvertArgs) -> None:
         source = open_source(folder, args, stack)
         output = Path(args.output).expanduser()
         report.announce(source, args.to, output)
+        report.check_space(source, output, args.dry_run)
         if args.dry_run:
             report.print_table(source)
             _verify_checklists(source)
             report.close_dry_run()
             return
-        report.check_space(source, output)
         _verify_checklists(source)
         began = time.perf_counter()
         digest = _write(source, output, args)
@@ -100,8 +100,8 @@ def _verify_checklists(source: Source) -> None:
     """Compare files with the md5 lists beside them, where there are any."""
     for path in source.checklists:
         size = sum(p.stat().st_size for p in path.parent.glob("consolidated.*.pth")) * (path.name == "checklist.chk")
-        with tqdm(total=size or None, desc=f"checking {path.name}", unit="B", unit_scale=True, delay=1) as bar:
-            count = verify_checklist(path, bar.update)
+        with Progress(f"checking {path.name}", size or None, "B") as progress:
+            count = verify_checklist(path, progress.update)
         print(f"{'checksums':>10}  {count} files are as {path} lists them")
 
 
@@ -112,8 +112,8 @@ def _write(source: Source, output: Path, args: ConvertArgs) -> str:
     temporary.mkdir(parents=True)
     size = count_parameters(source.args) * source.dtype.itemsize
     try:
-        with tqdm(total=size, desc="converting", unit="B", unit_scale=True) as bar:
-            reader = Reader(source, bar)
+        with Progress("converting", size, "B") as progress:
+            reader = Reader(source, progress)
             if args.to == "llama-jax":
                 write_own(source, temporary, reader.blocks)
             elif args.to == "huggingface":
@@ -130,9 +130,9 @@ def _write(source: Source, output: Path, args: ConvertArgs) -> str:
 class Reader:
     """Reads a source block by block, a little ahead of the writer; counts and digests what has passed."""
 
-    def __init__(self, source: Source, bar: tqdm):
+    def __init__(self, source: Source, progress: Progress):
         self.source = source
-        self._bar = bar
+        self._progress = progress
         self._digests: dict[str, hashlib._Hash] = {}
 
     def blocks(self) -> Iterator[Block]:
@@ -157,7 +157,7 @@ class Reader:
 
     def _pass_on(self, block: Future[Block]) -> Iterator[Block]:
         yield block.result()
-        self._bar.update(block.result().rows.nbytes)
+        self._progress.update(block.result().rows.nbytes)
 
     def digest(self) -> str:
         """sha256 over the tensors' names and sha256, sorted: the same for equal weights, whatever their layout."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from llama_jax.config import ModelArgs
@@ -110,7 +111,7 @@ def tile(tensor: Tensor, args: ModelArgs, itemsize: int) -> tuple[int, ...]:
 
 
 def to_ours(tensor: Tensor, args: ModelArgs, rows: np.ndarray, start: int) -> tuple[tuple[slice, ...], np.ndarray]:
-    """A block of their rows as a block of ours (a view), and its place."""
+    """A block of their rows as a block of ours, and its place."""
     sizes = axis_sizes(args)
     unit = tensor.unit(args)
     columns = "".join(axis for axis in tensor.axes if axis not in tensor.rows)
@@ -119,7 +120,7 @@ def to_ours(tensor: Tensor, args: ModelArgs, rows: np.ndarray, start: int) -> tu
     block = split.transpose([theirs.index(axis) for axis in tensor.axes])
     first = tensor.rows[0]
     place = slice(start // unit, start // unit + split.shape[0])
-    return tuple(place if axis == first else slice(None) for axis in tensor.axes), block
+    return tuple(place if axis == first else slice(None) for axis in tensor.axes), contiguous(block)
 
 
 def from_ours(tensor: Tensor, block: np.ndarray) -> np.ndarray:
@@ -127,7 +128,13 @@ def from_ours(tensor: Tensor, block: np.ndarray) -> np.ndarray:
     columns = "".join(axis for axis in tensor.axes if axis not in tensor.rows)
     theirs = block.transpose([tensor.axes.index(axis) for axis in tensor.rows + columns])
     rows = math.prod(theirs.shape[: len(tensor.rows)])
+    theirs = contiguous(theirs)
     return theirs.reshape(rows, -1) if columns else theirs.reshape(rows)
+
+
+def contiguous(view: np.ndarray) -> np.ndarray:
+    """``np.ascontiguousarray``, which takes seven times as long for a transposed matrix as XLA, which goes by tiles."""
+    return np.asarray(jax.device_put(view, jax.local_devices(backend="cpu")[0]))
 
 
 def interleaved_to_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:

@@ -1,15 +1,20 @@
 """Our own checkpoints, as what a conversion reads and as what it writes."""
 
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 
 from llama_jax.checkpoint import Checkpoint, save_checkpoint
 from llama_jax.convert.layout import TABLE, Tensor, from_ours, tile, to_ours
 from llama_jax.convert.source import ReadBlocks, Source
 from llama_jax.errors import UserError
 from llama_jax.stored_array import StoredArray, create_array
+
+# Blocks that are still being written while the next one is prepared.
+WRITE_BEHIND = 2
 
 
 class OwnSource:
@@ -53,10 +58,15 @@ def write_own(source: Source, folder: Path, read_blocks: ReadBlocks) -> None:
         array = StoredArray(folder / tensor.name.replace("/", "."), layers + tensor.sizes(args), dtype)
         stores[tensor.name] = create_array(array.folder, array.shape, dtype, one + tile(tensor, args, dtype.itemsize))
         _put(tree, tensor.name, array)
+    writing = deque[ts.WriteFutures]()
     for tensor, layer, start, rows in read_blocks():
         place, block = to_ours(tensor, args, rows, start)
         store = stores[tensor.name]
-        (store[layer] if tensor.layered else store)[place].write(block).result()
+        writing.append((store[layer] if tensor.layered else store)[place].write(block))
+        if len(writing) > WRITE_BEHIND:
+            writing.popleft().result()
+    for write in writing:
+        write.result()
     save_checkpoint(folder / "checkpoint", tree, args, source.tokenizer)
     for path in (folder / "checkpoint").iterdir():
         path.rename(folder / path.name)

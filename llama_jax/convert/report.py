@@ -13,6 +13,7 @@ from llama_jax.convert.source import Source
 from llama_jax.errors import UserError
 from llama_jax.files import raw_bytes
 from llama_jax.model import count_parameters
+from llama_jax.progress import bytes_text, duration
 
 # The process without any weights, and what it holds of them besides the blocks: measured, see docs/convert.md.
 BASE_BYTES = 350_000_000
@@ -24,12 +25,12 @@ def announce(source: Source, to: str, output: Path) -> None:
     args, size = source.args, weight_bytes(source)
     rows = {
         "input": source.description,
-        "model": f"{count_parameters(args):,} parameters of {source.dtype.name}, {size / 1e9:,.2f} GB: dim {args.dim}, "
+        "model": f"{count_parameters(args):,} parameters of {source.dtype.name}, {bytes_text(size)}: dim {args.dim}, "
         f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_dim}",
         "constants": f"norm_eps {args.norm_eps:g}, rope_theta {args.rope_theta:g}, context {args.max_seq_len:,}",
         "tokenizer": f"{source.tokenizer.model_path}, {source.tokenizer.vocab_size:,} tokens",
         "output": f"{output if output != Path() else '(none given)'}, as {to}",
-        "memory": f"{peak_bytes(source) / 1e6:,.0f} MB at most",
+        "memory": f"{bytes_text(peak_bytes(source))} at most",
     }
     for name, text in rows.items():
         print(f"{name:>10}  {text}")
@@ -47,16 +48,21 @@ def peak_bytes(source: Source) -> int:
     return BASE_BYTES + BLOCKS_HELD * min(2 * BLOCK_BYTES, weight_bytes(source))
 
 
-def check_space(source: Source, output: Path) -> None:
-    """Say what the disk needs and has, and how long it will take. Raises UserError where there is too little space."""
+def check_space(source: Source, output: Path, dry_run: bool) -> None:
+    """Say what the disk needs and has, and how long it will take.
+
+    Raises UserError where there is too little space, but for a dry run, which may be on another machine.
+    """
     place = output.absolute()
     while not place.exists():
         place = place.parent
     need, free = weight_bytes(source), shutil.disk_usage(place).free
-    print(f"{'disk':>10}  {need / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB free")
+    print(f"{'disk':>10}  {bytes_text(need)} needed, {bytes_text(free)} free")
+    if dry_run:
+        return
     if free < need * 1.01 + 10_000_000:
         raise UserError(
-            f"{output}: expected {need / 1e9:,.2f} GB of free disk, found {free / 1e9:,.2f} GB; free some, or choose another disk"
+            f"{output}: expected {bytes_text(need)} of free disk, found {bytes_text(free)}; free some, or choose another disk"
         )
     print(f"{'time':>10}  about {duration(_probe_seconds(source, place))}, as a first block goes")
 
@@ -73,12 +79,6 @@ def _probe_seconds(source: Source, place: Path) -> float:
         os.fsync(file.fileno())
     source.release()
     return (time.perf_counter() - began) / max(rows.nbytes, 1) * weight_bytes(source)
-
-
-def duration(seconds: float) -> str:
-    """90 -> "1 min 30 s"."""
-    minutes, seconds = divmod(math.ceil(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def print_table(source: Source) -> None:
@@ -100,7 +100,7 @@ def close(source: Source, to: str, output: Path, digest: str, seconds: float) ->
     """Where things are, and what to type next."""
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(
-        f"{output}: {size / 1e9:,.2f} GB in {duration(seconds)}, {weight_bytes(source) / 1e6 / max(seconds, 1e-9):,.0f} MB/s"
+        f"{output}: {bytes_text(size)} in {duration(seconds)}, {bytes_text(weight_bytes(source) / max(seconds, 1e-9))} a second"
     )
     print(f"sha256 of the weights: {digest}")
     commands = {

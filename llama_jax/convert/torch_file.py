@@ -71,7 +71,7 @@ class TorchFile:
         view = self.tensors[name]
         record = self._records[view.storage.key]
         if verify and record.name not in self._checked:
-            check_crc(memoryview(self._map), record, self.path)
+            check_crc(memoryview(self._map), record, self.path, self.release)
             self._checked.add(record.name)
         itemsize = view.storage.dtype.itemsize
         whole: np.ndarray = np.ndarray(

@@ -33,8 +33,8 @@ def _words(text: str) -> list[str]:
 
 
 # Few, so that a small model soon sees each of them often enough to learn to remember it.
-BOYS = _words("Pip, Max, Toby, Finn, Otto, Hugo, Milo, Sam")
-GIRLS = _words("Lily, Daisy, Ruby, Molly, Rosie, Hazel, Clara, Nora")
+BOYS = _words("Pip, Max, Otto, Milo")
+GIRLS = _words("Lily, Ruby, Clara, Nora")
 
 # How one is at a place: "by the pond", "in the forest".
 PLACES = {
@@ -47,7 +47,7 @@ PLACES = {
 RULES = {
     # Who there is, and what they are like.
     "name": ", ".join(BOYS + GIRLS),
-    "animal": "rabbit, mouse, fox, bear, squirrel, hedgehog, mole, badger, otter, duck, frog, kitten, puppy, owl",
+    "animal": "rabbit, mouse, fox, bear, hedgehog, duck, frog, owl",
     "trait": """kind, brave, shy, clever, cheerful, gentle, curious, playful, friendly, polite, patient, quiet, lively,
         careful, dreamy, helpful, thoughtful, merry, eager, modest, generous, adventurous, bold, tidy, wise, funny,
         loyal, hopeful, busy, calm, lucky, imaginative, sleepy, jolly, nimble, sensible, warm-hearted, lazy, stubborn,
@@ -58,8 +58,8 @@ RULES = {
     "funny": """noisy, sleepy, polite, friendly, silly, cheeky, shiny, jolly, grumpy, lazy, spotted, giggling, fat,
         round, striped, singing, clever, nervous, dancing, hungry, purple, fluffy, sneezing, elegant""",
     # What there is to have and to love.
-    "colour": "red, blue, green, yellow, purple, orange, silver, white, pink, brown",
-    "thing": "kite, ball, scarf, drum, bell, book, cup, key, flute, balloon, clock, umbrella, feather, mirror",
+    "colour": "red, blue, green, yellow, purple, orange, white, pink",
+    "thing": "kite, ball, drum, bell, book, key, flute, umbrella",
     "hat": "hat, coat, cloak, jacket, jumper, waistcoat, shawl, dress",
     "lantern": "lantern, lamp, candlestick, torch",
     "basket": "bag, box, bowl, sack, hamper, bundle, tub, crate",
@@ -134,40 +134,40 @@ OPENING = """
 
 PLOTS = {
     "a thing is lost": """
-    - One [weather] [daytime] {he} lost {his} {colour} {thing} {at place} the [scenic] {place}.
-      One [weather] [daytime] {he} [ran] to the [scenic] {place} with {a colour} {thing}, but came home without it.
+    - One [weather] [daytime] {name} lost {his} {colour} {thing} {at place} the [scenic] {place}.
+      One [weather] [daytime] {name} [ran] to the [scenic] {place} with {a colour} {thing}, but came home without it.
     - "Where is my {thing}?" [sobbed] {name}, looking [spot] and [spot].
-      {He} looked [spot] and [spot], {sad} and {sad2}.
+      {name} looked [spot] and [spot], {sad} and {sad2}.
     - {A trait3} {animal2} named {name2} [ran] over with {a colour2} [lantern] to help {him}.
       Then came {name2}, {a trait3} {animal2} in {a colour2} [hat], and asked, "May I help you?"
     - Together they found {a colour3} {thing2}, {a colour4} {thing3} and {a thing4}, but no {thing}.
-      They searched [spot], [spot] and [spot].
+      {name} and {name2} searched [spot], [spot] and [spot].
     - At last {name2} the {animal2} saw something {colour} [spot], and it was the {thing}!
       "Here it is!" [cheered] {name2}, and there, [spot], lay the {colour} {thing}.
     """,
     "a meal is shared": """
-    - One [weather] [daytime] {he} took {food3}, {food4} and {food5} to the [scenic] {place} in {a colour} [basket].
-      On [weekday] {he} [ran] to the [scenic] {place} with {a colour} [basket] of [tasty] {food3} and {food4}.
+    - One [weather] [daytime] {name} took {food3}, {food4} and {food5} to the [scenic] {place} in {a colour} [basket].
+      On [weekday] {name} [ran] to the [scenic] {place} with {a colour} [basket] of [tasty] {food3} and {food4}.
     - There, [spot], sat {a trait3} {animal2} named {name2}, {sad} and {sad2}.
-      There {he} met {name2}, {a trait3} {animal2} in {a colour2} [hat], who looked {sad} and {sad2}.
+      There {name} met {name2}, {a trait3} {animal2} in {a colour2} [hat], who looked {sad} and {sad2}.
     - "I have eaten only {food6} and {food7} since [weekday]," [sobbed] {name2}.
       "I dropped my {food6} and my {food7} [spot]," [sobbed] {name2}.
-    - {name} the {animal} was hungry too, but {he} gave {name2} half of the {food3} and all of the {food4}.
+    - {name} the {animal} was hungry too, but {name} gave {name2} half of the {food3} and all of the {food4}.
       "Let us share!" [cheered] {name} the {animal}, and {name2} ate [number] helpings of {food3} and {food4}.
     - {name2} had nothing to give but {a colour3} {thing} and a song about {joy3} and {joy4}.
-      Soon {name2} the {animal2} felt {happy} and {happy2}, and they sat [spot] and sang about {joy3}.
+      Soon {name2} the {animal2} felt {happy} and {happy2}, and {name} and {name2} sat [spot] and sang about {joy3}.
     """,
     "a thing is built": """
-    - One [weather] [daytime] {he} began to build {a colour} {project} {at place} the [scenic] {place}.
-      {He} wished for {a colour} {project}, and on [weekday] {he} began to build it {at place} the [scenic] {place}.
+    - One [weather] [daytime] {name} began to build {a colour} {project} {at place} the [scenic] {place}.
+      {name} wished for {a colour} {project}, and on [weekday] {name} began to build it {at place} the [scenic] {place}.
     - {name2}, {a trait3} {animal2}, came to help with {a tool}, [number] {material} and {food3}.
       {A trait3} {animal2} named {name2} [ran] over with {a tool}, [number] {material} and [tasty] {food3}.
-    - They worked for [number] [days] and ate {food4} and {food5}, but the {project} fell down with a [crash].
+    - {name} and {name2} worked for [number] [days] and ate {food4} and {food5}, but the {project} fell down with a [crash].
       But one [weather] [daytime] a [strong|cold|wild|sudden] wind came, and the {project} broke with a [crash].
     - "We will never finish it," [sobbed] {name} the {animal}, {sad} and {sad2}, but {name2} did not give up.
       "Think of {joy3} and {joy4}," said {name2} the {animal2}, "and let us try again!"
     - This time they tied it to [landmark] with {a colour2} [rope|ribbon|string|chain], and it held.
-      They brought [number] [longer|better|thicker|stronger] {material2}, and soon the {colour} {project} was ready.
+      {name} and {name2} brought [number] [longer|better|thicker|stronger] {material2}, and soon the {colour} {project} was ready.
     """,
     "a guest comes in from the storm": """
     - One [weather] [daytime] a storm came over the [scenic] {place} while {name} was eating [tasty] {food3}.
@@ -175,16 +175,16 @@ PLOTS = {
     - Soon {a trait3} {animal2} named {name2} knocked [number] times at the {colour} door, {sad} and wet.
       "Please let me in," [sobbed] {name2}, {a trait3} {animal2} in {a colour} [hat], {sad} and wet.
     - {name} the {animal} gave {name2} {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4} with {food5}.
-      "Come in!" [cheered] {name} the {animal}, and {he} brought {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4}.
-    - They played with {a thing2}, {a thing3} and {a thing4} until the [rain|storm|wind|thunder] stopped.
-      They talked about {joy3}, {joy4} and {joy5} until the [rain|storm|wind|thunder] stopped.
+      "Come in!" [cheered] {name} the {animal}, and {name} brought {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4}.
+    - {name} and {name2} played with {a thing2}, {a thing3} and {a thing4} until the [rain|storm|wind|thunder] stopped.
+      {name} and {name2} talked about {joy3}, {joy4} and {joy5} until the [rain|storm|wind|thunder] stopped.
     - When the sun came out, {name2}, {happy} and {happy2}, gave {name} {a colour3} {thing}.
-      Then a rainbow stood over the {place}, and they danced [spot], {happy} and {happy2}.
+      Then a rainbow stood over the {place}, and {name} and {name2} danced [spot], {happy} and {happy2}.
     """,
     "a skill is learned": """
-    - On [weekday] {he} [ran] to the [scenic] {place} to learn to {skill} like {his} [family].
-      One [weather] [daytime], {at place} the [scenic] {place}, {he} tried to {skill} like {his} [family].
-    - {He} practised [spot] and [spot], but it always went wrong.
+    - On [weekday] {name} [ran] to the [scenic] {place} to learn to {skill} like {his} [family].
+      One [weather] [daytime], {at place} the [scenic] {place}, {name} tried to {skill} like {his} [family].
+    - {name} practised [spot] and [spot], but it always went wrong.
       "I will never {skill}!" [sobbed] {name} the {animal}, {sad} and {sad2}, and hid [spot].
     - {A trait3} {animal2} named {name2} [ran] over and gave {him} {a colour} {thing} for luck.
       "I can help you," said {name2}, {a trait3} {animal2} with {a colour} {thing}.
@@ -196,36 +196,36 @@ PLOTS = {
     "a present is bought": """
     - It was the birthday of {his} friend {name2}, {a trait3} {animal2} who dreamed of {a colour} {thing}.
       On [weekday] {his} friend {name2}, {a trait3} {animal2}, had a birthday and wished for {a colour} {thing}.
-    - But {name} had only [number] coins, so {he} sold {food3}, {food4} and {food5} {at place} the [scenic] {place}.
-      So {he} [ran] to the [scenic] {place} and carried {food3} for {a trait4} {animal3} to earn [number] coins.
-    - Then {he} bought the {thing} and wrapped it in {colour2} [paper|leaves|silk|cloth] with {a colour3} ribbon.
-      Then {he} bought the {thing} and hid it [spot] in {a colour2} [basket].
+    - But {name} had only [number] coins, so {name} sold {food3}, {food4} and {food5} {at place} the [scenic] {place}.
+      So {name} [ran] to the [scenic] {place} and carried {food3} for {a trait4} {animal3} to earn [number] coins.
+    - Then {name} bought the {thing} and wrapped it in {colour2} [paper|leaves|silk|cloth] with {a colour3} ribbon.
+      Then {name} bought the {thing} and hid it [spot] in {a colour2} [basket].
     - "Happy birthday!" [cheered] {name} the {animal}, and {name2} opened it, {happy} and {happy2}.
       "Is the {colour} {thing} for me?" [cheered] {name2} the {animal2}, {happy} and {happy2}.
-    - They ate [tasty] {food6} and {food7} [spot] and sang about {joy3}.
-      They ate [tasty] {food6}, {food7} and {food8} and danced around [landmark].
+    - {name} and {name2} ate [tasty] {food6} and {food7} [spot] and sang about {joy3}.
+      {name} and {name2} ate [tasty] {food6}, {food7} and {food8} and danced around [landmark].
     """,
     "a noise is heard in the night": """
     - One [starry] night something [squeaked|howled|moaned|rustled] {at place} the [scenic] {place}.
-      One [starry] night {he} heard a [strange|loud|soft|sad] [squeak|howl|moan|cry] {at place} the [scenic] {place}.
-    - {He} took {a colour} [lantern] and woke {his} friend {name2}, {a trait3} {animal2}.
-      "Come with me!" {he} said to {name2}, {a trait3} {animal2} with {a colour} [lantern].
-    - They tiptoed [bravely|slowly|quietly|carefully|softly|nervously] past [landmark] and [landmark].
+      One [starry] night {name} heard a [strange|loud|soft|sad] [squeak|howl|moan|cry] {at place} the [scenic] {place}.
+    - {name} took {a colour} [lantern] and woke {his} friend {name2}, {a trait3} {animal2}.
+      "Come with me!" {name} said to {name2}, {a trait3} {animal2} with {a colour} [lantern].
+    - {name} and {name2} tiptoed [bravely|slowly|quietly|carefully|softly|nervously] past [landmark] and [landmark].
       "It must be [a funny] [ghost|monster|dragon|giant|witch|pirate|troll|wolf]," whispered {name} [spot].
     - But [spot] sat only a [little|small|young|tiny] {animal3}, {sad} and lost.
       "I am lost," [sobbed] a [little|small|young|tiny] {animal3} [spot].
-    - They gave the {animal3} [tasty] {food3} and {food4} and took it home to its [family].
-      They carried it home, and its [family] gave them {food3}, {food4} and {a colour2} {thing}.
+    - {name} and {name2} gave the {animal3} [tasty] {food3} and {food4} and took it home to its [family].
+      {name} and {name2} carried it home, and its [family] gave them {food3}, {food4} and {a colour2} {thing}.
     """,
     "a flower grows": """
-    - One [weather] [daytime] {he} found a seed {at place} the [scenic] {place} and put it in {a colour} pot [spot].
-      {His} [family] gave {him} a seed from the [scenic] {place}, and {he} put it in {a colour} pot.
-    - Every [daytime] {he} watered the pot and told it about {joy3} and {joy4}.
-      Every [weekday] {he} watered the pot and sang about {joy3}, {joy4} and {joy5}.
+    - One [weather] [daytime] {name} found a seed {at place} the [scenic] {place} and put it in {a colour} pot [spot].
+      {His} [family] gave {him} a seed from the [scenic] {place}, and {name} put it in {a colour} pot.
+    - Every [daytime] {name} watered the pot and told it about {joy3} and {joy4}.
+      Every [weekday] {name} watered the pot and sang about {joy3}, {joy4} and {joy5}.
     - But after [number] [days] there was nothing to see, and {name} the {animal} was {sad} and {sad2}.
       "Nothing grows in my {colour} pot," [sobbed] {name} the {animal}, {sad} and {sad2}.
     - "Wait a little," said {name2}, {a trait3} {animal2}, and brought [tasty] {food3} and {food4}.
-      {A trait3} {animal2} named {name2} [ran] over to wait with {him}, and they ate [tasty] {food3}.
+      {A trait3} {animal2} named {name2} [ran] over to wait with {him}, and {name} and {name2} ate [tasty] {food3}.
     - Then, one [weather] [daytime], there was {a colour2} {flower}, as tall as {a animal3}!
       Then, on [weekday], there was {a colour2} {flower}, and even [number] [funny] [pet] came to see it.
     """,

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from llama_jax.config import from_dict
 from llama_jax.data.text import Corpus, Part
 from llama_jax.errors import UserError
 from llama_jax.files import replacing, write_atomically
+from llama_jax.progress import Progress
 from llama_jax.tokenizer import Tokenizer
 
 VERSION = 2
@@ -133,14 +133,14 @@ def _write_stream(
 ) -> tuple[int, int, int]:
     """Encode ``parts`` into a file; returns tokens, bytes of text and documents."""
     tokens = text_bytes = documents = 0
-    with open(path, "wb") as file, tqdm(desc=f"tokens ({split})", unit="B", unit_scale=True, delay=2) as bar:
+    with open(path, "wb") as file, Progress(f"tokens ({split})", None, "B") as progress:
         while batch := list(itertools.islice(parts, PARTS_AT_ONCE)):
             ids = np.array(_encode(batch, tokenizer, workers), dtype)
             file.write(ids.tobytes())
             size = sum(part.size for part in batch)
             tokens, text_bytes = tokens + len(ids), text_bytes + size
             documents += sum(part.starts for part in batch)
-            bar.update(size)
+            progress.update(size)
         file.flush()
         os.fsync(file.fileno())
     return tokens, text_bytes, documents

@@ -17,7 +17,7 @@ from llama_jax.errors import UserError, quoted
 from llama_jax.generation.chat import Message, encode_dialog
 from llama_jax.generation.decode import Sampled, generate_chunks
 from llama_jax.model import Llama, is_norm
-from llama_jax.runtime import make_model, use_compilation_cache
+from llama_jax.runtime import check_memory, make_model, use_compilation_cache
 from llama_jax.sharding import make_mesh, parameter_shardings
 from llama_jax.tokenizer import Tokenizer
 
@@ -55,6 +55,7 @@ class Model:
         shapes = jax.tree_util.tree_map_with_path(
             lambda path, s: s if is_norm(path) else jax.ShapeDtypeStruct(s.shape, module.dtype), shapes
         )
+        _check_fits(checkpoint, shapes, module, mesh)
         params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(module, mesh)))
         return cls(checkpoint.args, params, checkpoint.tokenizer, module)
 
@@ -167,3 +168,12 @@ class _Row:
 @functools.partial(jax.jit, static_argnames=("module",))
 def _logits(module: Llama, params: Any, token_ids: jax.Array) -> jax.Array:
     return module.apply({"params": params}, token_ids)[0]
+
+
+def _check_fits(checkpoint: Checkpoint, shapes: Any, module: Llama, mesh: jax.sharding.Mesh) -> None:
+    """Raise UserError where the parameters do not fit. XLA on a CPU computes in float32: what is narrower, it keeps twice."""
+    dtype = jnp.dtype(module.dtype)
+    bytes_of = dtype.itemsize + (4 if jax.default_backend() == "cpu" and dtype.itemsize < 4 else 0)
+    need = bytes_of * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    what = f"the parameters of {checkpoint.folder} need, computed in {dtype.name},"
+    check_memory(need, mesh.local_devices, what, "use a machine with more memory, or a smaller model")

@@ -47,7 +47,7 @@ def converse(model: Model, system: str, args: SampleArgs) -> None:
             continue
         asked = [*messages, Message("user", line)]
         try:
-            text = _print_stream(_answer_pieces(model, asked, args))
+            text = _print_stream(_answer_pieces(model, asked, args), until_interrupted=True)
         except UserError as error:  # of this message: the conversation goes on without it
             print(f"error: {error}", file=sys.stderr)
             continue
@@ -74,16 +74,18 @@ def _answer_pieces(model: Model, messages: Sequence[Message], args: SampleArgs) 
         yield piece
 
 
-def _print_stream(pieces: Iterable[str]) -> str:
-    """Print pieces as they come, and a line end; Ctrl-C ends them early. Returns what was printed."""
+def _print_stream(pieces: Iterable[str], until_interrupted: bool = False) -> str:
+    """Print pieces as they come, and a line end. Returns what was printed."""
     text = ""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
             text += piece
     except KeyboardInterrupt:
-        pass
-    print()
+        if not until_interrupted:
+            raise
+    finally:
+        print()
     return text
 
 

@@ -18,6 +18,7 @@ from llama_jax.data import Data, load_data
 from llama_jax.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
+from llama_jax.progress import Progress
 from llama_jax.runtime import keep_freed_memory, make_model, use_compilation_cache
 from llama_jax.sharding import batch_sharding, check_divisible, make_mesh, on_mesh
 from llama_jax.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ def train(config: Config) -> RunFolder:
     )
     optimizer = make_optimizer(config.train, steps)
     report.announce(config, data, mesh, jnp.dtype(module.dtype).name, steps, start, folder.path)
-    report.check_memory(config.model, mesh)
+    report.check_state_fits(config.model, mesh)
     folder.write_config(config)
     folder.resume_metrics(start)
     folder.write_best(saved)
@@ -113,17 +114,16 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     clock = _Clock(run, start)
     pending: list[StepMetrics] = []
     saved_at, announced = start, False
-    with _stop_signals() as stopped, report.Progress(run.steps, start) as progress:
+    with _stop_signals() as stopped, Progress("step", run.steps, "step", start) as progress:
         for step, batch in zip(range(start + 1, run.steps + 1), batches, strict=False):
             state, metrics = compiled(state, jax.device_put(batch, sharding))
             pending.append(metrics)
-            progress.update()
             last = step == run.steps
             evaluating = run.data.tokens.eval.size > 1 and (step % args.eval_interval == 0 or last)
             saving = step % args.save_interval == 0 or last or bool(stopped)
             if evaluating or saving or step % args.log_interval == 0:
                 record = clock.record(step, _checked(run, pending, step, saved_at))
-                progress.show(record)
+                progress.note(report.progress_text(record))
                 pending.clear()
                 if not announced:
                     announced = True
@@ -139,6 +139,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                 if evaluating:
                     _draw(run, sample=state.params)
                 clock.restart(step)
+            progress.update()
             if stopped:
                 break
     run.writer.wait()

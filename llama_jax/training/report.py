@@ -1,9 +1,6 @@
 """What a run says: before it starts, at evaluations, and at the end."""
 
-import os
 import shlex
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,9 @@ from tqdm import tqdm
 from llama_jax.config import Config, ModelArgs
 from llama_jax.data import Data
 from llama_jax.data.text import replacement_warning
-from llama_jax.errors import UserError
 from llama_jax.model import count_parameters
+from llama_jax.progress import duration
+from llama_jax.runtime import check_memory
 from llama_jax.sharding import describe
 from llama_jax.training.flops import train_flops_per_token
 
@@ -51,10 +49,12 @@ def announce(
         print(f"{'resumed':>10}  at step {start:,}")
 
 
-def check_memory(args: ModelArgs, mesh: jax.sharding.Mesh) -> None:
+def check_state_fits(args: ModelArgs, mesh: jax.sharding.Mesh) -> None:
     """Raise UserError where parameters, gradients and AdamW's two moments alone, float32 all, do not fit."""
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    _check_fits(16 * count_parameters(args) / shards, mesh, "the parameters and the optimizer", "mesh.fsdp larger")
+    need = 16 * count_parameters(args) / shards
+    hint = "make the model smaller, or mesh.fsdp larger"
+    check_memory(need, mesh.local_devices, "the parameters and the optimizer need", hint)
 
 
 def announce_cost(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float) -> None:
@@ -63,69 +63,18 @@ def announce_cost(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, second
     if analysis is not None:
         need = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
         print(f"{'memory':>10}  {need / 1e6:,.0f} MB a device; the step compiled in {seconds:.1f} s")
-        _check_fits(need, mesh, "the step", "train.batch_size smaller, or train.gradient_accumulation_steps larger")
-
-
-def _check_fits(need: float, mesh: jax.sharding.Mesh, what: str, hint: str) -> None:
-    limit = memory_of(mesh.local_devices)
-    if limit is not None and need > limit:
-        raise UserError(
-            f"memory: expected up to {limit / 1e9:,.1f} GB a device, found that {what} need {need / 1e9:,.1f} GB; "
-            f"make the model smaller, or {hint}"
-        )
-
-
-def memory_of(devices: Sequence[jax.Device]) -> float | None:
-    """Bytes of memory that one of the devices has; None where that is not known. CPU devices share the machine's."""
-    if devices[0].platform == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
-    return (devices[0].memory_stats() or {}).get("bytes_limit")
-
-
-class Progress:
-    """Where a run stands: a bar on a terminal, elsewhere a line every so many seconds."""
-
-    SECONDS = 10
-
-    def __init__(self, steps: int, start: int):
-        self._steps, self._step = steps, start
-        self._start, self._began = start, time.monotonic()
-        self._printed = self._began
-        # On standard error, where the bar would be written.
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, disable=None)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self) -> None:
-        """A step is done."""
-        self._step += 1
-        self._bar.update()
-
-    def show(self, record: dict[str, Any]) -> None:
-        """Show the loss and the speed of a record."""
-        text = f"loss {record['train_loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
-        self._bar.set_postfix_str(text, refresh=False)
-        now = time.monotonic()
-        if self._bar.disable and now - self._printed >= self.SECONDS:
-            self._printed = now
-            left = (now - self._began) / (self._step - self._start) * (self._steps - self._step)
-            print(f"step {self._step:,} of {self._steps:,}, {text}, {duration(left)} to go", flush=True)
-
-
-def duration(seconds: float) -> str:
-    """90 -> "1 min 30 s"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (f"{hours} h " if hours else "") + (f"{minutes} min " if minutes else "") + f"{seconds} s"
+        hint = "make train.batch_size smaller, or train.gradient_accumulation_steps larger"
+        check_memory(need, mesh.local_devices, "the step needs", hint)
 
 
 def printable(text: str) -> str:
     """``text`` without what a terminal would obey: control characters, but for line ends and tabs, as escapes."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def progress_text(record: dict[str, Any]) -> str:
+    """The loss and the speed of a record."""
+    return f"loss {record['train_loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
 
 
 def expected_time_text(steps: int, step_seconds: float) -> str:

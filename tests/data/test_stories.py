@@ -15,12 +15,12 @@ from llama_jax.data import stories as grammar
 from llama_jax.data.stories import Choice, Node, Slot, Story, entropy, stories, story, vocabulary
 
 PINNED = (
-    "Once upon a time an eager duck named Clara lived in a pretty burrow near the cheerful market. She "
-    "wished for a white playhouse, and on Tuesday she began to build it near the hidden harbour. Sam, a"
-    " shy puppy, came to help with a ladder, four nails and pears. But one warm morning a sudden wind c"
-    'ame, and the playhouse broke with a bump. "Think of brave knights and windy days," said the puppy,'
-    ' "and let us try again!" They brought six longer logs, and soon the white playhouse was ready. Tha'
-    "t night the duck dreamed of the sea, sleepy owls and the puppy."
+    "Once upon a time an eager duck named Nora lived in a pretty burrow near the cheerful market. Nora"
+    " wished for a white playhouse, and on Tuesday Nora began to build it near the hidden harbour. Mil"
+    "o, a shy owl, came to help with a ladder, four nails and pears. But one warm morning a sudden win"
+    'd came, and the playhouse broke with a bump. "Think of brave knights and windy days," said Milo t'
+    'he owl, "and let us try again!" Nora and Milo brought six longer logs, and soon the white playhou'
+    "se was ready. That night Nora the duck dreamed of the sea, sleepy owls and Milo the owl."
 )
 
 SAMPLE = list(itertools.islice(stories(seed=1), 4000))
@@ -96,7 +96,7 @@ def test_entropy_is_the_mean_over_stories() -> None:
     _assert_mean(entropy().bits_per_story, [told.bits for told in SAMPLE])
     _assert_mean(entropy().bytes_per_story, [float(len(told.text.encode())) for told in SAMPLE])
     assert entropy().bits_per_byte == entropy().bits_per_story / entropy().bytes_per_story
-    assert 0.25 < entropy().bits_per_byte < 0.9
+    assert 0.2 < entropy().bits_per_byte < 0.9
 
 
 def _assert_mean(expected: float, sample: list[float]) -> None:
