@@ -237,5 +237,8 @@ def _told(folder: Path, verb: Literal["read", "write"]) -> Iterator[None]:
         raise
     except Exception as error:  # orbax raises Exception itself, too
         reason = " ".join(str(error).split()).split(". See full")[0][:200] or type(error).__name__
-        what = {"read": "files that are whole", "write": "room and permission to write"}[verb]
-        raise UserError(f"{folder}: expected {what}, found: {reason}") from error
+        what, hint = {
+            "read": ("files that are whole", "use another copy of it, or another step"),
+            "write": ("room and permission to write", "make room, or choose another folder"),
+        }[verb]
+        raise UserError(f"{folder}: expected {what}, found: {reason}; {hint}") from error

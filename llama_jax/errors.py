@@ -27,7 +27,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     ``LLAMA_JAX_DEBUG=1`` in the environment shows the traceback before it.
     """
-    sys.unraisablehook = _obey_interrupts
+    sys.unraisablehook = _on_unraisable
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None, where the command was started with it closed
             stream.reconfigure(errors="backslashreplace")
@@ -56,12 +56,13 @@ def run_command(main: Callable[[], None]) -> None:
         _stop(error, f"error: {where}{error.strerror}; check the path, its permissions and the free disk space", 2)
 
 
-def _obey_interrupts(unraisable: "sys.UnraisableHookArgs") -> None:
-    """A Ctrl-C that arrives within a callback of the garbage collector, where Python would only mention it."""
+def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Heed a Ctrl-C within a callback of the garbage collector, where Python would only mention it; not the echo of errors."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         os._exit(130)
-    sys.__unraisablehook__(unraisable)
+    if "Event loop is closed" not in str(unraisable.exc_value):  # orbax's readers, behind one of them that failed
+        sys.__unraisablehook__(unraisable)
 
 
 def _stop(error: Exception | None, message: str, status: int) -> NoReturn:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 SMALL = [
     "--model.dim",
     "32",
@@ -86,29 +86,42 @@ def test_the_first_minute_says_what_it_does_what_it_needs_and_what_to_type_next(
     assert "\r" not in result.stdout
 
 
-def test_every_command_of_the_readme_runs(place: Path) -> None:
-    """All code blocks and tables; trainings are cut to a few steps of a small model, and installing is left to CI."""
-    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
-    inline = re.findall(r"`(python [^`]+)`", README)
-    text = "\n".join([*blocks, *inline]).replace("\\\n", " ")
-    commands = dict.fromkeys(
-        line.strip()
-        for line in text.splitlines()
-        if re.match(r"(echo .*\| )?python (-m llama_jax|train|sample|convert)", line.strip())
-    )
-    assert len(commands) >= 8
+def documented_commands() -> list[str]:
+    """The python commands of the README and of docs/, in their order, without repetitions."""
+    texts = [(ROOT / "README.md").read_text(), *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+    found: dict[str, None] = {}
+    for text in texts:
+        parts = [*re.findall(r"```\n(.*?)```", text, re.DOTALL), *re.findall(r"`(python [^`]+)`", text)]
+        for line in "\n".join(parts).replace("\\\n", " ").splitlines():
+            line = re.sub(r"\s*(\[.*?\]|#.*)", "", line).strip()
+            if re.match(r"(echo .*\| )?python (-m llama_jax|train|sample|convert)", line):
+                found[line] = None
+    return list(found)
+
+
+def test_every_documented_command_runs(place: Path) -> None:
+    """Trainings are cut to a few steps of a small model, and installing is left to CI."""
+    for source, output, to in (
+        ("runs/tiny", "llama-2-7b", "meta"),
+        ("llama-2-7b", "Llama-2-7b-hf", "huggingface"),
+        ("llama-2-7b", "checkpoints/llama-2-7b-chat", "llama-jax"),
+    ):
+        result = run(["convert_torch_weights.py", "--input", source, "--output", output, "--to", to], place)
+        assert result.returncode == 0, result.stderr
+    (place / "conversation.json").write_text('[{"role": "user", "content": "Hi"}]')
+    commands = documented_commands()
+    assert len(commands) >= 20
     for i, line in enumerate(commands):
-        line = re.sub(r"\s*\[.*?\]", "", line)
         echoed, _, command = line.rpartition("| ")
         argv = shlex.split(command)[1:]
         if argv[0] == "train.py":
-            argv += [*SMALL, "--train.gradient-accumulation-steps", "1", "--train.save-dir", f"readme/{i}"]
+            model = [] if "--train.init-from" in argv else SMALL[:10]
+            argv += [*model, *SMALL[10:], "--train.gradient-accumulation-steps", "1", "--train.save-dir", f"documented/{i}"]
             if "--data.tokenizer-model-path" not in argv and "tokens" not in argv:
                 argv += ["--data.vocab-size", "300", "--data.stories", "60"]
-        if argv[0] == "convert_torch_weights.py":
-            continue  # tests/convert
-        stdin = shlex.split(echoed)[1] + "\n" if echoed else None
-        result = run(argv, place, stdin)
+        if argv[0] == "convert_torch_weights.py" and "--output" in argv:
+            shutil.rmtree(place / argv[argv.index("--output") + 1], ignore_errors=True)
+        result = run(argv, place, shlex.split(echoed)[1] + "\n" if echoed else "Hi\n")
         assert result.returncode == 0, f"{line}\n{result.stderr}"
 
 

@@ -125,11 +125,11 @@ RULES = {
 }
 
 OPENING = """
-    - Once upon a time there was {a trait} little {animal} named {name}, who loved {joy}, {joy2} and {food}.
-      Once upon a time there lived {a trait} and {trait2} {animal} named {name} with [number] [funny] [pet].
-      Once upon a time {a trait} {animal} named {name} lived in [a snug] [house] {at place2} the [scenic] {place2}.
-      Once upon a time there was {a trait} young {animal} named {name}, who had {a colour8} [hat] and {a colour9} bed.
-      Once upon a time, {at place2} the {place2}, there lived {a trait} {animal} named {name} with {his} [family].
+    - Once upon a time there was {a trait} little {animal} named {name} {Animal}, who loved {joy}, {joy2} and {food}.
+      Once upon a time there lived {a trait} and {trait2} {animal} named {name} {Animal} with [number] [funny] [pet].
+      Once upon a time {a trait} {animal} named {name} {Animal} lived in [a snug] [house] {at place2} the [scenic] {place2}.
+      Once upon a time there was {a trait} young {animal} named {name} {Animal}, who had {a colour8} [hat] and {a colour9} bed.
+      Once upon a time, {at place2} the {place2}, there lived {a trait} {animal} named {name} {Animal} with {his} [family].
 """
 
 PLOTS = {
@@ -138,44 +138,44 @@ PLOTS = {
       One [weather] [daytime] {name} [ran] to the [scenic] {place} with {a colour} {thing}, but came home without it.
     - "Where is my {thing}?" [sobbed] {name}, looking [spot] and [spot].
       {name} looked [spot] and [spot], {sad} and {sad2}.
-    - {A trait3} {animal2} named {name2} [ran] over with {a colour2} [lantern] to help {him}.
-      Then came {name2}, {a trait3} {animal2} in {a colour2} [hat], and asked, "May I help you?"
+    - {A trait3} {animal2} named {name2} {Animal2} [ran] over with {a colour2} [lantern] to help {him}.
+      Then came {name2} {Animal2}, {a trait3} {animal2} in {a colour2} [hat], and asked, "May I help you?"
     - Together they found {a colour3} {thing2}, {a colour4} {thing3} and {a thing4}, but no {thing}.
       {name} and {name2} searched [spot], [spot] and [spot].
-    - At last {name2} the {animal2} saw something {colour} [spot], and it was the {thing}!
+    - At last {name2} {Animal2} saw something {colour} [spot], and it was the {thing}!
       "Here it is!" [cheered] {name2}, and there, [spot], lay the {colour} {thing}.
     """,
     "a meal is shared": """
     - One [weather] [daytime] {name} took {food3}, {food4} and {food5} to the [scenic] {place} in {a colour} [basket].
       On [weekday] {name} [ran] to the [scenic] {place} with {a colour} [basket] of [tasty] {food3} and {food4}.
-    - There, [spot], sat {a trait3} {animal2} named {name2}, {sad} and {sad2}.
-      There {name} met {name2}, {a trait3} {animal2} in {a colour2} [hat], who looked {sad} and {sad2}.
+    - There, [spot], sat {a trait3} {animal2} named {name2} {Animal2}, {sad} and {sad2}.
+      There {name} met {name2} {Animal2}, {a trait3} {animal2} in {a colour2} [hat], who looked {sad} and {sad2}.
     - "I have eaten only {food6} and {food7} since [weekday]," [sobbed] {name2}.
       "I dropped my {food6} and my {food7} [spot]," [sobbed] {name2}.
-    - {name} the {animal} was hungry too, but {name} gave {name2} half of the {food3} and all of the {food4}.
-      "Let us share!" [cheered] {name} the {animal}, and {name2} ate [number] helpings of {food3} and {food4}.
+    - {name} {Animal} was hungry too, but {name} gave {name2} half of the {food3} and all of the {food4}.
+      "Let us share!" [cheered] {name} {Animal}, and {name2} ate [number] helpings of {food3} and {food4}.
     - {name2} had nothing to give but {a colour3} {thing} and a song about {joy3} and {joy4}.
-      Soon {name2} the {animal2} felt {happy} and {happy2}, and {name} and {name2} sat [spot] and sang about {joy3}.
+      Soon {name2} {Animal2} felt {happy} and {happy2}, and {name} and {name2} sat [spot] and sang about {joy3}.
     """,
     "a thing is built": """
     - One [weather] [daytime] {name} began to build {a colour} {project} {at place} the [scenic] {place}.
       {name} wished for {a colour} {project}, and on [weekday] {name} began to build it {at place} the [scenic] {place}.
-    - {name2}, {a trait3} {animal2}, came to help with {a tool}, [number] {material} and {food3}.
-      {A trait3} {animal2} named {name2} [ran] over with {a tool}, [number] {material} and [tasty] {food3}.
+    - {name2} {Animal2}, {a trait3} {animal2}, came to help with {a tool}, [number] {material} and {food3}.
+      {A trait3} {animal2} named {name2} {Animal2} [ran] over with {a tool}, [number] {material} and [tasty] {food3}.
     - {name} and {name2} worked for [number] [days] and ate {food4} and {food5}, but the {project} fell down with a [crash].
       But one [weather] [daytime] a [strong|cold|wild|sudden] wind came, and the {project} broke with a [crash].
-    - "We will never finish it," [sobbed] {name} the {animal}, {sad} and {sad2}, but {name2} did not give up.
-      "Think of {joy3} and {joy4}," said {name2} the {animal2}, "and let us try again!"
+    - "We will never finish it," [sobbed] {name} {Animal}, {sad} and {sad2}, but {name2} did not give up.
+      "Think of {joy3} and {joy4}," said {name2} {Animal2}, "and let us try again!"
     - This time they tied it to [landmark] with {a colour2} [rope|ribbon|string|chain], and it held.
       {name} and {name2} brought [number] [longer|better|thicker|stronger] {material2}, and soon the {colour} {project} was ready.
     """,
     "a guest comes in from the storm": """
     - One [weather] [daytime] a storm came over the [scenic] {place} while {name} was eating [tasty] {food3}.
       One [weather] [daytime] dark clouds rolled over the [scenic] {place}, and {name} [ran] home.
-    - Soon {a trait3} {animal2} named {name2} knocked [number] times at the {colour} door, {sad} and wet.
-      "Please let me in," [sobbed] {name2}, {a trait3} {animal2} in {a colour} [hat], {sad} and wet.
-    - {name} the {animal} gave {name2} {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4} with {food5}.
-      "Come in!" [cheered] {name} the {animal}, and {name} brought {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4}.
+    - Soon {a trait3} {animal2} named {name2} {Animal2} knocked [number] times at the {colour} door, {sad} and wet.
+      "Please let me in," [sobbed] {name2} {Animal2}, {a trait3} {animal2} in {a colour} [hat], {sad} and wet.
+    - {name} {Animal} gave {name2} {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4} with {food5}.
+      "Come in!" [cheered] {name} {Animal}, and {name} brought {a colour2} [blanket|towel|pillow|rug] and [tasty] {food4}.
     - {name} and {name2} played with {a thing2}, {a thing3} and {a thing4} until the [rain|storm|wind|thunder] stopped.
       {name} and {name2} talked about {joy3}, {joy4} and {joy5} until the [rain|storm|wind|thunder] stopped.
     - When the sun came out, {name2}, {happy} and {happy2}, gave {name} {a colour3} {thing}.
@@ -185,31 +185,31 @@ PLOTS = {
     - On [weekday] {name} [ran] to the [scenic] {place} to learn to {skill} like {his} [family].
       One [weather] [daytime], {at place} the [scenic] {place}, {name} tried to {skill} like {his} [family].
     - {name} practised [spot] and [spot], but it always went wrong.
-      "I will never {skill}!" [sobbed] {name} the {animal}, {sad} and {sad2}, and hid [spot].
-    - {A trait3} {animal2} named {name2} [ran] over and gave {him} {a colour} {thing} for luck.
-      "I can help you," said {name2}, {a trait3} {animal2} with {a colour} {thing}.
+      "I will never {skill}!" [sobbed] {name} {Animal}, {sad} and {sad2}, and hid [spot].
+    - {A trait3} {animal2} named {name2} {Animal2} [ran] over and gave {him} {a colour} {thing} for luck.
+      "I can help you," said {name2} {Animal2}, {a trait3} {animal2} with {a colour} {thing}.
     - Every [weekday] they practised {at place} the {place} and ate [tasty] {food3} and {food4}.
-      "Try again and think of {joy3} and {joy4}!" said {name2} the {animal2} every [daytime].
+      "Try again and think of {joy3} and {joy4}!" said {name2} {Animal2} every [daytime].
     - After [number] [days] {name} could {skill}, {happy} and {happy2}, with the {colour} {thing} beside {him}.
       And on [weekday] {name} held the {colour} {thing} up high and could {skill} at last!
     """,
     "a present is bought": """
-    - It was the birthday of {his} friend {name2}, {a trait3} {animal2} who dreamed of {a colour} {thing}.
-      On [weekday] {his} friend {name2}, {a trait3} {animal2}, had a birthday and wished for {a colour} {thing}.
+    - It was the birthday of {his} friend {name2} {Animal2}, {a trait3} {animal2} who dreamed of {a colour} {thing}.
+      On [weekday] {his} friend {name2} {Animal2}, {a trait3} {animal2}, had a birthday and wished for {a colour} {thing}.
     - But {name} had only [number] coins, so {name} sold {food3}, {food4} and {food5} {at place} the [scenic] {place}.
       So {name} [ran] to the [scenic] {place} and carried {food3} for {a trait4} {animal3} to earn [number] coins.
     - Then {name} bought the {thing} and wrapped it in {colour2} [paper|leaves|silk|cloth] with {a colour3} ribbon.
       Then {name} bought the {thing} and hid it [spot] in {a colour2} [basket].
-    - "Happy birthday!" [cheered] {name} the {animal}, and {name2} opened it, {happy} and {happy2}.
-      "Is the {colour} {thing} for me?" [cheered] {name2} the {animal2}, {happy} and {happy2}.
+    - "Happy birthday!" [cheered] {name} {Animal}, and {name2} opened it, {happy} and {happy2}.
+      "Is the {colour} {thing} for me?" [cheered] {name2} {Animal2}, {happy} and {happy2}.
     - {name} and {name2} ate [tasty] {food6} and {food7} [spot] and sang about {joy3}.
       {name} and {name2} ate [tasty] {food6}, {food7} and {food8} and danced around [landmark].
     """,
     "a noise is heard in the night": """
     - One [starry] night something [squeaked|howled|moaned|rustled] {at place} the [scenic] {place}.
       One [starry] night {name} heard a [strange|loud|soft|sad] [squeak|howl|moan|cry] {at place} the [scenic] {place}.
-    - {name} took {a colour} [lantern] and woke {his} friend {name2}, {a trait3} {animal2}.
-      "Come with me!" {name} said to {name2}, {a trait3} {animal2} with {a colour} [lantern].
+    - {name} took {a colour} [lantern] and woke {his} friend {name2} {Animal2}, {a trait3} {animal2}.
+      "Come with me!" {name} said to {name2} {Animal2}, {a trait3} {animal2} with {a colour} [lantern].
     - {name} and {name2} tiptoed [bravely|slowly|quietly|carefully|softly|nervously] past [landmark] and [landmark].
       "It must be [a funny] [ghost|monster|dragon|giant|witch|pirate|troll|wolf]," whispered {name} [spot].
     - But [spot] sat only a [little|small|young|tiny] {animal3}, {sad} and lost.
@@ -222,21 +222,21 @@ PLOTS = {
       {His} [family] gave {him} a seed from the [scenic] {place}, and {name} put it in {a colour} pot.
     - Every [daytime] {name} watered the pot and told it about {joy3} and {joy4}.
       Every [weekday] {name} watered the pot and sang about {joy3}, {joy4} and {joy5}.
-    - But after [number] [days] there was nothing to see, and {name} the {animal} was {sad} and {sad2}.
-      "Nothing grows in my {colour} pot," [sobbed] {name} the {animal}, {sad} and {sad2}.
-    - "Wait a little," said {name2}, {a trait3} {animal2}, and brought [tasty] {food3} and {food4}.
-      {A trait3} {animal2} named {name2} [ran] over to wait with {him}, and {name} and {name2} ate [tasty] {food3}.
+    - But after [number] [days] there was nothing to see, and {name} {Animal} was {sad} and {sad2}.
+      "Nothing grows in my {colour} pot," [sobbed] {name} {Animal}, {sad} and {sad2}.
+    - "Wait a little," said {name2} {Animal2}, {a trait3} {animal2}, and brought [tasty] {food3} and {food4}.
+      {A trait3} {animal2} named {name2} {Animal2} [ran] over to wait with {him}, and {name} and {name2} ate [tasty] {food3}.
     - Then, one [weather] [daytime], there was {a colour2} {flower}, as tall as {a animal3}!
       Then, on [weekday], there was {a colour2} {flower}, and even [number] [funny] [pet] came to see it.
     """,
 }
 
 ENDING = """
-    - After that, {name} the {animal} and {name2} the {animal2} met every [weekday] to share stories about {joy9}.
-      From then on {name} the {animal} and {name2} the {animal2} were always together, and they never ran out of {food9}.
-      That night {name} the {animal} dreamed of {joy8}, {joy9} and {name2} the {animal2}.
-      And so {name} the {animal} learned from {name2} the {animal2} that [moral].
-      "What a [wonderful|lovely|perfect|splendid] friend you are!" said {name2} the {animal2}, and {name} smiled.
+    - After that, {name} {Animal} and {name2} {Animal2} met every [weekday] to share stories about {joy9}.
+      From then on {name} {Animal} and {name2} {Animal2} were always together, and they never ran out of {food9}.
+      That night {name} {Animal} dreamed of {joy8}, {joy9} and {name2} {Animal2}.
+      And so {name} {Animal} learned from {name2} {Animal2} that [moral].
+      "What a [wonderful|lovely|perfect|splendid] friend you are!" said {name2} {Animal2}, and {name} smiled.
 """
 
 

@@ -129,7 +129,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(*case, id="kv {}, {} shards, theta {:g}, eps {:g}, {}".format(*case))
 
 
-@pytest.mark.parametrize(("kv_heads", "shards", "theta", "eps", "dtype"), cases())
+@pytest.mark.parametrize(("kv_heads", "shards", "theta", "eps", "dtype"), list(cases()))
 def test_logits_equal_transformers_through_metas_files_and_through_safetensors(
     kv_heads: int | None, shards: int, theta: float, eps: float, dtype: str, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -15,12 +15,13 @@ from llama_jax.data import stories as grammar
 from llama_jax.data.stories import Choice, Node, Slot, Story, entropy, stories, story, vocabulary
 
 PINNED = (
-    "Once upon a time an eager duck named Nora lived in a pretty burrow near the cheerful market. Nora"
-    " wished for a white playhouse, and on Tuesday Nora began to build it near the hidden harbour. Mil"
-    "o, a shy owl, came to help with a ladder, four nails and pears. But one warm morning a sudden win"
-    'd came, and the playhouse broke with a bump. "Think of brave knights and windy days," said Milo t'
-    'he owl, "and let us try again!" Nora and Milo brought six longer logs, and soon the white playhou'
-    "se was ready. That night Nora the duck dreamed of the sea, sleepy owls and Milo the owl."
+    "Once upon a time an eager duck named Nora Duck lived in a pretty burrow near the cheerful market."
+    " Nora wished for a white playhouse, and on Tuesday Nora began to build it near the hidden harbour"
+    ". Milo Rabbit, a warm-hearted rabbit, came to help with a ladder, four nails and pears. But one w"
+    'arm morning a sudden wind came, and the playhouse broke with a bump. "Think of brave knights and '
+    'windy days," said Milo Rabbit, "and let us try again!" Nora and Milo brought six longer logs, and'
+    " soon the white playhouse was ready. That night Nora Duck dreamed of the sea, sleepy owls and Mil"
+    "o Rabbit."
 )
 
 SAMPLE = list(itertools.islice(stories(seed=1), 4000))
