@@ -116,7 +116,14 @@ def test_every_documented_command_runs(place: Path) -> None:
         argv = shlex.split(command)[1:]
         if argv[0] == "train.py":
             model = [] if "--train.init-from" in argv else SMALL[:10]
-            argv += [*model, *SMALL[10:], "--train.gradient-accumulation-steps", "1", "--train.save-dir", f"documented/{i}"]
+            argv += [
+                *model,
+                *SMALL[10:],
+                "--train.gradient-accumulation-steps",
+                "1",
+                "--train.save-dir",
+                f"documented/{i}",
+            ]
             if "--data.tokenizer-model-path" not in argv and "tokens" not in argv:
                 argv += ["--data.vocab-size", "300", "--data.stories", "60"]
         if argv[0] == "convert_torch_weights.py" and "--output" in argv:
