@@ -1,16 +1,22 @@
 """Tokens per second of the training step against the same LLaMA in PyTorch: ``python benchmarks/train_step.py``.
 
-Both take the same shapes in float32, clip, and update with AdamW. They run in turn, a pair at a time, so that a machine
-that slows down slows both; PyTorch is the better of eager and compiled. Prints one JSON line with the medians and the
+All take the same shapes in float32, clip, and update with AdamW; each in a process of its own, as its users would run it. They
+run in turn, so that a machine that slows down slows all; the peer is the better of eager and compiled. Prints one JSON line with the medians and the
 median of the pairs' ratios.
 """
 
+import contextlib
+import functools
+import importlib.metadata
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import jax
 import numpy as np
@@ -25,6 +31,9 @@ from llama_jax.training.step import compile_train_step, init_state, make_optimiz
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 from torch_llama import TorchLlama
+
+# Seconds between two measurements: threads of the one before, which wait for more work awake, have gone to sleep.
+PAUSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,25 +60,17 @@ class Arguments:
 
 def main() -> None:
     """Measure and print."""
-    keep_freed_memory()
     args = parse_flags(Arguments, sys.argv[1:], Arguments(), "python benchmarks/train_step.py", __doc__ or "")
-    model = ModelArgs(
-        dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, vocab_size=args.vocab_size,
-        multiple_of=32, max_seq_len=args.seq_len,
-    )  # fmt: skip
-    tokens = np.random.default_rng(0).integers(0, args.vocab_size, (args.batch_size, args.seq_len + 1), np.int32)
-    runners = {
-        "jax": jax_runner(model, tokens),
-        "torch_eager": torch_runner(model, tokens, compiled=False),
-        "torch_compiled": torch_runner(model, tokens, compiled=True),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for pair in range(-1, args.pairs):
-        for name, run in runners.items():
-            began = time.perf_counter()
-            run(args.steps)
-            if pair >= 0:  # the first warms up
-                seconds[name].append(time.perf_counter() - began)
+    seconds: dict[str, list[float]] = {name: [] for name in RUNNERS}
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(_worker(name, args)) for name in RUNNERS}
+        for pair in range(-1, args.pairs):
+            for name, worker in workers.items():
+                time.sleep(PAUSE)
+                worker.send(args.steps)
+                taken = worker.recv()
+                if pair >= 0:  # the first warms up
+                    seconds[name].append(taken)
     total = args.steps * args.batch_size * args.seq_len
     rate = {name: total / statistics.median(times) for name, times in seconds.items()}
     peer = max(("torch_eager", "torch_compiled"), key=lambda name: rate[name])
@@ -82,15 +83,44 @@ def main() -> None:
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "shapes": vars(args),
         "dtype": "float32",
-        "threads": torch.get_num_threads(),
-        "jax": jax.__version__,
-        "torch": torch.__version__,
+        "threads": os.cpu_count(),
+        "jax": importlib.metadata.version("jax"),
+        "torch": importlib.metadata.version("torch"),
     }
     print(json.dumps(result))
 
 
+@contextlib.contextmanager
+def _worker(name: str, args: Arguments) -> Iterator[Connection]:
+    """A process that takes steps when it is sent their number, and answers with the seconds that they took."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(name, args, theirs), daemon=True)
+    process.start()
+    try:
+        yield ours
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve(name: str, args: Arguments, connection: Connection) -> None:
+    model = ModelArgs(
+        dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, vocab_size=args.vocab_size,
+        multiple_of=32, max_seq_len=args.seq_len,
+    )  # fmt: skip
+    tokens = np.random.default_rng(0).integers(0, args.vocab_size, (args.batch_size, args.seq_len + 1), np.int32)
+    run = RUNNERS[name](model, tokens)
+    while True:
+        steps = connection.recv()
+        began = time.perf_counter()
+        run(steps)
+        connection.send(time.perf_counter() - began)
+
+
 def jax_runner(args: ModelArgs, tokens: np.ndarray) -> Callable[[int], None]:
-    """A function that takes so many steps."""
+    """A function that takes so many steps, set up as train.py does."""
+    keep_freed_memory()
     train = TrainArgs(batch_size=len(tokens))
     module, mesh = make_model(args, "float32"), make_mesh(MeshArgs())
     optimizer = make_optimizer(train, 1000)
@@ -132,6 +162,12 @@ def torch_runner(args: ModelArgs, tokens: np.ndarray, compiled: bool) -> Callabl
 
     return run
 
+
+RUNNERS: dict[str, Callable[[ModelArgs, np.ndarray], Callable[[int], None]]] = {
+    "jax": jax_runner,
+    "torch_eager": functools.partial(torch_runner, compiled=False),
+    "torch_compiled": functools.partial(torch_runner, compiled=True),
+}
 
 if __name__ == "__main__":
     run_command(main)
