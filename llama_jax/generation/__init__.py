@@ -17,7 +17,7 @@ from llama_jax.errors import UserError, quoted
 from llama_jax.generation.chat import Message, encode_dialog
 from llama_jax.generation.decode import Sampled, generate_chunks
 from llama_jax.model import Llama, is_norm
-from llama_jax.runtime import check_memory, make_model, use_compilation_cache
+from llama_jax.runtime import check_memory, make_model, memory_of, use_compilation_cache
 from llama_jax.sharding import make_mesh, parameter_shardings
 from llama_jax.tokenizer import Tokenizer
 
@@ -46,16 +46,18 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path, compute_dtype: DType = "auto") -> "Model":
-        """See ``llama_jax.load``. Matrices are kept in the type that is computed in, each device reading its own part."""
+        """See ``llama_jax.load``. Matrices are kept in the type that is computed in.
+
+        A model that is too large for one device lies on as many as it takes, each of which reads its own part alone.
+        """
         use_compilation_cache()
         checkpoint = Checkpoint.find(path)
         module = make_model(checkpoint.args, compute_dtype)
-        mesh = make_mesh(MeshArgs(data=1), jax.devices()[:1])
         shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
         shapes = jax.tree_util.tree_map_with_path(
             lambda path, s: s if is_norm(path) else jax.ShapeDtypeStruct(s.shape, module.dtype), shapes
         )
-        _check_fits(checkpoint, shapes, module, mesh)
+        mesh = _fitting_mesh(checkpoint, shapes, module)
         params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(module, mesh)))
         return cls(checkpoint.args, params, checkpoint.tokenizer, module)
 
@@ -170,10 +172,20 @@ def _logits(module: Llama, params: Any, token_ids: jax.Array) -> jax.Array:
     return module.apply({"params": params}, token_ids)[0]
 
 
-def _check_fits(checkpoint: Checkpoint, shapes: Any, module: Llama, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError where the parameters do not fit. XLA on a CPU computes in float32: what is narrower, it keeps twice."""
-    dtype = jnp.dtype(module.dtype)
+def _fitting_mesh(checkpoint: Checkpoint, shapes: Any, module: Llama) -> jax.sharding.Mesh:
+    """The fewest of this process's devices that hold the parameters, heads, hidden units and vocabulary spread over them.
+
+    Raises UserError where all of them are too few. XLA on a CPU computes in float32: what is narrower, it keeps twice.
+    """
+    args, dtype, devices = checkpoint.args, jnp.dtype(module.dtype), jax.local_devices()
     bytes_of = dtype.itemsize + (4 if jax.default_backend() == "cpu" and dtype.itemsize < 4 else 0)
     need = bytes_of * sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    what = f"the parameters of {checkpoint.folder} need, computed in {dtype.name},"
-    check_memory(need, mesh.local_devices, what, "use a machine with more memory, or a smaller model")
+    spread = args.kv_heads, args.hidden_dim, args.vocab_size
+    counts = [n for n in range(1, len(devices) + 1) if not any(size % n for size in spread)]
+    for count in counts:
+        limit = memory_of(devices[:count])
+        if limit is None or need / count <= limit or count == counts[-1]:
+            break
+    what = f"the parameters of {checkpoint.folder} need, computed in {dtype.name} on {count} device{'s'[: count > 1]},"
+    check_memory(need / count, devices[:count], what, "use a machine with more memory, or a smaller model")
+    return make_mesh(MeshArgs(data=1, tensor=count), devices[:count])

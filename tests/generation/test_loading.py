@@ -1,0 +1,88 @@
+"""Loading: a model that is too large for one device lies on several, and says what it says on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import pytest
+
+from llama_jax import generation, runtime
+from llama_jax.checkpoint import save_checkpoint
+from llama_jax.config import SampleArgs
+from llama_jax.generation import Model
+from llama_jax.tokenizer import Tokenizer
+from tests.generation.test_generation import build
+
+PROMPTS = ["Once upon", "The owl saw the fox by the river."]
+
+
+def load_with(folder: str, share: float) -> dict[str, Any]:
+    """What a model generates, and how its parameters lie, where a device holds ``share`` of them."""
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(Model.load(folder).params))
+    with (
+        mock.patch.object(generation, "memory_of", lambda _: share * whole),
+        mock.patch.object(runtime, "memory_of", lambda _: share * whole),
+    ):
+        model = Model.load(folder)
+    attention = model.params["layers"]["attention"]
+    return {
+        "shards": len(attention["wq"].addressable_shards),
+        "of wq": attention["wq"].addressable_shards[0].data.size / attention["wq"].size,
+        "of output": model.params["output"].addressable_shards[0].data.size / model.params["output"].size,
+        "texts": [c.text for c in model.generate(PROMPTS, SampleArgs(temperature=0.0, max_new_tokens=20))],
+        "logprobs": [c.logprobs for c in model.generate(PROMPTS, SampleArgs(temperature=0.0, max_new_tokens=20))],
+    }
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer) -> dict[str, Any]:
+    """What load_with says, by what a device holds, in a process with eight devices."""
+    folder = tmp_path_factory.mktemp("loading") / "model"
+    model = build(small_tokenizer, n_heads=8, n_kv_heads=4, dim=64, multiple_of=16)
+    assert small_tokenizer.vocab_size % 4 == 0
+    save_checkpoint(folder, model.params, model.args, small_tokenizer)
+    root = Path(__file__).parents[2]
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.generation.test_loading", os.fspath(folder)],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, cwd=root, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_model_that_fits_lies_on_one_device(loaded: dict[str, Any]) -> None:
+    assert (loaded["2.0"]["shards"], loaded["2.0"]["of wq"]) == (1, 1.0)
+
+
+@pytest.mark.parametrize(("share", "devices"), [("0.6", 2), ("0.3", 4)])
+def test_a_model_that_does_not_fit_lies_on_the_fewest_devices_that_hold_it(
+    loaded: dict[str, Any], share: str, devices: int
+) -> None:
+    assert loaded[share]["shards"] == devices
+    assert loaded[share]["of wq"] == loaded[share]["of output"] == 1 / devices
+
+
+@pytest.mark.parametrize("share", ["0.6", "0.3"])
+def test_on_several_devices_it_says_what_it_says_on_one(loaded: dict[str, Any], share: str) -> None:
+    assert loaded[share]["texts"] == loaded["2.0"]["texts"]
+    for several, one in zip(loaded[share]["logprobs"], loaded["2.0"]["logprobs"], strict=True):
+        assert several == pytest.approx(one, abs=1e-4)
+
+
+def test_a_model_that_no_number_of_devices_holds_is_refused(loaded: dict[str, Any]) -> None:
+    assert "need, computed in float32 on 4 devices" in loaded["refused"]
+
+
+if __name__ == "__main__":
+    results: dict[str, Any] = {str(share): load_with(sys.argv[1], share) for share in (2.0, 0.6, 0.3)}
+    try:
+        load_with(sys.argv[1], 0.1)
+    except Exception as error:
+        results["refused"] = str(error)
+    print(json.dumps(results))
