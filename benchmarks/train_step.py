@@ -1,8 +1,8 @@
 """Tokens per second of the training step against the same LLaMA in PyTorch: ``python benchmarks/train_step.py``.
 
-All take the same shapes in float32, clip, and update with AdamW; each in a process of its own, as its users would run it. They
-run in turn, so that a machine that slows down slows all; the peer is the better of eager and compiled. Prints one JSON line with the medians and the
-median of the pairs' ratios.
+All take the same shapes in float32, clip, and update with AdamW; each in a process of its own, as its users would run it.
+They run in turn, so that a machine that slows down slows all; the peer is the better of eager and compiled. Prints one JSON
+line with the medians and the median of the pairs' ratios.
 """
 
 import contextlib

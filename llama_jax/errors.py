@@ -59,8 +59,7 @@ def run_command(main: Callable[[], None]) -> None:
 def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Heed a Ctrl-C within a callback of the garbage collector, where Python would only mention it; not the echo of errors."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        os._exit(130)
+        _stop(None, "stopped by Ctrl-C", 130)
     if "Event loop is closed" not in str(unraisable.exc_value):  # orbax's readers, behind one of them that failed
         sys.__unraisablehook__(unraisable)
 

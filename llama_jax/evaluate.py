@@ -57,7 +57,7 @@ def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, b
         raise UserError(f"--text: expected text, found none in {text}")
     rows = list(_windows(len(stream) - 1, window, stride))
     positions = np.arange(window)
-    for i in tqdm(range(0, len(rows), batch_size), desc="evaluate", unit="batch", disable=None):
+    for i in tqdm(range(0, len(rows), batch_size), desc="evaluate", unit="batch", delay=2, disable=None):
         batch = rows[i : i + batch_size] + [(0, 0, 0)] * (batch_size - len(rows[i : i + batch_size]))
         starts, first, last = (np.array(column)[:, None] for column in zip(*batch, strict=True))
         at = np.minimum(starts + positions, len(stream) - 2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,14 +70,14 @@ def make_model(args: ModelArgs, compute_dtype: DType = "auto", remat: Remat = "n
 def check_memory(need: float, devices: Sequence[jax.Device], what: str, hint: str) -> None:
     """Raise UserError where ``what`` takes more bytes a device than one of ``devices`` has."""
     limit = memory_of(devices)
-    if limit is not None and need > limit:
+    if need > limit:
         raise UserError(
             f"memory: expected up to {limit / 1e9:,.1f} GB a device, found that {what} {need / 1e9:,.1f} GB; {hint}"
         )
 
 
-def memory_of(devices: Sequence[jax.Device]) -> float | None:
-    """Bytes of memory that one of the devices has; None where that is not known. CPU devices share the machine's."""
+def memory_of(devices: Sequence[jax.Device]) -> float:
+    """Bytes of memory that one of the devices has; infinite where that is not known. CPU devices share the machine's."""
     if devices[0].platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
-    return (devices[0].memory_stats() or {}).get("bytes_limit")
+    return (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)

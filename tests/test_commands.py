@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SMALL = [
+SMALL_MODEL = [
     "--model.dim",
     "32",
     "--model.n-layers",
@@ -27,6 +27,8 @@ SMALL = [
     "2",
     "--model.max-seq-len",
     "32",
+]
+SHORT_RUN = [
     "--train.max-steps",
     "6",
     "--train.batch-size",
@@ -40,6 +42,7 @@ SMALL = [
     "--train.save-interval",
     "3",
 ]
+SMALL = [*SMALL_MODEL, *SHORT_RUN]
 
 
 def run(
@@ -115,15 +118,8 @@ def test_every_documented_command_runs(place: Path) -> None:
         echoed, _, command = line.rpartition("| ")
         argv = shlex.split(command)[1:]
         if argv[0] == "train.py":
-            model = [] if "--train.init-from" in argv else SMALL[:10]
-            argv += [
-                *model,
-                *SMALL[10:],
-                "--train.gradient-accumulation-steps",
-                "1",
-                "--train.save-dir",
-                f"documented/{i}",
-            ]
+            argv += [] if "--train.init-from" in argv else SMALL_MODEL
+            argv += [*SHORT_RUN, "--train.gradient-accumulation-steps", "1", "--train.save-dir", f"documented/{i}"]
             if "--data.tokenizer-model-path" not in argv and "tokens" not in argv:
                 argv += ["--data.vocab-size", "300", "--data.stories", "60"]
         if argv[0] == "convert_torch_weights.py" and "--output" in argv:

@@ -1,10 +1,6 @@
 """The mesh and its table; and that training on eight devices, however laid out, is training on one."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +11,7 @@ from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
 from llama_jax.sharding import RULES, check_divisible, describe, make_mesh, mesh_axes_of, parameter_shardings, spec
+from tests.eight_devices import run_on_eight_devices
 
 MODEL = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=96, multiple_of=32, max_seq_len=32)
 TRAIN = TrainArgs(batch_size=16)
@@ -157,19 +154,7 @@ def train_on(sizes: dict[str, int]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Any]:
     """What train_on says of each mesh, in a process with eight devices."""
-    root = Path(__file__).parent.parent
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    flags += " --xla_backend_optimization_level=0"  # compiles faster
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.fspath(root)},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_on_eight_devices("tests.test_sharding", flags="--xla_backend_optimization_level=0")  # compiles faster
 
 
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])

@@ -21,7 +21,6 @@ from llama_jax.convert.own import OwnSource, write_own
 from llama_jax.convert.source import Block, Source
 from llama_jax.errors import UserError
 from llama_jax.files import raw_bytes
-from llama_jax.model import count_parameters
 from llama_jax.progress import Progress
 
 Format = Literal["llama-jax", "huggingface", "meta"]
@@ -110,9 +109,8 @@ def _write(source: Source, output: Path, args: ConvertArgs) -> str:
     temporary = output.with_name(output.name + ".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    size = count_parameters(source.args) * source.dtype.itemsize
     try:
-        with Progress("converting", size, "B") as progress:
+        with Progress("converting", report.weight_bytes(source), "B") as progress:
             reader = Reader(source, progress)
             if args.to == "llama-jax":
                 write_own(source, temporary, reader.blocks)

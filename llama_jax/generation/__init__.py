@@ -182,10 +182,7 @@ def _fitting_mesh(checkpoint: Checkpoint, shapes: Any, module: Llama) -> jax.sha
     need = bytes_of * sum(leaf.size for leaf in jax.tree.leaves(shapes))
     spread = args.kv_heads, args.hidden_dim, args.vocab_size
     counts = [n for n in range(1, len(devices) + 1) if not any(size % n for size in spread)]
-    for count in counts:
-        limit = memory_of(devices[:count])
-        if limit is None or need / count <= limit or count == counts[-1]:
-            break
+    count = next((n for n in counts if need / n <= memory_of(devices[:n])), counts[-1])
     what = f"the parameters of {checkpoint.folder} need, computed in {dtype.name} on {count} device{'s'[: count > 1]},"
     check_memory(need / count, devices[:count], what, "use a machine with more memory, or a smaller model")
     return make_mesh(MeshArgs(data=1, tensor=count), devices[:count])

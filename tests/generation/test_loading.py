@@ -2,9 +2,7 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,6 +14,7 @@ from llama_jax.checkpoint import save_checkpoint
 from llama_jax.config import SampleArgs
 from llama_jax.generation import Model
 from llama_jax.tokenizer import Tokenizer
+from tests.eight_devices import run_on_eight_devices
 from tests.generation.test_generation import build
 
 PROMPTS = ["Once upon", "The owl saw the fox by the river."]
@@ -30,12 +29,13 @@ def load_with(folder: str, share: float) -> dict[str, Any]:
     ):
         model = Model.load(folder)
     attention = model.params["layers"]["attention"]
+    completions = model.generate(PROMPTS, SampleArgs(temperature=0.0, max_new_tokens=20))
     return {
         "shards": len(attention["wq"].addressable_shards),
         "of wq": attention["wq"].addressable_shards[0].data.size / attention["wq"].size,
         "of output": model.params["output"].addressable_shards[0].data.size / model.params["output"].size,
-        "texts": [c.text for c in model.generate(PROMPTS, SampleArgs(temperature=0.0, max_new_tokens=20))],
-        "logprobs": [c.logprobs for c in model.generate(PROMPTS, SampleArgs(temperature=0.0, max_new_tokens=20))],
+        "texts": [c.text for c in completions],
+        "logprobs": [c.logprobs for c in completions],
     }
 
 
@@ -46,14 +46,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer)
     model = build(small_tokenizer, n_heads=8, n_kv_heads=4, dim=64, multiple_of=16)
     assert small_tokenizer.vocab_size % 4 == 0
     save_checkpoint(folder, model.params, model.args, small_tokenizer)
-    root = Path(__file__).parents[2]
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.generation.test_loading", os.fspath(folder)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, cwd=root, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_on_eight_devices("tests.generation.test_loading", os.fspath(folder))
 
 
 def test_a_model_that_fits_lies_on_one_device(loaded: dict[str, Any]) -> None:
