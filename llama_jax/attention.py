@@ -1,20 +1,74 @@
 """Causal attention with grouped queries, over a sequence or over a KV cache.
 
+Over a sequence there are three ways to the same numbers: ``xla``, written here, for every platform; ``splash``, JAX's kernel
+for TPUs; ``cudnn``, for NVIDIA's GPUs. The two kernels never hold the scores [T, S]. ``choose_kernel`` says which one runs.
+
 B batch, T query positions, S key positions, N query heads, K KV heads, G = N/K, H head_dim.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from llama_jax.config import AttentionKernel, ModelArgs
+from llama_jax.errors import UserError
+from llama_jax.sharding import gather_shards, shard_axes, shard_by_shard
 
 # Queries a block. A block sees only the keys before its end, which halves the work of a causal mask over the whole square
 # and keeps the scores small enough for a core's cache.
 BLOCK = 64
 # Longer sequences have larger blocks instead of more: the program's length stays bounded.
 MAX_BLOCKS = 16
+# Splash takes the largest of these that divides the length, and heads of whole lanes of a TPU's vector unit.
+SPLASH_BLOCKS = (1024, 512, 256, 128)
+LANES = 128
+# Names by which rematerialisation policies know the operands and the results (model.py).
+OPERANDS = ("query", "key", "value")
+ATTENTION = "attention"
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
+
+QUERIES, KEYS = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+
+
+def choose_kernel(
+    asked: AttentionKernel, platform: str, args: ModelArgs, dtype: jnp.dtype, sequence_shards: int = 1
+) -> AttentionKernel:
+    """``asked`` itself; for ``auto`` the fastest that the platform ("cpu", "tpu", "cuda") and the model's shape allow.
+
+    Raises UserError where the one that is asked for is not available.
+    """
+    length = args.max_seq_len // sequence_shards
+    missing: dict[AttentionKernel, dict[str, bool]] = {
+        "splash": {
+            "a TPU": platform == "tpu",
+            f"a multiple of {LANES} positions a device": length % LANES == 0,
+        },
+        "cudnn": {
+            "an NVIDIA GPU": platform == "cuda",
+            "bfloat16": dtype == jnp.bfloat16,
+            "mesh.sequence = 1": sequence_shards == 1,
+            "heads of up to 128 features, a multiple of 8": args.head_dim <= 128 and args.head_dim % 8 == 0,
+        },
+        "xla": {},
+    }
+    if asked == "auto":
+        return next(kernel for kernel, needs in missing.items() if all(needs.values()))
+    for need, there in missing[asked].items():
+        if not there:
+            raise UserError(
+                f"train.attention: expected {need} for {asked}, found {platform}, {jnp.dtype(dtype).name}, {length} positions a "
+                f"device, heads of {args.head_dim} features; take another, or auto"
+            )
+    return asked
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array | None = None, first: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slot: jax.Array | None = None,
+    first: jax.Array | None = None,
+    kernel: AttentionKernel = "xla",
 ) -> jax.Array:
     """Softmax attention; no query sees a key after its own position.
 
@@ -23,10 +77,65 @@ def attention(
     sees keys up to slot + t. ``first`` [B]: the first key slot that holds a token of the row; slots before are padding.
     Returns [B, T, N, H] of q's dtype; scores and softmax are float32.
     """
+    # Scores are scaled at the query, before it is kept for the backward pass.
+    q, k, v = (checkpoint_name(x, name) for x, name in zip((q * q.shape[-1] ** -0.5, k, v), OPERANDS, strict=True))
+    if slot is not None:
+        return _attend_in_blocks(q, k, v, slot, first)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Of a device's queries. Where a sequence is spread over devices, each gathers the keys and values of all of it."""
+        T = q.shape[1]
+        k, v = gather_shards(k, "length", axis=1), gather_shards(v, "length", axis=1)
+        start = jax.lax.axis_index(shard_axes("length")) * T if k.shape[1] > T else None
+        if kernel == "splash" and T % LANES == 0:
+            return _splash(q, k, v, start)
+        if kernel == "cudnn":
+            return jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=True, implementation="cudnn")
+        return _attend_in_blocks(q, k, v, start)
+
+    return shard_by_shard(local, ("batch", "length", "heads"), (QUERIES, KEYS, KEYS), QUERIES)(q, k, v)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None) -> jax.Array:
+    """``attention`` by the TPU kernel, of scaled queries from position ``start`` on."""
+    # Imported where it is needed: Pallas takes as long to import as all else.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, N, H = q.shape[1:]
+    S = k.shape[1]
+    block = next(b for b in SPLASH_BLOCKS if T % b == 0)
+    # The queries' sizes for the forward pass and the gradients of q and of k and v, the keys' likewise.
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((S, S))] * N), block_sizes=sizes, head_shards=1, q_seq_shards=S // T,
+        residual_checkpoint_name=ATTENTION,
+    )  # fmt: skip
+    if start is not None:
+        kernel = jax.tree.map(lambda of_blocks: _rows_of(of_blocks, start, T, S), kernel)
+    lanes = [(0, 0), (0, 0), (0, 0), (0, -H % LANES)]
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), lanes) for x in (q, k, v))
+    return jax.vmap(kernel)(q, k, v)[..., :H].swapaxes(1, 2)
+
+
+def _rows_of(of_blocks: jax.Array, start: jax.Array, T: int, S: int) -> jax.Array:
+    """What the kernel knows of the mask, [heads, blocks of S queries, blocks of keys] or [S], for T queries from ``start`` on."""
+    axis = 0 if of_blocks.ndim == 1 else 1
+    rows = of_blocks.shape[axis] * T // S
+    return jax.lax.dynamic_slice_in_dim(of_blocks, start // T * rows, rows, axis)
+
+
+def _attend_in_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array | None, first: jax.Array | None = None
+) -> jax.Array:
+    """``attention`` of scaled queries, over the whole sequence or, from ``slot`` on, over a cache."""
     B, T, N, H = q.shape
     K = k.shape[2]
     # Heads before positions: a CPU multiplies each head's matrices where they lie.
-    q = (q * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     block = max(BLOCK, -(-T // MAX_BLOCKS))
     blocks = []
@@ -65,7 +174,8 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple
     norm = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(v.dtype)
     y = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32) / norm
-    return y.astype(v.dtype), (q, k, v, weights, norm, y)
+    y = checkpoint_name(y.astype(v.dtype), ATTENTION)
+    return y, (q, k, v, weights, norm, y)
 
 
 def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:

@@ -23,7 +23,8 @@ from llama_jax.errors import UserError
 T = TypeVar("T")
 
 DType = Literal["auto", "float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "offload", "full"]
+AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -152,7 +153,9 @@ class TrainArgs:
     grad_clip: float = 1.0
     """Largest global norm of the gradient. 0: no clipping."""
     remat: Remat = "none"
-    """What the backward pass computes again instead of keeping: nothing (none), all but the projections' results (dots), or whole blocks (full)."""
+    """What the backward pass finds kept of a block, most memory first: all (none), the projections' and attention's results (dots), attention's operands and results (attention; in host memory: offload), or nothing (full)."""
+    attention: AttentionKernel = "auto"
+    """Attention's implementation: xla everywhere, splash on TPU, cudnn on NVIDIA GPUs; auto takes the fastest that is available."""
     compute_dtype: DType = "auto"
     """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32 always."""
     eval_interval: int = 100

@@ -1,7 +1,6 @@
 """Matrix products of the model: an einsum with a gradient that keeps the weight's layout."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +34,11 @@ def _backward(equation: str, saved: tuple[jax.Array, jax.Array], dy: jax.Array) 
     operands, y_axes = equation.split("->")
     x_axes, w_axes = operands.split(",")
     dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, w)
-    n_in = sum(a in x_axes for a in w_axes)
-    x2 = x.reshape(-1, math.prod(w.shape[:n_in]))
-    dy2 = dy.reshape(-1, math.prod(w.shape[n_in:]))
-    tokens = (((0,), (0,)), ((), ()))
-    if x2.shape[1] <= dy2.shape[1]:
-        dw = jax.lax.dot_general(x2, dy2, tokens)
+    if x.size <= dy.size:
+        dw = jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy)
     else:
-        dw = jax.lax.dot_general(dy2, x2, tokens).T
-    return dx.astype(x.dtype), dw.reshape(w.shape).astype(w.dtype)
+        dw = jnp.einsum(f"{y_axes},{x_axes}->{w_axes}", dy, x)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 _einsum.defvjp(_forward, _backward)

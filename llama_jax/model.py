@@ -16,13 +16,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.attention import attention
-from llama_jax.config import ModelArgs, Remat
+from llama_jax.attention import ATTENTION, CUDNN_FORWARD, OPERANDS, attention
+from llama_jax.config import AttentionKernel, ModelArgs, Remat
+from llama_jax.embedding import embed
 from llama_jax.linear import PROJECTION, linear
+
+
+def _keeping(*names: str) -> Any:
+    """Keep what has one of these names, and what cuDNN's attention kernel returns, which cannot be named."""
+    return jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(*names),
+        lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD,
+    )
+
 
 # What the backward pass finds kept of a block; the rest it computes again.
 REMAT_POLICIES: dict[Remat, Any] = {
-    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
+    "dots": _keeping(PROJECTION, ATTENTION),
+    "attention": _keeping(*OPERANDS, ATTENTION),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[*OPERANDS, ATTENTION],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -47,7 +64,7 @@ class KVCache(flax.struct.PyTreeNode):
 
 # One layer's keys and values: two arrays [B, S, K, H].
 KeysValues = tuple[jax.Array, jax.Array]
-# Cosines and sines: two arrays float32 [B or 1, T, 1, H/2].
+# Cosines and sines: two arrays float32 [B or 1, T, 1, H].
 Angles = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
 
 
@@ -67,23 +84,27 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of position x frequency (RoFormer, section 3.2.2): two float32 [positions, 1, H/2].
+    """Cosine and sine of position x frequency (RoFormer, section 3.2.2), for both halves: two float32 [positions, 1, H].
 
     A constant of the program: computed on the device, XLA would compute it again wherever it is used.
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = np.arange(positions)[:, None, None] * frequencies
+    angles = np.tile(np.arange(positions)[:, None, None] * frequencies, 2)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def rotary(x: jax.Array, angles: Angles) -> jax.Array:
     """Rotate feature i of each head with feature i + H/2, by the position's angles: [B, T, N, H] -> the same.
 
+    x cos + (x quarter-turned) sin, where a quarter turn takes halves (a, b) to (-b, a). As a product with a matrix of 0, 1
+    and -1, which is exact, it costs a TPU next to nothing; halves of a head would lie across its vector registers.
     Meta rotates neighbours (2i, 2i + 1) instead; its weights are permuted to these halves when they are imported.
     """
     cos, sin = angles
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+    H = x.shape[-1]
+    quarter_turn = np.eye(H, k=H // 2) - np.eye(H, k=-H // 2)
+    turned = jnp.einsum("BTNH,HI->BTNI", x, quarter_turn.astype(x.dtype), precision="highest")
+    return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def _matrix(module: nn.Module, name: str, std: float, **axes: int) -> jax.Array:
@@ -106,6 +127,7 @@ class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions (LLaMA 2 paper, section 2.2): [B, T, D] -> [B, T, D]."""
 
     args: ModelArgs
+    kernel: AttentionKernel
 
     @nn.compact
     def __call__(
@@ -124,7 +146,7 @@ class Attention(nn.Module):
         if keys_values is not None and at.slot is not None:
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at.slot, axis=1)
             k, v = keys_values = write(keys_values[0], k), write(keys_values[1], v)
-        y = attention(q, k, v, at.slot, at.first)
+        y = attention(q, k, v, at.slot, at.first, self.kernel)
         return linear("BTNH,NHD->BTD", y, wo.astype(dtype)), keys_values
 
 
@@ -147,6 +169,7 @@ class Block(nn.Module):
     """Attention and feed-forward, each on the norm of the residual stream and added to it: [B, T, D] -> [B, T, D]."""
 
     args: ModelArgs
+    kernel: AttentionKernel
 
     @nn.compact
     def __call__(
@@ -154,7 +177,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, KeysValues | None]:
         a = self.args
         h = rms_norm(x, _norm_weight(self, "attention_norm", a.dim), a.norm_eps)
-        h, keys_values = Attention(a, name="attention")(h, keys_values, at)
+        h, keys_values = Attention(a, self.kernel, name="attention")(h, keys_values, at)
         x = x + h
         h = rms_norm(x, _norm_weight(self, "ffn_norm", a.dim), a.norm_eps)
         x = x + SwiGLU(a, name="feed_forward")(h)
@@ -162,11 +185,12 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. ``unroll`` layers are compiled one after the other before the scan over layers repeats."""
+    """The whole model. ``kernel``: attention's implementation (attention.py). ``unroll`` layers are compiled one after the other before the scan over layers repeats."""
 
     args: ModelArgs
     dtype: Any = jnp.float32
     remat: Remat = "none"
+    kernel: AttentionKernel = "xla"
     unroll: int = 1
 
     def setup(self) -> None:
@@ -182,7 +206,7 @@ class Llama(nn.Module):
             length=a.n_layers,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(a)
+        )(a, self.kernel)
         self.norm = _norm_weight(self, "norm", a.dim)
         self.output = _matrix(self, "output", a.dim**-0.5, embed=a.dim, vocab=a.vocab_size)
 
@@ -201,7 +225,7 @@ class Llama(nn.Module):
             positions = jnp.maximum(cache.slot + jnp.arange(T) - cache.first[:, None], 0)  # a padding slot is at 0
             angles = jnp.asarray(cos)[positions], jnp.asarray(sin)[positions]
             at, keys_values = Positions(angles, cache.slot, cache.first), (cache.k, cache.v)
-        x = jnp.take(self.tok_embeddings, token_ids, axis=0).astype(self.dtype)
+        x = embed(self.tok_embeddings, token_ids, self.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", None))
         x, keys_values = self.layers(x, keys_values, at)
         if cache is not None and keys_values is not None:

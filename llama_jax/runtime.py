@@ -6,12 +6,13 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
-from llama_jax.config import DType, ModelArgs, Remat
+from llama_jax.attention import choose_kernel
+from llama_jax.config import AttentionKernel, DType, ModelArgs, Remat
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
 
@@ -19,6 +20,20 @@ from llama_jax.model import Llama
 # and runs as fast.
 CPU_UNROLLED_LAYERS = 16
 
+
+# XLA's options for the training step, by platform.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "tpu": {
+        # Vector memory that a fusion may use, in KiB. With the default of 16 MiB matrix products are tiled so small that they
+        # wait for memory: the 7B model's take a fifth longer.
+        "xla_tpu_scoped_vmem_limit_kib": 48 * 1024,
+        # Sums of gradients over devices run beside the matrix products that follow, as gathers of parameters do by default.
+        # Only a sum of one array can: they are not combined.
+        "xla_enable_async_all_reduce": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+        "xla_jf_crs_combiner_threshold_in_bytes": 0,
+    },
+}
 
 # Parameters of mallopt, from glibc's malloc.h, and what they are set to.
 KEEP_FREED_MEMORY = {
@@ -55,16 +70,35 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_raise_persistent_cache_errors", False)
 
 
-def make_model(args: ModelArgs, compute_dtype: DType = "auto", remat: Remat = "none") -> Llama:
-    """The Flax module as this platform runs it best. Raises UserError on an unknown type."""
+def make_model(
+    args: ModelArgs,
+    compute_dtype: DType = "auto",
+    remat: Remat = "none",
+    attention: AttentionKernel = "auto",
+    mesh: jax.sharding.Mesh | None = None,
+) -> Llama:
+    """The Flax module as the platform of ``mesh`` (None: of JAX's default device) runs it best.
+
+    Raises UserError on an unknown type, or an attention that is not available there.
+    """
     if compute_dtype not in get_args(DType):
         raise UserError(f"compute_dtype: expected one of {', '.join(get_args(DType))}, found {compute_dtype!r}")
-    cpu = jax.default_backend() == "cpu"
+    platform = platform_of(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+    cpu = platform == "cpu"
     if compute_dtype == "auto":
         compute_dtype = "float32" if cpu else "bfloat16"
+    dtype = jnp.dtype(compute_dtype)
+    kernel = choose_kernel(attention, platform, args, dtype, 1 if mesh is None else mesh.shape["sequence"])
     # Unrolled, XLA would find what remat computes again to be the same as before, and keep it after all.
     unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
-    return Llama(args, dtype=jnp.dtype(compute_dtype), remat=remat, unroll=unroll)
+    return Llama(args, dtype, remat, kernel, unroll)
+
+
+def platform_of(device: jax.Device) -> str:
+    """ "cpu", "tpu", "cuda" or "rocm", of a device or of one that is only described."""
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version else "cuda"
 
 
 def check_memory(need: float, devices: Sequence[jax.Device], what: str, hint: str) -> None:

@@ -1,9 +1,13 @@
-"""The device mesh, and one table that lays the model's logical axes over it."""
+"""The device mesh, and one table that lays the model's logical axes over it.
+
+XLA's partitioner places the collectives of what is written for one device. Where it would place them badly, a function runs
+shard by shard instead (``shard_by_shard``) and says itself what is gathered and what is summed.
+"""
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
-from llama_jax.model import Llama
 
 # Logical axis -> the mesh axes that it is spread over (None: whole on every device).
 RULES: dict[str, tuple[str, ...] | str | None] = {
@@ -101,7 +104,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def parameter_shardings(model: Llama, mesh: Mesh) -> Any:
+def parameter_shardings(model: nn.Module, mesh: Mesh) -> Any:
     """A NamedSharding a parameter, in the tree of the parameters."""
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return jax.tree.map(
@@ -109,6 +112,60 @@ def parameter_shardings(model: Llama, mesh: Mesh) -> Any:
         boxed,
         is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
     )
+
+
+def shard_by_shard(f: Callable, over: tuple[str, ...], in_axes: tuple, out_axes: Any) -> Callable:
+    """``f``, run on the shards of its arguments along the logical axes ``over``; the partitioner keeps the other axes.
+
+    in_axes: the logical axes of each argument; out_axes: the same of the result, or of each of a tuple of results. Without
+    a mesh (see ``on_mesh``), or with sizes that it does not divide (a single prompt), ``f`` itself, left to the partitioner.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = {name for axis in over for name in mesh_axes_of(axis)}
+
+    def manual(axes: tuple[str | None, ...]) -> PartitionSpec:
+        return spec(*(axis if axis is not None and names.issuperset(mesh_axes_of(axis)) else None for axis in axes))
+
+    in_specs = tuple(map(manual, in_axes))
+    out_specs = tuple(map(manual, out_axes)) if out_axes and isinstance(out_axes[0], tuple) else manual(out_axes)
+
+    def run(*args: jax.Array) -> Any:
+        if mesh.empty or not all(_divides(mesh, axes, x.shape) for axes, x in zip(in_axes, args, strict=True)):
+            return f(*args)
+        sharded = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+        return sharded(*args)
+
+    return run
+
+
+def _divides(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> bool:
+    """Whether the mesh divides each size of an array with these logical axes."""
+    return all(
+        size % math.prod(mesh.shape[name] for name in mesh_axes_of(axis)) == 0
+        for axis, size in zip(axes, shape, strict=True)
+        if axis is not None
+    )
+
+
+def shard_axes(*axes: str) -> tuple[str, ...]:
+    """Mesh axes of the logical ``axes`` that the running function sees one shard of; none outside ``shard_by_shard``."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(name for axis in axes for name in mesh_axes_of(axis) if name in manual)
+
+
+def gather_shards(x: jax.Array, logical: str, axis: int) -> jax.Array:
+    """The whole of an array of which each shard holds a part along ``axis``."""
+    names = shard_axes(logical)
+    return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
+
+
+def sum_shards(x: jax.Array, logical: str, axis: int, *others: str) -> jax.Array:
+    """The shard along ``axis`` of the sum over the shards of ``logical`` and ``others`` (a reduce-scatter)."""
+    names = shard_axes(logical)
+    if names:
+        x = jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True)
+    rest = tuple(name for name in shard_axes(*others) if name not in names)
+    return jax.lax.psum(x, rest) if rest else x
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def refusal(call: typing.Callable[[], object]) -> str:
         ("[model]\nn_kv_heads = 'all'", "model.n_kv_heads", "int or nothing", "'all'"),
         ("[data]\nfilepath = 3", "data.filepath", "str", "3"),
         ("[data]\nfilepath = ['a', 'b']", "data.filepath", "str", "['a', 'b']"),
-        ("[train]\nremat = 'some'", "train.remat", "'none', 'dots', 'full'", "'some'"),
+        ("[train]\nremat = 'some'", "train.remat", "'none', 'dots'", "'some'"),
         ("model = 7", "model", "a table [model]", "7"),
         ("[train\nlr = 3", "c.toml", "TOML", "line 1"),
     ],
@@ -88,7 +88,7 @@ def test_a_toml_file_that_is_missing_a_folder_or_not_text_is_refused(tmp_path):
         (["--model.n-layers", "x"], ["--model.n-layers", "expected a whole number", "'x'"]),
         (["--model.n_layers", "4.5"], ["--model.n-layers", "expected a whole number", "'4.5'"]),
         (["--train.lr", "abc"], ["--train.lr", "expected a number", "'abc'"]),
-        (["--train.remat", "some"], ["--train.remat", "one of 'none', 'dots', 'full'", "'some'"]),
+        (["--train.remat", "some"], ["--train.remat", "one of 'none', 'dots'", "'some'"]),
         (["--train.lr"], ["--train.lr", "expected a value"]),
         (["stray"], ["stray"]),
     ],
@@ -203,7 +203,7 @@ def test_every_field_can_be_set_by_its_flag():
     for section, name in FIELDS:
         default = getattr(getattr(Config(), section), name)
         hint = str(typing.get_type_hints(SECTIONS[section])[name])
-        value = {"remat": "dots", "compute_dtype": "bfloat16"}.get(
+        value = {"remat": "dots", "attention": "xla", "compute_dtype": "bfloat16"}.get(
             name, "7" if "int" in hint or "float" in hint else "x"
         )
         config = flags(f"--{section}.{name.replace('_', '-')}", value)

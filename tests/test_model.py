@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.config import ModelArgs
+from llama_jax.config import ModelArgs, Remat
 from llama_jax.loss import cross_entropy
 from llama_jax.model import Llama, count_parameters
 from llama_jax.runtime import make_model
@@ -171,15 +171,15 @@ def by_policy() -> dict[str, Any]:
     args = dataclasses.replace(ARGS, n_layers=3, dim=64, max_seq_len=64)
     params, ids = random_params(args), random_ids(8, 65, args.vocab_size)
     found = {}
-    for policy in ("none", "dots", "full"):
-        loss = loss_of(Llama(args, remat=policy), ids)  # type: ignore[arg-type]
+    for policy in get_args(Remat):
+        loss = loss_of(Llama(args, remat=policy), ids)
         lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
         compiled = lowered.compile()
         found[policy] = (lowered.as_text(), compiled.memory_analysis().temp_size_in_bytes, compiled(params))
     return found
 
 
-@pytest.mark.parametrize("policy", ["dots", "full"])
+@pytest.mark.parametrize("policy", get_args(Remat)[1:])
 def test_remat_changes_neither_loss_nor_gradients(by_policy: dict[str, Any], policy: str) -> None:
     (loss, grads), (remat_loss, remat_grads) = by_policy["none"][2], by_policy[policy][2]
     np.testing.assert_allclose(remat_loss, loss, rtol=1e-6)
@@ -187,8 +187,8 @@ def test_remat_changes_neither_loss_nor_gradients(by_policy: dict[str, Any], pol
 
 
 def test_remat_saves_memory_and_the_more_the_more_is_computed_again(by_policy: dict[str, Any]) -> None:
-    none, dots, full = (by_policy[policy][1] for policy in ("none", "dots", "full"))
-    assert full < dots < none
+    none, dots, attention, full = (by_policy[policy][1] for policy in ("none", "dots", "attention", "full"))
+    assert full < attention < dots < none
     assert full < 0.7 * none
 
 

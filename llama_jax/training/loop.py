@@ -77,12 +77,12 @@ def train(config: Config) -> RunFolder:
     if start:
         folder.check_config(config)
 
-    module = make_model(config.model, config.train.compute_dtype, config.train.remat)
+    module = make_model(config.model, config.train.compute_dtype, config.train.remat, config.train.attention, mesh)
     steps = config.train.max_steps or config.train.n_epochs * steps_per_epoch(
         data.tokens.train, config.train.batch_size, config.model.max_seq_len
     )
     optimizer = make_optimizer(config.train, steps)
-    report.announce(config, data, mesh, jnp.dtype(module.dtype).name, steps, start, folder.path)
+    report.announce(config, data, mesh, module, steps, start, folder.path)
     report.check_state_fits(config.model, mesh)
     folder.write_config(config)
     folder.resume_metrics(start)

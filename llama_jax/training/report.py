@@ -10,7 +10,7 @@ from tqdm import tqdm
 from llama_jax.config import Config, ModelArgs
 from llama_jax.data import Data
 from llama_jax.data.text import replacement_warning
-from llama_jax.model import count_parameters
+from llama_jax.model import Llama, count_parameters
 from llama_jax.progress import duration
 from llama_jax.runtime import check_memory
 from llama_jax.sharding import describe
@@ -21,7 +21,7 @@ NEXT_TOKENS = 256
 
 
 def announce(
-    config: Config, data: Data, mesh: jax.sharding.Mesh, dtype: str, steps: int, start: int, save_dir: Path
+    config: Config, data: Data, mesh: jax.sharding.Mesh, module: Llama, steps: int, start: int, save_dir: Path
 ) -> None:
     """Say what will happen."""
     model, train, manifest = config.model, config.train, data.tokens.manifest
@@ -36,7 +36,8 @@ def announce(
         f"vocabulary {data.tokenizer.vocab_size:,}",
         "training": f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
         f"{train_flops_per_token(model) * tokens * steps / 1e12:,.1f} TFLOP",
-        "devices": f"{len(mesh.devices.flat)} x {device.device_kind}, mesh: {describe(dict(mesh.shape))}, {dtype}, attention: xla",
+        "devices": f"{len(mesh.devices.flat)} x {device.device_kind}, mesh: {describe(dict(mesh.shape))}, "
+        f"{module.dtype.name}, attention: {module.kernel}",
         "run folder": str(save_dir),
     }
     for name, text in rows.items():

@@ -19,6 +19,7 @@ from llama_jax.config import TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.loss import loss_sum
 from llama_jax.model import Llama, is_norm
+from llama_jax.runtime import COMPILER_OPTIONS, platform_of
 from llama_jax.sharding import on_mesh, parameter_shardings, replicated
 
 
@@ -113,13 +114,18 @@ def make_train_step(
         def part_loss(params: Any, part: Batch) -> jax.Array:
             return loss_sum(model, params, *part) / total_weight
 
-        def add(so_far: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
-            return jax.tree.map(jnp.add, so_far, jax.value_and_grad(part_loss)(state.params, part)), None
+        gradient = jax.value_and_grad(part_loss)
+        if accumulation == 1:
+            loss, grads = gradient(state.params, batch)
+        else:
+            # Parts take every A-th row, so that each is spread over the devices as the batch is.
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, x.shape[-1]).swapaxes(0, 1), batch)
 
-        # Parts take every A-th row, so that each is spread over the devices as the batch is.
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, x.shape[-1]).swapaxes(0, 1), batch)
-        first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-        (loss, grads), _ = jax.lax.scan(add, jax.value_and_grad(part_loss)(state.params, first), rest)
+            def add(so_far: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
+                return jax.tree.map(jnp.add, so_far, gradient(state.params, part)), None
+
+            nothing = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
+            (loss, grads), _ = jax.lax.scan(add, nothing, parts)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state), StepMetrics(loss, optax.tree.norm(grads))
@@ -127,21 +133,26 @@ def make_train_step(
     return train_step
 
 
-def compile_train_step(
+def trace_train_step(
     model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, accumulation: int, batch: Batch
-) -> jax.stages.Compiled:
-    """Compile the step for a mesh and the shapes of ``batch``; the state's buffers are donated."""
+) -> jax.stages.Traced:
+    """The step for a mesh and the shapes of ``batch``, to be lowered and compiled; the state's buffers are donated."""
     shapes = state_shapes(model, optimizer, mesh)
     step = jax.jit(
         make_train_step(model, optimizer, accumulation),
         donate_argnums=0,
-        out_shardings=(
-            shardings_of(shapes),
-            replicated(mesh),
-        ),
+        out_shardings=(shardings_of(shapes), replicated(mesh)),
     )
     with on_mesh(mesh):
-        return step.lower(shapes, batch).compile()
+        return step.trace(shapes, batch)
+
+
+def compile_train_step(
+    model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, accumulation: int, batch: Batch
+) -> jax.stages.Compiled:
+    """The step, compiled for the devices of ``mesh``, which may be only described (plan)."""
+    options = COMPILER_OPTIONS.get(platform_of(mesh.devices.flat[0]))
+    return trace_train_step(model, optimizer, mesh, accumulation, batch).lower().compile(compiler_options=options)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
