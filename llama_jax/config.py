@@ -153,7 +153,7 @@ class TrainArgs:
     grad_clip: float = 1.0
     """Largest global norm of the gradient. 0: no clipping."""
     remat: Remat = "none"
-    """What the backward pass finds kept of a block, most memory first: all (none), the projections' and attention's results (dots), attention's operands and results (attention; in host memory: offload), or nothing (full)."""
+    """What the backward pass finds kept of a block, most memory first: all (none), the projections' and attention's results (dots), the attention half alone (attention; in host memory: offload), or nothing (full)."""
     attention: AttentionKernel = "auto"
     """Attention's implementation: xla everywhere, splash on TPU, cudnn on NVIDIA GPUs; auto takes the fastest that is available."""
     compute_dtype: DType = "auto"

@@ -15,11 +15,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.attention import ATTENTION, CUDNN_FORWARD, OPERANDS, attention
 from llama_jax.config import AttentionKernel, ModelArgs, Remat
 from llama_jax.embedding import embed
 from llama_jax.linear import PROJECTION, linear
+
+MIDDLE = "middle"  # of a block: the residual stream between attention and feed-forward
 
 
 def _keeping(*names: str) -> Any:
@@ -33,10 +36,10 @@ def _keeping(*names: str) -> Any:
 # What the backward pass finds kept of a block; the rest it computes again.
 REMAT_POLICIES: dict[Remat, Any] = {
     "dots": _keeping(PROJECTION, ATTENTION),
-    "attention": _keeping(*OPERANDS, ATTENTION),
+    "attention": _keeping(*OPERANDS, ATTENTION, MIDDLE),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[*OPERANDS, ATTENTION],
+        names_which_can_be_offloaded=[*OPERANDS, ATTENTION, MIDDLE],
         offload_src="device",
         offload_dst="pinned_host",
     ),
@@ -178,19 +181,21 @@ class Block(nn.Module):
         a = self.args
         h = rms_norm(x, _norm_weight(self, "attention_norm", a.dim), a.norm_eps)
         h, keys_values = Attention(a, self.kernel, name="attention")(h, keys_values, at)
-        x = x + h
+        x = checkpoint_name(x + h, MIDDLE)
         h = rms_norm(x, _norm_weight(self, "ffn_norm", a.dim), a.norm_eps)
         x = x + SwiGLU(a, name="feed_forward")(h)
         return nn.with_logical_constraint(x, ("batch", "length", None)), keys_values
 
 
 class Llama(nn.Module):
-    """The whole model. ``kernel``: attention's implementation (attention.py). ``unroll`` layers are compiled one after the other before the scan over layers repeats."""
+    """The whole model. ``kernel``: attention's implementation (attention.py). ``loss_chunk``: tokens whose
+    logits training holds at once (loss.py). ``unroll`` layers are compiled one after the other before the scan over layers repeats."""
 
     args: ModelArgs
     dtype: Any = jnp.float32
     remat: Remat = "none"
     kernel: AttentionKernel = "xla"
+    loss_chunk: int = 512
     unroll: int = 1
 
     def setup(self) -> None:

@@ -19,6 +19,8 @@ from llama_jax.model import Llama
 # Layers are compiled one by one up to this many on a CPU, where XLA pays 15% for a loop; elsewhere a scan compiles faster
 # and runs as fast.
 CPU_UNROLLED_LAYERS = 16
+# Tokens whose logits are held at once. Every chunk reads and writes the output matrix's gradient; a CPU's cache likes small ones.
+LOSS_CHUNK, CPU_LOSS_CHUNK = 2048, 512
 
 
 # XLA's options for the training step, by platform.
@@ -91,7 +93,7 @@ def make_model(
     kernel = choose_kernel(attention, platform, args, dtype, 1 if mesh is None else mesh.shape["sequence"])
     # Unrolled, XLA would find what remat computes again to be the same as before, and keep it after all.
     unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
-    return Llama(args, dtype, remat, kernel, unroll)
+    return Llama(args, dtype, remat, kernel, CPU_LOSS_CHUNK if cpu else LOSS_CHUNK, unroll)
 
 
 def platform_of(device: jax.Device) -> str:

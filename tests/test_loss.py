@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import loss as module
 from llama_jax.loss import cross_entropy, negative_log_likelihood
 
 
@@ -28,11 +27,10 @@ def case(B: int, T: int, D: int = 6, V: int = 13, seed: int = 0) -> tuple[Any, .
     )
 
 
-def assert_equal_to_plain(args: tuple[Any, ...]) -> None:
+def assert_equal_to_plain(args: tuple[Any, ...], *chunk: int) -> None:
     expected, wanted = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(*args)
-    # Functions of their own: what is cached under cross_entropy may be cut in other chunks.
-    value, found = jax.jit(jax.value_and_grad(lambda *a: cross_entropy(*a), argnums=(0, 1)))(*args)
-    np.testing.assert_allclose(jax.jit(lambda *a: cross_entropy(*a))(*args), expected, rtol=1e-5, atol=1e-5)
+    value, found = jax.jit(jax.value_and_grad(lambda *a: cross_entropy(*a, *chunk), argnums=(0, 1)))(*args)
+    np.testing.assert_allclose(jax.jit(lambda *a: cross_entropy(*a, *chunk))(*args), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -44,9 +42,8 @@ def test_values_and_gradients_are_those_of_plain_cross_entropy(shape: tuple[int,
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 24, 60, 1000])
-def test_the_size_of_a_chunk_changes_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_TOKENS", chunk)
-    assert_equal_to_plain(case(2, 18))
+def test_the_size_of_a_chunk_changes_nothing(chunk: int) -> None:
+    assert_equal_to_plain(case(2, 18), chunk)
 
 
 def test_positions_of_weight_zero_add_nothing_to_loss_or_gradients() -> None:
