@@ -4,8 +4,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from llama_jax.config import Config, load_toml, parse_flags
-from llama_jax.errors import UserError, run_command
+from llama_jax.config import Config, load_toml, parse_flags, take_option
+from llama_jax.errors import run_command
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.toml"
 
@@ -34,19 +34,6 @@ def parse(argv: list[str], default: Config) -> Config:
     """Flags over ``default``."""
     description = f"{__doc__}\n\n--config FILE.toml supplies what flags do not."
     return parse_flags(Config, argv, default, "python train.py", description)
-
-
-def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of ``--name VALUE`` or ``--name=VALUE``, None where it is not given, and the arguments without it."""
-    for i, argument in enumerate(argv):
-        key, equals, value = argument.partition("=")
-        if key == name:
-            rest = i + 1 if equals else i + 2
-            value = value if equals else "".join(argv[i + 1 : i + 2])
-            if not value or value.startswith("--"):
-                raise UserError(f"{name}: expected a TOML file, found none; see configs/ for examples")
-            return value, argv[:i] + argv[rest:]
-    return None, argv
 
 
 if __name__ == "__main__":

@@ -324,6 +324,19 @@ def parse_flags(kind: type[T], argv: Sequence[str] | None, default: T, prog: str
         raise UserError(_one_line(heard.getvalue()) + f"; `{prog} --help` lists all flags") from None
 
 
+def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, None where it is not given, and the arguments without it."""
+    for i, argument in enumerate(argv):
+        key, equals, value = argument.partition("=")
+        if key == name:
+            rest = i + 1 if equals else i + 2
+            value = value if equals else "".join(argv[i + 1 : i + 2])
+            if not value or value.startswith("--"):
+                raise UserError(f"{name}: expected a TOML file, found none; see configs/ for examples")
+            return value, argv[:i] + argv[rest:]
+    return None, argv
+
+
 # tyro's messages, and the same in the words of all others here.
 _FLAG_ERRORS = (
     (r"Error parsing (\S+): .*?('.*'|\[.*\]).*", r"\1: expected {kind}, found \2"),

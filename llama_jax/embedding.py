@@ -14,6 +14,7 @@ TABLE, TOKENS, VECTORS = ("vocab", "embed"), ("batch", "length"), ("batch", "len
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@jax.named_scope("embedding")
 def embed(table: jax.Array, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of ``table``: float [V, D], int [B, T] -> [B, T, D] of ``dtype``. The gradient is added up in the table's type.
 
@@ -31,6 +32,7 @@ def _forward(table: jax.Array, token_ids: jax.Array, dtype: jnp.dtype) -> tuple[
     return embed(table, token_ids, dtype), (table, token_ids)
 
 
+@jax.named_scope("embedding")
 def _backward(dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None]:
     table, token_ids = saved
 

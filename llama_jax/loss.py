@@ -17,6 +17,7 @@ TOKENS, HIDDEN, OUTPUT = ("batch", "length"), ("batch", "length", None), ("embed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@jax.named_scope("loss")
 def cross_entropy(
     hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int = 512
 ) -> jax.Array:
@@ -69,6 +70,7 @@ def _chunks(tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(a.reshape(B, count, C, *a.shape[2:]).swapaxes(0, 1) for a in padded)
 
 
+@jax.named_scope("loss")
 def _forward(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int):
     def local(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
         B, T, D = hidden.shape

@@ -23,20 +23,6 @@ CPU_UNROLLED_LAYERS = 16
 LOSS_CHUNK, CPU_LOSS_CHUNK = 2048, 512
 
 
-# XLA's options for the training step, by platform.
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    "tpu": {
-        # Vector memory that a fusion may use, in KiB. With the default of 16 MiB matrix products are tiled so small that they
-        # wait for memory: the 7B model's take a fifth longer.
-        "xla_tpu_scoped_vmem_limit_kib": 48 * 1024,
-        # Sums of gradients over devices run beside the matrix products that follow, as gathers of parameters do by default.
-        # Only a sum of one array can: they are not combined.
-        "xla_enable_async_all_reduce": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
-        "xla_jf_crs_combiner_threshold_in_bytes": 0,
-    },
-}
-
 # Parameters of mallopt, from glibc's malloc.h, and what they are set to.
 KEEP_FREED_MEMORY = {
     -8: 1,  # M_ARENA_MAX: one heap, from which all threads allocate
@@ -94,6 +80,26 @@ def make_model(
     # Unrolled, XLA would find what remat computes again to be the same as before, and keep it after all.
     unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
     return Llama(args, dtype, remat, kernel, CPU_LOSS_CHUNK if cpu else LOSS_CHUNK, unroll)
+
+
+def compiler_options(device: jax.Device) -> dict[str, Any]:
+    """XLA's options for a training step on such a device."""
+    options: dict[str, Any] = {}
+    if device.platform == "tpu":
+        # Vector memory that a fusion may use, in KiB. With the default of 16 MiB matrix products are tiled so small that they
+        # wait for memory: the 7B model's take a fifth longer.
+        options["xla_tpu_scoped_vmem_limit_kib"] = 48 * 1024
+        # Lookups stay where their operands are. On the sparse core, the loss's would want whole logits in memory.
+        options["xla_tpu_offload_gather_to_sparsecore"] = False
+    if device.device_kind in ("TPU v5 lite", "TPU v5e"):
+        # Sums of gradients over devices run beside the matrix products that follow, as gathers of parameters do everywhere.
+        # Only a sum of one array can: they are not combined. XLA refuses this on other chips.
+        options |= {
+            "xla_enable_async_all_reduce": True,
+            "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+            "xla_jf_crs_combiner_threshold_in_bytes": 0,
+        }
+    return options
 
 
 def platform_of(device: jax.Device) -> str:

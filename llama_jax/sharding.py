@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
@@ -45,9 +46,9 @@ def make_mesh(args: MeshArgs, devices: list[jax.Device] | None = None) -> Mesh:
         raise UserError(
             f"mesh: expected sizes that make up {len(devices)} devices, found {describe(sizes)}; change [mesh]"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes), devices=devices
-    )
+    # An axis may be a part of a TPU's ring, or a plane of its torus.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
 
 
 def describe(sizes: dict[str, int]) -> str:

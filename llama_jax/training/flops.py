@@ -1,24 +1,10 @@
-"""Model FLOPs, and the peaks of chips that they are measured against."""
+"""Model FLOPs, and the peak of the chips that they are measured against."""
 
 import jax
 
+from llama_jax.chips import PEAK_FLOPS
 from llama_jax.config import ModelArgs
 from llama_jax.model import count_parameters
-
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets, by the device_kind that JAX reports.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def train_flops_per_token(args: ModelArgs) -> float:

@@ -10,12 +10,11 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 
 from llama_jax.checkpoint import Checkpoint, CheckpointWriter, steps_of
 from llama_jax.config import Config, DataArgs, SampleArgs
 from llama_jax.data import Data, load_data
-from llama_jax.data.batches import Batch, eval_batches, steps_per_epoch, train_batches
+from llama_jax.data.batches import eval_batches, steps_per_epoch, train_batches
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
 from llama_jax.progress import Progress
@@ -29,6 +28,7 @@ from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.step import (
     StepMetrics,
     TrainState,
+    batch_shapes,
     compile_train_step,
     eval_step,
     init_state,
@@ -96,7 +96,9 @@ def train(config: Config) -> RunFolder:
         state = _first_state(run, optimizer, start, source)
         began = time.perf_counter()
         accumulation = config.train.gradient_accumulation_steps
-        compiled = compile_train_step(module, optimizer, mesh, accumulation, _batch_shapes(run))
+        compiled = compile_train_step(
+            module, optimizer, mesh, accumulation, batch_shapes(config.train, config.model, mesh)
+        )
         report.announce_cost(compiled, mesh, time.perf_counter() - began)
         began = time.perf_counter()
         end = _loop(run, compiled, state, start)
@@ -281,13 +283,6 @@ def _first_state(run: Run, optimizer: Any, start: int, source: Checkpoint | None
     if source is not None:
         params = source.restore("params", shapes.params)
     return init_state(run.module, optimizer, run.mesh, run.config.train.seed, params)
-
-
-def _batch_shapes(run: Run) -> Batch:
-    shape = (run.config.train.batch_size, run.config.model.max_seq_len)
-    sharding = batch_sharding(run.mesh)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    return Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding))  # type: ignore[arg-type]
 
 
 def _prompt(config: Config, data: Data) -> str:

@@ -5,7 +5,7 @@ A gradient-accumulation parts, B rows a part, T positions.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import flax.struct
@@ -15,12 +15,12 @@ import optax
 from jax.sharding import Mesh
 
 from llama_jax.checkpoint import with_shardings
-from llama_jax.config import TrainArgs
+from llama_jax.config import ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.loss import loss_sum
 from llama_jax.model import Llama, is_norm
-from llama_jax.runtime import COMPILER_OPTIONS, platform_of
-from llama_jax.sharding import on_mesh, parameter_shardings, replicated
+from llama_jax.runtime import compiler_options
+from llama_jax.sharding import batch_sharding, on_mesh, parameter_shardings, replicated
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -126,11 +126,19 @@ def make_train_step(
 
             nothing = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
             (loss, grads), _ = jax.lax.scan(add, nothing, parts)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state), StepMetrics(loss, optax.tree.norm(grads))
 
     return train_step
+
+
+def batch_shapes(train: TrainArgs, model: ModelArgs, mesh: Mesh) -> Batch:
+    """The shapes of a step's batch, each with its sharding."""
+    shape, sharding = (train.batch_size, model.max_seq_len), batch_sharding(mesh)
+    ids = cast(Any, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
+    return Batch(ids, ids, cast(Any, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)))
 
 
 def trace_train_step(
@@ -151,7 +159,7 @@ def compile_train_step(
     model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, accumulation: int, batch: Batch
 ) -> jax.stages.Compiled:
     """The step, compiled for the devices of ``mesh``, which may be only described (plan)."""
-    options = COMPILER_OPTIONS.get(platform_of(mesh.devices.flat[0]))
+    options = compiler_options(mesh.devices.flat[0])
     return trace_train_step(model, optimizer, mesh, accumulation, batch).lower().compile(compiler_options=options)
 
 

@@ -1,0 +1,39 @@
+"""What accelerators can do, from their makers' data sheets."""
+
+from dataclasses import dataclass
+
+GiB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One TPU chip, by Google Cloud's pages on TPU versions; memory is what the compiler leaves to a program."""
+
+    peak_flops: float  # bfloat16
+    hbm_bytes: float
+    hbm_bandwidth: float  # bytes a second
+    clock: float  # Hz, of the compiler's cycles
+    link_bytes: float  # bytes a second of the links along one axis of the torus, both directions together
+    torus_axes: int
+
+
+TPUS = {
+    "v4": Chip(275e12, 31.0 * GiB, 1.228e12, 1.05e9, 9e10, 3),
+    "v5e": Chip(197e12, 15.75 * GiB, 0.819e12, 1.5e9, 9e10, 2),
+    "v5p": Chip(459e12, 95.73 * GiB, 2.765e12, 1.75e9, 1.8e11, 3),
+    "v6e": Chip(918e12, 31.24 * GiB, 1.64e12, 1.75e9, 1.8e11, 2),
+}
+# Dense bfloat16 FLOP/s of one device, by the device_kind that JAX reports.
+PEAK_FLOPS = {
+    "TPU v4": TPUS["v4"].peak_flops,
+    "TPU v5 lite": TPUS["v5e"].peak_flops,
+    "TPU v5e": TPUS["v5e"].peak_flops,
+    "TPU v5": TPUS["v5p"].peak_flops,
+    "TPU v5p": TPUS["v5p"].peak_flops,
+    "TPU v6 lite": TPUS["v6e"].peak_flops,
+    "TPU v6e": TPUS["v6e"].peak_flops,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}

@@ -1,0 +1,181 @@
+"""Plan a run for a TPU slice, on a machine without one: does it fit, how fast can it be.
+
+The step that training or generation runs is compiled for the slice by the TPU's own compiler (libtpu). Its memory is exact; its
+time is read off its schedule (cost.py).
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llama_jax.checkpoint import with_shardings
+from llama_jax.config import Config
+from llama_jax.errors import UserError
+from llama_jax.generation.decode import CHUNK, DecodeState, decode_chunk
+from llama_jax.model import KVCache, Llama, is_norm
+from llama_jax.plan.cost import Schedule, schedule_of
+from llama_jax.plan.hlo import HBM, Program
+from llama_jax.plan.topology import Topology
+from llama_jax.runtime import make_model
+from llama_jax.sharding import check_divisible, make_mesh, on_mesh, parameter_shardings, spec
+from llama_jax.tokenizer import Tokenizer
+from llama_jax.training.step import batch_shapes, compile_train_step, make_optimizer, state_shapes
+
+# LLaMA 2's, for a configuration whose tokenizer is not made yet.
+VOCAB_SIZE = 32000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step, compiled for a slice. Bytes are a chip's; ``schedule`` and ``text`` are missing where it does not fit."""
+
+    config: Config
+    topology: Topology
+    mesh: dict[str, int]
+    kernel: str  # of attention
+    bytes: int  # at the fullest moment
+    bytes_by_part: dict[str, int]
+    schedule: Schedule | None
+    text: str  # of the compiled program
+    refusal: str  # the compiler's, where it refused
+    compile_seconds: float
+    steps: int = 1  # that the program runs
+
+    @property
+    def chips(self) -> int:
+        """Of all slices."""
+        return math.prod(self.mesh.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip's memory holds the step."""
+        return self.schedule is not None and self.bytes <= self.topology.chip.hbm_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, by the schedule; infinite where there is none."""
+        return self.schedule.seconds / self.steps if self.schedule else float("inf")
+
+    @property
+    def tokens(self) -> int:
+        """Of a training step, over the whole job."""
+        return self.config.train.batch_size * self.config.model.max_seq_len
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with a vocabulary: its tokenizer's, where it names one, or LLaMA 2's."""
+    if config.model.vocab_size == -1:
+        path = config.data.tokenizer_model_path
+        size = Tokenizer(path).vocab_size if path else VOCAB_SIZE
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    config.check()
+    return config
+
+
+def plan_training(config: Config, topology: Topology) -> Plan:
+    """Compile the training step. Raises UserError where the configuration cannot be laid over the slice."""
+    config = resolve(config)
+    mesh = make_mesh(config.mesh, topology.devices())
+    check_divisible(mesh, config.model, config.train)
+    train = config.train
+    module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh)
+    optimizer = make_optimizer(train, train.max_steps or 1)
+    shapes = state_shapes(module, optimizer, mesh)
+    parts = {"parameters": _bytes(shapes.params), "optimizer": _bytes(shapes.opt_state)}
+    batch = batch_shapes(train, config.model, mesh)
+
+    def compile_step() -> jax.stages.Compiled:
+        return compile_train_step(module, optimizer, mesh, train.gradient_accumulation_steps, batch)
+
+    return _plan(config, topology, mesh, module, parts, compile_step)
+
+
+def plan_decoding(config: Config, topology: Topology, batch: int, slots: int) -> Plan:
+    """Compile decoding steps of ``batch`` sequences over a cache of ``slots`` tokens. Raises UserError as plan_training does."""
+    config = resolve(config)
+    mesh = make_mesh(config.mesh, topology.devices())
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % rows:
+        raise UserError(
+            f"--batch: expected a multiple of mesh.data x mesh.fsdp = {rows}, found {batch}; change one of them"
+        )
+    check_divisible(
+        mesh, config.model, dataclasses.replace(config.train, batch_size=rows, gradient_accumulation_steps=1)
+    )
+    module = make_model(config.model, config.train.compute_dtype, mesh=mesh)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    shapes = jax.tree_util.tree_map_with_path(
+        lambda path, s: s if is_norm(path) else jax.ShapeDtypeStruct(s.shape, module.dtype), nn.unbox(boxed)["params"]
+    )
+    params = with_shardings(shapes, parameter_shardings(module, mesh))
+    state = _decode_state(module, mesh, batch, slots)
+    parts = {"parameters": _bytes(params), "cache": _bytes((state.cache.k, state.cache.v))}
+
+    def compile_step() -> jax.stages.Compiled:
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        with on_mesh(mesh):
+            return decode_chunk.lower(module, params, state, number, number).compile()
+
+    return dataclasses.replace(_plan(config, topology, mesh, module, parts, compile_step), steps=CHUNK)
+
+
+def _decode_state(module: Llama, mesh: jax.sharding.Mesh, batch: int, slots: int) -> DecodeState:
+    """The shapes of what a decoding step hands to the next, each with its sharding."""
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    cache = jax.eval_shape(lambda first: KVCache.empty(module.args, first, slots, module.dtype), rows)
+    logits: Any = jax.ShapeDtypeStruct((batch, module.args.vocab_size), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = DecodeState(cache, logits, keys, step)
+
+    def on(*axes: str | None) -> Any:
+        return jax.NamedSharding(mesh, spec(*axes))
+
+    heads = on("layers", "batch", None, "kv_heads", None)
+    shardings = DecodeState(KVCache(heads, heads, on(), on("batch")), on("batch", "vocab"), on("batch"), on())
+    return with_shardings(state, shardings)
+
+
+def _plan(
+    config: Config, topology: Topology, mesh: jax.sharding.Mesh, module: Llama, parts: dict[str, int],
+    compile_step: Callable[[], jax.stages.Compiled],
+) -> Plan:  # fmt: skip
+    began = time.perf_counter()
+    shape, kernel = dict(mesh.shape), str(module.kernel)
+    try:
+        compiled = compile_step()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds = time.perf_counter() - began
+        return Plan(config, topology, shape, kernel, 0, parts, None, "", str(error), seconds)
+    seconds = time.perf_counter() - began
+    text, memory = cast(str, compiled.as_text()), cast(Any, compiled.memory_analysis())
+    program = Program.parse(text)
+    peak = memory.peak_memory_in_bytes
+    kept = _kept_bytes(program, config.model.n_layers)
+    rest = peak - sum(parts.values()) - kept
+    parts |= (
+        {"kept for the backward pass": kept, "temporaries": max(0, rest)} if kept else {"temporaries": max(0, rest)}
+    )
+    return Plan(config, topology, shape, kernel, peak, parts, schedule_of(program, topology.chip), text, "", seconds)
+
+
+def _kept_bytes(program: Program, layers: int) -> int:
+    """Bytes that the first loop over the layers, the forward pass, stacks up layer by layer."""
+    loops = [i for i in program.computations[program.entry] if i.opcode == "while" and program.trips(i) == layers]
+    stacks = [a for a in program.changed(loops[0]) if a.dims[:1] == (layers,)] if len(loops) > 1 else []
+    return sum(a.size for a in stacks if a.memory == HBM)
+
+
+def _bytes(shapes: Any) -> int:
+    """Bytes of a tree of shapes on one device."""
+    leaves = jax.tree.leaves(shapes)
+    return sum(math.prod(s.sharding.shard_shape(s.shape)) * jnp.dtype(s.dtype).itemsize for s in leaves)

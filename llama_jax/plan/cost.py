@@ -1,0 +1,300 @@
+"""What one run of a compiled TPU program costs a chip, by its own schedule.
+
+Fusions carry the compiler's estimate of their cycles; what a loop runs counts as often as it runs. Collectives are timed by
+their bytes and the links', Pallas kernels by their FLOPs. Times are lower bounds of a sort: nothing waits for anything but a
+collective that blocks.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llama_jax.chips import Chip
+from llama_jax.plan.hlo import HBM, HOST, Instruction, Program
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# How often the bytes of a collective's result pass a link (a ring's, in both directions).
+PASSES = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-all": 0.25}
+# Matrix products of [T, S] scores in the parts of flash attention: scores, values; gradients of q; of k and v.
+KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+# The share of the matrix units' peak that a flash attention kernel is taken to reach; the compiler estimates no cycles for it.
+KERNEL_EFFICIENCY = 0.5
+# Parts of the model, by what stands in the path of an operation's name; the first that is found counts.
+PARTS = {
+    "attention": "attention",
+    "feed-forward": "feed_forward",
+    "loss": "loss",
+    "embedding": "embedding",
+    "optimizer": "optimizer",
+}
+RECOMPUTED = "rematted_computation"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind: their number, bytes of results, and seconds on the links."""
+
+    kind: str
+    blocking: bool
+    group: int
+    count: int
+    bytes: float
+    seconds: float
+
+
+@dataclass
+class Cost:
+    """Of one chip and one run."""
+
+    matrix: float = 0.0  # seconds in fusions with matrix products
+    other: float = 0.0  # seconds in all else that the compiler estimates
+    flops: float = 0.0  # of matrix products, kernels aside
+    hbm_bytes: float = 0.0
+    host_bytes: float = 0.0
+    kernel_flops: float = 0.0
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds of matrix and other, by part
+    kernels: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # runs, by name
+    transfers: dict[tuple[str, bool, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+
+    def add(self, part: "Cost", times: int) -> None:
+        """Count ``part`` as often as it runs."""
+        for name in ("matrix", "other", "flops", "hbm_bytes", "host_bytes", "kernel_flops"):
+            setattr(self, name, getattr(self, name) + times * getattr(part, name))
+        for name, seconds in part.parts.items():
+            self.parts[name] += times * seconds
+        for name, runs in part.kernels.items():
+            self.kernels[name] += times * runs
+        for key, (count, size) in part.transfers.items():
+            self.transfers[key][0] += times * count
+            self.transfers[key][1] += times * size
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A program's cost on a chip, in seconds."""
+
+    cost: Cost
+    chip: Chip
+
+    @property
+    def collectives(self) -> list[Collective]:
+        """The longest first."""
+        found = [
+            Collective(kind, blocking, group, int(count), size, _link_seconds(kind, size, group, self.chip))
+            for (kind, blocking, group), (count, size) in self.cost.transfers.items()
+        ]
+        return sorted(found, key=lambda c: -c.seconds)
+
+    @property
+    def blocking(self) -> float:
+        """Seconds in collectives beside which nothing runs."""
+        return sum(c.seconds for c in self.collectives if c.blocking)
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds in collectives that run beside other work."""
+        return sum(c.seconds for c in self.collectives if not c.blocking)
+
+    @property
+    def kernels(self) -> float:
+        """Seconds in Pallas kernels."""
+        return self.cost.kernel_flops / (self.chip.peak_flops * KERNEL_EFFICIENCY)
+
+    @property
+    def seconds(self) -> float:
+        """Of one run."""
+        return self.cost.matrix + self.cost.other + self.blocking + self.kernels
+
+
+def schedule_of(program: Program, chip: Chip) -> Schedule:
+    """What one run of a program costs."""
+    return Schedule(_Reader(program, chip).cost_of_entry(), chip)
+
+
+class _Reader:
+    """Adds up the cost of a program's computations, each once."""
+
+    def __init__(self, program: Program, chip: Chip):
+        self._program, self._chip = program, chip
+        self._done: dict[str, Cost] = {}
+
+    def cost_of_entry(self) -> Cost:
+        return self._cost(self._program.entry)
+
+    def _cost(self, computation: str) -> Cost:
+        if computation not in self._done:
+            cost, seen = Cost(), set[str]()
+            names = {i.name: i for i in self._program.computations[computation]}
+            for instruction in names.values():
+                self._count(instruction, names, cost, seen)
+            self._done[computation] = cost
+        return self._done[computation]
+
+    def _count(self, i: Instruction, names: dict[str, Instruction], cost: Cost, seen: set[str]) -> None:
+        """Add one instruction of a computation, whose collectives on the channels ``seen`` are counted already."""
+        if i.opcode == "while":
+            cost.add(self._cost(i.body), self._program.trips(i))
+        elif i.opcode in ("call", "conditional", "async-start"):
+            for called in i.called:
+                cost.add(self._cost(called), 1)
+        elif _collective(i.opcode):
+            self._transfer(i, i.opcode.endswith("-start"), cost, seen)
+        elif i.target == "tpu_custom_call":
+            self._kernel(i, names, cost)
+        elif i.opcode in ("copy-start", "slice-start"):
+            memories = {array.memory for array in i.results[:2]}
+            moved = min((array.size for array in i.results[:2]), default=0)
+            cost.host_bytes += moved * (HOST in memories)
+            cost.hbm_bytes += moved * (HBM in memories and HOST not in memories)
+        elif i.opcode not in ("parameter", "constant", "tuple", "get-tuple-element", "bitcast"):
+            self._compute(i, names, cost, seen)
+
+    def _compute(self, i: Instruction, names: dict[str, Instruction], cost: Cost, seen: set[str]) -> None:
+        inner = [i, *self._inside(i)]
+        flops = sum(_matrix_flops(j, self._names(j, names, inner)) for j in inner if j.opcode in ("convolution", "dot"))
+        seconds = i.cycles / self._chip.clock
+        if flops:
+            cost.matrix += seconds
+        else:
+            cost.other += seconds
+        cost.flops += flops
+        cost.hbm_bytes += self._bytes(i, names)
+        cost.parts[_part(i.origin)] += seconds
+        asynchronous = any(j.target.startswith("AsyncCollective") for j in inner)
+        for j in inner:
+            if _collective(j.opcode):
+                scattered = any(k.opcode == "dynamic-slice" for k in inner)
+                kind = "reduce-scatter" if j.opcode == "all-reduce" and scattered and not asynchronous else None
+                self._transfer(j, asynchronous, cost, seen, kind)
+
+    def _names(self, j: Instruction, names: dict[str, Instruction], inner: list[Instruction]) -> dict[str, Instruction]:
+        return names | {k.name: k for k in inner}
+
+    def _inside(self, i: Instruction) -> Iterable[Instruction]:
+        for called in i.called if i.opcode == "fusion" else ():
+            for j in self._program.computations[called]:
+                yield j
+                yield from self._inside(j)
+
+    def _transfer(
+        self, i: Instruction, asynchronous: bool, cost: Cost, seen: set[str], kind: str | None = None
+    ) -> None:
+        if i.channel not in seen and not i.opcode.endswith("-done"):
+            seen.add(i.channel)
+            # The start of an asynchronous collective returns its operand beside its result.
+            size = max(a.size for a in i.results) if i.opcode.endswith("-start") else i.size
+            key = kind or _collective(i.opcode) or "", not asynchronous, i.group_size(self._program.devices)
+            cost.transfers[key][0] += 1
+            cost.transfers[key][1] += size
+
+    def _kernel(self, i: Instruction, names: dict[str, Instruction], cost: Cost) -> None:
+        name = re.sub(r"\.\d+$", "", i.name)
+        cost.kernels[name] += 1
+        cost.hbm_bytes += self._bytes(i, names)
+        # Queries [B, N, T, H] come first, then keys [B, K, S, H]; B is left out where it is 1.
+        heads = [a for o in i.operands if o in names for a in names[o].results if len(a.dims) >= 3 and "f" in a.dtype]
+        products = next((n for part, n in KERNEL_PRODUCTS.items() if f"_{part}" in name), 0)
+        if products and len(heads) > 1:
+            # A causal mask halves the 2 FLOPs a pair.
+            cost.kernel_flops += products * math.prod(heads[0].dims) * heads[1].dims[-2]
+
+    def _bytes(self, i: Instruction, names: dict[str, Instruction]) -> float:
+        """Bytes that an instruction reads from and writes to HBM; of what it only slices, the slices."""
+        if i.opcode == "fusion":
+            body = self._program.computations[i.called[0]]
+            parameters = {int(j.arguments): j for j in body if j.opcode == "parameter"}
+            read = 0.0
+            for index, operand in enumerate(i.operands):
+                arrays = names[operand].results if operand in names else ()
+                if len(arrays) == 1 and arrays[0].memory == HBM and index in parameters:
+                    read += self._read(body, parameters[index].name, arrays[0].size)
+            return read + self._written(i, body)
+        if i.opcode == "dynamic-slice":
+            return 2.0 * i.size
+        if i.opcode == "dynamic-update-slice":
+            return 2.0 * names[i.operands[1]].size
+        operands = [a for o in i.operands if o in names for a in names[o].results]
+        return float(sum(a.size for a in (*operands, *i.results) if a.memory == HBM))
+
+    def _read(self, body: list[Instruction], name: str, whole: int) -> float:
+        """Bytes that a fusion reads of the value ``name`` of ``whole`` bytes."""
+        total = 0.0
+        for user in (j for j in body if name in j.operands):
+            if user.opcode in ("dynamic-slice", "slice"):
+                total += user.size
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                continue
+            elif user.opcode in ("bitcast", "reshape", "copy", "transpose", "convert"):
+                total += self._read(body, user.name, whole)
+            elif user.opcode == "fusion":
+                inner = self._program.computations[user.called[0]]
+                parameters = {int(j.arguments): j.name for j in inner if j.opcode == "parameter"}
+                total += sum(self._read(inner, parameters[k], whole) for k, o in enumerate(user.operands) if o == name)
+            else:
+                return whole
+        return min(total, whole)
+
+    def _written(self, i: Instruction, body: list[Instruction]) -> float:
+        by_name = {j.name: j for j in body}
+        root = next(j for j in body if j.root)
+        roots = [by_name[o] for o in root.operands if o in by_name] if root.opcode == "tuple" else [root]
+        total = 0.0
+        for array, result in zip(i.results, roots, strict=False):
+            while result.opcode in ("bitcast", "copy") and result.operands and result.operands[0] in by_name:
+                result = by_name[result.operands[0]]
+            if array.memory == HBM:
+                updated = result.opcode == "dynamic-update-slice"
+                total += by_name[result.operands[1]].size if updated else array.size
+        return total
+
+
+def _collective(opcode: str) -> str | None:
+    kind = opcode.removesuffix("-start").removesuffix("-done")
+    return kind if kind in COLLECTIVES else None
+
+
+def _part(origin: str) -> str:
+    words = re.findall(r"\w+", origin)
+    part = next((part for part, word in PARTS.items() if word in words), "norms and residuals")
+    return f"{part}, again" if RECOMPUTED in origin else part
+
+
+def _link_seconds(kind: str, size: float, group: int, chip: Chip) -> float:
+    """Seconds that a collective of ``group`` chips takes on rings along the axes of the torus that it spans."""
+    if group <= 1:
+        return 0.0
+    if kind == "collective-permute":
+        return size / (chip.link_bytes / 2)
+    axes = 1 if group <= 16 else 2
+    if chip.torus_axes == 3 and group >= 64:
+        axes = 3
+    return PASSES[kind] * size * (group - 1) / group / (chip.link_bytes * axes)
+
+
+def _matrix_flops(i: Instruction, names: dict[str, Instruction]) -> float:
+    """2 a multiplication and addition, of a dot or of the convolution that XLA makes of it."""
+    x, w, y = (a.results[0].dims for a in (names[i.operands[0]], names[i.operands[1]], i))
+    if i.opcode == "dot":
+        contracted = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
+        return 2.0 * math.prod(y) * math.prod([x[int(d)] for d in contracted[0].split(",") if d])
+    x_labels, w_labels, y_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()  # type: ignore[union-attr]
+    window = dict(re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", i.attributes) or ["", ""])[1]))
+    spatial = [label for label in y_labels if label.isdigit()]
+
+    def of(name: str, default: str) -> list[str]:
+        return window[name].split("x") if name in window else [default] * len(spatial)
+
+    pairs = 1
+    options = zip(
+        of("size", "1"), of("stride", "1"), of("pad", "0_0"), of("lhs_dilate", "1"), of("rhs_dilate", "1"), strict=True
+    )
+    for label, (size, stride, pad, x_dilate, w_dilate) in zip(spatial, options, strict=True):
+        at = np.arange(y[y_labels.index(label)])[:, None] * int(stride) + np.arange(int(size)) * int(w_dilate)
+        at -= int(pad.split("_")[0])
+        inside = (at >= 0) & (at % int(x_dilate) == 0) & (at // int(x_dilate) < x[x_labels.index(label)])
+        pairs *= int(inside.sum())
+    return 2.0 * y[y_labels.index("b")] * y[y_labels.index("f")] * w[w_labels.index("i")] * pairs

@@ -1,0 +1,199 @@
+"""The text of a compiled program, read into instructions: XLA's HLO, after scheduling.
+
+    %fusion.3 = bf16[2,64]{1,0:T(8,128)S(1)} fusion(%a, %b), kind=kOutput, calls=%computation, backend_config={...}
+
+A result is an array or a tuple of arrays; ``S(n)`` in its layout is the memory it lies in: 0 (not written) is the chip's main
+memory, HBM, and 5 the host's.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16} | {
+    f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)
+}
+HBM, HOST = 0, 5
+
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*-> .*\{")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
+_MEMORY = re.compile(r"S\((\d+)\)")
+_COMMENT = re.compile(r"/\*.*?\*/")
+_CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array's type, sizes, and the memory that it lies in."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    memory: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.dims) * ITEM_BITS.get(self.dtype, 8) // 8
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    arguments: str  # what stands in its parentheses
+    attributes: str  # what stands behind them
+    root: bool
+
+    @cached_property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results it reads."""
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+    @cached_property
+    def called(self) -> list[str]:
+        """Names of the computations that it runs, a loop's condition aside."""
+        branches = _BRANCHES.search(self.attributes)
+        more = re.findall(r"[\w.\-]+", branches[1].replace("%", "")) if branches else []
+        return _CALLED.findall(self.attributes) + more
+
+    @property
+    def size(self) -> int:
+        """Bytes of all results."""
+        return sum(array.size for array in self.results)
+
+    @property
+    def body(self) -> str:
+        """Name of the computation that a loop runs again and again."""
+        return self._attribute(r"body=%?([\w.\-]+)") or ""
+
+    @property
+    def cycles(self) -> int:
+        """The compiler's own estimate; 0 where it makes none."""
+        return int(self._attribute(r'"estimated_cycles":"(\d+)"') or 0)
+
+    @property
+    def trips(self) -> int | None:
+        """How often a loop runs, where the compiler knows it."""
+        found = self._attribute(r'"known_trip_count":\{"n":"(\d+)"')
+        return int(found) if found else None
+
+    @property
+    def origin(self) -> str:
+        """Where in the model's code it comes from: "jit(train_step)/.../layers/attention/BTD,DNH->BTNH/dot_general"."""
+        return self._attribute(r'op_name="([^"]*)"') or ""
+
+    @property
+    def target(self) -> str:
+        """What a custom call calls."""
+        return self._attribute(r'custom_call_target="([^"]*)"') or ""
+
+    @property
+    def channel(self) -> str:
+        """What tells a collective from others, in whatever pieces it appears."""
+        return self._attribute(r"channel_id=(\d+)") or self.name
+
+    def group_size(self, devices: int) -> int:
+        """Devices that a collective connects."""
+        if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", self.attributes):
+            sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+            return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2]))
+        if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", self.attributes):
+            return int(counted[1])
+        if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", self.attributes):
+            return listed[1].count(",") + 1
+        return devices
+
+    def _attribute(self, pattern: str) -> str | None:
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program: its computations by name, each a list of instructions in the order in which they run."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+    devices: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Program":
+        """Read the text of a compiled program. Raises ValueError where it has no entry."""
+        computations: dict[str, list[Instruction]] = {}
+        entry, current = None, None
+        for line in text.splitlines():
+            if line[:1] not in ("", " ", "}") and (header := _HEADER.match(line)):
+                current = computations.setdefault(header[2], [])
+                entry = header[2] if header[1] else entry
+            elif current is not None and (found := _INSTRUCTION.match(line)):
+                current.append(_instruction(found[2], bool(found[1]), line[found.end() :]))
+        if entry is None:
+            raise ValueError("expected the text of a compiled program, found no ENTRY")
+        devices = re.search(r"num_partitions=(\d+)", text)
+        return cls(computations, entry, int(devices[1]) if devices else 1)
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a loop runs: as the compiler says, or else the constant that its condition compares with."""
+        if loop.trips is not None:
+            return loop.trips
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+        return max(self._constants(condition[1]), default=1) if condition else 1
+
+    def changed(self, loop: Instruction) -> list[Array]:
+        """The arrays that a loop's iterations change: its results, but for those that it hands on as they came."""
+        body = self.computations[loop.body]
+        by_name = {i.name: i for i in body}
+        root = next(i for i in body if i.root)
+        new = []
+        for index, (array, name) in enumerate(zip(loop.results, root.operands, strict=True)):
+            value = by_name[name]
+            handed_on = value.opcode == "get-tuple-element" and f"index={index}" in re.split(
+                r"[,\s]+", value.attributes
+            )
+            if not handed_on:
+                new.append(array)
+        return new
+
+    def _constants(self, computation: str) -> list[int]:
+        found = []
+        for instruction in self.computations[computation]:
+            if instruction.opcode == "constant" and instruction.arguments.strip().isdigit():
+                found.append(int(instruction.arguments))
+            for called in instruction.called:
+                found += self._constants(called)
+        return found
+
+
+def _instruction(name: str, root: bool, text: str) -> Instruction:
+    """``text``: what stands behind the equals sign."""
+    end = _closing(text, 0) + 1 if text[0] == "(" else text.index(" ")
+    results = tuple(
+        Array(dtype, tuple(map(int, filter(None, dims.split(",")))), _memory(layout))
+        for dtype, dims, layout in _ARRAY.findall(_COMMENT.sub("", text[:end]))
+        if dtype in ITEM_BITS
+    )
+    rest = text[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    return Instruction(name, rest[:opening], results, rest[opening + 1 : closing], rest[closing + 1 :], root)
+
+
+def _memory(layout: str) -> int:
+    found = _MEMORY.search(layout)
+    return int(found[1]) if found else HBM
+
+
+def _closing(text: str, opening: int) -> int:
+    """Index of the parenthesis that closes the one at ``opening``."""
+    depth = 0
+    for i in range(opening, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    return len(text) - 1

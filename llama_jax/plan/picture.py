@@ -1,0 +1,55 @@
+"""A plan as a picture: a chip's memory and a step's time, as bars."""
+
+from pathlib import Path
+from typing import Any
+
+from llama_jax.chips import GiB
+from llama_jax.files import replacing
+from llama_jax.plan import Plan
+
+# Of neighbouring bars that can be told apart, also in grey.
+COLOURS = ("#1b4f72", "#5dade2", "#b9770e", "#f5cba7", "#1e8449", "#abebc6", "#6c3483", "#d2b4de", "#922b21", "#f5b7b1")
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Write the picture, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    memory = {part: size / GiB for part, size in plan.bytes_by_part.items()}
+    time = {}
+    if plan.schedule is not None:
+        schedule, scale = plan.schedule, 1e3 / plan.steps
+        time = {
+            part: seconds * scale for part, seconds in sorted(schedule.cost.parts.items(), key=lambda item: -item[1])
+        }
+        time |= {"attention's kernels": schedule.kernels * scale, "blocking collectives": schedule.blocking * scale}
+    figure, axes = plt.subplots(2, 1, figsize=(11, 5.5), layout="constrained")
+    room = plan.topology.chip.hbm_bytes / GiB
+    verdict = "fits" if plan.fits else "does not fit"
+    _bar(axes[0], memory, f"memory of a chip, GiB ({verdict})", limit=room)
+    _bar(
+        axes[1], time, f"time of a step, ms ({plan.seconds * 1e3:,.1f} in all)" if time else "no time: it does not fit"
+    )
+    figure.suptitle(f"{plan.topology.name}, {' x '.join(f'{k} {n}' for k, n in plan.mesh.items() if n > 1)}")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+
+
+def _bar(axes: Any, parts: dict[str, float], title: str, limit: float | None = None) -> None:
+    """One bar of ``parts`` side by side, with a line at the ``limit``."""
+    left = 0.0
+    for colour, (name, size) in zip(COLOURS * 2, parts.items(), strict=False):
+        axes.barh(0, size, left=left, color=colour, label=f"{name}  {size:,.2f}")
+        left += size
+    if limit is not None:
+        axes.axvline(limit, color="black", linestyle="--", label=f"there is  {limit:,.2f}")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_yticks([])
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    if parts:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=8, frameon=False)
