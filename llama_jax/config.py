@@ -25,6 +25,7 @@ T = TypeVar("T")
 DType = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "dots", "attention", "offload", "full"]
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
+BadSteps = Literal["stop", "skip", "count"]
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -172,6 +173,26 @@ class TrainArgs:
     """A checkpoint to start from (fine-tuning): its parameters, model arguments and tokenizer. Empty: random parameters."""
     seed: int = 0
     """Seed of the initial parameters and of the order of the batches."""
+    bad_steps: BadSteps = "stop"
+    """What a step with a loss or gradient that is not finite, or with a spike of the loss, does: it ends the run (stop), changes nothing (skip), or counts (count: a spike's update is taken, one that is not finite is skipped)."""
+    spike_factor: float = 0.0
+    """A loss above this many times the mean of the last 100 or so is a spike. 0: spikes are not looked for."""
+    watchdog_seconds: float = 1800.0
+    """Seconds without a finished step or any other progress after which the run is ended, with exit status 76. 0: never."""
+    profile_steps: str = ""
+    """Steps to trace into the run folder's profile/, for example 10-15. Empty: none."""
+    tensorboard: bool = False
+    """Whether metrics.jsonl is written as TensorBoard events as well, into the run folder's tensorboard/."""
+
+    @property
+    def profile_range(self) -> range:
+        """The steps of profile_steps. Raises UserError where these are none."""
+        if not self.profile_steps:
+            return range(0)
+        match = re.fullmatch(r"([1-9][0-9]{0,9})(?:-([1-9][0-9]{0,9}))?", self.profile_steps)
+        steps = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        _check(len(steps) > 0, "train.profile_steps", "a step or first-last, as 10-15", repr(self.profile_steps))
+        return steps
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
@@ -183,7 +204,11 @@ class TrainArgs:
             "seed": (0, 2**32 - 1),
         }
         positive = {"lr": _POSITIVE, "eps": _POSITIVE, "weight_decay": (0.0, _HUGE), "grad_clip": (0.0, _HUGE)}
+        positive |= {"spike_factor": (0.0, _HUGE), "watchdog_seconds": (0.0, 1e9)}
         _check_fields(self, "train.", dict.fromkeys(counts + intervals, _COUNT) | natural | shares | positive)
+        no_spikes = self.spike_factor == 0 or self.spike_factor > 1
+        _check(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)
+        _ = self.profile_range
         _check(
             self.batch_size % self.gradient_accumulation_steps == 0,
             "train.gradient_accumulation_steps",

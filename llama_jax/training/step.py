@@ -21,6 +21,7 @@ from llama_jax.loss import loss_sum
 from llama_jax.model import Llama, is_norm
 from llama_jax.runtime import compiler_options
 from llama_jax.sharding import batch_sharding, on_mesh, parameter_shardings, replicated
+from llama_jax.training.bad_steps import LossHistory, watched
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -31,10 +32,11 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 class StepMetrics(NamedTuple):
-    """Of one step, on the device: float32 scalars."""
+    """Of one step, on the device: float32 scalars, and what is remembered of the losses up to this one."""
 
     loss: jax.Array  # nats a token
     grad_norm: jax.Array  # before clipping
+    history: LossHistory
 
 
 def learning_rate(args: TrainArgs, steps: int) -> optax.Schedule:
@@ -50,10 +52,10 @@ def learning_rate(args: TrainArgs, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(args: TrainArgs, steps: int) -> optax.GradientTransformation:
-    """AdamW with clipping and decoupled weight decay on matrices only (all but the norms' weights)."""
+def make_optimizer(args: TrainArgs, steps: int) -> optax.GradientTransformationExtraArgs:
+    """AdamW with clipping and decoupled weight decay on matrices only (all but the norms' weights); bad steps are watched for."""
     schedule = learning_rate(args, steps)
-    return optax.chain(
+    adamw = optax.chain(
         optax.clip_by_global_norm(args.grad_clip) if args.grad_clip else optax.identity(),
         optax.adamw(
             lambda count: schedule(count + 1),
@@ -64,9 +66,10 @@ def make_optimizer(args: TrainArgs, steps: int) -> optax.GradientTransformation:
             mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: not is_norm(path), params),
         ),
     )
+    return watched(adamw, args)
 
 
-def state_shapes(model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shapes(model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> TrainState:
     """The state's shapes, each with its sharding: the optimizer's moments are laid out as their parameters."""
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     shapes = nn.unbox(variables)["params"]
@@ -84,7 +87,7 @@ def shardings_of(shapes: Any) -> Any:
 
 
 def init_state(
-    model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, params: Any = None
+    model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, seed: int, params: Any = None
 ) -> TrainState:
     """A new state, born sharded; ``params``: start from these."""
     shapes = state_shapes(model, optimizer, mesh)
@@ -100,7 +103,7 @@ def init_state(
 
 
 def make_train_step(
-    model: Llama, optimizer: optax.GradientTransformation, accumulation: int
+    model: Llama, optimizer: optax.GradientTransformationExtraArgs, accumulation: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The step, to be jitted: gradients of the mean loss over the batch's tokens, and one update.
 
@@ -127,9 +130,10 @@ def make_train_step(
             nothing = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
             (loss, grads), _ = jax.lax.scan(add, nothing, parts)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=loss, grad_norm=norm)
             params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state), StepMetrics(loss, optax.tree.norm(grads))
+        return TrainState(params, opt_state), StepMetrics(loss, norm, opt_state[-1])
 
     return train_step
 
@@ -142,7 +146,7 @@ def batch_shapes(train: TrainArgs, model: ModelArgs, mesh: Mesh) -> Batch:
 
 
 def trace_train_step(
-    model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, accumulation: int, batch: Batch
+    model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, accumulation: int, batch: Batch
 ) -> jax.stages.Traced:
     """The step for a mesh and the shapes of ``batch``, to be lowered and compiled; the state's buffers are donated."""
     shapes = state_shapes(model, optimizer, mesh)
@@ -156,7 +160,7 @@ def trace_train_step(
 
 
 def compile_train_step(
-    model: Llama, optimizer: optax.GradientTransformation, mesh: Mesh, accumulation: int, batch: Batch
+    model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, accumulation: int, batch: Batch
 ) -> jax.stages.Compiled:
     """The step, compiled for the devices of ``mesh``, which may be only described (plan)."""
     options = compiler_options(mesh.devices.flat[0])

@@ -196,7 +196,7 @@ def after_four_steps(args: TrainArgs) -> np.ndarray:
     update = jax.jit(optimizer.update)
     for step in range(4):
         grads = {"w": jnp.array([[0.3, step - 1.0]]), "norm": jnp.array([0.1, -0.2 * step])}
-        updates, state = update(grads, state, params)
+        updates, state = update(grads, state, params, loss=jnp.ones(()), grad_norm=jnp.ones(()))
         params = optax.apply_updates(params, updates)
     return flat(params)
 
