@@ -91,6 +91,14 @@ class Checkpoint:
             )
         return cls(folder, args, tokenizer)
 
+    def arrays(self, item: str) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the arrays of ``item``, none where it is not there. Raises UserError where they cannot be read."""
+        folder = self.folder / item
+        if not folder.is_dir():
+            return {}
+        with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
+            return _shapes(checkpointer.metadata(folder.absolute()).item_metadata)
+
     def restore(self, item: str, target: Any) -> Any:
         """Read ``item`` ("params" or "state") into ``target``, a tree of ShapeDtypeStructs with shardings.
 
@@ -101,8 +109,8 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder}: expected {item} of a checkpoint, found none; choose a step folder that has them"
             )
+        _check_shapes(folder, self.arrays(item), _shapes(target))
         with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
-            _check_shapes(folder, checkpointer.metadata(folder.absolute()).item_metadata, target)
             return checkpointer.restore(folder.absolute(), target)
 
     def open_array(self, name: str) -> TensorStore:
@@ -111,12 +119,12 @@ class Checkpoint:
             return open_array(self.folder / "params", name)
 
 
-def _check_shapes(folder: Path, saved: Any, target: Any) -> None:
-    """Raise UserError, which names the array, where those in ``folder`` are not those of ``target``."""
-    found, expected = (
-        {"/".join(map(_key, path)): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (saved, target)
-    )
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {"/".join(map(_key, path)): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _check_shapes(folder: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise UserError, which names the array, where those found in ``folder`` are not those expected."""
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             raise UserError(

@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import math
 import os
+import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -123,3 +125,11 @@ def memory_of(devices: Sequence[jax.Device]) -> float:
     if devices[0].platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
     return (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def memory_in_use(devices: Sequence[jax.Device]) -> int | None:
+    """The most bytes that were in use on one of the devices; on CPUs, in the whole process. None where it is not known."""
+    if devices[0].platform == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return max(((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices), default=0) or None

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
 from llama_jax.checkpoint import Checkpoint, CheckpointWriter, steps_of
-from llama_jax.config import Config, DataArgs, SampleArgs
+from llama_jax.config import Config, DataArgs, SampleArgs, TrainArgs
 from llama_jax.data import Data, load_data
 from llama_jax.data.batches import eval_batches, steps_per_epoch, train_batches
 from llama_jax.errors import UserError
@@ -22,8 +22,10 @@ from llama_jax.runtime import keep_freed_memory, make_model, use_compilation_cac
 from llama_jax.sharding import batch_sharding, check_divisible, make_mesh, on_mesh
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.training import report
-from llama_jax.training.flops import peak_flops, train_flops_per_token
+from llama_jax.training.bad_steps import LossHistory, judge, raise_not_finite
+from llama_jax.training.clock import Clock, Recorder
 from llama_jax.training.plot import plot_losses
+from llama_jax.training.profile import Profile
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.step import (
     StepMetrics,
@@ -32,10 +34,12 @@ from llama_jax.training.step import (
     compile_train_step,
     eval_step,
     init_state,
-    learning_rate,
     make_optimizer,
+    shardings_of,
     state_shapes,
 )
+from llama_jax.training.tensorboard import check_installed
+from llama_jax.training.watchdog import Watchdog
 
 SAMPLE_TOKENS = 48
 # losses.png is drawn again at an evaluation when it is older than this many seconds.
@@ -54,6 +58,7 @@ class Run:
     steps: int
     writer: CheckpointWriter
     prompt: str
+    clock: Clock
 
 
 def train(config: Config) -> RunFolder:
@@ -61,9 +66,12 @@ def train(config: Config) -> RunFolder:
 
     Raises UserError on what the user can put right, a non-finite loss included.
     """
+    clock = Clock()
     config.check()
     keep_freed_memory()
     use_compilation_cache()
+    if config.train.tensorboard:
+        check_installed()
     folder = RunFolder(config.train.save_dir)
     folder.create()
     saved = steps_of(folder.path)
@@ -81,17 +89,20 @@ def train(config: Config) -> RunFolder:
     steps = config.train.max_steps or config.train.n_epochs * steps_per_epoch(
         data.tokens.train, config.train.batch_size, config.model.max_seq_len
     )
+    _check_profile_steps(config.train, steps)
     optimizer = make_optimizer(config.train, steps)
     report.announce(config, data, mesh, module, steps, start, folder.path)
     report.check_state_fits(config.model, mesh)
     folder.write_config(config)
     folder.resume_metrics(start)
+    if config.train.tensorboard and jax.process_index() == 0:
+        folder.write_events(start)
     folder.write_best(saved)
     with CheckpointWriter(folder.path) as writer:
-        run = Run(config, folder, data, mesh, module, steps, writer, _prompt(config, data))
+        run = Run(config, folder, data, mesh, module, steps, writer, _prompt(config, data), clock)
         if start >= steps:
             print(f"the run has its {steps:,} steps; --train.max-steps goes on, another --train.save-dir begins anew")
-            _finish(run, start, 0.0)
+            _finish(run, start)
             return folder
         state = _first_state(run, optimizer, start, source)
         began = time.perf_counter()
@@ -100,106 +111,69 @@ def train(config: Config) -> RunFolder:
             module, optimizer, mesh, accumulation, batch_shapes(config.train, config.model, mesh)
         )
         report.announce_cost(compiled, mesh, time.perf_counter() - began)
-        began = time.perf_counter()
         end = _loop(run, compiled, state, start)
-        _finish(run, end, time.perf_counter() - began)
+        _finish(run, end)
     return folder
 
 
 def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int) -> int:
     """Steps, with their records, evaluations and checkpoints; returns the last. Ends early, saved, on Ctrl-C and SIGTERM."""
-    args = run.config.train
+    args, clock, folder = run.config.train, run.clock, run.folder.path
     batches = train_batches(
         run.data.tokens.train, args.batch_size, run.config.model.max_seq_len, args.seed, start, run.steps
     )
     sharding = batch_sharding(run.mesh)
-    clock = _Clock(run, start)
+    recorder = Recorder(run.config, run.mesh, run.steps, start, clock)
     pending: list[StepMetrics] = []
     saved_at, announced = start, False
-    with _stop_signals() as stopped, Progress("step", run.steps, "step", start) as progress:
-        for step, batch in zip(range(start + 1, run.steps + 1), batches, strict=False):
-            state, metrics = compiled(state, jax.device_put(batch, sharding))
+    with (
+        _stop_signals() as stopped,
+        Progress("step", run.steps, "step", start) as progress,
+        Profile(args.profile_range, folder / "profile", clock) as profile,
+        clock.steps(start),
+        Watchdog(clock, args.watchdog_seconds, folder),
+    ):
+        for step, batch in zip(range(start + 1, run.steps + 1), clock.waiting_for("data", batches), strict=False):
+            with profile.step(step, before=pending):
+                state, metrics = compiled(state, jax.device_put(batch, sharding))
+            clock.dispatched(step, metrics.loss)
             pending.append(metrics)
+            profile.stop_after(step, metrics)
             last = step == run.steps
             evaluating = run.data.tokens.eval.size > 1 and (step % args.eval_interval == 0 or last)
             saving = step % args.save_interval == 0 or last or bool(stopped)
             if evaluating or saving or step % args.log_interval == 0:
-                record = clock.record(step, _checked(run, pending, step, saved_at))
-                progress.note(report.progress_text(record))
+                found = jax.device_get(pending)
                 pending.clear()
+                for line in judge(args, found, step - len(found) + 1, saved_at):
+                    report.say(line)
+                record = recorder.record(step, found[-1])
+                progress.note(report.progress_text(record, run.mesh.devices.size))
                 if not announced:
                     announced = True
                     report.say(report.expected_time_text(run.steps - step, record["step_seconds"]))
                 improved = False
                 if evaluating:
-                    improved = _evaluate(run, state, record, saved_at)
+                    with clock.spent_on("evaluation"):
+                        improved = _evaluate(run, state, record, saved_at)
                 if evaluating or last or step % args.log_interval == 0:
                     run.folder.log(record)
                 if saving or improved:
-                    _save(run, state, step, record.get("eval_loss"))
+                    with clock.spent_on("saving"):
+                        _save(run, state, step, record.get("eval_loss"))
                     saved_at = step
                 if evaluating:
-                    _draw(run, sample=state.params)
-                clock.restart(step)
+                    with clock.spent_on("sample"):
+                        _draw(run, sample=state.params)
             progress.update()
             if stopped:
                 break
-    run.writer.wait()
+        with clock.spent_on("saving"):
+            run.writer.wait()
     run.folder.write_best(steps_of(run.folder.path))
     if stopped:
         print(f"stopped by {stopped[0]} at step {step:,}, saved; the same command goes on from here")
     return step
-
-
-def _checked(run: Run, pending: list[StepMetrics], step: int, saved_at: int) -> StepMetrics:
-    """The newest metrics, on the host. Raises UserError where a loss or a gradient since the last look was not finite."""
-    for i, metrics in enumerate(jax.device_get(pending)):
-        for name, value in (("loss", metrics.loss), ("gradient norm", metrics.grad_norm)):
-            if not math.isfinite(value):
-                _raise_not_finite(name, value, step - len(pending) + 1 + i, saved_at)
-    return pending[-1]
-
-
-def _raise_not_finite(name: str, value: float, step: int, saved_at: int) -> NoReturn:
-    last = f"the last checkpoint is of step {saved_at:,}" if saved_at else "no checkpoint was saved yet"
-    raise UserError(
-        f"train: expected a finite {name}, found {value} at step {step:,}; {last}. "
-        "Try a lower --train.lr or more --train.warmup-steps"
-    )
-
-
-class _Clock:
-    """Makes the records of metrics.jsonl: steps, tokens, and what they took since the last record."""
-
-    def __init__(self, run: Run, start: int):
-        self._run, self._schedule = run, learning_rate(run.config.train, run.steps)
-        self._tokens = run.config.train.batch_size * run.config.model.max_seq_len
-        devices = list(run.mesh.devices.flat)
-        peak = peak_flops(devices[0])
-        self._peak = None if peak is None else peak * len(devices) / train_flops_per_token(run.config.model)
-        self.tokens_per_second = 0.0
-        self.restart(start)
-
-    def restart(self, step: int) -> None:
-        """Time runs from here."""
-        self._step, self._since = step, time.perf_counter()
-
-    def record(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
-        """The record of ``step``."""
-        seconds = (time.perf_counter() - self._since) / (step - self._step)
-        self.tokens_per_second = self._tokens / seconds
-        record = {
-            "step": step,
-            "tokens": step * self._tokens,
-            "train_loss": float(metrics.loss),
-            "lr": float(self._schedule(step)),
-            "grad_norm": float(metrics.grad_norm),
-            "step_seconds": seconds,
-            "tokens_per_second": self.tokens_per_second,
-        }
-        if self._peak is not None:
-            record["mfu"] = self.tokens_per_second / self._peak
-        return record
 
 
 def _evaluate(run: Run, state: TrainState, record: dict[str, Any], saved_at: int) -> bool:
@@ -208,11 +182,12 @@ def _evaluate(run: Run, state: TrainState, record: dict[str, Any], saved_at: int
     total = weight = 0.0
     with on_mesh(run.mesh):
         rows = args.batch_size // args.gradient_accumulation_steps
-        for batch in eval_batches(run.data.tokens.eval, rows, run.config.model.max_seq_len, args.eval_iters):
+        batches = eval_batches(run.data.tokens.eval, rows, run.config.model.max_seq_len, args.eval_iters)
+        for batch in run.clock.waiting_for("evaluation", batches):  # so that each batch is a sign of life
             sums = eval_step(run.module, state.params, jax.device_put(batch, batch_sharding(run.mesh)))
             total, weight = total + float(sums[0]), weight + float(sums[1])
     if not math.isfinite(total):
-        _raise_not_finite("held-out loss", total / weight, record["step"], saved_at)
+        raise_not_finite("held-out loss", total / weight, record["step"], saved_at)
     record["eval_loss"] = total / weight
     record["eval_bits_per_byte"] = total / weight / math.log(2) / run.data.tokens.eval_bytes_per_token
     best = run.folder.best()
@@ -246,10 +221,11 @@ def _plot(run: Run) -> None:
     plot_losses(run.folder.plot_path, run.folder.records, str(run.folder.path), run.data.floor)
 
 
-def _finish(run: Run, step: int, seconds: float) -> None:
+def _finish(run: Run, step: int) -> None:
     run.writer.wait()
-    _plot(run)
-    print(report.closing_text(run.folder.path, step, seconds, run.folder.best(), run.prompt))
+    with run.clock.spent_on("sample"):
+        _plot(run)
+    print(report.closing_text(run.folder, step, run.clock, run.prompt))
 
 
 def _with_tokenizer_of(source: Checkpoint, args: DataArgs) -> DataArgs:
@@ -260,6 +236,14 @@ def _with_tokenizer_of(source: Checkpoint, args: DataArgs) -> DataArgs:
             f"data.tokenizer_model_path: expected the tokenizer of {source.folder}, found another in {asked}; leave it out"
         )
     return replace(args, tokenizer_model_path=str(source.tokenizer.model_path))
+
+
+def _check_profile_steps(args: TrainArgs, steps: int) -> None:
+    """Raise UserError where the run ends before the steps that are to be traced."""
+    if args.profile_range and args.profile_range[0] > steps:
+        raise UserError(
+            f"train.profile_steps: expected steps of the run, which has {steps:,}, found {args.profile_steps}; choose others"
+        )
 
 
 def _resolve(config: Config, data: Data) -> Config:
@@ -278,11 +262,20 @@ def _first_state(run: Run, optimizer: Any, start: int, source: Checkpoint | None
     shapes = state_shapes(run.module, optimizer, run.mesh)
     if start:
         checkpoint = Checkpoint.find(run.folder.path / "checkpoints" / str(start))
-        return TrainState(checkpoint.restore("params", shapes.params), checkpoint.restore("state", shapes.opt_state))
+        return TrainState(checkpoint.restore("params", shapes.params), _restore_optimizer(run, checkpoint, shapes))
     params = None
     if source is not None:
         params = source.restore("params", shapes.params)
     return init_state(run.module, optimizer, run.mesh, run.config.train.seed, params)
+
+
+def _restore_optimizer(run: Run, checkpoint: Checkpoint, shapes: TrainState) -> Any:
+    """The optimizer's state; checkpoints of before losses were remembered go on with an empty LossHistory."""
+    *inner, history = shapes.opt_state
+    if any(name.startswith(f"{len(inner)}/") for name in checkpoint.arrays("state")):
+        return checkpoint.restore("state", shapes.opt_state)
+    empty = jax.jit(LossHistory.empty, out_shardings=shardings_of(history))()
+    return (*checkpoint.restore("state", tuple(inner)), empty)
 
 
 def _prompt(config: Config, data: Data) -> str:

@@ -11,15 +11,16 @@ TRAIN, EVAL, FAINT = "tab:blue", "tab:orange", "gray"
 def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: float | None = None) -> None:
     """Draw training loss (each logged step, and a running mean) and evaluations over tokens, with bits per byte at the right.
 
-    floor: the text's own entropy in bits per byte, drawn as a line. Does nothing before the first record.
+    floor: the text's own entropy in bits per byte, drawn as a line. Does nothing before the first record whose loss is finite.
     """
-    if not records:
+    finite = [r for r in records if r["train_loss"] is not None]
+    if not finite:
         return
     # Imported here: drawing is rare, and the library slow to load.
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    tokens, losses = [r["tokens"] for r in records], [r["train_loss"] for r in records]
+    tokens, losses = [r["tokens"] for r in finite], [r["train_loss"] for r in finite]
     evals = [r for r in records if "eval_loss" in r]
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()

@@ -11,10 +11,12 @@ from llama_jax.config import Config, ModelArgs
 from llama_jax.data import Data
 from llama_jax.data.text import replacement_warning
 from llama_jax.model import Llama, count_parameters
-from llama_jax.progress import duration
+from llama_jax.progress import bytes_text, duration
 from llama_jax.runtime import check_memory
 from llama_jax.sharding import describe
+from llama_jax.training.clock import Activity, Clock
 from llama_jax.training.flops import train_flops_per_token
+from llama_jax.training.run_folder import RunFolder
 
 # What the command that is proposed at the end generates: a whole story.
 NEXT_TOKENS = 256
@@ -73,9 +75,21 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
-def progress_text(record: dict[str, Any]) -> str:
-    """The loss and the speed of a record."""
-    return f"loss {record['train_loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
+def progress_text(record: dict[str, Any], devices: int) -> str:
+    """The loss, the speed and the memory of a record; and what held it up, where that is worth mention."""
+    loss = "loss not finite" if record["train_loss"] is None else f"loss {record['train_loss']:.3f}"
+    parts = [loss, f"{record['tokens_per_second_per_device']:,.0f} tokens/s" + (" a device" if devices > 1 else "")]
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.0%}")
+    if "memory_bytes" in record:
+        parts.append(bytes_text(record["memory_bytes"]))
+    since = record["step_seconds"] + record["saving_seconds"]
+    for what in ("data", "saving"):
+        if record[f"{what}_seconds"] > 0.05 * since:
+            parts.append(f"{what} {record[f'{what}_seconds']:.1f} s")
+    if record["bad_steps"]:
+        parts.append(f"{record['bad_steps']:,} bad")
+    return ", ".join(parts)
 
 
 def expected_time_text(steps: int, step_seconds: float) -> str:
@@ -98,18 +112,44 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def closing_text(save_dir: Path, steps: int, seconds: float, best: dict[str, Any] | None, prompt: str) -> str:
-    """Where things are, and what to type next."""
-    lines = [f"at step {steps:,} after {seconds:.0f} s"]
-    if best is not None:
+def trace_text(first: int, last: int, folder: Path) -> str:
+    """Where a trace is."""
+    return f"trace of steps {first:,} to {last:,}: {folder} (for xprof; the perfetto_trace.json.gz in it for Perfetto)"
+
+
+def time_text(clock: Clock) -> str:
+    """Where the time went."""
+    names: dict[str, Activity] = {
+        "start": "start", "waiting for data": "data", "evaluation": "evaluation", "saving": "saving", "samples": "sample"
+    }  # fmt: skip
+    rest = ", ".join(f"{name} {clock.seconds[activity]:.1f} s" for name, activity in names.items())
+    return f"goodput: {clock.goodput:.1%} of {clock.total:.0f} s were spent in steps; {rest}"
+
+
+def bad_steps_text(record: dict[str, Any]) -> str:
+    """How many steps were bad, up to the record's."""
+    return (
+        f"bad steps: {record['bad_steps']:,} of {record['step']:,}, of which {record['skipped_steps']:,} were skipped"
+    )
+
+
+def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str) -> str:
+    """How it went, where things are, and what to type next."""
+    lines = [f"at step {step:,} after {clock.total - clock.seconds['start']:.0f} s"]
+    if (best := folder.best()) is not None:
         lines[0] += (
             f"; best: step {best['step']:,}, {best['eval_loss']:.4f} nats a token, {best['eval_bits_per_byte']:.3f} bits per byte"
         )
+    if clock.seconds["step"]:
+        lines.append(time_text(clock))
+    if folder.records and folder.records[-1].get("bad_steps"):
+        lines.append(bad_steps_text(folder.records[-1]))
+    path = folder.path
     lines.append(
-        f"checkpoints: {save_dir / 'checkpoints'}   losses: {save_dir / 'losses.png'}   numbers: {save_dir / 'metrics.jsonl'}"
+        f"checkpoints: {path / 'checkpoints'}   losses: {path / 'losses.png'}   numbers: {path / 'metrics.jsonl'}"
     )
     lines.append("now try:")
     lines.append(
-        f"  python sample.py --ckpt {shlex.quote(str(save_dir))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}"
+        f"  python sample.py --ckpt {shlex.quote(str(path))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}"
     )
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from llama_jax.checkpoint import Checkpoint, steps_of
 from llama_jax.config import Config, ModelArgs, TrainArgs, load_toml, to_toml
 from llama_jax.errors import UserError
 from llama_jax.files import write_atomically
+from llama_jax.training.tensorboard import Events
 
 # What a run cannot change between two starts: its model, and which tokens a step reads.
 FIXED = {
@@ -40,6 +41,7 @@ class RunFolder:
         self.best_path = self.path / "best.json"
         self.config_path = self.path / "config.toml"
         self.records: list[dict[str, Any]] = []
+        self._events: Events | None = None
 
     def create(self) -> None:
         """Make the folder. Raises UserError where that is not possible."""
@@ -86,6 +88,10 @@ class RunFolder:
         text = "".join(json.dumps(r) + "\n" for r in self.records)
         write_atomically(self.metrics_path, text)
 
+    def write_events(self, start: int) -> None:
+        """From now on records, of steps after ``start``, are TensorBoard events as well."""
+        self._events = Events(self.path / "tensorboard", start)
+
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl, whole or not at all. Raises UserError where the disk does not take it."""
         line = json.dumps(record, allow_nan=False) + "\n"
@@ -99,6 +105,8 @@ class RunFolder:
                 f"{self.metrics_path}: expected room for a record, found: {error.strerror}; free some disk"
             ) from None
         self.records.append(record)
+        if self._events is not None:
+            self._events.write(record)
 
     def best(self) -> dict[str, Any] | None:
         """The record with the lowest eval_loss so far."""

@@ -21,6 +21,7 @@ from llama_jax.data.batches import Batch
 from llama_jax.runtime import make_model
 from llama_jax.sharding import make_mesh
 from llama_jax.training import loop
+from llama_jax.training.clock import TIMES
 from llama_jax.training.step import compile_train_step, make_optimizer
 
 MODEL = ModelArgs(dim=16, n_layers=1, n_heads=2, multiple_of=16, max_seq_len=16)
@@ -70,9 +71,8 @@ def outcome(folder: Path, name: str, section: str = "", **changes: Any) -> dict[
         run = loop.train(config)
     params = llama_jax.load(str(run.path / "checkpoints" / str(steps_of(run.path)[-1]))).params
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))).hexdigest()
-    times = ("step_seconds", "tokens_per_second")
     records = [
-        {k: v for k, v in json.loads(line).items() if k not in times}
+        {k: v for k, v in json.loads(line).items() if k not in TIMES}
         for line in run.metrics_path.read_text().splitlines()
     ]
     documents = json.loads((run.path / "tokens" / "manifest.json").read_text())["documents"]
@@ -82,6 +82,7 @@ def outcome(folder: Path, name: str, section: str = "", **changes: Any) -> dict[
         "params": digest,
         "saves": list(SAVES),
         "documents": documents,
+        "folders": sorted(path.name for path in run.path.iterdir() if path.is_dir()),
     }
 
 
@@ -100,10 +101,13 @@ CHANGED: dict[str, dict[str, Any]] = {
         "lr": 5e-3, "min_lr_ratio": 0.5, "warmup_steps": 3, "n_epochs": 2, "max_steps": 3, "batch_size": 2, "weight_decay": 0.9,
         "beta1": 0.5, "beta2": 0.5, "eps": 1e-2, "grad_clip": 0.1, "compute_dtype": "bfloat16", "eval_interval": 1,
         "eval_iters": 2, "log_interval": 2, "save_interval": 1, "save_dir": "elsewhere", "init_from": "base", "seed": 1,
+        "bad_steps": "skip", "spike_factor": 1.001, "profile_steps": "2", "tensorboard": True,
     },
 }  # fmt: skip
 # Values that change the program and not what it computes.
 SAME_NUMBERS = {"gradient_accumulation_steps": 2, "remat": "full"}
+# A run that does not hang is the same under any watchdog: see test_watchdog.py.
+ELSEWHERE = {"watchdog_seconds", "attention"}  # tests of their own
 
 
 def test_every_field_is_covered() -> None:
@@ -111,7 +115,7 @@ def test_every_field_is_covered() -> None:
         name: {f.name for f in dataclasses.fields(kind)} for name, kind in (("data", DataArgs), ("train", TrainArgs))
     }
     assert fields["data"] == set(CHANGED["data"])
-    assert fields["train"] == set(CHANGED["train"]) | set(SAME_NUMBERS) | {"attention"}  # tests/test_attention.py
+    assert fields["train"] == set(CHANGED["train"]) | set(SAME_NUMBERS) | ELSEWHERE
     assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING)
     # ModelArgs: tests/test_model.py; MeshArgs: tests/test_sharding.py.
     assert {f.name for f in dataclasses.fields(Config)} == {"model", "data", "train", "mesh"}
@@ -136,6 +140,10 @@ def test_a_changed_field_changes_the_run(section: str, field: str, folder: Path,
     if field == "n_epochs":
         compared = outcome(folder, "one epoch", "train", max_steps=None)
         changes["max_steps"] = None
+    if field in ("bad_steps", "spike_factor"):  # a loss that rises at all is a spike
+        changes = {"spike_factor": 1.001, "bad_steps": "skip"}
+        given = changes | ({"bad_steps": "count"} if field == "bad_steps" else {"spike_factor": 1e6})
+        compared = outcome(folder, f"without {field}", section, **given)
     found = outcome(folder, field, section, **changes)
     if field != "save_dir":
         assert found | {"folder": ""} != compared | {"folder": ""}

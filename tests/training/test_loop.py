@@ -15,9 +15,9 @@ import pytest
 
 import llama_jax
 from llama_jax.checkpoint import steps_of
+from llama_jax.training.clock import TIMES
 
 ROOT = Path(__file__).parents[2]
-TIMING = ("step_seconds", "tokens_per_second", "mfu")
 SMALL = {
     "model.dim": 32,
     "model.n_layers": 2,
@@ -87,7 +87,7 @@ def train(text: Path, save_dir: Path, **changes) -> subprocess.CompletedProcess:
 
 def metrics(run_dir: Path) -> list[dict]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in TIMING} for r in records]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
 
 
 def parameters(run_dir: Path, step: int | None = None) -> list[np.ndarray]:

@@ -1,0 +1,154 @@
+"""Where a run's time goes, and the records of metrics.jsonl that say so."""
+
+import contextlib
+import math
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeVar
+
+import jax
+
+from llama_jax.config import Config
+from llama_jax.runtime import memory_in_use
+from llama_jax.training.flops import peak_flops, train_flops_per_token
+from llama_jax.training.step import StepMetrics, learning_rate
+
+T = TypeVar("T")
+Activity = Literal["start", "step", "data", "evaluation", "saving", "sample"]
+ACTIVITIES: tuple[Activity, ...] = ("start", "step", "data", "evaluation", "saving", "sample")
+# The values of a record that time decides; all others are the same whenever a run is made.
+TIMES = (
+    "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "memory_bytes", "goodput",
+    *(f"{activity}_seconds" for activity in ACTIVITIES),
+)  # fmt: skip
+
+
+class Clock:
+    """Every second from the start on belongs to one activity: steps, waiting for data, evaluation, and so on.
+
+    Steps are dispatched long before they are done: a thread waits for each one's result, and notes when it came. Waiting
+    for data counts only while the devices have nothing to do.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[Activity, float] = dict.fromkeys(ACTIVITIES, 0.0)
+        self.activity: Activity = "start"
+        self.finished = 0  # the newest step whose result is there
+        self.alive_at = time.perf_counter()  # when a step finished last, or an activity began or ended
+        self._since = self._finished_at = self.alive_at
+        self._dispatched = 0
+        self._results: queue.SimpleQueue[tuple[int, jax.Array] | None] = queue.SimpleQueue()
+
+    @contextlib.contextmanager
+    def spent_on(self, activity: Activity) -> Iterator[None]:
+        """The block's time belongs to ``activity``."""
+        before = self.activity
+        self._turn_to(activity)
+        try:
+            yield
+        finally:
+            self._turn_to(before)
+
+    def waiting_for(self, activity: Activity, items: Iterable[T]) -> Iterator[T]:
+        """The items; the time that each takes to come belongs to ``activity``."""
+        iterator = iter(items)
+        while True:
+            with self.spent_on(activity):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    @contextlib.contextmanager
+    def steps(self, start: int) -> Iterator[None]:
+        """The block's time belongs to steps, after step ``start``, where it is not spent on something else."""
+        self.finished = self._dispatched = start
+        thread = threading.Thread(target=self._note_results, name="results", daemon=True)
+        thread.start()
+        with self.spent_on("step"):
+            try:
+                yield
+            finally:
+                self._results.put(None)
+
+    def dispatched(self, step: int, result: jax.Array) -> None:
+        """Step ``step`` was given to the devices; it is finished when ``result`` is there."""
+        self._dispatched = step
+        self._results.put((step, result))
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return sum(self.seconds.values()) + time.perf_counter() - self._since
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time since the start that steps took."""
+        running = time.perf_counter() - self._since if self.activity == "step" else 0.0
+        return (self.seconds["step"] + running) / self.total
+
+    def _note_results(self) -> None:
+        while (result := self._results.get()) is not None:
+            with contextlib.suppress(Exception):  # a step that failed is raised where its metrics are read
+                result[1].block_until_ready()
+            self._finished_at = self.alive_at = time.perf_counter()
+            self.finished = result[0]
+
+    def _turn_to(self, activity: Activity) -> None:
+        now = time.perf_counter()
+        if self.activity == "data":
+            busy_until = self._finished_at if self.finished == self._dispatched else now
+            overlapped = max(0.0, busy_until - self._since)
+            self.seconds["step"] += overlapped
+            self._since += overlapped
+        self.seconds[self.activity] += now - self._since
+        self.activity, self._since, self.alive_at = activity, now, now
+
+
+class Recorder:
+    """Makes the records of metrics.jsonl."""
+
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, steps: int, start: int, clock: Clock):
+        self._clock, self._schedule = clock, learning_rate(config.train, steps)
+        self._tokens = config.train.batch_size * config.model.max_seq_len
+        self._devices, self._mesh = mesh.devices.size, mesh
+        peak = peak_flops(mesh.devices.flat[0])
+        self._peak_rate = None if peak is None else peak / train_flops_per_token(config.model)
+        self._step = start
+        self._before: dict[Activity, float] = dict.fromkeys(ACTIVITIES, 0.0)
+
+    def record(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
+        """The record of ``step``, whose ``metrics`` are on the host; seconds are those since the record before it."""
+        with self._clock.spent_on("step"):  # up to here
+            now = dict(self._clock.seconds)
+        since = {activity: now[activity] - self._before[activity] for activity in ACTIVITIES}
+        seconds = (since["step"] + since["data"]) / (step - self._step)
+        self._before, self._step = now, step
+        rate = self._tokens / seconds
+        record = {
+            "step": step,
+            "tokens": step * self._tokens,
+            "train_loss": _finite(metrics.loss),
+            "lr": float(self._schedule(step)),
+            "grad_norm": _finite(metrics.grad_norm),
+            "bad_steps": int(metrics.history.bad_steps),
+            "skipped_steps": int(metrics.history.skipped_steps),
+            "step_seconds": seconds,
+            "tokens_per_second": rate,
+            "tokens_per_second_per_device": rate / self._devices,
+            "goodput": self._clock.goodput,
+        }
+        record |= {f"{activity}_seconds": since[activity] for activity in ACTIVITIES if activity != "step"}
+        if self._peak_rate is not None:
+            record["mfu"] = rate / self._devices / self._peak_rate
+        if (memory := memory_in_use(self._mesh.local_devices)) is not None:
+            record["memory_bytes"] = memory
+        return record
+
+
+def _finite(value: Any) -> float | None:
+    """A number that JSON has: that of a bad step may be none."""
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,60 @@
+"""Traces of chosen steps, for xprof and Perfetto."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llama_jax.training import report
+from llama_jax.training.clock import Clock
+
+
+class Profile:
+    """Traces the steps of train.profile_steps into ``folder``, from process 0; steps that the run has behind it are left out.
+
+    with Profile(args.profile_range, folder, clock) as profile:
+        with profile.step(step, pending):
+            state, metrics = compiled(state, batch)
+        profile.stop_after(step, metrics)
+    """
+
+    def __init__(self, steps: range, folder: Path, clock: Clock):
+        self._steps, self._folder, self._clock = steps, folder, clock
+        self._traced: list[int] = []
+
+    @contextlib.contextmanager
+    def step(self, step: int, before: Any) -> Iterator[None]:
+        """The dispatch of a step; ``before``: results of the steps before it, which a trace waits for."""
+        if step not in self._steps:
+            yield
+            return
+        if not self._traced:
+            jax.block_until_ready(before)
+            if jax.process_index() == 0:
+                jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+        self._traced.append(step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+
+    def stop_after(self, step: int, results: Any) -> None:
+        """Write the trace if ``step`` is its last, when ``results`` are there."""
+        if self._traced and step == self._steps[-1]:
+            jax.block_until_ready(results)
+            self._write()
+
+    def _write(self) -> None:
+        if jax.process_index() == 0:
+            with self._clock.spent_on("saving"):
+                jax.profiler.stop_trace()
+            report.say(report.trace_text(self._traced[0], self._traced[-1], self._folder))
+        self._traced = []
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A run that ends before the last of the steps leaves the trace of those that it made."""
+        if self._traced:
+            self._write()

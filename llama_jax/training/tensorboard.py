@@ -1,0 +1,32 @@
+"""The records of metrics.jsonl as TensorBoard events."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from llama_jax.errors import UserError
+
+
+def check_installed() -> None:
+    """Raise UserError where the library that writes events is absent."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise UserError(
+            "train.tensorboard: expected the package tensorboardX, found none; "
+            "pip install 'llama-jax[tensorboard]', or leave the flag out"
+        )
+
+
+class Events:
+    """Writes records into ``folder``; those of an earlier start after step ``start`` are hidden."""
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Every number of a record, at its step."""
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
