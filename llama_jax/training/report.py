@@ -83,10 +83,9 @@ def progress_text(record: dict[str, Any], devices: int) -> str:
         parts.append(f"MFU {record['mfu']:.0%}")
     if "memory_bytes" in record:
         parts.append(bytes_text(record["memory_bytes"]))
-    since = record["step_seconds"] + record["saving_seconds"]
-    for what in ("data", "saving"):
-        if record[f"{what}_seconds"] > 0.05 * since:
-            parts.append(f"{what} {record[f'{what}_seconds']:.1f} s")
+    parts += [
+        f"{what} {record[f'{what}_seconds']:.0f} s" for what in ("data", "saving") if record[f"{what}_seconds"] >= 1
+    ]
     if record["bad_steps"]:
         parts.append(f"{record['bad_steps']:,} bad")
     return ", ".join(parts)

@@ -1,6 +1,5 @@
 """The records of metrics.jsonl as TensorBoard events."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,13 @@ from llama_jax.errors import UserError
 
 def check_installed() -> None:
     """Raise UserError where the library that writes events is absent."""
-    if importlib.util.find_spec("tensorboardX") is None:
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
         raise UserError(
             "train.tensorboard: expected the package tensorboardX, found none; "
             "pip install 'llama-jax[tensorboard]', or leave the flag out"
-        )
+        ) from None
 
 
 class Events:

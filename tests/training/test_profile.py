@@ -1,0 +1,52 @@
+"""Traces hold the steps that were asked for, and open in the tools that they are for."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_jax.config import TrainArgs
+from llama_jax.errors import UserError
+from tests.training.test_bad_steps import spoilt, train  # noqa: F401
+
+
+def traced_steps(folder: Path) -> list[int]:
+    """Numbers of the steps in the one trace of a run folder, read from the file that Perfetto opens."""
+    (path,) = (folder / "profile").rglob("perfetto_trace.json.gz")
+    assert list(path.parent.glob("*.xplane.pb")), "xprof's file lies beside it"
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return sorted({int(e["args"]["step_num"]) for e in events if "step_num" in e.get("args", {})})
+
+
+def test_a_trace_holds_just_the_steps_that_were_asked_for_and_its_folder_is_told(tmp_path: Path, spoilt: Any) -> None:  # noqa: F811
+    out = train(tmp_path / "run", profile_steps="3-5")
+    assert traced_steps(tmp_path / "run") == [3, 4, 5]
+    assert f"trace of steps 3 to 5: {tmp_path / 'run' / 'profile'}" in out
+
+
+def test_a_run_that_goes_on_traces_what_is_left_of_the_range_and_one_that_ends_early_what_it_made(
+    tmp_path: Path,
+    spoilt: Any,  # noqa: F811
+) -> None:
+    train(tmp_path / "run", max_steps=4)
+    train(tmp_path / "run", profile_steps="1-3", max_steps=5)
+    assert not (tmp_path / "run" / "profile").exists()
+    train(tmp_path / "run", profile_steps="3-20", max_steps=8)
+    assert traced_steps(tmp_path / "run") == [6, 7, 8]
+
+
+@pytest.mark.parametrize("steps", ["5-3", "0-3", "a-b", "3-", "-3", "1,2", "1.5", " 3", "3-4-5", "²", "99999999999"])
+def test_a_range_that_is_none_is_refused_in_one_line(steps: str) -> None:
+    with pytest.raises(
+        UserError, match=r"train.profile_steps: expected a step or first-last, as 10-15, found"
+    ) as error:
+        TrainArgs(profile_steps=steps).check()
+    assert "\n" not in str(error.value)
+
+
+def test_steps_beyond_the_runs_end_are_refused_before_it_begins(tmp_path: Path, spoilt: Any) -> None:  # noqa: F811
+    with pytest.raises(UserError, match=r"train.profile_steps: expected steps of the run, which has 8, found 9-10"):
+        train(tmp_path / "run", profile_steps="9-10")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
