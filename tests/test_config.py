@@ -193,6 +193,7 @@ def test_every_field_is_a_flag_with_help(capsys):
     words = " ".join(re.sub("[╭╮╰╯│─]", " ", capsys.readouterr().out).split())
     for section, name in FIELDS:
         flag = f"--{section}.{name.replace('_', '-')}"
+        words = words.replace(f"{flag}, --{section}.no-{name.replace('_', '-')}", flag)  # of a bool
         assert f" {flag} " in words, flag
         help_text = words.split(f" {flag} ")[1].split(" --")[0]
         # the type, a sentence of help, and the default
@@ -203,10 +204,14 @@ def test_every_field_can_be_set_by_its_flag():
     for section, name in FIELDS:
         default = getattr(getattr(Config(), section), name)
         hint = str(typing.get_type_hints(SECTIONS[section])[name])
-        value = {"remat": "dots", "attention": "xla", "compute_dtype": "bfloat16"}.get(
+        flag = f"--{section}.{name.replace('_', '-')}"
+        if hint == str(bool):
+            assert getattr(getattr(flags(flag), section), name) is not default
+            continue
+        value = {"remat": "dots", "attention": "xla", "compute_dtype": "bfloat16", "bad_steps": "skip"}.get(
             name, "7" if "int" in hint or "float" in hint else "x"
         )
-        config = flags(f"--{section}.{name.replace('_', '-')}", value)
+        config = flags(flag, value)
         changed = getattr(getattr(config, section), name)
         assert changed != default and str(changed).removesuffix(".0") == value
 

@@ -98,7 +98,7 @@ def train(config: Config) -> RunFolder:
     if config.train.tensorboard and jax.process_index() == 0:
         folder.write_events(start)
     folder.write_best(saved)
-    with CheckpointWriter(folder.path) as writer:
+    with CheckpointWriter(folder.path) as writer, contextlib.closing(folder):
         run = Run(config, folder, data, mesh, module, steps, writer, _prompt(config, data), clock)
         if start >= steps:
             print(f"the run has its {steps:,} steps; --train.max-steps goes on, another --train.save-dir begins anew")

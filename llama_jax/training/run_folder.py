@@ -108,6 +108,11 @@ class RunFolder:
         if self._events is not None:
             self._events.write(record)
 
+    def close(self) -> None:
+        """No more records come."""
+        if self._events is not None:
+            self._events.close()
+
     def best(self) -> dict[str, Any] | None:
         """The record with the lowest eval_loss so far."""
         evaluated = [r for r in self.records if "eval_loss" in r]

@@ -23,11 +23,14 @@ class Events:
     def __init__(self, folder: Path, start: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1, flush_secs=10)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Every number of a record, at its step."""
+        """Every number of a record, at its step; on disk within ten seconds."""
         for name, value in record.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, record["step"])
-        self._writer.flush()
+
+    def close(self) -> None:
+        """What was written is on disk."""
+        self._writer.close()
