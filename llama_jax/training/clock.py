@@ -21,6 +21,7 @@ ACTIVITIES: tuple[Activity, ...] = ("start", "step", "data", "evaluation", "savi
 # The values of a record that time decides; all others are the same whenever a run is made.
 TIMES = (
     "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "memory_bytes", "goodput",
+    "run_seconds", "run_step_seconds",
     *(f"{activity}_seconds" for activity in ACTIVITIES),
 )  # fmt: skip
 
@@ -111,7 +112,20 @@ class Clock:
 class Recorder:
     """Makes the records of metrics.jsonl."""
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, steps: int, start: int, clock: Clock):
+    def __init__(
+        self,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        steps: int,
+        start: int,
+        clock: Clock,
+        spent: float = 0.0,
+        spent_well: float = 0.0,
+    ):
+        self._spent, self._spent_well = (
+            spent,
+            spent_well,
+        )  # seconds of earlier starts, and of steps of theirs that count
         self._clock, self._schedule = clock, learning_rate(config.train, steps)
         self._tokens = config.train.batch_size * config.model.max_seq_len
         self._devices, self._mesh = mesh.devices.size, mesh
@@ -140,6 +154,8 @@ class Recorder:
             "tokens_per_second": rate,
             "tokens_per_second_per_device": rate / self._devices,
             "goodput": self._clock.goodput,
+            "run_seconds": self._spent + self._clock.total,
+            "run_step_seconds": self._spent_well + now["step"],
         }
         record |= {f"{activity}_seconds": since[activity] for activity in ACTIVITIES if activity != "step"}
         if self._peak_rate is not None:

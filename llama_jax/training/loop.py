@@ -123,7 +123,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
         run.data.tokens.train, args.batch_size, run.config.model.max_seq_len, args.seed, start, run.steps
     )
     sharding = batch_sharding(run.mesh)
-    recorder = Recorder(run.config, run.mesh, run.steps, start, clock)
+    recorder = Recorder(run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_well)
     pending: list[StepMetrics] = []
     saved_at, announced = start, False
     with (

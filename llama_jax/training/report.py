@@ -116,13 +116,17 @@ def trace_text(first: int, last: int, folder: Path) -> str:
     return f"trace of steps {first:,} to {last:,}: {folder} (for xprof; the perfetto_trace.json.gz in it for Perfetto)"
 
 
-def time_text(clock: Clock) -> str:
-    """Where the time went."""
+def time_text(clock: Clock, spent: float, record: dict[str, Any]) -> str:
+    """Where the time went; with the ``spent`` seconds of earlier starts, whose share of steps the last record tells."""
     names: dict[str, Activity] = {
         "start": "start", "waiting for data": "data", "evaluation": "evaluation", "saving": "saving", "samples": "sample"
     }  # fmt: skip
     rest = ", ".join(f"{name} {clock.seconds[activity]:.1f} s" for name, activity in names.items())
-    return f"goodput: {clock.goodput:.1%} of {clock.total:.0f} s were spent in steps; {rest}"
+    text = f"goodput: {clock.goodput:.1%} of {clock.total:,.0f} s were spent in steps; {rest}"
+    if spent:
+        share = record["run_step_seconds"] / record["run_seconds"]
+        text += f"\nof all starts: {share:.1%} of {record['run_seconds']:,.0f} s, steps that were made again aside"
+    return text
 
 
 def bad_steps_text(record: dict[str, Any]) -> str:
@@ -139,8 +143,8 @@ def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str) -> str
         lines[0] += (
             f"; best: step {best['step']:,}, {best['eval_loss']:.4f} nats a token, {best['eval_bits_per_byte']:.3f} bits per byte"
         )
-    if clock.seconds["step"]:
-        lines.append(time_text(clock))
+    if clock.seconds["step"] and folder.records:
+        lines.append(time_text(clock, folder.spent, folder.records[-1]))
     if folder.records and folder.records[-1].get("bad_steps"):
         lines.append(bad_steps_text(folder.records[-1]))
     path = folder.path

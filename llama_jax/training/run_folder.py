@@ -41,6 +41,7 @@ class RunFolder:
         self.best_path = self.path / "best.json"
         self.config_path = self.path / "config.toml"
         self.records: list[dict[str, Any]] = []
+        self.spent, self.spent_well = 0.0, 0.0  # seconds of earlier starts; in steps of which a checkpoint tells
         self._events: Events | None = None
 
     def create(self) -> None:
@@ -75,16 +76,18 @@ class RunFolder:
         write_atomically(self.config_path, to_toml(config))
 
     def resume_metrics(self, step: int) -> None:
-        """Keep the records up to ``step``, the checkpoint that training goes on from."""
-        self.records = []
+        """Keep the records up to ``step``, the checkpoint that training goes on from, and the time that all of them took."""
+        self.records, self.spent = [], 0.0
         if self.metrics_path.exists():
             for line in self.metrics_path.read_text(errors="replace").splitlines():
                 try:
                     record = json.loads(line)
+                    self.spent = record.get("run_seconds", 0.0)
                     if record["step"] <= step:
                         self.records.append(record)
                 except (ValueError, TypeError, KeyError):
                     break  # the last line of a run that was killed while writing it
+        self.spent_well = self.records[-1].get("run_step_seconds", 0.0) if self.records else 0.0
         text = "".join(json.dumps(r) + "\n" for r in self.records)
         write_atomically(self.metrics_path, text)
 

@@ -1,6 +1,8 @@
 """Where time goes, and the speeds that records tell."""
 
+import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from llama_jax.training import clock as module
 from llama_jax.training import report
 from llama_jax.training.bad_steps import LossHistory
 from llama_jax.training.clock import ACTIVITIES, TIMES, Clock, Recorder
+from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.step import StepMetrics
 
 
@@ -107,7 +110,7 @@ def test_a_record_tells_speeds_a_device_and_the_utilisation_that_the_formula_giv
     clock = Clock()
     time.now += 50
     with clock.steps(10):
-        recorder = Recorder(Config(model, train=train), mesh, 20, 10, clock)
+        recorder = Recorder(Config(model, train=train), mesh, 20, 10, clock, spent=110, spent_well=42)
         time.now += 8
         with clock.spent_on("data"):
             time.now += 2
@@ -120,6 +123,7 @@ def test_a_record_tells_speeds_a_device_and_the_utilisation_that_the_formula_giv
     assert record["tokens_per_second"] == 64.0 == record["tokens_per_second_per_device"]
     assert (record["start_seconds"], record["data_seconds"], record["saving_seconds"]) == (50, 2, 30)
     assert record["goodput"] == 8 / 90
+    assert (record["run_seconds"], record["run_step_seconds"]) == (200, 50)
     assert (record["bad_steps"], record["skipped_steps"]) == (2, 1)
     # 6 x (matrices and norms, without the embedding) + 6 L T D, each token: causal attention counted once, nothing twice.
     hidden = model.hidden_dim
@@ -142,3 +146,13 @@ def test_the_text_beside_the_bar_is_short_and_speaks_of_trouble_only_where_there
     late = report.progress_text(record | {"data_seconds": 4.0, "saving_seconds": 3.0, "bad_steps": 2}, 1)
     assert late.endswith("data 4 s, saving 3 s, 2 bad") and len(late) < 80
     assert report.progress_text(record | {"train_loss": None}, 1).startswith("loss not finite")
+
+
+def test_the_time_of_steps_that_are_made_again_after_a_kill_is_lost(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lines = [{"step": s, "tokens": s, "run_seconds": 10.0 * s, "run_step_seconds": 9.0 * s} for s in (1, 2, 3, 4)]
+    folder.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder.resume_metrics(3)
+    assert (folder.spent, folder.spent_well) == (40.0, 27.0)
+    folder.resume_metrics(0)
+    assert (folder.spent, folder.spent_well) == (30.0, 0.0)
