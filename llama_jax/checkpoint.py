@@ -37,7 +37,9 @@ class ModelFilesHandler(ocp.CheckpointHandler):
     """Orbax handler that writes the small files beside the arrays; they are read without orbax."""
 
     def save(self, directory: Any, args: "ModelFiles") -> None:
-        """Write the files into ``directory``."""
+        """Write the files into ``directory``, from process 0."""
+        if jax.process_index():
+            return
         (Path(directory) / "model.json").write_text(json.dumps(dataclasses.asdict(args.model), indent=1))
         (Path(directory) / "tokenizer.model").write_bytes(args.tokenizer.model_bytes)
 
@@ -204,6 +206,8 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait, end the threads, and clear away what a failed save left. Raises UserError where a save failed."""
+        if kind is not None and jax.process_count() > 1:
+            return  # the others may never come to where they would be waited for
         try:
             if kind is None:
                 self.wait()
@@ -212,8 +216,9 @@ class CheckpointWriter:
                     self._manager.wait_until_finished()
             self._manager.close()
         finally:
-            for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+            if jax.process_index() == 0:
+                for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, params: Any, model: ModelArgs, tokenizer: Tokenizer) -> None:

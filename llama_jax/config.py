@@ -241,6 +241,35 @@ class MeshArgs:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedArgs:
+    """How the processes of a job find each other. Nothing need be given under Slurm, Open MPI and GKE, on Cloud TPU, or for one process."""
+
+    coordinator_address: str = ""
+    """Host and port, "10.0.0.1:1234", at which process 0 answers the others; the port is free on its host. Empty: found by itself."""
+    num_processes: int | None = None
+    """Processes in the job. None: found by itself."""
+    process_id: int | None = None
+    """Number of this process, from 0, the one that prints and writes. None: found by itself."""
+    timeout_seconds: int = 300
+    """Seconds that a process waits at the start for all others to come."""
+
+    def check(self) -> None:
+        """Raise UserError on impossible values."""
+        counts: dict[str, tuple[float, float]] = dict.fromkeys(("num_processes", "timeout_seconds"), _COUNT)
+        _check_fields(self, "distributed.", counts | {"process_id": (0, _LARGEST)})
+        address = self.coordinator_address
+        _check(
+            not address or bool(re.fullmatch(r"\S+:\d{1,5}", address)),
+            "distributed.coordinator_address",
+            'a host and a port, such as "10.0.0.1:1234"',
+            repr(address),
+        )
+        if None not in (self.process_id, self.num_processes):
+            last = typing.cast(int, self.num_processes) - 1
+            _check(self.process_id in range(last + 1), "distributed.process_id", f"0 to {last}", self.process_id)
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleArgs:
     """How text is generated. The defaults are Meta's."""
 
@@ -267,10 +296,11 @@ class Config:
     data: DataArgs = DataArgs()
     train: TrainArgs = TrainArgs()
     mesh: MeshArgs = MeshArgs()
+    distributed: DistributedArgs = DistributedArgs()
 
     def check(self) -> None:
         """Raise UserError where a section, or the sections together, ask for the impossible."""
-        for section in (self.model, self.data, self.train, self.mesh):
+        for section in (self.model, self.data, self.train, self.mesh, self.distributed):
             section.check()
 
 

@@ -17,14 +17,14 @@ class Progress:
 
     SECONDS = 10
 
-    def __init__(self, what: str, total: int | None, unit: str, start: int = 0):
+    def __init__(self, what: str, total: int | None, unit: str, start: int = 0, shown: bool = True):
         self._what, self._total, self._start, self._done = what, total, start, start
         self._in_bytes = unit == "B"
         self._note = ""
         self._began = self._printed = time.monotonic()
         self._bar = tqdm(
             desc=what if self._in_bytes else None, total=total, initial=start, unit=unit, unit_scale=self._in_bytes,
-            dynamic_ncols=True, smoothing=0.05, disable=None, delay=1 if self._in_bytes else 0,
+            dynamic_ncols=True, smoothing=0.05, disable=None if shown else True, delay=1 if self._in_bytes else 0,
         )  # fmt: skip
 
     def __enter__(self) -> "Progress":

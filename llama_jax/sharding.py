@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -46,9 +47,23 @@ def make_mesh(args: MeshArgs, devices: list[jax.Device] | None = None) -> Mesh:
         raise UserError(
             f"mesh: expected sizes that make up {len(devices)} devices, found {describe(sizes)}; change [mesh]"
         )
+    return Mesh(
+        _grid(list(sizes.values()), devices), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes)
+    )
+
+
+def _grid(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """The devices in an array of ``sizes``: slices (or hosts) lie along the outermost axes that they divide, data before fsdp."""
+    left = slices = len({getattr(device, "slice_index", None) for device in devices})
+    across = []
+    for size in sizes:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    within = [size // part for size, part in zip(sizes, across, strict=True)]
     # An axis may be a part of a TPU's ring, or a plane of its torus.
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return Mesh(grid, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def describe(sizes: dict[str, int]) -> str:

@@ -61,6 +61,16 @@ def load_data(
     return Data(tokens, tokenizer, source, floor)
 
 
+def open_data(args: DataArgs, folder: Path, tokenizer_path: Path) -> Data:
+    """What another process's ``load_data`` made of the same arguments: nothing is written, nor the text read.
+
+    Raises UserError where it is not there: ``folder`` is not on a disk that the processes share.
+    """
+    prepared = Path(args.filepath).expanduser()
+    source = prepared if args.filepath and read_manifest(prepared) is not None else folder
+    return Data(open_tokens(source), Tokenizer(tokenizer_path), args.filepath or f"{args.stories:,} built-in stories")
+
+
 def write_stories(path: Path, count: int) -> tuple[Path, float]:
     """Write ``count`` built-in stories into a file beside ``path`` named for the count; returns it and their bits per byte."""
     path = path.with_name(f"{path.stem}-{count}{path.suffix}")

@@ -1,9 +1,13 @@
-"""Batches: what the training step reads at step s is a function of the seed and s, and of nothing else."""
+"""Batches: what the training step reads at step s is a function of the seed and s, and of nothing else.
+
+Each process reads the rows alone that its devices hold.
+"""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 
@@ -13,6 +17,25 @@ class Batch(NamedTuple):
     inputs: np.ndarray  # int32 [B, T]
     targets: np.ndarray  # int32 [B, T]
     weights: np.ndarray  # float32 [B, T]: 1 where the target counts in the loss, 0 at padding
+
+
+class OwnRows:
+    """The rows of a [B, T] batch that this process's devices hold, all or a part of each."""
+
+    def __init__(self, sharding: jax.sharding.Sharding, batch_size: int, length: int):
+        self._sharding, self._shape = sharding, (batch_size, length)
+        held = sharding.addressable_devices_indices_map(self._shape).values()
+        self.rows = np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in held if index]))
+
+    def assemble(self, batch: Batch) -> Batch:
+        """Arrays of the whole batch, over all devices, of this process's ``rows`` of it (shapes [rows, T] -> [B, T])."""
+        return Batch(*map(self._assemble, batch))  # type: ignore[arg-type]
+
+    def _assemble(self, array: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            return array[np.searchsorted(self.rows, np.arange(self._shape[0])[index[0]]), index[1]]
+
+        return jax.make_array_from_callback(self._shape, self._sharding, part)
 
 
 class Windows:
@@ -38,15 +61,16 @@ class Windows:
 
 
 def train_batches(
-    stream: np.ndarray, batch_size: int, length: int, seed: int, start: int, stop: int
+    stream: np.ndarray, batch_size: int, length: int, seed: int, start: int, stop: int, own: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """Batches of steps ``start`` to ``stop`` - 1, read ahead by threads of grain."""
+    """Batches of steps ``start`` to ``stop`` - 1, of each the rows ``own`` (None: all), read ahead by threads of grain."""
+    own = np.arange(batch_size) if own is None else own
     windows = Windows(stream, length, seed)
     epochs = max(1, -(-stop * batch_size // windows.per_epoch))
     # Grain orders epoch e of seed s as epoch e + 1 of seed s - 1: keep the seeds far from each other.
     order = int(np.random.SeedSequence(seed).generate_state(1)[0])
     rows = grain.MapDataset.range(windows.per_epoch).shuffle(seed=order).repeat(epochs).map_with_index(windows.row)
-    steps = rows.batch(batch_size).slice(slice(start, stop))
+    steps = grain.MapDataset.range(start, stop).map(lambda s: np.stack([rows[s * batch_size + int(r)] for r in own]))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     for tokens in steps.to_iter_dataset(options):
         yield Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
@@ -57,17 +81,20 @@ def steps_per_epoch(stream: np.ndarray, batch_size: int, length: int) -> int:
     return -(-Windows(stream, length, 0).per_epoch // batch_size)
 
 
-def eval_batches(stream: np.ndarray, batch_size: int, length: int, limit: int = 0) -> Iterator[Batch]:
+def eval_batches(
+    stream: np.ndarray, batch_size: int, length: int, limit: int = 0, own: np.ndarray | None = None
+) -> Iterator[Batch]:
     """The stream in order, each token but the first predicted once; the last window and batch are filled with padding.
 
-    limit: most batches to read, spread evenly over the stream. 0: all of them.
+    limit: most batches to read, spread evenly over the stream. 0: all of them. own: rows of each to read. None: all.
     """
+    own = np.arange(batch_size) if own is None else own
     count = len(stream) - 1
     rows = max(0, -(-count // length))
     batches = -(-rows // batch_size)
     chosen = range(batches) if not limit or limit >= batches else [i * batches // limit for i in range(limit)]
     for i in chosen:
-        starts = np.arange(i * batch_size, (i + 1) * batch_size)[:, None] * length
+        starts = (i * batch_size + own)[:, None] * length
         positions = starts + np.arange(length + 1)
         tokens = np.where(positions < len(stream), np.take(stream, np.minimum(positions, count)), 0).astype(np.int32)
         yield Batch(tokens[:, :-1], tokens[:, 1:], (positions[:, 1:] < len(stream)).astype(np.float32))

@@ -2,19 +2,18 @@
 
 import contextlib
 import math
-import signal
+import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any
 
 import jax
 
 from llama_jax.checkpoint import Checkpoint, CheckpointWriter, steps_of
 from llama_jax.config import Config, DataArgs, SampleArgs, TrainArgs
-from llama_jax.data import Data, load_data
-from llama_jax.data.batches import eval_batches, steps_per_epoch, train_batches
+from llama_jax.data import Data, load_data, open_data
+from llama_jax.data.batches import OwnRows, eval_batches, steps_per_epoch, train_batches
+from llama_jax.distributed import PREEMPTED, StopSignals, from_main, is_main, lost_processes_told, main_first, start_job
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
 from llama_jax.progress import Progress
@@ -64,7 +63,8 @@ class Run:
 def train(config: Config) -> RunFolder:
     """Train as configured, or go on where the run in train.save_dir stopped; returns its folder.
 
-    Raises UserError on what the user can put right, a non-finite loss included.
+    All processes of a job call this. Raises UserError on what the user can put right, a non-finite loss included, and
+    SystemExit, with the status PREEMPTED, where SIGTERM ended the run early, saved.
     """
     clock = Clock()
     config.check()
@@ -72,14 +72,25 @@ def train(config: Config) -> RunFolder:
     use_compilation_cache()
     if config.train.tensorboard:
         check_installed()
+    start_job(config.distributed)
+    with lost_processes_told():
+        return _train(config, clock)
+
+
+def _train(config: Config, clock: Clock) -> RunFolder:
     folder = RunFolder(config.train.save_dir)
     folder.create()
     saved = steps_of(folder.path)
-    start = saved[-1] if saved else 0
+    start = from_main(saved[-1] if saved else 0)
+    folder.check_shared(start)
     mesh = make_mesh(config.mesh)
     source = Checkpoint.find(config.train.init_from) if config.train.init_from and not start else None
     data_args = config.data if source is None else _with_tokenizer_of(source, config.data)
-    data = load_data(data_args, folder.path / "tokens", folder.tokenizer_path, begun=start > 0)
+    tokens = folder.path / "tokens"
+    data = main_first(
+        lambda: load_data(data_args, tokens, folder.tokenizer_path, begun=start > 0),
+        lambda: open_data(data_args, tokens, folder.tokenizer_path),
+    )
     config = _resolve(config, data)
     check_divisible(mesh, config.model, config.train)
     if start:
@@ -95,7 +106,7 @@ def train(config: Config) -> RunFolder:
     report.check_state_fits(config.model, mesh)
     folder.write_config(config)
     folder.resume_metrics(start)
-    if config.train.tensorboard and jax.process_index() == 0:
+    if config.train.tensorboard and is_main():
         folder.write_events(start)
     folder.write_best(saved)
     with CheckpointWriter(folder.path) as writer, contextlib.closing(folder):
@@ -111,35 +122,36 @@ def train(config: Config) -> RunFolder:
             module, optimizer, mesh, accumulation, batch_shapes(config.train, config.model, mesh)
         )
         report.announce_cost(compiled, mesh, time.perf_counter() - began)
-        end = _loop(run, compiled, state, start)
+        end, stopped = _loop(run, compiled, state, start)
         _finish(run, end)
+    if stopped == "SIGTERM":
+        sys.exit(PREEMPTED)
     return folder
 
 
-def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int) -> int:
-    """Steps, with their records, evaluations and checkpoints; returns the last. Ends early, saved, on Ctrl-C and SIGTERM."""
+def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int) -> tuple[int, str]:
+    """Steps, with their records, evaluations and checkpoints; returns the last, and the signal that ended it early, saved."""
     args, clock, folder = run.config.train, run.clock, run.folder.path
-    batches = train_batches(
-        run.data.tokens.train, args.batch_size, run.config.model.max_seq_len, args.seed, start, run.steps
-    )
-    sharding = batch_sharding(run.mesh)
+    length = run.config.model.max_seq_len
+    own = OwnRows(batch_sharding(run.mesh), args.batch_size, length)
+    batches = train_batches(run.data.tokens.train, args.batch_size, length, args.seed, start, run.steps, own.rows)
     recorder = Recorder(run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_well)
     pending: list[StepMetrics] = []
-    saved_at, announced = start, False
+    saved_at, announced, stopped = start, False, ""
     with (
-        _stop_signals() as stopped,
-        Progress("step", run.steps, "step", start) as progress,
+        StopSignals() as signals,
+        Progress("step", run.steps, "step", start, shown=is_main()) as progress,
         Profile(args.profile_range, folder / "profile", clock) as profile,
         clock.steps(start),
         Watchdog(clock, args.watchdog_seconds, folder),
     ):
         for step, batch in zip(range(start + 1, run.steps + 1), clock.waiting_for("data", batches), strict=False):
             with profile.step(step, before=pending):
-                state, metrics = compiled(state, jax.device_put(batch, sharding))
+                state, metrics = compiled(state, own.assemble(batch))
             clock.dispatched(step, metrics.loss)
             pending.append(metrics)
             profile.stop_after(step, metrics)
-            last = step == run.steps
+            last, stopped = step == run.steps, signals.agreed()
             evaluating = run.data.tokens.eval.size > 1 and (step % args.eval_interval == 0 or last)
             saving = step % args.save_interval == 0 or last or bool(stopped)
             if evaluating or saving or step % args.log_interval == 0:
@@ -172,8 +184,8 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
             run.writer.wait()
     run.folder.write_best(steps_of(run.folder.path))
     if stopped:
-        print(f"stopped by {stopped[0]} at step {step:,}, saved; the same command goes on from here")
-    return step
+        print(f"stopped by {stopped} at step {step:,}, saved; the same command goes on from here")
+    return step, stopped
 
 
 def _evaluate(run: Run, state: TrainState, record: dict[str, Any], saved_at: int) -> bool:
@@ -181,10 +193,11 @@ def _evaluate(run: Run, state: TrainState, record: dict[str, Any], saved_at: int
     args = run.config.train
     total = weight = 0.0
     with on_mesh(run.mesh):
-        rows = args.batch_size // args.gradient_accumulation_steps
-        batches = eval_batches(run.data.tokens.eval, rows, run.config.model.max_seq_len, args.eval_iters)
+        rows, length = args.batch_size // args.gradient_accumulation_steps, run.config.model.max_seq_len
+        own = OwnRows(batch_sharding(run.mesh), rows, length)
+        batches = eval_batches(run.data.tokens.eval, rows, length, args.eval_iters, own.rows)
         for batch in run.clock.waiting_for("evaluation", batches):  # so that each batch is a sign of life
-            sums = eval_step(run.module, state.params, jax.device_put(batch, batch_sharding(run.mesh)))
+            sums = eval_step(run.module, state.params, own.assemble(batch))
             total, weight = total + float(sums[0]), weight + float(sums[1])
     if not math.isfinite(total):
         raise_not_finite("held-out loss", total / weight, record["step"], saved_at)
@@ -218,7 +231,8 @@ def _draw(run: Run, sample: Any) -> None:
 
 
 def _plot(run: Run) -> None:
-    plot_losses(run.folder.plot_path, run.folder.records, str(run.folder.path), run.data.floor)
+    if is_main():
+        plot_losses(run.folder.plot_path, run.folder.records, str(run.folder.path), run.data.floor)
 
 
 def _finish(run: Run, step: int) -> None:
@@ -288,22 +302,3 @@ def _prompt(config: Config, data: Data) -> str:
     while words and len(data.tokenizer.encode(" ".join(words))) > config.model.max_seq_len // 2:
         words.pop()
     return " ".join(words)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """Collects the name of SIGINT or SIGTERM when one comes; a second one acts as it would without us."""
-    received: list[str] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from llama_jax.checkpoint import Checkpoint, steps_of
 from llama_jax.config import Config, ModelArgs, TrainArgs, load_toml, to_toml
+from llama_jax.distributed import is_main
 from llama_jax.errors import UserError
 from llama_jax.files import write_atomically
 from llama_jax.training.tensorboard import Events
@@ -31,7 +34,7 @@ def starting_model(train: TrainArgs) -> ModelArgs:
 
 
 class RunFolder:
-    """Paths and records of a run; every record appears whole or not at all."""
+    """Paths and records of a run; every record appears whole or not at all. All processes have them, process 0 writes them."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
@@ -46,6 +49,8 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder. Raises UserError where that is not possible."""
+        if not is_main():
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -54,6 +59,15 @@ class RunFolder:
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"train.save_dir: expected a folder to write to, found {self.path}: {reason}") from None
+
+    def check_shared(self, start: int) -> None:
+        """Raise UserError where this process does not see the folder, or process 0's last checkpoint, that of step ``start``."""
+        needed = self.path / "checkpoints" / str(start) if start else self.path
+        if not needed.is_dir():
+            raise UserError(
+                f"train.save_dir: expected a folder on a disk that all processes share, found that process "
+                f"{jax.process_index()} does not see {needed}; choose another --train.save-dir"
+            )
 
     def check_config(self, config: Config) -> None:
         """Raise UserError where the run in this folder was started as another one."""
@@ -73,7 +87,8 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Write config.toml, all values resolved."""
-        write_atomically(self.config_path, to_toml(config))
+        if is_main():
+            write_atomically(self.config_path, to_toml(config))
 
     def resume_metrics(self, step: int) -> None:
         """Keep the records up to ``step``, the checkpoint that training goes on from, and the time that all of them took."""
@@ -89,7 +104,8 @@ class RunFolder:
                     break  # the last line of a run that was killed while writing it
         self.spent_well = self.records[-1].get("run_step_seconds", 0.0) if self.records else 0.0
         text = "".join(json.dumps(r) + "\n" for r in self.records)
-        write_atomically(self.metrics_path, text)
+        if is_main():
+            write_atomically(self.metrics_path, text)
 
     def write_events(self, start: int) -> None:
         """From now on records, of steps after ``start``, are TensorBoard events as well."""
@@ -97,6 +113,9 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl, whole or not at all. Raises UserError where the disk does not take it."""
+        self.records.append(record)
+        if not is_main():
+            return
         line = json.dumps(record, allow_nan=False) + "\n"
         size = self.metrics_path.stat().st_size
         try:
@@ -107,7 +126,6 @@ class RunFolder:
             raise UserError(
                 f"{self.metrics_path}: expected room for a record, found: {error.strerror}; free some disk"
             ) from None
-        self.records.append(record)
         if self._events is not None:
             self._events.write(record)
 
@@ -124,7 +142,7 @@ class RunFolder:
     def write_best(self, steps: list[int]) -> None:
         """Point best.json at the best evaluation whose checkpoint (one of ``steps``) is on disk."""
         saved = [r for r in self.records if "eval_loss" in r and r["step"] in steps]
-        if saved:
+        if saved and is_main():
             best = min(saved, key=lambda r: r["eval_loss"])
             write_atomically(
                 self.best_path, json.dumps({k: best[k] for k in ("step", "eval_loss", "eval_bits_per_byte")}) + "\n"
