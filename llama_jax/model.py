@@ -21,6 +21,7 @@ from llama_jax.attention import ATTENTION, CUDNN_FORWARD, OPERANDS, attention
 from llama_jax.config import AttentionKernel, ModelArgs, Remat
 from llama_jax.embedding import embed
 from llama_jax.linear import PROJECTION, linear
+from llama_jax.sharding import constrain
 
 MIDDLE = "middle"  # of a block: the residual stream between attention and feed-forward
 
@@ -184,7 +185,7 @@ class Block(nn.Module):
         x = checkpoint_name(x + h, MIDDLE)
         h = rms_norm(x, _norm_weight(self, "ffn_norm", a.dim), a.norm_eps)
         x = x + SwiGLU(a, name="feed_forward")(h)
-        return nn.with_logical_constraint(x, ("batch", "length", None)), keys_values
+        return constrain(x, "batch", "length", None), keys_values
 
 
 class Llama(nn.Module):
@@ -231,7 +232,7 @@ class Llama(nn.Module):
             angles = jnp.asarray(cos)[positions], jnp.asarray(sin)[positions]
             at, keys_values = Positions(angles, cache.slot, cache.first), (cache.k, cache.v)
         x = embed(self.tok_embeddings, token_ids, self.dtype)
-        x = nn.with_logical_constraint(x, ("batch", "length", None))
+        x = constrain(x, "batch", "length", None)
         x, keys_values = self.layers(x, keys_values, at)
         if cache is not None and keys_values is not None:
             cache = cache.replace(k=keys_values[0], v=keys_values[1], slot=cache.slot + T)

@@ -169,6 +169,19 @@ def shard_axes(*axes: str) -> tuple[str, ...]:
     return tuple(name for axis in axes for name in mesh_axes_of(axis) if name in manual)
 
 
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """``x`` with these logical axes, where there is a mesh and it divides them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not _divides(mesh, axes, x.shape):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """``x``, whole on every device of the mesh, if there is one."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def gather_shards(x: jax.Array, logical: str, axis: int) -> jax.Array:
     """The whole of an array of which each shard holds a part along ``axis``."""
     names = shard_axes(logical)
@@ -186,6 +199,6 @@ def sum_shards(x: jax.Array, logical: str, axis: int, *others: str) -> jax.Array
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[None]:
-    """Trace under the mesh: the model's constraints on activations take effect."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
+    """Trace under the mesh: what is said of shards and axes takes effect."""
+    with jax.set_mesh(mesh):
         yield

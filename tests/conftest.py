@@ -1,6 +1,10 @@
 """Fixtures that several rooms share."""
 
+import os
 from pathlib import Path
+
+# Before JAX is imported: with the TPU's compiler installed it would look for a TPU first, and say that there is none.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest
 

@@ -1,5 +1,6 @@
 """The commands, as a user types them: the README's, and what they refuse."""
 
+import importlib.util
 import json
 import os
 import re
@@ -122,6 +123,20 @@ def test_every_documented_command_runs(place: Path) -> None:
             argv += [*SHORT_RUN, "--train.gradient-accumulation-steps", "1", "--train.save-dir", f"documented/{i}"]
             if "--data.tokenizer-model-path" not in argv and "tokens" not in argv:
                 argv += ["--data.vocab-size", "300", "--data.stories", "60"]
+        if "llama_jax.plan" in argv:
+            if importlib.util.find_spec("libtpu") is None:
+                continue
+            argv += [
+                "--model.dim",
+                "256",
+                "--model.n-heads",
+                "2",
+                "--model.n-layers",
+                "1",
+                "--model.max-seq-len",
+                "256",
+            ]
+            argv += ["--topology", "v5e:2x2", "--train.batch-size", "8", "--train.gradient-accumulation-steps", "1"]
         if argv[0] == "convert_torch_weights.py" and "--output" in argv:
             shutil.rmtree(place / argv[argv.index("--output") + 1], ignore_errors=True)
         result = run(argv, place, shlex.split(echoed)[1] + "\n" if echoed else "Hi\n")

@@ -31,6 +31,7 @@ def announce(
     held_out = manifest.tokens["eval"]
     epochs = steps * tokens / manifest.tokens["train"]
     device = jax.devices()[0]
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     rows = {
         "model": f"{count_parameters(model):,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, "
         f"{model.kv_heads} kv heads, context {model.max_seq_len}",
@@ -38,7 +39,7 @@ def announce(
         f"vocabulary {data.tokenizer.vocab_size:,}",
         "training": f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
         f"{train_flops_per_token(model) * tokens * steps / 1e12:,.1f} TFLOP",
-        "devices": f"{len(mesh.devices.flat)} x {device.device_kind}, mesh: {describe(dict(mesh.shape))}, "
+        "devices": f"{len(mesh.devices.flat)} x {device.device_kind}{processes}, mesh: {describe(dict(mesh.shape))}, "
         f"{module.dtype.name}, attention: {module.kernel}",
         "run folder": str(save_dir),
     }
