@@ -36,12 +36,13 @@ PROBE_SECONDS = 2
 def start_job(args: DistributedArgs) -> None:
     """Join the other processes of the job, if there are any; call it before JAX starts its backend.
 
-    Returns at once where neither ``args`` nor a cluster's environment (Slurm, Open MPI, Cloud TPU, GKE) tells of others.
+    Returns at once where neither ``args`` nor a cluster's environment (Slurm, Open MPI, Cloud TPU, GKE) tells of others, and
+    when it is called again.
     From then on only process 0 prints, and an error that ends one process ends it at once, so that the others notice.
     Raises UserError where ``args`` are incomplete, or not all processes come within ``args.timeout_seconds``.
     """
     address, count, index = _find(args)
-    if count == 1:
+    if count == 1 or jax.distributed.is_initialized():
         return
     # Orbax asks that service about old steps, which confuses it; StopSignals takes its place.
     jax.config.update("jax_enable_preemption_service", False)
