@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llama_jax.config import (
     Config,
     DataArgs,
+    DistributedArgs,
     MeshArgs,
     ModelArgs,
     Remat,
@@ -159,6 +160,7 @@ def test_a_configuration_checks_all_its_sections():
         "data": DataArgs(train_size=0.0),
         "train": TrainArgs(lr=0.0),
         "mesh": MeshArgs(data=0),
+        "distributed": DistributedArgs(timeout_seconds=0),
     }
     assert bad.keys() == SECTIONS.keys()
     for name, section in bad.items():

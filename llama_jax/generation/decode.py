@@ -11,7 +11,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from llama_jax.config import SampleArgs
 from llama_jax.generation.sampling import sample_token
@@ -87,7 +86,7 @@ def generate_chunks(
         state, (ids, logprobs) = decode_chunk(
             model, params, state, jnp.float32(args.temperature), jnp.float32(args.top_p)
         )
-        yield Sampled(*multihost_utils.process_allgather((ids, logprobs), tiled=True))
+        yield Sampled(np.asarray(ids), np.asarray(logprobs))
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -220,7 +220,8 @@ def _draw(run: Run, sample: Any) -> None:
         if run.config.model.max_seq_len > 1:
             model = Model(run.config.model, sample, run.data.tokenizer, run.module)
             args = SampleArgs(temperature=0.7, max_new_tokens=SAMPLE_TOKENS, seed=run.config.train.seed)
-            (completion,) = model.generate([run.prompt], args)
+            with on_mesh(run.mesh):
+                (completion,) = model.generate([run.prompt], args)
             report.say("  | " + report.printable(run.prompt + completion.text).replace("\n", "\n  | "))
         plot = run.folder.plot_path
         if not plot.exists() or time.time() - plot.stat().st_mtime > PLOT_SECONDS:

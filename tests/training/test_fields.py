@@ -117,8 +117,8 @@ def test_every_field_is_covered() -> None:
     assert fields["data"] == set(CHANGED["data"])
     assert fields["train"] == set(CHANGED["train"]) | set(SAME_NUMBERS) | ELSEWHERE
     assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING)
-    # ModelArgs: tests/test_model.py; MeshArgs: tests/test_sharding.py.
-    assert {f.name for f in dataclasses.fields(Config)} == {"model", "data", "train", "mesh"}
+    # ModelArgs: tests/test_model.py; MeshArgs: tests/test_sharding.py; DistributedArgs: tests/test_distributed.py.
+    assert {f.name for f in dataclasses.fields(Config)} == {"model", "data", "train", "mesh", "distributed"}
 
 
 @pytest.mark.parametrize(("section", "field"), [(s, f) for s, fields in CHANGED.items() for f in fields])
