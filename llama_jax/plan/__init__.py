@@ -169,10 +169,12 @@ def _plan(
 
 
 def _kept_bytes(program: Program, layers: int) -> int:
-    """Bytes that the first loop over the layers, the forward pass, stacks up layer by layer."""
-    loops = [i for i in program.computations[program.entry] if i.opcode == "while" and program.trips(i) == layers]
-    stacks = [a for a in program.changed(loops[0]) if a.dims[:1] == (layers,)] if len(loops) > 1 else []
-    return sum(a.size for a in stacks if a.memory == HBM)
+    """Bytes that the first of two loops over the layers, the forward pass, stacks up layer by layer."""
+    for instructions in program.computations.values():  # the loops may lie in one over parts of the batch
+        loops = [i for i in instructions if i.opcode == "while" and program.trips(i) == layers]
+        if len(loops) > 1:
+            return sum(a.size for a in program.changed(loops[0]) if a.dims[:1] == (layers,) and a.memory == HBM)
+    return 0
 
 
 def _bytes(shapes: Any) -> int:
