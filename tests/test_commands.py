@@ -121,6 +121,7 @@ def test_every_documented_command_runs(place: Path) -> None:
         if argv[0] == "train.py":
             argv += [] if "--train.init-from" in argv else SMALL_MODEL
             argv += [*SHORT_RUN, "--train.gradient-accumulation-steps", "1", "--train.save-dir", f"documented/{i}"]
+            argv += ["--train.profile-steps", "2-3"] if "--train.profile-steps" in argv else []
             if "--data.tokenizer-model-path" not in argv and "tokens" not in argv:
                 argv += ["--data.vocab-size", "300", "--data.stories", "60"]
         if "llama_jax.plan" in argv:

@@ -97,9 +97,9 @@ class RunFolder:
             for line in self.metrics_path.read_text(errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                    self.spent = record.get("run_seconds", 0.0)
                     if record["step"] <= step:
                         self.records.append(record)
+                    self.spent = record.get("run_seconds", 0.0)
                 except (ValueError, TypeError, KeyError):
                     break  # the last line of a run that was killed while writing it
         self.spent_well = self.records[-1].get("run_step_seconds", 0.0) if self.records else 0.0
