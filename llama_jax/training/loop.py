@@ -183,6 +183,8 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
         with clock.spent_on("saving"):
             run.writer.wait()
     run.folder.write_best(steps_of(run.folder.path))
+    if last:
+        stopped = ""  # the signal came too late to end it early
     if stopped:
         print(f"stopped by {stopped} at step {step:,}, saved; the same command goes on from here")
     return step, stopped
@@ -204,7 +206,8 @@ def _evaluate(run: Run, state: TrainState, record: dict[str, Any], saved_at: int
     record["eval_loss"] = total / weight
     record["eval_bits_per_byte"] = total / weight / math.log(2) / run.data.tokens.eval_bytes_per_token
     best = run.folder.best()
-    improved = best is None or record["eval_loss"] < best["eval_loss"]
+    # All save, or none: a shared disk may show the others an older metrics.jsonl.
+    improved = bool(from_main(best is None or record["eval_loss"] < best["eval_loss"]))
     report.say(report.evaluation_text(record, run.data.floor, improved))
     return improved
 
