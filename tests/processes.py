@@ -11,7 +11,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "model.dim": 64, "model.n_layers": 2, "model.n_heads": 4, "model.n_kv_heads": 2, "model.multiple_of": 32,
-    "model.max_seq_len": 32, "data.vocab_size": 304, "data.stories": 60, "train.batch_size": 16, "train.warmup_steps": 5,
+    "model.max_seq_len": 16, "data.vocab_size": 304, "data.stories": 60, "data.train_size": 1.0, "train.batch_size": 8, "train.warmup_steps": 5,
     "train.log_interval": 1, "train.lr": 1e-2,
 }  # fmt: skip
 

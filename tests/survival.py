@@ -64,7 +64,7 @@ def survive(folder: Path, kills: int, seed: int, steps: int = 60) -> dict[str, A
 
 def _start(folder: Path, steps: int) -> list[subprocess.Popen[str]]:
     argv = flags(
-        train__save_dir=folder, train__max_steps=steps, train__save_interval=1, data__train_size=1.0, mesh__data=1,
+        train__save_dir=folder, train__max_steps=steps, train__save_interval=1, mesh__data=1,
         mesh__fsdp=2,
     )  # fmt: skip
     return start(["train.py", *argv], count=2)

@@ -1,16 +1,31 @@
 """The mesh and its table; and that training on eight devices, however laid out, is training on one."""
 
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec
 
+from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
+from llama_jax.data.batches import Batch
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
-from llama_jax.sharding import RULES, check_divisible, describe, make_mesh, mesh_axes_of, parameter_shardings, spec
+from llama_jax.sharding import (
+    RULES,
+    batch_sharding,
+    check_divisible,
+    describe,
+    make_mesh,
+    mesh_axes_of,
+    parameter_shardings,
+    spec,
+)
 from tests.eight_devices import run_on_eight_devices
 
 MODEL = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=96, multiple_of=32, max_seq_len=32)
@@ -112,43 +127,73 @@ MESHES = {
 }
 
 
-def train_on(sizes: dict[str, int]) -> dict[str, Any]:
-    """Three steps: the losses, the norms of the gradients, an update's fingerprint, and each parameter's shards."""
-    import numpy as np
+STEPS = 30
 
-    from llama_jax.data.batches import Batch
-    from llama_jax.sharding import batch_sharding
-    from llama_jax.training.step import compile_train_step, init_state, make_optimizer
 
-    sizes = dict(sizes)
-    parts = sizes.pop("parts", 1)
-    mesh = make_mesh(MeshArgs(**sizes), jax.devices()[: 1 if sizes == {"data": 1} else 8])
-    check_divisible(mesh, MODEL, TRAIN)
-    model, optimizer = Llama(MODEL), make_optimizer(TrainArgs(lr=1e-2, warmup_steps=1, eps=1e-3), 3)
-    state = init_state(model, optimizer, mesh, seed=0)
-    batches = []
-    for seed in range(3):
+class Trainer:
+    """A compiled step on a mesh, and the batches for it: ``STEPS`` and one more."""
+
+    def __init__(self, sizes: dict[str, int]):
+        from llama_jax.training.step import compile_train_step, make_optimizer
+
+        sizes = dict(sizes)
+        parts = sizes.pop("parts", 1)
+        self.mesh = make_mesh(MeshArgs(**sizes), jax.devices()[: 1 if sizes == {"data": 1} else 8])
+        check_divisible(self.mesh, MODEL, TRAIN)
+        args = TrainArgs(lr=1e-2, warmup_steps=1, eps=1e-3)
+        self.model, self.optimizer = Llama(MODEL), make_optimizer(args, STEPS + 1)
+        self.batches = [self.batch(seed) for seed in range(STEPS + 1)]
+        self.step = compile_train_step(self.model, self.optimizer, self.mesh, parts, self.batches[0])
+
+    def batch(self, seed: int) -> Any:
         rng = np.random.default_rng(seed)
         tokens = rng.integers(MODEL.vocab_size, size=(16, 33)).astype(np.int32)
         weights = (np.arange(32) < rng.integers(1, 33, size=(16, 1))).astype(np.float32)
-        batches.append(jax.device_put(Batch(tokens[:, :-1], tokens[:, 1:], weights), batch_sharding(mesh)))
-    step = compile_train_step(model, optimizer, mesh, parts, batches[0])
-    losses, norms = [], []
-    for batch in batches:
-        state, metrics = step(state, batch)
-        losses.append(float(metrics.loss))
-        norms.append(float(metrics.grad_norm))
-    leaves = {
-        "/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
-    }
-    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-    return {
-        "losses": losses,
-        "norms": norms,
-        "params": {name: np.asarray(leaf).ravel()[::37].tolist() for name, leaf in leaves.items()},
-        "shards": {name: leaf.addressable_shards[0].data.shape for name, leaf in leaves.items()},
-        "moments": sum(leaf.addressable_shards[0].data.size for leaf in moments) / sum(leaf.size for leaf in moments),
-    }
+        return jax.device_put(Batch(tokens[:, :-1], tokens[:, 1:], weights), batch_sharding(self.mesh))
+
+    def train(self, folder: Path) -> dict[str, Any]:
+        """Losses, norms of the gradients, the parameters' fingerprint after three steps, shards; and a checkpoint."""
+        from llama_jax.training.step import init_state
+
+        state = init_state(self.model, self.optimizer, self.mesh, seed=0)
+        losses, norms, fingerprint = [], [], {}
+        for i, batch in enumerate(self.batches[:STEPS]):
+            state, metrics = self.step(state, batch)
+            losses.append(float(metrics.loss))
+            norms.append(float(metrics.grad_norm))
+            if i == 2:
+                fingerprint = {name: np.asarray(leaf).ravel()[::37].tolist() for name, leaf in named(state.params)}
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / "params", state.params)
+            checkpointer.save(folder / "state", state.opt_state)
+        moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+        shards = {name: leaf.addressable_shards[0].data.shape for name, leaf in named(state.params)}
+        share = sum(leaf.addressable_shards[0].data.size for leaf in moments) / sum(leaf.size for leaf in moments)
+        return {"losses": losses, "norms": norms, "params": fingerprint, "shards": shards, "moments": share}
+
+    def resume(self, folder: Path) -> tuple[float, float]:
+        """Loss and norm of the step that follows a checkpoint."""
+        from llama_jax.training.step import TrainState, state_shapes
+
+        shapes = state_shapes(self.model, self.optimizer, self.mesh)
+        saved = Checkpoint(folder, MODEL, tokenizer=None)  # type: ignore[arg-type]
+        state = TrainState(saved.restore("params", shapes.params), saved.restore("state", shapes.opt_state))
+        _, metrics = self.step(state, self.batches[STEPS])
+        return float(metrics.loss), float(metrics.grad_norm)
+
+
+def named(params: Any) -> list[tuple[str, jax.Array]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [("/".join(key.key for key in path), leaf) for path, leaf in leaves]
+
+
+def train_on_all(folder: Path) -> dict[str, Any]:
+    """What Trainer says of each mesh, and of each resuming what each has saved."""
+    trainers = {name: Trainer(sizes) for name, sizes in MESHES.items()}
+    found = {name: trainer.train(folder / name) for name, trainer in trainers.items()}
+    for name, trainer in trainers.items():
+        found[name]["resumed"] = [trainer.resume(folder / other) for other in MESHES]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +203,22 @@ def trained() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
-def test_three_steps_on_eight_devices_equal_those_on_one(trained: dict[str, Any], mesh: str) -> None:
+def test_thirty_steps_on_eight_devices_equal_those_on_one(trained: dict[str, Any], mesh: str) -> None:
     one, eight = trained["one device"], trained[mesh]
-    assert one["losses"][2] != one["losses"][0]
-    assert eight["losses"] == pytest.approx(one["losses"], rel=1e-5)
-    assert eight["norms"] == pytest.approx(one["norms"], rel=1e-4)
+    assert len(set(one["losses"])) == len(one["losses"]) == STEPS
+    for steps, rel in ((5, 1e-5), (STEPS, 1e-4)):
+        assert eight["losses"][:steps] == pytest.approx(one["losses"][:steps], rel=rel)
+        assert eight["norms"][:steps] == pytest.approx(one["norms"][:steps], rel=10 * rel)
     for name, values in one["params"].items():
         assert eight["params"][name] == pytest.approx(values, abs=2e-5), name
+
+
+@pytest.mark.parametrize("mesh", list(MESHES))
+def test_a_checkpoint_of_any_mesh_is_resumed_on_any_other(trained: dict[str, Any], mesh: str) -> None:
+    (loss, norm), resumed = trained["one device"]["resumed"][0], trained[mesh]["resumed"]
+    assert len(resumed) == len(MESHES) and loss not in trained["one device"]["losses"]
+    assert [r[0] for r in resumed] == pytest.approx([loss] * len(MESHES), rel=1e-4)
+    assert [r[1] for r in resumed] == pytest.approx([norm] * len(MESHES), rel=1e-3)
 
 
 def test_parameters_and_moments_lie_in_shards_as_the_table_says(trained: dict[str, Any]) -> None:
@@ -189,4 +243,5 @@ def test_parameters_and_moments_lie_in_shards_as_the_table_says(trained: dict[st
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: train_on(sizes) for name, sizes in MESHES.items()}))
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(train_on_all(Path(folder))))
