@@ -24,7 +24,7 @@ from llama_jax.training import report
 from llama_jax.training.bad_steps import LossHistory, judge, raise_not_finite
 from llama_jax.training.clock import Clock, Recorder
 from llama_jax.training.plot import plot_losses
-from llama_jax.training.profile import Profile
+from llama_jax.training.profile import Profile, check_profiler
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.step import (
     StepMetrics,
@@ -72,6 +72,8 @@ def train(config: Config) -> RunFolder:
     use_compilation_cache()
     if config.train.tensorboard:
         check_installed()
+    if config.train.profile_steps:
+        check_profiler()
     start_job(config.distributed)
     with lost_processes_told():
         return _train(config, clock)

@@ -1,14 +1,31 @@
 """Traces of chosen steps, for xprof and Perfetto."""
 
 import contextlib
+import importlib.metadata
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from llama_jax.errors import UserError
 from llama_jax.training import report
 from llama_jax.training.clock import Clock
+
+
+def check_profiler() -> None:
+    """Raise UserError where a trace would crash the process: with another libtpu than the one that this jax was made for."""
+    if "tpu" not in (jax.config.jax_platforms or "tpu"):  # type: ignore[attr-defined]
+        return
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found = importlib.metadata.version("libtpu")
+        made_for = re.search(r"libtpu==([0-9.]+)\.\*", " ".join(importlib.metadata.requires("jax") or []))
+        if made_for and not found.startswith(made_for[1] + "."):
+            raise UserError(
+                f"train.profile_steps: expected libtpu {made_for[1]}, as jax {jax.__version__} has it, found {found}; "
+                f"pip install 'libtpu=={made_for[1]}.*', or, where there is no TPU, set JAX_PLATFORMS=cpu or cuda"
+            )
 
 
 class Profile:

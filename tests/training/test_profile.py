@@ -1,14 +1,18 @@
 """Traces hold the steps that were asked for, and open in the tools that they are for."""
 
+import contextlib
 import gzip
+import importlib.metadata
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llama_jax.config import TrainArgs
 from llama_jax.errors import UserError
+from llama_jax.training import profile
 from tests.training.test_bad_steps import spoilt, train  # noqa: F401
 
 
@@ -50,3 +54,30 @@ def test_steps_beyond_the_runs_end_are_refused_before_it_begins(tmp_path: Path, 
     with pytest.raises(UserError, match=r"train.profile_steps: expected steps of the run, which has 8, found 9-10"):
         train(tmp_path / "run", profile_steps="9-10")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("platforms", "libtpu", "refused"),
+    [
+        (None, "0.0.52", True),
+        ("tpu,cpu", "0.0.52", True),
+        (None, "0.0.42.1", False),
+        (None, None, False),
+        ("cpu", "0.0.52", False),
+    ],
+)
+def test_a_libtpu_with_which_a_trace_would_crash_is_refused(
+    platforms: str | None, libtpu: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if libtpu is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return libtpu
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy>=2", 'libtpu==0.0.42.*; extra == "tpu"'])
+    monkeypatch.setattr(
+        profile, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=platforms), __version__="1")
+    )
+    with pytest.raises(UserError, match=r"libtpu 0.0.42, .* found 0.0.52") if refused else contextlib.nullcontext():
+        profile.check_profiler()

@@ -68,8 +68,11 @@ def test_progress_of_any_kind_keeps_a_run_alive(sign: str, tmp_path: Path) -> No
 
 
 def test_zero_seconds_is_no_watchdog(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
     with Watchdog(Clock(), 0, tmp_path):
-        assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+        assert not set(threading.enumerate()) - before
+    with Watchdog(Clock(), 1, tmp_path):
+        assert {thread.name for thread in set(threading.enumerate()) - before} == {"watchdog"}
 
 
 RUN = """
