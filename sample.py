@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from llama_jax.config import DType, SampleArgs, parse_flags
+from llama_jax.config import DType, SampleArgs
 from llama_jax.errors import UserError, run_command
+from llama_jax.flags import parse_flags
 from llama_jax.tokenizer import clean
 
 

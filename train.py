@@ -4,8 +4,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from llama_jax.config import Config, load_toml, parse_flags, take_option
+from llama_jax.config import Config, load_toml
 from llama_jax.errors import run_command
+from llama_jax.flags import parse_flags, take_option
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.toml"
 

@@ -22,9 +22,10 @@ import jax
 import numpy as np
 import torch
 
-from llama_jax.config import MeshArgs, ModelArgs, TrainArgs, parse_flags
+from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.errors import run_command
+from llama_jax.flags import parse_flags
 from llama_jax.runtime import keep_freed_memory, make_model
 from llama_jax.sharding import batch_sharding, make_mesh
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer

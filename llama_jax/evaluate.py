@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from llama_jax.config import DType, parse_flags
+from llama_jax.config import DType
 from llama_jax.data.text import Corpus, find_files, replacement_warning
 from llama_jax.errors import UserError, run_command
+from llama_jax.flags import parse_flags
 from llama_jax.generation import Model
 from llama_jax.loss import loss_sum
 from llama_jax.tokenizer import Tokenizer

@@ -22,10 +22,10 @@ from llama_jax.config import (
     TrainArgs,
     from_dict,
     load_toml,
-    parse_flags,
     to_toml,
 )
 from llama_jax.errors import UserError
+from llama_jax.flags import parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {section.name: type(section.default) for section in dataclasses.fields(Config)}

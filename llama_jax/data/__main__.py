@@ -5,11 +5,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_jax.config import DataArgs, parse_flags
+from llama_jax.config import DataArgs
 from llama_jax.data import load_data
 from llama_jax.data.text import replacement_warning
 from llama_jax.data.tokens import read_manifest
 from llama_jax.errors import UserError, run_command
+from llama_jax.flags import parse_flags
 
 
 @dataclass(frozen=True)

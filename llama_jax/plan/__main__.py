@@ -6,9 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from llama_jax.config import Config, load_toml, parse_flags, take_option
+from llama_jax.config import Config, load_toml
 from llama_jax.errors import UserError, run_command
 from llama_jax.files import write_atomically
+from llama_jax.flags import parse_flags, take_option
 from llama_jax.plan.topology import ENVIRONMENT, EXAMPLES, Topology
 
 
