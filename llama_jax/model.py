@@ -17,35 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.attention import ATTENTION, CUDNN_FORWARD, OPERANDS, attention
+from llama_jax.attention import attention
 from llama_jax.config import AttentionKernel, ModelArgs, Remat
 from llama_jax.embedding import embed
-from llama_jax.linear import PROJECTION, linear
+from llama_jax.linear import linear
+from llama_jax.remat import MIDDLE, POLICIES
 from llama_jax.sharding import constrain
-
-MIDDLE = "middle"  # of a block: the residual stream between attention and feed-forward
-
-
-def _keeping(*names: str) -> Any:
-    """Keep what has one of these names, and what cuDNN's attention kernel returns, which cannot be named."""
-    return jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names(*names),
-        lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD,
-    )
-
-
-# What the backward pass finds kept of a block; the rest it computes again.
-REMAT_POLICIES: dict[Remat, Any] = {
-    "dots": _keeping(PROJECTION, ATTENTION),
-    "attention": _keeping(*OPERANDS, ATTENTION, MIDDLE),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[*OPERANDS, ATTENTION, MIDDLE],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -189,8 +166,11 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. ``kernel``: attention's implementation (attention.py). ``loss_chunk``: tokens whose
-    logits training holds at once (loss.py). ``unroll`` layers are compiled one after the other before the scan over layers repeats."""
+    """The whole model.
+
+    remat: what the backward pass finds kept (remat.py). kernel: attention's implementation (attention.py). loss_chunk: tokens
+    whose logits training holds at once (loss.py). ``unroll`` layers are compiled one after the other before the scan repeats.
+    """
 
     args: ModelArgs
     dtype: Any = jnp.float32
@@ -201,7 +181,7 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         a = self.args
-        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        block = Block if self.remat == "none" else nn.remat(Block, policy=POLICIES[self.remat], prevent_cse=False)
         self.tok_embeddings = _matrix(self, "tok_embeddings", 1.0, vocab=a.vocab_size, embed=a.dim)
         self.layers = nn.scan(
             block,

@@ -43,8 +43,6 @@ def main() -> None:
     """Read the configuration, then plan."""
     os.environ.update(ENVIRONMENT)
     path, argv = take_option(sys.argv[1:], "--config")
-    if path is None and not {"-h", "--help"} & set(argv):
-        raise UserError("--config: expected a TOML file, found none; see configs/ for examples")
     base = load_toml(path) if path else Config()
     default = PlanConfig(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
     description = f"{__doc__}\n\n--config FILE.toml supplies what flags do not."
