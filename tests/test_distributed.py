@@ -153,7 +153,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_saved_and_the_loss_o
 
 
 def test_a_run_survives_kills_of_its_processes_bit_for_bit(tmp_path: Path) -> None:
-    figures = survive(tmp_path, kills=2, seed=0)
+    figures = survive(tmp_path, kills=2, seed=0, notice_seconds=2)
     assert figures["kills"] == 2 and figures["same metrics"] and figures["same parameters"]
 
 
