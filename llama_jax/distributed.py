@@ -91,8 +91,8 @@ def _find(args: DistributedArgs) -> tuple[str, int, int]:
                 )
         except Exception as error:  # each cluster has its own
             raise UserError(
-                f"distributed: expected to find the job's processes through {cluster.__name__}, found: {error}; "
-                "give distributed.coordinator_address, num_processes and process_id"
+                f"distributed.coordinator_address: expected to find process 0 through {cluster.__name__}, "
+                f"found: {type(error).__name__} {error}; give the address, and num_processes and process_id if they are not known"
             ) from error
     given = [name for name, value in found.items() if value is not None]
     if found["num_processes"] == 1 or not given:
@@ -111,7 +111,9 @@ def _cluster() -> type[ClusterEnv] | None:
     for kind in ClusterEnv._cluster_types:
         # A pod that is not one of an indexed Job stands alone, and JAX's look at it would warn or fail.
         alone = kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
-        if not kind.opt_in_only_method and not alone and kind.is_env_present():
+        # Open MPI 5 no longer says where process 0 is, which JAX takes for its absence.
+        mpi = kind.name == "ompi" and "OMPI_COMM_WORLD_SIZE" in os.environ
+        if not kind.opt_in_only_method and not alone and (mpi or kind.is_env_present()):
             return kind
     return None
 

@@ -206,6 +206,16 @@ def test_processes_find_each_other_by_the_clusters_environment(cluster: str, mon
     assert distributed._find(given) == ("10.0.0.1:1234", 8, 5), "what is given wins"
 
 
+def test_under_open_mpi_5_the_address_alone_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    with pytest.raises(UserError, match=r"^distributed\.coordinator_address: expected"):
+        start_job(DistributedArgs())
+    assert distributed._find(DistributedArgs("10.0.0.1:1234")) == ("10.0.0.1:1234", 2, 1)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    assert distributed._find(DistributedArgs()) == ("", 1, 0)
+
+
 @pytest.mark.parametrize(
     ("args", "key"),
     [
