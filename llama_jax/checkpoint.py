@@ -5,20 +5,21 @@
     <step>/model/tokenizer.model    the tokenizer
     <step>/state/                   the optimizer's state; only in checkpoints that training can resume from
 
-A run folder holds such folders under checkpoints/. Orbax writes each under a temporary name and renames it when it is whole.
+A run folder holds such folders under checkpoints/, or a file of that name that says where they lie (see ``checkpoints_of``).
+Orbax writes each under a temporary name and renames it when it is whole; in object storage it marks it instead.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 from tensorstore import TensorStore
 
@@ -40,8 +41,9 @@ class ModelFilesHandler(ocp.CheckpointHandler):
         """Write the files into ``directory``, from process 0."""
         if jax.process_index():
             return
-        (Path(directory) / "model.json").write_text(json.dumps(dataclasses.asdict(args.model), indent=1))
-        (Path(directory) / "tokenizer.model").write_bytes(args.tokenizer.model_bytes)
+        folder = epath.Path(directory)
+        (folder / "model.json").write_text(json.dumps(dataclasses.asdict(args.model), indent=1))
+        (folder / "tokenizer.model").write_bytes(args.tokenizer.model_bytes)
 
     def restore(self, directory: Any, args: Any = None) -> None:
         """Not used: see ``Checkpoint``."""
@@ -71,9 +73,12 @@ class Checkpoint:
 
         Raises UserError where ``path`` is none of these.
         """
-        path = Path(path).expanduser()
-        if not path.is_dir():
-            raise UserError(f"{path}: expected a checkpoint folder, found {'a file' if path.exists() else 'nothing'}")
+        path = location(path)
+        with _told(path, "read"):
+            if not path.is_dir():
+                raise UserError(
+                    f"{path}: expected a checkpoint folder, found {'a file' if path.exists() else 'nothing'}"
+                )
         folder = path
         if not (path / "model").is_dir():
             folder = _step_of_run(path)
@@ -99,7 +104,7 @@ class Checkpoint:
         if not folder.is_dir():
             return {}
         with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
-            return _shapes(checkpointer.metadata(folder.absolute()).item_metadata)
+            return _shapes(checkpointer.metadata(absolute(folder)).item_metadata)
 
     def restore(self, item: str, target: Any) -> Any:
         """Read ``item`` ("params" or "state") into ``target``, a tree of ShapeDtypeStructs with shardings.
@@ -113,7 +118,7 @@ class Checkpoint:
             )
         _check_shapes(folder, self.arrays(item), _shapes(target))
         with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder.absolute(), target)
+            return checkpointer.restore(absolute(folder), target)
 
     def open_array(self, name: str) -> TensorStore:
         """Parameter ``name`` ("layers/attention/wq"), to be read region by region. Raises UserError where it is not there."""
@@ -144,10 +149,27 @@ def _key(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
 
 
+def location(path: str | Path) -> Path:
+    """A path on disk, or in object storage ("gs://bucket/run", by etils.epath)."""
+    return epath.Path(path) if "://" in str(path) else Path(path).expanduser()
+
+
+def absolute(path: Path) -> Path:
+    """As orbax wants it."""
+    return path if "://" in str(path) else path.absolute()
+
+
+def checkpoints_of(run: Path) -> Path:
+    """Where a run's checkpoints lie: in its folder checkpoints/, or where a file of that name says."""
+    here = run / "checkpoints"
+    return location(here.read_text().strip()) if here.is_file() else here
+
+
 def steps_of(run: Path) -> list[int]:
-    """Steps of the whole checkpoints in a run folder, ascending."""
-    folder = run / "checkpoints"
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    """Steps of the whole checkpoints of a run, ascending."""
+    folder = checkpoints_of(run)
+    with _told(folder, "read"):
+        return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
 def _step_of_run(run: Path) -> Path:
@@ -160,7 +182,7 @@ def _step_of_run(run: Path) -> Path:
         best = json.loads((run / "best.json").read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError):
         best = None
-    return run / "checkpoints" / str(best if best in steps else steps[-1])
+    return checkpoints_of(run) / str(best if best in steps else steps[-1])
 
 
 class CheckpointWriter:
@@ -179,9 +201,9 @@ class CheckpointWriter:
             ]
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
-        self._folder = run / "checkpoints"
+        self._folder = checkpoints_of(run)
         with _told(self._folder, "write"):
-            self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
+            self._manager = ocp.CheckpointManager(absolute(self._folder), options=options)
 
     def save(
         self, step: int, params: Any, state: Any, model: ModelArgs, tokenizer: Tokenizer, eval_loss: float | None
@@ -218,7 +240,8 @@ class CheckpointWriter:
         finally:
             if jax.process_index() == 0:
                 for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(path, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        epath.Path(path).rmtree()
 
 
 def save_checkpoint(folder: Path, params: Any, model: ModelArgs, tokenizer: Tokenizer) -> None:

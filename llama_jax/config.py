@@ -165,6 +165,8 @@ class TrainArgs:
     """Steps between two checkpoints (a new best evaluation is saved besides)."""
     save_dir: str = ""
     """The run folder. Empty: runs/<name of the config>."""
+    checkpoint_dir: str = ""
+    """Where checkpoints go: a folder, or object storage (gs://bucket/run, s3://bucket/run). Empty: checkpoints/ in the run folder."""
     init_from: str = ""
     """A checkpoint to start from (fine-tuning): its parameters, model arguments and tokenizer. Empty: random parameters."""
     seed: int = 0

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece as spm
+from etils import epath
 
 from llama_jax.errors import UserError
 from llama_jax.files import write_atomically
@@ -25,7 +26,7 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | Path):
-        self.model_path = Path(model_path)
+        self.model_path = epath.Path(model_path)  # a checkpoint's may lie in object storage
         try:
             self.model_bytes = self.model_path.read_bytes()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):

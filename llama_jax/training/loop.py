@@ -81,7 +81,7 @@ def train(config: Config) -> RunFolder:
 
 def _train(config: Config, clock: Clock) -> RunFolder:
     folder = RunFolder(config.train.save_dir)
-    folder.create()
+    folder.create(config.train.checkpoint_dir)
     saved = steps_of(folder.path)
     start = from_main(saved[-1] if saved else 0)
     folder.check_shared(start)
@@ -280,7 +280,7 @@ def _first_state(run: Run, optimizer: Any, start: int, source: Checkpoint | None
     """The state to begin with: the run's newest checkpoint, the checkpoint to fine-tune, or a random one."""
     shapes = state_shapes(run.module, optimizer, run.mesh)
     if start:
-        checkpoint = Checkpoint.find(run.folder.path / "checkpoints" / str(start))
+        checkpoint = Checkpoint.find(run.folder.checkpoints / str(start))
         return TrainState(checkpoint.restore("params", shapes.params), _restore_optimizer(run, checkpoint, shapes))
     params = None
     if source is not None:

@@ -150,7 +150,7 @@ def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str) -> str
         lines.append(bad_steps_text(folder.records[-1]))
     path = folder.path
     lines.append(
-        f"checkpoints: {path / 'checkpoints'}   losses: {path / 'losses.png'}   numbers: {path / 'metrics.jsonl'}"
+        f"checkpoints: {folder.checkpoints}   losses: {path / 'losses.png'}   numbers: {path / 'metrics.jsonl'}"
     )
     lines.append("now try:")
     lines.append(

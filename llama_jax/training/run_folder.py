@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.checkpoint import Checkpoint, steps_of
+from llama_jax.checkpoint import Checkpoint, absolute, checkpoints_of, location, steps_of
 from llama_jax.config import Config, ModelArgs, TrainArgs, load_toml, to_toml
 from llama_jax.distributed import is_main
 from llama_jax.errors import UserError
@@ -30,7 +30,7 @@ def starting_model(train: TrainArgs) -> ModelArgs:
     """
     run = Path(train.save_dir).expanduser()
     saved = steps_of(run)
-    return Checkpoint.find(run / "checkpoints" / str(saved[-1]) if saved else train.init_from).args
+    return Checkpoint.find(checkpoints_of(run) / str(saved[-1]) if saved else train.init_from).args
 
 
 class RunFolder:
@@ -47,8 +47,13 @@ class RunFolder:
         self.spent, self.spent_well = 0.0, 0.0  # seconds of earlier starts; in steps of which a checkpoint tells
         self._events: Events | None = None
 
-    def create(self) -> None:
-        """Make the folder. Raises UserError where that is not possible."""
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints lie."""
+        return checkpoints_of(self.path)
+
+    def create(self, checkpoint_dir: str = "") -> None:
+        """Make the folder, and have its checkpoints lie in ``checkpoint_dir``. Raises UserError where that is not possible."""
         if not is_main():
             return
         try:
@@ -59,10 +64,23 @@ class RunFolder:
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"train.save_dir: expected a folder to write to, found {self.path}: {reason}") from None
+        here = self.path / "checkpoints"
+        if checkpoint_dir and not here.exists():
+            if (folder := location(checkpoint_dir)).is_dir() and any(folder.iterdir()):
+                raise UserError(
+                    f"train.checkpoint_dir: expected a new or an empty folder for a new run, found {checkpoint_dir} in use; "
+                    "choose another"
+                )
+            write_atomically(here, str(absolute(folder)) + "\n")
+        elif checkpoint_dir and str(self.checkpoints) != str(absolute(location(checkpoint_dir))):
+            raise UserError(
+                f"train.checkpoint_dir: expected {self.checkpoints}, where this run's checkpoints are, found {checkpoint_dir}; "
+                "leave it out, or choose another --train.save-dir"
+            )
 
     def check_shared(self, start: int) -> None:
         """Raise UserError where this process does not see the folder, or process 0's last checkpoint, that of step ``start``."""
-        needed = self.path / "checkpoints" / str(start) if start else self.path
+        needed = self.checkpoints / str(start) if start else self.path
         if not needed.is_dir():
             raise UserError(
                 f"train.save_dir: expected a folder on a disk that all processes share, found that process "

@@ -107,7 +107,7 @@ CHANGED: dict[str, dict[str, Any]] = {
 # Values that change the program and not what it computes.
 SAME_NUMBERS = {"gradient_accumulation_steps": 2, "remat": "full"}
 # A run that does not hang is the same under any watchdog: see test_watchdog.py.
-ELSEWHERE = {"watchdog_seconds", "attention"}  # tests of their own
+ELSEWHERE = {"watchdog_seconds", "attention", "checkpoint_dir"}  # tests of their own
 
 
 def test_every_field_is_covered() -> None:

@@ -260,3 +260,32 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(text, tmp_
     assert result.returncode == 2, result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
     assert steps_of(folder) == []
+
+
+def test_checkpoints_may_lie_elsewhere_and_the_run_folder_finds_them(text, reference, tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "bucket" / "run"
+    train(text, run, **{"train.checkpoint_dir": elsewhere})
+    assert (run / "checkpoints").read_text().strip() == str(elsewhere)
+    assert metrics(run) == metrics(reference)
+    assert sorted(int(p.name) for p in elsewhere.iterdir()) == steps_of(run) == steps_of(reference)
+    for step in steps_of(reference):
+        elsewhere_too = llama_jax.load(str(elsewhere / str(step)))
+        for x, y in zip(jax.tree.leaves(elsewhere_too.params), parameters(reference, step), strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert llama_jax.load(str(run)).args == llama_jax.load(str(reference)).args
+    train(text, run, **{"train.max_steps": 12})  # goes on from there, though it is not said again
+    assert metrics(run)[-1]["step"] == 12 and steps_of(run)[-1] == 12
+
+
+@pytest.mark.parametrize("used", ["by another run", "by this run, elsewhere"])
+def test_a_place_for_checkpoints_that_is_in_use_is_refused(text, reference, tmp_path, used):
+    run, other = tmp_path / "run", tmp_path / "other"
+    if used == "by another run":
+        (other / "7").mkdir(parents=True)
+    else:
+        (run / "checkpoints" / "3").mkdir(parents=True)
+    done = subprocess.run(
+        command(text, run, **{"train.checkpoint_dir": other}), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: train.checkpoint_dir: expected") and done.stderr.count("\n") == 1
