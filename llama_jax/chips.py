@@ -15,13 +15,16 @@ class Chip:
     clock: float  # Hz, of the compiler's cycles
     link_bytes: float  # bytes a second of the links along one axis of the torus, both directions together
     torus_axes: int
+    slice_bytes: (
+        float | None
+    )  # bytes a second that leave for other slices, by the data centre's network; None: not published
 
 
 TPUS = {
-    "v4": Chip(275e12, 31.0 * GiB, 1.228e12, 1.05e9, 9e10, 3),
-    "v5e": Chip(197e12, 15.75 * GiB, 0.819e12, 1.5e9, 9e10, 2),
-    "v5p": Chip(459e12, 95.73 * GiB, 2.765e12, 1.75e9, 1.8e11, 3),
-    "v6e": Chip(918e12, 31.24 * GiB, 1.64e12, 1.75e9, 1.8e11, 2),
+    "v4": Chip(275e12, 31.0 * GiB, 1.228e12, 1.05e9, 9e10, 3, None),
+    "v5e": Chip(197e12, 15.75 * GiB, 0.819e12, 1.5e9, 9e10, 2, 3.125e9),
+    "v5p": Chip(459e12, 95.73 * GiB, 2.765e12, 1.75e9, 1.8e11, 3, 6.25e9),
+    "v6e": Chip(918e12, 31.24 * GiB, 1.64e12, 1.75e9, 1.8e11, 2, 12.5e9),
 }
 # Dense bfloat16 FLOP/s of one device, by the device_kind that JAX reports.
 PEAK_FLOPS = {

@@ -6,6 +6,7 @@ time is read off its schedule (cost.py).
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,7 +156,9 @@ def _plan(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - began
-        return Plan(config, topology, shape, kernel, 0, parts, None, "", str(error), seconds)
+        needed = _needed_bytes(str(error))
+        parts |= {"all else": needed - sum(parts.values())} if needed > sum(parts.values()) else {}
+        return Plan(config, topology, shape, kernel, needed, parts, None, "", str(error), seconds)
     seconds = time.perf_counter() - began
     text, memory = cast(str, compiled.as_text()), cast(Any, compiled.memory_analysis())
     program = Program.parse(text)
@@ -166,6 +169,12 @@ def _plan(
         {"kept for the backward pass": kept, "temporaries": max(0, rest)} if kept else {"temporaries": max(0, rest)}
     )
     return Plan(config, topology, shape, kernel, peak, parts, schedule_of(program, topology.chip), text, "", seconds)
+
+
+def _needed_bytes(refusal: str) -> int:
+    """Bytes a chip, the state's among them, that the compiler says it needs; 0 where it does not say."""
+    found = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT]?)", refusal)
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else 0
 
 
 def _kept_bytes(program: Program, layers: int) -> int:

@@ -17,6 +17,8 @@ from llama_jax.chips import Chip
 from llama_jax.plan.hlo import HBM, HOST, Instruction, Program
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Parts of a transfer to the host or to other slices; its bytes are counted at the send.
+TRANSFERS = ("send", "send-done", "recv", "recv-done", "after-all")
 # How often the bytes of a collective's result pass a link (a ring's, in both directions).
 PASSES = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-all": 0.25}
 # Matrix products of [T, S] scores in the parts of flash attention: scores, values; gradients of q; of k and v.
@@ -32,6 +34,8 @@ PARTS = {
     "optimizer": "optimizer",
 }
 RECOMPUTED = "rematted_computation"
+# Kinds of collectives that leave the slice end so.
+BETWEEN_SLICES = " between slices"
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,18 @@ class Schedule:
         return self.cost.kernel_flops / (self.chip.peak_flops * KERNEL_EFFICIENCY)
 
     @property
+    def waiting(self) -> float:
+        """Seconds by which the network between slices needs longer than all else, beside which it works."""
+        between = sum(c.seconds for c in self.collectives if c.kind.endswith(BETWEEN_SLICES))
+        return max(0.0, between - self._busy)
+
+    @property
     def seconds(self) -> float:
         """Of one run."""
+        return self._busy + self.waiting
+
+    @property
+    def _busy(self) -> float:
         return self.cost.matrix + self.cost.other + self.blocking + self.kernels
 
 
@@ -143,6 +157,11 @@ class _Reader:
                 cost.add(self._cost(called), 1)
         elif _collective(i.opcode):
             self._transfer(i, i.opcode.endswith("-start"), cost, seen)
+        elif sent := i.between_slices:
+            kind, slices = sent
+            transfer = cost.transfers[kind + BETWEEN_SLICES, False, slices]
+            transfer[0] += 1
+            transfer[1] += i.results[0].size
         elif i.target == "tpu_custom_call":
             self._kernel(i, names, cost)
         elif i.opcode in ("copy-start", "slice-start"):
@@ -150,7 +169,7 @@ class _Reader:
             moved = min((array.size for array in i.results[:2]), default=0)
             cost.host_bytes += moved * (HOST in memories)
             cost.hbm_bytes += moved * (HBM in memories and HOST not in memories)
-        elif i.opcode not in ("parameter", "constant", "tuple", "get-tuple-element", "bitcast"):
+        elif i.opcode not in ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", *TRANSFERS):
             self._compute(i, names, cost, seen)
 
     def _compute(self, i: Instruction, names: dict[str, Instruction], cost: Cost, seen: set[str]) -> None:
@@ -267,6 +286,9 @@ def _link_seconds(kind: str, size: float, group: int, chip: Chip) -> float:
     """Seconds that a collective of ``group`` chips takes on rings along the axes of the torus that it spans."""
     if group <= 1:
         return 0.0
+    if kind.endswith(BETWEEN_SLICES):
+        passes = PASSES.get(kind.removesuffix(BETWEEN_SLICES), 1.0)
+        return passes * size * (group - 1) / group / (chip.slice_bytes or math.inf)
     if kind == "collective-permute":
         return size / (chip.link_bytes / 2)
     axes = 1 if group <= 16 else 2

@@ -94,6 +94,16 @@ class Instruction:
         return self._attribute(r'custom_call_target="([^"]*)"') or ""
 
     @property
+    def between_slices(self) -> tuple[str, int] | None:
+        """Of a send to other slices: the collective that it is a part of, such as "all-reduce", and the slices that take part."""
+        kind = self._attribute(r'_xla_megascale_transfer_type="(\w+)"')
+        target = self._attribute(r'_xla_megascale_target="\{([\d,:]+)\}')
+        if self.opcode != "send" or not kind or not target:
+            return None
+        ranges = [part.split(":") for part in target.split(",")]
+        return kind.lower().replace("_", "-"), sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
+
+    @property
     def channel(self) -> str:
         """What tells a collective from others, in whatever pieces it appears."""
         return self._attribute(r"channel_id=(\d+)") or self.name

@@ -26,6 +26,8 @@ def draw(plan: Plan, path: Path) -> None:
             part: seconds * scale for part, seconds in sorted(schedule.cost.parts.items(), key=lambda item: -item[1])
         }
         time |= {"attention's kernels": schedule.kernels * scale, "blocking collectives": schedule.blocking * scale}
+        if schedule.waiting:
+            time["waiting for other slices"] = schedule.waiting * scale
     figure, axes = plt.subplots(2, 1, figsize=(11, 5.5), layout="constrained")
     room = plan.topology.chip.hbm_bytes / GiB
     verdict = "fits" if plan.fits else "does not fit"

@@ -1,12 +1,11 @@
 """A plan as text and as JSON."""
 
-import re
 from typing import Any
 
 from llama_jax.chips import GiB
 from llama_jax.config import Remat
 from llama_jax.plan import Plan
-from llama_jax.plan.cost import KERNEL_EFFICIENCY, Schedule
+from llama_jax.plan.cost import BETWEEN_SLICES, KERNEL_EFFICIENCY, Schedule
 from llama_jax.progress import duration
 from llama_jax.sharding import describe
 from llama_jax.training.flops import train_flops_per_token
@@ -71,6 +70,7 @@ def _common(plan: Plan) -> dict[str, Any]:
                 "other": schedule.cost.other / plan.steps,
                 "blocking_collectives": schedule.blocking / plan.steps,
                 "kernels": schedule.kernels / plan.steps,
+                "waiting_for_slices": schedule.waiting / plan.steps,
             },
             "overlapped_collectives": schedule.overlapped / plan.steps,
             "seconds_by_part": {name: seconds / plan.steps for name, seconds in _by_part(schedule)},
@@ -145,18 +145,13 @@ def _place(plan: Plan) -> list[tuple[str, str]]:
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     room = f"{plan.topology.chip.hbm_bytes / GiB:.2f} GiB a chip"
     if plan.schedule is None:
-        rows = [("memory", f"DOES NOT FIT into {room}: {_needed(plan.refusal)}")]
+        needed = f"{plan.bytes / GiB:.2f} GiB" if plan.bytes else "more"
+        rows = [("memory", f"DOES NOT FIT into {room}: the compiler needs {needed}")]
     else:
         verdict = "fits:" if plan.fits else "DOES NOT FIT:"
         rows = [("memory", f"{verdict} {plan.bytes / GiB:.2f} of {room}")]
     rows += [("", f"{size / GiB:8.2f} GiB  {part}") for part, size in plan.bytes_by_part.items()]
     return rows if plan.fits else [*rows, ("change", advice(plan))]
-
-
-def _needed(refusal: str) -> str:
-    """What the compiler says of its own, in short."""
-    found = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", refusal)
-    return f"the compiler needs {found[1]}" if found else "the compiler finds no way to hold it"
 
 
 def advice(plan: Plan) -> str:
@@ -188,11 +183,18 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
     ]
     if cost.kernels:
         rows.append(row(schedule.kernels, f"kernels, taken at {KERNEL_EFFICIENCY:.0%} of the peak: {kernels}"))
+    if schedule.waiting:
+        rows.append(row(schedule.waiting, "more for the network between slices"))
     rows += [("by part", "")] + [row(seconds, part) for part, seconds in _by_part(schedule)]
     rows.append(("links", ""))
     for c in schedule.collectives:
         how = "blocks" if c.blocking else "overlaps"
-        rows.append(row(c.seconds, f"{c.kind} over {c.group} chips, {c.bytes / steps / 1e9:,.3f} GB, {how}"))
+        rows.append(
+            row(
+                c.seconds,
+                f"{c.kind} over {c.group}{'' if c.kind.endswith(BETWEEN_SLICES) else ' chips'}, {c.bytes / steps / 1e9:,.3f} GB, {how}",
+            )
+        )
     return rows
 
 

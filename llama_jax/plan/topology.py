@@ -45,7 +45,12 @@ class Topology:
             raise UserError(
                 f"--topology: expected a grid of {axes} sizes for {found[2]}, found {name!r}; such as {EXAMPLES}"
             )
-        return cls(name, found[2], grid, int(found[1] or 1))
+        slices = int(found[1] or 1)
+        if slices > 1 and TPUS[found[2]].slice_bytes is None:
+            raise UserError(
+                f"--topology: expected one slice of {found[2]}, found {name!r}; the network between its slices is not published"
+            )
+        return cls(name, found[2], grid, slices)
 
     @property
     def chip(self) -> Chip:

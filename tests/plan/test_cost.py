@@ -1,5 +1,7 @@
 """What a program costs, on small programs whose cost is counted by hand."""
 
+import dataclasses
+
 import pytest
 
 from llama_jax.chips import TPUS
@@ -161,3 +163,36 @@ def test_a_batched_product_written_as_a_dilated_convolution_counts_its_true_pair
 def test_what_is_no_program_is_told() -> None:
     with pytest.raises(ValueError, match="ENTRY"):
         Program.parse("nothing of the sort")
+
+
+SEND = """HloModule step, is_scheduled=true, num_partitions=4
+
+ENTRY %main (gradient: f32[1024,1024]) -> f32[1024,1024] {
+  %gradient = f32[1024,1024]{1,0:T(8,128)} parameter(0)
+  %token = token[] after-all()
+  %copy.1 = f32[1024,1024]{1,0:T(8,128)S(1)} copy(%gradient), backend_config={"estimated_cycles":"1500"}
+  %send = (f32[1024,1024]{1,0:T(8,128)}, u32[], token[]) send(%gradient, %token), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[1024,1024]{1,0:T(8,128)}, u32[], token[]) recv(%token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=3, is_host_transfer=true
+  %received = (f32[1024,1024]{1,0:T(8,128)}, token[]) recv-done(%recv), channel_id=2, is_host_transfer=true
+  ROOT %out = f32[1024,1024]{1,0:T(8,128)} get-tuple-element(%received), index=0
+}
+"""
+
+
+def test_what_leaves_for_another_slice_goes_by_the_network_and_is_waited_for_where_it_takes_longest() -> None:
+    """A sum over two slices: half of it is sent twice. A step takes no less than its network."""
+    schedule = schedule_of(Program.parse(SEND), CHIP)
+    (total,) = schedule.collectives
+    assert (total.kind, total.group, total.count, total.bytes) == ("all-reduce between slices", 2, 1, 4 << 20)
+    assert CHIP.slice_bytes and total.seconds == pytest.approx((4 << 20) / CHIP.slice_bytes)
+    assert schedule.seconds == pytest.approx(total.seconds) and schedule.waiting < total.seconds
+    assert schedule.cost.hbm_bytes == 4 << 20  # the copy's alone
+    fast = dataclasses.replace(CHIP, slice_bytes=1e15)
+    assert schedule_of(Program.parse(SEND), fast).waiting == 0
+    assert schedule_of(Program.parse(SEND), fast).seconds == pytest.approx(1500 / CHIP.clock)
+
+
+def test_the_slices_of_a_transfer_are_counted_by_their_ranges() -> None:
+    (send,) = [i for i in Program.parse(SEND.replace("{1,2}x", "{0:5,7}x")).computations["main"] if i.opcode == "send"]
+    assert send.between_slices == ("all-reduce", 7)

@@ -13,6 +13,7 @@ import pytest
 from llama_jax.chips import TPUS
 from llama_jax.config import Config, MeshArgs, ModelArgs, TrainArgs, to_toml
 from llama_jax.errors import UserError
+from llama_jax.plan import _needed_bytes
 from llama_jax.plan.cost import schedule_of
 from llama_jax.plan.hlo import Program
 from llama_jax.plan.topology import Topology
@@ -138,8 +139,22 @@ def test_a_step_that_does_not_fit_is_told_with_what_to_change(tmp_path: Path) ->
     found = json.loads(done.stdout)
     assert found["fits"] is False and found["step_seconds"] is None
     assert found["parts"]["bytes"]["optimizer"] > found["hbm_per_device"] / 2
+    assert found["bytes_per_device"] == pytest.approx(sum(found["parts"]["bytes"].values()))
+    assert found["bytes_per_device"] > found["parts"]["bytes"]["optimizer"] * 1.5
     text = plan(tmp_path, "--topology", "v5e:2x2", config=config).stdout
     assert "DOES NOT FIT" in text and "--mesh.fsdp" in text
+
+
+@pytest.mark.parametrize(
+    ("refusal", "needed"),
+    [
+        ("Ran out of memory on HBM, the total memory required for HLO temporaries (32.15G) exceeds (15.75G)", 32.15),
+        ("Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G.", 17.5),
+        ("Ran out of something else", 0),
+    ],
+)
+def test_what_the_compiler_needs_is_read_from_its_refusal(refusal: str, needed: float) -> None:
+    assert _needed_bytes(refusal) == int(needed * (1 << 30))
 
 
 @needs_libtpu
@@ -160,6 +175,7 @@ def test_a_search_ranks_what_it_compiled(tmp_path: Path) -> None:
         (["--topology", "v5e:2x2x2"], ["--topology", "2 sizes", "'v5e:2x2x2'"]),
         (["--topology", "v5p:4x4"], ["--topology", "3 sizes"]),
         (["--topology", "v5e:0x4"], ["--topology", "v5e:0x4"]),
+        (["--topology", "2xv4:2x2x1"], ["--topology", "one slice of v4"]),
         (["--topology", ""], ["--topology", "found none"]),
         (["--topology", "v5e:2x2", "--slots", "0"], ["--slots", "found 0"]),
         (["--topology", "v5e:2x2", "--train.remat", "all"], ["--train.remat", "'all'"]),
