@@ -94,13 +94,16 @@ def compiler_options(device: jax.Device) -> dict[str, Any]:
         # Lookups stay where their operands are. On the sparse core, the loss's would want whole logits in memory.
         options["xla_tpu_offload_gather_to_sparsecore"] = False
     if device.device_kind in ("TPU v5 lite", "TPU v5e"):
-        # Sums of gradients over devices run beside the matrix products that follow, as gathers of parameters do everywhere.
-        # Only a sum of one array can: they are not combined. XLA refuses this on other chips.
+        # Sums of gradients over devices run beside the matrix products that follow, as gathers of parameters do by default.
+        # Only a sum of one array can: they are not combined. XLA refuses this, and such gathers, on other chips.
         options |= {
             "xla_enable_async_all_reduce": True,
             "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
             "xla_jf_crs_combiner_threshold_in_bytes": 0,
         }
+    if platform_of(device) == "cuda":
+        # Collectives begin as early as their operands are there and end as late as their results are needed.
+        options["xla_gpu_enable_latency_hiding_scheduler"] = True
     return options
 
 

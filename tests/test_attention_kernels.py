@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from llama_jax.config import AttentionKernel, MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
+from llama_jax.runtime import compiler_options
 from llama_jax.sharding import batch_sharding, make_mesh, on_mesh
 from llama_jax.training.step import make_optimizer, trace_train_step
 from tests.eight_devices import run_on_eight_devices
@@ -108,6 +110,13 @@ def test_the_step_of_a_gpu_calls_cudnns_flash_attention_once_forward_and_once_ba
         traced = trace_train_step(model, make_optimizer(TrainArgs(), 10), mesh, 1, batch)
         calls = re.findall(r"custom_call @(__cudnn\S+?)\(", traced.lower(lowering_platforms=("cuda",)).as_text())
         assert sorted(calls) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+
+
+def test_xla_knows_the_options_of_a_gpu_and_a_cpu_has_none() -> None:
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", client=SimpleNamespace(platform_version="cuda 12"))
+    options = compiler_options(gpu)  # type: ignore[arg-type]
+    assert options and not compiler_options(jax.devices()[0])
+    jax.jit(jnp.sin).lower(1.0).compile(compiler_options=options)
 
 
 if __name__ == "__main__":
