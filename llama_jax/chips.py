@@ -15,9 +15,7 @@ class Chip:
     clock: float  # Hz, of the compiler's cycles
     link_bytes: float  # bytes a second of the links along one axis of the torus, both directions together
     torus_axes: int
-    slice_bytes: (
-        float | None
-    )  # bytes a second that leave for other slices, by the data centre's network; None: not published
+    slice_bytes: float | None  # bytes a second to other slices, by the data centre's network; None: not published
 
 
 TPUS = {
