@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.processes import free_address
+
 ROOT = Path(__file__).parents[1]
 SMALL_MODEL = [
     "--model.dim",
@@ -142,6 +144,18 @@ def test_every_documented_command_runs(place: Path) -> None:
             shutil.rmtree(place / argv[argv.index("--output") + 1], ignore_errors=True)
         result = run(argv, place, shlex.split(echoed)[1] + "\n" if echoed else "Hi\n")
         assert result.returncode == 0, f"{line}\n{result.stderr}"
+
+
+def test_the_recipe_for_two_processes_on_one_machine_runs(place: Path) -> None:
+    (recipe,) = re.findall(r"```\n(for i in .*?)```", (ROOT / "docs" / "launch.md").read_text(), re.DOTALL)
+    command = shlex.join(
+        [sys.executable, str(ROOT / "train.py"), *SMALL, "--data.stories", "60", "--data.vocab-size", "300"]
+    )
+    script = recipe.replace("python train.py", command).replace("127.0.0.1:9876", free_address())
+    done = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "error" not in done.stderr, done.stderr
+    assert done.stdout.count("run folder  runs/two") == done.stdout.count("mesh: data 2") == 1, "process 0 alone prints"
+    assert len((place / "runs" / "two" / "metrics.jsonl").read_text().splitlines()) == 6
 
 
 def test_sample_prints_a_text_a_prompt(place: Path) -> None:
