@@ -81,7 +81,7 @@ sys.argv = ["train.py", *sys.argv[2:]]
 from llama_jax.training import loop
 original = loop.train_batches
 def batches_that_stop(*args):
-    for step, batch in enumerate(original(*args), args[-2] + 1):
+    for step, batch in enumerate(original(*args), args[4] + 1):
         if step == 4:
             threading.Event().wait()
         yield batch
