@@ -22,7 +22,7 @@ MAX_BLOCKS = 16
 # Splash takes the largest of these that divides the length, and heads of whole lanes of a TPU's vector unit.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
 LANES = 128
-# Names by which rematerialisation policies know the operands and the results (model.py).
+# Names by which rematerialisation policies know the operands and the results (remat.py).
 OPERANDS = ("query", "key", "value")
 ATTENTION = "attention"
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
@@ -38,7 +38,7 @@ def choose_kernel(
     Raises UserError where the one that is asked for is not available.
     """
     length = args.max_seq_len // sequence_shards
-    missing: dict[AttentionKernel, dict[str, bool]] = {
+    needs: dict[AttentionKernel, dict[str, bool]] = {
         "splash": {
             "a TPU": platform == "tpu",
             f"a multiple of {LANES} positions a device": length % LANES == 0,
@@ -52,9 +52,9 @@ def choose_kernel(
         "xla": {},
     }
     if asked == "auto":
-        return next(kernel for kernel, needs in missing.items() if all(needs.values()))
-    for need, there in missing[asked].items():
-        if not there:
+        return next(kernel for kernel, met in needs.items() if all(met.values()))
+    for need, met in needs[asked].items():
+        if not met:
             raise UserError(
                 f"train.attention: expected {need} for {asked}, found {platform}, {jnp.dtype(dtype).name}, {length} positions a "
                 f"device, heads of {args.head_dim} features; take another, or auto"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# The name by which rematerialisation policies know the results (model.py).
+# The name by which rematerialisation policies know the results (remat.py).
 PROJECTION = "projection"
 
 

@@ -24,8 +24,9 @@ def cross_entropy(
     """Sum over all positions of weights x -log softmax(hidden @ output)[targets], in nats, float32.
 
     hidden: [B, T, D]; output: [D, V]; targets: int [B, T]; weights: float32 [B, T], not differentiated. Its gradient is
-    computed along with the loss, chunk by chunk of ``chunk_tokens``, while the chunk's logits are at hand. Each device gathers the output matrix
-    once and takes the chunks from its own positions; the matrix's gradient is summed over devices once, at the end.
+    computed along with the loss, chunk by chunk of ``chunk_tokens``, while the chunk's logits are at hand. Each device
+    gathers the output matrix once and takes the chunks from its own positions; the matrix's gradient is summed over devices
+    once, at the end.
     """
 
     def local(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:

@@ -53,10 +53,7 @@ class Model:
         use_compilation_cache()
         checkpoint = Checkpoint.find(path)
         module = make_model(checkpoint.args, compute_dtype)
-        shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-        shapes = jax.tree_util.tree_map_with_path(
-            lambda path, s: s if is_norm(path) else jax.ShapeDtypeStruct(s.shape, module.dtype), shapes
-        )
+        shapes = serving_shapes(module)
         mesh = _fitting_mesh(checkpoint, shapes, module)
         params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(module, mesh)))
         return cls(checkpoint.args, params, checkpoint.tokenizer, module)
@@ -170,6 +167,14 @@ class _Row:
 @functools.partial(jax.jit, static_argnames=("module",))
 def _logits(module: Llama, params: Any, token_ids: jax.Array) -> jax.Array:
     return module.apply({"params": params}, token_ids)[0]
+
+
+def serving_shapes(module: Llama) -> Any:
+    """Shapes and types of the parameters in generation: matrices in the type that is computed in, norms' weights float32."""
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    return jax.tree_util.tree_map_with_path(
+        lambda path, s: s if is_norm(path) else jax.ShapeDtypeStruct(s.shape, module.dtype), shapes
+    )
 
 
 def _fitting_mesh(checkpoint: Checkpoint, shapes: Any, module: Llama) -> jax.sharding.Mesh:

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from llama_jax.checkpoint import with_shardings
 from llama_jax.config import Config
 from llama_jax.errors import UserError
+from llama_jax.generation import serving_shapes
 from llama_jax.generation.decode import CHUNK, DecodeState, decode_chunk
-from llama_jax.model import KVCache, Llama, is_norm
+from llama_jax.model import KVCache, Llama
 from llama_jax.plan.cost import Schedule, schedule_of
 from llama_jax.plan.hlo import HBM, Program
 from llama_jax.plan.topology import Topology
@@ -45,7 +45,6 @@ class Plan:
     bytes_by_part: dict[str, int]
     schedule: Schedule | None
     text: str  # of the compiled program
-    refusal: str  # the compiler's, where it refused
     compile_seconds: float
     steps: int = 1  # that the program runs
 
@@ -111,11 +110,7 @@ def plan_decoding(config: Config, topology: Topology, batch: int, slots: int) ->
         mesh, config.model, dataclasses.replace(config.train, batch_size=rows, gradient_accumulation_steps=1)
     )
     module = make_model(config.model, config.train.compute_dtype, mesh=mesh)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    shapes = jax.tree_util.tree_map_with_path(
-        lambda path, s: s if is_norm(path) else jax.ShapeDtypeStruct(s.shape, module.dtype), nn.unbox(boxed)["params"]
-    )
-    params = with_shardings(shapes, parameter_shardings(module, mesh))
+    params = with_shardings(serving_shapes(module), parameter_shardings(module, mesh))
     state = _decode_state(module, mesh, batch, slots)
     parts = {"parameters": _bytes(params), "cache": _bytes((state.cache.k, state.cache.v))}
 
@@ -158,17 +153,15 @@ def _plan(
         seconds = time.perf_counter() - began
         needed = _needed_bytes(str(error))
         parts |= {"all else": needed - sum(parts.values())} if needed > sum(parts.values()) else {}
-        return Plan(config, topology, shape, kernel, needed, parts, None, "", str(error), seconds)
+        return Plan(config, topology, shape, kernel, needed, parts, None, "", seconds)
     seconds = time.perf_counter() - began
     text, memory = cast(str, compiled.as_text()), cast(Any, compiled.memory_analysis())
     program = Program.parse(text)
     peak = memory.peak_memory_in_bytes
-    kept = _kept_bytes(program, config.model.n_layers)
-    rest = peak - sum(parts.values()) - kept
-    parts |= (
-        {"kept for the backward pass": kept, "temporaries": max(0, rest)} if kept else {"temporaries": max(0, rest)}
-    )
-    return Plan(config, topology, shape, kernel, peak, parts, schedule_of(program, topology.chip), text, "", seconds)
+    if kept := _kept_bytes(program, config.model.n_layers):
+        parts |= {"kept for the backward pass": kept}
+    parts |= {"temporaries": max(0, peak - sum(parts.values()))}
+    return Plan(config, topology, shape, kernel, peak, parts, schedule_of(program, topology.chip), text, seconds)
 
 
 def _needed_bytes(refusal: str) -> int:

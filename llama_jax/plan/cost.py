@@ -94,6 +94,11 @@ class Schedule:
         return sorted(found, key=lambda c: -c.seconds)
 
     @property
+    def by_part(self) -> list[tuple[str, float]]:
+        """Seconds of matrix and other, by part of the model, the longest first."""
+        return sorted(self.cost.parts.items(), key=lambda part: -part[1])
+
+    @property
     def blocking(self) -> float:
         """Seconds in collectives beside which nothing runs."""
         return sum(c.seconds for c in self.collectives if c.blocking)
@@ -174,7 +179,8 @@ class _Reader:
 
     def _compute(self, i: Instruction, names: dict[str, Instruction], cost: Cost, seen: set[str]) -> None:
         inner = [i, *self._inside(i)]
-        flops = sum(_matrix_flops(j, self._names(j, names, inner)) for j in inner if j.opcode in ("convolution", "dot"))
+        everything = names | {j.name: j for j in inner}
+        flops = sum(_matrix_flops(j, everything) for j in inner if j.opcode in ("convolution", "dot"))
         seconds = i.cycles / self._chip.clock
         if flops:
             cost.matrix += seconds
@@ -189,9 +195,6 @@ class _Reader:
                 scattered = any(k.opcode == "dynamic-slice" for k in inner)
                 kind = "reduce-scatter" if j.opcode == "all-reduce" and scattered and not asynchronous else None
                 self._transfer(j, asynchronous, cost, seen, kind)
-
-    def _names(self, j: Instruction, names: dict[str, Instruction], inner: list[Instruction]) -> dict[str, Instruction]:
-        return names | {k.name: k for k in inner}
 
     def _inside(self, i: Instruction) -> Iterable[Instruction]:
         for called in i.called if i.opcode == "fusion" else ():

@@ -6,6 +6,7 @@ from typing import Any
 from llama_jax.chips import GiB
 from llama_jax.files import replacing
 from llama_jax.plan import Plan
+from llama_jax.sharding import describe
 
 # Of neighbouring bars that can be told apart, also in grey.
 COLOURS = ("#1b4f72", "#5dade2", "#b9770e", "#f5cba7", "#1e8449", "#abebc6", "#6c3483", "#d2b4de", "#922b21", "#f5b7b1")
@@ -22,9 +23,7 @@ def draw(plan: Plan, path: Path) -> None:
     time = {}
     if plan.schedule is not None:
         schedule, scale = plan.schedule, 1e3 / plan.steps
-        time = {
-            part: seconds * scale for part, seconds in sorted(schedule.cost.parts.items(), key=lambda item: -item[1])
-        }
+        time = {part: seconds * scale for part, seconds in schedule.by_part}
         time |= {"attention's kernels": schedule.kernels * scale, "blocking collectives": schedule.blocking * scale}
         if schedule.waiting:
             time["waiting for other slices"] = schedule.waiting * scale
@@ -35,7 +34,7 @@ def draw(plan: Plan, path: Path) -> None:
     _bar(
         axes[1], time, f"time of a step, ms ({plan.seconds * 1e3:,.1f} in all)" if time else "no time: it does not fit"
     )
-    figure.suptitle(f"{plan.topology.name}, {' x '.join(f'{k} {n}' for k, n in plan.mesh.items() if n > 1)}")
+    figure.suptitle(f"{plan.topology.name}, {describe(plan.mesh)}")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)

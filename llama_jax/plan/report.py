@@ -5,7 +5,7 @@ from typing import Any
 from llama_jax.chips import GiB
 from llama_jax.config import Remat
 from llama_jax.plan import Plan
-from llama_jax.plan.cost import BETWEEN_SLICES, KERNEL_EFFICIENCY, Schedule
+from llama_jax.plan.cost import BETWEEN_SLICES, KERNEL_EFFICIENCY
 from llama_jax.progress import duration
 from llama_jax.sharding import describe
 from llama_jax.training.flops import train_flops_per_token
@@ -73,7 +73,7 @@ def _common(plan: Plan) -> dict[str, Any]:
                 "waiting_for_slices": schedule.waiting / plan.steps,
             },
             "overlapped_collectives": schedule.overlapped / plan.steps,
-            "seconds_by_part": {name: seconds / plan.steps for name, seconds in _by_part(schedule)},
+            "seconds_by_part": {name: seconds / plan.steps for name, seconds in schedule.by_part},
             "collectives": [
                 {
                     "kind": c.kind, "devices": c.group, "blocking": c.blocking, "count": c.count / plan.steps,
@@ -95,10 +95,6 @@ def _common(plan: Plan) -> dict[str, Any]:
         "compile_seconds": plan.compile_seconds,
         "parts": parts,
     }
-
-
-def _by_part(schedule: Schedule) -> list[tuple[str, float]]:
-    return sorted(schedule.cost.parts.items(), key=lambda item: -item[1])
 
 
 def training_text(plan: Plan, tokens: float) -> str:
@@ -156,15 +152,14 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
 
 def advice(plan: Plan) -> str:
     """What to change where a step does not fit."""
-    train, state = (
-        plan.config.train,
-        sum(plan.bytes_by_part.get(name, 0) for name in ("parameters", "optimizer", "cache")),
-    )
+    train = plan.config.train
+    state = sum(plan.bytes_by_part.get(name, 0) for name in ("parameters", "optimizer", "cache"))
+    split = f"--train.gradient-accumulation-steps {2 * train.gradient_accumulation_steps}"
     if state > plan.topology.chip.hbm_bytes / 2:
         return "parameters and optimizer fill the chips: spread them (--mesh.fsdp, --mesh.tensor), or take more chips"
     if train.remat in LESS_MEMORY:
-        return f"--train.remat {LESS_MEMORY[train.remat]}, or --train.gradient-accumulation-steps {2 * train.gradient_accumulation_steps}"
-    return f"--train.gradient-accumulation-steps {2 * train.gradient_accumulation_steps}, or more chips"
+        return f"--train.remat {LESS_MEMORY[train.remat]}, or {split}"
+    return f"{split}, or more chips"
 
 
 def _time(plan: Plan) -> list[tuple[str, str]]:
@@ -185,7 +180,7 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
         rows.append(row(schedule.kernels, f"kernels, taken at {KERNEL_EFFICIENCY:.0%} of the peak: {kernels}"))
     if schedule.waiting:
         rows.append(row(schedule.waiting, "more for the network between slices"))
-    rows += [("by part", "")] + [row(seconds, part) for part, seconds in _by_part(schedule)]
+    rows += [("by part", "")] + [row(seconds, part) for part, seconds in schedule.by_part]
     rows.append(("links", ""))
     for c in schedule.collectives:
         how = "blocks" if c.blocking else "overlaps"

@@ -47,8 +47,7 @@ class Candidate:
 def search(config: Config, topology: Topology, compiles: int, tokens: float, as_json: bool) -> None:
     """Print the candidates that were compiled, the fastest first. Raises UserError where none is possible."""
     config = resolve(config)
-    chips = math.prod(topology.grid) * topology.slices
-    found = sorted(candidates(config, topology, chips), key=lambda c: c.seconds)
+    found = sorted(candidates(config, topology), key=lambda c: c.seconds)
     fitting = [c for c in found if c.bytes <= topology.chip.hbm_bytes]
     if not fitting:
         least = min((c.bytes for c in found), default=math.inf)
@@ -75,19 +74,19 @@ def search(config: Config, topology: Topology, compiles: int, tokens: float, as_
         print(_row(candidate, plan))
 
 
-def candidates(config: Config, topology: Topology, chips: int) -> Iterator[Candidate]:
+def candidates(config: Config, topology: Topology) -> Iterator[Candidate]:
     """Every mesh of data, fsdp and tensor, number of sequences and policy that divide evenly."""
-    model, train = config.model, config.train
+    model, train, chips = config.model, config.train, topology.chips
     for tensor in TENSOR:
         if any(size % tensor for size in (chips, model.n_heads, model.kv_heads, model.hidden_dim, model.vocab_size)):
             continue
         for fsdp in _divisors(chips // tensor):
             mesh = MeshArgs(data=chips // tensor // fsdp, fsdp=fsdp, tensor=tensor)
             for rows in ROWS:
-                if model.dim % fsdp or train.batch_size % (rows * mesh.data * fsdp):
+                parts, left = divmod(train.batch_size, rows * mesh.data * fsdp)
+                if model.dim % fsdp or left:
                     continue
                 for policy in POLICIES:
-                    parts = train.batch_size // (rows * mesh.data * fsdp)
                     changed = dataclasses.replace(train, remat=policy, gradient_accumulation_steps=parts)
                     whole = dataclasses.replace(config, mesh=mesh, train=changed)
                     yield Candidate(whole, rows, _rough_bytes(whole, rows), _rough_seconds(whole, rows, topology))

@@ -1,5 +1,6 @@
 """TPU slices that are not there: their chips, and JAX devices that describe them."""
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ class Topology:
                 f"--topology: expected one slice of {found[2]}, found {name!r}; the network between its slices is not published"
             )
         return cls(name, found[2], grid, slices)
+
+    @property
+    def chips(self) -> int:
+        """Of all slices."""
+        return math.prod(self.grid) * self.slices
 
     @property
     def chip(self) -> Chip:

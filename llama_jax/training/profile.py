@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.distributed import is_main
 from llama_jax.errors import UserError
 from llama_jax.training import report
 from llama_jax.training.clock import Clock
@@ -49,7 +50,7 @@ class Profile:
             return
         if not self._traced:
             jax.block_until_ready(before)
-            if jax.process_index() == 0:
+            if is_main():
                 jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
         self._traced.append(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -62,7 +63,7 @@ class Profile:
             self._write()
 
     def _write(self) -> None:
-        if jax.process_index() == 0:
+        if is_main():
             with self._clock.spent_on("saving"):
                 jax.profiler.stop_trace()
             report.say(report.trace_text(self._traced[0], self._traced[-1], self._folder))

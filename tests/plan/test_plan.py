@@ -1,6 +1,5 @@
 """The plan command: what it says of a small model on a small slice, and of what cannot be planned."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,10 +17,7 @@ from llama_jax.plan.cost import schedule_of
 from llama_jax.plan.hlo import Program
 from llama_jax.plan.topology import Topology
 from llama_jax.training.flops import train_flops_per_token
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, libtpu, which is made for Linux alone"
-)
+from tests.plan import needs_libtpu
 
 MODEL = ModelArgs(dim=256, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=512, multiple_of=128, max_seq_len=256)
 TRAIN = TrainArgs(batch_size=8, remat="attention", max_steps=10)

@@ -3,7 +3,6 @@
 After a change that is meant, ``python -m tests.plan.test_programs`` writes golden.json anew; its difference is to be reviewed.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import pytest
 from llama_jax.config import load_toml
 from llama_jax.plan import resolve
 from llama_jax.plan.hlo import Program
+from tests.plan import needs_libtpu
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -27,9 +27,7 @@ CHIPS, ROWS = 256, 2  # sequences a chip
 FLAGS = ["--topology", "v5e:16x16", "--train.batch-size", str(ROWS * CHIPS), "--train.gradient-accumulation-steps", "1"]
 LEAVES = 12  # parameters of the tree
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, libtpu, which is made for Linux alone"
-)
+pytestmark = needs_libtpu
 
 
 def compile_7b() -> tuple[dict[str, Any], str]:
