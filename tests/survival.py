@@ -1,7 +1,8 @@
 """A 2-process run under kill -9 of either process, or of both, at random moments: ``python -m tests.survival --kills 20``.
 
-Each time the job is started again, as a scheduler would. It prints one JSON line: whether the run ended with the numbers
-and the parameters of one that nobody touched, bit for bit, and how the processes that were not killed ended. Tests run it
+Each time the job is started again, as a scheduler would. It prints one JSON line: whether the run ended with the numbers,
+the parameters and the optimizer's state of one that nobody touched, bit for bit; whether the newest checkpoint that each
+kill left could be read; and how the processes that were not killed ended. The exit status is 1 where it did not survive. Tests run it
 with two kills.
 """
 
@@ -9,29 +10,34 @@ import argparse
 import json
 import random
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-import llama_jax
-from llama_jax.checkpoint import steps_of
+from llama_jax.checkpoint import Checkpoint, checkpoints_of, steps_of
+from llama_jax.errors import UserError
+from llama_jax.stored_array import open_array
 from llama_jax.training.clock import TIMES
 from tests.processes import end, flags, start
 
 NOTICE_SECONDS = 120  # JAX's own limit is 100
+MOST_STEPS = 5  # from a start to a kill: up to 2 are waited for, and a few pass until it comes
+Arrays = dict[str, np.ndarray]
 
 
-def survive(folder: Path, kills: int, seed: int, notice_seconds: float, steps: int = 60) -> dict[str, Any]:
+def survive(folder: Path, kills: int, seed: int, notice_seconds: float) -> dict[str, Any]:
     """Figures of a run under ``kills`` and of one without.
 
     A process that lost the other has ``notice_seconds`` to end by itself, then it is killed, as schedulers do.
     """
     rng, began = random.Random(seed), time.monotonic()
+    steps = MOST_STEPS * (kills + 1)
     victims, survivors, notice, steps_at = {"0": 0, "1": 0, "both": 0}, [], [], []
+    left, half_deleted, unreadable = 0, 0, []
     for _ in range(kills):
         job = _start(folder / "killed", steps)
         which = rng.choice(list(victims))
@@ -49,6 +55,10 @@ def survive(folder: Path, kills: int, seed: int, notice_seconds: float, steps: i
                 survivors.append(_status(process, notice_seconds))
                 notice.append(time.monotonic() - since)
             process.communicate()
+        if found := [checkpoints_of(folder / "killed") / str(step) for step in steps_of(folder / "killed")]:
+            left += 1
+            unreadable += _unreadable([folder / "killed", found[-1]])
+            half_deleted += len(_unreadable(found[:-1]))
     for name in ("killed", "whole"):
         for ended in end(_start(folder / name, steps)):
             if ended.status:
@@ -60,8 +70,12 @@ def survive(folder: Path, kills: int, seed: int, notice_seconds: float, steps: i
         "at step": steps_at,
         "exit statuses of those not killed": survivors,
         "seconds until they ended, most": round(max(notice, default=0.0), 1),
+        "kills that left a checkpoint": left,
+        "older checkpoints that it left half deleted": half_deleted,
+        "newest checkpoints that could not be read": unreadable,
         "same metrics": a[0] == b[0] and len(a[0]) == steps,
-        "same parameters": len(a[1]) > 0 and all(map(np.array_equal, a[1], b[1])),
+        "same parameters": same(a[1], b[1]),
+        "same optimizer state": same(a[2], b[2]),
         "seconds in all": round(time.monotonic() - began),
     }
 
@@ -102,13 +116,44 @@ def _step(folder: Path) -> int:
         return 0
 
 
-def _outcome(run: Path) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """Records without times, and the parameters."""
+def survived(figures: dict[str, Any]) -> bool:
+    """Whether nothing was lost, and whatever a kill left could be read."""
+    alike = all(figures[f"same {what}"] for what in ("metrics", "parameters", "optimizer state"))
+    return alike and not figures["newest checkpoints that could not be read"]
+
+
+def same(a: Arrays, b: Arrays) -> bool:
+    """Bit for bit: NaN is NaN, and -0 is not 0."""
+    return len(a) > 0 and a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def _outcome(run: Path) -> tuple[list[dict[str, Any]], Arrays, Arrays]:
+    """Records without times, the parameters, and the optimizer's state."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    params = llama_jax.load(str(run / "checkpoints" / str(steps_of(run)[-1]))).params
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in records], list(
-        map(np.asarray, jax.tree.leaves(params))
+    newest = checkpoints_of(run) / str(steps_of(run)[-1])
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records], *_arrays(newest)
+
+
+def _arrays(path: Path) -> tuple[Arrays, Arrays]:
+    """Parameters and optimizer's state of a run's checkpoint, or of one of its steps."""
+    checkpoint = Checkpoint.find(path)
+    params, state = (
+        {name: open_array(checkpoint.folder / item, name).read().result() for name in checkpoint.arrays(item)}
+        for item in ("params", "state")
     )
+    return params, state
+
+
+def _unreadable(paths: list[Path]) -> list[str]:
+    """Which of them do not hold all that training goes on from, and why."""
+    why = []
+    for path in paths:
+        try:
+            if not all(_arrays(path)):
+                raise ValueError("no parameters or no state")
+        except (UserError, OSError, ValueError) as error:
+            why.append(f"{path.name}: {' '.join(str(error).split())[:160]}")
+    return why
 
 
 if __name__ == "__main__":
@@ -117,4 +162,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(survive(Path(folder), args.kills, args.seed, NOTICE_SECONDS)))
+        figures = survive(Path(folder), args.kills, args.seed, NOTICE_SECONDS)
+    print(json.dumps(figures))
+    sys.exit(not survived(figures))

@@ -22,17 +22,15 @@ from llama_jax.errors import UserError
 from llama_jax.sharding import _grid
 from tests import processes
 from tests.processes import end, flags, start
-from tests.survival import survive
+from tests.survival import same, survive, survived
 
-# Processes, devices of each, mesh. More meshes: tests/test_sharding.py.
+# Processes, devices of each, mesh. More meshes: tests/test_sharding.py. Each goes on from where the one before it stopped.
 LAYOUTS: dict[str, tuple[int, int, dict[str, int]]] = {
-    "one device": (1, 1, {}),
-    "8 devices": (1, 8, {"data": 1, "tensor": 2, "fsdp": 4}),
-    "2 processes": (2, 2, {"data": 2, "fsdp": 2}),
     "4 processes": (4, 1, {"data": 1, "fsdp": 4}),
+    "8 devices": (1, 8, {"data": 1, "tensor": 2, "fsdp": 4}),
+    "one device": (1, 1, {}),
+    "2 processes": (2, 2, {"data": 2, "fsdp": 2}),
 }
-# What stopped there goes on here, in a circle but for the dearest.
-RESUMED = {"one device": "8 devices", "2 processes": "one device", "8 devices": "4 processes"}
 STEPS, MORE = 30, 3
 
 
@@ -55,7 +53,7 @@ def argv_of(folder: Path, name: str, steps: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Trained:
-    """Records of each layout's run, and of the steps that it made from the checkpoint of another."""
+    """Records of each layout's run, and of the steps that it made from the checkpoint of the one before it."""
 
     runs: dict[str, list[dict[str, Any]]]
     resumed: dict[str, list[dict[str, Any]]]
@@ -66,27 +64,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("layouts")
     resumed = folder / "resumed"
 
-    def launch(name: str, *runs: list[str]) -> None:
-        count, devices, _ = LAYOUTS[name]
-        for ended in end(start(["-m", "tests.test_distributed", json.dumps(runs)], count, devices)):
-            assert ended.status == 0, ended.err[-3000:]
-
-    def train(name: str) -> list[str]:
-        return argv_of(folder, name, STEPS)
-
-    def resume(name: str) -> list[str]:
-        shutil.copytree(folder / RESUMED[name], resumed / name)
-        return argv_of(resumed, name, STEPS + MORE)
-
     def records(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
-    launch("8 devices", train("8 devices"))
-    launch("one device", train("one device"), resume("one device"))
-    launch("2 processes", train("2 processes"), resume("2 processes"))
-    launch("4 processes", train("4 processes"))
-    launch("8 devices", resume("8 devices"))
-    return Trained({n: records(folder / n) for n in LAYOUTS}, {n: records(resumed / n)[STEPS:] for n in RESUMED})
+    for before, name in zip([None, *LAYOUTS], LAYOUTS, strict=False):
+        runs = [argv_of(folder, name, STEPS)]
+        if before:
+            shutil.copytree(folder / before, resumed / name)
+            runs.append(argv_of(resumed, name, STEPS + MORE))
+        count, devices, _ = LAYOUTS[name]
+        for ended in end(start(["-m", "tests.test_distributed", json.dumps(runs)], count, devices)):
+            assert ended.status == 0, ended.err[-3000:]
+    return Trained(
+        {name: records(folder / name) for name in LAYOUTS},
+        {name: records(resumed / name)[STEPS:] for name in LAYOUTS if (resumed / name).exists()},
+    )
 
 
 def assert_same_numbers(records: list[dict[str, Any]], others: list[dict[str, Any]], tolerance: float) -> None:
@@ -95,7 +87,7 @@ def assert_same_numbers(records: list[dict[str, Any]], others: list[dict[str, An
         assert [r[key] for r in records] == pytest.approx([r[key] for r in others], rel=rel), key
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS)[1:])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one device"])
 def test_thirty_steps_have_the_numbers_of_one_device_on_any_processes(trained: Trained, name: str) -> None:
     one, other = trained.runs["one device"], trained.runs[name]
     assert len(one) == STEPS and one[-1]["train_loss"] < 0.75 * one[0]["train_loss"]
@@ -103,7 +95,7 @@ def test_thirty_steps_have_the_numbers_of_one_device_on_any_processes(trained: T
     assert_same_numbers(other, one, 1e-4)
 
 
-@pytest.mark.parametrize("name", list(RESUMED)[1:])
+@pytest.mark.parametrize("name", ["8 devices", "2 processes"])
 def test_what_stopped_on_some_processes_goes_on_on_others_with_the_same_batches(trained: Trained, name: str) -> None:
     assert len(trained.resumed[name]) == MORE
     assert_same_numbers(trained.resumed[name], trained.resumed["one device"], 1e-4)
@@ -154,18 +146,30 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_saved_and_the_loss_o
 
 def test_a_run_survives_kills_of_its_processes_bit_for_bit(tmp_path: Path) -> None:
     figures = survive(tmp_path, kills=2, seed=0, notice_seconds=2)
-    assert figures["kills"] == 2 and figures["same metrics"] and figures["same parameters"]
+    assert figures["kills"] == 2 and survived(figures), json.dumps(figures)
+    assert figures["kills that left a checkpoint"], json.dumps(figures)
+
+
+def test_what_a_run_did_not_survive_is_seen() -> None:
+    good = {f"same {what}": True for what in ("metrics", "parameters", "optimizer state")}
+    good |= {"newest checkpoints that could not be read": False}
+    assert survived(good)
+    assert not any(survived(good | {key: not value}) for key, value in good.items())
+    zero, other = ({"mu": np.array([value, np.nan], np.float32)} for value in (0.0, -0.0))
+    assert same(zero, zero) and not same(zero, other) and not same({}, {}) and not same(zero, zero | {"nu": zero["mu"]})
 
 
 def test_who_waits_in_vain_says_where_and_for_whom() -> None:
-    address = processes.free_address()
-    common = [f"--distributed.coordinator-address={address}", "--distributed.num-processes=3",
-              "--distributed.timeout-seconds=4"]  # fmt: skip
-    alone = start(["train.py", *common, "--distributed.process-id=1"])
+    def waiting(address: str, *ids: int) -> list[Any]:
+        common = [f"--distributed.coordinator-address={address}", "--distributed.num-processes=3",
+                  "--distributed.timeout-seconds=4"]  # fmt: skip
+        return [p for i in ids for p in start(["train.py", *common, f"--distributed.process-id={i}"])]
+
+    nobody, address = processes.free_address(), processes.free_address()
+    alone, two = waiting(nobody, 1), waiting(address, 0, 2)
     (ended,) = end(alone)
     (line,) = ended.err.splitlines()
     assert ended.status == 2 and "process 1" in line and "found nothing there" in line and "start process 0" in line
-    two = [p for i in (0, 2) for p in start(["train.py", *common, f"--distributed.process-id={i}"])]
     for i, (status, _, err) in zip((0, 2), end(two), strict=True):
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert status == 2 and f"process {i}" in line and address in line and "within 4 s" in line
