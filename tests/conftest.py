@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import pytest
 
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
+from tests.commands import make_place
 
 TEXT = """Once upon a time there was a small brown fox who lived by the river, under an old tree.
 Every morning she went out to look at the water, and every evening she came home again.
@@ -17,6 +18,22 @@ Every morning she went out to look at the water, and every evening she came home
     The owl laughed.  It had not seen a boat since 1987, when the river was still the sea.
 Où est le hibou? Là-bas, près de l'arbre. Schön wär's, sagte der Fuchs über den großen Fluß.
 """
+
+
+# Begun first, in this order: a long file that came last would leave the other processes idle.
+LONGEST = [
+    "test_programs.py",
+    "test_commands.py",
+    "test_distributed.py",
+    "test_loop.py",
+    "test_fields.py",
+    "test_plan.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +52,9 @@ def llama2_tokenizer(shared: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer([TEXT], 400, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts, and with a small run in runs/tiny, for commands to work in."""
+    return make_place(tmp_path_factory.mktemp("place"))

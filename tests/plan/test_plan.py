@@ -17,6 +17,7 @@ from llama_jax.plan.cost import schedule_of
 from llama_jax.plan.hlo import Program
 from llama_jax.plan.topology import Topology
 from llama_jax.training.flops import train_flops_per_token
+from tests import forked
 from tests.plan import needs_libtpu
 
 MODEL = ModelArgs(dim=256, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=512, multiple_of=128, max_seq_len=256)
@@ -34,6 +35,11 @@ def plan(folder: Path, *flags: str, config: Config = CONFIG, env: dict[str, str]
         cwd=Path(__file__).parents[2],
         timeout=500,
     )
+
+
+def refused(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    (folder / "c.toml").write_text(to_toml(CONFIG))
+    return forked.run(["-m", "llama_jax.plan", "--config", str(folder / "c.toml"), *flags], folder)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +184,7 @@ def test_a_search_ranks_what_it_compiled(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_planned_is_told_in_one_line(tmp_path: Path, flags: list[str], parts: list[str]) -> None:
-    done = plan(tmp_path, *flags)
+    done = refused(tmp_path, *flags)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and all(part in done.stderr for part in parts), done.stderr
 
@@ -196,7 +202,7 @@ def test_what_cannot_be_planned_is_told_in_one_line(tmp_path: Path, flags: list[
     ],
 )
 def test_what_the_slice_cannot_do_is_told_in_one_line(tmp_path: Path, flags: list[str], parts: list[str]) -> None:
-    done = plan(tmp_path, *flags)
+    done = refused(tmp_path, *flags)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and all(part in done.stderr for part in parts), done.stderr
 

@@ -17,6 +17,7 @@ import llama_jax
 from llama_jax.checkpoint import steps_of
 from llama_jax.distributed import PREEMPTED
 from llama_jax.training.clock import TIMES
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -237,8 +238,8 @@ def test_bad_input_ends_in_one_line_and_status_2(changes, named, text, tmp_path)
     (tmp_path / "text.txt").write_bytes(text.read_bytes())
     (tmp_path / "unknown.toml").write_text("[model]\ndepth = 3\n")
     (tmp_path / "wrong.toml").write_text('[model]\ndim = "wide"\n')
-    argv = command("text.txt", Path("run"), **changes)
-    result = run(argv, cwd=tmp_path)
+    _, *argv = command("text.txt", Path("run"), **changes)
+    result = forked.run(["train.py", *argv[1:]], tmp_path)
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
