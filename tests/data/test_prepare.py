@@ -13,6 +13,7 @@ from llama_jax.data import Data, load_data, write_stories
 from llama_jax.data.batches import train_batches
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = 'The fox went to the river.\nThe owl said: "12 boats!" Où?\n\n' * 40
@@ -250,7 +251,7 @@ def test_prepared_tokens_with_another_tokenizer_than_theirs_are_refused(tmp_path
 )
 def test_prepare_refuses_bad_arguments_in_one_line_with_status_2(tmp_path, argv, words):
     (tmp_path / "a.txt").write_text(TEXT)
-    done = command(*argv, cwd=tmp_path)
+    done = forked.run(["-m", "llama_jax.data", *argv], tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
     assert (tmp_path / "a.txt").read_text() == TEXT and not (tmp_path / "out").exists()
