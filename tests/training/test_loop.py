@@ -81,8 +81,13 @@ def run(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(argv, capture_output=True, text=True, timeout=300, **kwargs)
 
 
+def run_forked(argv: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """What ``command`` gives, in a fork. Runs that are to be stopped or killed are started."""
+    return forked.run(["train.py", *argv[2:]], cwd)
+
+
 def train(text: Path, save_dir: Path, **changes) -> subprocess.CompletedProcess:
-    result = run(command(text, save_dir, **changes))
+    result = run_forked(command(text, save_dir, **changes))
     assert result.returncode == 0, result.stderr
     return result
 
@@ -198,7 +203,9 @@ def test_fine_tuning_starts_from_the_checkpoint(text, reference, tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_run_with_a_message(text, tmp_path):
-    result = run(command(text, tmp_path / "run", **{"train.lr": 1e30, "train.grad_clip": 0, "train.warmup_steps": 0}))
+    result = run_forked(
+        command(text, tmp_path / "run", **{"train.lr": 1e30, "train.grad_clip": 0, "train.warmup_steps": 0})
+    )
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: train: expected a finite ") and "step" in last
@@ -238,8 +245,7 @@ def test_bad_input_ends_in_one_line_and_status_2(changes, named, text, tmp_path)
     (tmp_path / "text.txt").write_bytes(text.read_bytes())
     (tmp_path / "unknown.toml").write_text("[model]\ndepth = 3\n")
     (tmp_path / "wrong.toml").write_text('[model]\ndim = "wide"\n')
-    _, *argv = command("text.txt", Path("run"), **changes)
-    result = forked.run(["train.py", *argv[1:]], tmp_path)
+    result = run_forked(command("text.txt", Path("run"), **changes), tmp_path)
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
@@ -247,7 +253,7 @@ def test_bad_input_ends_in_one_line_and_status_2(changes, named, text, tmp_path)
 
 
 def test_a_run_of_another_model_in_the_folder_is_refused(text, reference):
-    result = run(command(text, reference, **{"model.dim": 64}))
+    result = run_forked(command(text, reference, **{"model.dim": 64}))
     assert result.returncode == 2
     assert "model.dim" in result.stderr and "save-dir" in result.stderr
 
@@ -285,8 +291,6 @@ def test_a_place_for_checkpoints_that_is_in_use_is_refused(text, reference, tmp_
         (other / "7").mkdir(parents=True)
     else:
         (run / "checkpoints" / "3").mkdir(parents=True)
-    done = subprocess.run(
-        command(text, run, **{"train.checkpoint_dir": other}), capture_output=True, text=True, timeout=120
-    )
+    done = run_forked(command(text, run, **{"train.checkpoint_dir": other}))
     assert done.returncode == 2
     assert done.stderr.startswith("error: train.checkpoint_dir: expected") and done.stderr.count("\n") == 1
