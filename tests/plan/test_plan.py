@@ -161,12 +161,13 @@ def test_what_the_compiler_needs_is_read_from_its_refusal(refusal: str, needed: 
 
 @needs_libtpu
 def test_a_search_ranks_what_it_compiled(tmp_path: Path) -> None:
-    done = plan(tmp_path, "--topology", "v5e:2x2", "--search", "--compiles", "2", "--json")
+    small = ["--model.n-layers=1", "--model.vocab-size=256", "--model.max-seq-len=128"]
+    done = plan(tmp_path, "--topology", "v5e:2x2", *small, "--search", "--compiles", "2", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = json.loads(done.stdout)
     assert first["fits"] and second["fits"] and first["step_seconds"] <= second["step_seconds"]
     assert first["flags"] != second["flags"]
-    again = plan(tmp_path, "--topology", "v5e:2x2", "--json", *first["flags"].split())
+    again = plan(tmp_path, "--topology", "v5e:2x2", *small, "--json", *first["flags"].split())
     assert json.loads(again.stdout)["step_seconds"] == pytest.approx(first["step_seconds"])
 
 
