@@ -17,8 +17,8 @@ from llama_jax.chips import Chip
 from llama_jax.plan.hlo import HBM, HOST, Instruction, Program
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Parts of a transfer to the host or to other slices; its bytes are counted at the send.
-TRANSFERS = ("send", "send-done", "recv", "recv-done", "after-all")
+# Parts of a transfer to the host or to other slices, whose bytes are counted at the send, or of a copy, at its start.
+TRANSFERS = ("send", "send-done", "recv", "recv-done", "after-all", "copy-done", "slice-done")
 # How often the bytes of a collective's result pass a link (a ring's, in both directions).
 PASSES = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-all": 0.25}
 # Matrix products of [T, S] scores in the parts of flash attention: scores, values; gradients of q; of k and v.
