@@ -17,13 +17,22 @@ if _typing.TYPE_CHECKING:
 __all__ = ["DataArgs", "ModelArgs", "SampleArgs", "TrainArgs", "load"]
 
 
-def load(path: str, compute_dtype: _config.DType = "auto") -> "_Model":
+def load(
+    path: str,
+    compute_dtype: _config.DType = "auto",
+    weights: _config.Weights = "auto",
+    cache: _config.Cache = "auto",
+    mesh: _config.MeshArgs | None = None,
+) -> "_Model":
     """Load a model: a run folder (its best step), a step folder, or a converted checkpoint.
 
     compute_dtype: "auto" (bfloat16 on TPU and GPU, float32 on CPU), "float32" or "bfloat16".
-    Raises UserError where the folder is not a checkpoint.
+    weights: "int8" (a scale an output), "int4" (a scale for 32 inputs of an output) or "int4-64" (64) quantize the matrices;
+    "auto" leaves them in the type that is computed in. cache: "int8" quantizes keys and values.
+    mesh: the devices that the model lies on, ``tensor`` of them for one copy, ``data`` copies; None: as few as hold it.
+    Raises UserError where the folder is not a checkpoint, or the mesh does not divide the model.
     """
     # Imported here, so that `import llama_jax` costs no more than the dataclasses.
     from llama_jax.generation import Model
 
-    return Model.load(path, compute_dtype)
+    return Model.load(path, compute_dtype, weights, cache, mesh)

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llama_jax.cache import Stored
 from llama_jax.config import AttentionKernel, ModelArgs
 from llama_jax.errors import UserError
+from llama_jax.linear import MATRIX_ROWS
 from llama_jax.sharding import gather_shards, shard_axes, shard_by_shard
 
 # Queries a block. A block sees only the keys before its end, which halves the work of a causal mask over the whole square
@@ -66,21 +68,15 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    slot: jax.Array | None = None,
-    first: jax.Array | None = None,
     kernel: AttentionKernel = "xla",
 ) -> jax.Array:
-    """Softmax attention; no query sees a key after its own position.
+    """Softmax attention over a sequence: query t sees keys 0 to t.
 
-    q: [B, T, N, H]; k, v: [B, S, K, H]. Keys and values are not repeated: query head n reads KV head n // G.
-    Without ``slot``, T = S and query t sees keys 0..t. With ``slot`` (an integer scalar; k and v are then a cache), query t
-    sees keys up to slot + t. ``first`` [B]: the first key slot that holds a token of the row; slots before are padding.
+    q: [B, T, N, H]; k, v: [B, T, K, H]. Keys and values are not repeated: query head n reads KV head n // G.
     Returns [B, T, N, H] of q's dtype; scores and softmax are float32.
     """
     # Scores are scaled at the query, before it is kept for the backward pass.
     q, k, v = (checkpoint_name(x, name) for x, name in zip((q * q.shape[-1] ** -0.5, k, v), OPERANDS, strict=True))
-    if slot is not None:
-        return _attend_in_blocks(q, k, v, slot, first)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Of a device's queries. Where a sequence is spread over devices, each gathers the keys and values of all of it."""
@@ -96,8 +92,10 @@ def attention(
     return shard_by_shard(local, ("batch", "length", "heads"), (QUERIES, KEYS, KEYS), QUERIES)(q, k, v)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None) -> jax.Array:
-    """``attention`` by the TPU kernel, of scaled queries from position ``start`` on."""
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None, segments: jax.Array | None = None
+) -> jax.Array:
+    """``attention`` by the TPU kernel, of scaled queries from position ``start`` on; among tokens of one segment [B, T] alone."""
     # Imported where it is needed: Pallas takes as long to import as all else.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -118,7 +116,10 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None) -
         kernel = jax.tree.map(lambda of_blocks: _rows_of(of_blocks, start, T, S), kernel)
     lanes = [(0, 0), (0, 0), (0, 0), (0, -H % LANES)]
     q, k, v = (jnp.pad(x.swapaxes(1, 2), lanes) for x in (q, k, v))
-    return jax.vmap(kernel)(q, k, v)[..., :H].swapaxes(1, 2)
+    if segments is None:
+        return jax.vmap(kernel)(q, k, v)[..., :H].swapaxes(1, 2)
+    out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))(q, k, v, segments)
+    return out[..., :H].swapaxes(1, 2)
 
 
 def _rows_of(of_blocks: jax.Array, start: jax.Array, T: int, S: int) -> jax.Array:
@@ -128,10 +129,8 @@ def _rows_of(of_blocks: jax.Array, start: jax.Array, T: int, S: int) -> jax.Arra
     return jax.lax.dynamic_slice_in_dim(of_blocks, start // T * rows, rows, axis)
 
 
-def _attend_in_blocks(
-    q: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array | None, first: jax.Array | None = None
-) -> jax.Array:
-    """``attention`` of scaled queries, over the whole sequence or, from ``slot`` on, over a cache."""
+def _attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None) -> jax.Array:
+    """``attention`` of scaled queries, from position ``start`` on (None: 0)."""
     B, T, N, H = q.shape
     K = k.shape[2]
     # Heads before positions: a CPU multiplies each head's matrices where they lie.
@@ -139,23 +138,85 @@ def _attend_in_blocks(
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     block = max(BLOCK, -(-T // MAX_BLOCKS))
     blocks = []
-    for start in range(0, T, block):
-        end = min(start + block, T)
-        positions = jnp.arange(start, end) + (0 if slot is None else slot)
-        seen = end if slot is None else k.shape[2]
-        blocks.append(_attend(q[:, :, :, start:end], k[:, :, :seen], v[:, :, :seen], positions, first))
+    for at in range(0, T, block):
+        end = min(at + block, T)
+        seen = end if start is None else k.shape[2]
+        visible = jnp.arange(seen) <= (jnp.arange(at, end) + (0 if start is None else start))[:, None]
+        bias = jnp.where(visible, 0.0, -jnp.inf)
+        blocks.append(_softmax_attention(q[:, :, :, at:end], k[:, :, :seen], v[:, :, :seen], bias))
     out = jnp.concatenate(blocks, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, first: jax.Array | None) -> jax.Array:
-    """Attention of queries [B, K, G, T, H] at slots ``positions`` [T] over keys and values [B, K, S, H] at slots 0 to S - 1."""
-    slots = jnp.arange(k.shape[2])
-    visible = slots <= positions[:, None]
-    if first is not None:
-        # A padding query sees itself, so that its softmax, which nobody reads, stays finite.
-        visible = (visible & (slots >= first[:, None, None]))[:, None, None] | (slots == positions[:, None])
-    return _softmax_attention(q, k, v, jnp.where(visible, 0.0, -jnp.inf))
+@jax.named_scope("attention")
+def cached_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cached_k: Stored,
+    cached_v: Stored,
+    slot: jax.Array,
+    first: jax.Array,
+    kernel: AttentionKernel = "xla",
+) -> jax.Array:
+    """Attention of new tokens over those in a cache and over themselves.
+
+    q [B, T, N, H]; k, v [B, T, K, H], which will lie in the slots from ``slot`` on; cached [B, K, S, H], of which the slots from
+    the row's ``first`` [B] to slot - 1 are seen. A query before its row's first slot is padding, and sees itself alone, so that
+    its softmax, which nobody reads, stays finite. Returns [B, T, N, H] of q's dtype.
+    """
+    B, T, N, H = q.shape
+    K, S = cached_k.values.shape[1:3]
+    q = q * H**-0.5
+    new = jnp.arange(T)
+    if S == 0 and kernel == "splash" and T % LANES == 0:
+        tokens = (new + slot >= first[:, None]).astype(jnp.int32)
+        local = shard_by_shard(
+            lambda q, k, v, tokens: _splash(q, k, v, None, tokens),
+            ("batch", "heads"),
+            (QUERIES, KEYS, KEYS, ("batch", None)),
+            QUERIES,
+        )
+        return local(q, k, v, tokens)
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    seen = jnp.arange(S) < slot
+    of_cache = jnp.where(seen & (jnp.arange(S) >= first[:, None]), 0.0, -jnp.inf)[:, None, None, None]
+    of_new = ((new <= new[:, None]) & (new + slot >= first[:, None, None])) | (new == new[:, None])
+    of_new = jnp.where(of_new, 0.0, -jnp.inf)[:, None, None]
+
+    # Few queries a head are multiplied on a TPU's matrix unit like more: element by element, they would take four times as long.
+    scores = _few_rows("BKRH,BKSH->BKRS", q, cached_k.values)
+    if cached_k.scales is not None:
+        scores *= cached_k.scales[:, :, None, None]
+    scores, own = scores + of_cache, _float32("BKGTH,BSKH->BKGTS", q, k) + of_new
+    highest = jnp.maximum(jnp.max(scores, -1, keepdims=True, initial=-jnp.inf), jnp.max(own, -1, keepdims=True))
+    weights, own = jnp.exp(scores - highest), jnp.exp(own - highest)
+    norm = jnp.sum(weights, -1, keepdims=True) + jnp.sum(own, -1, keepdims=True)
+    if cached_v.scales is not None:
+        weights *= cached_v.scales[:, :, None, None]
+    y = _few_rows("BKRS,BKSH->BKRH", weights.astype(q.dtype), cached_v.values)
+    y = (y + _float32("BKGTS,BSKH->BKGTH", own.astype(q.dtype), v)) / norm
+    return y.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _few_rows(equation: str, x: jax.Array, stored: jax.Array) -> jax.Array:
+    """einsum in float32 of x [B, K, G, T, ...], whose G x T rows may be few, and of a cache [B, K, S, H]."""
+    B, K, G, T = x.shape[:4]
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return _float32(equation, x, y)
+
+    def padded(x: jax.Array, y: jax.Array) -> jax.Array:
+        rows = [(0, 0), (0, 0), (0, max(0, MATRIX_ROWS - G * T)), (0, 0)]
+        return product(jnp.pad(x, rows), y)[:, :, : G * T]
+
+    out = jax.lax.platform_dependent(x.reshape(B, K, G * T, -1), stored, tpu=padded, default=product)
+    return out.reshape(B, K, G, T, -1)
+
+
+def _float32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum in float32, with y converted to x's type."""
+    return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp

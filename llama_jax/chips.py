@@ -38,3 +38,17 @@ PEAK_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
+# Bytes a second of one device's memory, by the device_kind that JAX reports.
+BANDWIDTH = {
+    "TPU v4": TPUS["v4"].hbm_bandwidth,
+    "TPU v5 lite": TPUS["v5e"].hbm_bandwidth,
+    "TPU v5e": TPUS["v5e"].hbm_bandwidth,
+    "TPU v5": TPUS["v5p"].hbm_bandwidth,
+    "TPU v5p": TPUS["v5p"].hbm_bandwidth,
+    "TPU v6 lite": TPUS["v6e"].hbm_bandwidth,
+    "TPU v6e": TPUS["v6e"].hbm_bandwidth,
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H200": 4.8e12,
+}

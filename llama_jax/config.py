@@ -21,6 +21,8 @@ T = TypeVar("T")
 DType = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "dots", "attention", "offload", "full"]
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
+Weights = Literal["auto", "int8", "int4", "int4-64"]
+Cache = Literal["auto", "int8"]
 BadSteps = Literal["stop", "skip", "count"]
 
 
@@ -269,21 +271,60 @@ class DistributedArgs:
 
 @dataclasses.dataclass(frozen=True)
 class SampleArgs:
-    """How text is generated. The defaults are Meta's."""
+    """How text is generated. The defaults are Meta's.
+
+    Logits are changed in this order: penalties, logit_bias, temperature, top_k, top_p of what is left, min_p.
+    """
 
     temperature: float = 0.6
     """Divides the logits; 0 takes the likeliest token always."""
     top_p: float = 0.9
     """Sample from the likeliest tokens that hold this much probability together (the one that crosses it stays)."""
+    top_k: int = 0
+    """Sample from this many of the likeliest tokens; 0: from all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this probable, relative to the likeliest one."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens in the prompt or the completion; 1: no penalty."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the completion holds already."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit once for each time that the completion holds it."""
+    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Added to the logits of tokens, by id; -inf forbids one. On the command line: id, bias, id, bias ..."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion where it first holds one, wherever tokens begin and end; the completion is cut before it."""
     max_new_tokens: int = 128
     """Most tokens generated for a prompt; the context may end it before."""
+    n: int = 1
+    """Completions a prompt, each with random numbers of its own."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the sampling. A completion depends on its prompt, its seed and its number among the n, and on no other prompt."""
 
-    def check(self) -> None:
-        """Raise UserError on impossible values."""
-        ranges = {"temperature": (0.0, 1e6), "top_p": (_TINY, 1.0), "max_new_tokens": _COUNT, "seed": (0, 2**32 - 1)}
-        _check_fields(self, "", ranges)
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
+
+    def check(self, prefix: str = "") -> None:
+        """Raise UserError on impossible values, named with ``prefix``."""
+        ranges: dict[str, tuple[float, float]] = {
+            "temperature": (0.0, 1e6),
+            "top_p": (_TINY, 1.0),
+            "top_k": (0, _LARGEST),
+            "min_p": (0.0, 1.0),
+            "repetition_penalty": (_TINY, 1e6),
+            "presence_penalty": (-1e6, 1e6),
+            "frequency_penalty": (-1e6, 1e6),
+            "max_new_tokens": _COUNT,
+            "n": _COUNT,
+            "seed": (0, 2**32 - 1),
+        }
+        _check_fields(self, prefix, ranges)
+        for text in self.stop:
+            _check(bool(_typed(text, str, prefix + "stop")), prefix + "stop", "texts of one or more characters", "none")
+        for token, bias in self.logit_bias.items():
+            _typed(token, int, prefix + "logit_bias")
+            _check(_typed(bias, float, prefix + "logit_bias") < math.inf, prefix + "logit_bias", "numbers", bias)
 
 
 @dataclasses.dataclass(frozen=True)

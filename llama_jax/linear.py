@@ -1,23 +1,66 @@
-"""Matrix products of the model: an einsum with a gradient that keeps the weight's layout."""
+"""Matrix products of the model: an einsum with a gradient that keeps the weight's layout; few rows; quantized weights."""
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llama_jax.quantize import Matrix
+
 # The name by which rematerialisation policies know the results (remat.py).
 PROJECTION = "projection"
 
 
-def linear(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """einsum(equation, x, w), where w has no batch axis: ``linear("BTD,DNH->BTNH", x, wq)``.
+# A TPU multiplies on its matrix unit what has at least this many rows, and element by element what has less.
+MATRIX_ROWS = 8
+CPU_SUMMED_ROWS = 4
+
+
+def linear(equation: str, x: jax.Array, w: jax.Array | Matrix, dtype: Any = None) -> jax.Array:
+    """einsum(equation, x, w), of ``dtype`` (None: x's), where w has no batch axis: ``linear("BTD,DNH->BTNH", x, wq)``.
 
     Same values and gradients as jnp.einsum. JAX's own gradient of x @ w is (dy^T x)^T, which XLA on a CPU begins by copying
     the wider operand transposed. Written with the narrower operand first, a training step of the 15M model is a quarter
-    faster there; other compilers choose the layout by themselves and are not hindered.
+    faster there; other compilers choose the layout by themselves and are not hindered. A Matrix has no gradient.
     """
-    return checkpoint_name(_einsum(equation, x, w), PROJECTION)
+    if isinstance(w, Matrix):
+        return _flat(equation, x, w).astype(dtype or x.dtype)
+    return checkpoint_name(_einsum(equation, x, w.astype(x.dtype)), PROJECTION)
+
+
+def _flat(equation: str, x: jax.Array, w: Matrix) -> jax.Array:
+    """The product, float32, as one of flat matrices, the form that they are stored in. Values are converted where they are read."""
+    x_axes, w_axes = equation.split("->")[0].split(",")
+    inputs = sum(axis in w_axes for axis in x_axes)
+    rows, outputs = x.shape[:2], w.values.shape[inputs:]
+    x = x.reshape(math.prod(rows), -1)
+    grouped = w.scales is not None and w.scales.shape[0] > 1
+    values = (w.dequantized() if grouped else w.values).reshape(x.shape[1], -1)
+    product = jax.lax.platform_dependent(x, values, cpu=_rows_on_cpu, tpu=_rows_on_tpu, default=_rows)
+    if w.scales is not None and not grouped:
+        product *= w.scales
+    return product.reshape(*rows, *outputs)
+
+
+def _rows(x: jax.Array, values: jax.Array) -> jax.Array:
+    return jnp.einsum("RD,DF->RF", x, values.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _rows_on_tpu(x: jax.Array, values: jax.Array) -> jax.Array:
+    product = _rows(jnp.pad(x, [(0, max(0, MATRIX_ROWS - len(x))), (0, 0)]), values)[: len(x)]
+    # Without it, the layout that what follows would like to have is asked of the matrix, which is transposed for it.
+    return jax.lax.optimization_barrier(product)
+
+
+def _rows_on_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
+    """For few rows of int8 a sum of products, in which XLA converts values in registers; for a dot, it writes them out first."""
+    if len(x) > CPU_SUMMED_ROWS or values.dtype != jnp.int8:
+        return _rows(x, values)
+    values = values.astype(jnp.float32)
+    return jnp.stack([jnp.sum(row[:, None] * values, axis=0) for row in x.astype(jnp.float32)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -44,7 +44,7 @@ def cross_entropy(
 
 def loss_sum(model: Any, params: Any, inputs: ArrayLike, targets: ArrayLike, weights: ArrayLike) -> jax.Array:
     """``cross_entropy`` of what a Llama says of a batch: int [B, T], int [B, T], float32 [B, T] -> float32 []."""
-    hidden, _ = cast(Any, model.apply({"params": params}, inputs, method="hidden"))
+    hidden = cast(jax.Array, model.apply({"params": params}, inputs, method="hidden"))
     return cross_entropy(hidden, params["output"], targets, weights, model.loss_chunk)
 
 

@@ -5,7 +5,6 @@ F hidden, V vocab, L layers. Parameters have Meta's names, are float32, and stan
 leading axis. Activations have the model's ``dtype``; norms, rotary angles, softmax and logits are float32.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -17,44 +16,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.attention import attention
+from llama_jax.attention import attention, cached_attention
+from llama_jax.cache import Stored
 from llama_jax.config import AttentionKernel, ModelArgs, Remat
 from llama_jax.embedding import embed
 from llama_jax.linear import linear
 from llama_jax.remat import MIDDLE, POLICIES
 from llama_jax.sharding import constrain
 
-
-class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of the tokens that a batch has seen, in slots of a preallocated buffer.
-
-    Rows are padded on the left, so that all of them write their next token to the same slot.
-    """
-
-    k: jax.Array  # [L, B, S, K, H]
-    v: jax.Array  # [L, B, S, K, H]
-    slot: jax.Array  # int32 []: the slot that is written next
-    first: jax.Array  # int32 [B]: the slot of the row's first token
-
-    @classmethod
-    def empty(cls, args: ModelArgs, first: jax.Array, slots: int, dtype: jnp.dtype) -> "KVCache":
-        """A cache of ``slots`` slots for rows whose first tokens stand at slots ``first`` [B]."""
-        shape = (args.n_layers, first.shape[0], slots, args.kv_heads, args.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32), first)
-
-
-# One layer's keys and values: two arrays [B, S, K, H].
-KeysValues = tuple[jax.Array, jax.Array]
 # Cosines and sines: two arrays float32 [B or 1, T, 1, H].
 Angles = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
 
 
-class Positions(flax.struct.PyTreeNode):
-    """Where the tokens of a forward pass stand: what all layers share."""
+class Cached(flax.struct.PyTreeNode):
+    """What a layer knows of the tokens before: their keys and values, in the slots that are read of the cache."""
 
-    angles: Angles  # of the rotary embedding
-    slot: jax.Array | None = None  # int32 []: the cache slot of the first of them; without a cache, None
-    first: jax.Array | None = None  # int32 [B]: each row's first slot that holds a token
+    k: Stored  # [B, K, S, H]
+    v: Stored
+    slot: jax.Array  # int32 []: the slot of the first new token
+    first: jax.Array  # int32 [B]: each row's first slot that holds a token
+
+
+# The keys and values of a layer's new tokens: two arrays [B, T, K, H].
+KeysValues = tuple[jax.Array, jax.Array]
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -111,24 +95,22 @@ class Attention(nn.Module):
     kernel: AttentionKernel
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, keys_values: KeysValues | None, at: Positions
-    ) -> tuple[jax.Array, KeysValues | None]:
-        a, dtype = self.args, x.dtype
+    def __call__(self, x: jax.Array, cached: Cached | None, angles: Angles) -> tuple[jax.Array, KeysValues | None]:
+        a = self.args
         std = a.dim**-0.5
         wq = _matrix(self, "wq", std, embed=a.dim, heads=a.n_heads, head_dim=a.head_dim)
         wk = _matrix(self, "wk", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
         wv = _matrix(self, "wv", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
         wo = _matrix(self, "wo", std, heads=a.n_heads, head_dim=a.head_dim, embed=a.dim)
 
-        q = rotary(linear("BTD,DNH->BTNH", x, wq.astype(dtype)), at.angles)
-        k = rotary(linear("BTD,DKH->BTKH", x, wk.astype(dtype)), at.angles)
-        v = linear("BTD,DKH->BTKH", x, wv.astype(dtype))
-        if keys_values is not None and at.slot is not None:
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at.slot, axis=1)
-            k, v = keys_values = write(keys_values[0], k), write(keys_values[1], v)
-        y = attention(q, k, v, at.slot, at.first, self.kernel)
-        return linear("BTNH,NHD->BTD", y, wo.astype(dtype)), keys_values
+        q = rotary(linear("BTD,DNH->BTNH", x, wq), angles)
+        k = rotary(linear("BTD,DKH->BTKH", x, wk), angles)
+        v = linear("BTD,DKH->BTKH", x, wv)
+        if cached is None:
+            y = attention(q, k, v, self.kernel)
+        else:
+            y = cached_attention(q, k, v, cached.k, cached.v, cached.slot, cached.first, self.kernel)
+        return linear("BTNH,NHD->BTD", y, wo), None if cached is None else (k, v)
 
 
 class SwiGLU(nn.Module):
@@ -138,12 +120,12 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        a, dtype = self.args, x.dtype
+        a = self.args
         w1 = _matrix(self, "w1", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
         w3 = _matrix(self, "w3", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
         w2 = _matrix(self, "w2", (2 * a.n_layers * a.hidden_dim) ** -0.5, mlp=a.hidden_dim, embed=a.dim)
-        gate = jax.nn.silu(linear("BTD,DF->BTF", x, w1.astype(dtype)))
-        return linear("BTF,FD->BTD", gate * linear("BTD,DF->BTF", x, w3.astype(dtype)), w2.astype(dtype))
+        gate = jax.nn.silu(linear("BTD,DF->BTF", x, w1))
+        return linear("BTF,FD->BTD", gate * linear("BTD,DF->BTF", x, w3), w2)
 
 
 class Block(nn.Module):
@@ -153,12 +135,10 @@ class Block(nn.Module):
     kernel: AttentionKernel
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, keys_values: KeysValues | None, at: Positions
-    ) -> tuple[jax.Array, KeysValues | None]:
+    def __call__(self, x: jax.Array, cached: Cached | None, angles: Angles) -> tuple[jax.Array, KeysValues | None]:
         a = self.args
         h = rms_norm(x, _norm_weight(self, "attention_norm", a.dim), a.norm_eps)
-        h, keys_values = Attention(a, self.kernel, name="attention")(h, keys_values, at)
+        h, keys_values = Attention(a, self.kernel, name="attention")(h, cached, angles)
         x = checkpoint_name(x + h, MIDDLE)
         h = rms_norm(x, _norm_weight(self, "ffn_norm", a.dim), a.norm_eps)
         x = x + SwiGLU(a, name="feed_forward")(h)
@@ -196,36 +176,23 @@ class Llama(nn.Module):
         self.norm = _norm_weight(self, "norm", a.dim)
         self.output = _matrix(self, "output", a.dim**-0.5, embed=a.dim, vocab=a.vocab_size)
 
-    def hidden(self, token_ids: jax.Array, cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
-        """Normed hidden states that the output matrix turns into logits: int [B, T] -> [B, T, D] of ``dtype``.
-
-        Without a cache, positions are 0 to T - 1. With one, the T tokens are written to its next slots, their positions
-        are counted from each row's first slot, and the filled cache comes back.
-        """
+    def hidden(self, token_ids: jax.Array) -> jax.Array:
+        """Normed hidden states that the output matrix turns into logits: int [B, T] -> [B, T, D] of ``dtype``."""
         args = self.args
         T = token_ids.shape[1]
         cos, sin = rotary_table(args.max_seq_len, args.head_dim, args.rope_theta)
-        if cache is None:
-            at, keys_values = Positions((cos[None, :T], sin[None, :T])), None
-        else:
-            positions = jnp.maximum(cache.slot + jnp.arange(T) - cache.first[:, None], 0)  # a padding slot is at 0
-            angles = jnp.asarray(cos)[positions], jnp.asarray(sin)[positions]
-            at, keys_values = Positions(angles, cache.slot, cache.first), (cache.k, cache.v)
         x = embed(self.tok_embeddings, token_ids, self.dtype)
         x = constrain(x, "batch", "length", None)
-        x, keys_values = self.layers(x, keys_values, at)
-        if cache is not None and keys_values is not None:
-            cache = cache.replace(k=keys_values[0], v=keys_values[1], slot=cache.slot + T)
-        return rms_norm(x, self.norm, args.norm_eps), cache
+        x, _ = self.layers(x, None, (cos[None, :T], sin[None, :T]))
+        return rms_norm(x, self.norm, args.norm_eps)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
         return jnp.einsum("...D,DV->...V", hidden, self.output.astype(self.dtype), preferred_element_type=jnp.float32)
 
-    def __call__(self, token_ids: jax.Array, cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
-        """Logits of the token after each position: int [B, T] -> float32 [B, T, V], and the filled cache."""
-        hidden, cache = self.hidden(token_ids, cache)
-        return self.logits(hidden), cache
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        """Logits of the token after each position: int [B, T] -> float32 [B, T, V]."""
+        return self.logits(self.hidden(token_ids))
 
 
 def is_norm(path: Sequence[Any]) -> bool:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -71,13 +71,9 @@ def describe(sizes: dict[str, int]) -> str:
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
 
 
-def check_divisible(mesh: Mesh, model: ModelArgs, train: TrainArgs) -> None:
-    """Raise UserError where a size cannot be laid evenly over its mesh axes."""
+def check_divisible(mesh: Mesh, model: ModelArgs, train: TrainArgs | None = None) -> None:
+    """Raise UserError where a size of the model, or of its training, cannot be laid evenly over its mesh axes."""
     sizes = {
-        "train.batch_size / train.gradient_accumulation_steps": (
-            "batch",
-            train.batch_size // train.gradient_accumulation_steps,
-        ),
         "model.max_seq_len": ("length", model.max_seq_len),
         "model.vocab_size": ("vocab", model.vocab_size),
         "model.dim": ("embed", model.dim),
@@ -85,6 +81,9 @@ def check_divisible(mesh: Mesh, model: ModelArgs, train: TrainArgs) -> None:
         "model.n_kv_heads": ("kv_heads", model.kv_heads),
         "feed-forward width": ("mlp", model.hidden_dim),
     }
+    if train is not None:
+        rows = train.batch_size // train.gradient_accumulation_steps
+        sizes = {"train.batch_size / train.gradient_accumulation_steps": ("batch", rows)} | sizes
     for name, (axis, size) in sizes.items():
         mesh_axes = mesh_axes_of(axis)
         parts = math.prod(mesh.shape[a] for a in mesh_axes)
@@ -128,6 +127,14 @@ def parameter_shardings(model: nn.Module, mesh: Mesh) -> Any:
         boxed,
         is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
     )
+
+
+def mesh_of(tree: Any) -> Mesh:
+    """The mesh that arrays lie on; of arrays on one device, or of numpy's, a mesh of ones."""
+    sharding = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        return cast(Mesh, sharding.mesh)
+    return make_mesh(MeshArgs(), jax.local_devices()[:1] if sharding is None else list(sharding.device_set))
 
 
 def shard_by_shard(f: Callable, over: tuple[str, ...], in_axes: tuple, out_axes: Any) -> Callable:

@@ -38,7 +38,7 @@ def random_ids(B: int, T: int, vocab: int, seed: int = 0) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _logits(model: Llama, params: Any, ids: np.ndarray) -> jax.Array:
-    return model.apply({"params": params}, ids)[0]
+    return model.apply({"params": params}, ids)
 
 
 def logits_of(params: Any, ids: np.ndarray, args: ModelArgs, **module: Any) -> np.ndarray:
@@ -49,7 +49,7 @@ def loss_of(model: Llama, ids: np.ndarray) -> Any:
     """The mean loss as a function of the parameters."""
 
     def loss(params: Any) -> jax.Array:
-        hidden, _ = model.apply({"params": params}, ids[:, :-1], method="hidden")
+        hidden = model.apply({"params": params}, ids[:, :-1], method="hidden")
         return cross_entropy(hidden, params["output"], ids[:, 1:], jnp.ones(ids[:, 1:].shape)) / ids[:, 1:].size
 
     return loss

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -12,27 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoint import Checkpoint, with_shardings
-from llama_jax.config import DType, MeshArgs, ModelArgs, SampleArgs
+from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.chat import Message, encode_dialog
-from llama_jax.generation.decode import Sampled, generate_chunks
+from llama_jax.generation.decode import Row, logits_without_cache
+from llama_jax.generation.passes import OnProgress, completions, stream
+from llama_jax.generation.rows import Completion as Completion
+from llama_jax.generation.serving import serve
 from llama_jax.model import Llama, is_norm
+from llama_jax.quantize import Matrix
 from llama_jax.runtime import check_memory, make_model, memory_of, use_compilation_cache
-from llama_jax.sharding import make_mesh, parameter_shardings
+from llama_jax.sharding import check_divisible, make_mesh, parameter_shardings
 from llama_jax.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What follows a prompt. ``token_ids`` and ``logprobs`` are as long as each other; EOS is in neither."""
-
-    text: str
-    """The text after the prompt."""
-    token_ids: list[int]
-    logprobs: list[float]
-    """Natural logarithm of each token's probability under the model, before temperature and top-p."""
-    finish_reason: str
-    """"stop": the model ended with EOS; "length": max_new_tokens or the context came first."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +32,37 @@ class Model:
 
     args: ModelArgs
     params: Any
+    """As in a checkpoint; of a model that was loaded quantized, as generation runs on them (serving.py)."""
     tokenizer: Tokenizer
     module: Llama
+    cache_dtype: Any = None
+    """Of keys and values: jnp.int8, or None for the type that is computed in."""
 
     @classmethod
-    def load(cls, path: str | Path, compute_dtype: DType = "auto") -> "Model":
-        """See ``llama_jax.load``. Matrices are kept in the type that is computed in.
-
-        A model that is too large for one device lies on as many as it takes, each of which reads its own part alone.
-        """
+    def load(
+        cls,
+        path: str | Path,
+        compute_dtype: DType = "auto",
+        weights: Weights = "auto",
+        cache: Cache = "auto",
+        mesh: MeshArgs | None = None,
+    ) -> "Model":
+        """See ``llama_jax.load``. Matrices are kept in the type that is computed in, or quantized."""
         use_compilation_cache()
+        for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
+            if value not in get_args(known):
+                raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
         checkpoint = Checkpoint.find(path)
-        module = make_model(checkpoint.args, compute_dtype)
+        laid = None if mesh is None else make_mesh(mesh)
+        module = make_model(checkpoint.args, compute_dtype, mesh=laid)
         shapes = serving_shapes(module)
-        mesh = _fitting_mesh(checkpoint, shapes, module)
-        params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(module, mesh)))
-        return cls(checkpoint.args, params, checkpoint.tokenizer, module)
+        if laid is None:
+            laid = _fitting_mesh(checkpoint, shapes, module)
+        check_divisible(laid, checkpoint.args)
+        params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(module, laid)))
+        if weights != "auto":
+            params = serve(params, weights)
+        return cls(checkpoint.args, params, checkpoint.tokenizer, module, jnp.int8 if cache == "int8" else None)
 
     def logits(self, token_ids: Any) -> jax.Array:
         """Logits of the token after each position: int [B, T] -> float32 [B, T, V].
@@ -73,100 +79,100 @@ class Model:
             raise UserError(f"token_ids: expected up to {self.args.max_seq_len} positions, found {token_ids.shape[1]}")
         if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < self.args.vocab_size):
             raise UserError(f"token_ids: expected ids from 0 to {self.args.vocab_size - 1}, found others")
-        return _logits(self.module, self.params, token_ids.astype(np.int32))
+        return logits_without_cache(self.module, self.serving, token_ids.astype(np.int32))
 
-    def generate(self, prompts: Iterable[str], args: SampleArgs = SampleArgs()) -> list[Completion]:
-        """A completion a prompt, in order. Raises UserError on a prompt that fills the context, or bad ``args``."""
+    def generate(
+        self,
+        prompts: Iterable[str],
+        args: SampleArgs | Sequence[SampleArgs] = SampleArgs(),
+        on_progress: OnProgress | None = None,
+    ) -> list[Completion]:
+        """Completions of prompts, in order: ``args.n`` a prompt, the first prompt's first.
+
+        args: for all prompts, or a sequence with those of each. on_progress: told when a pass begins, and of every chunk.
+        Raises UserError on a prompt that fills the context, or impossible ``args``.
+        """
         if isinstance(prompts, str):
             raise UserError("prompts: expected a list of strings, found one string; put it in a list")
-        return self.generate_ids([self._encode(prompt) for prompt in prompts], args)
+        return self.generate_ids([self.encode(prompt) for prompt in prompts], args, on_progress)
 
-    def chat(self, messages: Sequence[Message], args: SampleArgs = SampleArgs()) -> Completion:
+    def chat(
+        self, messages: Sequence[Message], args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
+    ) -> Completion:
         """The answer to a conversation, in the format of Meta's chat models. Raises UserError, as ``encode_dialog`` does."""
-        (completion,) = self.generate_ids([encode_dialog(self.tokenizer, messages)], args)
-        return replace(completion, text=completion.text.strip())
+        check_one(args, "an answer")
+        (completion,) = self.generate_ids([encode_dialog(self.tokenizer, messages)], args, on_progress)
+        return stripped(completion)
 
-    def generate_ids(self, rows: Sequence[Sequence[int]], args: SampleArgs = SampleArgs()) -> list[Completion]:
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        args: SampleArgs | Sequence[SampleArgs] = SampleArgs(),
+        on_progress: OnProgress | None = None,
+    ) -> list[Completion]:
         """``generate`` for prompts that are token ids."""
-        self._check(rows, args)
-        done = [_Row(self, prompt_ids, args) for prompt_ids in rows]
-        for chunk in self._chunks(rows, args):
-            for row, ids, logprobs in zip(done, chunk.ids, chunk.logprobs, strict=True):
-                row.push(ids, logprobs)
-            if all(row.finish_reason for row in done):
-                break
-        return [row.completion() for row in done]
+        return list(self.completions(self.rows(prompts, args), on_progress))
 
-    def stream(self, prompt: str, args: SampleArgs = SampleArgs()) -> Iterator[str]:
-        """The text of ``generate([prompt])``, piece by piece as it comes."""
-        return self.stream_ids(self._encode(prompt), args)
+    def rows(self, prompts: Sequence[Sequence[int]], args: SampleArgs | Sequence[SampleArgs]) -> list[Row]:
+        """A row (prompt, settings, number among the prompt's n) for each completion. Raises UserError as ``generate`` does."""
+        settings = [args] * len(prompts) if isinstance(args, SampleArgs) else list(args)
+        if len(settings) != len(prompts):
+            raise UserError(f"args: expected one SampleArgs, or {len(prompts)}, one a prompt; found {len(settings)}")
+        for ids, given in zip(prompts, settings, strict=True):
+            self._check(ids, given)
+        return [(ids, given, i) for ids, given in zip(prompts, settings, strict=True) for i in range(given.n)]
 
-    def stream_ids(self, prompt_ids: Sequence[int], args: SampleArgs = SampleArgs()) -> Iterator[str]:
+    def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
+        """A completion for each of ``rows``, in order, as soon as it is there; in as many passes as memory asks for."""
+        return completions(self.module, self.serving, self.tokenizer, rows, on_progress, self.cache_dtype)
+
+    def stream(
+        self, prompt: str, args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
+    ) -> Iterator[str]:
+        """The text of ``generate([prompt])``, piece by piece as it comes: a token at a time."""
+        return self.stream_ids(self.encode(prompt), args, on_progress)
+
+    def stream_ids(
+        self, prompt_ids: Sequence[int], args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
+    ) -> Iterator[str]:
         """``stream`` for a prompt of token ids."""
-        self._check([prompt_ids], args)
-        row, text = _Row(self, prompt_ids, args), self.tokenizer.stream(prompt_ids)
-        for chunk in self._chunks([prompt_ids], args):
-            before = len(row.ids)
-            row.push(chunk.ids[0], chunk.logprobs[0])
-            yield text.push(row.ids[before:])
-            if row.finish_reason:
-                break
-        yield text.flush()
+        self._check(prompt_ids, args)
+        check_one(args, "a stream")
+        return stream(self.module, self.serving, self.tokenizer, (prompt_ids, args, 0), on_progress, self.cache_dtype)
 
-    def _encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str) -> list[int]:
+        """A prompt's token ids."""
         if not isinstance(prompt, str):
             raise UserError(f"prompts: expected strings, found {quoted(prompt)}")
         return self.tokenizer.encode(prompt)
 
-    def _check(self, rows: Sequence[Sequence[int]], args: SampleArgs) -> None:
+    def _check(self, ids: Sequence[int], args: SampleArgs) -> None:
         args.check()
-        for ids in rows:
-            if len(ids) >= self.args.max_seq_len:
-                start = self.tokenizer.decode(ids[:12])
-                raise UserError(
-                    f"prompt {quoted(start + '...')}: expected fewer than {self.args.max_seq_len} tokens, the model's context, "
-                    f"found {len(ids)}; shorten it"
-                )
+        for token in args.logit_bias:
+            if not 0 <= token < self.args.vocab_size:
+                raise UserError(f"logit_bias: expected ids from 0 to {self.args.vocab_size - 1}, found {token}")
+        if len(ids) >= self.args.max_seq_len:
+            start = self.tokenizer.decode(ids[:12])
+            raise UserError(
+                f"prompt {quoted(start + '...')}: expected fewer than {self.args.max_seq_len} tokens, the model's context, "
+                f"found {len(ids)}; shorten it"
+            )
 
-    def _chunks(self, rows: Sequence[Sequence[int]], args: SampleArgs) -> Iterator[Sampled]:
-        if not rows:
-            return iter(())
-        longest = max(min(args.max_new_tokens, self.args.max_seq_len - len(ids)) for ids in rows)
-        return generate_chunks(self.module, self.params, rows, args, longest)
-
-
-class _Row:
-    """The completion of one prompt while it grows."""
-
-    def __init__(self, model: Model, prompt_ids: Sequence[int], args: SampleArgs):
-        self._tokenizer, self._prompt_ids = model.tokenizer, prompt_ids
-        self._limit = min(args.max_new_tokens, model.args.max_seq_len - len(prompt_ids))
-        self.ids: list[int] = []
-        self._logprobs: list[float] = []
-        self.finish_reason = ""
-
-    def push(self, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Take the tokens of a chunk, up to EOS or the limit."""
-        for token, logprob in zip(ids.tolist(), logprobs.tolist(), strict=True):
-            if self.finish_reason:
-                return
-            if token == self._tokenizer.eos_id:
-                self.finish_reason = "stop"
-                return
-            self.ids.append(token)
-            self._logprobs.append(logprob)
-            if len(self.ids) == self._limit:
-                self.finish_reason = "length"
-
-    def completion(self) -> Completion:
-        stream = self._tokenizer.stream(self._prompt_ids)
-        text = stream.push(self.ids) + stream.flush()
-        return Completion(text, self.ids, self._logprobs, self.finish_reason)
+    @functools.cached_property
+    def serving(self) -> Any:
+        """The parameters in the form that generation runs on."""
+        return self.params if isinstance(self.params["output"], Matrix) else serve(self.params)
 
 
-@functools.partial(jax.jit, static_argnames=("module",))
-def _logits(module: Llama, params: Any, token_ids: jax.Array) -> jax.Array:
-    return module.apply({"params": params}, token_ids)[0]
+def stripped(answer: Completion) -> Completion:
+    """An answer without the white space around it."""
+    return replace(answer, text=answer.text.strip())
+
+
+def check_one(args: SampleArgs, what: str) -> None:
+    """Raise UserError where more than one completion is asked for of ``what``, which has one."""
+    if args.n != 1:
+        raise UserError(f"n: expected 1 for {what}, found {args.n}")
 
 
 def serving_shapes(module: Llama) -> Any:

@@ -1,24 +1,166 @@
-"""The next token from its logits: greedy, temperature, and Meta's top-p rule."""
+"""The next token from its logits, row by row: penalties, bias, temperature, top-k, Meta's top-p rule, min-p.
 
+Every row has its own settings and its own random key, and nothing here looks across rows. B rows, V vocab.
+"""
+
+from collections.abc import Sequence
+
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config import SampleArgs
 
 
-def keep_top_p(probs: jax.Array, top_p: jax.Array | float) -> jax.Array:
-    """Mask of the likeliest tokens that hold ``top_p`` of the probability together: float32 [..., V] sorted descending.
+class Sampler(flax.struct.PyTreeNode):
+    """How each row's tokens are chosen. What no row asks for is None, and costs nothing."""
 
-    Meta's rule (llama/generation.py, sample_top_p): a token goes when those before it hold more than top_p; the one that
-    crosses the border stays, and so does the first always.
+    keys: jax.Array  # random keys [B]; a token's randomness is its row's key and its number in the completion
+    temperature: jax.Array  # float32 [B]
+    top_p: jax.Array | None  # float32 [B]
+    top_k: jax.Array | None  # int32 [B]
+    min_p: jax.Array | None  # float32 [B]
+    bias: jax.Array | None  # float32 [B, V]
+    penalties: "Penalties | None"
+
+
+class Penalties(flax.struct.PyTreeNode):
+    """Penalties of each row, and what they count."""
+
+    repetition: jax.Array  # float32 [B]
+    presence: jax.Array  # float32 [B]
+    frequency: jax.Array  # float32 [B]
+    prompt: jax.Array  # bool [B, V]: whether the prompt holds a token
+    counts: jax.Array  # int32 [B, V]: how often the completion does
+
+
+def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int) -> Sampler:
+    """The sampler of rows of (prompt, settings, number of the row among the prompt's ``n``)."""
+    settings = [args for _, args, _ in rows]
+
+    def column(name: str, off: float, dtype: type = np.float32) -> jax.Array | None:
+        values = [getattr(args, name) for args in settings]
+        return None if all(value == off for value in values) else jnp.array(values, dtype)
+
+    penalties = bias = None
+    if any(a.repetition_penalty != 1 or a.presence_penalty or a.frequency_penalty for a in settings):
+        penalties = _make_penalties(rows, vocab_size)
+    if any(args.logit_bias for args in settings):
+        bias = np.zeros((len(rows), vocab_size), np.float32)
+        for row, args in zip(bias, settings, strict=True):
+            row[list(args.logit_bias)] = list(args.logit_bias.values())
+    seeds = np.array([args.seed for args in settings], np.uint32)
+    keys = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(
+        seeds, np.array([number for _, _, number in rows], np.uint32)
+    )
+    # Greedy rows have no use for what follows the temperature.
+    temperature = jnp.array([args.temperature for args in settings], jnp.float32)
+    return Sampler(
+        keys,
+        temperature,
+        column("top_p", 1.0),
+        column("top_k", 0, np.int32),
+        column("min_p", 0.0),
+        None if bias is None else jnp.asarray(bias),
+        penalties,
+    )
+
+
+def _make_penalties(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int) -> Penalties:
+    prompt = np.zeros((len(rows), vocab_size), bool)
+    for row, (ids, _, _) in zip(prompt, rows, strict=True):
+        row[list(ids)] = True
+    return Penalties(
+        jnp.array([args.repetition_penalty for _, args, _ in rows], jnp.float32),
+        jnp.array([args.presence_penalty for _, args, _ in rows], jnp.float32),
+        jnp.array([args.frequency_penalty for _, args, _ in rows], jnp.float32),
+        jnp.asarray(prompt),
+        jnp.zeros(prompt.shape, jnp.int32),
+    )
+
+
+@jax.named_scope("sampling")
+def sample(sampler: Sampler, logits: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array, Sampler]:
+    """Each row's next token, the ``number``-th (int32 [B]) of its completion: logits float32 [B, V] -> int32 [B].
+
+    At temperature 0 the likeliest. Returns its log-probability under the model too (before penalties and all else), and the
+    sampler that has counted it.
     """
-    before = jnp.cumsum(probs, axis=-1) - probs
-    return (before <= top_p).at[..., 0].set(True)
+    changed = _penalised(sampler, logits)
+    likeliest = jnp.argmax(changed, axis=-1).astype(jnp.int32)
+    # Rows that all take the likeliest need no random numbers, and none of the sums that top-p needs.
+    ids = jax.lax.cond(jnp.any(sampler.temperature > 0), _draw, lambda *_: likeliest, sampler, changed, number)
+    ids = jnp.where(sampler.temperature > 0, ids, likeliest)
+    logprobs = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    if sampler.penalties is not None:
+        p = sampler.penalties
+        counted = p.counts.at[jnp.arange(len(ids)), ids].add(1)
+        sampler = sampler.replace(penalties=p.replace(counts=counted))
+    return ids, logprobs, sampler
 
 
-def sample_token(key: jax.Array, logits: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
-    """A token for one row: logits float32 [V] -> int32 []. At temperature 0 the likeliest."""
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-    order = jnp.argsort(-scaled)
-    probs = jax.nn.softmax(scaled[order])
-    kept = jnp.where(keep_top_p(probs, top_p), jnp.log(probs), -jnp.inf)
-    sampled = order[jax.random.categorical(key, kept)]
-    return jnp.where(temperature > 0, sampled, jnp.argmax(logits)).astype(jnp.int32)
+def _penalised(sampler: Sampler, logits: jax.Array) -> jax.Array:
+    """Logits after penalties and bias. Repetition as in CTRL (Keskar et al., 2019, section 4.1), for negative logits turned round;
+    presence and frequency as in OpenAI's API."""
+    if (p := sampler.penalties) is not None:
+        repetition = jnp.where(p.prompt | (p.counts > 0), p.repetition[:, None], 1.0)
+        logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
+        logits -= p.presence[:, None] * (p.counts > 0) + p.frequency[:, None] * p.counts
+    return logits if sampler.bias is None else logits + sampler.bias
+
+
+def _draw(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Array:
+    """A token a row by its tempered probabilities, among those that top-k, top-p and min-p leave."""
+    temperature = jnp.where(sampler.temperature > 0, sampler.temperature, 1.0)[:, None]
+    # From the largest logit: as temperature goes to 0 all others go to -inf, and nothing overflows.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    probs = jax.nn.softmax(logits)
+    if sampler.top_k is not None:
+        limit = jnp.where(sampler.top_k > 0, sampler.top_k - 1, logits.shape[-1]).astype(jnp.float32)
+        probs = _normalised(jnp.where(keep_top(probs, jnp.ones_like(probs), limit), probs, 0.0))
+    if sampler.top_p is not None:
+        probs = jnp.where(keep_top(probs, probs, sampler.top_p), probs, 0.0)
+    if sampler.min_p is not None:
+        probs = jnp.where(probs >= sampler.min_p[:, None] * jnp.max(probs, axis=-1, keepdims=True), probs, 0.0)
+    # The token at which the sum of probabilities passes a random number: one a row, where Gumbel's trick needs V.
+    uniform = jax.vmap(lambda key, number: jax.random.uniform(jax.random.fold_in(key, number)))(sampler.keys, number)
+    # Sums in parallel are not quite in order: of tokens without a probability none is taken, wherever rounding puts the sum.
+    passed = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), 0.0)
+    border = uniform[:, None] * jnp.max(passed, axis=-1, keepdims=True)
+    return jnp.min(
+        jnp.where(passed > border, jnp.arange(probs.shape[-1], dtype=jnp.int32), probs.shape[-1] - 1), axis=-1
+    )
+
+
+def _normalised(probs: jax.Array) -> jax.Array:
+    return probs / jnp.sum(probs, axis=-1, keepdims=True)
+
+
+def keep_top(probs: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
+    """Mask of the likeliest tokens: those for which the likelier ones weigh no more than ``limit`` together.
+
+    probs, weights: float32 [B, V], not negative; limit [B]. With the probabilities as weights this is Meta's top-p rule
+    (llama/generation.py, sample_top_p): a token goes when those before it hold more than top_p, so the one that crosses the
+    border stays, and the first always. With weights of 1 it is top-k. Of equal tokens those with lower ids come first.
+
+    Nothing is sorted: the border is a probability, found by halving. Not negative floats are ordered as their bits are.
+    """
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+    limit = limit[:, None]
+
+    def before(border: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(bits > border, weights, 0.0), axis=-1, keepdims=True)
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends  # tokens at ``high`` stay, those at ``low`` go
+        middle = low + (high - low) // 2
+        stays = before(middle) <= limit
+        return jnp.where(stays, low, middle), jnp.where(stays, middle, high)
+
+    ends = jnp.full_like(bits[:, :1], -1), jnp.max(bits, axis=-1, keepdims=True)
+    _, border = jax.lax.fori_loop(0, 31, halve, ends)
+    # Tokens just at the border are equal; they stay in turn while there is room.
+    at_border = bits == border
+    earlier = jnp.cumsum(jnp.where(at_border, weights, 0.0), axis=-1) - jnp.where(at_border, weights, 0.0)
+    return (bits > border) | at_border & (before(border) + earlier <= limit)

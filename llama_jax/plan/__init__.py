@@ -15,17 +15,20 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from llama_jax.cache import KVCache
 from llama_jax.checkpoint import with_shardings
-from llama_jax.config import Config
+from llama_jax.config import Cache, Config, SampleArgs, Weights
 from llama_jax.errors import UserError
 from llama_jax.generation import serving_shapes
-from llama_jax.generation.decode import CHUNK, DecodeState, decode_chunk
-from llama_jax.model import KVCache, Llama
+from llama_jax.generation.decode import DecodeState, decode_chunk, state_shardings
+from llama_jax.generation.sampling import make_sampler
+from llama_jax.generation.serving import serving_form, serving_shardings
+from llama_jax.model import Llama
 from llama_jax.plan.cost import Schedule, schedule_of
 from llama_jax.plan.hlo import HBM, Program
 from llama_jax.plan.topology import Topology
-from llama_jax.runtime import make_model
-from llama_jax.sharding import check_divisible, make_mesh, on_mesh, parameter_shardings, spec
+from llama_jax.runtime import compiler_options, make_model
+from llama_jax.sharding import check_divisible, make_mesh, on_mesh
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.training.step import batch_shapes, compile_train_step, make_optimizer, state_shapes
 
@@ -46,7 +49,6 @@ class Plan:
     schedule: Schedule | None
     text: str  # of the compiled program
     compile_seconds: float
-    steps: int = 1  # that the program runs
 
     @property
     def chips(self) -> int:
@@ -61,7 +63,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Of a step, by the schedule; infinite where there is none."""
-        return self.schedule.seconds / self.steps if self.schedule else float("inf")
+        return self.schedule.seconds if self.schedule else float("inf")
 
     @property
     def tokens(self) -> int:
@@ -97,7 +99,7 @@ def plan_training(config: Config, topology: Topology) -> Plan:
     return _plan(config, topology, mesh, module, parts, compile_step)
 
 
-def plan_decoding(config: Config, topology: Topology, batch: int, slots: int) -> Plan:
+def plan_decoding(config: Config, topology: Topology, batch: int, slots: int, weights: Weights, cache: Cache) -> Plan:
     """Compile decoding steps of ``batch`` sequences over a cache of ``slots`` tokens. Raises UserError as plan_training does."""
     config = resolve(config)
     mesh = make_mesh(config.mesh, topology.devices())
@@ -106,37 +108,38 @@ def plan_decoding(config: Config, topology: Topology, batch: int, slots: int) ->
         raise UserError(
             f"--batch: expected a multiple of mesh.data x mesh.fsdp = {rows}, found {batch}; change one of them"
         )
-    check_divisible(
-        mesh, config.model, dataclasses.replace(config.train, batch_size=rows, gradient_accumulation_steps=1)
-    )
+    check_divisible(mesh, config.model)
     module = make_model(config.model, config.train.compute_dtype, mesh=mesh)
-    params = with_shardings(serving_shapes(module), parameter_shardings(module, mesh))
-    state = _decode_state(module, mesh, batch, slots)
+    params = served_shapes(module, mesh, weights)
+    state = _decode_state(module, mesh, batch, slots, jnp.int8 if cache == "int8" else module.dtype)
     parts = {"parameters": _bytes(params), "cache": _bytes((state.cache.k, state.cache.v))}
 
     def compile_step() -> jax.stages.Compiled:
-        number = jax.ShapeDtypeStruct((), jnp.float32)
         with on_mesh(mesh):
-            return decode_chunk.lower(module, params, state, number, number).compile()
+            return decode_chunk.lower(module, params, state, steps=1, end=slots).compile(
+                compiler_options=compiler_options(mesh.devices.flat[0])
+            )
 
-    return dataclasses.replace(_plan(config, topology, mesh, module, parts, compile_step), steps=CHUNK)
+    return _plan(config, topology, mesh, module, parts, compile_step)
 
 
-def _decode_state(module: Llama, mesh: jax.sharding.Mesh, batch: int, slots: int) -> DecodeState:
+def served_shapes(module: Llama, mesh: jax.sharding.Mesh, weights: Weights) -> Any:
+    """The shapes of the parameters as generation runs on them, each with its sharding."""
+    shapes = jax.eval_shape(lambda params: serving_form(params, weights), serving_shapes(module))
+    return with_shardings(shapes, serving_shardings(shapes, mesh))
+
+
+def _decode_state(module: Llama, mesh: jax.sharding.Mesh, batch: int, slots: int, cache_dtype: Any) -> DecodeState:
     """The shapes of what a decoding step hands to the next, each with its sharding."""
-    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    cache = jax.eval_shape(lambda first: KVCache.empty(module.args, first, slots, module.dtype), rows)
-    logits: Any = jax.ShapeDtypeStruct((batch, module.args.vocab_size), jnp.float32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = DecodeState(cache, logits, keys, step)
+    args = module.args
 
-    def on(*axes: str | None) -> Any:
-        return jax.NamedSharding(mesh, spec(*axes))
+    def state() -> DecodeState:
+        cache = KVCache.empty(args, jnp.zeros(batch, jnp.int32), slots, cache_dtype)
+        sampler = make_sampler([([], SampleArgs(), 0)] * batch, args.vocab_size)
+        return DecodeState(cache, jnp.zeros((batch, args.vocab_size)), sampler, jnp.zeros(batch, jnp.int32))
 
-    heads = on("layers", "batch", None, "kv_heads", None)
-    shardings = DecodeState(KVCache(heads, heads, on(), on("batch")), on("batch", "vocab"), on("batch"), on())
-    return with_shardings(state, shardings)
+    shapes = jax.eval_shape(state)
+    return with_shardings(shapes, state_shardings(shapes, mesh))
 
 
 def _plan(

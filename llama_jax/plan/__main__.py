@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from llama_jax.config import Config, load_toml
+from llama_jax.config import Cache, Config, Weights, load_toml
 from llama_jax.errors import UserError, run_command
 from llama_jax.files import write_atomically
 from llama_jax.flags import parse_flags, take_option
@@ -37,6 +37,10 @@ class PlanConfig(Config):
     """Sequences that are decoded together."""
     slots: int = 2048
     """Tokens of a sequence's cache when decoding."""
+    weights: Weights = "auto"
+    """Of decoding: auto, the type that is computed in; int8, int4 or int4-64."""
+    cache: Cache = "auto"
+    """Keys and values of decoding: auto, the type that is computed in; int8."""
 
 
 def main() -> None:
@@ -65,7 +69,7 @@ def run(args: PlanConfig, topology: Topology) -> None:
         return
     _announce(args, "compiling for the slice: a minute or two")
     if args.decode:
-        plan = plan_decoding(config, topology, args.batch, args.slots)
+        plan = plan_decoding(config, topology, args.batch, args.slots, args.weights, args.cache)
         found = report.decode_summary(plan, args.batch, args.slots)
         text = report.decoding_text(plan, args.batch, args.slots)
     else:

@@ -22,7 +22,7 @@ def draw(plan: Plan, path: Path) -> None:
     memory = {part: size / GiB for part, size in plan.bytes_by_part.items()}
     time = {}
     if plan.schedule is not None:
-        schedule, scale = plan.schedule, 1e3 / plan.steps
+        schedule, scale = plan.schedule, 1e3
         time = {part: seconds * scale for part, seconds in schedule.by_part}
         time |= {"attention's kernels": schedule.kernels * scale, "blocking collectives": schedule.blocking * scale}
         if schedule.waiting:

@@ -66,25 +66,25 @@ def _common(plan: Plan) -> dict[str, Any]:
     if (schedule := plan.schedule) is not None:
         parts |= {
             "seconds": {
-                "matrix": schedule.cost.matrix / plan.steps,
-                "other": schedule.cost.other / plan.steps,
-                "blocking_collectives": schedule.blocking / plan.steps,
-                "kernels": schedule.kernels / plan.steps,
-                "waiting_for_slices": schedule.waiting / plan.steps,
+                "matrix": schedule.cost.matrix,
+                "other": schedule.cost.other,
+                "blocking_collectives": schedule.blocking,
+                "kernels": schedule.kernels,
+                "waiting_for_slices": schedule.waiting,
             },
-            "overlapped_collectives": schedule.overlapped / plan.steps,
-            "seconds_by_part": {name: seconds / plan.steps for name, seconds in schedule.by_part},
+            "overlapped_collectives": schedule.overlapped,
+            "seconds_by_part": {name: seconds for name, seconds in schedule.by_part},
             "collectives": [
                 {
-                    "kind": c.kind, "devices": c.group, "blocking": c.blocking, "count": c.count / plan.steps,
-                    "bytes": c.bytes / plan.steps, "seconds": c.seconds / plan.steps,
+                    "kind": c.kind, "devices": c.group, "blocking": c.blocking, "count": c.count,
+                    "bytes": c.bytes, "seconds": c.seconds,
                 }
                 for c in schedule.collectives
             ],
             "kernels": dict(schedule.cost.kernels),
-            "compiled_flops_per_device": (schedule.cost.flops + schedule.cost.kernel_flops) / plan.steps,
-            "hbm_bytes": schedule.cost.hbm_bytes / plan.steps,
-            "host_bytes": schedule.cost.host_bytes / plan.steps,
+            "compiled_flops_per_device": (schedule.cost.flops + schedule.cost.kernel_flops),
+            "hbm_bytes": schedule.cost.hbm_bytes,
+            "host_bytes": schedule.cost.host_bytes,
         }  # fmt: skip
     return {
         "topology": plan.topology.name,
@@ -163,17 +163,17 @@ def advice(plan: Plan) -> str:
 
 
 def _time(plan: Plan) -> list[tuple[str, str]]:
-    schedule, steps = plan.schedule, plan.steps
+    schedule = plan.schedule
     assert schedule is not None
     cost = schedule.cost
 
     def row(seconds: float, what: str) -> tuple[str, str]:
-        return "", f"{seconds / steps * 1e3:8,.1f} ms   {what}"
+        return "", f"{seconds * 1e3:8,.1f} ms   {what}"
 
-    kernels = ", ".join(f"{name} x {runs // steps}" for name, runs in cost.kernels.items())
+    kernels = ", ".join(f"{name} x {runs}" for name, runs in cost.kernels.items())
     rows = [
-        row(cost.matrix, f"matrix products, {cost.flops / steps / 1e12:,.1f} TFLOP a chip"),
-        row(cost.other, f"all else; {cost.hbm_bytes / steps / 1e9:,.0f} GB from and to memory in all"),
+        row(cost.matrix, f"matrix products, {cost.flops / 1e12:,.1f} TFLOP a chip"),
+        row(cost.other, f"all else; {cost.hbm_bytes / 1e9:,.0f} GB from and to memory in all"),
         row(schedule.blocking, "collectives that block"),
     ]
     if cost.kernels:
@@ -187,7 +187,7 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
         rows.append(
             row(
                 c.seconds,
-                f"{c.kind} over {c.group}{'' if c.kind.endswith(BETWEEN_SLICES) else ' chips'}, {c.bytes / steps / 1e9:,.3f} GB, {how}",
+                f"{c.kind} over {c.group}{'' if c.kind.endswith(BETWEEN_SLICES) else ' chips'}, {c.bytes / 1e9:,.3f} GB, {how}",
             )
         )
     return rows

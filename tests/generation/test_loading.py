@@ -15,7 +15,7 @@ from llama_jax.config import SampleArgs
 from llama_jax.generation import Model
 from llama_jax.tokenizer import Tokenizer
 from tests.eight_devices import run_on_eight_devices
-from tests.generation.test_generation import build
+from tests.generation.models import build
 
 PROMPTS = ["Once upon", "The owl saw the fox by the river."]
 

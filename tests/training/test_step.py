@@ -59,7 +59,7 @@ def fresh() -> TrainState:
 
 def literal_loss(params: Any, batch: Batch) -> jax.Array:
     """Mean over the counted tokens of the plain cross entropy."""
-    logits, _ = MODEL.apply({"params": params}, batch.inputs)
+    logits = MODEL.apply({"params": params}, batch.inputs)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     return jnp.sum(nll * batch.weights) / jnp.sum(batch.weights)
 

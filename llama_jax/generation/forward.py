@@ -1,0 +1,62 @@
+"""The model's forward pass over a cache: the same blocks as in training, one after the other, each with its own buffers.
+
+B rows, T tokens, D dim, V vocab, L layers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.cache import KVCache
+from llama_jax.config import ModelArgs
+from llama_jax.linear import linear
+from llama_jax.model import Block, Cached, Llama, rms_norm, rotary_table
+
+
+def forward(model: Llama, params: Any, tokens: jax.Array, cache: KVCache, end: int) -> tuple[jax.Array, KVCache]:
+    """Normed hidden states of the next tokens: int [B, T] -> [B, T, D], and the cache that holds them."""
+    x, k, v = hidden_and_new(model, params, tokens, cache, end)
+    # Nothing but zeros, which XLA does not know: the cache is written behind its last read, and so in place.
+    behind = 0 * x[:, :, None, :1]
+    return x, cache.write(k + behind, v + behind)
+
+
+def hidden_and_new(
+    model: Llama, params: Any, tokens: jax.Array, cache: KVCache, end: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normed hidden states of the next tokens, int [B, T] -> [B, T, D], and their keys and values [L, B, T, K, H].
+
+    ``end``: the number of the cache's slots that are read, at least as many as are filled. Positions are counted from each
+    row's first slot.
+    """
+    args, T = model.args, tokens.shape[1]
+    positions = jnp.maximum(cache.slot + jnp.arange(T) - cache.first[:, None], 0)  # a padding slot is at 0
+    cos, sin = (
+        jnp.asarray(table)[positions] for table in rotary_table(args.max_seq_len, args.head_dim, args.rope_theta)
+    )
+    block = Block(args, model.kernel)
+    x = params["tok_embeddings"][tokens].astype(model.dtype)
+    made = []
+    for layer in range(args.n_layers):
+        weights = layer_weights(params["layers"], layer, args)
+        cached = Cached(cache.k.layer(layer, end), cache.v.layer(layer, end), cache.slot, cache.first)
+        x, keys_values = block.apply({"params": weights}, x, cached, (cos, sin))
+        made.append(keys_values)
+    k, v = (jnp.stack(parts) for parts in zip(*made, strict=True))
+    return rms_norm(x, params["norm"], args.norm_eps), k, v
+
+
+def layer_weights(layers: Any, layer: int, args: ModelArgs) -> Any:
+    """A layer's parameters: out of the stack, or of a tuple of layers; attention's with heads as axes."""
+    weights = layers[layer] if isinstance(layers, tuple) else jax.tree.map(lambda w: w[layer], layers)
+    attention = dict(weights["attention"])
+    for name, heads in (("wq", args.n_heads), ("wk", args.kv_heads), ("wv", args.kv_heads)):
+        attention[name] = attention[name].reshape(args.dim, heads, args.head_dim)
+    attention["wo"] = attention["wo"].reshape(args.n_heads, args.head_dim, args.dim)
+    return weights | {"attention": attention}
+
+
+def logits_of(params: Any, hidden: jax.Array) -> jax.Array:
+    """[B, T, D] -> float32 [B, T, V]."""
+    return linear("BTD,DV->BTV", hidden, params["output"], jnp.float32)

@@ -1,0 +1,173 @@
+"""Many completions in passes that fit into memory, and what happens on the way."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.cache import KVCache
+from llama_jax.config import ModelArgs
+from llama_jax.generation.decode import CHUNK, Row, generate_chunks, prompt_slots, slots_read, tokens_a_pass
+from llama_jax.generation.rows import Completion, Growing
+from llama_jax.model import Llama
+from llama_jax.quantize import bytes_of
+from llama_jax.runtime import memory_of
+from llama_jax.tokenizer import Tokenizer
+
+# Most rows of a pass; on a CPU, where more of them are computed no faster.
+MOST_ROWS, CPU_MOST_ROWS = 128, 64
+# Rows are sorted by length within this many, so that few are padded and results need not wait for the last prompt.
+WINDOW = 256
+# Of the memory beside the parameters, what rows may take; the rest is the compiler's.
+USABLE = 0.8
+# Arrays of the vocabulary's size that sampling holds for a row: logits, probabilities, their bits and sums, bias, penalties.
+VOCAB_ARRAYS = 8
+
+
+class Step(NamedTuple):
+    """How far generation has come: a pass begins (``steps`` 0), or a chunk of it is done."""
+
+    number: int  # of the pass, from 1
+    passes: int
+    rows: int  # of the pass
+    steps: int  # of the chunk: passes over the parameters, each with a token a row
+    tokens: int  # made by the chunk and kept
+    filled: int  # slots of the cache that hold a token, in the middle of the chunk, all rows together
+    finished: int  # completions that the chunk has ended
+
+
+OnProgress = Callable[[Step], None]
+
+
+def completions(
+    model: Llama,
+    params: Any,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    on_progress: OnProgress | None = None,
+    cache_dtype: Any = None,
+) -> Iterator[Completion]:
+    """A completion a row, in order; each as soon as it and all before it are finished."""
+    windows = [range(start, min(start + WINDOW, len(rows))) for start in range(0, len(rows), WINDOW)]
+    free = free_memory(params)
+    planned = [split(model, rows, window, free, cache_dtype) for window in windows]
+    passes, number = sum(map(len, planned)), 0
+    for window, parts in zip(windows, planned, strict=True):
+        made: dict[int, Completion] = {}
+        waiting = iter(window)
+        at = next(waiting, None)
+        for part in parts:
+            number += 1
+            report = _reporter(on_progress, number, passes, [rows[i] for i in part])
+            done = _run(model, params, tokenizer, [rows[i] for i in part], report, cache_dtype)
+            made |= dict(zip(part, done, strict=True))
+            while at in made:
+                yield made.pop(at)
+                at = next(waiting, None)
+
+
+def stream(
+    model: Llama,
+    params: Any,
+    tokenizer: Tokenizer,
+    row: Row,
+    on_progress: OnProgress | None = None,
+    cache_dtype: Any = None,
+) -> Iterator[str]:
+    """The text of one completion as it comes, a token at a time."""
+    growing = Growing(tokenizer, row[0], row[1], model.args.max_seq_len)
+    report = _reporter(on_progress, 1, 1, [row])
+    report(0, 0, 0)
+    for chunk in generate_chunks(model, params, [row], new_tokens(model.args, [row]), 1, cache_dtype):
+        before = len(growing.ids)
+        growing.push(chunk.ids[0], chunk.logprobs[0])
+        report(1, max(0, len(growing.ids) - before), int(bool(growing.finish_reason)))
+        yield growing.take()
+        if growing.finish_reason:
+            return
+
+
+def split(
+    model: Llama, rows: Sequence[Row], window: Sequence[int], free: float, cache_dtype: Any = None
+) -> list[list[int]]:
+    """The rows of a window in passes, longest prompts first, as many in each as ``free`` bytes hold."""
+    most = CPU_MOST_ROWS if jax.default_backend() == "cpu" else MOST_ROWS
+    passes: list[list[int]] = []
+    for i in sorted(window, key=lambda i: -len(rows[i][0])):
+        grown = [*passes[-1], i] if passes else []
+        if grown and len(grown) <= most and pass_bytes(model, [rows[j] for j in grown], cache_dtype) <= free:
+            passes[-1].append(i)
+        else:
+            passes.append([i])
+    return passes
+
+
+def pass_bytes(model: Llama, rows: Sequence[Row], cache_dtype: Any = None) -> int:
+    """Bytes that a pass takes beside the parameters: its cache, the attention scores of a prompt's part, the sampler's arrays."""
+    args = model.args
+    longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
+    part = min(longest, tokens_a_pass())
+    slots = slots_read(longest + new_tokens(args, rows) + CHUNK)
+    scores = 4 * args.n_heads * part * slots
+    hidden = 3 * part * args.hidden_dim * jnp.dtype(model.dtype).itemsize
+    sampler = 4 * VOCAB_ARRAYS * args.vocab_size
+    return len(rows) * (slots * slot_bytes(model, cache_dtype) + scores + hidden + sampler)
+
+
+def slot_bytes(model: Llama, cache_dtype: Any = None) -> int:
+    """Bytes of the cache that one token takes: its keys and values in all layers."""
+    cache = jax.eval_shape(lambda: KVCache.empty(model.args, jnp.zeros(1, jnp.int32), 1, cache_dtype or model.dtype))
+    return bytes_of((cache.k, cache.v))
+
+
+def free_memory(params: Any) -> float:
+    """Bytes of a device that rows may take beside the parameters."""
+    leaves = jax.tree.leaves(params)
+    devices = [shard.device for shard in leaves[0].addressable_shards]
+    return USABLE * (memory_of(devices) - sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves))
+
+
+def new_tokens(args: ModelArgs, rows: Sequence[Row]) -> int:
+    """Tokens that the row which goes on longest makes."""
+    return max(min(sample.max_new_tokens, args.max_seq_len - len(prompt)) for prompt, sample, _ in rows)
+
+
+def _run(
+    model: Llama,
+    params: Any,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    report: Callable[[int, int, int], None],
+    cache_dtype: Any,
+) -> list[Completion]:
+    growing = [Growing(tokenizer, prompt, args, model.args.max_seq_len) for prompt, args, _ in rows]
+    report(0, 0, 0)
+    for chunk in generate_chunks(model, params, rows, new_tokens(model.args, rows), CHUNK, cache_dtype):
+        open_rows = [row for row in growing if not row.finish_reason]
+        before = sum(len(row.ids) for row in growing)
+        for row, ids, logprobs in zip(growing, chunk.ids, chunk.logprobs, strict=True):
+            row.push(ids, logprobs)
+        finished = sum(bool(row.finish_reason) for row in open_rows)
+        # A stop string may take back tokens of the chunk before.
+        tokens = max(0, sum(len(row.ids) for row in growing) - before)
+        report(chunk.ids.shape[1], tokens, finished)
+        if finished == len(open_rows):
+            break
+    return [row.completion() for row in growing]
+
+
+def _reporter(
+    on_progress: OnProgress | None, number: int, passes: int, rows: Sequence[Row]
+) -> Callable[[int, int, int], None]:
+    """Says (steps, tokens, finished) of a chunk of a pass to ``on_progress``."""
+    filled = sum(len(prompt) for prompt, _, _ in rows)
+
+    def report(steps: int, tokens: int, finished: int) -> None:
+        nonlocal filled
+        middle = filled + len(rows) * steps // 2
+        filled += len(rows) * steps
+        if on_progress is not None:
+            on_progress(Step(number, passes, len(rows), steps, tokens, middle, finished))
+
+    return report

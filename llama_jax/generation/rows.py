@@ -1,0 +1,99 @@
+"""Completions while they grow: where they end, and which of their text is certain."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llama_jax.config import SampleArgs
+from llama_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What follows a prompt. ``token_ids`` and ``logprobs`` are as long as each other; EOS is in neither."""
+
+    text: str
+    """The text after the prompt; cut before a stop string."""
+    token_ids: list[int]
+    """Its tokens. Before a stop string, those that begin before it: the last one's text may reach into it."""
+    logprobs: list[float]
+    """Natural logarithm of each token's probability under the model, before temperature and all else that changes it."""
+    finish_reason: str
+    """"stop": the model ended with EOS, or came to a stop string; "length": max_new_tokens or the context came first."""
+
+
+class Growing:
+    """The completion of one prompt while it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], args: SampleArgs, context: int):
+        self.finish_reason = ""
+        self.ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._tokenizer, self._prompt_ids, self._stop = tokenizer, prompt_ids, args.stop
+        self._limit = min(args.max_new_tokens, context - len(prompt_ids))
+        self._stream = tokenizer.stream(prompt_ids)
+        self._text = ""  # of the first ``_read`` tokens, as far as it is certain
+        self._read = self._taken = 0
+
+    def push(self, ids: np.ndarray, logprobs: np.ndarray) -> None:
+        """Take the tokens of a chunk, up to EOS, the limit, or a stop string."""
+        for token, logprob in zip(ids.tolist(), logprobs.tolist(), strict=True):
+            if self.finish_reason:
+                break
+            if token == self._tokenizer.eos_id:
+                self.finish_reason = "stop"
+                break
+            self.ids.append(token)
+            self._logprobs.append(logprob)
+            if len(self.ids) == self._limit:
+                self.finish_reason = "length"
+        if self._stop:
+            self._read_text()
+            self._cut(first_end(self._text, self._stop))
+
+    def take(self) -> str:
+        """The text that has become certain since the last call, without what may be the beginning of a stop string."""
+        self._read_text()
+        end = len(self._text) - (0 if self.finish_reason else held_back(self._text, self._stop))
+        taken, self._taken = self._text[self._taken : end], max(self._taken, end)
+        return taken
+
+    def completion(self) -> Completion:
+        """What has been made, once it has a ``finish_reason``."""
+        self._read_text()
+        return Completion(self._text, self.ids, self._logprobs, self.finish_reason)
+
+    def _read_text(self) -> None:
+        self._text += self._stream.push(self.ids[self._read :]) if self._read < len(self.ids) else ""
+        self._read = len(self.ids)
+        if self.finish_reason:
+            self._text += self._stream.flush()
+
+    def _cut(self, end: int | None) -> None:
+        if end is None:
+            return
+        self.finish_reason, self._text = "stop", self._text[:end]
+        before = len(self._tokenizer.decode(self._prompt_ids))
+        # From behind: the few tokens without which the text that stays is whole.
+        while self.ids and self._decoded(self.ids[:-1], before).startswith(self._text):
+            del self.ids[-1], self._logprobs[-1]
+        self._read = len(self.ids)
+        self._stream = self._tokenizer.stream([*self._prompt_ids, *self.ids])  # nothing more comes of it
+
+    def _decoded(self, ids: Sequence[int], before: int) -> str:
+        return self._tokenizer.decode([*self._prompt_ids, *ids])[before:]
+
+
+def first_end(text: str, stop: Sequence[str]) -> int | None:
+    """Where the stop string begins that is whole first; None where there is none.
+
+    First to be whole, not first to begin: so the same one ends a completion, however many tokens are looked at at once.
+    """
+    found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
+    return min(found)[1] if found else None
+
+
+def held_back(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end of ``text`` that may be the beginning of a stop string."""
+    return max((n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)

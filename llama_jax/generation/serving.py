@@ -1,0 +1,85 @@
+"""Parameters as generation runs on them: flat matrices, plain or quantized, laid over the mesh.
+
+L layers, D dim, N query heads, K KV heads, H head_dim, F hidden, V vocab.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llama_jax.config import Weights
+from llama_jax.model import is_norm
+from llama_jax.quantize import Matrix, quantize
+from llama_jax.sharding import mesh_of, spec
+
+# Logical axes (sharding.py) of the flat matrices; inputs are the first axis behind the layers.
+AXES = {
+    "wq": ("layers", "embed", "heads"),
+    "wk": ("layers", "embed", "kv_heads"),
+    "wv": ("layers", "embed", "kv_heads"),
+    "wo": ("layers", "heads", "embed"),
+    "w1": ("layers", "embed", "mlp"),
+    "w3": ("layers", "embed", "mlp"),
+    "w2": ("layers", "mlp", "embed"),
+    "output": ("embed", "vocab"),
+    "tok_embeddings": ("vocab", "embed"),
+}
+
+
+def serve(params: Any, weights: Weights = "auto") -> Any:
+    """Parameters, stacked as in a checkpoint, as generation runs on them, on the mesh that they lie on."""
+    mesh = mesh_of(params)
+    shapes = jax.eval_shape(lambda params: serving_form(params, weights), params)
+    convert = jax.jit(serving_form, static_argnames="weights", out_shardings=serving_shardings(shapes, mesh))
+    return _layers_apart(convert(params, weights=weights))
+
+
+def serving_form(params: Any, weights: Weights) -> Any:
+    """Every matrix but the embeddings becomes a Matrix [L, inputs, outputs], quantized where ``weights`` says so.
+
+    A TPU lays the two last axes of an array out in tiles, and multiplies no other form without copying it. Embeddings, of
+    which a row a token is read, and norms stay as they are.
+    """
+
+    def flat(path: tuple[Any, ...], w: jax.Array) -> Any:
+        name = path[-1].key
+        if is_norm(path) or name == "tok_embeddings":
+            return w
+        if name == "output":
+            return Matrix(w) if weights == "auto" else quantize(w, 1, weights)
+        inputs = w.shape[1:-1] if name == "wo" else w.shape[1:2]
+        w = w.reshape(w.shape[0], math.prod(inputs), -1)
+        return Matrix(w) if weights == "auto" else jax.lax.map(lambda layer: quantize(layer, 1, weights), w)
+
+    return jax.tree_util.tree_map_with_path(flat, params)
+
+
+def serving_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+    """A NamedSharding for each array of a tree in the serving form. Scales lie where their outputs do."""
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> jax.NamedSharding:
+        names = [getattr(part, "key", getattr(part, "name", "")) for part in path]
+        axes: Sequence[str | None] = next((AXES[name] for name in names if name in AXES), (None,) * leaf.ndim)
+        if names[-1] == "scales":
+            axes = [*axes[:-2], None, axes[-1]]
+        return jax.NamedSharding(mesh, spec(*axes))
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes)
+
+
+def _layers_apart(served: Any) -> Any:
+    """On a CPU, the layers as a tuple of views of the same memory; XLA would copy a layer out of the stack before it multiplies."""
+    mesh = mesh_of(served)
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        return served
+    stacked = jax.tree.map(np.asarray, served["layers"])
+    count = len(jax.tree.leaves(stacked)[0])
+    here = jax.NamedSharding(mesh, spec())
+
+    def layer(i: int) -> Any:
+        return jax.tree.map(lambda w: jax.device_put(w[i], here, may_alias=True), stacked)
+
+    return served | {"layers": tuple(map(layer, range(count)))}

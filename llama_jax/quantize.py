@@ -1,0 +1,59 @@
+"""Matrices as generation stores them: plain, or quantized.
+
+int8 has a scale an output channel, int4 a scale a group of inputs of each output channel. Scales are symmetric: a value is ``values * scales``. What is chosen is the largest magnitude's scale, as in LLM.int8 (Dettmers
+et al., 2022, section 2.1).
+"""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import Weights
+
+# Inputs that share a scale with int4.
+GROUPS = {"int4": 32, "int4-64": 64}
+
+
+class Matrix(flax.struct.PyTreeNode):
+    """A matrix [inputs, outputs] of generation. Inputs and outputs may be several axes each."""
+
+    values: jax.Array  # of the matrix's shape; int8 or int4 where it is quantized
+    scales: jax.Array | None = None  # float32 [groups, outputs]; int8 has one group
+
+    def reshape(self, *shape: int) -> "Matrix":
+        """The same matrix, with its inputs and outputs in other axes."""
+        return self.replace(values=self.values.reshape(shape))
+
+    def dequantized(self) -> jax.Array:
+        """The matrix, float32 where it is quantized."""
+        if self.scales is None:
+            return self.values
+        groups, outputs = self.scales.shape
+        values = self.values.reshape(groups, -1, outputs).astype(jnp.float32)
+        return (values * self.scales[:, None]).reshape(self.values.shape)
+
+
+def quantize(matrix: jax.Array, inputs: int, kind: Weights) -> Matrix:
+    """``matrix``, whose first ``inputs`` axes are summed over in products, as ``kind``: "int8", "int4", "int4-64"."""
+    D = math.prod(matrix.shape[:inputs])
+    groups = D // _group(D, kind)
+    by_group = matrix.astype(jnp.float32).reshape(groups, D // groups, -1)
+    largest = 127 if kind == "int8" else 7
+    scales = jnp.maximum(jnp.max(jnp.abs(by_group), axis=1), 1e-12) / largest
+    values = jnp.round(by_group / scales[:, None])
+    return Matrix(values.reshape(matrix.shape).astype(jnp.int8 if kind == "int8" else jnp.int4), scales)
+
+
+def _group(inputs: int, kind: Weights) -> int:
+    """Inputs a scale: all of them for int8, or else the largest divisor up to the kind's size."""
+    return inputs if kind == "int8" else max(size for size in range(1, GROUPS[kind] + 1) if inputs % size == 0)
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes that a tree of arrays takes in memory."""
+    return sum(
+        math.ceil(x.size * (4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize) / 8) for x in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,74 @@
+"""Generation over a mesh says what one device says: heads over "tensor", rows over "data"."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from llama_jax.config import MeshArgs, SampleArgs
+from llama_jax.generation.serving import serve
+from llama_jax.sharding import make_mesh, parameter_shardings
+from llama_jax.tokenizer import train_tokenizer
+from tests.eight_devices import run_on_eight_devices
+from tests.generation.models import decode, never_ending, prompts_of_lengths
+
+MESHES = {
+    "data 2 x tensor 4": MeshArgs(data=2, tensor=4),
+    "tensor 8": MeshArgs(data=1, tensor=8),
+    "data 8": MeshArgs(data=8),
+    "fsdp 2 x tensor 4": MeshArgs(data=1, fsdp=2, tensor=4),
+}
+LENGTHS = [1, 7, 70, 30, 16]  # five rows, which no mesh here divides
+GREEDY, SAMPLED = SampleArgs(temperature=0.0), SampleArgs(temperature=1.0, seed=3)
+
+
+def main() -> None:
+    """Print, by mesh ("one device" first), what greedy, sampled and quantized generation say."""
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = train_tokenizer(["The owl saw the fox by the river."] * 9, 280, Path(folder) / "t.model")
+        model = never_ending(tokenizer, dim=64, n_heads=8, n_kv_heads=8, multiple_of=64, max_seq_len=256)
+        prompts = prompts_of_lengths(model, LENGTHS)
+        found: dict[str, Any] = {}
+        for name, args in {"one device": MeshArgs(data=1), **MESHES}.items():
+            mesh = make_mesh(args, jax.devices()[:1] if name == "one device" else jax.devices())
+            params = jax.device_put(model.params, parameter_shardings(model.module, mesh))
+            found[name] = {}
+            for weights in ("auto", "int8"):
+                served = serve(params, weights)
+                for kind, sample in {"greedy": GREEDY, "sampled": SAMPLED}.items():
+                    ids, logprobs = decode(model, prompts, sample, 24, params=served)
+                    found[name][f"{kind} {weights}"] = ids.tolist(), logprobs.tolist()
+            local = served["layers"]["attention"]["wq"].values if name != "one device" else None
+            found[name]["shard"] = None if local is None else local.addressable_shards[0].data.shape
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return run_on_eight_devices("tests.generation.test_mesh")
+
+
+@pytest.mark.parametrize("kind", ["greedy auto", "sampled auto", "greedy int8", "sampled int8"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_makes_the_tokens_of_one_device(found: Any, mesh: str, kind: str) -> None:
+    ids, logprobs = found[mesh][kind]
+    wanted, wanted_logprobs = found["one device"][kind]
+    assert ids == wanted
+    np.testing.assert_allclose(logprobs, wanted_logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shard"),
+    [("data 2 x tensor 4", [2, 64, 16]), ("tensor 8", [2, 64, 8]), ("fsdp 2 x tensor 4", [2, 32, 16])],
+)
+def test_each_device_holds_its_part_of_a_matrix(found: Any, mesh: str, shard: list[int]) -> None:
+    assert found[mesh]["shard"] == shard
+
+
+if __name__ == "__main__":
+    main()

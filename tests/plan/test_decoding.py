@@ -1,0 +1,66 @@
+"""The compiled decoding step of the 7B model's width, read: it reads its bytes once, and copies neither cache nor matrices."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_jax.plan.hlo import Program
+from tests.plan import needs_libtpu
+
+ROOT = Path(__file__).parents[2]
+MODEL = ["--model.dim", "4096", "--model.n-heads", "32", "--model.vocab-size", "32000"]
+# Enough of them that what is not theirs, the logits above all, does not count.
+LAYERS = {1: 4, 4: 8, 8: 16}
+SLOTS = 2048
+# Sequences, chips that share them, weights.
+CASES = [(1, 1, "auto"), (1, 1, "int8"), (8, 8, "auto"), (32, 4, "auto")]
+SLICES = {1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4"}
+
+pytestmark = needs_libtpu
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Program]:
+    """What plan says of a decoding step, and the program."""
+    batch, chips, weights = request.param
+    hlo = tmp_path_factory.mktemp("plan") / "step.hlo"
+    command = [sys.executable, "-m", "llama_jax.plan", "--decode", *MODEL, "--topology", SLICES[chips]]
+    command += ["--model.n-layers", str(LAYERS[chips])]
+    command += ["--mesh.data", "1", "--mesh.tensor", str(chips), "--batch", str(batch), "--slots", str(SLOTS)]
+    command += ["--weights", weights, "--json", "--output", "", "--hlo", os.fspath(hlo)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout), Program.parse(hlo.read_text())
+
+
+def test_a_step_reads_weights_and_cache_once_and_little_else(step: tuple[dict[str, Any], Program]) -> None:
+    planned, _ = step
+    parts = planned["parts"]
+    assert parts["hbm_bytes"] <= 1.05 * (parts["bytes"]["parameters"] + parts["bytes"]["cache"])
+    # And it does read them: all but the table of embeddings, and what is fetched ahead.
+    assert parts["hbm_bytes"] >= 0.6 * (parts["bytes"]["parameters"] + parts["bytes"]["cache"])
+
+
+def test_neither_the_cache_nor_a_layers_matrix_is_copied_or_transposed(step: tuple[dict[str, Any], Program]) -> None:
+    planned, program = step
+    smallest = 4096 * 4096 // planned["mesh"]["tensor"]
+    output = [4096, 32000 // planned["mesh"]["tensor"]]  # which a copy may bring into the fast memory ahead of its use
+    for instructions in program.computations.values():
+        for instruction in instructions:
+            if instruction.opcode in ("copy", "transpose"):
+                for array in instruction.results:
+                    assert math.prod(array.dims) < smallest or list(array.dims) == output, instruction
+
+
+def test_the_cache_is_written_once_for_all_layers(step: tuple[dict[str, Any], Program]) -> None:
+    planned, program = step
+    half = planned["parts"]["bytes"]["cache"] // 2
+    everything = [i for instructions in program.computations.values() for i in instructions]
+    written = [i for i in everything if i.opcode == "dynamic-update-slice" and i.results[0].size == half]
+    assert len(written) == 2  # keys and values
