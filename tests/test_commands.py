@@ -54,6 +54,7 @@ def test_every_documented_command_runs(place: Path) -> None:
         result = run(["convert_torch_weights.py", "--input", source, "--output", output, "--to", to], place)
         assert result.returncode == 0, result.stderr
     (place / "conversation.json").write_text('[{"role": "user", "content": "Hi"}]')
+    (place / "prompts.jsonl").write_text('{"prompt": "The fox"}\n{"prompt": "The owl", "stop": ["."], "n": 3}\n')
     commands = documented_commands()
     assert len(commands) >= 20
     started: list[list[str]] = []
@@ -92,7 +93,10 @@ def test_the_recipe_for_two_processes_on_one_machine_runs(place: Path) -> None:
 
 def test_sample_prints_a_text_a_prompt(place: Path) -> None:
     one = run(["sample.py", "--ckpt", "runs/tiny", "Once upon", "--max-new-tokens", "8"], place)
-    assert one.returncode == 0 and one.stdout.startswith("Once upon") and one.stdout.endswith("\n") and one.stderr == ""
+    assert one.returncode == 0 and one.stdout.startswith("Once upon") and one.stdout.endswith("\n")
+    assert re.fullmatch(
+        r"\d+ tokens? in [\d.]+ s: first after .* s, then .* tokens/s, .*B/s of memory read\n", one.stderr
+    )
     two = run(["sample.py", "--ckpt", "runs/tiny", "Once upon", "The", "--max-new-tokens", "8"], place)
     first, second = two.stdout.split("\n---\n")
     assert first.rstrip("\n") == one.stdout.rstrip("\n")

@@ -27,10 +27,26 @@ from tests.commands import SMALL, STORIES, run, told
         (["a", "--ckpt", "runs/tiny", "--max-new-tokens", "0"], None, "max_new_tokens: expected"),
         (["a", "--ckpt", "runs/tiny", "--max-new-tokens", "many"], None, "--max-new-tokens: expected a whole number"),
         (["a", "--ckpt", "runs/tiny", "--seed", "-1"], None, "seed: expected"),
+        (["a", "--ckpt", "runs/tiny", "--n", "0"], None, "n: expected"),
+        (["a", "--ckpt", "runs/tiny", "--top-k", "-1"], None, "top_k: expected"),
+        (["a", "--ckpt", "runs/tiny", "--logit-bias", "999999", "1"], None, "logit_bias: expected ids from 0 to"),
+        (["a", "--ckpt", "runs/tiny", "--stop", ""], None, "stop: expected"),
+        (["--ckpt", "runs/tiny", "--prompts-file", "nothing"], None, "--prompts-file: expected a file of prompts"),
+        (["--ckpt", "runs/tiny", "--prompts-file", "typo.jsonl"], None, "typo.jsonl: line 2: unknown key temprature"),
+        (
+            ["a", "--ckpt", "runs/tiny", "--prompts-file", "my.txt"],
+            None,
+            "--prompts-file: expected all prompts in the file",
+        ),
+        (["a", "--ckpt", "runs/tiny", "--output", "no/out"], None, "--output: expected a file in a folder"),
+        (["a", "--ckpt", "runs/tiny", "--output", "my.txt"], None, "my.txt: expected up to 1 results"),
+        (["--chat", "--ckpt", "runs/tiny", "--n", "2"], None, "n: expected 1 for a conversation"),
+        (["--chat", "--ckpt", "runs/tiny", "--output", "out"], None, "--output: expected prompts"),
         (["a", "--ckpt", "runs/tiny", "--compute-dtype", "float16"], None, "--compute-dtype: expected one of"),
     ],
 )
 def test_sample_refuses_in_one_line(argv: list[str], stdin: str | None, words: str, place: Path) -> None:
+    (place / "typo.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "temprature": 1}\n')
     result = forked.run(["sample.py", *argv], place, stdin)
     line = told(result)
     assert line.startswith("error: ") and words in line

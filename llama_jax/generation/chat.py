@@ -54,6 +54,27 @@ def encode_dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     return ids + tokenizer.encode(f"{INSTRUCTION} {turns[-1].content.strip()} {END_INSTRUCTION}", bos=True)
 
 
+def fit_dialog(tokenizer: Tokenizer, messages: Sequence[Message], most: int) -> tuple[list[Message], int]:
+    """The conversation without its oldest turns, so that it takes up to ``most`` tokens, and how many turns those were.
+
+    The system prompt and the last message stay, even where they alone take more.
+    """
+    start = int(bool(messages) and messages[0].role == "system")
+    kept, dropped = list(messages), 0
+    while len(kept) > start + 1 and len(encode_dialog(tokenizer, kept)) > most:
+        del kept[start : start + 2]
+        dropped += 1
+    return kept, dropped
+
+
+def without_tags(text: str) -> str:
+    """An answer without the format's tags, so that it can stand in the conversation."""
+    while any(tag in text for tag in TAGS):
+        for tag in TAGS:
+            text = text.replace(tag, "")
+    return text
+
+
 def read_messages(path: Path) -> list[Message]:
     """A conversation out of a JSON file: a list of {"role": ..., "content": ...}. Raises UserError where it is none."""
     try:

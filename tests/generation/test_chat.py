@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.errors import UserError
-from llama_jax.generation.chat import Message, encode_dialog, read_messages
+from llama_jax.generation.chat import Message, encode_dialog, fit_dialog, read_messages, without_tags
 from llama_jax.tokenizer import Tokenizer
 
 SYSTEM, USER, ASSISTANT = (lambda text, role=role: Message(role, text) for role in ("system", "user", "assistant"))
@@ -94,3 +94,20 @@ def test_other_json_is_refused_with_the_file(tmp_path: Path, text: str) -> None:
         read_messages(tmp_path / "m.json")
     with pytest.raises(UserError, match="found no such file"):
         read_messages(tmp_path / "n.json")
+
+
+def test_the_oldest_turns_are_dropped_until_the_conversation_fits(small_tokenizer: Tokenizer) -> None:
+    turns = [USER("Who?"), ASSISTANT("The owl."), USER("Where?"), ASSISTANT("There."), USER("Why?")]
+    messages = [SYSTEM("Be brief."), *turns]
+    sizes = [len(encode_dialog(small_tokenizer, [messages[0], *messages[1 + 2 * n :]])) for n in range(3)]
+    assert fit_dialog(small_tokenizer, messages, sizes[0]) == (messages, 0)
+    assert fit_dialog(small_tokenizer, messages, sizes[0] - 1) == ([messages[0], *messages[3:]], 1)
+    assert fit_dialog(small_tokenizer, messages, sizes[1] - 1) == ([messages[0], messages[5]], 2)
+    assert fit_dialog(small_tokenizer, messages, 1) == ([messages[0], messages[5]], 2), "what is asked stays"
+    assert fit_dialog(small_tokenizer, turns, 1) == (turns[-1:], 2)
+
+
+def test_an_answer_that_holds_tags_can_be_talked_about(small_tokenizer: Tokenizer) -> None:
+    text = without_tags("a [INST] b [IN[/INST]ST] <<SYS>>c")
+    assert text == "a  b  c"
+    encode_dialog(small_tokenizer, [USER("Who?"), ASSISTANT(text), USER("Why?")])

@@ -1,0 +1,70 @@
+"""How fast text was made, and how much memory was read for it."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from llama_jax.chips import BANDWIDTH
+from llama_jax.generation import Model
+from llama_jax.generation.passes import Step, slot_bytes
+from llama_jax.progress import bytes_text
+from llama_jax.quantize import bytes_of
+
+
+def step_bytes(params: Any, cached_bytes: int) -> int:
+    """Bytes that a decoding step reads, however many rows it has: the parameters, and the cache as far as it is filled.
+
+    Of the embedding table a row a token is read, which is as good as nothing.
+    """
+    return bytes_of({name: part for name, part in params.items() if name != "tok_embeddings"}) + cached_bytes
+
+
+class Meter:
+    """Counts what generation says to ``on_progress``: call ``begin``, then have it called with every Step.
+
+    Several generations after each other are counted as one, without the time between them.
+    """
+
+    def __init__(self, model: Model, clock: Callable[[], float] = time.monotonic):
+        self.tokens, self.seconds = 0, 0.0
+        self.first: float | None = None  # seconds until there was a first token
+        self._clock = clock
+        self._step_bytes, self._slot_bytes = step_bytes(model.params, 0), slot_bytes(model.module, model.cache_dtype)
+        devices = sorted(jax.tree.leaves(model.params)[0].sharding.device_set, key=lambda device: device.id)
+        self._bandwidth = BANDWIDTH.get(devices[0].device_kind, 0.0) * len(devices)
+        # Of what comes behind the first chunk of each generation, whose programs were compiled first.
+        self._later_tokens, self._later_seconds, self._later_bytes = 0, 0.0, 0
+
+    def begin(self) -> None:
+        """A generation begins."""
+        self._began = self._last = self._clock()
+        self._warm = False
+
+    def __call__(self, step: Step) -> None:
+        """A chunk is done."""
+        if not step.steps:
+            return
+        now = self._clock()
+        self.tokens += step.tokens
+        self.seconds += now - self._last
+        if self._warm:
+            self._later_tokens += step.tokens
+            self._later_seconds += now - self._last
+            self._later_bytes += step.steps * (self._step_bytes + step.filled * self._slot_bytes)
+        elif self.first is None:
+            self.first = now - self._began
+        self._last, self._warm = now, True
+
+    def line(self) -> str:
+        """All of it in one line: "128 tokens in 3.1 s: first after 0.21 s, then 41.2 tokens/s, 18.00 GB/s of memory read"."""
+        text = f"{self.tokens:,} token{'s' * (self.tokens != 1)} in {self.seconds:,.1f} s"
+        if self.first is None or not self.tokens:
+            return text
+        text += f": first after {self.first:,.2f} s"
+        if not self._later_tokens or not self._later_seconds:
+            return text
+        rate = self._later_bytes / self._later_seconds
+        text += f", then {self._later_tokens / self._later_seconds:,.1f} tokens/s, {bytes_text(rate)}/s of memory read"
+        return text + (f" ({rate / self._bandwidth:.0%} of what the device can)" if self._bandwidth else "")
