@@ -48,6 +48,10 @@ class Arguments:
     """Matrices: auto, in the type that is computed in; int8, with a scale an output; int4, a scale for 32 inputs of an output; int4-64, for 64."""
     cache: Cache = "auto"
     """Keys and values: auto, in the type that is computed in; int8."""
+    draft: str = ""
+    """Guess tokens ahead, which one pass checks; the text stays the same. lookup: from what came before; else a checkpoint of a smaller model with the same tokenizer."""
+    draft_tokens: int = 4
+    """Tokens guessed at a time."""
     mesh: MeshArgs = ONE_DEVICE
     sample: Annotated[SampleArgs, tyro.conf.arg(name="")] = SampleArgs()
 
@@ -77,7 +81,7 @@ def main() -> None:
             print(f"{args.output} holds all {results.done} results already", file=sys.stderr)
             return
     mesh = None if args.mesh == ONE_DEVICE else args.mesh
-    model = llama_jax.load(args.ckpt, args.compute_dtype, args.weights, args.cache, mesh)
+    model = llama_jax.load(args.ckpt, args.compute_dtype, args.weights, args.cache, mesh, args.draft, args.draft_tokens)
 
     from llama_jax.generation.console import Console
 

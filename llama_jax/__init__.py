@@ -23,6 +23,8 @@ def load(
     weights: _config.Weights = "auto",
     cache: _config.Cache = "auto",
     mesh: _config.MeshArgs | None = None,
+    draft: str = "",
+    draft_tokens: int = 4,
 ) -> "_Model":
     """Load a model: a run folder (its best step), a step folder, or a converted checkpoint.
 
@@ -30,9 +32,11 @@ def load(
     weights: "int8" (a scale an output), "int4" (a scale for 32 inputs of an output) or "int4-64" (64) quantize the matrices;
     "auto" leaves them in the type that is computed in. cache: "int8" quantizes keys and values.
     mesh: the devices that the model lies on, ``tensor`` of them for one copy, ``data`` copies; None: as few as hold it.
+    draft: guesses ``draft_tokens`` tokens at a time, which one pass checks; the text stays the same. "lookup" looks them up in
+    what came before; else a checkpoint of a smaller model with the same tokenizer.
     Raises UserError where the folder is not a checkpoint, or the mesh does not divide the model.
     """
     # Imported here, so that `import llama_jax` costs no more than the dataclasses.
     from llama_jax.generation import Model
 
-    return Model.load(path, compute_dtype, weights, cache, mesh)
+    return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens)

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from llama_jax.config import DType
+from llama_jax.config import DType, Weights
 from llama_jax.data.text import Corpus, find_files, replacement_warning
 from llama_jax.errors import UserError, run_command
 from llama_jax.flags import parse_flags
 from llama_jax.generation import Model
+from llama_jax.generation.serving import rounded
 from llama_jax.loss import loss_sum
 from llama_jax.tokenizer import Tokenizer
 
@@ -37,6 +38,8 @@ class EvaluateArgs:
     """Windows at a time."""
     compute_dtype: DType = "auto"
     """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU."""
+    weights: Weights = "auto"
+    """Score with the values that quantized matrices have (int8, int4, int4-64); auto: as they are."""
 
 
 def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, batch_size: int = 8) -> dict[str, Any]:
@@ -112,6 +115,8 @@ def main() -> None:
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
     model = Model.load(args.ckpt, args.compute_dtype)
+    if args.weights != "auto":
+        model = replace(model, params=rounded(model.params, args.weights))
     print(json.dumps(evaluate(model, args.text, args.window, args.stride, args.batch_size)))
 
 

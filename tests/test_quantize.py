@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama_jax.config import SampleArgs, Weights
 from llama_jax.generation import Model
-from llama_jax.generation.serving import serve
+from llama_jax.generation.serving import rounded, serve
 from llama_jax.linear import linear
 from llama_jax.quantize import GROUPS, bytes_of, quantize
 from llama_jax.tokenizer import Tokenizer
@@ -121,21 +121,6 @@ GREEDY = SampleArgs(temperature=0.0, top_p=1.0)
 @pytest.fixture(scope="module")
 def model(small_tokenizer: Tokenizer) -> Model:
     return never_ending(small_tokenizer, **ARGS)
-
-
-def rounded(params: Any, kind: Weights) -> Any:
-    """Parameters as in a checkpoint, each matrix that generation quantizes replaced by the values that it has then."""
-
-    def value(path: Any, w: jax.Array) -> jax.Array:
-        name = path[-1].key
-        if "norm" in name or name == "tok_embeddings":
-            return w
-        inputs = 2 if name == "wo" else 1
-        if name == "output":
-            return quantize(w, inputs, kind).dequantized()
-        return jnp.stack([quantize(layer, inputs, kind).dequantized() for layer in w])
-
-    return jax.tree_util.tree_map_with_path(value, params)
 
 
 def quantized(model: Model, kind: Weights) -> Any:

@@ -19,11 +19,15 @@ from llama_jax.generation.decode import Row, logits_without_cache
 from llama_jax.generation.passes import OnProgress, completions, stream
 from llama_jax.generation.rows import Completion as Completion
 from llama_jax.generation.serving import serve
+from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama, is_norm
 from llama_jax.quantize import Matrix
 from llama_jax.runtime import check_memory, make_model, memory_of, use_compilation_cache
 from llama_jax.sharding import check_divisible, make_mesh, parameter_shardings
 from llama_jax.tokenizer import Tokenizer
+
+# The draft that needs no second model, and the most tokens that are guessed at a time.
+LOOKUP, MOST_GUESSES = "lookup", 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Model:
     module: Llama
     cache_dtype: Any = None
     """Of keys and values: jnp.int8, or None for the type that is computed in."""
+    draft: Draft | None = None
+    """Who guesses tokens ahead (speculative.py)."""
 
     @classmethod
     def load(
@@ -46,6 +52,8 @@ class Model:
         weights: Weights = "auto",
         cache: Cache = "auto",
         mesh: MeshArgs | None = None,
+        draft: str = "",
+        draft_tokens: int = 4,
     ) -> "Model":
         """See ``llama_jax.load``. Matrices are kept in the type that is computed in, or quantized."""
         use_compilation_cache()
@@ -62,7 +70,9 @@ class Model:
         params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(module, laid)))
         if weights != "auto":
             params = serve(params, weights)
-        return cls(checkpoint.args, params, checkpoint.tokenizer, module, jnp.int8 if cache == "int8" else None)
+        guesser = load_draft(draft, draft_tokens, compute_dtype, checkpoint, laid) if draft else None
+        cache_dtype = jnp.int8 if cache == "int8" else None
+        return cls(checkpoint.args, params, checkpoint.tokenizer, module, cache_dtype, guesser)
 
     def logits(self, token_ids: Any) -> jax.Array:
         """Logits of the token after each position: int [B, T] -> float32 [B, T, V].
@@ -124,7 +134,7 @@ class Model:
 
     def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
         """A completion for each of ``rows``, in order, as soon as it is there; in as many passes as memory asks for."""
-        return completions(self.module, self.serving, self.tokenizer, rows, on_progress, self.cache_dtype)
+        return completions(self.module, self.serving, self.tokenizer, rows, on_progress, self.cache_dtype, self.draft)
 
     def stream(
         self, prompt: str, args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
@@ -138,7 +148,9 @@ class Model:
         """``stream`` for a prompt of token ids."""
         self._check(prompt_ids, args)
         check_one(args, "a stream")
-        return stream(self.module, self.serving, self.tokenizer, (prompt_ids, args, 0), on_progress, self.cache_dtype)
+        return stream(
+            self.module, self.serving, self.tokenizer, (prompt_ids, args, 0), on_progress, self.cache_dtype, self.draft
+        )
 
     def encode(self, prompt: str) -> list[int]:
         """A prompt's token ids."""
@@ -162,6 +174,32 @@ class Model:
     def serving(self) -> Any:
         """The parameters in the form that generation runs on."""
         return self.params if isinstance(self.params["output"], Matrix) else serve(self.params)
+
+
+def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint, mesh: jax.sharding.Mesh) -> Draft:
+    """``lookup``, or a checkpoint whose tokenizer is the target's, on the target's mesh. Raises UserError where it is neither."""
+    if not 1 <= tokens <= MOST_GUESSES:
+        raise UserError(f"draft_tokens: expected 1 to {MOST_GUESSES}, found {tokens}")
+    if draft == LOOKUP:
+        return Draft(tokens)
+    checkpoint = Checkpoint.find(draft)
+    pieces, wanted = (
+        [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+        for tokenizer in (checkpoint.tokenizer, target.tokenizer)
+    )
+    if pieces != wanted:
+        raise UserError(
+            f"draft: expected a model with the tokenizer of {target.folder}, found one with another in {checkpoint.folder}; "
+            f"take a model of the same tokenizer, or {LOOKUP}"
+        )
+    if checkpoint.args.max_seq_len < target.args.max_seq_len:
+        raise UserError(
+            f"draft: expected a context of {target.args.max_seq_len} tokens or more, found {checkpoint.args.max_seq_len}"
+        )
+    check_divisible(mesh, checkpoint.args)
+    module = make_model(checkpoint.args, compute_dtype, mesh=mesh)
+    shapes = with_shardings(serving_shapes(module), parameter_shardings(module, mesh))
+    return Draft(tokens, module, serve(checkpoint.restore("params", shapes)))
 
 
 def stripped(answer: Completion) -> Completion:

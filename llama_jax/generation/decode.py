@@ -96,7 +96,7 @@ def generate_chunks(
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     slots = slots_read(longest + max_new_tokens + steps)
     with on_mesh(mesh):
-        state = _read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype)
+        state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype)
     waiting = None
     for done in range(0, max_new_tokens, steps):
         # The device goes on with the next chunk while this one is looked at.
@@ -109,7 +109,7 @@ def generate_chunks(
         yield Sampled(*(np.asarray(x)[:count] for x in waiting))
 
 
-def _read_prompts(
+def read_prompts(
     model: Llama, params: Any, rows: Sequence[Row], longest: int, slots: int, cache_dtype: Any
 ) -> DecodeState:
     """The state behind the prompts, which are read in passes; under the mesh."""

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from llama_jax.cache import KVCache
 from llama_jax.config import ModelArgs
-from llama_jax.generation.decode import CHUNK, Row, generate_chunks, prompt_slots, slots_read, tokens_a_pass
+from llama_jax.generation.decode import CHUNK, Row, Sampled, generate_chunks, prompt_slots, slots_read, tokens_a_pass
 from llama_jax.generation.rows import Completion, Growing
+from llama_jax.generation.speculative import Draft, generate_speculatively
 from llama_jax.model import Llama
 from llama_jax.quantize import bytes_of
 from llama_jax.runtime import memory_of
@@ -47,6 +48,7 @@ def completions(
     rows: Sequence[Row],
     on_progress: OnProgress | None = None,
     cache_dtype: Any = None,
+    draft: Draft | None = None,
 ) -> Iterator[Completion]:
     """A completion a row, in order; each as soon as it and all before it are finished."""
     windows = [range(start, min(start + WINDOW, len(rows))) for start in range(0, len(rows), WINDOW)]
@@ -60,7 +62,7 @@ def completions(
         for part in parts:
             number += 1
             report = _reporter(on_progress, number, passes, [rows[i] for i in part])
-            done = _run(model, params, tokenizer, [rows[i] for i in part], report, cache_dtype)
+            done = _run(model, params, tokenizer, [rows[i] for i in part], report, cache_dtype, draft)
             made |= dict(zip(part, done, strict=True))
             while at in made:
                 yield made.pop(at)
@@ -74,12 +76,13 @@ def stream(
     row: Row,
     on_progress: OnProgress | None = None,
     cache_dtype: Any = None,
+    draft: Draft | None = None,
 ) -> Iterator[str]:
     """The text of one completion as it comes, a token at a time."""
     growing = Growing(tokenizer, row[0], row[1], model.args.max_seq_len)
     report = _reporter(on_progress, 1, 1, [row])
     report(0, 0, 0)
-    for chunk in generate_chunks(model, params, [row], new_tokens(model.args, [row]), 1, cache_dtype):
+    for chunk in _chunks(model, params, tokenizer, [row], 1, cache_dtype, draft):
         before = len(growing.ids)
         growing.push(chunk.ids[0], chunk.logprobs[0])
         report(1, max(0, len(growing.ids) - before), int(bool(growing.finish_reason)))
@@ -133,6 +136,21 @@ def new_tokens(args: ModelArgs, rows: Sequence[Row]) -> int:
     return max(min(sample.max_new_tokens, args.max_seq_len - len(prompt)) for prompt, sample, _ in rows)
 
 
+def _chunks(
+    model: Llama,
+    params: Any,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    steps: int,
+    cache_dtype: Any,
+    draft: Draft | None,
+) -> Iterator[Sampled]:
+    longest = new_tokens(model.args, rows)
+    if draft is None:
+        return generate_chunks(model, params, rows, longest, steps, cache_dtype)
+    return generate_speculatively(model, params, rows, longest, draft, tokenizer.eos_id, cache_dtype)
+
+
 def _run(
     model: Llama,
     params: Any,
@@ -140,10 +158,11 @@ def _run(
     rows: Sequence[Row],
     report: Callable[[int, int, int], None],
     cache_dtype: Any,
+    draft: Draft | None,
 ) -> list[Completion]:
     growing = [Growing(tokenizer, prompt, args, model.args.max_seq_len) for prompt, args, _ in rows]
     report(0, 0, 0)
-    for chunk in generate_chunks(model, params, rows, new_tokens(model.args, rows), CHUNK, cache_dtype):
+    for chunk in _chunks(model, params, tokenizer, rows, CHUNK, cache_dtype, draft):
         open_rows = [row for row in growing if not row.finish_reason]
         before = sum(len(row.ids) for row in growing)
         for row, ids, logprobs in zip(growing, chunk.ids, chunk.logprobs, strict=True):

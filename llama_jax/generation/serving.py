@@ -3,6 +3,7 @@
 L layers, D dim, N query heads, K KV heads, H head_dim, F hidden, V vocab.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -55,6 +56,19 @@ def serving_form(params: Any, weights: Weights) -> Any:
         return Matrix(w) if weights == "auto" else jax.lax.map(lambda layer: quantize(layer, 1, weights), w)
 
     return jax.tree_util.tree_map_with_path(flat, params)
+
+
+@functools.partial(jax.jit, static_argnames="weights")
+def rounded(params: Any, weights: Weights) -> Any:
+    """Parameters as in a checkpoint, with the values that ``weights`` leaves of them: what quantization costs, on any path."""
+
+    def value(w: jax.Array, served: Any) -> jax.Array:
+        if not isinstance(served, Matrix):
+            return w
+        dequantize = Matrix.dequantized if served.values.ndim == 2 else jax.vmap(Matrix.dequantized)
+        return dequantize(served).reshape(w.shape).astype(w.dtype)
+
+    return jax.tree.map(value, params, serving_form(params, weights), is_leaf=lambda leaf: isinstance(leaf, Matrix))
 
 
 def serving_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -1,0 +1,183 @@
+"""Speculative decoding: guessed tokens are checked together in one pass, which reads the weights once for all of them.
+
+A guess is kept where it is the very token that would have been sampled there: a token's random number belongs to its row and its
+place in the completion, so that text does not depend on how it was guessed, and is what decoding without guesses makes. The
+same random numbers make a draft model guess what the model itself draws, more often than numbers of its own would (Leviathan
+et al., 2023, correct the distribution of independent guesses instead).
+
+B rows, T tokens that are checked together, V vocab.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.cache import KVCache
+from llama_jax.generation.decode import DecodeState, Row, Sampled, prompt_slots, read_prompts, slots_read
+from llama_jax.generation.forward import forward, logits_of
+from llama_jax.generation.sampling import Sampler, sample
+from llama_jax.model import Llama
+from llama_jax.sharding import mesh_axes_of, mesh_of, on_mesh, whole
+
+# Longest run of tokens that is looked up in what came before.
+LONGEST_RUN = 3
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Who guesses, and how many tokens at a time. Without a model they are looked up in the prompt and the completion."""
+
+    tokens: int
+    model: Llama | None = None
+    params: Any = None  # in the serving form
+
+
+class Guesser(Protocol):
+    """Guesses the tokens that follow."""
+
+    def guess(self, rows: list[list[int]], state: DecodeState) -> np.ndarray:
+        """int32 [B, tokens] to follow ``rows``, prompts and completions so far, the last token of which is not in the cache."""
+        ...
+
+
+def generate_speculatively(
+    model: Llama,
+    params: Any,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    draft: Draft,
+    eos_id: int,
+    cache_dtype: Any = None,
+) -> Iterator[Sampled]:
+    """What ``generate_chunks`` yields, in chunks as long as guesses were right; all rows go on by as many tokens.
+
+    Rows that have said EOS are not waited for.
+    """
+    mesh, count = mesh_of(params), len(rows)
+    rows = [*rows, *[rows[-1]] * (-count % int(np.prod([mesh.shape[name] for name in mesh_axes_of("batch")])))]
+    longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
+    slots = slots_read(longest + max_new_tokens + draft.tokens + 1)
+    with on_mesh(mesh):
+        state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype)
+        guesser = Lookup(draft.tokens) if draft.model is None else DraftModel(draft, rows, longest, slots)
+        state, ids, logprobs = _first(state)
+    texts = [list(prompt) for prompt, _, _ in rows]
+    filled, made = longest, 0
+    while True:
+        ids, logprobs = np.asarray(ids), np.asarray(logprobs)
+        for text, row in zip(texts, ids.tolist(), strict=True):
+            text += row
+        yield Sampled(ids[:count], logprobs[:count])
+        made += ids.shape[1]
+        if made >= max_new_tokens:
+            return
+        waited_for = np.array([eos_id not in text[len(text) - made :] for text in texts])
+        with on_mesh(mesh):
+            guessed = guesser.guess(texts, state)
+            fed = np.concatenate([[[text[-1]] for text in texts], guessed], axis=1).astype(np.int32)
+            state, ids, logprobs, kept = _check(model, params, state, fed, waited_for, slots_read(filled))
+        kept = int(kept)
+        ids, logprobs, filled = ids[:, :kept], logprobs[:, :kept], filled + kept
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def _first(state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """The first token of each row, which is in no cache yet: ids and log-probabilities [B, 1]."""
+    ids, logprobs, sampler = sample(state.sampler, state.logits, state.made)
+    state = state.replace(sampler=sampler, made=state.made + 1)
+    return state, whole(ids[:, None]), whole(logprobs[:, None])
+
+
+@functools.partial(jax.jit, static_argnames=("model", "end"), donate_argnames=("state",))
+def _check(
+    model: Llama, params: Any, state: DecodeState, fed: jax.Array, waited_for: jax.Array, end: int
+) -> tuple[DecodeState, jax.Array, jax.Array, jax.Array]:
+    """Sample behind each of ``fed`` [B, T], a row's last token and guesses. Ids and log-probabilities [B, T], of which as many
+    are kept as the guesses of the rows ``waited_for`` [B] were right, and one more."""
+    hidden, cache = forward(model, params, fed, state.cache, end)
+    logits = logits_of(params, hidden)
+
+    def one(carry: tuple[Sampler, jax.Array], behind: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        sampler, number = carry
+        ids, logprobs, sampler = sample(sampler, behind, number)
+        return (sampler, number + 1), (ids, logprobs)
+
+    _, (ids, logprobs) = jax.lax.scan(one, (state.sampler, state.made), logits.swapaxes(0, 1))
+    ids, logprobs = ids.T, logprobs.T
+    right = jnp.cumprod(ids[:, :-1] == fed[:, 1:], axis=1).sum(axis=1)
+    kept = 1 + jnp.min(jnp.where(waited_for, right, fed.shape[1] - 1))
+    sampler = state.sampler
+    if (p := sampler.penalties) is not None:
+        counted = (jnp.arange(fed.shape[1]) < kept).astype(jnp.int32)
+        counts = p.counts.at[jnp.arange(len(fed))[:, None], ids].add(counted)
+        sampler = sampler.replace(penalties=p.replace(counts=counts))
+    # What was written behind the last right guess is written over.
+    cache = cache.replace(slot=state.cache.slot + kept)
+    state = DecodeState(cache, state.logits, sampler, state.made + kept)
+    return state, whole(ids), whole(logprobs), whole(kept)
+
+
+class Lookup:
+    """Guesses that what followed the last tokens before will follow them again (prompt lookup)."""
+
+    def __init__(self, tokens: int):
+        self._tokens = tokens
+
+    def guess(self, rows: list[list[int]], state: DecodeState) -> np.ndarray:
+        return np.array([look_up(row, self._tokens) for row in rows], np.int32)
+
+
+def look_up(row: Sequence[int], tokens: int) -> list[int]:
+    """What followed the latest earlier occurrence of the longest run, up to LONGEST_RUN tokens, that ends ``row``.
+
+    Where there is none, or it stands at the end, the last token again.
+    """
+    found: list[int] = []
+    for length in range(min(LONGEST_RUN, len(row) - 1), 0, -1):
+        run = list(row[-length:])
+        starts = (i for i in range(len(row) - length - 1, -1, -1) if list(row[i : i + length]) == run)
+        if (start := next(starts, None)) is not None:
+            found = list(row[start + length : start + length + tokens])
+            break
+    return found + [row[-1]] * (tokens - len(found))
+
+
+class DraftModel:
+    """Guesses by a smaller model of the same vocabulary, which samples with the same settings and random numbers."""
+
+    def __init__(self, draft: Draft, rows: Sequence[Row], longest: int, slots: int):
+        assert draft.model is not None
+        self._draft, self._model = draft, draft.model
+        self._cache: KVCache = read_prompts(self._model, draft.params, rows, longest, slots, self._model.dtype).cache
+
+    def guess(self, rows: list[list[int]], state: DecodeState) -> np.ndarray:
+        last = np.array([[row[-1]] for row in rows], np.int32)
+        slot = int(state.cache.slot)
+        cache = self._cache.replace(slot=np.int32(slot))
+        count = self._draft.tokens
+        ids, self._cache = _propose(
+            self._model, self._draft.params, cache, last, state.sampler, state.made, count, slots_read(slot + count + 1)
+        )
+        return np.asarray(ids)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "count", "end"), donate_argnames=("cache",))
+def _propose(
+    model: Llama, params: Any, cache: KVCache, last: jax.Array, sampler: Sampler, made: jax.Array, count: int, end: int
+) -> tuple[jax.Array, KVCache]:
+    """``count`` tokens behind ``last`` [B, 1]: int32 [B, count]. All of them are in the cache then."""
+
+    def step(carry: Any, _: Any) -> tuple[Any, jax.Array]:
+        cache, fed, sampler, number = carry
+        hidden, cache = forward(model, params, fed, cache, end)
+        ids, _logprobs, sampler = sample(sampler, logits_of(params, hidden)[:, 0], number)
+        return (cache, ids[:, None], sampler, number + 1), ids
+
+    start: Any = (cache, last, sampler, made)
+    (cache, *_), ids = jax.lax.scan(step, start, None, length=count + 1)
+    return whole(ids[:count].T), cache
