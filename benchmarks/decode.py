@@ -127,7 +127,7 @@ def main() -> None:
                 ratios = [1 / (speed.step * rate_of_theirs) for speed, rate_of_theirs in pairs]
                 result["llama2.c"] = {
                     "decode_tokens_per_second": round(statistics.median(tokens_per_second), 1),
-                    "decode_ratio": round(statistics.median(ratios), 3),
+                    **_ratio("decode_ratio", ratios),
                 }
             print(json.dumps(result), flush=True)
 
@@ -331,11 +331,16 @@ def _huggingface_result(args: Arguments, batch: int, ours: list[Speed], theirs: 
         "prefill_tokens_per_second": round(batch * args.prompt_tokens / first, 1),
         "first_token_seconds": round(first, 4),
         "decode_tokens_per_second": round(batch / statistics.median(speed.step for speed in theirs), 1),
-        "first_token_ratio": round(statistics.median(their.first / our.first for our, their in pairs), 3),
-        "decode_ratio": round(statistics.median(their.step / our.step for our, their in pairs), 3),
+        **_ratio("first_token_ratio", [their.first / our.first for our, their in pairs]),
+        **_ratio("decode_ratio", [their.step / our.step for our, their in pairs]),
         "torch": importlib.metadata.version("torch"),
         "transformers": importlib.metadata.version("transformers"),
     }
+
+
+def _ratio(name: str, ratios: list[float]) -> dict[str, Any]:
+    """The median of the pairs' ratios, above 1 where we are faster, and how far they lie apart."""
+    return {name: round(statistics.median(ratios), 3), f"{name}_range": [round(min(ratios), 3), round(max(ratios), 3)]}
 
 
 @contextlib.contextmanager
