@@ -108,14 +108,14 @@ def main() -> None:
             rates: list[Rate] = []
             for repeat in range(-1, args.repeats):
                 time.sleep(PAUSE)
-                speed = generate(module, params, args, batch)
+                speed = _certain(generate(module, params, args, batch))
                 rates.append(measure_bandwidth(readers))
                 if repeat >= 0:  # the first compiles
                     ours.append(speed)
                 if huggingface is not None:
                     time.sleep(PAUSE)
                     huggingface.send(batch)
-                    theirs += [huggingface.recv()][: repeat + 1]
+                    theirs += [_certain(huggingface.recv())][: repeat + 1]
                 if llama2c is not None and batch == 1:
                     time.sleep(PAUSE)
                     tokens_per_second += [llama2c()][: repeat + 1]
@@ -130,6 +130,14 @@ def main() -> None:
                     **_ratio("decode_ratio", ratios),
                 }
             print(json.dumps(result), flush=True)
+
+
+def _certain(speed: Speed) -> Speed:
+    if speed.step <= 0:
+        raise UserError(
+            "--new-tokens: expected steps that take longer than the first token's time varies, found shorter ones; give more, or a larger model"
+        )
+    return speed
 
 
 def _check(args: Arguments) -> None:
