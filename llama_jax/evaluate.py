@@ -114,7 +114,7 @@ def main() -> None:
     for name in ("ckpt", "text"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
-    model = Model.load(args.ckpt, args.compute_dtype)
+    model = Model.load(args.ckpt, args.compute_dtype, as_stored=True)
     if args.weights != "auto":
         model = replace(model, params=rounded(model.params, args.weights))
     print(json.dumps(evaluate(model, args.text, args.window, args.stride, args.batch_size)))

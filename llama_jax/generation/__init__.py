@@ -36,7 +36,7 @@ class Model:
 
     args: ModelArgs
     params: Any
-    """As in a checkpoint; of a model that was loaded quantized, as generation runs on them (serving.py)."""
+    """As in a checkpoint; of a model that was loaded quantized, or on an accelerator, as generation runs on them (serving.py)."""
     tokenizer: Tokenizer
     module: Llama
     cache_dtype: Any = None
@@ -54,8 +54,12 @@ class Model:
         mesh: MeshArgs | None = None,
         draft: str = "",
         draft_tokens: int = 4,
+        as_stored: bool = False,
     ) -> "Model":
-        """See ``llama_jax.load``. Matrices are kept in the type that is computed in, or quantized."""
+        """See ``llama_jax.load``. Matrices are kept in the type that is computed in, or quantized.
+
+        as_stored: parameters stay as in a checkpoint on an accelerator too, for what is not generation.
+        """
         use_compilation_cache()
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
@@ -68,8 +72,9 @@ class Model:
             laid = _fitting_mesh(checkpoint, shapes, module)
         check_divisible(laid, checkpoint.args)
         params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(module, laid)))
-        if weights != "auto":
-            params = serve(params, weights)
+        # An accelerator has no room for both forms; on a CPU they are the same memory.
+        if weights != "auto" or not (as_stored or laid.devices.flat[0].platform == "cpu"):
+            params = serve(params, weights, donate=True)
         guesser = load_draft(draft, draft_tokens, compute_dtype, checkpoint, laid) if draft else None
         cache_dtype = jnp.int8 if cache == "int8" else None
         return cls(checkpoint.args, params, checkpoint.tokenizer, module, cache_dtype, guesser)
@@ -199,7 +204,7 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
     check_divisible(mesh, checkpoint.args)
     module = make_model(checkpoint.args, compute_dtype, mesh=mesh)
     shapes = with_shardings(serving_shapes(module), parameter_shardings(module, mesh))
-    return Draft(tokens, module, serve(checkpoint.restore("params", shapes)))
+    return Draft(tokens, module, serve(checkpoint.restore("params", shapes), donate=True))
 
 
 def stripped(answer: Completion) -> Completion:

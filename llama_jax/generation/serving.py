@@ -30,12 +30,27 @@ AXES = {
 }
 
 
-def serve(params: Any, weights: Weights = "auto") -> Any:
-    """Parameters, stacked as in a checkpoint, as generation runs on them, on the mesh that they lie on."""
+def serve(params: Any, weights: Weights = "auto", donate: bool = False) -> Any:
+    """Parameters, stacked as in a checkpoint, as generation runs on them, on the mesh that they lie on.
+
+    donate: they are not needed any more; where there is not twice the memory, there is once. On a CPU, what is not quantized
+    is the same memory.
+    """
     mesh = mesh_of(params)
+    if weights == "auto" and _on_one_cpu(mesh):
+        return _layers_apart(serving_form(jax.tree.map(np.asarray, params), weights), mesh)
     shapes = jax.eval_shape(lambda params: serving_form(params, weights), params)
-    convert = jax.jit(serving_form, static_argnames="weights", out_shardings=serving_shardings(shapes, mesh))
-    return _layers_apart(convert(params, weights=weights))
+    convert = jax.jit(
+        serving_form,
+        static_argnames="weights",
+        out_shardings=serving_shardings(shapes, mesh),
+        donate_argnames="params" if donate else None,
+    )
+    return _layers_apart(convert(params, weights=weights), mesh)
+
+
+def _on_one_cpu(mesh: jax.sharding.Mesh) -> bool:
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def serving_form(params: Any, weights: Weights) -> Any:
@@ -84,16 +99,12 @@ def serving_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, shapes)
 
 
-def _layers_apart(served: Any) -> Any:
+def _layers_apart(served: Any, mesh: jax.sharding.Mesh) -> Any:
     """On a CPU, the layers as a tuple of views of the same memory; XLA would copy a layer out of the stack before it multiplies."""
-    mesh = mesh_of(served)
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+    if not _on_one_cpu(mesh):
         return served
-    stacked = jax.tree.map(np.asarray, served["layers"])
-    count = len(jax.tree.leaves(stacked)[0])
     here = jax.NamedSharding(mesh, spec())
-
-    def layer(i: int) -> Any:
-        return jax.tree.map(lambda w: jax.device_put(w[i], here, may_alias=True), stacked)
-
-    return served | {"layers": tuple(map(layer, range(count)))}
+    served = jax.tree.map(np.asarray, served)
+    stacked = served["layers"]
+    layers = (jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(len(jax.tree.leaves(stacked)[0])))
+    return jax.device_put(served | {"layers": tuple(layers)}, here, may_alias=True)
