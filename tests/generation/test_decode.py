@@ -11,7 +11,7 @@ import pytest
 from llama_jax.config import SampleArgs
 from llama_jax.generation import Model
 from llama_jax.generation import decode as decoding
-from llama_jax.generation.decode import BUCKETS, CHUNK, PREFILL, prompt_slots, slots_read
+from llama_jax.generation.decode import BUCKETS, CHUNK, CPU_PREFILL, prompt_slots, slots_read
 from llama_jax.generation.sampling import make_sampler
 from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def test_greedy_rows_of_a_ragged_batch_are_each_prompts_own(model: Model, batch:
 def test_prompts_read_in_several_passes_are_read_as_in_one(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = prompts_of_lengths(model, [1, 31, 32, 33, 64, 65, 130, 200])
     whole, whole_logprobs = decode(model, prompts, GREEDY, 20)
-    monkeypatch.setattr(decoding, "PREFILL", 32)
+    monkeypatch.setattr(decoding, "CPU_PREFILL", 32)
     monkeypatch.setattr(decoding, "BUCKETS", (16, 32))
     assert prompt_slots(200) == 224  # seven passes; a row of one token is padding in six
     parts, logprobs = decode(model, prompts, GREEDY, 20)
@@ -117,8 +117,8 @@ def test_a_row_may_fill_the_context(model: Model) -> None:
 def test_buckets_hold_their_prompts() -> None:
     for tokens in range(1, 2000):
         slots = prompt_slots(tokens)
-        assert slots >= tokens and (slots in BUCKETS or slots % PREFILL == 0)
-        assert slots < 2 * max(tokens, 8) or slots == 256 or slots - tokens < PREFILL
+        assert slots >= tokens and (slots in BUCKETS or slots % CPU_PREFILL == 0)
+        assert slots < 2 * max(tokens, 8) or slots == 256 or slots - tokens < CPU_PREFILL
         assert slots_read(tokens) >= max(tokens, 256) and slots_read(tokens) < max(2 * tokens, 257)
 
 

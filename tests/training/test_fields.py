@@ -170,7 +170,20 @@ def test_a_field_that_only_saves_memory_changes_the_program_and_not_the_numbers(
     assert program(TRAIN) != program(dataclasses.replace(TRAIN, **{field: SAME_NUMBERS[field]}))
 
 
-SAMPLING = {"temperature": 0.0, "top_p": 0.1, "max_new_tokens": 3, "seed": 5}
+SAMPLING: dict[str, Any] = {
+    "temperature": 0.0,
+    "top_p": 0.1,
+    "top_k": 1,
+    "min_p": 1.0,
+    "repetition_penalty": 1e-3,
+    "presence_penalty": -100.0,
+    "frequency_penalty": -100.0,
+    "logit_bias": {5: 100.0},
+    "stop": tuple("abcdefghijklmnopqrstuvwxyz "),
+    "max_new_tokens": 3,
+    "n": 2,
+    "seed": 5,
+}
 
 
 @pytest.mark.parametrize("field", SAMPLING)
