@@ -3,11 +3,17 @@
 L layers, B rows, K KV heads, S slots, H head_dim, T new tokens.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from llama_jax.config import ModelArgs
+from llama_jax.config import Cache, ModelArgs
+from llama_jax.quantize import to_integers
+
+# The type of keys and values by its name; None: the type that is computed in.
+CACHE_DTYPES: dict[Cache, Any] = {"auto": None, "int8": jnp.int8}
 
 
 class Stored(flax.struct.PyTreeNode):
@@ -25,9 +31,7 @@ class Stored(flax.struct.PyTreeNode):
         x = x.swapaxes(2, 3)
         scales = self.scales
         if scales is not None:
-            x = x.astype(jnp.float32)
-            scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), 1e-12) / 127
-            x = jnp.round(x / scale[..., None])
+            x, scale = to_integers(x, axis=-1, dtype=self.values.dtype)
             scales = jax.lax.dynamic_update_slice_in_dim(scales, scale, slot, axis=3)
         values = jax.lax.dynamic_update_slice_in_dim(self.values, x.astype(self.values.dtype), slot, axis=3)
         return Stored(values, scales)

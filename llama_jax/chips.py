@@ -24,29 +24,24 @@ TPUS = {
     "v5p": Chip(459e12, 95.73 * GiB, 2.765e12, 1.75e9, 1.8e11, 3, 6.25e9),
     "v6e": Chip(918e12, 31.24 * GiB, 1.64e12, 1.75e9, 1.8e11, 2, 12.5e9),
 }
-# Dense bfloat16 FLOP/s of one device, by the device_kind that JAX reports.
-PEAK_FLOPS = {
-    "TPU v4": TPUS["v4"].peak_flops,
-    "TPU v5 lite": TPUS["v5e"].peak_flops,
-    "TPU v5e": TPUS["v5e"].peak_flops,
-    "TPU v5": TPUS["v5p"].peak_flops,
-    "TPU v5p": TPUS["v5p"].peak_flops,
-    "TPU v6 lite": TPUS["v6e"].peak_flops,
-    "TPU v6e": TPUS["v6e"].peak_flops,
+# The TPUs above by the device_kind that JAX reports.
+TPU_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+# Of one device, by its device_kind: dense bfloat16 FLOP/s, and bytes a second of its memory.
+PEAK_FLOPS = {kind: TPUS[name].peak_flops for kind, name in TPU_KINDS.items()} | {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
-# Bytes a second of one device's memory, by the device_kind that JAX reports.
-BANDWIDTH = {
-    "TPU v4": TPUS["v4"].hbm_bandwidth,
-    "TPU v5 lite": TPUS["v5e"].hbm_bandwidth,
-    "TPU v5e": TPUS["v5e"].hbm_bandwidth,
-    "TPU v5": TPUS["v5p"].hbm_bandwidth,
-    "TPU v5p": TPUS["v5p"].hbm_bandwidth,
-    "TPU v6 lite": TPUS["v6e"].hbm_bandwidth,
-    "TPU v6e": TPUS["v6e"].hbm_bandwidth,
+BANDWIDTH = {kind: TPUS[name].hbm_bandwidth for kind, name in TPU_KINDS.items()} | {
     "NVIDIA A100-SXM4-40GB": 1.555e12,
     "NVIDIA A100-SXM4-80GB": 2.039e12,
     "NVIDIA H100 80GB HBM3": 3.35e12,

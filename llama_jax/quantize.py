@@ -1,7 +1,7 @@
 """Matrices as generation stores them: plain, or quantized.
 
-int8 has a scale an output channel, int4 a scale a group of inputs of each output channel. Scales are symmetric: a value is ``values * scales``. What is chosen is the largest magnitude's scale, as in LLM.int8 (Dettmers
-et al., 2022, section 2.1).
+int8 has a scale an output channel, int4 a scale a group of inputs of each output channel. A value is ``values * scales``,
+without an offset, and the scale is the largest magnitude's, as in LLM.int8 (Dettmers et al., 2022, section 2.1).
 """
 
 import math
@@ -40,11 +40,16 @@ def quantize(matrix: jax.Array, inputs: int, kind: Weights) -> Matrix:
     """``matrix``, whose first ``inputs`` axes are summed over in products, as ``kind``: "int8", "int4", "int4-64"."""
     D = math.prod(matrix.shape[:inputs])
     groups = D // _group(D, kind)
-    by_group = matrix.astype(jnp.float32).reshape(groups, D // groups, -1)
-    largest = 127 if kind == "int8" else 7
-    scales = jnp.maximum(jnp.max(jnp.abs(by_group), axis=1), 1e-12) / largest
-    values = jnp.round(by_group / scales[:, None])
-    return Matrix(values.reshape(matrix.shape).astype(jnp.int8 if kind == "int8" else jnp.int4), scales)
+    by_group = matrix.reshape(groups, D // groups, -1)
+    values, scales = to_integers(by_group, axis=1, dtype=jnp.int8 if kind == "int8" else jnp.int4)
+    return Matrix(values.reshape(matrix.shape), scales)
+
+
+def to_integers(x: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Integers of ``dtype``, and float32 scales without ``axis``, each of which serves all values along it."""
+    x = x.astype(jnp.float32)
+    scales = jnp.maximum(jnp.max(jnp.abs(x), axis=axis), 1e-12) / jnp.iinfo(dtype).max
+    return jnp.round(x / jnp.expand_dims(scales, axis)).astype(dtype), scales
 
 
 def _group(inputs: int, kind: Weights) -> int:

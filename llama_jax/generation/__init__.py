@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.cache import CACHE_DTYPES
 from llama_jax.checkpoint import Checkpoint, with_shardings
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.errors import UserError, quoted
@@ -67,17 +68,14 @@ class Model:
         checkpoint = Checkpoint.find(path)
         laid = None if mesh is None else make_mesh(mesh)
         module = make_model(checkpoint.args, compute_dtype, mesh=laid)
-        shapes = serving_shapes(module)
         if laid is None:
-            laid = _fitting_mesh(checkpoint, shapes, module)
-        check_divisible(laid, checkpoint.args)
-        params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(module, laid)))
+            laid = _fitting_mesh(checkpoint, module)
+        params = _restore(checkpoint, module, laid)
         # An accelerator has no room for both forms; on a CPU they are the same memory.
         if weights != "auto" or not (as_stored or laid.devices.flat[0].platform == "cpu"):
             params = serve(params, weights, donate=True)
         guesser = load_draft(draft, draft_tokens, compute_dtype, checkpoint, laid) if draft else None
-        cache_dtype = jnp.int8 if cache == "int8" else None
-        return cls(checkpoint.args, params, checkpoint.tokenizer, module, cache_dtype, guesser)
+        return cls(checkpoint.args, params, checkpoint.tokenizer, module, CACHE_DTYPES[cache], guesser)
 
     def logits(self, token_ids: Any) -> jax.Array:
         """Logits of the token after each position: int [B, T] -> float32 [B, T, V].
@@ -201,10 +199,14 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
         raise UserError(
             f"draft: expected a context of {target.args.max_seq_len} tokens or more, found {checkpoint.args.max_seq_len}"
         )
-    check_divisible(mesh, checkpoint.args)
     module = make_model(checkpoint.args, compute_dtype, mesh=mesh)
-    shapes = with_shardings(serving_shapes(module), parameter_shardings(module, mesh))
-    return Draft(tokens, module, serve(checkpoint.restore("params", shapes), donate=True))
+    return Draft(tokens, module, serve(_restore(checkpoint, module, mesh), donate=True))
+
+
+def _restore(checkpoint: Checkpoint, module: Llama, mesh: jax.sharding.Mesh) -> Any:
+    """The parameters, matrices in the type that is computed in, over a mesh. Raises UserError where it does not divide them."""
+    check_divisible(mesh, checkpoint.args)
+    return checkpoint.restore("params", with_shardings(serving_shapes(module), parameter_shardings(module, mesh)))
 
 
 def stripped(answer: Completion) -> Completion:
@@ -226,14 +228,14 @@ def serving_shapes(module: Llama) -> Any:
     )
 
 
-def _fitting_mesh(checkpoint: Checkpoint, shapes: Any, module: Llama) -> jax.sharding.Mesh:
+def _fitting_mesh(checkpoint: Checkpoint, module: Llama) -> jax.sharding.Mesh:
     """The fewest of this process's devices that hold the parameters, heads, hidden units and vocabulary spread over them.
 
     Raises UserError where all of them are too few. XLA on a CPU computes in float32: what is narrower, it keeps twice.
     """
     args, dtype, devices = checkpoint.args, jnp.dtype(module.dtype), jax.local_devices()
     bytes_of = dtype.itemsize + (4 if jax.default_backend() == "cpu" and dtype.itemsize < 4 else 0)
-    need = bytes_of * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    need = bytes_of * sum(leaf.size for leaf in jax.tree.leaves(serving_shapes(module)))
     spread = args.kv_heads, args.hidden_dim, args.vocab_size
     counts = [n for n in range(1, len(devices) + 1) if not any(size % n for size in spread)]
     count = next((n for n in counts if need / n <= memory_of(devices[:n])), counts[-1])

@@ -44,8 +44,8 @@ class DecodeState(flax.struct.PyTreeNode):
 class Sampled(NamedTuple):
     """Tokens of a chunk, and their log-probabilities under the model (temperature 1, all tokens)."""
 
-    ids: np.ndarray  # int32 [B, CHUNK]
-    logprobs: np.ndarray  # float32 [B, CHUNK]
+    ids: np.ndarray  # int32 [B, tokens of the chunk]
+    logprobs: np.ndarray  # float32, likewise
 
 
 @functools.partial(jax.jit, static_argnames=("model", "end"), donate_argnames=("cache",))
@@ -91,8 +91,7 @@ def generate_chunks(
     """
     mesh = mesh_of(params)
     count = len(rows)
-    copies = math.prod(mesh.shape[name] for name in mesh_axes_of("batch"))
-    rows = [*rows, *[rows[-1]] * (-count % copies)]
+    rows = filled_up(rows, mesh)
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     slots = slots_read(longest + max_new_tokens + steps)
     with on_mesh(mesh):
@@ -109,6 +108,12 @@ def generate_chunks(
         yield Sampled(*(np.asarray(x)[:count] for x in waiting))
 
 
+def filled_up(rows: Sequence[Row], mesh: jax.sharding.Mesh) -> Sequence[Row]:
+    """The rows, and copies of the last one, as many as the mesh divides; what is made of copies is left out."""
+    parts = math.prod(mesh.shape[name] for name in mesh_axes_of("batch"))
+    return [*rows, *[rows[-1]] * (-len(rows) % parts)]
+
+
 def read_prompts(
     model: Llama, params: Any, rows: Sequence[Row], longest: int, slots: int, cache_dtype: Any
 ) -> DecodeState:
@@ -119,9 +124,9 @@ def read_prompts(
     for row, (prompt, _, _) in zip(tokens, rows, strict=True):
         row[longest - len(prompt) :] = prompt
     sampler = make_sampler(rows, model.args.vocab_size)
-    shapes = jax.eval_shape(lambda sampler: _empty(model, sampler, first, slots, cache_dtype), sampler)
+    shapes = jax.eval_shape(lambda sampler: empty_state(model, sampler, first, slots, cache_dtype), sampler)
     # Each device makes its own part.
-    make = jax.jit(_empty, static_argnums=(0, 3, 4), out_shardings=state_shardings(shapes, mesh))
+    make = jax.jit(empty_state, static_argnums=(0, 3, 4), out_shardings=state_shardings(shapes, mesh))
     state = make(model, sampler, first, slots, cache_dtype)
     logits, cache = state.logits, state.cache
     for start in range(0, longest, tokens_a_pass()):
@@ -130,7 +135,8 @@ def read_prompts(
     return state.replace(cache=cache, logits=logits)
 
 
-def _empty(model: Llama, sampler: Sampler, first: ArrayLike, slots: int, cache_dtype: Any) -> DecodeState:
+def empty_state(model: Llama, sampler: Sampler, first: ArrayLike, slots: int, cache_dtype: Any) -> DecodeState:
+    """Before any prompt is read, of rows whose first tokens will stand at slots ``first`` [B]."""
     first = jnp.asarray(first)
     B = len(first)
     cache = KVCache.empty(model.args, first, slots, cache_dtype)

@@ -1,4 +1,4 @@
-"""The model's forward pass over a cache: the same blocks as in training, one after the other, each with its own buffers.
+"""The model's forward pass over a cache: the same blocks as in training, one after the other.
 
 B rows, T tokens, D dim, V vocab, L layers.
 """

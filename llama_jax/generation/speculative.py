@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.cache import KVCache
-from llama_jax.generation.decode import DecodeState, Row, Sampled, prompt_slots, read_prompts, slots_read
+from llama_jax.generation.decode import DecodeState, Row, Sampled, filled_up, prompt_slots, read_prompts, slots_read
 from llama_jax.generation.forward import forward, logits_of
 from llama_jax.generation.sampling import Sampler, sample
 from llama_jax.model import Llama
-from llama_jax.sharding import mesh_axes_of, mesh_of, on_mesh, whole
+from llama_jax.sharding import mesh_of, on_mesh, whole
 
 # Longest run of tokens that is looked up in what came before.
 LONGEST_RUN = 3
@@ -59,7 +59,7 @@ def generate_speculatively(
     Rows that have said EOS are not waited for.
     """
     mesh, count = mesh_of(params), len(rows)
-    rows = [*rows, *[rows[-1]] * (-count % int(np.prod([mesh.shape[name] for name in mesh_axes_of("batch")])))]
+    rows = filled_up(rows, mesh)
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     slots = slots_read(longest + max_new_tokens + draft.tokens + 1)
     with on_mesh(mesh):

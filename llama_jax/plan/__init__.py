@@ -15,12 +15,12 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from llama_jax.cache import KVCache
+from llama_jax.cache import CACHE_DTYPES
 from llama_jax.checkpoint import with_shardings
 from llama_jax.config import Cache, Config, SampleArgs, Weights
 from llama_jax.errors import UserError
 from llama_jax.generation import serving_shapes
-from llama_jax.generation.decode import DecodeState, decode_chunk, state_shardings
+from llama_jax.generation.decode import DecodeState, decode_chunk, empty_state, state_shardings
 from llama_jax.generation.sampling import make_sampler
 from llama_jax.generation.serving import serving_form, serving_shardings
 from llama_jax.model import Llama
@@ -111,7 +111,7 @@ def plan_decoding(config: Config, topology: Topology, batch: int, slots: int, we
     check_divisible(mesh, config.model)
     module = make_model(config.model, config.train.compute_dtype, mesh=mesh)
     params = served_shapes(module, mesh, weights)
-    state = _decode_state(module, mesh, batch, slots, jnp.int8 if cache == "int8" else module.dtype)
+    state = _decode_state(module, mesh, batch, slots, CACHE_DTYPES[cache] or module.dtype)
     parts = {"parameters": _bytes(params), "cache": _bytes((state.cache.k, state.cache.v))}
 
     def compile_step() -> jax.stages.Compiled:
@@ -131,12 +131,10 @@ def served_shapes(module: Llama, mesh: jax.sharding.Mesh, weights: Weights) -> A
 
 def _decode_state(module: Llama, mesh: jax.sharding.Mesh, batch: int, slots: int, cache_dtype: Any) -> DecodeState:
     """The shapes of what a decoding step hands to the next, each with its sharding."""
-    args = module.args
 
     def state() -> DecodeState:
-        cache = KVCache.empty(args, jnp.zeros(batch, jnp.int32), slots, cache_dtype)
-        sampler = make_sampler([([], SampleArgs(), 0)] * batch, args.vocab_size)
-        return DecodeState(cache, jnp.zeros((batch, args.vocab_size)), sampler, jnp.zeros(batch, jnp.int32))
+        sampler = make_sampler([([], SampleArgs(), 0)] * batch, module.args.vocab_size)
+        return empty_state(module, sampler, jnp.zeros(batch, jnp.int32), slots, cache_dtype)
 
     shapes = jax.eval_shape(state)
     return with_shardings(shapes, state_shardings(shapes, mesh))

@@ -22,11 +22,11 @@ def draw(plan: Plan, path: Path) -> None:
     memory = {part: size / GiB for part, size in plan.bytes_by_part.items()}
     time = {}
     if plan.schedule is not None:
-        schedule, scale = plan.schedule, 1e3
-        time = {part: seconds * scale for part, seconds in schedule.by_part}
-        time |= {"attention's kernels": schedule.kernels * scale, "blocking collectives": schedule.blocking * scale}
+        schedule = plan.schedule
+        time = {part: seconds * 1e3 for part, seconds in schedule.by_part}
+        time |= {"attention's kernels": schedule.kernels * 1e3, "blocking collectives": schedule.blocking * 1e3}
         if schedule.waiting:
-            time["waiting for other slices"] = schedule.waiting * scale
+            time["waiting for other slices"] = schedule.waiting * 1e3
     figure, axes = plt.subplots(2, 1, figsize=(11, 5.5), layout="constrained")
     room = plan.topology.chip.hbm_bytes / GiB
     verdict = "fits" if plan.fits else "does not fit"

@@ -73,7 +73,7 @@ def _common(plan: Plan) -> dict[str, Any]:
                 "waiting_for_slices": schedule.waiting,
             },
             "overlapped_collectives": schedule.overlapped,
-            "seconds_by_part": {name: seconds for name, seconds in schedule.by_part},
+            "seconds_by_part": dict(schedule.by_part),
             "collectives": [
                 {
                     "kind": c.kind, "devices": c.group, "blocking": c.blocking, "count": c.count,
@@ -82,7 +82,7 @@ def _common(plan: Plan) -> dict[str, Any]:
                 for c in schedule.collectives
             ],
             "kernels": dict(schedule.cost.kernels),
-            "compiled_flops_per_device": (schedule.cost.flops + schedule.cost.kernel_flops),
+            "compiled_flops_per_device": schedule.cost.flops + schedule.cost.kernel_flops,
             "hbm_bytes": schedule.cost.hbm_bytes,
             "host_bytes": schedule.cost.host_bytes,
         }  # fmt: skip
