@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import statistics
@@ -31,20 +30,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.cache import KVCache
+from llama_jax.cache import CACHE_DTYPES
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.errors import UserError, quoted, run_command
 from llama_jax.flags import parse_flags
 from llama_jax.generation.decode import CHUNK, Row, generate_chunks
+from llama_jax.generation.passes import slot_bytes
 from llama_jax.generation.serving import serve
 from llama_jax.generation.stats import step_bytes
 from llama_jax.model import Llama, is_norm
-from llama_jax.quantize import bytes_of
 from llama_jax.runtime import make_model, use_compilation_cache
 from llama_jax.sharding import make_mesh, parameter_shardings
 
-# Seconds between two measurements: threads of the one before, which wait for more work awake, have gone to sleep.
-PAUSE = 0.5
+sys.path.insert(0, __file__.rsplit("/", 1)[0])
+from peers import PAUSE, ratio, worker
+
 # What is read to measure the bandwidth: float32 values in as many rows, 512 MiB in all; so often in a row; so many times.
 READ_ROWS, READ_COLUMNS, READ_CALLS, READ_REPEATS = 8192, 16384, 4, 3
 
@@ -99,7 +99,7 @@ def main() -> None:
     params = random_parameters(module, args.weights)
     readers = memory_readers(jax.devices()[0].platform)
     with contextlib.ExitStack() as stack:
-        huggingface = stack.enter_context(_worker(args, str(module.dtype))) if args.peers else None
+        huggingface = stack.enter_context(_huggingface(args, str(module.dtype))) if args.peers else None
         llama2c = stack.enter_context(llama2c_runner(args)) if args.llama2c else None
         for batch in args.batches:
             ours: list[Speed] = []
@@ -127,7 +127,7 @@ def main() -> None:
                 ratios = [1 / (speed.step * rate_of_theirs) for speed, rate_of_theirs in pairs]
                 result["llama2.c"] = {
                     "decode_tokens_per_second": round(statistics.median(tokens_per_second), 1),
-                    **_ratio("decode_ratio", ratios),
+                    **ratio("decode_ratio", ratios),
                 }
             print(json.dumps(result), flush=True)
 
@@ -185,11 +185,10 @@ def prompts(args: Arguments, batch: int) -> np.ndarray:
 def generate(module: Llama, params: Any, args: Arguments, batch: int) -> Speed:
     """Read prompts and make tokens, the likeliest ones: first a single one, then, from the start again, all."""
     rows: list[Row] = [(ids.tolist(), SampleArgs(temperature=0.0), 0) for ids in prompts(args, batch)]
-    cache_dtype = jnp.int8 if args.cache == "int8" else None
 
     def seconds(new_tokens: int, steps: int) -> float:
         began = time.perf_counter()
-        for _ in generate_chunks(module, params, rows, new_tokens, steps, cache_dtype):
+        for _ in generate_chunks(module, params, rows, new_tokens, steps, CACHE_DTYPES[args.cache]):
             pass
         return time.perf_counter() - began
 
@@ -230,9 +229,7 @@ def _result(args: Arguments, module: Llama, params: Any, batch: int, ours: list[
 
 def cached_bytes(args: Arguments, module: Llama, batch: int) -> int:
     """Bytes of the cache that hold tokens, in the middle of the measured steps."""
-    dtype = jnp.dtype(jnp.int8) if args.cache == "int8" else module.dtype
-    slot = jax.eval_shape(lambda: KVCache.empty(args.model, jnp.zeros(1, jnp.int32), 1, dtype))
-    return batch * mean_filled(args) * bytes_of((slot.k, slot.v))
+    return batch * mean_filled(args) * slot_bytes(module, CACHE_DTYPES[args.cache])
 
 
 def mean_filled(args: Arguments) -> int:
@@ -273,23 +270,16 @@ def measure_bandwidth(readers: dict[str, Callable[[], Any]]) -> Rate:
 
 
 @contextlib.contextmanager
-def _worker(args: Arguments, dtype: str) -> Iterator[Connection]:
+def _huggingface(args: Arguments, dtype: str) -> Iterator[Connection]:
     """A process that is sent a number of rows, has Hugging Face's generate make tokens of them, and answers with the Speed."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(args, dtype, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        ours.recv()  # it is ready
-        yield ours
-    except EOFError:
-        raise UserError(
-            "--peers: expected an answer of Hugging Face's generate, found that it failed; see above"
-        ) from None
-    finally:
-        process.terminate()
-        process.join()
+    with worker(_serve, args, dtype) as connection:
+        try:
+            connection.recv()  # it is ready
+            yield connection
+        except EOFError:
+            raise UserError(
+                "--peers: expected an answer of Hugging Face's generate, found that it failed; see above"
+            ) from None
 
 
 def _serve(args: Arguments, dtype: str, connection: Connection) -> None:
@@ -339,16 +329,11 @@ def _huggingface_result(args: Arguments, batch: int, ours: list[Speed], theirs: 
         "prefill_tokens_per_second": round(batch * args.prompt_tokens / first, 1),
         "first_token_seconds": round(first, 4),
         "decode_tokens_per_second": round(batch / statistics.median(speed.step for speed in theirs), 1),
-        **_ratio("first_token_ratio", [their.first / our.first for our, their in pairs]),
-        **_ratio("decode_ratio", [their.step / our.step for our, their in pairs]),
+        **ratio("first_token_ratio", [their.first / our.first for our, their in pairs]),
+        **ratio("decode_ratio", [their.step / our.step for our, their in pairs]),
         "torch": importlib.metadata.version("torch"),
         "transformers": importlib.metadata.version("transformers"),
     }
-
-
-def _ratio(name: str, ratios: list[float]) -> dict[str, Any]:
-    """The median of the pairs' ratios, above 1 where we are faster, and how far they lie apart."""
-    return {name: round(statistics.median(ratios), 3), f"{name}_range": [round(min(ratios), 3), round(max(ratios), 3)]}
 
 
 @contextlib.contextmanager

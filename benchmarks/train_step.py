@@ -9,12 +9,11 @@ import contextlib
 import functools
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -31,10 +30,8 @@ from llama_jax.sharding import batch_sharding, make_mesh
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
+from peers import PAUSE, ratio, worker
 from torch_llama import TorchLlama
-
-# Seconds between two measurements: threads of the one before, which wait for more work awake, have gone to sleep.
-PAUSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,12 @@ def main() -> None:
     args = parse_flags(Arguments, sys.argv[1:], Arguments(), "python benchmarks/train_step.py", __doc__ or "")
     seconds: dict[str, list[float]] = {name: [] for name in RUNNERS}
     with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(_worker(name, args)) for name in RUNNERS}
+        workers = {name: stack.enter_context(worker(_serve, name, args)) for name in RUNNERS}
         for pair in range(-1, args.pairs):
-            for name, worker in workers.items():
+            for name, peer_process in workers.items():
                 time.sleep(PAUSE)
-                worker.send(args.steps)
-                taken = worker.recv()
+                peer_process.send(args.steps)
+                taken = peer_process.recv()
                 if pair >= 0:  # the first warms up
                     seconds[name].append(taken)
     total = args.steps * args.batch_size * args.seq_len
@@ -80,8 +77,7 @@ def main() -> None:
         "benchmark": "train_step",
         "tokens_per_second": {name: round(value) for name, value in rate.items()},
         "peer": peer,
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        **ratio("ratio", ratios),
         "shapes": vars(args),
         "dtype": "float32",
         "threads": os.cpu_count(),
@@ -91,21 +87,8 @@ def main() -> None:
     print(json.dumps(result))
 
 
-@contextlib.contextmanager
-def _worker(name: str, args: Arguments) -> Iterator[Connection]:
-    """A process that takes steps when it is sent their number, and answers with the seconds that they took."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(name, args, theirs), daemon=True)
-    process.start()
-    try:
-        yield ours
-    finally:
-        process.terminate()
-        process.join()
-
-
 def _serve(name: str, args: Arguments, connection: Connection) -> None:
+    """Take steps when their number is sent, and answer with the seconds that they took."""
     model = ModelArgs(
         dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, vocab_size=args.vocab_size,
         multiple_of=32, max_seq_len=args.seq_len,
