@@ -108,10 +108,10 @@ def main() -> None:
             rates: list[Rate] = []
             for repeat in range(-1, args.repeats):
                 time.sleep(PAUSE)
-                speed = _certain(generate(module, params, args, batch))
+                speed = generate(module, params, args, batch)
                 rates.append(measure_bandwidth(readers))
                 if repeat >= 0:  # the first compiles
-                    ours.append(speed)
+                    ours.append(_certain(speed))
                 if huggingface is not None:
                     time.sleep(PAUSE)
                     huggingface.send(batch)
