@@ -107,7 +107,8 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def interrupt(self) -> None:
-        time.sleep(0.5)  # behind a prompt, readline takes a moment until it listens; a signal before that waits for a key
+        # Behind a prompt, readline takes a moment until it listens; a signal before that waits for a key.
+        time.sleep(0.5)
         self._process.send_signal(signal.SIGINT)
 
     def status(self) -> int:
