@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 
 from tqdm import tqdm
 
@@ -79,9 +81,10 @@ class Console:
             elif line == "/help":
                 _tell(HELP)
             else:
-                messages = self._answered([*messages, Message("user", line)], args)
+                with _noting_interrupts() as interrupted:
+                    messages = self._answered([*messages, Message("user", line)], args, interrupted)
 
-    def _answered(self, asked: list[Message], args: SampleArgs) -> list[Message]:
+    def _answered(self, asked: list[Message], args: SampleArgs, interrupted: Callable[[], bool]) -> list[Message]:
         """The conversation with the answer; without the last message where that cannot be answered."""
         try:
             context = self._model.args.max_seq_len
@@ -91,7 +94,7 @@ class Console:
                 turns = "turn is" if dropped == 1 else f"{dropped} turns are"
                 _tell(f"the conversation has outgrown the context of {context} tokens: the oldest {turns} forgotten")
             pieces = self._answer_pieces(encode_dialog(self._model.tokenizer, fitting), args)
-            text = _print_stream(pieces, until_interrupted=True)
+            text = _print_stream(pieces, until=interrupted)
         except UserError as error:  # of this message: the conversation goes on without it
             _tell(f"error: {error}")
             return asked[:-1]
@@ -182,16 +185,42 @@ def _stripped(pieces: Iterable[str]) -> Iterator[str]:
         yield piece
 
 
-def _print_stream(pieces: Iterable[str], start: str = "", until_interrupted: bool = False) -> str:
-    """Print ``start`` and pieces as they come, and a line end. Returns what the pieces were."""
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[Callable[[], bool]]:
+    """Here a first Ctrl-C is noted, and raises nothing in the middle of a library's work; yields whether there was one.
+
+    A second one raises KeyboardInterrupt: who presses it again does not want to wait for the token that is being made.
+    """
+    noted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal noted
+        if noted:
+            signal.default_int_handler(number, frame)
+        noted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _print_stream(pieces: Iterable[str], start: str = "", until: Callable[[], bool] | None = None) -> str:
+    """Print ``start`` and pieces as they come, and a line end. Returns what the pieces were.
+
+    until: says, behind each piece, whether it was the last; then KeyboardInterrupt ends the text as well.
+    """
     text = ""
     try:
         print(start, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
             text += piece
+            if until is not None and until():
+                break
     except KeyboardInterrupt:
-        if not until_interrupted:
+        if until is None:
             raise
     finally:
         print(flush=True)
