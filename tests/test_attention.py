@@ -82,7 +82,7 @@ def stored(x: np.ndarray, slots: int, dtype: Any = jnp.float32) -> Stored:
     B, _, K, H = x.shape
     scales = jnp.full((1, B, K, slots), 9 / 127) if dtype == jnp.int8 else None
     empty = Stored(jnp.full((1, B, K, slots, H), 127 if dtype == jnp.int8 else 9, dtype), scales)
-    return empty.write(jnp.asarray(x)[None], jnp.int32(0)).layer(0, slots)
+    return empty.write(jnp.asarray(x)[None], jnp.int32(0)).layer(0)
 
 
 def over_cache(

@@ -99,8 +99,10 @@ def generate_chunks(
     waiting = None
     for done in range(0, max_new_tokens, steps):
         # The device goes on with the next chunk while this one is looked at.
+        end = min(slots, slots_read(longest + done + steps))
         with on_mesh(mesh):
-            state, made = decode_chunk(model, params, state, steps, min(slots, slots_read(longest + done + steps)))
+            state = state.replace(cache=with_room(state.cache, end))
+            state, made = decode_chunk(model, params, state, steps, end)
         if waiting is not None:
             yield Sampled(*(np.asarray(x)[:count] for x in waiting))
         waiting = made
@@ -117,17 +119,19 @@ def filled_up(rows: Sequence[Row], mesh: jax.sharding.Mesh) -> Sequence[Row]:
 def read_prompts(
     model: Llama, params: Any, rows: Sequence[Row], longest: int, slots: int, cache_dtype: Any
 ) -> DecodeState:
-    """The state behind the prompts, which are read in passes; under the mesh."""
+    """The state behind the prompts, which are read in passes; under the mesh. Its cache has up to ``slots`` slots."""
     mesh = mesh_of(params)
+    by_layer = mesh.devices.flat[0].platform == "cpu"
+    slots = min(slots, slots_read(longest)) if by_layer else slots
     tokens = np.zeros((len(rows), longest), np.int32)
     first = np.array([longest - len(prompt) for prompt, _, _ in rows], np.int32)
     for row, (prompt, _, _) in zip(tokens, rows, strict=True):
         row[longest - len(prompt) :] = prompt
     sampler = make_sampler(rows, model.args.vocab_size)
-    shapes = jax.eval_shape(lambda sampler: empty_state(model, sampler, first, slots, cache_dtype), sampler)
+    shapes = jax.eval_shape(lambda sampler: empty_state(model, sampler, first, slots, cache_dtype, by_layer), sampler)
     # Each device makes its own part.
-    make = jax.jit(empty_state, static_argnums=(0, 3, 4), out_shardings=state_shardings(shapes, mesh))
-    state = make(model, sampler, first, slots, cache_dtype)
+    make = jax.jit(empty_state, static_argnums=(0, 3, 4, 5), out_shardings=state_shardings(shapes, mesh))
+    state = make(model, sampler, first, slots, cache_dtype, by_layer)
     logits, cache = state.logits, state.cache
     for start in range(0, longest, tokens_a_pass()):
         part = tokens[:, start : start + tokens_a_pass()]
@@ -135,11 +139,23 @@ def read_prompts(
     return state.replace(cache=cache, logits=logits)
 
 
-def empty_state(model: Llama, sampler: Sampler, first: ArrayLike, slots: int, cache_dtype: Any) -> DecodeState:
+def with_room(cache: KVCache, slots: int) -> KVCache:
+    """A cache of at least ``slots`` slots. One by layers grows, from bucket to bucket; another has had them all along."""
+    return cache if cache.slots >= slots else _grown(cache, slots)
+
+
+@functools.partial(jax.jit, static_argnames=("slots",))
+def _grown(cache: KVCache, slots: int) -> KVCache:
+    return cache.grown(slots)
+
+
+def empty_state(
+    model: Llama, sampler: Sampler, first: ArrayLike, slots: int, cache_dtype: Any, by_layer: bool = False
+) -> DecodeState:
     """Before any prompt is read, of rows whose first tokens will stand at slots ``first`` [B]."""
     first = jnp.asarray(first)
     B = len(first)
-    cache = KVCache.empty(model.args, first, slots, cache_dtype)
+    cache = KVCache.empty(model.args, first, slots, cache_dtype, by_layer)
     logits = jnp.zeros((B, model.args.vocab_size), jnp.float32)
     return DecodeState(cache, logits, sampler, jnp.zeros(B, jnp.int32))
 
@@ -148,8 +164,10 @@ def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
     """A NamedSharding for each array of a DecodeState, or of its shapes: rows over "batch", heads and vocabulary over theirs."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> jax.NamedSharding:
-        cached = path[-1].name in ("values", "scales")
-        axes = ("layers", "batch", "kv_heads", None, None) if cached else ("batch", "vocab")
+        axes: tuple[str | None, ...] = ("batch", "vocab")
+        if path[-1].name in ("values", "scales"):
+            by_layer = any(isinstance(key, jax.tree_util.SequenceKey) for key in path)
+            axes = ("batch", "kv_heads", None, None) if by_layer else ("layers", "batch", "kv_heads", None, None)
         return jax.NamedSharding(mesh, spec(*axes[: leaf.ndim]))
 
     return jax.tree_util.tree_map_with_path(sharding, state)

@@ -40,7 +40,7 @@ def hidden_and_new(
     made = []
     for layer in range(args.n_layers):
         weights = layer_weights(params["layers"], layer, args)
-        cached = Cached(cache.k.layer(layer, end), cache.v.layer(layer, end), cache.slot, cache.first)
+        cached = Cached(*cache.layer(layer, end), cache.slot, cache.first)
         x, keys_values = block.apply({"params": weights}, x, cached, (cos, sin))
         made.append(keys_values)
     k, v = (jnp.stack(parts) for parts in zip(*made, strict=True))

@@ -18,7 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.cache import KVCache
-from llama_jax.generation.decode import DecodeState, Row, Sampled, filled_up, prompt_slots, read_prompts, slots_read
+from llama_jax.generation.decode import (
+    DecodeState,
+    Row,
+    Sampled,
+    filled_up,
+    prompt_slots,
+    read_prompts,
+    slots_read,
+    with_room,
+)
 from llama_jax.generation.forward import forward, logits_of
 from llama_jax.generation.sampling import Sampler, sample
 from llama_jax.model import Llama
@@ -80,7 +89,9 @@ def generate_speculatively(
         with on_mesh(mesh):
             guessed = guesser.guess(texts, state)
             fed = np.concatenate([[[text[-1]] for text in texts], guessed], axis=1).astype(np.int32)
-            state, ids, logprobs, kept = _check(model, params, state, fed, waited_for, slots_read(filled))
+            end = slots_read(filled + fed.shape[1])
+            state = state.replace(cache=with_room(state.cache, end))
+            state, ids, logprobs, kept = _check(model, params, state, fed, waited_for, end)
         kept = int(kept)
         ids, logprobs, filled = ids[:, :kept], logprobs[:, :kept], filled + kept
 
@@ -158,11 +169,10 @@ class DraftModel:
     def guess(self, rows: list[list[int]], state: DecodeState) -> np.ndarray:
         last = np.array([[row[-1]] for row in rows], np.int32)
         slot = int(state.cache.slot)
-        cache = self._cache.replace(slot=np.int32(slot))
         count = self._draft.tokens
-        ids, self._cache = _propose(
-            self._model, self._draft.params, cache, last, state.sampler, state.made, count, slots_read(slot + count + 1)
-        )
+        end = slots_read(slot + count + 1)
+        cache = with_room(self._cache, end).replace(slot=np.int32(slot))
+        ids, self._cache = _propose(self._model, self._draft.params, cache, last, state.sampler, state.made, count, end)
         return np.asarray(ids)
 
 
