@@ -10,6 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.config import Weights
 
@@ -48,7 +49,8 @@ def quantize(matrix: jax.Array, inputs: int, kind: Weights) -> Matrix:
 def to_integers(x: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Integers of ``dtype``, and float32 scales without ``axis``, each of which serves all values along it."""
     x = x.astype(jnp.float32)
-    scales = jnp.maximum(jnp.max(jnp.abs(x), axis=axis), 1e-12) / jnp.iinfo(dtype).max
+    # A product, and not a quotient of which a compiler makes a product: the same bits from every program.
+    scales = jnp.maximum(jnp.max(jnp.abs(x), axis=axis), 1e-12) * np.float32(1 / jnp.iinfo(dtype).max)
     return jnp.round(x / jnp.expand_dims(scales, axis)).astype(dtype), scales
 
 
