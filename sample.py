@@ -45,7 +45,7 @@ class Arguments:
     compute_dtype: DType = "auto"
     """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU."""
     weights: Weights = "auto"
-    """Matrices: auto, in the type that is computed in; int8, with a scale an output; int4, a scale for 32 inputs of an output; int4-64, for 64."""
+    """Matrices: auto, as the checkpoint has them; int8, with a scale an output; int4, a scale for 32 inputs of an output; int4-64, for 64."""
     cache: Cache = "auto"
     """Keys and values: auto, in the type that is computed in; int8."""
     draft: str = ""

@@ -29,12 +29,14 @@ def load(
     """Load a model: a run folder (its best step), a step folder, or a converted checkpoint.
 
     compute_dtype: "auto" (bfloat16 on TPU and GPU, float32 on CPU), "float32" or "bfloat16".
-    weights: "int8" (a scale an output), "int4" (a scale for 32 inputs of an output) or "int4-64" (64) quantize the matrices;
-    "auto" leaves them in the type that is computed in. cache: "int8" quantizes keys and values.
+    weights: "int8" (a scale an output), "int4" (a scale for 32 inputs of an output) or "int4-64" (64) quantize the matrices,
+    from the values that are stored, whatever is computed in; "auto" takes them as they are, quantized where they are stored so.
+    cache: "int8" quantizes keys and values.
     mesh: the devices that the model lies on, ``tensor`` of them for one copy, ``data`` copies; None: as few as hold it.
     draft: guesses ``draft_tokens`` tokens at a time, which one pass checks; the text stays the same. "lookup" looks them up in
     what came before; else a checkpoint of a smaller model with the same tokenizer.
-    Raises UserError where the folder is not a checkpoint, or the mesh does not divide the model.
+    Raises UserError where the folder is not a checkpoint, its matrices are quantized in another way, or the mesh does not divide
+    the model.
     """
     # Imported here, so that `import llama_jax` costs no more than the dataclasses.
     from llama_jax.generation import Model

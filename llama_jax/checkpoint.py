@@ -1,7 +1,7 @@
 """The one checkpoint form: a folder that holds all that a model needs to run, written by orbax.
 
-    <step>/params/                  the parameters (model.py's tree, float32 from training)
-    <step>/model/model.json         the model arguments
+    <step>/params/                  the parameters (model.py's tree, float32 from training; or quantized, as generation holds them)
+    <step>/model/model.json         the model arguments; "weights", where they are quantized
     <step>/model/tokenizer.model    the tokenizer
     <step>/state/                   the optimizer's state; only in checkpoints that training can resume from
 
@@ -15,7 +15,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import orbax.checkpoint as ocp
@@ -23,8 +23,8 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 from tensorstore import TensorStore
 
-from llama_jax.config import ModelArgs, from_dict
-from llama_jax.errors import UserError
+from llama_jax.config import ModelArgs, Weights, from_dict
+from llama_jax.errors import UserError, quoted
 from llama_jax.stored_array import open_array, saver_of_stored_arrays
 from llama_jax.tokenizer import Tokenizer
 
@@ -42,7 +42,8 @@ class ModelFilesHandler(ocp.CheckpointHandler):
         if jax.process_index():
             return
         folder = epath.Path(directory)
-        (folder / "model.json").write_text(json.dumps(dataclasses.asdict(args.model), indent=1))
+        table = dataclasses.asdict(args.model) | ({} if args.weights == "auto" else {"weights": args.weights})
+        (folder / "model.json").write_text(json.dumps(table, indent=1))
         (folder / "tokenizer.model").write_bytes(args.tokenizer.model_bytes)
 
     def restore(self, directory: Any, args: Any = None) -> None:
@@ -57,6 +58,7 @@ class ModelFiles(ocp.args.CheckpointArgs):
 
     model: ModelArgs
     tokenizer: Tokenizer
+    weights: Weights = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Checkpoint:
     folder: Path
     args: ModelArgs
     tokenizer: Tokenizer
+    weights: Weights = "auto"
+    """How its matrices are quantized; auto: they are not."""
 
     @classmethod
     def find(cls, path: str | Path) -> "Checkpoint":
@@ -89,6 +93,11 @@ class Checkpoint:
                 raise ValueError("not an object")
         except (OSError, ValueError) as error:
             raise UserError(f"{source}: expected the model arguments of a checkpoint, found {error}") from None
+        weights = table.pop("weights", "auto")
+        if weights not in get_args(Weights):
+            raise UserError(
+                f"{source}: weights: expected one of {', '.join(get_args(Weights))}, found {quoted(weights)}"
+            )
         args = from_dict(ModelArgs, table, str(source))
         args.check()
         tokenizer = Tokenizer(folder / "model" / "tokenizer.model")
@@ -96,10 +105,32 @@ class Checkpoint:
             raise UserError(
                 f"{source}: expected vocab_size {tokenizer.vocab_size} as its tokenizer has, found {args.vocab_size}"
             )
-        return cls(folder, args, tokenizer)
+        return cls(folder, args, tokenizer, weights)
 
-    def arrays(self, item: str) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the arrays of ``item``, none where it is not there. Raises UserError where they cannot be read."""
+    def chosen(self, weights: Weights) -> Weights:
+        """How matrices are to be quantized where ``weights`` is asked for; auto: as they are stored.
+
+        Raises UserError where they are stored in another way.
+        """
+        if self.weights == "auto" or weights == self.weights:
+            return weights
+        if weights == "auto":
+            return self.weights
+        raise UserError(
+            f"weights: expected auto or {self.weights}, as {self.folder} stores them, found {weights}; leave it out, or take "
+            "the checkpoint that it was made from"
+        )
+
+    def check_plain(self, what: str) -> None:
+        """Raise UserError where the matrices are quantized, which ``what`` cannot use."""
+        if self.weights != "auto":
+            raise UserError(
+                f"{what}: expected a checkpoint that is not quantized, found {self.weights} in {self.folder}; "
+                "take the one that it was made from"
+            )
+
+    def arrays(self, item: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of ``item`` by name, none where it is not there. Raises UserError where they cannot be read."""
         folder = self.folder / item
         if not folder.is_dir():
             return {}
@@ -126,21 +157,26 @@ class Checkpoint:
             return open_array(self.folder / "params", name)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {"/".join(map(_key, path)): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        "/".join(map(_key, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
-def _check_shapes(folder: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    folder: Path, found: dict[str, jax.ShapeDtypeStruct], expected: dict[str, jax.ShapeDtypeStruct]
+) -> None:
     """Raise UserError, which names the array, where those found in ``folder`` are not those expected."""
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             raise UserError(
                 f"{folder}: expected the array {name}, found none; files of this checkpoint are missing or damaged"
             )
-        if name not in expected or found[name] != expected[name]:
-            shape = f"of shape {list(expected[name])}" if name in expected else "to be none of it"
+        if name not in expected or found[name].shape != expected[name].shape:
+            shape = f"of shape {list(expected[name].shape)}" if name in expected else "to be none of it"
             raise UserError(
-                f"{folder}: expected the array {name} {shape}, found {list(found[name])}; this is a checkpoint of another model"
+                f"{folder}: expected the array {name} {shape}, found {list(found[name].shape)}; this is a checkpoint of another model"
             )
 
 
@@ -244,14 +280,16 @@ class CheckpointWriter:
                         epath.Path(path).rmtree()
 
 
-def save_checkpoint(folder: Path, params: Any, model: ModelArgs, tokenizer: Tokenizer) -> None:
+def save_checkpoint(
+    folder: Path, params: Any, model: ModelArgs, tokenizer: Tokenizer, weights: Weights = "auto"
+) -> None:
     """Write a checkpoint without optimizer state, as converters do; arrays may be StoredArrays.
 
-    Raises UserError where ``folder`` exists.
+    weights: how the matrices of ``params`` are quantized. Raises UserError where ``folder`` exists.
     """
     if folder.exists():
         raise UserError(f"{folder}: expected a new folder, found one that exists; choose another")
-    args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), model=ModelFiles(model, tokenizer))
+    args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), model=ModelFiles(model, tokenizer, weights))
     handlers = ocp.CompositeCheckpointHandler(params=saver_of_stored_arrays(), model=ModelFilesHandler())
     with _told(folder, "write"), ocp.Checkpointer(handlers) as checkpointer:
         checkpointer.save(folder.absolute(), args=args)

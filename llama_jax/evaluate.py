@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from llama_jax.data.text import Corpus, find_files, replacement_warning
 from llama_jax.errors import UserError, run_command
 from llama_jax.flags import parse_flags
 from llama_jax.generation import Model
-from llama_jax.generation.serving import rounded
 from llama_jax.loss import loss_sum
 from llama_jax.tokenizer import Tokenizer
 
@@ -39,7 +38,7 @@ class EvaluateArgs:
     compute_dtype: DType = "auto"
     """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU."""
     weights: Weights = "auto"
-    """Score with the values that quantized matrices have (int8, int4, int4-64); auto: as they are."""
+    """Score with the values that quantized matrices have (int8, int4, int4-64); auto: as they are stored."""
 
 
 def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, batch_size: int = 8) -> dict[str, Any]:
@@ -114,9 +113,7 @@ def main() -> None:
     for name in ("ckpt", "text"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
-    model = Model.load(args.ckpt, args.compute_dtype, as_stored=True)
-    if args.weights != "auto":
-        model = replace(model, params=rounded(model.params, args.weights))
+    model = Model.load(args.ckpt, args.compute_dtype, args.weights, stacked=True)
     print(json.dumps(evaluate(model, args.text, args.window, args.stride, args.batch_size)))
 
 

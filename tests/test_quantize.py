@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama_jax.config import SampleArgs, Weights
 from llama_jax.generation import Model
-from llama_jax.generation.serving import rounded, serve
+from llama_jax.generation.serving import dequantized, serve
 from llama_jax.linear import linear
 from llama_jax.quantize import GROUPS, bytes_of, quantize
 from llama_jax.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def test_generation_with_quantized_matrices_is_that_of_the_dequantized_model(mod
     params = quantized(model, kind)
     prompts = prompts_of_lengths(model, [1, 9, 40])
     ids, logprobs = decode(model, prompts, GREEDY, 20, params=params)
-    plain = dataclasses.replace(model, params=rounded(model.params, kind))
+    plain = dataclasses.replace(model, params=dequantized(quantized(model, kind), model.module))
     for prompt, row, row_logprobs in zip(prompts, ids.tolist(), logprobs, strict=True):
         full = full_log_probs(plain, prompt + row)[len(prompt) - 1 : -1]
         np.testing.assert_allclose(row_logprobs, full[np.arange(20), row], atol=1e-3)

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from llama_jax.config import Weights
 from llama_jax.convert import report
 from llama_jax.convert.huggingface import HuggingFaceSource, write_huggingface
 from llama_jax.convert.layout import Tensor, all_tensors, blocks
@@ -38,6 +39,8 @@ class ConvertArgs:
     """The folder to write; it must not exist."""
     to: Format = "llama-jax"
     """What to write."""
+    weights: Weights = "auto"
+    """Matrices of a checkpoint of this project: auto, as they are; int8, with a scale an output; int4, a scale for 32 inputs of an output; int4-64, for 64."""
     tokenizer: str = ""
     """The SentencePiece model. Empty: tokenizer.model beside the weights, or in the folder above."""
     max_seq_len: int = 0
@@ -56,6 +59,10 @@ class ConvertArgs:
             raise UserError(f"--max-seq-len: expected 0 or more, found {self.max_seq_len}")
         if self.shards < 1 or (self.shards > 1 and self.to != "meta"):
             raise UserError(f"--shards: expected 1, or more with --to meta, found {self.shards} with --to {self.to}")
+        if self.weights != "auto" and self.to != "llama-jax":
+            raise UserError(
+                f"--weights: expected auto with --to {self.to}, found {self.weights}; leave one of them out"
+            )
         if not self.dry_run and Path(self.output).exists():
             raise UserError(f"--output: expected a folder that does not exist, found {self.output}; choose another")
 
@@ -67,8 +74,8 @@ def convert(args: ConvertArgs) -> None:
     with contextlib.ExitStack() as stack:
         source = open_source(folder, args, stack)
         output = Path(args.output).expanduser()
-        report.announce(source, args.to, output)
-        report.check_space(source, output, args.dry_run)
+        report.announce(source, args.to, output, args.weights)
+        report.check_space(source, output, args.weights, args.dry_run)
         if args.dry_run:
             report.print_table(source)
             _verify_checklists(source)
@@ -77,7 +84,7 @@ def convert(args: ConvertArgs) -> None:
         _verify_checklists(source)
         began = time.perf_counter()
         digest = _write(source, output, args)
-        report.close(source, args.to, output, digest, time.perf_counter() - began)
+        report.close(source, args.to, output, args.weights, digest, time.perf_counter() - began)
 
 
 def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) -> Source:
@@ -113,7 +120,7 @@ def _write(source: Source, output: Path, args: ConvertArgs) -> str:
         with Progress("converting", report.weight_bytes(source), "B") as progress:
             reader = Reader(source, progress)
             if args.to == "llama-jax":
-                write_own(source, temporary, reader.blocks)
+                write_own(source, temporary, reader.blocks, args.weights)
             elif args.to == "huggingface":
                 write_huggingface(source, temporary, reader.blocks)
             else:

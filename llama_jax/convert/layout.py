@@ -40,6 +40,11 @@ class Tensor:
         """Whether every layer has one."""
         return self.name.startswith("layers/")
 
+    @property
+    def multiplied(self) -> bool:
+        """Whether hidden states are multiplied by it: all but the embeddings and the norms."""
+        return self.name != "tok_embeddings" and self.rows != self.axes
+
     def sizes(self, args: ModelArgs) -> tuple[int, ...]:
         """The shape of ours, without the layers' axis."""
         sizes = axis_sizes(args)

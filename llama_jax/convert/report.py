@@ -8,19 +8,24 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
+
+from llama_jax.config import Weights
 from llama_jax.convert.layout import BLOCK_BYTES, TABLE, all_tensors, blocks
+from llama_jax.convert.own import parts
 from llama_jax.convert.source import Source
 from llama_jax.errors import UserError
 from llama_jax.files import raw_bytes
 from llama_jax.model import count_parameters
 from llama_jax.progress import bytes_text, duration
+from llama_jax.quantize import bytes_of
 
 # The process without any weights, and what it holds of them besides the blocks: measured, see docs/convert.md.
 BASE_BYTES = 350_000_000
 BLOCKS_HELD = 8
 
 
-def announce(source: Source, to: str, output: Path) -> None:
+def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
     """Say what was found and what will happen."""
     args, size = source.args, weight_bytes(source)
     rows = {
@@ -29,7 +34,7 @@ def announce(source: Source, to: str, output: Path) -> None:
         f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_dim}",
         "constants": f"norm_eps {args.norm_eps:g}, rope_theta {args.rope_theta:g}, context {args.max_seq_len:,}",
         "tokenizer": f"{source.tokenizer.model_path}, {source.tokenizer.vocab_size:,} tokens",
-        "output": f"{output if output != Path() else '(none given)'}, as {to}",
+        "output": f"{output if output != Path() else '(none given)'}, as {to}{f' with {weights} matrices' if weights != 'auto' else ''}",
         "memory": f"{bytes_text(peak_bytes(source))} at most",
     }
     for name, text in rows.items():
@@ -43,12 +48,17 @@ def weight_bytes(source: Source) -> int:
     return count_parameters(source.args) * source.dtype.itemsize
 
 
+def stored_bytes(source: Source, weights: Weights) -> int:
+    """Bytes of all parameters as they will be written."""
+    return bytes_of([jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts(source, weights)])
+
+
 def peak_bytes(source: Source) -> int:
     """The most memory that a conversion needs."""
     return BASE_BYTES + BLOCKS_HELD * min(2 * BLOCK_BYTES, weight_bytes(source))
 
 
-def check_space(source: Source, output: Path, dry_run: bool) -> None:
+def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -> None:
     """Say what the disk needs and has, and how long it will take.
 
     Raises UserError where there is too little space, but for a dry run, which may be on another machine.
@@ -56,7 +66,7 @@ def check_space(source: Source, output: Path, dry_run: bool) -> None:
     place = output.absolute()
     while not place.exists():
         place = place.parent
-    need, free = weight_bytes(source), shutil.disk_usage(place).free
+    need, free = stored_bytes(source, weights), shutil.disk_usage(place).free
     print(f"{'disk':>10}  {bytes_text(need)} needed, {bytes_text(free)} free")
     if dry_run:
         return
@@ -96,13 +106,13 @@ def close_dry_run() -> None:
     )
 
 
-def close(source: Source, to: str, output: Path, digest: str, seconds: float) -> None:
+def close(source: Source, to: str, output: Path, weights: Weights, digest: str, seconds: float) -> None:
     """Where things are, and what to type next."""
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(
         f"{output}: {bytes_text(size)} in {duration(seconds)}, {bytes_text(weight_bytes(source) / max(seconds, 1e-9))} a second"
     )
-    print(f"sha256 of the weights: {digest}")
+    print(f"sha256 of the weights{', before they were quantized' if weights != 'auto' else ''}: {digest}")
     commands = {
         "llama-jax": f'python sample.py --ckpt {shlex.quote(str(output))} "Once upon a time"',
         "huggingface": f"AutoModelForCausalLM.from_pretrained({str(output)!r})",

@@ -6,25 +6,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.cache import CACHE_DTYPES
-from llama_jax.checkpoint import Checkpoint, with_shardings
+from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.chat import Message, encode_dialog
 from llama_jax.generation.decode import Row, logits_without_cache
+from llama_jax.generation.loading import fitting_mesh, load_parameters
 from llama_jax.generation.passes import OnProgress, completions, stream
 from llama_jax.generation.rows import Completion as Completion
-from llama_jax.generation.serving import serve
+from llama_jax.generation.serving import is_served, serve
 from llama_jax.generation.speculative import Draft
-from llama_jax.model import Llama, is_norm
-from llama_jax.quantize import Matrix
-from llama_jax.runtime import check_memory, make_model, memory_of, use_compilation_cache
-from llama_jax.sharding import check_divisible, make_mesh, parameter_shardings
+from llama_jax.model import Llama
+from llama_jax.runtime import make_model, use_compilation_cache
+from llama_jax.sharding import make_mesh
 from llama_jax.tokenizer import Tokenizer
 
 # The draft that needs no second model, and the most tokens that are guessed at a time.
@@ -55,25 +53,23 @@ class Model:
         mesh: MeshArgs | None = None,
         draft: str = "",
         draft_tokens: int = 4,
-        as_stored: bool = False,
+        stacked: bool = False,
     ) -> "Model":
         """See ``llama_jax.load``. Matrices are kept in the type that is computed in, or quantized.
 
-        as_stored: parameters stay as in a checkpoint on an accelerator too, for what is not generation.
+        stacked: parameters are stacked as training has them, with the values that quantized ones have, for what is not generation.
         """
         use_compilation_cache()
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
         checkpoint = Checkpoint.find(path)
+        weights = checkpoint.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
         module = make_model(checkpoint.args, compute_dtype, mesh=laid)
         if laid is None:
-            laid = _fitting_mesh(checkpoint, module)
-        params = _restore(checkpoint, module, laid)
-        # An accelerator has no room for both forms; on a CPU they are the same memory.
-        if weights != "auto" or not (as_stored or laid.devices.flat[0].platform == "cpu"):
-            params = serve(params, weights, donate=True)
+            laid = fitting_mesh(checkpoint, module, weights)
+        params = load_parameters(checkpoint, module, laid, weights, stacked)
         guesser = load_draft(draft, draft_tokens, compute_dtype, checkpoint, laid) if draft else None
         return cls(checkpoint.args, params, checkpoint.tokenizer, module, CACHE_DTYPES[cache], guesser)
 
@@ -176,7 +172,7 @@ class Model:
     @functools.cached_property
     def serving(self) -> Any:
         """The parameters in the form that generation runs on."""
-        return self.params if isinstance(self.params["output"], Matrix) else serve(self.params)
+        return self.params if is_served(self.params) else serve(self.params)
 
 
 def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint, mesh: jax.sharding.Mesh) -> Draft:
@@ -200,13 +196,8 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
             f"draft: expected a context of {target.args.max_seq_len} tokens or more, found {checkpoint.args.max_seq_len}"
         )
     module = make_model(checkpoint.args, compute_dtype, mesh=mesh)
-    return Draft(tokens, module, serve(_restore(checkpoint, module, mesh), donate=True))
-
-
-def _restore(checkpoint: Checkpoint, module: Llama, mesh: jax.sharding.Mesh) -> Any:
-    """The parameters, matrices in the type that is computed in, over a mesh. Raises UserError where it does not divide them."""
-    check_divisible(mesh, checkpoint.args)
-    return checkpoint.restore("params", with_shardings(serving_shapes(module), parameter_shardings(module, mesh)))
+    params = load_parameters(checkpoint, module, mesh, checkpoint.weights)
+    return Draft(tokens, module, params if is_served(params) else serve(params, donate=True))
 
 
 def stripped(answer: Completion) -> Completion:
@@ -218,27 +209,3 @@ def check_one(args: SampleArgs, what: str) -> None:
     """Raise UserError where more than one completion is asked for of ``what``, which has one."""
     if args.n != 1:
         raise UserError(f"n: expected 1 for {what}, found {args.n}")
-
-
-def serving_shapes(module: Llama) -> Any:
-    """Shapes and types of the parameters in generation: matrices in the type that is computed in, norms' weights float32."""
-    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    return jax.tree_util.tree_map_with_path(
-        lambda path, s: s if is_norm(path) else jax.ShapeDtypeStruct(s.shape, module.dtype), shapes
-    )
-
-
-def _fitting_mesh(checkpoint: Checkpoint, module: Llama) -> jax.sharding.Mesh:
-    """The fewest of this process's devices that hold the parameters, heads, hidden units and vocabulary spread over them.
-
-    Raises UserError where all of them are too few. XLA on a CPU computes in float32: what is narrower, it keeps twice.
-    """
-    args, dtype, devices = checkpoint.args, jnp.dtype(module.dtype), jax.local_devices()
-    bytes_of = dtype.itemsize + (4 if jax.default_backend() == "cpu" and dtype.itemsize < 4 else 0)
-    need = bytes_of * sum(leaf.size for leaf in jax.tree.leaves(serving_shapes(module)))
-    spread = args.kv_heads, args.hidden_dim, args.vocab_size
-    counts = [n for n in range(1, len(devices) + 1) if not any(size % n for size in spread)]
-    count = next((n for n in counts if need / n <= memory_of(devices[:n])), counts[-1])
-    what = f"the parameters of {checkpoint.folder} need, computed in {dtype.name} on {count} device{'s'[: count > 1]},"
-    check_memory(need / count, devices[:count], what, "use a machine with more memory, or a smaller model")
-    return make_mesh(MeshArgs(data=1, tensor=count), devices[:count])

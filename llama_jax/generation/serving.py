@@ -8,11 +8,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import Weights
-from llama_jax.model import is_norm
+from llama_jax.model import Llama, is_norm
 from llama_jax.quantize import Matrix, quantize
 from llama_jax.sharding import mesh_of, spec
 
@@ -38,7 +40,7 @@ def serve(params: Any, weights: Weights = "auto", donate: bool = False) -> Any:
     """
     mesh = mesh_of(params)
     if weights == "auto" and _on_one_cpu(mesh):
-        return _layers_apart(serving_form(jax.tree.map(np.asarray, params), weights), mesh)
+        return layers_apart(serving_form(jax.tree.map(np.asarray, params), weights), mesh)
     shapes = jax.eval_shape(lambda params: serving_form(params, weights), params)
     convert = jax.jit(
         serving_form,
@@ -46,7 +48,12 @@ def serve(params: Any, weights: Weights = "auto", donate: bool = False) -> Any:
         out_shardings=serving_shardings(shapes, mesh),
         donate_argnames="params" if donate else None,
     )
-    return _layers_apart(convert(params, weights=weights), mesh)
+    return layers_apart(convert(params, weights=weights), mesh)
+
+
+def is_served(params: Any) -> bool:
+    """Whether parameters are in the serving form."""
+    return isinstance(params["output"], Matrix)
 
 
 def _on_one_cpu(mesh: jax.sharding.Mesh) -> bool:
@@ -73,17 +80,41 @@ def serving_form(params: Any, weights: Weights) -> Any:
     return jax.tree_util.tree_map_with_path(flat, params)
 
 
-@functools.partial(jax.jit, static_argnames="weights")
-def rounded(params: Any, weights: Weights) -> Any:
-    """Parameters as in a checkpoint, with the values that ``weights`` leaves of them: what quantization costs, on any path."""
+@functools.partial(jax.jit, static_argnames="model")
+def dequantized(served: Any, model: Llama) -> Any:
+    """The reverse of ``serve``: parameters stacked as in training, matrices with their values in the type that is computed in."""
+    layers = served["layers"]
+    if isinstance(layers, tuple):
+        served = served | {"layers": jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *layers)}
 
-    def value(w: jax.Array, served: Any) -> jax.Array:
-        if not isinstance(served, Matrix):
+    def value(shape: jax.ShapeDtypeStruct, w: Any) -> jax.Array:
+        if not isinstance(w, Matrix):
             return w
-        dequantize = Matrix.dequantized if served.values.ndim == 2 else jax.vmap(Matrix.dequantized)
-        return dequantize(served).reshape(w.shape).astype(w.dtype)
+        dequantize = Matrix.dequantized if w.values.ndim == 2 else jax.vmap(Matrix.dequantized)
+        return dequantize(w).reshape(shape.shape).astype(shape.dtype)
 
-    return jax.tree.map(value, params, serving_form(params, weights), is_leaf=lambda leaf: isinstance(leaf, Matrix))
+    return jax.tree.map(value, stacked_shapes(model), served)
+
+
+def stacked_shapes(model: Llama, dtype: Any = None) -> Any:
+    """Shapes and types of the parameters as in a checkpoint: norms' weights float32, all else in the type that is computed in.
+
+    dtype: of the matrices but the embeddings, where it is another.
+    """
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+
+    def typed(path: tuple[Any, ...], s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if is_norm(path):
+            return s
+        other = dtype is not None and path[-1].key != "tok_embeddings"
+        return jax.ShapeDtypeStruct(s.shape, dtype if other else model.dtype)
+
+    return jax.tree_util.tree_map_with_path(typed, shapes)
+
+
+def served_shapes(model: Llama, weights: Weights) -> Any:
+    """Shapes and types of the parameters in the serving form, its layers stacked: what a quantized checkpoint holds, too."""
+    return jax.eval_shape(lambda params: serving_form(params, weights), stacked_shapes(model))
 
 
 def serving_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -99,7 +130,7 @@ def serving_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, shapes)
 
 
-def _layers_apart(served: Any, mesh: jax.sharding.Mesh) -> Any:
+def layers_apart(served: Any, mesh: jax.sharding.Mesh) -> Any:
     """On a CPU, the layers as a tuple of views of the same memory; XLA would copy a layer out of the stack before it multiplies."""
     if not _on_one_cpu(mesh):
         return served

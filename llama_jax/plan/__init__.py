@@ -19,10 +19,9 @@ from llama_jax.cache import CACHE_DTYPES
 from llama_jax.checkpoint import with_shardings
 from llama_jax.config import Cache, Config, SampleArgs, Weights
 from llama_jax.errors import UserError
-from llama_jax.generation import serving_shapes
 from llama_jax.generation.decode import DecodeState, decode_chunk, empty_state, state_shardings
 from llama_jax.generation.sampling import make_sampler
-from llama_jax.generation.serving import serving_form, serving_shardings
+from llama_jax.generation.serving import served_shapes, serving_shardings
 from llama_jax.model import Llama
 from llama_jax.plan.cost import Schedule, schedule_of
 from llama_jax.plan.hlo import HBM, Program
@@ -110,7 +109,8 @@ def plan_decoding(config: Config, topology: Topology, batch: int, slots: int, we
         )
     check_divisible(mesh, config.model)
     module = make_model(config.model, config.train.compute_dtype, mesh=mesh)
-    params = served_shapes(module, mesh, weights)
+    shapes = served_shapes(module, weights)
+    params = with_shardings(shapes, serving_shardings(shapes, mesh))
     state = _decode_state(module, mesh, batch, slots, CACHE_DTYPES[cache] or module.dtype)
     parts = {"parameters": _bytes(params), "cache": _bytes((state.cache.k, state.cache.v))}
 
@@ -121,12 +121,6 @@ def plan_decoding(config: Config, topology: Topology, batch: int, slots: int, we
             )
 
     return _plan(config, topology, mesh, module, parts, compile_step)
-
-
-def served_shapes(module: Llama, mesh: jax.sharding.Mesh, weights: Weights) -> Any:
-    """The shapes of the parameters as generation runs on them, each with its sharding."""
-    shapes = jax.eval_shape(lambda params: serving_form(params, weights), serving_shapes(module))
-    return with_shardings(shapes, serving_shardings(shapes, mesh))
 
 
 def _decode_state(module: Llama, mesh: jax.sharding.Mesh, batch: int, slots: int, cache_dtype: Any) -> DecodeState:

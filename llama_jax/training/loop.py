@@ -25,7 +25,7 @@ from llama_jax.training.bad_steps import LossHistory, judge, raise_not_finite
 from llama_jax.training.clock import Clock, Recorder
 from llama_jax.training.plot import plot_losses
 from llama_jax.training.profile import Profile, check_profiler
-from llama_jax.training.run_folder import RunFolder
+from llama_jax.training.run_folder import RunFolder, base_of
 from llama_jax.training.step import (
     StepMetrics,
     TrainState,
@@ -86,7 +86,7 @@ def _train(config: Config, clock: Clock) -> RunFolder:
     start = from_main(saved[-1] if saved else 0)
     folder.check_shared(start)
     mesh = make_mesh(config.mesh)
-    source = Checkpoint.find(config.train.init_from) if config.train.init_from and not start else None
+    source = base_of(config.train) if config.train.init_from and not start else None
     data_args = config.data if source is None else _with_tokenizer_of(source, config.data)
     tokens = folder.path / "tokens"
     data = main_first(

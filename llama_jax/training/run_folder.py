@@ -30,7 +30,14 @@ def starting_model(train: TrainArgs) -> ModelArgs:
     """
     run = Path(train.save_dir).expanduser()
     saved = steps_of(run)
-    return Checkpoint.find(checkpoints_of(run) / str(saved[-1]) if saved else train.init_from).args
+    return (Checkpoint.find(checkpoints_of(run) / str(saved[-1])) if saved else base_of(train)).args
+
+
+def base_of(train: TrainArgs) -> Checkpoint:
+    """The checkpoint that ``init_from`` names. Raises UserError where there is none, or its matrices are quantized."""
+    checkpoint = Checkpoint.find(train.init_from)
+    checkpoint.check_plain("train.init_from")
+    return checkpoint
 
 
 class RunFolder:

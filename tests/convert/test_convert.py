@@ -496,6 +496,8 @@ def test_a_damaged_storage_ends_the_conversion_without_a_trace(
         (["--input", "."], "--output"),
         (["--input", ".", "--output", "x", "--to", "gguf"], "--to"),
         (["--input", ".", "--output", "x", "--shards", "2"], "--shards"),
+        (["--input", ".", "--output", "x", "--weights", "int2"], "--weights"),
+        (["--input", ".", "--output", "x", "--weights", "int8", "--to", "meta"], "--weights"),
         (["--input", ".", "--output", "x", "--max-seq-len", "-1"], "--max-seq-len"),
     ],
 )
