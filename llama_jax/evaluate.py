@@ -1,5 +1,6 @@
 """Loss, perplexity and bits per byte of a text: ``python -m llama_jax.evaluate --ckpt runs/x --text held_out.txt``."""
 
+import functools
 import json
 import math
 import sys
@@ -9,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from tqdm import tqdm
 
-from llama_jax.config import DType, Weights
+from llama_jax.cache import KVCache
+from llama_jax.config import Cache, DType, Weights
 from llama_jax.data.text import Corpus, find_files, replacement_warning
 from llama_jax.errors import UserError, run_command
 from llama_jax.flags import parse_flags
 from llama_jax.generation import Model
-from llama_jax.loss import loss_sum
+from llama_jax.generation.forward import forward, logits_of
+from llama_jax.loss import loss_sum, negative_log_likelihood
+from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer
 
 
@@ -39,11 +45,14 @@ class EvaluateArgs:
     """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU."""
     weights: Weights = "auto"
     """Score with the values that quantized matrices have (int8, int4, int4-64); auto: as they are stored."""
+    cache: Cache = "auto"
+    """int8: score token by token, each reading the keys and values before it as a cache of int8 holds them; it takes longer."""
 
 
 def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, batch_size: int = 8) -> dict[str, Any]:
     """Score every token of a text once (BOS, which begins each file, is not scored and EOS is not added).
 
+    A model with a quantized cache is scored as it generates, token by token; any other, a window at a time.
     Raises UserError where the text is missing or empty, or the window does not fit the model.
     """
     context = model.args.max_seq_len
@@ -60,13 +69,17 @@ def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, b
         raise UserError(f"--text: expected text, found none in {text}")
     rows = list(_windows(len(stream) - 1, window, stride))
     positions = np.arange(window)
+    if model.cache_dtype is None:
+        score = functools.partial(_loss_sum, model.module, model.params)
+    else:
+        score = functools.partial(_loss_sum_over_cache, model.module, model.serving, cache_dtype=model.cache_dtype)
     for i in tqdm(range(0, len(rows), batch_size), desc="evaluate", unit="batch", delay=2, disable=None):
         batch = rows[i : i + batch_size] + [(0, 0, 0)] * (batch_size - len(rows[i : i + batch_size]))
         starts, first, last = (np.array(column)[:, None] for column in zip(*batch, strict=True))
         at = np.minimum(starts + positions, len(stream) - 2)
         counts = (starts + positions >= first) & (starts + positions < last)
         weights = (counts & scored[at + 1]).astype(np.float32)
-        total += float(_loss_sum(model.module, model.params, stream[at], stream[at + 1], weights))
+        total += float(score(stream[at], stream[at + 1], weights))
     loss = total / tokens
     return {
         "loss": loss,
@@ -107,13 +120,31 @@ def _windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 _loss_sum = jax.jit(loss_sum, static_argnames=("model",))
 
 
+@functools.partial(jax.jit, static_argnames=("model", "cache_dtype"))
+def _loss_sum_over_cache(
+    model: Llama, params: Any, inputs: ArrayLike, targets: ArrayLike, weights: ArrayLike, cache_dtype: Any
+) -> jax.Array:
+    """``loss_sum`` of tokens that are fed one by one, each row's over a cache of its own; ``params`` in the serving form."""
+    B, T = jnp.shape(inputs)
+
+    def step(cache: KVCache, now: tuple[jax.Array, ...]) -> tuple[KVCache, jax.Array]:
+        x, y, w = now
+        hidden, cache = forward(model, params, x[:, None], cache, end=T)
+        return cache, jnp.sum(w * negative_log_likelihood(logits_of(params, hidden)[:, 0], y))
+
+    empty = KVCache.empty(model.args, jnp.zeros(B, jnp.int32), T, cache_dtype)
+    by_position = tuple(jnp.swapaxes(x, 0, 1) for x in (inputs, targets, weights))
+    return jnp.sum(jax.lax.scan(step, empty, by_position)[1])
+
+
 def main() -> None:
     """Run the command line."""
     args = parse_flags(EvaluateArgs, sys.argv[1:], EvaluateArgs(), "python -m llama_jax.evaluate", __doc__ or "")
     for name in ("ckpt", "text"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
-    model = Model.load(args.ckpt, args.compute_dtype, args.weights, stacked=True)
+    stacked = args.cache == "auto"
+    model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache, stacked=stacked)
     print(json.dumps(evaluate(model, args.text, args.window, args.stride, args.batch_size)))
 
 

@@ -1,6 +1,7 @@
 """evaluate(): every token of a text once, from whole logits and by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import flax.linen as nn
@@ -67,6 +68,17 @@ def test_evaluation_equals_a_literal_one_from_whole_logits(
     assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
     assert found["bytes"] == len(TEXT.encode())
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / len(TEXT.encode()), rel=1e-5)
+
+
+def test_token_by_token_over_a_cache_of_floats_the_loss_is_that_of_whole_windows(model: Model, text: Path) -> None:
+    whole, stepwise = (evaluate(replace(model, cache_dtype=dtype), text, 20, 7) for dtype in (None, jnp.float32))
+    assert stepwise["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert stepwise["tokens"] == whole["tokens"]
+
+
+def test_a_cache_of_int8_costs_a_little(model: Model, text: Path) -> None:
+    exact, rounded = (evaluate(replace(model, cache_dtype=dtype), text) for dtype in (jnp.float32, jnp.int8))
+    assert 1e-6 < abs(rounded["loss"] - exact["loss"]) < 1e-2
 
 
 def test_window_and_stride_are_the_context_unless_given(model: Model, text: Path) -> None:

@@ -101,10 +101,15 @@ def test_the_integers_take_a_byte_and_half_a_byte_on_disk(
     assert sum(path.stat().st_size for path in files) <= 1.01 * most * values
 
 
-def test_evaluation_scores_what_is_stored_as_what_loading_makes(plain: Path, int8: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+def test_evaluation_scores_what_is_stored_as_what_loading_makes(
+    cache: Any, plain: Path, int8: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text("The fox saw the river. An owl saw the fox.\n" * 3)
     found, expected = (
-        evaluate(Model.load(path, weights=weights, stacked=True), tmp_path / "text.txt", window=40)
+        evaluate(
+            Model.load(path, weights=weights, cache=cache, stacked=cache == "auto"), tmp_path / "text.txt", window=40
+        )
         for path, weights in ((int8, "auto"), (plain, "int8"))
     )
     assert found == expected
