@@ -1,12 +1,17 @@
 """Fixtures that several rooms share."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before JAX is imported: with the TPU's compiler installed it would look for a TPU first, and say that there is none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs are compiled for longer than they run here; this leaves out LLVM's slowest passes, and changes no number.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+# A shell starts what runs behind it deaf to Ctrl-C, and so would be all that the tests start, and then interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

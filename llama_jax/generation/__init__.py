@@ -16,7 +16,7 @@ from llama_jax.errors import UserError, quoted
 from llama_jax.generation.chat import Message, encode_dialog
 from llama_jax.generation.decode import Row, logits_without_cache
 from llama_jax.generation.loading import fitting_mesh, load_parameters
-from llama_jax.generation.passes import OnProgress, completions, stream
+from llama_jax.generation.passes import Engine, OnProgress
 from llama_jax.generation.rows import Completion as Completion
 from llama_jax.generation.serving import is_served, serve
 from llama_jax.generation.speculative import Draft
@@ -133,7 +133,7 @@ class Model:
 
     def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
         """A completion for each of ``rows``, in order, as soon as it is there; in as many passes as memory asks for."""
-        return completions(self.module, self.serving, self.tokenizer, rows, on_progress, self.cache_dtype, self.draft)
+        return self._engine.completions(rows, on_progress)
 
     def stream(
         self, prompt: str, args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
@@ -147,9 +147,7 @@ class Model:
         """``stream`` for a prompt of token ids."""
         self._check(prompt_ids, args)
         check_one(args, "a stream")
-        return stream(
-            self.module, self.serving, self.tokenizer, (prompt_ids, args, 0), on_progress, self.cache_dtype, self.draft
-        )
+        return self._engine.stream((prompt_ids, args, 0), on_progress)
 
     def encode(self, prompt: str) -> list[int]:
         """A prompt's token ids."""
@@ -173,6 +171,10 @@ class Model:
     def serving(self) -> Any:
         """The parameters in the form that generation runs on."""
         return self.params if is_served(self.params) else serve(self.params)
+
+    @property
+    def _engine(self) -> Engine:
+        return Engine(self.module, self.serving, self.tokenizer, self.cache_dtype, self.draft)
 
 
 def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint, mesh: jax.sharding.Mesh) -> Draft:

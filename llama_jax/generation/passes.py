@@ -1,6 +1,7 @@
 """Many completions in passes that fit into memory, and what happens on the way."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -41,54 +42,71 @@ class Step(NamedTuple):
 OnProgress = Callable[[Step], None]
 
 
-def completions(
-    model: Llama,
-    params: Any,
-    tokenizer: Tokenizer,
-    rows: Sequence[Row],
-    on_progress: OnProgress | None = None,
-    cache_dtype: Any = None,
-    draft: Draft | None = None,
-) -> Iterator[Completion]:
-    """A completion a row, in order; each as soon as it and all before it are finished."""
-    windows = [range(start, min(start + WINDOW, len(rows))) for start in range(0, len(rows), WINDOW)]
-    free = free_memory(params)
-    planned = [split(model, rows, window, free, cache_dtype) for window in windows]
-    passes, number = sum(map(len, planned)), 0
-    for window, parts in zip(windows, planned, strict=True):
-        made: dict[int, Completion] = {}
-        waiting = iter(window)
-        at = next(waiting, None)
-        for part in parts:
-            number += 1
-            report = _reporter(on_progress, number, passes, [rows[i] for i in part])
-            done = _run(model, params, tokenizer, [rows[i] for i in part], report, cache_dtype, draft)
-            made |= dict(zip(part, done, strict=True))
-            while at in made:
-                yield made.pop(at)
-                at = next(waiting, None)
+@dataclass(frozen=True)
+class Engine:
+    """What makes completions of rows."""
 
+    model: Llama
+    params: Any  # in the serving form
+    tokenizer: Tokenizer
+    cache_dtype: Any = None  # None: the type that is computed in
+    draft: Draft | None = None
 
-def stream(
-    model: Llama,
-    params: Any,
-    tokenizer: Tokenizer,
-    row: Row,
-    on_progress: OnProgress | None = None,
-    cache_dtype: Any = None,
-    draft: Draft | None = None,
-) -> Iterator[str]:
-    """The text of one completion as it comes, a token at a time."""
-    growing = Growing(tokenizer, row[0], row[1], model.args.max_seq_len)
-    report = _reporter(on_progress, 1, 1, [row])
-    report(0, 0, 0)
-    for chunk in _chunks(model, params, tokenizer, [row], 1, cache_dtype, draft):
-        before = len(growing.ids)
-        growing.push(chunk.ids[0], chunk.logprobs[0])
-        report(1, max(0, len(growing.ids) - before), int(bool(growing.finish_reason)))
-        yield growing.take()
-        if growing.finish_reason:
-            return
+    def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
+        """A completion a row, in order; each as soon as it and all before it are finished."""
+        windows = [range(start, min(start + WINDOW, len(rows))) for start in range(0, len(rows), WINDOW)]
+        free = free_memory(self.params)
+        planned = [split(self.model, rows, window, free, self.cache_dtype) for window in windows]
+        passes, number = sum(map(len, planned)), 0
+        for window, parts in zip(windows, planned, strict=True):
+            made: dict[int, Completion] = {}
+            waiting = iter(window)
+            at = next(waiting, None)
+            for part in parts:
+                number += 1
+                together = [rows[i] for i in part]
+                done = self._run(together, _reporter(on_progress, number, passes, together))
+                made |= dict(zip(part, done, strict=True))
+                while at in made:
+                    yield made.pop(at)
+                    at = next(waiting, None)
+
+    def stream(self, row: Row, on_progress: OnProgress | None = None) -> Iterator[str]:
+        """The text of one completion as it comes, a token at a time."""
+        growing = Growing(self.tokenizer, row[0], row[1], self.model.args.max_seq_len)
+        report = _reporter(on_progress, 1, 1, [row])
+        report(0, 0, 0)
+        for chunk in self._chunks([row], steps=1):
+            before = len(growing.ids)
+            growing.push(chunk.ids[0], chunk.logprobs[0])
+            report(1, max(0, len(growing.ids) - before), int(bool(growing.finish_reason)))
+            yield growing.take()
+            if growing.finish_reason:
+                return
+
+    def _run(self, rows: Sequence[Row], report: Callable[[int, int, int], None]) -> list[Completion]:
+        """The completions of one pass."""
+        growing = [Growing(self.tokenizer, prompt, args, self.model.args.max_seq_len) for prompt, args, _ in rows]
+        report(0, 0, 0)
+        for chunk in self._chunks(rows, CHUNK):
+            open_rows = [row for row in growing if not row.finish_reason]
+            before = sum(len(row.ids) for row in growing)
+            for row, ids, logprobs in zip(growing, chunk.ids, chunk.logprobs, strict=True):
+                row.push(ids, logprobs)
+            finished = sum(bool(row.finish_reason) for row in open_rows)
+            # A stop string may take back tokens of the chunk before.
+            tokens = max(0, sum(len(row.ids) for row in growing) - before)
+            report(chunk.ids.shape[1], tokens, finished)
+            if finished == len(open_rows):
+                break
+        return [row.completion() for row in growing]
+
+    def _chunks(self, rows: Sequence[Row], steps: int) -> Iterator[Sampled]:
+        longest = new_tokens(self.model.args, rows)
+        if self.draft is None:
+            return generate_chunks(self.model, self.params, rows, longest, steps, self.cache_dtype)
+        eos = self.tokenizer.eos_id
+        return generate_speculatively(self.model, self.params, rows, longest, self.draft, eos, self.cache_dtype)
 
 
 def split(
@@ -136,46 +154,6 @@ def free_memory(params: Any) -> float:
 def new_tokens(args: ModelArgs, rows: Sequence[Row]) -> int:
     """Tokens that the row which goes on longest makes."""
     return max(min(sample.max_new_tokens, args.max_seq_len - len(prompt)) for prompt, sample, _ in rows)
-
-
-def _chunks(
-    model: Llama,
-    params: Any,
-    tokenizer: Tokenizer,
-    rows: Sequence[Row],
-    steps: int,
-    cache_dtype: Any,
-    draft: Draft | None,
-) -> Iterator[Sampled]:
-    longest = new_tokens(model.args, rows)
-    if draft is None:
-        return generate_chunks(model, params, rows, longest, steps, cache_dtype)
-    return generate_speculatively(model, params, rows, longest, draft, tokenizer.eos_id, cache_dtype)
-
-
-def _run(
-    model: Llama,
-    params: Any,
-    tokenizer: Tokenizer,
-    rows: Sequence[Row],
-    report: Callable[[int, int, int], None],
-    cache_dtype: Any,
-    draft: Draft | None,
-) -> list[Completion]:
-    growing = [Growing(tokenizer, prompt, args, model.args.max_seq_len) for prompt, args, _ in rows]
-    report(0, 0, 0)
-    for chunk in _chunks(model, params, tokenizer, rows, CHUNK, cache_dtype, draft):
-        open_rows = [row for row in growing if not row.finish_reason]
-        before = sum(len(row.ids) for row in growing)
-        for row, ids, logprobs in zip(growing, chunk.ids, chunk.logprobs, strict=True):
-            row.push(ids, logprobs)
-        finished = sum(bool(row.finish_reason) for row in open_rows)
-        # A stop string may take back tokens of the chunk before.
-        tokens = max(0, sum(len(row.ids) for row in growing) - before)
-        report(chunk.ids.shape[1], tokens, finished)
-        if finished == len(open_rows):
-            break
-    return [row.completion() for row in growing]
 
 
 def _reporter(
