@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.quantize import Matrix
+from llama_jax.quantize import Matrix, to_integers
 
 # The name by which rematerialisation policies know the results (remat.py).
 PROJECTION = "projection"
@@ -75,9 +75,8 @@ def _sum_of_products(x: jax.Array, values: jax.Array) -> jax.Array:
     parts = math.gcd(len(x), CPU_PARTS)
     scale: jax.Array | float = 1.0
     if values.dtype == jnp.int8:
-        most = (2**31 - 1) // (127 * parts)  # so that the sum of the parts does not overflow
-        scale = jnp.maximum(jnp.max(jnp.abs(x)), jnp.finfo(jnp.float32).tiny * most) / most
-        x = jnp.round(x / scale).astype(jnp.int32)
+        # Sums of the parts do not overflow, even where rounding makes the largest a little larger.
+        x, scale = to_integers(x, axis=0, dtype=jnp.int32, most=(2**31 - 1) // (128 * parts))
     x, values = x.reshape(parts, -1, 1), values.reshape(parts, len(x) // parts, -1)
     side_by_side = jnp.asarray(sum(x[i] * values[i].astype(x.dtype) for i in range(parts)))
     # A dot, since XLA would take the sum for one output after the other.

@@ -46,11 +46,14 @@ def quantize(matrix: jax.Array, inputs: int, kind: Weights) -> Matrix:
     return Matrix(values.reshape(matrix.shape), scales)
 
 
-def to_integers(x: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Integers of ``dtype``, and float32 scales without ``axis``, each of which serves all values along it."""
+def to_integers(x: jax.Array, axis: int, dtype: Any, most: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """Integers of ``dtype``, and float32 scales without ``axis``, each of which serves all values along it.
+
+    most: the integer of the largest magnitude; None: the type's largest.
+    """
     x = x.astype(jnp.float32)
     # A product, and not a quotient of which a compiler makes a product: the same bits from every program.
-    scales = jnp.maximum(jnp.max(jnp.abs(x), axis=axis), 1e-12) * np.float32(1 / jnp.iinfo(dtype).max)
+    scales = jnp.maximum(jnp.max(jnp.abs(x), axis=axis), 1e-12) * np.float32(1 / (most or jnp.iinfo(dtype).max))
     return jnp.round(x / jnp.expand_dims(scales, axis)).astype(dtype), scales
 
 

@@ -71,6 +71,16 @@ def test_the_largest_value_of_a_group_is_exact_and_signs_stay(kind: Weights) -> 
     assert (found * np.asarray(w) >= 0).all()
 
 
+@pytest.mark.parametrize("D", [1, 2, 3, 4, 8, 24])
+def test_a_product_of_the_largest_values_alone_does_not_overflow(D: int) -> None:
+    signs = np.where(np.arange(D) % 2, -1.0, 1.0)
+    w = quantize(jnp.asarray(signs, jnp.float32)[:, None], 1, "int8")
+    product = jax.jit(lambda x: linear("BTD,DF->BTF", x, w))
+    for largest in np.random.default_rng(D).uniform(0.1, 9.0, 200).astype(np.float32):
+        found = product(jnp.asarray(largest * signs, jnp.float32)[None, None])
+        np.testing.assert_allclose(found[0, 0], [largest * D], rtol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [(1, 1), (3, 1), (5, 1), (2, 40)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_those_of_the_dequantized_matrix(kind: Weights, rows: tuple[int, int]) -> None:
