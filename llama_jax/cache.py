@@ -93,9 +93,6 @@ class KVCache(flax.struct.PyTreeNode):
 
     def grown(self, slots: int) -> "KVCache":
         """With ``slots`` slots in each layer's buffers; those that are new are empty."""
-
-        def longer(x: jax.Array, axis: int) -> jax.Array:
-            return jnp.pad(x, [(0, slots - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
-
-        k, v = jax.tree.map(lambda x: longer(x, 2), (self.k, self.v))
+        more = (0, slots - self.slots)
+        k, v = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), more, (0, 0)][: x.ndim]), (self.k, self.v))
         return self.replace(k=k, v=v)

@@ -18,7 +18,7 @@ from llama_jax.generation.decode import Row, logits_without_cache
 from llama_jax.generation.loading import fitting_mesh, load_parameters
 from llama_jax.generation.passes import Engine, OnProgress
 from llama_jax.generation.rows import Completion as Completion
-from llama_jax.generation.serving import is_served, serve
+from llama_jax.generation.serving import serve
 from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama
 from llama_jax.runtime import make_model, use_compilation_cache
@@ -170,7 +170,7 @@ class Model:
     @functools.cached_property
     def serving(self) -> Any:
         """The parameters in the form that generation runs on."""
-        return self.params if is_served(self.params) else serve(self.params)
+        return serve(self.params)
 
     @property
     def _engine(self) -> Engine:
@@ -199,7 +199,7 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
         )
     module = make_model(checkpoint.args, compute_dtype, mesh=mesh)
     params = load_parameters(checkpoint, module, mesh, checkpoint.weights)
-    return Draft(tokens, module, params if is_served(params) else serve(params, donate=True))
+    return Draft(tokens, module, serve(params, donate=True))
 
 
 def stripped(answer: Completion) -> Completion:

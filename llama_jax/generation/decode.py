@@ -99,7 +99,7 @@ def generate_chunks(
     waiting = None
     for done in range(0, max_new_tokens, steps):
         # The device goes on with the next chunk while this one is looked at.
-        end = min(slots, slots_read(longest + done + steps))
+        end = slots_read(longest + done + steps)
         with on_mesh(mesh):
             state = state.replace(cache=with_room(state.cache, end))
             state, made = decode_chunk(model, params, state, steps, end)
@@ -122,7 +122,7 @@ def read_prompts(
     """The state behind the prompts, which are read in passes; under the mesh. Its cache has up to ``slots`` slots."""
     mesh = mesh_of(params)
     by_layer = mesh.devices.flat[0].platform == "cpu"
-    slots = min(slots, slots_read(longest)) if by_layer else slots
+    slots = slots_read(longest) if by_layer else slots
     tokens = np.zeros((len(rows), longest), np.int32)
     first = np.array([longest - len(prompt) for prompt, _, _ in rows], np.int32)
     for row, (prompt, _, _) in zip(tokens, rows, strict=True):

@@ -33,11 +33,14 @@ AXES = {
 
 
 def serve(params: Any, weights: Weights = "auto", donate: bool = False) -> Any:
-    """Parameters, stacked as in a checkpoint, as generation runs on them, on the mesh that they lie on.
+    """Parameters, stacked as in a checkpoint, as generation runs on them, on the mesh that they lie on; such as do already, as
+    they are.
 
     donate: they are not needed any more; where there is not twice the memory, there is once. On a CPU, what is not quantized
     is the same memory.
     """
+    if is_served(params):
+        return params
     mesh = mesh_of(params)
     if weights == "auto" and _on_one_cpu(mesh):
         return layers_apart(serving_form(jax.tree.map(np.asarray, params), weights), mesh)
