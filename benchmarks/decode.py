@@ -301,9 +301,10 @@ def huggingface_runner(args: Arguments, dtype: str) -> Callable[[int], Speed]:
         rms_norm_eps=shape.norm_eps, max_position_embeddings=shape.max_seq_len, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = LlamaForCausalLM(config)
-    model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+    with torch.device(device):
+        model: Any = LlamaForCausalLM(config).eval()
     model.generation_config.eos_token_id = None  # rows go on to the end
 
     def seconds(ids: torch.Tensor, new_tokens: int) -> float:

@@ -1,8 +1,8 @@
 """Tokens per second of the training step against the same LLaMA in PyTorch: ``python benchmarks/train_step.py``.
 
-All take the same shapes in float32, clip, and update with AdamW; each in a process of its own, as its users would run it.
-They run in turn, so that a machine that slows down slows all; the peer is the better of eager and compiled. Prints one JSON
-line with the medians and the median of the pairs' ratios.
+All take the same shapes, clip, and update float32 parameters with AdamW; each in a process of its own, as its users would run
+it. They run in turn, so that a machine that slows down slows all; the peer is the faster of those that are asked for. Prints
+one JSON line with the medians and the median of the pairs' ratios; on a known accelerator also the model FLOPs utilisation.
 """
 
 import contextlib
@@ -14,105 +14,133 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 import torch
 
-from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
+from llama_jax.config import AttentionKernel, DType, MeshArgs, ModelArgs, Remat, TrainArgs
 from llama_jax.data.batches import Batch
-from llama_jax.errors import run_command
+from llama_jax.errors import UserError, run_command
 from llama_jax.flags import parse_flags
-from llama_jax.runtime import keep_freed_memory, make_model
+from llama_jax.runtime import keep_freed_memory, make_model, memory_in_use
 from llama_jax.sharding import batch_sharding, make_mesh
+from llama_jax.training.flops import peak_flops, train_flops_per_token
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 from peers import PAUSE, ratio, worker
 from torch_llama import TorchLlama
 
+Peer = Literal["torch_eager", "torch_compiled"]
+
 
 @dataclass(frozen=True)
 class Arguments:
     """Shapes and repetitions; the defaults are the 15M stories model."""
 
-    dim: int = 288
-    """Width."""
-    n_layers: int = 6
-    """Blocks."""
-    n_heads: int = 6
-    """Query heads."""
-    vocab_size: int = 32000
-    """Vocabulary, in tokens."""
-    seq_len: int = 256
-    """Positions of a sequence."""
     batch_size: int = 16
     """Sequences a step."""
+    compute_dtype: DType = "auto"
+    """Type of activations and matmuls, as of train.py. PyTorch computes in the same, by autocast."""
+    remat: Remat = "none"
+    """What our backward pass computes again, as of train.py. PyTorch keeps all."""
+    attention: AttentionKernel = "auto"
+    """Our attention, as of train.py. PyTorch has its own fused one."""
+    peers: tuple[Peer, ...] = ("torch_eager", "torch_compiled")
+    """Whom to measure beside us."""
     pairs: int = 7
     """Pairs of runs that are measured."""
     steps: int = 2
     """Steps in a run."""
+    model: ModelArgs = ModelArgs(dim=288, n_layers=6, n_heads=6, vocab_size=32000, multiple_of=32, max_seq_len=256)
+
+
+class Runner(NamedTuple):
+    """Something that takes steps."""
+
+    run: Callable[[int], None]  # so many, to their end
+    memory: Callable[[], int | None]  # the most bytes that were in use
+    facts: dict[str, Any]
 
 
 def main() -> None:
     """Measure and print."""
     args = parse_flags(Arguments, sys.argv[1:], Arguments(), "python benchmarks/train_step.py", __doc__ or "")
-    seconds: dict[str, list[float]] = {name: [] for name in RUNNERS}
+    _check(args)
+    seconds: dict[str, list[float]] = {name: [] for name in ("jax", *args.peers)}
     with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(worker(_serve, name, args)) for name in RUNNERS}
+        workers = {name: stack.enter_context(worker(_serve, name, args)) for name in seconds}
+        facts = {name: connection.recv() for name, connection in workers.items()}
+        memory: dict[str, int | None] = {}
         for pair in range(-1, args.pairs):
-            for name, peer_process in workers.items():
+            for name, connection in workers.items():
                 time.sleep(PAUSE)
-                peer_process.send(args.steps)
-                taken = peer_process.recv()
+                connection.send(args.steps)
+                taken, memory[name] = connection.recv()
                 if pair >= 0:  # the first warms up
                     seconds[name].append(taken)
-    total = args.steps * args.batch_size * args.seq_len
+    print(json.dumps(_result(args, seconds, memory, facts["jax"])))
+
+
+def _check(args: Arguments) -> None:
+    args.model.check()
+    if min(args.batch_size, args.pairs, args.steps) < 1:
+        raise UserError("--batch-size, --pairs and --steps: expected 1 or more, found less")
+    if args.model.vocab_size < 1:
+        raise UserError(f"--model.vocab-size: expected 1 or more, found {args.model.vocab_size}")
+
+
+def _result(
+    args: Arguments, seconds: dict[str, list[float]], memory: dict[str, int | None], facts: dict[str, Any]
+) -> dict[str, Any]:
+    total = args.steps * args.batch_size * args.model.max_seq_len
     rate = {name: total / statistics.median(times) for name, times in seconds.items()}
-    peer = max(("torch_eager", "torch_compiled"), key=lambda name: rate[name])
-    ratios = [theirs / ours for ours, theirs in zip(seconds["jax"], seconds[peer], strict=True)]
-    result = {
-        "benchmark": "train_step",
-        "tokens_per_second": {name: round(value) for name, value in rate.items()},
-        "peer": peer,
-        **ratio("ratio", ratios),
-        "shapes": vars(args),
-        "dtype": "float32",
-        "threads": os.cpu_count(),
-        "jax": importlib.metadata.version("jax"),
-        "torch": importlib.metadata.version("torch"),
-    }
-    print(json.dumps(result))
+    result: dict[str, Any] = {"benchmark": "train_step", "tokens_per_second": {k: round(v) for k, v in rate.items()}}
+    peak = facts.pop("peak_flops")
+    if peak is not None:
+        flops = train_flops_per_token(args.model)
+        result["mfu"] = {name: round(value * flops / peak, 3) for name, value in rate.items()}
+    if args.peers:
+        peer = max(args.peers, key=lambda name: rate[name])
+        ratios = [theirs / ours for ours, theirs in zip(seconds["jax"], seconds[peer], strict=True)]
+        result |= {"peer": peer, **ratio("ratio", ratios)}
+    asked = {k: v for k, v in asdict(args).items() if k not in ("attention", "compute_dtype", "peers")}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch")}
+    return result | {"memory_bytes": memory, **facts, **asked, "threads": os.cpu_count(), **versions}
 
 
 def _serve(name: str, args: Arguments, connection: Connection) -> None:
-    """Take steps when their number is sent, and answer with the seconds that they took."""
-    model = ModelArgs(
-        dim=args.dim, n_layers=args.n_layers, n_heads=args.n_heads, vocab_size=args.vocab_size,
-        multiple_of=32, max_seq_len=args.seq_len,
-    )  # fmt: skip
-    tokens = np.random.default_rng(0).integers(0, args.vocab_size, (args.batch_size, args.seq_len + 1), np.int32)
-    run = RUNNERS[name](model, tokens)
+    """Take steps when their number is sent, and answer with the seconds that they took, and the memory."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # on a GPU, which the peers need too
+    shape = args.batch_size, args.model.max_seq_len + 1
+    runner = RUNNERS[name](args, np.random.default_rng(0).integers(0, args.model.vocab_size, shape, np.int32))
+    connection.send(runner.facts)
     while True:
         steps = connection.recv()
         began = time.perf_counter()
-        run(steps)
-        connection.send(time.perf_counter() - began)
+        runner.run(steps)
+        connection.send((time.perf_counter() - began, runner.memory()))
 
 
-def jax_runner(args: ModelArgs, tokens: np.ndarray) -> Callable[[int], None]:
-    """A function that takes so many steps, set up as train.py does."""
+def jax_runner(args: Arguments, tokens: np.ndarray) -> Runner:
+    """Set up as train.py does."""
     keep_freed_memory()
     train = TrainArgs(batch_size=len(tokens))
-    module, mesh = make_model(args, "float32"), make_mesh(MeshArgs())
+    mesh = make_mesh(MeshArgs(data=1), jax.devices()[:1])
+    module = make_model(args.model, args.compute_dtype, args.remat, args.attention, mesh)
     optimizer = make_optimizer(train, 1000)
     batch = jax.device_put(
         Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32)), batch_sharding(mesh)
     )
+    began = time.perf_counter()
     step = compile_train_step(module, optimizer, mesh, 1, batch)
+    compiled_in = time.perf_counter() - began
     state = init_state(module, optimizer, mesh, seed=0)
+    device = mesh.devices.flat[0]
 
     def run(steps: int) -> None:
         nonlocal state
@@ -120,34 +148,50 @@ def jax_runner(args: ModelArgs, tokens: np.ndarray) -> Callable[[int], None]:
             state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
 
-    return run
+    return Runner(
+        run,
+        lambda: memory_in_use([device]),
+        {
+            "device": device.device_kind,
+            "peak_flops": peak_flops(device),
+            "compute_dtype": module.dtype.name,
+            "attention": module.kernel,
+            "compile_seconds": round(compiled_in, 1),
+        },
+    )
 
 
-def torch_runner(args: ModelArgs, tokens: np.ndarray, compiled: bool) -> Callable[[int], None]:
+def torch_runner(args: Arguments, tokens: np.ndarray, compiled: bool) -> Runner:
     """The same in PyTorch."""
-    train = TrainArgs()
+    train, cuda = TrainArgs(), torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    bfloat16 = args.compute_dtype == "bfloat16" or (args.compute_dtype == "auto" and cuda)
     torch.manual_seed(0)
-    model = TorchLlama(args)
+    torch.set_float32_matmul_precision("high")  # as XLA's products of float32 on a GPU
+    with device:
+        model = TorchLlama(args.model)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=True)
     forward = torch.compile(model) if compiled else model
-    inputs, targets = torch.from_numpy(tokens[:, :-1].copy()).long(), torch.from_numpy(tokens[:, 1:].copy()).long()
+    ids = torch.from_numpy(tokens).long().to(device)
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            loss = forward(inputs, targets)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                loss = forward(inputs, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
         loss.item()
 
-    return run
+    return Runner(run, lambda: torch.cuda.max_memory_allocated() if cuda else None, {})
 
 
-RUNNERS: dict[str, Callable[[ModelArgs, np.ndarray], Callable[[int], None]]] = {
+RUNNERS: dict[str, Callable[[Arguments, np.ndarray], Runner]] = {
     "jax": jax_runner,
     "torch_eager": functools.partial(torch_runner, compiled=False),
     "torch_compiled": functools.partial(torch_runner, compiled=True),

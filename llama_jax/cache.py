@@ -46,8 +46,8 @@ class KVCache(flax.struct.PyTreeNode):
 
     Attention reads the slots that were filled before, and the new keys and values where they were made. They are written
     behind the last read: XLA has no reason to copy a buffer. A TPU reads a part of a buffer where it lies, and every write
-    costs it time: there one buffer holds all layers. XLA on a CPU copies each part that a product reads: there every layer
-    has buffers of its own, which are read whole and grow.
+    costs it time: there one buffer holds all layers. Elsewhere XLA copies each part that a product reads: every layer has
+    buffers of its own, which are read whole and grow (sharding.layers_apart).
     """
 
     k: Stored | tuple[Stored, ...]

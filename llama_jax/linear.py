@@ -18,6 +18,8 @@ PROJECTION = "projection"
 MATRIX_ROWS = 8
 # A CPU sums the products of so many rows itself, in so many parts side by side.
 CPU_SUMMED, CPU_SUMMED_INT8, CPU_PARTS = 1, 4, 8
+# A GPU sums a single row's products with int8 in so many parts.
+GPU_PARTS = 16
 
 
 def linear(equation: str, x: jax.Array, w: jax.Array | Matrix, dtype: Any = None) -> jax.Array:
@@ -40,7 +42,9 @@ def _flat(equation: str, x: jax.Array, w: Matrix) -> jax.Array:
     x = x.reshape(math.prod(rows), -1)
     grouped = w.scales is not None and w.scales.shape[0] > 1
     values = (w.dequantized() if grouped else w.values).reshape(x.shape[1], -1)
-    product = jax.lax.platform_dependent(x, values, cpu=_rows_on_cpu, tpu=_rows_on_tpu, default=_rows)
+    product = jax.lax.platform_dependent(
+        x, values, cpu=_rows_on_cpu, cuda=_rows_on_gpu, tpu=_rows_on_tpu, default=_rows
+    )
     if w.scales is not None and not grouped:
         product *= w.scales
     return product.reshape(*rows, *outputs)
@@ -54,6 +58,16 @@ def _rows_on_tpu(x: jax.Array, values: jax.Array) -> jax.Array:
     product = _rows(jnp.pad(x, [(0, max(0, MATRIX_ROWS - len(x))), (0, 0)]), values)[: len(x)]
     # Without it, the layout that what follows would like to have is asked of the matrix, which is transposed for it.
     return jax.lax.optimization_barrier(product)
+
+
+def _rows_on_gpu(x: jax.Array, values: jax.Array) -> jax.Array:
+    """Tiles of a matrix unit, converted from int8, are read half as fast as sums: on an H100, 4096 x 11008 in 55 us, not 28."""
+    if len(x) > 1 or values.dtype != jnp.int8:
+        return _rows(x, values)
+    parts = math.gcd(x.shape[1], GPU_PARTS)
+    x, values = (a.astype(jnp.float32).reshape(parts, -1, a.shape[-1]) for a in (x.T, values))
+    # The barrier keeps XLA from making one sum of both, with too little to do at once.
+    return jnp.sum(jax.lax.optimization_barrier(jnp.sum(x * values, axis=1)), axis=0)[None]
 
 
 def _rows_on_cpu(x: jax.Array, values: jax.Array) -> jax.Array:

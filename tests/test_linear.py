@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax import linear as platforms
 from llama_jax.linear import linear
 
 SIZES = {"B": 2, "T": 5, "C": 3, "D": 6, "N": 4, "K": 2, "H": 3, "F": 16, "V": 11}
@@ -53,3 +54,14 @@ def test_bfloat16_operands_have_bfloat16_results_and_gradients(equation: str) ->
     for a, b in zip(results(linear, equation, x, w, dy), exact, strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+def test_few_rows_have_the_same_products_on_every_platform(platform: str, rows: int, dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, 48)).astype(np.float32)
+    values = rng.integers(-127, 128, (48, 20)).astype(dtype)
+    found = jax.jit(getattr(platforms, f"_rows_on_{platform}"))(x, values)
+    np.testing.assert_allclose(found, x.astype(np.float64) @ values.astype(np.float64), rtol=1e-5, atol=1e-3)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from llama_jax.checkpoint import Checkpoint, with_shardings
 from llama_jax.config import MeshArgs, Weights
 from llama_jax.generation.serving import (
+    apart,
     dequantized,
-    layers_apart,
     serve,
     served_shapes,
     serving_shardings,
@@ -34,7 +34,7 @@ def load_parameters(
     shapes = _read_shapes(checkpoint, model, weights)
     if checkpoint.weights != "auto":
         shardings = serving_shardings(shapes, mesh)
-        served = layers_apart(checkpoint.restore("params", with_shardings(shapes, shardings)), mesh)
+        served = apart(checkpoint.restore("params", with_shardings(shapes, shardings)), mesh, donate=True)
     else:
         params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(model, mesh)))
         if weights == "auto" and (stacked or mesh.devices.flat[0].platform == "cpu"):

@@ -130,8 +130,8 @@ def pass_bytes(model: Llama, rows: Sequence[Row], cache_dtype: Any = None) -> in
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     part = min(longest, tokens_a_pass())
     slots = slots_read(longest + new_tokens(args, rows) + CHUNK)
-    if jax.default_backend() == "cpu":
-        slots += slots // 2  # a cache that grows is there in both sizes for a moment
+    if jax.default_backend() != "tpu":
+        slots += slots // 2  # a cache by layers grows, and is there in both sizes for a moment
     scores = 4 * args.n_heads * part * slots
     hidden = 3 * part * args.hidden_dim * jnp.dtype(model.dtype).itemsize
     sampler = 4 * VOCAB_ARRAYS * args.vocab_size

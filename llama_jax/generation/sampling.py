@@ -51,9 +51,7 @@ def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_si
         for row, args in zip(bias, settings, strict=True):
             row[list(args.logit_bias)] = list(args.logit_bias.values())
     seeds = np.array([args.seed for args in settings], np.uint32)
-    keys = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(
-        seeds, np.array([number for _, _, number in rows], np.uint32)
-    )
+    keys = _row_keys(seeds, np.array([number for _, _, number in rows], np.uint32))
     # Greedy rows have no use for what follows the temperature.
     temperature = jnp.array([args.temperature for args in settings], jnp.float32)
     return Sampler(
@@ -65,6 +63,12 @@ def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_si
         None if bias is None else jnp.asarray(bias),
         penalties,
     )
+
+
+@jax.jit
+@jax.vmap
+def _row_keys(seed: jax.Array, number: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), number)
 
 
 def _make_penalties(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int) -> Penalties:
