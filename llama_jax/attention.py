@@ -171,47 +171,53 @@ def cached_attention(
     new = jnp.arange(T)
     if S == 0 and kernel == "splash" and T % LANES == 0:
         tokens = (new + slot >= first[:, None]).astype(jnp.int32)
+        whole_length = (("batch", None, heads, None) for heads in ("heads", "kv_heads", "kv_heads"))
         local = shard_by_shard(
             lambda q, k, v, tokens: _splash(q, k, v, None, tokens),
-            ("batch", "heads"),
-            (QUERIES, KEYS, KEYS, ("batch", None)),
-            QUERIES,
+            ("batch", "length", "heads"),  # a kernel wants all of the mesh's axes by hand
+            (*whole_length, ("batch", None)),
+            ("batch", None, "heads", None),
         )
         return local(q, k, v, tokens)
-    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    seen = jnp.arange(S) < slot
-    of_cache = jnp.where(seen & (jnp.arange(S) >= first[:, None]), 0.0, -jnp.inf)[:, None, None, None]
+    G = N // K
+    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    seen = (jnp.arange(S) < slot) & (jnp.arange(S) >= first[:, None])
+    of_cache = jnp.where(seen, 0.0, -jnp.inf)[:, None]
     of_new = ((new <= new[:, None]) & (new + slot >= first[:, None, None])) | (new == new[:, None])
     of_new = jnp.where(of_new, 0.0, -jnp.inf)[:, None, None]
 
-    # Few queries a head are multiplied on a TPU's matrix unit like more: element by element, they would take four times as long.
-    scores = _few_rows("BKRH,BKSH->BKRS", q, cached_k.values)
+    # All heads' rows on one axis: where a head has few queries, an axis of them would fill a TPU's vector registers badly.
+    own = (_float32("BKGTH,BSKH->BKGTS", q, k) + of_new).reshape(B, N * T, T)
+    scores = _few_rows("BKRH,BKSH->BKRS", q.reshape(B, K, G * T, H), cached_k.values)
     if cached_k.scales is not None:
-        scores *= cached_k.scales[:, :, None, None]
-    scores, own = scores + of_cache, _float32("BKGTH,BSKH->BKGTS", q, k) + of_new
+        scores *= cached_k.scales[:, :, None]
+    scores = scores.reshape(B, N * T, S) + of_cache
     highest = jnp.maximum(jnp.max(scores, -1, keepdims=True, initial=-jnp.inf), jnp.max(own, -1, keepdims=True))
     weights, own = jnp.exp(scores - highest), jnp.exp(own - highest)
     norm = jnp.sum(weights, -1, keepdims=True) + jnp.sum(own, -1, keepdims=True)
+    weights = weights.reshape(B, K, G * T, S)
     if cached_v.scales is not None:
-        weights *= cached_v.scales[:, :, None, None]
-    y = _few_rows("BKRS,BKSH->BKRH", weights.astype(q.dtype), cached_v.values)
-    y = (y + _float32("BKGTS,BSKH->BKGTH", own.astype(q.dtype), v)) / norm
+        weights *= cached_v.scales[:, :, None]
+    y = _few_rows("BKRS,BKSH->BKRH", weights.astype(q.dtype), cached_v.values).reshape(B, K, G, T, H)
+    y += _float32("BKGTS,BSKH->BKGTH", own.astype(q.dtype).reshape(B, K, G, T, T), v)
+    y /= norm.reshape(B, K, G, T, 1)
     return y.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def _few_rows(equation: str, x: jax.Array, stored: jax.Array) -> jax.Array:
-    """einsum in float32 of x [B, K, G, T, ...], whose G x T rows may be few, and of a cache [B, K, S, H]."""
-    B, K, G, T = x.shape[:4]
+    """einsum in float32 of x [B, K, R, ...], whose rows may be few, and of a cache [B, K, S, H].
+
+    A TPU multiplies few of them on its matrix unit like more: element by element, they would take four times as long.
+    """
+    R = x.shape[2]
 
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
         return _float32(equation, x, y)
 
     def padded(x: jax.Array, y: jax.Array) -> jax.Array:
-        rows = [(0, 0), (0, 0), (0, max(0, MATRIX_ROWS - G * T)), (0, 0)]
-        return product(jnp.pad(x, rows), y)[:, :, : G * T]
+        return product(jnp.pad(x, [(0, 0), (0, 0), (0, max(0, MATRIX_ROWS - R)), (0, 0)]), y)[:, :, :R]
 
-    out = jax.lax.platform_dependent(x.reshape(B, K, G * T, -1), stored, tpu=padded, default=product)
-    return out.reshape(B, K, G, T, -1)
+    return jax.lax.platform_dependent(x, stored, tpu=padded, default=product)
 
 
 def _float32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 L layers, B rows, K KV heads, S slots, H head_dim, T new tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -17,27 +18,23 @@ CACHE_DTYPES: dict[Cache, Any] = {"auto": None, "int8": jnp.int8}
 
 
 class Stored(flax.struct.PyTreeNode):
-    """Keys or values: [B, K, S, H], or all layers' [L, B, K, S, H]. In int8, with a scale for each token and head."""
+    """A layer's keys or values, [B, K, S, H]. In int8, with a scale for each token and head."""
 
     values: jax.Array
-    scales: jax.Array | None  # float32 [B, K, S] or [L, B, K, S]
-
-    def layer(self, index: int) -> "Stored":
-        """One of all layers."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), self)
+    scales: jax.Array | None  # float32 [B, K, S]
 
     def begin(self, slots: int) -> "Stored":
-        """The first ``slots`` slots of a layer."""
+        """The first ``slots`` slots."""
         return jax.tree.map(lambda x: x[:, :, :slots], self)
 
     def write(self, x: jax.Array, slot: jax.Array) -> "Stored":
-        """With ``x``, [B, T, K, H] or all layers' [L, B, T, K, H], in slots ``slot`` to slot + T - 1."""
-        x = x.swapaxes(-3, -2)
+        """With ``x``, [B, T, K, H], in slots ``slot`` to slot + T - 1."""
+        x = x.swapaxes(1, 2)
         scales = self.scales
         if scales is not None:
             x, scale = to_integers(x, axis=-1, dtype=self.values.dtype)
-            scales = jax.lax.dynamic_update_slice_in_dim(scales, scale, slot, axis=-1)
-        values = jax.lax.dynamic_update_slice_in_dim(self.values, x.astype(self.values.dtype), slot, axis=-2)
+            scales = jax.lax.dynamic_update_slice_in_dim(scales, scale, slot, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(self.values, x.astype(self.values.dtype), slot, axis=2)
         return Stored(values, scales)
 
 
@@ -45,51 +42,40 @@ class KVCache(flax.struct.PyTreeNode):
     """Keys and values of all layers. Rows are padded on the left, so that all of them write their next token to the same slot.
 
     Attention reads the slots that were filled before, and the new keys and values where they were made. They are written
-    behind the last read: XLA has no reason to copy a buffer. A TPU reads a part of a buffer where it lies, and every write
-    costs it time: there one buffer holds all layers. Elsewhere XLA copies each part that a product reads: every layer has
-    buffers of its own, which are read whole and grow (sharding.layers_apart).
+    behind the last read: XLA has no reason to copy a buffer. Each layer has buffers of its own: XLA on CPUs and GPUs would copy
+    a layer out of a stack, and a TPU's compiler fetches no part of one ahead.
     """
 
-    k: Stored | tuple[Stored, ...]
-    v: Stored | tuple[Stored, ...]
+    k: tuple[Stored, ...]  # of each layer
+    v: tuple[Stored, ...]
     slot: jax.Array  # int32 []: the slot that is written next
     first: jax.Array  # int32 [B]: the slot of the row's first token
 
     @classmethod
-    def empty(
-        cls, args: ModelArgs, first: jax.Array, slots: int, dtype: jnp.dtype, by_layer: bool = False
-    ) -> "KVCache":
+    def empty(cls, args: ModelArgs, first: jax.Array, slots: int, dtype: jnp.dtype) -> "KVCache":
         """A cache of ``slots`` slots for rows whose first tokens stand at slots ``first`` [B]. int8: quantized."""
-        shape: tuple[int, ...] = (first.shape[0], args.kv_heads, slots, args.head_dim)
-        shape = shape if by_layer else (args.n_layers, *shape)
+        shape = first.shape[0], args.kv_heads, slots, args.head_dim
 
-        def buffer() -> Stored:
-            return Stored(jnp.zeros(shape, dtype), jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None)
-
-        def empty() -> Stored | tuple[Stored, ...]:
-            return tuple(buffer() for _ in range(args.n_layers)) if by_layer else buffer()
+        def empty() -> tuple[Stored, ...]:
+            scales = (jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None for _ in range(args.n_layers))
+            return tuple(Stored(jnp.zeros(shape, dtype), of_layer) for of_layer in scales)
 
         return cls(empty(), empty(), jnp.zeros((), jnp.int32), first)
 
     @property
     def slots(self) -> int:
         """S."""
-        return jax.tree.leaves(self.k)[0].shape[-2]
+        return self.k[0].values.shape[2]
 
     def layer(self, index: int, slots: int) -> tuple[Stored, Stored]:
         """The first ``slots`` slots of a layer's keys and values."""
-        k, v = (x[index] if isinstance(x, tuple) else x.layer(index) for x in (self.k, self.v))
-        return k.begin(slots), v.begin(slots)
+        return self.k[index].begin(slots), self.v[index].begin(slots)
 
-    def write(self, k: jax.Array, v: jax.Array) -> "KVCache":
-        """With the next tokens' keys and values [L, B, T, K, H]."""
-
-        def written(stored: Stored | tuple[Stored, ...], x: jax.Array) -> Stored | tuple[Stored, ...]:
-            if isinstance(stored, tuple):
-                return tuple(layer.write(part, self.slot) for layer, part in zip(stored, x, strict=True))
-            return stored.write(x, self.slot)
-
-        return KVCache(written(self.k, k), written(self.v, v), self.slot + k.shape[2], self.first)
+    def write(self, new: Sequence[tuple[jax.Array, jax.Array]]) -> "KVCache":
+        """With each layer's keys and values, [B, T, K, H], of the next tokens."""
+        k = tuple(stored.write(x, self.slot) for stored, (x, _) in zip(self.k, new, strict=True))
+        v = tuple(stored.write(x, self.slot) for stored, (_, x) in zip(self.v, new, strict=True))
+        return KVCache(k, v, self.slot + new[0][0].shape[1], self.first)
 
     def grown(self, slots: int) -> "KVCache":
         """With ``slots`` slots in each layer's buffers; those that are new are empty."""

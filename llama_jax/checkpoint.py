@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.tree_util import KeyPath, tree_leaves_with_path
 from orbax.checkpoint import checkpoint_managers
 from tensorstore import TensorStore
 
@@ -151,6 +152,20 @@ class Checkpoint:
         with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(absolute(folder), target)
 
+    def restore_one_by_one(self, item: str, target: Any) -> Iterator[tuple[KeyPath, jax.Array]]:
+        """What ``restore`` reads, array by array with their paths, the largest first. Raises UserError likewise."""
+        folder = self.folder / item
+        _check_shapes(folder, self.arrays(item), _shapes(target))
+        with _told(folder, "read"), ocp.PyTreeCheckpointer() as checkpointer:
+            for path, shape in sorted(tree_leaves_with_path(target), key=lambda leaf: -leaf[1].size):
+                alone: Any = shape
+                for key in reversed(path):
+                    alone = {_key(key): alone}
+                how = ocp.checkpoint_utils.construct_restore_args(alone)
+                arguments = ocp.args.PyTreeRestore(item=alone, restore_args=how, partial_restore=True)
+                (array,) = jax.tree.leaves(checkpointer.restore(absolute(folder), args=arguments))
+                yield path, array
+
     def open_array(self, name: str) -> TensorStore:
         """Parameter ``name`` ("layers/attention/wq"), to be read region by region. Raises UserError where it is not there."""
         with _told(self.folder / "params", "read"):
@@ -160,7 +175,7 @@ class Checkpoint:
 def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {
         "/".join(map(_key, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        for path, leaf in tree_leaves_with_path(tree)
     }
 
 

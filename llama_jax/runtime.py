@@ -2,13 +2,14 @@
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,40 @@ def compiler_options(device: jax.Device) -> dict[str, Any]:
         # Collectives begin as early as their operands are there and end as late as their results are needed.
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
     return options
+
+
+def generation_options(device: jax.Device) -> dict[str, Any]:
+    """XLA's options for programs of generation on such a device."""
+    if device.platform != "tpu":
+        return {}
+    # Between what products tile their operands in, which attention over a large cache wants much of, and what is left for
+    # matrices that are fetched ahead of their products.
+    return {"xla_tpu_scoped_vmem_limit_kib": 80 * 1024}
+
+
+class Program:
+    """``jax.jit`` with ``generation_options`` for JAX's devices, which are asked for at the first call and start the backend."""
+
+    def __init__(self, function: Callable[..., Any], **jit_arguments: Any):
+        self._function, self._jit_arguments = function, jit_arguments
+        functools.update_wrapper(self, function)
+
+    @functools.cached_property
+    def _jitted(self) -> Any:
+        options = generation_options(jax.devices()[0])
+        return jax.jit(self._function, compiler_options=options, **self._jit_arguments)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """To be compiled for other devices, or looked at."""
+        return cast(jax.stages.Lowered, self._jitted.lower(*args, **kwargs))
+
+
+def program(**jit_arguments: Any) -> Callable[[Callable[..., Any]], Program]:
+    """A decorator that makes a function a Program."""
+    return functools.partial(Program, **jit_arguments)
 
 
 def platform_of(device: jax.Device) -> str:

@@ -80,9 +80,9 @@ cached = jax.jit(cached_attention)
 def stored(x: np.ndarray, slots: int, dtype: Any = jnp.float32) -> Stored:
     """Tokens [B, S, K, H] in the first of a layer's slots, with 9 in all others."""
     B, _, K, H = x.shape
-    scales = jnp.full((1, B, K, slots), 9 / 127) if dtype == jnp.int8 else None
-    empty = Stored(jnp.full((1, B, K, slots, H), 127 if dtype == jnp.int8 else 9, dtype), scales)
-    return empty.write(jnp.asarray(x)[None], jnp.int32(0)).layer(0)
+    scales = jnp.full((B, K, slots), 9 / 127) if dtype == jnp.int8 else None
+    empty = Stored(jnp.full((B, K, slots, H), 127 if dtype == jnp.int8 else 9, dtype), scales)
+    return empty.write(jnp.asarray(x), jnp.int32(0))
 
 
 def over_cache(

@@ -14,9 +14,12 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from llama_jax.attention import attention, choose_kernel
+from llama_jax.cache import KVCache
 from llama_jax.config import AttentionKernel, MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.errors import UserError
+from llama_jax.generation.decode import prefill
+from llama_jax.generation.serving import served_shapes
 from llama_jax.model import Llama
 from llama_jax.runtime import compiler_options
 from llama_jax.sharding import batch_sharding, make_mesh, on_mesh
@@ -110,6 +113,19 @@ def test_the_step_of_a_gpu_calls_cudnns_flash_attention_once_forward_and_once_ba
         traced = trace_train_step(model, make_optimizer(TrainArgs(), 10), mesh, 1, batch)
         calls = re.findall(r"custom_call @(__cudnn\S+?)\(", traced.lower(lowering_platforms=("cuda",)).as_text())
         assert sorted(calls) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_on_a_tpu_a_prompt_is_read_by_splash(rows: int) -> None:
+    args = ModelArgs(dim=256, n_layers=3, n_heads=2, vocab_size=96, multiple_of=32, max_seq_len=512)
+    model, mesh = Llama(args, jnp.dtype(jnp.bfloat16), "none", "splash"), make_mesh(MeshArgs())
+    params = served_shapes(model, "auto")
+    tokens = jax.ShapeDtypeStruct((rows, 256), jnp.int32)
+    with on_mesh(mesh):
+        cache = jax.eval_shape(lambda: KVCache.empty(args, jnp.zeros(rows, jnp.int32), 512, model.dtype))
+        traced = jax.jit(prefill.__wrapped__, static_argnums=(0, 4)).trace(model, params, tokens, cache, 0)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "custom_call @tpu_custom_call" in text
 
 
 def test_xla_knows_the_options_of_a_gpu_and_a_cpu_has_none() -> None:

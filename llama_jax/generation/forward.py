@@ -11,21 +11,21 @@ import jax.numpy as jnp
 from llama_jax.cache import KVCache
 from llama_jax.config import ModelArgs
 from llama_jax.linear import linear
-from llama_jax.model import Block, Cached, Llama, rms_norm, rotary_table
+from llama_jax.model import Block, Cached, KeysValues, Llama, rms_norm, rotary_table
 
 
 def forward(model: Llama, params: Any, tokens: jax.Array, cache: KVCache, end: int) -> tuple[jax.Array, KVCache]:
     """Normed hidden states of the next tokens: int [B, T] -> [B, T, D], and the cache that holds them."""
-    x, k, v = hidden_and_new(model, params, tokens, cache, end)
+    x, made = hidden_and_new(model, params, tokens, cache, end)
     # Nothing but zeros, which XLA does not know: the cache is written behind its last read, and so in place.
     behind = 0 * x[:, :, None, :1]
-    return x, cache.write(k + behind, v + behind)
+    return x, cache.write([(k + behind, v + behind) for k, v in made])
 
 
 def hidden_and_new(
     model: Llama, params: Any, tokens: jax.Array, cache: KVCache, end: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normed hidden states of the next tokens, int [B, T] -> [B, T, D], and their keys and values [L, B, T, K, H].
+) -> tuple[jax.Array, list[KeysValues]]:
+    """Normed hidden states of the next tokens, int [B, T] -> [B, T, D], and each layer's keys and values of them.
 
     ``end``: the number of the cache's slots that are read, at least as many as are filled. Positions are counted from each
     row's first slot.
@@ -37,19 +37,16 @@ def hidden_and_new(
     )
     block = Block(args, model.kernel)
     x = params["tok_embeddings"][tokens].astype(model.dtype)
-    made = []
-    for layer in range(args.n_layers):
-        weights = layer_weights(params["layers"], layer, args)
+    made: list[Any] = []
+    for layer, weights in enumerate(params["layers"]):
         cached = Cached(*cache.layer(layer, end), cache.slot, cache.first)
-        x, keys_values = block.apply({"params": weights}, x, cached, (cos, sin))
+        x, keys_values = block.apply({"params": with_heads(weights, args)}, x, cached, (cos, sin))
         made.append(keys_values)
-    k, v = (jnp.stack(parts) for parts in zip(*made, strict=True))
-    return rms_norm(x, params["norm"], args.norm_eps), k, v
+    return rms_norm(x, params["norm"], args.norm_eps), made
 
 
-def layer_weights(layers: Any, layer: int, args: ModelArgs) -> Any:
-    """A layer's parameters: out of the stack, or of a tuple of layers; attention's with heads as axes."""
-    weights = layers[layer] if isinstance(layers, tuple) else jax.tree.map(lambda w: w[layer], layers)
+def with_heads(weights: Any, args: ModelArgs) -> Any:
+    """A layer's parameters in the serving form, attention's with heads as axes."""
     attention = dict(weights["attention"])
     for name, heads in (("wq", args.n_heads), ("wk", args.kv_heads), ("wv", args.kv_heads)):
         attention[name] = attention[name].reshape(args.dim, heads, args.head_dim)

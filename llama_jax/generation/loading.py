@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from llama_jax.checkpoint import Checkpoint, with_shardings
 from llama_jax.config import MeshArgs, Weights
 from llama_jax.generation.serving import (
-    apart,
     dequantized,
-    serve,
-    served_shapes,
+    quantized_shapes,
+    served_one_by_one,
     serving_shardings,
     stacked_shapes,
 )
@@ -33,13 +32,12 @@ def load_parameters(
     check_divisible(mesh, checkpoint.args)
     shapes = _read_shapes(checkpoint, model, weights)
     if checkpoint.weights != "auto":
-        shardings = serving_shardings(shapes, mesh)
-        served = apart(checkpoint.restore("params", with_shardings(shapes, shardings)), mesh, donate=True)
+        targets, weights = with_shardings(shapes, serving_shardings(shapes, mesh)), "auto"
     else:
-        params = checkpoint.restore("params", with_shardings(shapes, parameter_shardings(model, mesh)))
+        targets = with_shardings(shapes, parameter_shardings(model, mesh))
         if weights == "auto" and (stacked or mesh.devices.flat[0].platform == "cpu"):
-            return params
-        served = serve(params, weights, donate=True)
+            return checkpoint.restore("params", targets)
+    served = served_one_by_one(checkpoint.restore_one_by_one("params", targets), shapes, weights, mesh)
     return dequantized(served, model) if stacked else served
 
 
@@ -67,6 +65,6 @@ def _read_shapes(checkpoint: Checkpoint, model: Llama, weights: Weights) -> Any:
     whatever is computed in.
     """
     if checkpoint.weights != "auto":
-        return served_shapes(model, checkpoint.weights)
+        return quantized_shapes(model, checkpoint.weights)
     stored = None if weights == "auto" else checkpoint.arrays("params").get("output")
     return stacked_shapes(model, None if stored is None else stored.dtype)

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 
 from llama_jax.cache import KVCache
 from llama_jax.config import ModelArgs
-from llama_jax.generation.decode import CHUNK, Row, Sampled, generate_chunks, prompt_slots, slots_read, tokens_a_pass
+from llama_jax.generation.decode import (
+    CHUNK,
+    Row,
+    Sampled,
+    caches_grow,
+    generate_chunks,
+    prompt_slots,
+    slots_read,
+    tokens_a_pass,
+)
 from llama_jax.generation.rows import Completion, Growing
 from llama_jax.generation.speculative import Draft, generate_speculatively
 from llama_jax.model import Llama
@@ -130,8 +139,8 @@ def pass_bytes(model: Llama, rows: Sequence[Row], cache_dtype: Any = None) -> in
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     part = min(longest, tokens_a_pass())
     slots = slots_read(longest + new_tokens(args, rows) + CHUNK)
-    if jax.default_backend() != "tpu":
-        slots += slots // 2  # a cache by layers grows, and is there in both sizes for a moment
+    if caches_grow():
+        slots += slots // 2  # it is there in both sizes for a moment
     scores = 4 * args.n_heads * part * slots
     hidden = 3 * part * args.hidden_dim * jnp.dtype(model.dtype).itemsize
     sampler = 4 * VOCAB_ARRAYS * args.vocab_size

@@ -1,32 +1,33 @@
-"""Parameters as generation runs on them: flat matrices, plain or quantized, laid over the mesh.
+"""Parameters as generation runs on them: each layer's flat matrices, plain or quantized, laid over the mesh.
 
 L layers, D dim, N query heads, K KV heads, H head_dim, F hidden, V vocab.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath, tree_leaves_with_path, tree_map_with_path
 
 from llama_jax.config import Weights
 from llama_jax.model import Llama, is_norm
 from llama_jax.quantize import Matrix, quantize
-from llama_jax.sharding import layers_apart, mesh_of, spec
+from llama_jax.sharding import mesh_of, spec
 
-# Logical axes (sharding.py) of the flat matrices; inputs are the first axis behind the layers.
+# Logical axes (sharding.py) of a layer's flat matrices, inputs first, and of the two that belong to no layer.
 AXES = {
-    "wq": ("layers", "embed", "heads"),
-    "wk": ("layers", "embed", "kv_heads"),
-    "wv": ("layers", "embed", "kv_heads"),
-    "wo": ("layers", "heads", "embed"),
-    "w1": ("layers", "embed", "mlp"),
-    "w3": ("layers", "embed", "mlp"),
-    "w2": ("layers", "mlp", "embed"),
+    "wq": ("embed", "heads"),
+    "wk": ("embed", "kv_heads"),
+    "wv": ("embed", "kv_heads"),
+    "wo": ("heads", "embed"),
+    "w1": ("embed", "mlp"),
+    "w3": ("embed", "mlp"),
+    "w2": ("mlp", "embed"),
     "output": ("embed", "vocab"),
     "tok_embeddings": ("vocab", "embed"),
 }
@@ -36,22 +37,29 @@ def serve(params: Any, weights: Weights = "auto", donate: bool = False) -> Any:
     """Parameters, stacked as in a checkpoint, as generation runs on them, on the mesh that they lie on; such as do already, as
     they are.
 
-    donate: they are not needed any more; where there is not twice the memory, there is once. On a CPU, what is not quantized
-    is the same memory.
+    donate: they are not needed any more, and memory holds but one of them twice. On a CPU, what is not quantized is the same
+    memory.
     """
     if is_served(params):
         return params
+
+    def arrays() -> Iterator[tuple[KeyPath, jax.Array]]:
+        for path, w in sorted(tree_leaves_with_path(params), key=lambda leaf: -leaf[1].size):
+            yield path, w
+            if donate and not _on_one_cpu(mesh):
+                w.delete()
+
     mesh = mesh_of(params)
-    if weights == "auto" and _on_one_cpu(mesh):
-        return apart(serving_form(jax.tree.map(np.asarray, params), weights), mesh)
-    shapes = jax.eval_shape(lambda params: serving_form(params, weights), params)
-    convert = jax.jit(
-        serving_form,
-        static_argnames="weights",
-        out_shardings=serving_shardings(shapes, mesh),
-        donate_argnames="params" if donate else None,
-    )
-    return apart(convert(params, weights=weights), mesh, donate)
+    return served_one_by_one(arrays(), params, weights, mesh)
+
+
+def served_one_by_one(
+    arrays: Iterable[tuple[KeyPath, jax.Array]], like: Any, weights: Weights, mesh: jax.sharding.Mesh
+) -> Any:
+    """The serving form of a checkpoint's arrays, or of those of a quantized checkpoint, that come with their paths, each as soon
+    as it is there; ``like``: a tree of their structure."""
+    made = {path: _served(path, w, weights, mesh) for path, w in arrays}
+    return by_layer(tree_map_with_path(lambda path, _: made[path], like))
 
 
 def is_served(params: Any) -> bool:
@@ -59,36 +67,62 @@ def is_served(params: Any) -> bool:
     return isinstance(params["output"], Matrix)
 
 
+def _served(path: KeyPath, w: jax.Array, weights: Weights, mesh: jax.sharding.Mesh) -> Any:
+    """An array of a checkpoint in the serving form: where it is of all layers, a tuple of one for each.
+
+    XLA on CPUs and GPUs copies a layer out of a stack before it multiplies; a TPU's compiler fetches a layer's matrix ahead of
+    its product, but not out of a stack. On one CPU, layers are views of the same memory.
+    """
+    if weights == "auto" and _on_one_cpu(mesh):
+        form = _in_layers(path, stacked_form(path, np.asarray(w), weights))
+        return jax.device_put(form, jax.NamedSharding(mesh, spec()), may_alias=True)
+    return _served_on(w, path, weights, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("path", "weights", "mesh"))
+def _served_on(w: jax.Array, path: KeyPath, weights: Weights, mesh: jax.sharding.Mesh) -> Any:
+    form = _in_layers(path, stacked_form(path, w, weights))
+    shardings = tree_map_with_path(lambda inner, x: _sharding((*path, *inner), x, mesh), form)
+    return jax.lax.with_sharding_constraint(form, shardings)
+
+
 def _on_one_cpu(mesh: jax.sharding.Mesh) -> bool:
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
-def serving_form(params: Any, weights: Weights) -> Any:
-    """Every matrix but the embeddings becomes a Matrix [L, inputs, outputs], quantized where ``weights`` says so.
+def stacked_form(path: KeyPath, w: Any, weights: Weights) -> Any:
+    """An array of a checkpoint; a matrix as a Matrix [L, inputs, outputs], quantized where ``weights`` says so.
 
     A TPU lays the two last axes of an array out in tiles, and multiplies no other form without copying it. Embeddings, of
-    which a row a token is read, and norms stay as they are.
+    which a row a token is read, and norms stay as they are, and so do the parts of a Matrix.
     """
+    name = _name(path[-1])
+    if name not in AXES or name == "tok_embeddings":
+        return w
+    if name == "output":
+        return Matrix(w) if weights == "auto" else quantize(w, 1, weights)
+    inputs = w.shape[1:-1] if name == "wo" else w.shape[1:2]
+    w = w.reshape(w.shape[0], math.prod(inputs), -1)
+    return Matrix(w) if weights == "auto" else jax.lax.map(lambda layer: quantize(layer, 1, weights), w)
 
-    def flat(path: tuple[Any, ...], w: jax.Array) -> Any:
-        name = path[-1].key
-        if is_norm(path) or name == "tok_embeddings":
-            return w
-        if name == "output":
-            return Matrix(w) if weights == "auto" else quantize(w, 1, weights)
-        inputs = w.shape[1:-1] if name == "wo" else w.shape[1:2]
-        w = w.reshape(w.shape[0], math.prod(inputs), -1)
-        return Matrix(w) if weights == "auto" else jax.lax.map(lambda layer: quantize(layer, 1, weights), w)
 
-    return jax.tree_util.tree_map_with_path(flat, params)
+def _in_layers(path: KeyPath, form: Any) -> Any:
+    """What is of all layers, as a tuple of one for each."""
+    if _name(path[0]) != "layers":
+        return form
+    return tuple(jax.tree.map(lambda x, i=i: x[i], form) for i in range(len(jax.tree.leaves(form)[0])))
+
+
+def by_layer(params: Any) -> Any:
+    """Parameters whose layers are a tree of tuples, as such with a tuple of trees."""
+    trees, structure = jax.tree.flatten(params["layers"], is_leaf=lambda x: isinstance(x, tuple))
+    return params | {"layers": tuple(jax.tree.unflatten(structure, layer) for layer in zip(*trees, strict=True))}
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def dequantized(served: Any, model: Llama) -> Any:
     """The reverse of ``serve``: parameters stacked as in training, matrices with their values in the type that is computed in."""
-    layers = served["layers"]
-    if isinstance(layers, tuple):
-        served = served | {"layers": jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *layers)}
+    stacked = served | {"layers": jax.tree.map(lambda *layers: jnp.stack(layers), *served["layers"])}
 
     def value(shape: jax.ShapeDtypeStruct, w: Any) -> jax.Array:
         if not isinstance(w, Matrix):
@@ -96,7 +130,7 @@ def dequantized(served: Any, model: Llama) -> Any:
         dequantize = Matrix.dequantized if w.values.ndim == 2 else jax.vmap(Matrix.dequantized)
         return dequantize(w).reshape(shape.shape).astype(shape.dtype)
 
-    return jax.tree.map(value, stacked_shapes(model), served)
+    return jax.tree.map(value, stacked_shapes(model), stacked)
 
 
 def stacked_shapes(model: Llama, dtype: Any = None) -> Any:
@@ -106,65 +140,45 @@ def stacked_shapes(model: Llama, dtype: Any = None) -> Any:
     """
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
-    def typed(path: tuple[Any, ...], s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def typed(path: KeyPath, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if is_norm(path):
             return s
-        other = dtype is not None and path[-1].key != "tok_embeddings"
+        other = dtype is not None and _name(path[-1]) != "tok_embeddings"
         return jax.ShapeDtypeStruct(s.shape, dtype if other else model.dtype)
 
-    return jax.tree_util.tree_map_with_path(typed, shapes)
+    return tree_map_with_path(typed, shapes)
+
+
+def quantized_shapes(model: Llama, weights: Weights) -> Any:
+    """Shapes and types of what a quantized checkpoint holds: the serving form, its layers stacked."""
+    shapes = stacked_shapes(model)
+    return jax.eval_shape(
+        lambda params: tree_map_with_path(lambda path, w: stacked_form(path, w, weights), params), shapes
+    )
 
 
 def served_shapes(model: Llama, weights: Weights) -> Any:
-    """Shapes and types of the parameters in the serving form, its layers stacked: what a quantized checkpoint holds, too."""
-    return jax.eval_shape(lambda params: serving_form(params, weights), stacked_shapes(model))
+    """Shapes and types of the parameters in the serving form."""
+
+    def form(params: Any) -> Any:
+        return by_layer(tree_map_with_path(lambda path, w: _in_layers(path, stacked_form(path, w, weights)), params))
+
+    return jax.eval_shape(form, stacked_shapes(model))
 
 
 def serving_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
-    """A NamedSharding for each array of a tree in the serving form. Scales lie where their outputs do."""
-
-    def sharding(path: tuple[Any, ...], leaf: Any) -> jax.NamedSharding:
-        names = [getattr(part, "key", getattr(part, "name", "")) for part in path]
-        axes: Sequence[str | None] = next((AXES[name] for name in names if name in AXES), (None,) * leaf.ndim)
-        if names[-1] == "scales":
-            axes = [*axes[:-2], None, axes[-1]]
-        return jax.NamedSharding(mesh, spec(*axes))
-
-    return jax.tree_util.tree_map_with_path(sharding, shapes)
+    """A NamedSharding for each array of a tree in the serving form, or of one whose layers are stacked."""
+    return tree_map_with_path(lambda path, leaf: _sharding(path, leaf, mesh), shapes)
 
 
-def apart(served: Any, mesh: jax.sharding.Mesh, donate: bool = False) -> Any:
-    """The layers as a tuple where each is read faster by itself (sharding.layers_apart); on one CPU, of views of the same memory.
-
-    donate: a stack goes as soon as its layers are there, so that memory holds but one of them twice.
-    """
-    if not layers_apart(mesh):
-        return served
-    if _on_one_cpu(mesh):
-        served = jax.tree.map(np.asarray, served)
-        layers = jax.tree.map(_unstacked, served["layers"])
-        here = jax.NamedSharding(mesh, spec())
-        return jax.device_put(served | {"layers": _of_each_layer(layers)}, here, may_alias=True)
-
-    def split(stack: jax.Array, sharding: jax.NamedSharding) -> tuple[jax.Array, ...]:
-        of_layer = jax.NamedSharding(mesh, jax.P(*sharding.spec[1:]))
-        layers = jax.jit(_unstacked, out_shardings=of_layer)(stack)
-        if donate:
-            stack.delete()
-        return layers
-
-    layers = jax.tree.map(split, served["layers"], serving_shardings(served, mesh)["layers"])
-    return served | {"layers": _of_each_layer(layers)}
+def _sharding(path: KeyPath, leaf: Any, mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+    """Of an array at ``path`` of a tree in the serving form. Scales lie where their outputs do."""
+    names = [_name(key) for key in path]
+    axes: tuple[str | None, ...] = next((AXES[name] for name in names if name in AXES), (None,) * leaf.ndim)
+    if names[-1] == "scales":
+        axes = (None, axes[-1])
+    return jax.NamedSharding(mesh, spec(*("layers",) * (leaf.ndim - len(axes)), *axes))
 
 
-def _unstacked(stack: Any) -> tuple[Any, ...]:
-    return tuple(stack[i] for i in range(len(stack)))
-
-
-def _of_each_layer(layers: Any) -> tuple[Any, ...]:
-    """A tree of tuples as a tuple of trees."""
-    count = len(jax.tree.leaves(layers, is_leaf=lambda x: isinstance(x, tuple))[0])
-    return tuple(
-        jax.tree.map(lambda of_layers, i=i: of_layers[i], layers, is_leaf=lambda x: isinstance(x, tuple))
-        for i in range(count)
-    )
+def _name(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "name", "")))

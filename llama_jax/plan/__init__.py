@@ -26,7 +26,7 @@ from llama_jax.model import Llama
 from llama_jax.plan.cost import Schedule, schedule_of
 from llama_jax.plan.hlo import HBM, Program
 from llama_jax.plan.topology import Topology
-from llama_jax.runtime import compiler_options, make_model
+from llama_jax.runtime import generation_options, make_model
 from llama_jax.sharding import check_divisible, make_mesh, on_mesh
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.training.step import batch_shapes, compile_train_step, make_optimizer, state_shapes
@@ -116,9 +116,8 @@ def plan_decoding(config: Config, topology: Topology, batch: int, slots: int, we
 
     def compile_step() -> jax.stages.Compiled:
         with on_mesh(mesh):
-            return decode_chunk.lower(module, params, state, steps=1, end=slots).compile(
-                compiler_options=compiler_options(mesh.devices.flat[0])
-            )
+            lowered = decode_chunk.lower(module, params, state, steps=1, end=slots)
+            return lowered.compile(compiler_options=generation_options(mesh.devices.flat[0]))
 
     return _plan(config, topology, mesh, module, parts, compile_step)
 

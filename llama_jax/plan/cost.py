@@ -233,7 +233,8 @@ class _Reader:
             for index, operand in enumerate(i.operands):
                 arrays = names[operand].results if operand in names else ()
                 if len(arrays) == 1 and arrays[0].memory == HBM and index in parameters:
-                    read += self._read(body, parameters[index].name, arrays[0].size)
+                    touched, handed_on = self._read(body, parameters[index].name, arrays[0].size)
+                    read += arrays[0].size if handed_on and not touched else touched
             return read + self._written(i, body)
         if i.opcode == "dynamic-slice":
             return 2.0 * i.size
@@ -242,23 +243,27 @@ class _Reader:
         operands = [a for o in i.operands if o in names for a in names[o].results]
         return float(sum(a.size for a in (*operands, *i.results) if a.memory == HBM))
 
-    def _read(self, body: list[Instruction], name: str, whole: int) -> float:
-        """Bytes that a fusion reads of the value ``name`` of ``whole`` bytes."""
-        total = 0.0
+    def _read(self, body: list[Instruction], name: str, whole: int) -> tuple[float, bool]:
+        """Bytes that a fusion reads of the value ``name`` of ``whole`` bytes, and whether it hands the value on as its result."""
+        total, handed_on = 0.0, any(j.root and j.name == name for j in body)
         for user in (j for j in body if name in j.operands):
             if user.opcode in ("dynamic-slice", "slice"):
                 total += user.size
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 continue
-            elif user.opcode in ("bitcast", "reshape", "copy", "transpose", "convert"):
-                total += self._read(body, user.name, whole)
-            elif user.opcode == "fusion":
+            if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                continue
+            if user.opcode == "fusion":
                 inner = self._program.computations[user.called[0]]
                 parameters = {int(j.arguments): j.name for j in inner if j.opcode == "parameter"}
-                total += sum(self._read(inner, parameters[k], whole) for k, o in enumerate(user.operands) if o == name)
-            else:
-                return whole
-        return min(total, whole)
+                reads = [self._read(inner, parameters[k], whole) for k, o in enumerate(user.operands) if o == name]
+                total += sum(touched for touched, _ in reads)
+                if not any(through for _, through in reads):
+                    continue
+            elif user.opcode not in ("bitcast", "reshape", "copy", "transpose", "convert"):
+                return whole, handed_on
+            touched, through = self._read(body, user.name, whole)
+            total, handed_on = total + touched, handed_on or through
+        return min(total, whole), handed_on
 
     def _written(self, i: Instruction, body: list[Instruction]) -> float:
         by_name = {j.name: j for j in body}

@@ -177,16 +177,15 @@ def test_samples_of_a_prompt_differ_and_keep_their_numbers(model: Model) -> None
     np.testing.assert_array_equal(third, ids[2])
 
 
-@pytest.mark.parametrize("by_layer", [False, True])
-def test_a_cache_is_written_where_it_lies(model: Model, by_layer: bool) -> None:
+def test_a_cache_is_written_where_it_lies(model: Model) -> None:
     """A compiled step holds no second cache."""
     B, slots = 8, 1024
     rows = [(prompt, GREEDY, 0) for prompt in prompts_of_lengths(model, [4] * B)]
     first = jnp.zeros(B, jnp.int32)
-    cache = jax.eval_shape(lambda: decoding.KVCache.empty(model.args, first, slots, jnp.float32, by_layer))
+    cache = jax.eval_shape(lambda: decoding.KVCache.empty(model.args, first, slots, jnp.float32))
     logits = jax.ShapeDtypeStruct((B, model.args.vocab_size), jnp.float32)
     state = decoding.DecodeState(cache, logits, make_sampler(rows, model.args.vocab_size), jnp.zeros(B, jnp.int32))
-    lowered = decoding.decode_chunk.lower(model.module, model.serving, state, steps=4, end=slots if by_layer else 256)
+    lowered = decoding.decode_chunk.lower(model.module, model.serving, state, steps=4, end=slots)
     memory = lowered.compile().memory_analysis()
     one = 2 * model.args.n_layers * B * slots * model.args.kv_heads * model.args.head_dim * 4
     assert memory.alias_size_in_bytes >= one

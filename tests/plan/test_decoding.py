@@ -40,27 +40,41 @@ def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_a_step_reads_weights_and_cache_once_and_little_else(step: tuple[dict[str, Any], Program]) -> None:
-    planned, _ = step
+    planned, program = step
     parts = planned["parts"]
-    assert parts["hbm_bytes"] <= 1.05 * (parts["bytes"]["parameters"] + parts["bytes"]["cache"])
-    # And it does read them: all but the table of embeddings, and what is fetched ahead.
-    assert parts["hbm_bytes"] >= 0.6 * (parts["bytes"]["parameters"] + parts["bytes"]["cache"])
+    embeddings = 2 * 32000 * 4096 // planned["mesh"]["tensor"]  # of which a row a token is read
+    needed = parts["bytes"]["parameters"] - embeddings + parts["bytes"]["cache"]
+    # What a program keeps in the fast memory for its next run is fetched once in a chunk of steps, not once a step.
+    everything = [i for instructions in program.computations.values() for i in instructions]
+    kept = {i.operands[0] for i in everything if "cross_program_prefetch_index" in i.attributes}
+    fetches = [i for i in everything if i.opcode == "copy-start" and i.operands[0] in kept]
+    assert parts["hbm_bytes"] >= 0.98 * needed
+    assert parts["hbm_bytes"] - sum(min(array.size for array in i.results[:2]) for i in fetches) <= 1.05 * needed
 
 
 def test_neither_the_cache_nor_a_layers_matrix_is_copied_or_transposed(step: tuple[dict[str, Any], Program]) -> None:
     planned, program = step
     smallest = 4096 * 4096 // planned["mesh"]["tensor"]
     output = [4096, 32000 // planned["mesh"]["tensor"]]  # which a copy may bring into the fast memory ahead of its use
-    for instructions in program.computations.values():
-        for instruction in instructions:
+    # Copies onto themselves, which say that what lies there is to be taken for another tiling.
+    in_place = {
+        called
+        for instructions in program.computations.values()
+        for instruction in instructions
+        if "output_to_operand_aliasing" in instruction.attributes
+        for called in instruction.called
+    }
+    for name in program.computations.keys() - in_place:
+        for instruction in program.computations[name]:
             if instruction.opcode in ("copy", "transpose"):
                 for array in instruction.results:
                     assert math.prod(array.dims) < smallest or list(array.dims) == output, instruction
 
 
-def test_the_cache_is_written_once_for_all_layers(step: tuple[dict[str, Any], Program]) -> None:
+def test_each_layers_cache_is_written_once(step: tuple[dict[str, Any], Program]) -> None:
     planned, program = step
-    half = planned["parts"]["bytes"]["cache"] // 2
+    buffers = 2 * LAYERS[planned["mesh"]["tensor"]]  # keys and values
+    size = planned["parts"]["bytes"]["cache"] // buffers
     everything = [i for instructions in program.computations.values() for i in instructions]
-    written = [i for i in everything if i.opcode == "dynamic-update-slice" and i.results[0].size == half]
-    assert len(written) == 2  # keys and values
+    written = [i for i in everything if i.opcode == "dynamic-update-slice" and i.results[0].size == size]
+    assert len(written) == buffers
