@@ -24,7 +24,8 @@ def run(
     command = [sys.executable, *argv]
     if argv[0].endswith(".py"):
         command[1] = str(ROOT / argv[0])
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+    # As users have it: tests/conftest.py.
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **(environment or {})}
     return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300, env=env)
 
 

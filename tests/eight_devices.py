@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 
-def run_on_eight_devices(module: str, *arguments: str, flags: str = "") -> Any:
-    """What ``python -m module`` prints, as JSON, in its last line. ``flags``: more of XLA's."""
+def run_on_eight_devices(module: str, *arguments: str) -> Any:
+    """What ``python -m module`` prints, as JSON, in its last line."""
     root = Path(__file__).parents[1]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {flags}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

@@ -199,7 +199,7 @@ def train_on_all(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Any]:
     """What train_on says of each mesh, in a process with eight devices."""
-    return run_on_eight_devices("tests.test_sharding", flags="--xla_backend_optimization_level=0")  # compiles faster
+    return run_on_eight_devices("tests.test_sharding")
 
 
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llama_jax.plan.hlo import Program
-from tests.plan import needs_libtpu
+from tests.plan import ENVIRONMENT, needs_libtpu
 
 ROOT = Path(__file__).parents[2]
 MODEL = ["--model.dim", "4096", "--model.n-heads", "32", "--model.vocab-size", "32000"]
@@ -34,7 +34,7 @@ def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     command += ["--model.n-layers", str(LAYERS[chips])]
     command += ["--mesh.data", "1", "--mesh.tensor", str(chips), "--batch", str(batch), "--slots", str(SLOTS)]
     command += ["--weights", weights, "--json", "--output", "", "--hlo", os.fspath(hlo)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout), Program.parse(hlo.read_text())
 

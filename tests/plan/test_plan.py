@@ -1,7 +1,6 @@
 """The plan command: what it says of a small model on a small slice, and of what cannot be planned."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,20 +17,20 @@ from llama_jax.plan.hlo import Program
 from llama_jax.plan.topology import Topology
 from llama_jax.training.flops import train_flops_per_token
 from tests import forked
-from tests.plan import needs_libtpu
+from tests.plan import ENVIRONMENT, needs_libtpu
 
 MODEL = ModelArgs(dim=256, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=512, multiple_of=128, max_seq_len=256)
 TRAIN = TrainArgs(batch_size=8, remat="attention", max_steps=10)
 CONFIG = Config(MODEL, train=TRAIN, mesh=MeshArgs(data=1, fsdp=4))
 
 
-def plan(folder: Path, *flags: str, config: Config = CONFIG, env: dict[str, str] | None = None) -> Any:
+def plan(folder: Path, *flags: str, config: Config = CONFIG) -> Any:
     (folder / "c.toml").write_text(to_toml(config))
     return subprocess.run(
         [sys.executable, "-m", "llama_jax.plan", "--config", str(folder / "c.toml"), "--output", "", *flags],
         capture_output=True,
         text=True,
-        env=os.environ | (env or {}),
+        env=ENVIRONMENT,
         cwd=Path(__file__).parents[2],
         timeout=500,
     )
@@ -39,7 +38,9 @@ def plan(folder: Path, *flags: str, config: Config = CONFIG, env: dict[str, str]
 
 def refused(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     (folder / "c.toml").write_text(to_toml(CONFIG))
-    return forked.run(["-m", "llama_jax.plan", "--config", str(folder / "c.toml"), *flags], folder)
+    return forked.run(
+        ["-m", "llama_jax.plan", "--config", str(folder / "c.toml"), *flags], folder, environment=ENVIRONMENT
+    )
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ After a change that is meant, ``python -m tests.plan.test_programs`` writes gold
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import pytest
 from llama_jax.config import load_toml
 from llama_jax.plan import resolve
 from llama_jax.plan.hlo import Program
-from tests.plan import needs_libtpu
+from tests.plan import ENVIRONMENT, needs_libtpu
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -47,7 +46,7 @@ def compile_7b() -> tuple[dict[str, Any], str]:
             "--hlo",
             hlo,
         ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=1200)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=1200)
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout), hlo.read_text()
 
