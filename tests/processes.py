@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
+
+from tests.forked import Fork
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -36,33 +38,38 @@ def free_address() -> str:
         return f"127.0.0.1:{found.getsockname()[1]}"
 
 
-def start(argv: Sequence[str], count: int = 1, devices: int = 1) -> list[subprocess.Popen[str]]:
-    """``python *argv`` as ``count`` processes of one job, each with so many devices."""
-    # The least optimisation compiles fastest; and all processes of a machine are on it.
-    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla}
+Process = subprocess.Popen[str] | Fork
+
+
+def start(argv: Sequence[str], count: int = 1, devices: int = 1, fork: bool = True) -> list[Process]:
+    """``python *argv`` as ``count`` processes of one job, each with so many devices; ``fork``: as tests/forked.py runs it."""
+    xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    env = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla}
     address = free_address()
     job = [
         [f"--distributed.{key}={value}" for key, value in
          (("coordinator-address", address), ("num-processes", count), ("process-id", i), ("timeout-seconds", 60))]
         for i in range(count)
     ]  # fmt: skip
+    commands = [[*argv, *(job[i] if count > 1 else [])] for i in range(count)]
+    if fork:
+        return [Fork(command, ROOT, environment=env) for command in commands]
     return [
         subprocess.Popen(
-            [sys.executable, *argv, *(job[i] if count > 1 else [])],
-            cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, *command],
+            cwd=ROOT, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for i in range(count)
+        for command in commands
     ]  # fmt: skip
 
 
-def end(processes: Sequence[subprocess.Popen[str]], seconds: float = 240) -> list[Ended]:
+def end(processes: Sequence[Process], seconds: float = 240) -> list[Ended]:
     """Wait for all; those that have not ended in time are killed, and an error is raised."""
     ended = []
     try:
         for process in processes:
             out, err = process.communicate(timeout=seconds)
-            ended.append(Ended(process.returncode, out, err))
+            ended.append(Ended(cast(int, process.returncode), out, err))
     finally:
         for process in processes:
             process.kill()

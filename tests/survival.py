@@ -22,7 +22,7 @@ from llama_jax.checkpoint import Checkpoint, checkpoints_of, steps_of
 from llama_jax.errors import UserError
 from llama_jax.stored_array import open_array
 from llama_jax.training.clock import TIMES
-from tests.processes import end, flags, start
+from tests.processes import Process, end, flags, start
 
 NOTICE_SECONDS = 120  # JAX's own limit is 100
 MOST_STEPS = 5  # from a start to a kill: up to 2 are waited for, and a few pass until it comes
@@ -80,7 +80,7 @@ def survive(folder: Path, kills: int, seed: int, notice_seconds: float) -> dict[
     }
 
 
-def _status(process: subprocess.Popen[str], seconds: float) -> int | str:
+def _status(process: Process, seconds: float) -> int | str:
     try:
         process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -89,7 +89,7 @@ def _status(process: subprocess.Popen[str], seconds: float) -> int | str:
     return process.returncode
 
 
-def _start(folder: Path, steps: int) -> list[subprocess.Popen[str]]:
+def _start(folder: Path, steps: int) -> list[Process]:
     argv = flags(
         train__save_dir=folder, train__max_steps=steps, train__save_interval=1, mesh__data=1,
         mesh__fsdp=2,
@@ -97,7 +97,7 @@ def _start(folder: Path, steps: int) -> list[subprocess.Popen[str]]:
     return start(["train.py", *argv], count=2)
 
 
-def _wait(folder: Path, job: list[subprocess.Popen[str]], rng: random.Random) -> None:
+def _wait(folder: Path, job: list[Process], rng: random.Random) -> None:
     """A random moment: now and then before the first step, else a while after one, or in the midst of what follows it."""
     if rng.random() < 0.2:
         time.sleep(rng.uniform(0, 4))

@@ -123,7 +123,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_saved_and_the_loss_o
                                train__save_interval=100_000)]  # fmt: skip
     reached = 0
     for number, to, status, said in ((signal.SIGTERM, 1, 75, "SIGTERM"), (signal.SIGINT, 0, 0, "Ctrl-C")):
-        job = start(argv, 2)
+        job = start(argv, 2, fork=False)
         wait_for_step(folder, reached + 5, job)
         job[to].send_signal(number)
         main, other = end(job)
@@ -136,7 +136,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_saved_and_the_loss_o
             "nothing but errors goes there, and process 0 alone prints"
         )
 
-    job = start(argv, 2)
+    job = start(argv, 2, fork=False)
     wait_for_step(folder, reached + 5, job)
     job[1].kill()
     (main,) = end(job[:1], 110)
