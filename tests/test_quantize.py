@@ -1,6 +1,7 @@
 """Quantized matrices, their products, and generation with them and with a quantized cache."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -31,7 +32,8 @@ PRODUCTS = [
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    """Random numbers of numpy's, which compiles nothing."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 @settings(deadline=None, max_examples=15)
@@ -81,17 +83,26 @@ def test_a_product_of_the_largest_values_alone_does_not_overflow(D: int) -> None
         np.testing.assert_allclose(found[0, 0], [largest * D], rtol=1e-5)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def quantized_all(matrices: list[jax.Array], kind: Weights) -> list[Any]:
+    return [quantize(w, inputs, kind) for w, (_, _, inputs) in zip(matrices, PRODUCTS, strict=True)]
+
+
+@jax.jit
+def products(xs: list[jax.Array], ws: list[Any]) -> list[jax.Array]:
+    """Of all equations, to compile once; products that are not compiled: the next test."""
+    return [linear(equation, x, w) for (equation, _, _), x, w in zip(PRODUCTS, xs, ws, strict=True)]
+
+
 @pytest.mark.parametrize("rows", [(1, 1), (3, 1), (5, 1), (2, 40)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_those_of_the_dequantized_matrix(kind: Weights, rows: tuple[int, int]) -> None:
-    for equation, shape, inputs in PRODUCTS:
-        w = quantize(normal(*shape), inputs, kind)
-        x = normal(*rows, *shape[:inputs], seed=1)
-        wanted = np.asarray(jnp.einsum(equation, x, w.dequantized(), precision="highest"))
-        for product in (linear, jax.jit(linear, static_argnums=0)):
-            found = product(equation, x, w)
-            assert found.shape == wanted.shape and found.dtype == jnp.float32
-            np.testing.assert_allclose(found, wanted, atol=1e-4, err_msg=equation)
+    xs = [normal(*rows, *shape[:inputs], seed=1) for _, shape, inputs in PRODUCTS]
+    ws = quantized_all([normal(*shape) for _, shape, _ in PRODUCTS], kind)
+    for (equation, _, _), x, w, found in zip(PRODUCTS, xs, ws, products(xs, ws), strict=True):
+        wanted = np.einsum(equation, np.asarray(x, np.float64), np.asarray(w.dequantized(), np.float64))
+        assert found.shape == wanted.shape and found.dtype == jnp.float32
+        np.testing.assert_allclose(found, wanted, atol=1e-4, err_msg=equation)
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 40)], ids=str)
