@@ -51,7 +51,7 @@ def test_every_documented_command_runs(place: Path) -> None:
         ("llama-2-7b", "Llama-2-7b-hf", "huggingface"),
         ("llama-2-7b", "checkpoints/llama-2-7b-chat", "llama-jax"),
     ):
-        result = run(["convert_torch_weights.py", "--input", source, "--output", output, "--to", to], place)
+        result = forked.run(["convert_torch_weights.py", "--input", source, "--output", output, "--to", to], place)
         assert result.returncode == 0, result.stderr
     (place / "conversation.json").write_text('[{"role": "user", "content": "Hi"}]')
     (place / "prompts.jsonl").write_text('{"prompt": "The fox"}\n{"prompt": "The owl", "stop": ["."], "n": 3}\n')
@@ -63,7 +63,8 @@ def test_every_documented_command_runs(place: Path) -> None:
         argv = shlex.split(command)[1:]
         if argv[0] == "train.py":
             argv += [] if "--train.init-from" in argv else SMALL_MODEL
-            argv += [*SHORT_RUN, "--train.gradient-accumulation-steps", "1", "--train.save-dir", f"documented/{i}"]
+            argv += [*SHORT_RUN, "--train.max-steps=3"]  # with one evaluation
+            argv += ["--train.gradient-accumulation-steps", "1", "--train.save-dir", f"documented/{i}"]
             argv += ["--train.profile-steps", "2-3"] if "--train.profile-steps" in argv else []
             if "--data.tokenizer-model-path" not in argv and "tokens" not in argv:
                 argv += STORIES
@@ -71,6 +72,7 @@ def test_every_documented_command_runs(place: Path) -> None:
             if importlib.util.find_spec("libtpu") is None:
                 continue
             argv += ["--model.dim=256", "--model.n-heads=2", "--model.n-layers=1", "--model.max-seq-len=256"]
+            argv += ["--model.vocab-size=512"]
             argv += ["--topology", "v5e:2x2", "--train.batch-size", "8", "--train.gradient-accumulation-steps", "1"]
         if argv[0] == "convert_torch_weights.py" and "--output" in argv:
             shutil.rmtree(place / argv[argv.index("--output") + 1], ignore_errors=True)
@@ -155,7 +157,7 @@ def test_a_signal_at_any_moment_leaves_quietly_and_the_run_goes_on(
     else:  # before the first step: nothing to save
         assert process.returncode in (130, -signal.SIGTERM), err
         assert "Traceback" not in err and len(err.splitlines()) <= 1
-    again = run(["train.py", *flags, "--train.max-steps", "60"], tmp_path)
+    again = forked.run(["train.py", *flags, "--train.max-steps", "60"], tmp_path)
     assert again.returncode == 0, again.stderr
 
 
