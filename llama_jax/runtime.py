@@ -112,9 +112,9 @@ def generation_options(device: jax.Device) -> dict[str, Any]:
     """XLA's options for programs of generation on such a device."""
     if device.platform != "tpu":
         return {}
-    # Between what products tile their operands in, which attention over a large cache wants much of, and what is left for
-    # matrices that are fetched ahead of their products.
-    return {"xla_tpu_scoped_vmem_limit_kib": 80 * 1024}
+    # Between what products tile their operands in, of which attention over a large cache wants much, and what is left for
+    # matrices that are fetched ahead of their products: 4 MiB less, and 32 sequences of the 7B model on v5e take an eighth longer.
+    return {"xla_tpu_scoped_vmem_limit_kib": 68 * 1024}
 
 
 class Program:

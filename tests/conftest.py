@@ -1,5 +1,6 @@
 """Fixtures that several rooms share."""
 
+import importlib.metadata
 import os
 import signal
 import tempfile
@@ -12,7 +13,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # tests/commands.py, are compiled as for users; XLA_FLAGS= in the environment has all tests compiled so.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    # Later versions have the newer generator alone, and end on the flag.
+    + (" --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib") < "0.11" else ""),
 )
 # One session's processes share what they compile; the next begins anew, and leaves the user's own programs alone.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -86,7 +86,8 @@ def test_train_refuses_what_no_machine_can_hold_or_name(changes: dict[str, str],
     flags = [part for key, value in changes.items() for part in (f"--{key}", value)]
     save = [] if "train.save-dir" in changes else ["--train.save-dir", str(tmp_path / "run")]
     base = ["train.py", *SMALL, "--data.filepath", "my.txt", "--data.vocab-size", "300", *save]
-    told(forked.run([*base, *flags], place))
+    # The code generator that tests compile with refuses some sizes by itself, before the memory is known (tests/conftest.py).
+    told(forked.run([*base, *flags], place, environment={"XLA_FLAGS": ""}))
 
 
 @pytest.mark.parametrize("damage", ["another model", "a cut file", "a missing file", "no parameters"])

@@ -120,9 +120,14 @@ class Schedule:
         return max(0.0, between - self._busy)
 
     @property
+    def waiting_for_memory(self) -> float:
+        """Seconds by which the memory needs longer than all else, beside which it is read ahead."""
+        return max(0.0, self.cost.hbm_bytes / self.chip.hbm_bandwidth - self._busy - self.waiting)
+
+    @property
     def seconds(self) -> float:
         """Of one run."""
-        return self._busy + self.waiting
+        return self._busy + self.waiting + self.waiting_for_memory
 
     @property
     def _busy(self) -> float:

@@ -27,6 +27,8 @@ def draw(plan: Plan, path: Path) -> None:
         time |= {"attention's kernels": schedule.kernels * 1e3, "blocking collectives": schedule.blocking * 1e3}
         if schedule.waiting:
             time["waiting for other slices"] = schedule.waiting * 1e3
+        if schedule.waiting_for_memory:
+            time["waiting for memory"] = schedule.waiting_for_memory * 1e3
     figure, axes = plt.subplots(2, 1, figsize=(11, 5.5), layout="constrained")
     room = plan.topology.chip.hbm_bytes / GiB
     verdict = "fits" if plan.fits else "does not fit"

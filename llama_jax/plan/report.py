@@ -71,6 +71,7 @@ def _common(plan: Plan) -> dict[str, Any]:
                 "blocking_collectives": schedule.blocking,
                 "kernels": schedule.kernels,
                 "waiting_for_slices": schedule.waiting,
+                "waiting_for_memory": schedule.waiting_for_memory,
             },
             "overlapped_collectives": schedule.overlapped,
             "seconds_by_part": dict(schedule.by_part),
@@ -180,6 +181,8 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
         rows.append(row(schedule.kernels, f"kernels, taken at {KERNEL_EFFICIENCY:.0%} of the peak: {kernels}"))
     if schedule.waiting:
         rows.append(row(schedule.waiting, "more for the network between slices"))
+    if schedule.waiting_for_memory:
+        rows.append(row(schedule.waiting_for_memory, "more for the memory, which is read ahead"))
     rows += [("by part", "")] + [row(seconds, part) for part, seconds in schedule.by_part]
     rows.append(("links", ""))
     for c in schedule.collectives:

@@ -190,7 +190,15 @@ def test_what_leaves_for_another_slice_goes_by_the_network_and_is_waited_for_whe
     assert schedule.cost.hbm_bytes == 4 << 20  # the copy's alone
     fast = dataclasses.replace(CHIP, slice_bytes=1e15)
     assert schedule_of(Program.parse(SEND), fast).waiting == 0
-    assert schedule_of(Program.parse(SEND), fast).seconds == pytest.approx(1500 / CHIP.clock)
+
+
+def test_a_step_takes_no_less_than_its_bytes() -> None:
+    fast = dataclasses.replace(CHIP, slice_bytes=1e15)
+    waits = schedule_of(Program.parse(SEND), fast)
+    assert waits.seconds == pytest.approx((4 << 20) / CHIP.hbm_bandwidth)
+    assert waits.waiting_for_memory == pytest.approx(waits.seconds - 1500 / CHIP.clock)
+    works = schedule_of(Program.parse(SEND), dataclasses.replace(fast, hbm_bandwidth=1e15))
+    assert works.waiting_for_memory == 0 and works.seconds == pytest.approx(1500 / CHIP.clock)
 
 
 def test_the_slices_of_a_transfer_are_counted_by_their_ranges() -> None:
