@@ -167,7 +167,8 @@ def torch_runner(args: Arguments, tokens: np.ndarray, compiled: bool) -> Runner:
     device = torch.device("cuda" if cuda else "cpu")
     bfloat16 = args.compute_dtype == "bfloat16" or (args.compute_dtype == "auto" and cuda)
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")  # as XLA's products of float32 on a GPU
+    if cuda:
+        torch.set_float32_matmul_precision("high")  # as XLA's products of float32 there
     with device:
         model = TorchLlama(args.model)
     matrices = [p for p in model.parameters() if p.ndim > 1]
