@@ -56,11 +56,11 @@ class KVCache(flax.struct.PyTreeNode):
         """A cache of ``slots`` slots for rows whose first tokens stand at slots ``first`` [B]. int8: quantized."""
         shape = first.shape[0], args.kv_heads, slots, args.head_dim
 
-        def empty() -> tuple[Stored, ...]:
-            scales = (jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None for _ in range(args.n_layers))
-            return tuple(Stored(jnp.zeros(shape, dtype), of_layer) for of_layer in scales)
+        def buffer() -> Stored:
+            return Stored(jnp.zeros(shape, dtype), jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None)
 
-        return cls(empty(), empty(), jnp.zeros((), jnp.int32), first)
+        k, v = (tuple(buffer() for _ in range(args.n_layers)) for _ in range(2))
+        return cls(k, v, jnp.zeros((), jnp.int32), first)
 
     @property
     def slots(self) -> int:

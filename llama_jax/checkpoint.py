@@ -143,28 +143,32 @@ class Checkpoint:
 
         Raises UserError where the files do not hold just these arrays.
         """
+        folder = self._holding(item, target)
+        with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(absolute(folder), target)
+
+    def restore_one_by_one(self, item: str, target: Any) -> Iterator[tuple[KeyPath, jax.Array]]:
+        """What ``restore`` reads, array by array with their paths, the largest first. Raises UserError likewise."""
+        folder = self._holding(item, target)
+        with _told(folder, "read"), ocp.PyTreeCheckpointer() as checkpointer:
+            for path, shape in sorted(tree_leaves_with_path(target), key=lambda leaf: -leaf[1].size):
+                alone: Any = shape
+                for key in reversed(path):
+                    alone = {key_name(key): alone}
+                how = ocp.checkpoint_utils.construct_restore_args(alone)
+                arguments = ocp.args.PyTreeRestore(item=alone, restore_args=how, partial_restore=True)
+                (array,) = jax.tree.leaves(checkpointer.restore(absolute(folder), args=arguments))
+                yield path, array
+
+    def _holding(self, item: str, target: Any) -> Path:
+        """The folder of ``item``. Raises UserError where it does not hold just the arrays of ``target``."""
         folder = self.folder / item
         if not folder.is_dir():
             raise UserError(
                 f"{self.folder}: expected {item} of a checkpoint, found none; choose a step folder that has them"
             )
         _check_shapes(folder, self.arrays(item), _shapes(target))
-        with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(absolute(folder), target)
-
-    def restore_one_by_one(self, item: str, target: Any) -> Iterator[tuple[KeyPath, jax.Array]]:
-        """What ``restore`` reads, array by array with their paths, the largest first. Raises UserError likewise."""
-        folder = self.folder / item
-        _check_shapes(folder, self.arrays(item), _shapes(target))
-        with _told(folder, "read"), ocp.PyTreeCheckpointer() as checkpointer:
-            for path, shape in sorted(tree_leaves_with_path(target), key=lambda leaf: -leaf[1].size):
-                alone: Any = shape
-                for key in reversed(path):
-                    alone = {_key(key): alone}
-                how = ocp.checkpoint_utils.construct_restore_args(alone)
-                arguments = ocp.args.PyTreeRestore(item=alone, restore_args=how, partial_restore=True)
-                (array,) = jax.tree.leaves(checkpointer.restore(absolute(folder), args=arguments))
-                yield path, array
+        return folder
 
     def open_array(self, name: str) -> TensorStore:
         """Parameter ``name`` ("layers/attention/wq"), to be read region by region. Raises UserError where it is not there."""
@@ -174,7 +178,7 @@ class Checkpoint:
 
 def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {
-        "/".join(map(_key, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        "/".join(map(key_name, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in tree_leaves_with_path(tree)
     }
 
@@ -195,7 +199,7 @@ def _check_shapes(
             )
 
 
-def _key(key: Any) -> str:
+def key_name(key: Any) -> str:
     """A part of a path: of a dict, a tuple or a named tuple; orbax restores all as dicts and lists."""
     return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
 

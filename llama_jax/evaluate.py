@@ -24,7 +24,7 @@ from llama_jax.generation import Model
 from llama_jax.generation.forward import forward, logits_of
 from llama_jax.loss import loss_sum, negative_log_likelihood
 from llama_jax.model import Llama
-from llama_jax.runtime import program
+from llama_jax.runtime import GenerationProgram
 from llama_jax.tokenizer import Tokenizer
 
 
@@ -121,7 +121,7 @@ def _windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 _loss_sum = jax.jit(loss_sum, static_argnames=("model",))
 
 
-@program(static_argnames=("model", "cache_dtype"))
+@functools.partial(GenerationProgram, static_argnames=("model", "cache_dtype"))
 def _loss_sum_over_cache(
     model: Llama, params: Any, inputs: ArrayLike, targets: ArrayLike, weights: ArrayLike, cache_dtype: Any
 ) -> jax.Array:

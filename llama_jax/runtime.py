@@ -117,8 +117,8 @@ def generation_options(device: jax.Device) -> dict[str, Any]:
     return {"xla_tpu_scoped_vmem_limit_kib": 68 * 1024}
 
 
-class Program:
-    """``jax.jit`` with ``generation_options`` for JAX's devices, which are asked for at the first call and start the backend."""
+class GenerationProgram:
+    """``jax.jit`` with ``generation_options`` for JAX's devices, which are asked for at the first call: asking starts the backend."""
 
     def __init__(self, function: Callable[..., Any], **jit_arguments: Any):
         self._function, self._jit_arguments = function, jit_arguments
@@ -135,11 +135,6 @@ class Program:
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """To be compiled for other devices, or looked at."""
         return cast(jax.stages.Lowered, self._jitted.lower(*args, **kwargs))
-
-
-def program(**jit_arguments: Any) -> Callable[[Callable[..., Any]], Program]:
-    """A decorator that makes a function a Program."""
-    return functools.partial(Program, **jit_arguments)
 
 
 def platform_of(device: jax.Device) -> str:

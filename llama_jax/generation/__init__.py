@@ -199,7 +199,7 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
         )
     module = make_model(checkpoint.args, compute_dtype, mesh=mesh)
     params = load_parameters(checkpoint, module, mesh, checkpoint.weights)
-    return Draft(tokens, module, serve(params, donate=True))
+    return Draft(tokens, module, serve(params))
 
 
 def stripped(answer: Completion) -> Completion:

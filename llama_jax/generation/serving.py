@@ -5,7 +5,7 @@ L layers, D dim, N query heads, K KV heads, H head_dim, F hidden, V vocab.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath, tree_leaves_with_path, tree_map_with_path
 
+from llama_jax.checkpoint import key_name
 from llama_jax.config import Weights
 from llama_jax.model import Llama, is_norm
 from llama_jax.quantize import Matrix, quantize
@@ -33,24 +34,12 @@ AXES = {
 }
 
 
-def serve(params: Any, weights: Weights = "auto", donate: bool = False) -> Any:
+def serve(params: Any, weights: Weights = "auto") -> Any:
     """Parameters, stacked as in a checkpoint, as generation runs on them, on the mesh that they lie on; such as do already, as
-    they are.
-
-    donate: they are not needed any more, and memory holds but one of them twice. On a CPU, what is not quantized is the same
-    memory.
-    """
+    they are. On a CPU, what is not quantized is the same memory."""
     if is_served(params):
         return params
-
-    def arrays() -> Iterator[tuple[KeyPath, jax.Array]]:
-        for path, w in sorted(tree_leaves_with_path(params), key=lambda leaf: -leaf[1].size):
-            yield path, w
-            if donate and not _on_one_cpu(mesh):
-                w.delete()
-
-    mesh = mesh_of(params)
-    return served_one_by_one(arrays(), params, weights, mesh)
+    return served_one_by_one(tree_leaves_with_path(params), params, weights, mesh_of(params))
 
 
 def served_one_by_one(
@@ -73,10 +62,10 @@ def _served(path: KeyPath, w: jax.Array, weights: Weights, mesh: jax.sharding.Me
     XLA on CPUs and GPUs copies a layer out of a stack before it multiplies; a TPU's compiler fetches a layer's matrix ahead of
     its product, but not out of a stack. On one CPU, layers are views of the same memory.
     """
-    if weights == "auto" and _on_one_cpu(mesh):
-        form = _in_layers(path, stacked_form(path, np.asarray(w), weights))
-        return jax.device_put(form, jax.NamedSharding(mesh, spec()), may_alias=True)
-    return _served_on(w, path, weights, mesh)
+    if not _on_one_cpu(mesh):
+        return _served_on(w, path, weights, mesh)
+    stack = jax.tree.map(np.asarray, stacked_form(path, np.asarray(w), weights))
+    return jax.device_put(_in_layers(path, stack), jax.NamedSharding(mesh, spec()), may_alias=True)
 
 
 @functools.partial(jax.jit, static_argnames=("path", "weights", "mesh"))
@@ -96,19 +85,24 @@ def stacked_form(path: KeyPath, w: Any, weights: Weights) -> Any:
     A TPU lays the two last axes of an array out in tiles, and multiplies no other form without copying it. Embeddings, of
     which a row a token is read, and norms stay as they are, and so do the parts of a Matrix.
     """
-    name = _name(path[-1])
+    name = key_name(path[-1])
     if name not in AXES or name == "tok_embeddings":
         return w
-    if name == "output":
-        return Matrix(w) if weights == "auto" else quantize(w, 1, weights)
-    inputs = w.shape[1:-1] if name == "wo" else w.shape[1:2]
-    w = w.reshape(w.shape[0], math.prod(inputs), -1)
-    return Matrix(w) if weights == "auto" else jax.lax.map(lambda layer: quantize(layer, 1, weights), w)
+    if name != "output":
+        inputs = w.shape[1:-1] if name == "wo" else w.shape[1:2]
+        w = w.reshape(w.shape[0], math.prod(inputs), -1)
+    return Matrix(w) if weights == "auto" else _quantized(w, weights)
+
+
+@functools.partial(jax.jit, static_argnames="weights")
+def _quantized(w: jax.Array, weights: Weights) -> Matrix:
+    """[inputs, outputs], or [L, inputs, outputs] layer by layer. A program for each shape: several matrices share one."""
+    return quantize(w, 1, weights) if w.ndim == 2 else jax.lax.map(lambda layer: quantize(layer, 1, weights), w)
 
 
 def _in_layers(path: KeyPath, form: Any) -> Any:
     """What is of all layers, as a tuple of one for each."""
-    if _name(path[0]) != "layers":
+    if key_name(path[0]) != "layers":
         return form
     return tuple(jax.tree.map(lambda x, i=i: x[i], form) for i in range(len(jax.tree.leaves(form)[0])))
 
@@ -143,7 +137,7 @@ def stacked_shapes(model: Llama, dtype: Any = None) -> Any:
     def typed(path: KeyPath, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if is_norm(path):
             return s
-        other = dtype is not None and _name(path[-1]) != "tok_embeddings"
+        other = dtype is not None and key_name(path[-1]) != "tok_embeddings"
         return jax.ShapeDtypeStruct(s.shape, dtype if other else model.dtype)
 
     return tree_map_with_path(typed, shapes)
@@ -173,12 +167,8 @@ def serving_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def _sharding(path: KeyPath, leaf: Any, mesh: jax.sharding.Mesh) -> jax.NamedSharding:
     """Of an array at ``path`` of a tree in the serving form. Scales lie where their outputs do."""
-    names = [_name(key) for key in path]
+    names = [key_name(key) for key in path]
     axes: tuple[str | None, ...] = next((AXES[name] for name in names if name in AXES), (None,) * leaf.ndim)
     if names[-1] == "scales":
         axes = (None, axes[-1])
     return jax.NamedSharding(mesh, spec(*("layers",) * (leaf.ndim - len(axes)), *axes))
-
-
-def _name(key: Any) -> str:
-    return str(getattr(key, "key", getattr(key, "name", "")))

@@ -31,7 +31,7 @@ from llama_jax.generation.decode import (
 from llama_jax.generation.forward import forward, logits_of
 from llama_jax.generation.sampling import Sampler, sample
 from llama_jax.model import Llama
-from llama_jax.runtime import program
+from llama_jax.runtime import GenerationProgram
 from llama_jax.sharding import mesh_of, on_mesh, whole
 
 # Longest run of tokens that is looked up in what came before.
@@ -105,7 +105,7 @@ def _first(state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
     return state, whole(ids[:, None]), whole(logprobs[:, None])
 
 
-@program(static_argnames=("model", "end"), donate_argnames=("state",))
+@functools.partial(GenerationProgram, static_argnames=("model", "end"), donate_argnames=("state",))
 def _check(
     model: Llama, params: Any, state: DecodeState, fed: jax.Array, waited_for: jax.Array, end: int
 ) -> tuple[DecodeState, jax.Array, jax.Array, jax.Array]:
@@ -177,7 +177,7 @@ class DraftModel:
         return np.asarray(ids)
 
 
-@program(static_argnames=("model", "count", "end"), donate_argnames=("cache",))
+@functools.partial(GenerationProgram, static_argnames=("model", "count", "end"), donate_argnames=("cache",))
 def _propose(
     model: Llama, params: Any, cache: KVCache, last: jax.Array, sampler: Sampler, made: jax.Array, count: int, end: int
 ) -> tuple[jax.Array, KVCache]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llama_jax.plan.hlo import Program
+from llama_jax.plan.hlo import Instruction, Program
 from tests.plan import ENVIRONMENT, needs_libtpu
 
 ROOT = Path(__file__).parents[2]
@@ -39,15 +39,19 @@ def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return json.loads(done.stdout), Program.parse(hlo.read_text())
 
 
+def everything(program: Program) -> list[Instruction]:
+    """The instructions of all computations."""
+    return [i for instructions in program.computations.values() for i in instructions]
+
+
 def test_a_step_reads_weights_and_cache_once_and_little_else(step: tuple[dict[str, Any], Program]) -> None:
     planned, program = step
     parts = planned["parts"]
     embeddings = 2 * 32000 * 4096 // planned["mesh"]["tensor"]  # of which a row a token is read
     needed = parts["bytes"]["parameters"] - embeddings + parts["bytes"]["cache"]
     # What a program keeps in the fast memory for its next run is fetched once in a chunk of steps, not once a step.
-    everything = [i for instructions in program.computations.values() for i in instructions]
-    kept = {i.operands[0] for i in everything if "cross_program_prefetch_index" in i.attributes}
-    fetches = [i for i in everything if i.opcode == "copy-start" and i.operands[0] in kept]
+    kept = {i.operands[0] for i in everything(program) if "cross_program_prefetch_index" in i.attributes}
+    fetches = [i for i in everything(program) if i.opcode == "copy-start" and i.operands[0] in kept]
     assert parts["hbm_bytes"] >= 0.98 * needed
     assert parts["hbm_bytes"] - sum(min(array.size for array in i.results[:2]) for i in fetches) <= 1.05 * needed
 
@@ -57,13 +61,7 @@ def test_neither_the_cache_nor_a_layers_matrix_is_copied_or_transposed(step: tup
     smallest = 4096 * 4096 // planned["mesh"]["tensor"]
     output = [4096, 32000 // planned["mesh"]["tensor"]]  # which a copy may bring into the fast memory ahead of its use
     # Copies onto themselves, which say that what lies there is to be taken for another tiling.
-    in_place = {
-        called
-        for instructions in program.computations.values()
-        for instruction in instructions
-        if "output_to_operand_aliasing" in instruction.attributes
-        for called in instruction.called
-    }
+    in_place = {name for i in everything(program) if "output_to_operand_aliasing" in i.attributes for name in i.called}
     for name in program.computations.keys() - in_place:
         for instruction in program.computations[name]:
             if instruction.opcode in ("copy", "transpose"):
@@ -75,6 +73,5 @@ def test_each_layers_cache_is_written_once(step: tuple[dict[str, Any], Program])
     planned, program = step
     buffers = 2 * LAYERS[planned["mesh"]["tensor"]]  # keys and values
     size = planned["parts"]["bytes"]["cache"] // buffers
-    everything = [i for instructions in program.computations.values() for i in instructions]
-    written = [i for i in everything if i.opcode == "dynamic-update-slice" and i.results[0].size == size]
+    written = [i for i in everything(program) if i.opcode == "dynamic-update-slice" and i.results[0].size == size]
     assert len(written) == buffers
