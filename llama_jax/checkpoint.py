@@ -4,6 +4,7 @@
     <step>/model/model.json         the model arguments; "weights", where they are quantized
     <step>/model/tokenizer.model    the tokenizer
     <step>/state/                   the optimizer's state; only in checkpoints that training can resume from
+    <step>/metrics/metrics          the held-out loss; of an evaluated step
 
 A run folder holds such folders under checkpoints/, or a file of that name that says where they lie (see ``checkpoints_of``).
 Orbax writes each under a temporary name and renames it when it is whole; in object storage it marks it instead.
@@ -244,18 +245,17 @@ class CheckpointWriter:
     """Saves a run's checkpoints while training goes on; keeps the latest and the one with the best evaluation."""
 
     def __init__(self, run: Path):
-        keep = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(1),
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics["eval_loss"],
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
+        def loss(metrics: Any) -> float:
+            return metrics["eval_loss"]
+
+        best = checkpoint_managers.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        # Without best_fn losses would not be stored, and a run that goes on would not know which of its steps was the best.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(1), best]),
+            best_fn=loss,
+            best_mode="min",
+            cleanup_tmp_directories=True,
         )
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
         self._folder = checkpoints_of(run)
         with _told(self._folder, "write"):
             self._manager = ocp.CheckpointManager(absolute(self._folder), options=options)

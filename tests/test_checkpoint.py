@@ -252,3 +252,13 @@ def test_a_training_state_comes_back_bit_for_bit_and_the_best_and_latest_steps_a
     assert_same(found.restore("params", shapes.params), jax.tree.map(lambda x: x + 2, state.params))
     assert_same(found.restore("state", shapes.opt_state), state.opt_state)
     assert not list(tmp_path.rglob("*tmp*"))
+
+
+def test_the_best_step_is_kept_by_a_run_that_goes_on(
+    params: Any, args: ModelArgs, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for saves in ([(1, 3.0), (2, 1.0), (3, 2.0)], [(4, 2.5), (5, None)]):
+        with CheckpointWriter(tmp_path) as writer:
+            for step, eval_loss in saves:
+                writer.save(step, params, {"count": jnp.zeros(1)}, args, tokenizer, eval_loss)
+    assert steps_of(tmp_path) == [2, 5]
