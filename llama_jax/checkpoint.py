@@ -7,7 +7,8 @@
     <step>/metrics/metrics          the held-out loss; of an evaluated step
 
 A run folder holds such folders under checkpoints/, or a file of that name that says where they lie (see ``checkpoints_of``).
-Orbax writes each under a temporary name and renames it when it is whole; in object storage it marks it instead.
+Orbax writes each under a temporary name and renames it when it is whole; in object storage, where nothing is renamed, it adds
+the file commit_success.txt instead.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import orbax.checkpoint as ocp
@@ -27,13 +28,17 @@ from tensorstore import TensorStore
 
 from llama_jax.config import ModelArgs, Weights, from_dict
 from llama_jax.errors import UserError, quoted
+from llama_jax.storage import absolute, children, is_remote, location, told
 from llama_jax.stored_array import open_array, saver_of_stored_arrays
 from llama_jax.tokenizer import Tokenizer
 
-# When a save fails, orbax raises the first error, which is told (see _told), and logs it as well, traceback and all; and it
+# When a save fails, orbax raises the first error, which is told (see storage.py), and logs it as well, traceback and all; and it
 # leaves its other futures unread, which asyncio would log as the process ends.
 for name in ("asyncio", "absl"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+COMMITTED = "commit_success.txt"
 
 
 class ModelFilesHandler(ocp.CheckpointHandler):
@@ -75,26 +80,30 @@ class Checkpoint:
 
     @classmethod
     def find(cls, path: str | Path) -> "Checkpoint":
-        """Open a run folder (its best step, or else its last), a step folder or a converted checkpoint.
+        """Open a run folder or a folder of steps (its best, or else its last), a step folder or a converted checkpoint.
 
         Raises UserError where ``path`` is none of these.
         """
         path = location(path)
-        with _told(path, "read"):
-            if not path.is_dir():
+        names = {child.name for child in children(path)}
+        with told(path, "read"):
+            if not names and not path.is_dir():
                 raise UserError(
                     f"{path}: expected a checkpoint folder, found {'a file' if path.exists() else 'nothing'}"
                 )
-        folder = path
-        if not (path / "model").is_dir():
-            folder = _step_of_run(path)
-        source = folder / "model" / "model.json"
-        try:
-            table = json.loads(source.read_text())
-            if not isinstance(table, dict):
-                raise ValueError("not an object")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{source}: expected the model arguments of a checkpoint, found {error}") from None
+            folder = path if "model" in names else _best_step(path, names)
+            if not is_whole(folder):
+                raise UserError(
+                    f"{folder}: expected a whole checkpoint, found no {COMMITTED} in it, which is added last; choose another "
+                    "step, or wait until it is saved"
+                )
+            source = folder / "model" / "model.json"
+            try:
+                table = json.loads(source.read_text())
+                if not isinstance(table, dict):
+                    raise ValueError("not an object")
+            except (OSError, ValueError) as error:
+                raise UserError(f"{source}: expected the model arguments of a checkpoint, found {error}") from None
         weights = table.pop("weights", "auto")
         if weights not in get_args(Weights):
             raise UserError(
@@ -136,7 +145,7 @@ class Checkpoint:
         folder = self.folder / item
         if not folder.is_dir():
             return {}
-        with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
+        with told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
             return _shapes(checkpointer.metadata(absolute(folder)).item_metadata)
 
     def restore(self, item: str, target: Any) -> Any:
@@ -145,13 +154,13 @@ class Checkpoint:
         Raises UserError where the files do not hold just these arrays.
         """
         folder = self._holding(item, target)
-        with _told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
+        with told(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(absolute(folder), target)
 
     def restore_one_by_one(self, item: str, target: Any) -> Iterator[tuple[KeyPath, jax.Array]]:
         """What ``restore`` reads, array by array with their paths, the largest first. Raises UserError likewise."""
         folder = self._holding(item, target)
-        with _told(folder, "read"), ocp.PyTreeCheckpointer() as checkpointer:
+        with told(folder, "read"), ocp.PyTreeCheckpointer() as checkpointer:
             for path, shape in sorted(tree_leaves_with_path(target), key=lambda leaf: -leaf[1].size):
                 alone: Any = shape
                 for key in reversed(path):
@@ -173,7 +182,7 @@ class Checkpoint:
 
     def open_array(self, name: str) -> TensorStore:
         """Parameter ``name`` ("layers/attention/wq"), to be read region by region. Raises UserError where it is not there."""
-        with _told(self.folder / "params", "read"):
+        with told(self.folder / "params", "read"):
             return open_array(self.folder / "params", name)
 
 
@@ -205,16 +214,6 @@ def key_name(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
 
 
-def location(path: str | Path) -> Path:
-    """A path on disk, or in object storage ("gs://bucket/run", by etils.epath)."""
-    return epath.Path(path) if "://" in str(path) else Path(path).expanduser()
-
-
-def absolute(path: Path) -> Path:
-    """As orbax wants it."""
-    return path if "://" in str(path) else path.absolute()
-
-
 def checkpoints_of(run: Path) -> Path:
     """Where a run's checkpoints lie: in its folder checkpoints/, or where a file of that name says."""
     here = run / "checkpoints"
@@ -222,23 +221,37 @@ def checkpoints_of(run: Path) -> Path:
 
 
 def steps_of(run: Path) -> list[int]:
-    """Steps of the whole checkpoints of a run, ascending."""
-    folder = checkpoints_of(run)
-    with _told(folder, "read"):
-        return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    """Steps of the whole checkpoints of a run, ascending. Raises UserError where they cannot be found out."""
+    return _steps_in(checkpoints_of(run))
 
 
-def _step_of_run(run: Path) -> Path:
-    steps = steps_of(run)
+def _steps_in(folder: Path) -> list[int]:
+    found = children(folder)
+    with told(folder, "read"):
+        return sorted(int(path.name) for path in found if path.name.isdecimal() and is_whole(path))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint, which is not under a temporary name, was saved to its end."""
+    return not is_remote(folder) or (folder / COMMITTED).exists()
+
+
+def _best_step(path: Path, names: set[str]) -> Path:
+    """The best step, or else the last, of a run folder or of a folder of steps that holds ``names``."""
+    folder = path if any(name.isdecimal() for name in names) else checkpoints_of(path)
+    steps = _steps_in(folder)
     if not steps:
         raise UserError(
-            f"{run}: expected a run folder, a step folder or a converted checkpoint, found no checkpoint in it"
+            f"{path}: expected a run folder, a step folder or a converted checkpoint, found no checkpoint in it"
         )
-    try:
-        best = json.loads((run / "best.json").read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        best = None
-    return checkpoints_of(run) / str(best if best in steps else steps[-1])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if (best := json.loads((path / "best.json").read_text())["step"]) in steps:
+            return folder / str(best)
+    losses = {}
+    for step in steps:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            losses[step] = float(json.loads((folder / str(step) / "metrics" / "metrics").read_text())["eval_loss"])
+    return folder / str(min(losses, key=lambda step: losses[step], default=steps[-1]))
 
 
 class CheckpointWriter:
@@ -257,7 +270,7 @@ class CheckpointWriter:
             cleanup_tmp_directories=True,
         )
         self._folder = checkpoints_of(run)
-        with _told(self._folder, "write"):
+        with told(self._folder, "write"):
             self._manager = ocp.CheckpointManager(absolute(self._folder), options=options)
 
     def save(
@@ -270,12 +283,12 @@ class CheckpointWriter:
             model=ModelFiles(model, tokenizer),
         )
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
-        with _told(self._folder / str(step), "write"):
+        with told(self._folder / str(step), "write"):
             self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Wait until what was saved is on disk. Raises UserError where that failed."""
-        with _told(self._folder, "write"):
+        with told(self._folder, "write"):
             self._manager.wait_until_finished()
 
     def __enter__(self) -> "CheckpointWriter":
@@ -294,9 +307,10 @@ class CheckpointWriter:
             self._manager.close()
         finally:
             if jax.process_index() == 0:
-                for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                    with contextlib.suppress(OSError):
-                        epath.Path(path).rmtree()
+                with contextlib.suppress(Exception):  # the next start clears it away, too
+                    for path in children(self._folder):
+                        if TEMPORARY in path.name or (path.name.isdecimal() and not is_whole(path)):
+                            epath.Path(path).rmtree()
 
 
 def save_checkpoint(
@@ -310,7 +324,7 @@ def save_checkpoint(
         raise UserError(f"{folder}: expected a new folder, found one that exists; choose another")
     args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), model=ModelFiles(model, tokenizer, weights))
     handlers = ocp.CompositeCheckpointHandler(params=saver_of_stored_arrays(), model=ModelFilesHandler())
-    with _told(folder, "write"), ocp.Checkpointer(handlers) as checkpointer:
+    with told(folder, "write"), ocp.Checkpointer(handlers) as checkpointer:
         checkpointer.save(folder.absolute(), args=args)
 
 
@@ -319,19 +333,3 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
     )
-
-
-@contextlib.contextmanager
-def _told(folder: Path, verb: Literal["read", "write"]) -> Iterator[None]:
-    """Turn what orbax and tensorstore raise, for a disk that is full or a file that is cut, into a UserError."""
-    try:
-        yield
-    except (UserError, NameError, AttributeError, AssertionError):
-        raise
-    except Exception as error:  # orbax raises Exception itself, too
-        reason = " ".join(str(error).split()).split(". See full")[0][:200] or type(error).__name__
-        what, hint = {
-            "read": ("files that are whole", "use another copy of it, or another step"),
-            "write": ("room and permission to write", "make room, or choose another folder"),
-        }[verb]
-        raise UserError(f"{folder}: expected {what}, found: {reason}; {hint}") from error

@@ -168,7 +168,7 @@ class TrainArgs:
     save_dir: str = ""
     """The run folder. Empty: runs/<name of the config>."""
     checkpoint_dir: str = ""
-    """Where checkpoints go: a folder, or object storage (gs://bucket/run, s3://bucket/run). Empty: checkpoints/ in the run folder."""
+    """Where checkpoints go: a folder, or object storage (gs://bucket/folder). Empty: checkpoints/ in the run folder."""
     init_from: str = ""
     """A checkpoint to start from (fine-tuning): its parameters, model arguments and tokenizer. Empty: random parameters."""
     seed: int = 0
@@ -209,6 +209,8 @@ class TrainArgs:
         no_spikes = self.spike_factor == 0 or self.spike_factor > 1
         _check(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)
         _ = self.profile_range
+        on_disk = "a folder on disk (--train.checkpoint-dir may be in object storage)"
+        _check("://" not in self.save_dir, "train.save_dir", on_disk, self.save_dir)
         _check(
             self.batch_size % self.gradient_accumulation_steps == 0,
             "train.gradient_accumulation_steps",

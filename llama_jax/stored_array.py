@@ -11,6 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from llama_jax.storage import kvstore
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredArray:
@@ -30,9 +32,8 @@ def create_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, chunks: 
     # Zarr gives four bits a byte; compressed, they take less than half of one.
     compressor = {"id": "zstd", "level": 1} if dtype.name == "int4" else None
     metadata = {"shape": shape, "chunks": chunks, "dtype": name, "compressor": compressor}
-    kvstore = {"driver": "file", "path": f"{folder.absolute()}/"}
     # Zeros are stored as well, so that a chunk that is missing is an error to whoever reads it.
-    spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata, "store_data_equal_to_fill_value": True}
+    spec = {"driver": "zarr", "kvstore": kvstore(folder), "metadata": metadata, "store_data_equal_to_fill_value": True}
     return ts.open(spec, create=True, open=True).result()
 
 
@@ -44,11 +45,11 @@ def open_array(folder: Path, name: str) -> ts.TensorStore:
     saved = json.loads((folder / "_METADATA").read_text())
     key = name.replace("/", ".")
     if saved["use_ocdbt"]:
-        kvstore = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/", "path": key + "/"}
+        store = {"driver": "ocdbt", "base": kvstore(folder), "path": key + "/"}
     else:
-        kvstore = {"driver": "file", "path": f"{folder.absolute()}/{key}/"}
+        store = kvstore(folder / key)
     driver = "zarr3" if saved["use_zarr3"] else "zarr"
-    spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
+    spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
     return ts.open(spec, open=True, read=True).result()
 
 

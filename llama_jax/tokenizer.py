@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece as spm
-from etils import epath
 
 from llama_jax.errors import UserError
 from llama_jax.files import write_atomically
+from llama_jax.storage import location, told
 
 # SentencePiece reads a string as a whole; longer texts are encoded in parts of about this many characters.
 PART_CHARS = 32_768
@@ -26,11 +26,12 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | Path):
-        self.model_path = epath.Path(model_path)  # a checkpoint's may lie in object storage
-        try:
-            self.model_bytes = self.model_path.read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise UserError(f"{model_path}: expected a SentencePiece model, found no such file") from None
+        self.model_path = location(model_path)
+        with told(self.model_path, "read"):
+            try:
+                self.model_bytes = self.model_path.read_bytes()
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise UserError(f"{model_path}: expected a SentencePiece model, found no such file") from None
         self._sp = spm.SentencePieceProcessor()
         try:
             self._sp.LoadFromSerializedProto(self.model_bytes)

@@ -50,6 +50,7 @@ LONGEST = [
     "test_plan.py",
     "test_loop.py",
     "test_fields.py",
+    "test_storage.py",
     "test_sharding.py",
     "test_speculative.py",
     "test_quantize.py",

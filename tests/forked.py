@@ -54,6 +54,9 @@ class Fork:
     def kill(self) -> None:
         self._process.kill()
 
+    def terminate(self) -> None:
+        self._process.terminate()
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it has said, when it has ended."""
         self._process.join(timeout)

@@ -63,7 +63,7 @@ def survive(folder: Path, kills: int, seed: int, notice_seconds: float) -> dict[
         for ended in end(_start(folder / name, steps)):
             if ended.status:
                 raise RuntimeError(ended.err)
-    a, b = (_outcome(folder / name) for name in ("killed", "whole"))
+    a, b = (outcome(folder / name) for name in ("killed", "whole"))
     return {
         "kills": kills,
         "of process": victims,
@@ -127,7 +127,7 @@ def same(a: Arrays, b: Arrays) -> bool:
     return len(a) > 0 and a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
-def _outcome(run: Path) -> tuple[list[dict[str, Any]], Arrays, Arrays]:
+def outcome(run: Path) -> tuple[list[dict[str, Any]], Arrays, Arrays]:
     """Records without times, the parameters, and the optimizer's state."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     newest = checkpoints_of(run) / str(steps_of(run)[-1])

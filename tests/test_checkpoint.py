@@ -254,7 +254,7 @@ def test_a_training_state_comes_back_bit_for_bit_and_the_best_and_latest_steps_a
     assert not list(tmp_path.rglob("*tmp*"))
 
 
-def test_the_best_step_is_kept_by_a_run_that_goes_on(
+def test_the_best_step_is_kept_by_a_run_that_goes_on_and_found_without_its_run_folder(
     params: Any, args: ModelArgs, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     for saves in ([(1, 3.0), (2, 1.0), (3, 2.0)], [(4, 2.5), (5, None)]):
@@ -262,3 +262,4 @@ def test_the_best_step_is_kept_by_a_run_that_goes_on(
             for step, eval_loss in saves:
                 writer.save(step, params, {"count": jnp.zeros(1)}, args, tokenizer, eval_loss)
     assert steps_of(tmp_path) == [2, 5]
+    assert Checkpoint.find(tmp_path / "checkpoints").folder.name == "2"

@@ -23,6 +23,7 @@ from llama_jax.convert.source import Block, Source
 from llama_jax.errors import UserError
 from llama_jax.files import raw_bytes
 from llama_jax.progress import Progress
+from llama_jax.storage import children, is_remote, location, on_disk
 
 Format = Literal["llama-jax", "huggingface", "meta"]
 # Blocks that are read ahead of the one being written.
@@ -63,14 +64,14 @@ class ConvertArgs:
             raise UserError(
                 f"--weights: expected auto with --to {self.to}, found {self.weights}; leave one of them out"
             )
-        if not self.dry_run and Path(self.output).exists():
+        if on_disk(self.output, "--output").exists() and not self.dry_run:
             raise UserError(f"--output: expected a folder that does not exist, found {self.output}; choose another")
 
 
 def convert(args: ConvertArgs) -> None:
     """Convert as ``args`` say, and report. Raises UserError; then nothing is left that looks finished."""
     args.check()
-    folder = Path(args.input).expanduser()
+    folder = location(args.input)
     with contextlib.ExitStack() as stack:
         source = open_source(folder, args, stack)
         output = Path(args.output).expanduser()
@@ -89,12 +90,22 @@ def convert(args: ConvertArgs) -> None:
 
 def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) -> Source:
     """The checkpoint in ``folder``, of whichever format. Raises UserError where there is none."""
+    if is_remote(folder):
+        if any(path.name in ("params.json", "config.json") for path in children(folder)):
+            raise UserError(
+                f"--input: expected Meta's or Hugging Face's files on disk, found {folder}; copy them (gcloud storage cp -r)"
+            )
+        return _own(folder, args)
     if not folder.is_dir():
         raise UserError(f"--input: expected a folder, found {'a file' if folder.exists() else 'nothing'} at {folder}")
     if any(folder.glob("consolidated.*")) or (folder / "params.json").exists():
         return MetaSource(folder, args.tokenizer, args.max_seq_len, stack)
     if (folder / "config.json").exists():
         return HuggingFaceSource(folder, args.tokenizer, args.max_seq_len, stack)
+    return _own(folder, args)
+
+
+def _own(folder: Path, args: ConvertArgs) -> OwnSource:
     if args.tokenizer or args.max_seq_len:
         raise UserError(
             "--tokenizer and --max-seq-len: expected none with a checkpoint of llama-jax, which has its own"

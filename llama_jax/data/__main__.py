@@ -11,6 +11,7 @@ from llama_jax.data.text import replacement_warning
 from llama_jax.data.tokens import read_manifest
 from llama_jax.errors import UserError, run_command
 from llama_jax.flags import parse_flags
+from llama_jax.storage import on_disk
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def main() -> None:
     data_args.check()
     if read_manifest(Path(args.filepath)) is not None:
         raise UserError(f"--filepath: expected a text, found tokens that are prepared already in {args.filepath}")
-    output = Path(args.output)
+    output = on_disk(args.output, "--output")
     data = load_data(data_args, output, output / "tokenizer.model", workers=args.workers)
     manifest = data.tokens.manifest
     if manifest.replaced_sequences:

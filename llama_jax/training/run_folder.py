@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 
-from llama_jax.checkpoint import Checkpoint, absolute, checkpoints_of, location, steps_of
+from llama_jax.checkpoint import Checkpoint, checkpoints_of, steps_of
 from llama_jax.config import Config, ModelArgs, TrainArgs, load_toml, to_toml
 from llama_jax.distributed import is_main
 from llama_jax.errors import UserError
 from llama_jax.files import write_atomically
+from llama_jax.storage import PROBE, absolute, check_writable, children, is_remote, location
 from llama_jax.training.tensorboard import Events
 
 # What a run cannot change between two starts: its model, and which tokens a step reads.
@@ -72,18 +73,22 @@ class RunFolder:
             reason = error.strerror or str(error)
             raise UserError(f"train.save_dir: expected a folder to write to, found {self.path}: {reason}") from None
         here = self.path / "checkpoints"
-        if checkpoint_dir and not here.exists():
-            if (folder := location(checkpoint_dir)).is_dir() and any(folder.iterdir()):
-                raise UserError(
-                    f"train.checkpoint_dir: expected a new or an empty folder for a new run, found {checkpoint_dir} in use; "
-                    "choose another"
-                )
-            write_atomically(here, str(absolute(folder)) + "\n")
-        elif checkpoint_dir and str(self.checkpoints) != str(absolute(location(checkpoint_dir))):
+        new = not here.exists()
+        folder = location(checkpoint_dir) if checkpoint_dir and new else self.checkpoints
+        if checkpoint_dir and str(absolute(folder)) != str(absolute(location(checkpoint_dir))):
             raise UserError(
-                f"train.checkpoint_dir: expected {self.checkpoints}, where this run's checkpoints are, found {checkpoint_dir}; "
+                f"train.checkpoint_dir: expected {folder}, where this run's checkpoints are, found {checkpoint_dir}; "
                 "leave it out, or choose another --train.save-dir"
             )
+        if checkpoint_dir and new and any(path.name != PROBE for path in children(folder)):
+            raise UserError(
+                f"train.checkpoint_dir: expected a new or an empty folder for a new run, found {checkpoint_dir} in use; "
+                "choose another"
+            )
+        if is_remote(folder):
+            check_writable(folder, "train.checkpoint_dir")
+        if checkpoint_dir and new:
+            write_atomically(here, str(absolute(folder)) + "\n")
 
     def check_shared(self, start: int) -> None:
         """Raise UserError where this process does not see the folder, or process 0's last checkpoint, that of step ``start``."""
