@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llama_jax.distributed import PREEMPTED
-from tests import forked
+from tests import bucket, forked
 from tests.commands import ROOT, SHORT_RUN, SMALL, SMALL_MODEL, STORIES, run, told
 from tests.processes import free_address
 
@@ -44,8 +45,17 @@ def documented_commands() -> list[str]:
     return list(found)
 
 
-def test_every_documented_command_runs(place: Path) -> None:
-    """Trainings are cut to a few steps of a small model, and installing is left to CI. A program is started once, then forked."""
+@pytest.fixture
+def stored() -> Iterator[bucket.Bucket]:
+    with bucket.running() as running:
+        yield running
+
+
+def test_every_documented_command_runs(place: Path, stored: bucket.Bucket) -> None:
+    """Trainings are cut to a few steps of a small model, and installing is left to CI. A program is started once, then forked.
+
+    gs://bucket is that of tests/bucket.py.
+    """
     for source, output, to in (
         ("runs/tiny", "llama-2-7b", "meta"),
         ("llama-2-7b", "Llama-2-7b-hf", "huggingface"),
@@ -79,7 +89,8 @@ def test_every_documented_command_runs(place: Path) -> None:
         program = argv[:2] if argv[0] == "-m" else argv[:1]
         execute = forked.run if program in started else run
         started.append(program)
-        result = execute(argv, place, shlex.split(echoed)[1] + "\n" if echoed else "Hi\n")
+        stdin = shlex.split(echoed)[1] + "\n" if echoed else "Hi\n"
+        result = execute(argv, place, stdin, stored.environment if "gs://" in line else None)
         assert result.returncode == 0, f"{line}\n{result.stderr}"
 
 
