@@ -16,8 +16,9 @@ PROJECTION = "projection"
 
 # A TPU multiplies on its matrix unit what has at least this many rows, and element by element what has less.
 MATRIX_ROWS = 8
-# A CPU sums the products of so many rows itself, in so many parts side by side.
+# A CPU sums the products of so many rows itself, in so many parts side by side; float32 ones of matrices less wide than this.
 CPU_SUMMED, CPU_SUMMED_INT8, CPU_PARTS = 1, 4, 8
+CPU_WIDE = 8192
 # A GPU sums a single row's products with int8 in so many parts.
 GPU_PARTS = 16
 
@@ -72,7 +73,8 @@ def _rows_on_gpu(x: jax.Array, values: jax.Array) -> jax.Array:
 
 def _rows_on_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
     integers = values.dtype == jnp.int8
-    if len(x) > (CPU_SUMMED_INT8 if integers else CPU_SUMMED):
+    wide = values.shape[1] >= CPU_WIDE and not integers
+    if len(x) > (CPU_SUMMED_INT8 if integers else CPU_SUMMED) or wide:
         return _rows(x, values)
     if integers:
         # Zeros that come out of x: without them a loop of steps would convert the matrix once, and read it four times as wide.

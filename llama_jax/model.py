@@ -61,15 +61,24 @@ def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[np.ndarra
 def rotary(x: jax.Array, angles: Angles) -> jax.Array:
     """Rotate feature i of each head with feature i + H/2, by the position's angles: [B, T, N, H] -> the same.
 
-    x cos + (x quarter-turned) sin, where a quarter turn takes halves (a, b) to (-b, a). As a product with a matrix of 0, 1
-    and -1, which is exact, it costs a TPU next to nothing; halves of a head would lie across its vector registers.
+    x cos + (x quarter-turned) sin, where a quarter turn takes halves (a, b) to (-b, a).
     Meta rotates neighbours (2i, 2i + 1) instead; its weights are permuted to these halves when they are imported.
     """
     cos, sin = angles
+    turned = jax.lax.platform_dependent(x, tpu=_turned_by_product, default=_turned)
+    return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([-b, a], axis=-1)
+
+
+def _turned_by_product(x: jax.Array) -> jax.Array:
+    """With a matrix of 0, 1 and -1, which is exact and costs a TPU next to nothing; halves would lie across its vector registers."""
     H = x.shape[-1]
     quarter_turn = np.eye(H, k=H // 2) - np.eye(H, k=-H // 2)
-    turned = jnp.einsum("BTNH,HI->BTNI", x, quarter_turn.astype(x.dtype), precision="highest")
-    return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
+    return jnp.einsum("BTNH,HI->BTNI", x, quarter_turn.astype(x.dtype), precision="highest")
 
 
 def _matrix(module: nn.Module, name: str, std: float, **axes: int) -> jax.Array:
