@@ -31,7 +31,7 @@ KEEP_FREED_MEMORY = {
     -8: 1,  # M_ARENA_MAX: one heap, from which all threads allocate
     -4: 0,  # M_MMAP_MAX: large blocks too lie on the heap
     -2: 64 << 20,  # M_TOP_PAD, bytes: the heap grows in large strides
-    -1: (1 << 31) - 1,  # M_TRIM_THRESHOLD, bytes: and does not shrink
+    -1: -1,  # M_TRIM_THRESHOLD: and never shrinks
 }
 
 
