@@ -16,7 +16,8 @@ PROJECTION = "projection"
 
 # A TPU multiplies on its matrix unit what has at least this many rows, and element by element what has less.
 MATRIX_ROWS = 8
-# A CPU sums the products of so many rows itself, in so many parts side by side; float32 ones of matrices less wide than this.
+# A CPU sums the products of so many rows itself, in so many parts side by side. Partial sums of float32 matrices as wide as
+# this would leave the cores' caches: there XLA's dot, which has none, is faster.
 CPU_SUMMED, CPU_SUMMED_INT8, CPU_PARTS = 1, 4, 8
 CPU_WIDE = 8192
 # A GPU sums a single row's products with int8 in so many parts.
@@ -88,15 +89,19 @@ def _sum_of_products(x: jax.Array, values: jax.Array) -> jax.Array:
     A dot of int8 would write a converted matrix first; here it is converted in registers. x becomes integers then, of 20 bits
     for the largest, which is about float32's own error: sums of integers may be taken in any order, and are vectorised.
     """
-    parts = math.gcd(len(x), CPU_PARTS)
+    # Inputs may be spread over devices: each slices its own.
+    shards = math.gcd(len(x), max(1, jax.sharding.get_abstract_mesh().size))
+    parts = math.gcd(len(x) // shards, CPU_PARTS)
     scale: jax.Array | float = 1.0
     if values.dtype == jnp.int8:
         # Sums of the parts do not overflow, even where rounding makes the largest a little larger.
         x, scale = to_integers(x, axis=0, dtype=jnp.int32, most=(2**31 - 1) // (128 * parts))
-    x, values = x.reshape(parts, -1, 1), values.reshape(parts, len(x) // parts, -1)
-    side_by_side = jnp.asarray(sum(x[i] * values[i].astype(x.dtype) for i in range(parts)))
+    rows = len(x) // (shards * parts)
+    x, values = x.reshape(shards, parts, rows, 1), values.reshape(shards, parts, rows, -1)
+    side_by_side = jnp.asarray(sum(x[:, i] * values[:, i].astype(x.dtype) for i in range(parts)))
     # A dot, since XLA would take the sum for one output after the other.
-    return jnp.full(x.shape[1], scale, jnp.float32) @ side_by_side.astype(jnp.float32)
+    ones = jnp.full((shards, rows), scale, jnp.float32)
+    return jnp.einsum("SR,SRF->F", ones, side_by_side.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

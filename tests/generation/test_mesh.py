@@ -1,15 +1,19 @@
 """Generation over a mesh says what one device says: heads over "tensor", rows over "data"."""
 
 import json
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llama_jax.config import MeshArgs, SampleArgs
 from llama_jax.generation.serving import serve
-from llama_jax.sharding import make_mesh, parameter_shardings
+from llama_jax.linear import linear
+from llama_jax.quantize import Matrix, quantize
+from llama_jax.sharding import make_mesh, on_mesh, parameter_shardings, spec
 from llama_jax.tokenizer import train_tokenizer
 from tests.eight_devices import run_on_eight_devices
 from tests.generation.models import decode, never_ending, prompts_of_lengths
@@ -24,8 +28,20 @@ LENGTHS = [1, 7, 70, 30, 16]  # five rows, which no mesh here divides
 GREEDY, SAMPLED = SampleArgs(temperature=0.0), SampleArgs(temperature=1.0, seed=3)
 
 
+def collectives(kind: str) -> list[str]:
+    """Of one row's product with a matrix whose inputs lie over eight devices."""
+    mesh = make_mesh(MeshArgs(data=1, tensor=8))
+    matrix = Matrix(jnp.ones((256, 64))) if kind == "auto" else quantize(jnp.ones((256, 64)), 1, "int8")
+    values = jax.device_put(matrix.values, jax.NamedSharding(mesh, spec("mlp", "embed")))
+    x = jax.device_put(jnp.ones((1, 1, 256)), jax.NamedSharding(mesh, spec(None, None, "mlp")))
+    with on_mesh(mesh):
+        product = jax.jit(lambda x, w: linear("BTF,FD->BTD", x, w))
+        text = product.lower(x, matrix.replace(values=values)).compile().as_text()
+    return sorted(set(re.findall(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)))
+
+
 def main() -> None:
-    """Print, by mesh ("one device" first), what greedy, sampled and quantized generation say."""
+    """Print, by mesh ("one device" first), what greedy, sampled and quantized generation say; and the collectives of a product."""
     import tempfile
     from pathlib import Path
 
@@ -45,6 +61,7 @@ def main() -> None:
                     found[name][f"{kind} {weights}"] = ids.tolist(), logprobs.tolist()
             wq = served["layers"][0]["attention"]["wq"]
             found[name]["shard"] = wq.values.addressable_shards[0].data.shape
+        found["collectives"] = {kind: collectives(kind) for kind in ("auto", "int8")}
     print(json.dumps(found))
 
 
@@ -68,6 +85,11 @@ def test_every_mesh_makes_the_tokens_of_one_device(found: Any, mesh: str, kind: 
 )
 def test_each_device_holds_its_part_of_a_matrix(found: Any, mesh: str, shard: list[int]) -> None:
     assert found[mesh]["shard"] == shard
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_a_matrix_whose_inputs_are_spread_is_multiplied_where_it_lies(found: Any, kind: str) -> None:
+    assert found["collectives"][kind] == ["all-reduce"]
 
 
 if __name__ == "__main__":
