@@ -22,7 +22,7 @@ from llama_jax.config import AttentionKernel, ModelArgs, Remat
 from llama_jax.embedding import embed
 from llama_jax.linear import linear
 from llama_jax.remat import MIDDLE, POLICIES
-from llama_jax.sharding import constrain
+from llama_jax.sharding import constrain, parameter_shapes
 
 # Cosines and sines: two arrays float32 [B or 1, T, 1, H].
 Angles = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
@@ -211,5 +211,4 @@ def is_norm(path: Sequence[Any]) -> bool:
 
 def count_parameters(args: ModelArgs) -> int:
     """Exact number of parameters, without making any."""
-    shapes = jax.eval_shape(Llama(args).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nn.unbox(shapes)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(Llama(args))))

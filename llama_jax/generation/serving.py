@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +17,7 @@ from llama_jax.checkpoint import key_name
 from llama_jax.config import Weights
 from llama_jax.model import Llama, is_norm
 from llama_jax.quantize import Matrix, quantize
-from llama_jax.sharding import mesh_of, spec
+from llama_jax.sharding import mesh_of, parameter_shapes, spec
 
 # Logical axes (sharding.py) of a layer's flat matrices, inputs first, and of the two that belong to no layer.
 AXES = {
@@ -132,7 +131,6 @@ def stacked_shapes(model: Llama, dtype: Any = None) -> Any:
 
     dtype: of the matrices but the embeddings, where it is another.
     """
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
     def typed(path: KeyPath, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if is_norm(path):
@@ -140,7 +138,7 @@ def stacked_shapes(model: Llama, dtype: Any = None) -> Any:
         other = dtype is not None and key_name(path[-1]) != "tok_embeddings"
         return jax.ShapeDtypeStruct(s.shape, dtype if other else model.dtype)
 
-    return tree_map_with_path(typed, shapes)
+    return tree_map_with_path(typed, parameter_shapes(model))
 
 
 def quantized_shapes(model: Llama, weights: Weights) -> Any:

@@ -20,7 +20,7 @@ from llama_jax.data.batches import Batch
 from llama_jax.loss import loss_sum
 from llama_jax.model import Llama, is_norm
 from llama_jax.runtime import compiler_options
-from llama_jax.sharding import batch_sharding, on_mesh, parameter_shardings, replicated
+from llama_jax.sharding import batch_sharding, on_mesh, parameter_shapes, parameter_shardings, replicated
 from llama_jax.training.bad_steps import LossHistory, watched
 
 
@@ -71,9 +71,7 @@ def make_optimizer(args: TrainArgs, steps: int) -> optax.GradientTransformationE
 
 def state_shapes(model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> TrainState:
     """The state's shapes, each with its sharding: the optimizer's moments are laid out as their parameters."""
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    shapes = nn.unbox(variables)["params"]
-    shardings = parameter_shardings(model, mesh)
+    shapes, shardings = parameter_shapes(model), parameter_shardings(model, mesh)
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
     opt_shardings = optax.tree_map_params(
         optimizer, lambda _, s: s, opt_shapes, shardings, transform_non_params=lambda _: replicated(mesh)
