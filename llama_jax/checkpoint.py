@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -85,14 +85,15 @@ class Checkpoint:
         Raises UserError where ``path`` is none of these.
         """
         path = location(path)
-        names = {child.name for child in children(path)}
+        found = children(path)
         with told(path, "read"):
-            if not names and not path.is_dir():
+            if not found and not path.is_dir():
                 raise UserError(
                     f"{path}: expected a checkpoint folder, found {'a file' if path.exists() else 'nothing'}"
                 )
-            folder = path if "model" in names else _best_step(path, names)
-            if not is_whole(folder):
+            is_checkpoint = any(child.name == "model" for child in found)
+            folder = path if is_checkpoint else _best_step(path, found)
+            if is_checkpoint and not is_whole(folder):
                 raise UserError(
                     f"{folder}: expected a whole checkpoint, found no {COMMITTED} in it, which is added last; choose another "
                     "step, or wait until it is saved"
@@ -222,13 +223,13 @@ def checkpoints_of(run: Path) -> Path:
 
 def steps_of(run: Path) -> list[int]:
     """Steps of the whole checkpoints of a run, ascending. Raises UserError where they cannot be found out."""
-    return _steps_in(checkpoints_of(run))
-
-
-def _steps_in(folder: Path) -> list[int]:
-    found = children(folder)
+    folder = checkpoints_of(run)
     with told(folder, "read"):
-        return sorted(int(path.name) for path in found if path.name.isdecimal() and is_whole(path))
+        return _whole_steps(children(folder))
+
+
+def _whole_steps(found: Sequence[Path]) -> list[int]:
+    return sorted(int(path.name) for path in found if path.name.isdecimal() and is_whole(path))
 
 
 def is_whole(folder: Path) -> bool:
@@ -236,10 +237,10 @@ def is_whole(folder: Path) -> bool:
     return not is_remote(folder) or (folder / COMMITTED).exists()
 
 
-def _best_step(path: Path, names: set[str]) -> Path:
-    """The best step, or else the last, of a run folder or of a folder of steps that holds ``names``."""
-    folder = path if any(name.isdecimal() for name in names) else checkpoints_of(path)
-    steps = _steps_in(folder)
+def _best_step(path: Path, found: Sequence[Path]) -> Path:
+    """The best step, or else the last, of a run folder or of a folder of steps, ``path``, in which ``found`` lies."""
+    is_of_steps = any(child.name.isdecimal() for child in found)
+    folder, steps = (path, _whole_steps(found)) if is_of_steps else (checkpoints_of(path), steps_of(path))
     if not steps:
         raise UserError(
             f"{path}: expected a run folder, a step folder or a converted checkpoint, found no checkpoint in it"

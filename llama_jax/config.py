@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llama_jax.errors import UserError
+from llama_jax.files import is_address
 
 T = TypeVar("T")
 
@@ -210,7 +211,7 @@ class TrainArgs:
         _check(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)
         _ = self.profile_range
         on_disk = "a folder on disk (--train.checkpoint-dir may be in object storage)"
-        _check("://" not in self.save_dir, "train.save_dir", on_disk, self.save_dir)
+        _check(not is_address(self.save_dir), "train.save_dir", on_disk, self.save_dir)
         _check(
             self.batch_size % self.gradient_accumulation_steps == 0,
             "train.gradient_accumulation_steps",

@@ -1,11 +1,17 @@
-"""Files that appear whole or not at all, and the bytes that go into them."""
+"""Files that appear whole or not at all, the bytes that go into them, and what is no file's path."""
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+
+def is_address(path: str) -> bool:
+    """Whether ``path`` is an address, such as gs://bucket/folder, and not a path on disk."""
+    return re.match(r"[\w.+-]{2,}:/", path) is not None
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import tensorstore as ts
 from etils import epath
 
 from llama_jax.errors import UserError
+from llama_jax.files import is_address
 
 # gcsfs would remember what a folder held, and so miss the arrays, which tensorstore writes past it, and what other processes do.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
@@ -28,7 +29,7 @@ PROBE = ".writable"
 def location(path: str | Path) -> Path:
     """A path on disk, or in object storage. Raises UserError on an address of any other kind, or where gcsfs is not installed."""
     text = os.fspath(path)
-    if not re.match(r"\w{2,}:/", text):
+    if not is_address(text):
         return Path(text).expanduser()
     if not re.match(r"gs://[^/]", text):
         raise UserError(
@@ -47,7 +48,7 @@ def is_remote(path: Path) -> bool:
 
 def on_disk(path: str, key: str) -> Path:
     """A path on disk. Raises UserError, which names ``key``, on an address in object storage."""
-    if "://" in path:
+    if is_address(path):
         raise UserError(
             f"{key}: expected a folder on disk, found {path}; write to one, then copy it (gcloud storage cp -r)"
         )

@@ -64,17 +64,16 @@ class ConvertArgs:
             raise UserError(
                 f"--weights: expected auto with --to {self.to}, found {self.weights}; leave one of them out"
             )
-        if on_disk(self.output, "--output").exists() and not self.dry_run:
-            raise UserError(f"--output: expected a folder that does not exist, found {self.output}; choose another")
 
 
 def convert(args: ConvertArgs) -> None:
     """Convert as ``args`` say, and report. Raises UserError; then nothing is left that looks finished."""
     args.check()
-    folder = location(args.input)
+    folder, output = location(args.input), on_disk(args.output, "--output")
+    if output.exists() and not args.dry_run:
+        raise UserError(f"--output: expected a folder that does not exist, found {output}; choose another")
     with contextlib.ExitStack() as stack:
         source = open_source(folder, args, stack)
-        output = Path(args.output).expanduser()
         report.announce(source, args.to, output, args.weights)
         report.check_space(source, output, args.weights, args.dry_run)
         if args.dry_run:
