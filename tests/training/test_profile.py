@@ -15,6 +15,9 @@ from llama_jax.errors import UserError
 from llama_jax.training import profile
 from tests.training.test_bad_steps import spoilt, train  # noqa: F401
 
+# Else traces would hold all that they do, and take seconds to write.
+NEITHER_EVALUATED_NOR_SAVED = {"eval_interval": 20, "save_interval": 20}
+
 
 def traced_steps(folder: Path) -> list[int]:
     """Numbers of the steps in the one trace of a run folder, read from the file that Perfetto opens."""
@@ -25,7 +28,7 @@ def traced_steps(folder: Path) -> list[int]:
 
 
 def test_a_trace_holds_just_the_steps_that_were_asked_for_and_its_folder_is_told(tmp_path: Path, spoilt: Any) -> None:  # noqa: F811
-    out = train(tmp_path / "run", profile_steps="3-5")
+    out = train(tmp_path / "run", profile_steps="3-5", **NEITHER_EVALUATED_NOR_SAVED)
     assert traced_steps(tmp_path / "run") == [3, 4, 5]
     assert f"trace of steps 3 to 5: {tmp_path / 'run' / 'profile'}" in out
 
@@ -37,7 +40,7 @@ def test_a_run_that_goes_on_traces_what_is_left_of_the_range_and_one_that_ends_e
     train(tmp_path / "run", max_steps=4)
     train(tmp_path / "run", profile_steps="1-3", max_steps=5)
     assert not (tmp_path / "run" / "profile").exists()
-    train(tmp_path / "run", profile_steps="3-20", max_steps=8)
+    train(tmp_path / "run", profile_steps="3-20", max_steps=8, **NEITHER_EVALUATED_NOR_SAVED)
     assert traced_steps(tmp_path / "run") == [6, 7, 8]
 
 
