@@ -29,9 +29,9 @@ from tests import numpy_llama
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def collected() -> Iterator[None]:
-    """Have it complain here, not in a later test."""
+    """Have it complain here, not in a later file."""
     yield
     gc.collect()
 
