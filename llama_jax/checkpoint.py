@@ -224,12 +224,12 @@ def checkpoints_of(run: Path) -> Path:
 def steps_of(run: Path) -> list[int]:
     """Steps of the whole checkpoints of a run, ascending. Raises UserError where they cannot be found out."""
     folder = checkpoints_of(run)
+    return _steps_in(folder, children(folder))
+
+
+def _steps_in(folder: Path, found: Sequence[Path]) -> list[int]:
     with told(folder, "read"):
-        return _whole_steps(children(folder))
-
-
-def _whole_steps(found: Sequence[Path]) -> list[int]:
-    return sorted(int(path.name) for path in found if path.name.isdecimal() and is_whole(path))
+        return sorted(int(path.name) for path in found if path.name.isdecimal() and is_whole(path))
 
 
 def is_whole(folder: Path) -> bool:
@@ -240,7 +240,8 @@ def is_whole(folder: Path) -> bool:
 def _best_step(path: Path, found: Sequence[Path]) -> Path:
     """The best step, or else the last, of a run folder or of a folder of steps, ``path``, in which ``found`` lies."""
     is_of_steps = any(child.name.isdecimal() for child in found)
-    folder, steps = (path, _whole_steps(found)) if is_of_steps else (checkpoints_of(path), steps_of(path))
+    folder = path if is_of_steps else checkpoints_of(path)
+    steps = _steps_in(folder, found if is_of_steps else children(folder))
     if not steps:
         raise UserError(
             f"{path}: expected a run folder, a step folder or a converted checkpoint, found no checkpoint in it"

@@ -11,7 +11,7 @@ import numpy as np
 
 def is_address(path: str) -> bool:
     """Whether ``path`` is an address, such as gs://bucket/folder, and not a path on disk."""
-    return re.match(r"[\w.+-]{2,}:/", path) is not None
+    return "://" in path or re.match(r"\w{2,}:/", path) is not None
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ PROJECTION = "projection"
 
 # A TPU multiplies on its matrix unit what has at least this many rows, and element by element what has less.
 MATRIX_ROWS = 8
-# A CPU sums the products of so many rows itself, in so many parts side by side. Partial sums of float32 matrices as wide as
-# this would leave the cores' caches: there XLA's dot, which has none, is faster.
+# A CPU sums the products of so many rows itself, in so many parts side by side.
 CPU_SUMMED, CPU_SUMMED_INT8, CPU_PARTS = 1, 4, 8
+# Partial sums of float32 matrices as wide as this would leave a CPU's caches: XLA's dot, which has none, is faster there.
 CPU_WIDE = 8192
 # A GPU sums a single row's products with int8 in so many parts.
 GPU_PARTS = 16
@@ -90,7 +90,7 @@ def _sum_of_products(x: jax.Array, values: jax.Array) -> jax.Array:
     for the largest, which is about float32's own error: sums of integers may be taken in any order, and are vectorised.
     """
     # Inputs may be spread over devices: each slices its own.
-    shards = math.gcd(len(x), max(1, jax.sharding.get_abstract_mesh().size))
+    shards = math.gcd(len(x), jax.sharding.get_abstract_mesh().size or 1)
     parts = math.gcd(len(x) // shards, CPU_PARTS)
     scale: jax.Array | float = 1.0
     if values.dtype == jnp.int8:
@@ -100,8 +100,8 @@ def _sum_of_products(x: jax.Array, values: jax.Array) -> jax.Array:
     x, values = x.reshape(shards, parts, rows, 1), values.reshape(shards, parts, rows, -1)
     side_by_side = jnp.asarray(sum(x[:, i] * values[:, i].astype(x.dtype) for i in range(parts)))
     # A dot, since XLA would take the sum for one output after the other.
-    ones = jnp.full((shards, rows), scale, jnp.float32)
-    return jnp.einsum("SR,SRF->F", ones, side_by_side.astype(jnp.float32))
+    scales = jnp.full((shards, rows), scale, jnp.float32)
+    return jnp.einsum("SR,SRF->F", scales, side_by_side.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +19,7 @@ from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
 from llama_jax.model import Llama
-from llama_jax.sharding import make_mesh
+from llama_jax.sharding import make_mesh, parameter_shapes
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.training.step import init_state, make_optimizer, state_shapes
 from tests import numpy_llama
@@ -51,8 +50,7 @@ def args(tokenizer: Tokenizer) -> ModelArgs:
 
 @pytest.fixture(scope="module")
 def params(args: ModelArgs) -> Any:
-    shapes = nn.unbox(jax.eval_shape(Llama(args).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    return jax.tree.map(jnp.asarray, numpy_llama.random_params(shapes))
+    return jax.tree.map(jnp.asarray, numpy_llama.random_params(parameter_shapes(Llama(args))))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from llama_jax.errors import UserError
 from llama_jax.evaluate import _windows, evaluate
 from llama_jax.generation import Model
 from llama_jax.model import Llama
+from llama_jax.sharding import parameter_shapes
 from llama_jax.tokenizer import Tokenizer
 from tests import numpy_llama
 
@@ -27,8 +27,7 @@ def model(small_tokenizer: Tokenizer) -> Model:
     vocab = small_tokenizer.vocab_size
     args = ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=vocab, multiple_of=8, max_seq_len=CONTEXT)
     module = Llama(args)
-    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    params = numpy_llama.random_params(shapes)
+    params = numpy_llama.random_params(parameter_shapes(module))
     return Model(args, params, small_tokenizer, module)
 
 

@@ -15,6 +15,7 @@ from llama_jax.config import ModelArgs, Remat
 from llama_jax.loss import cross_entropy
 from llama_jax.model import Llama, count_parameters
 from llama_jax.runtime import make_model
+from llama_jax.sharding import parameter_shapes
 from tests import numpy_llama
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, multiple_of=8, max_seq_len=1000)
@@ -23,8 +24,7 @@ ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, mul
 @functools.cache
 def random_params(args: ModelArgs) -> Any:
     """Parameters of the size of initial ones, with the norms' weights away from one."""
-    shapes = nn.unbox(jax.eval_shape(Llama(args).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    return numpy_llama.random_params(shapes)
+    return numpy_llama.random_params(parameter_shapes(Llama(args)))
 
 
 @functools.cache
@@ -145,8 +145,7 @@ def test_every_model_field_is_covered_by_a_claim_below() -> None:
 @pytest.mark.parametrize("field", CHANGES_SHAPES)
 def test_field_changes_the_shapes(field: str) -> None:
     def shapes(args: ModelArgs) -> Any:
-        variables = jax.eval_shape(Llama(args).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-        return jax.tree.map(lambda leaf: leaf.shape, nn.unbox(variables))
+        return jax.tree.map(lambda leaf: leaf.shape, parameter_shapes(Llama(args)))
 
     assert shapes(dataclasses.replace(ARGS, **{field: CHANGES_SHAPES[field]})) != shapes(ARGS)
 

@@ -24,6 +24,6 @@ print(end - libc.sbrk(0))
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
-def test_memory_that_a_step_frees_is_kept_however_much_it_is():
+def test_memory_that_a_step_frees_is_kept_however_much_it_is() -> None:
     done = subprocess.run([sys.executable, "-c", FREE_3_GIB], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 0

@@ -69,9 +69,10 @@ class ConvertArgs:
 def convert(args: ConvertArgs) -> None:
     """Convert as ``args`` say, and report. Raises UserError; then nothing is left that looks finished."""
     args.check()
-    folder, output = location(args.input), on_disk(args.output, "--output")
+    output = on_disk(args.output, "--output")
     if output.exists() and not args.dry_run:
-        raise UserError(f"--output: expected a folder that does not exist, found {output}; choose another")
+        raise UserError(f"--output: expected a folder that does not exist, found {args.output}; choose another")
+    folder = location(args.input)
     with contextlib.ExitStack() as stack:
         source = open_source(folder, args, stack)
         report.announce(source, args.to, output, args.weights)

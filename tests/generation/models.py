@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from llama_jax.config import ModelArgs, SampleArgs
 from llama_jax.generation import Model
 from llama_jax.generation.decode import CHUNK, generate_chunks
 from llama_jax.model import Llama
+from llama_jax.sharding import parameter_shapes
 from llama_jax.tokenizer import Tokenizer
 from tests import numpy_llama
 
@@ -21,8 +21,7 @@ def build(tokenizer: Tokenizer, **args: Any) -> Model:
     defaults = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 8, "max_seq_len": 256}
     model_args = ModelArgs(vocab_size=tokenizer.vocab_size, **(defaults | args))
     module = Llama(model_args)
-    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    params = jax.tree.map(jnp.asarray, numpy_llama.random_params(shapes))
+    params = jax.tree.map(jnp.asarray, numpy_llama.random_params(parameter_shapes(module)))
     return Model(model_args, params, tokenizer, module)
 
 
