@@ -3,12 +3,14 @@
     <step>/params/                  the parameters (model.py's tree, float32 from training; or quantized, as generation holds them)
     <step>/model/model.json         the model arguments; "weights", where they are quantized
     <step>/model/tokenizer.model    the tokenizer
+    <step>/model/origin.json        the run that made it, and the text that it was trained on; of a run
     <step>/state/                   the optimizer's state; only in checkpoints that training can resume from
     <step>/metrics/metrics          the held-out loss; of an evaluated step
+    <step>/checksums.json           a checksum of every other file, written last: a checkpoint without it is not whole
 
 A run folder holds such folders under checkpoints/, or a file of that name that says where they lie (see ``checkpoints_of``).
-Orbax writes each under a temporary name and renames it when it is whole; in object storage, where nothing is renamed, it adds
-the file commit_success.txt instead.
+Orbax writes each under a temporary name and renames it; in object storage, where nothing is renamed, it adds the file
+commit_success.txt instead. Checkpoints from before there were checksums are whole without them.
 """
 
 import contextlib
@@ -23,9 +25,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.tree_util import KeyPath, tree_leaves_with_path
-from orbax.checkpoint import checkpoint_managers
 from tensorstore import TensorStore
 
+from llama_jax import checksums
 from llama_jax.config import ModelArgs, Weights, from_dict
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage import absolute, children, is_remote, location, told
@@ -39,6 +41,10 @@ for name in ("asyncio", "absl"):
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 COMMITTED = "commit_success.txt"
+ORIGIN = "origin.json"
+# The key of model.json that says that checksums.json is written last.
+PROMISE = "checksums"
+DAMAGED = "use another copy of it, or another step"
 
 
 class ModelFilesHandler(ocp.CheckpointHandler):
@@ -50,8 +56,10 @@ class ModelFilesHandler(ocp.CheckpointHandler):
             return
         folder = epath.Path(directory)
         table = dataclasses.asdict(args.model) | ({} if args.weights == "auto" else {"weights": args.weights})
-        (folder / "model.json").write_text(json.dumps(table, indent=1))
+        (folder / "model.json").write_text(json.dumps(table | {PROMISE: True}, indent=1))
         (folder / "tokenizer.model").write_bytes(args.tokenizer.model_bytes)
+        if args.origin:
+            (folder / ORIGIN).write_text(json.dumps(args.origin, indent=1))
 
     def restore(self, directory: Any, args: Any = None) -> None:
         """Not used: see ``Checkpoint``."""
@@ -66,6 +74,7 @@ class ModelFiles(ocp.args.CheckpointArgs):
     model: ModelArgs
     tokenizer: Tokenizer
     weights: Weights = "auto"
+    origin: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +102,9 @@ class Checkpoint:
                 )
             is_checkpoint = any(child.name == "model" for child in found)
             folder = path if is_checkpoint else _best_step(path, found)
-            if is_checkpoint and not is_whole(folder):
+            if is_checkpoint and (missing := _missing_mark(folder)):
                 raise UserError(
-                    f"{folder}: expected a whole checkpoint, found no {COMMITTED} in it, which is added last; choose another "
+                    f"{folder}: expected a whole checkpoint, found no {missing} in it, which is added last; choose another "
                     "step, or wait until it is saved"
                 )
             source = folder / "model" / "model.json"
@@ -105,6 +114,7 @@ class Checkpoint:
                     raise ValueError("not an object")
             except (OSError, ValueError) as error:
                 raise UserError(f"{source}: expected the model arguments of a checkpoint, found {error}") from None
+        table.pop(PROMISE, None)
         weights = table.pop("weights", "auto")
         if weights not in get_args(Weights):
             raise UserError(
@@ -140,6 +150,10 @@ class Checkpoint:
                 f"{what}: expected a checkpoint that is not quantized, found {self.weights} in {self.folder}; "
                 "take the one that it was made from"
             )
+
+    def verified(self) -> contextlib.AbstractContextManager[None]:
+        """Verify the checksums of all files beside the block, which reads them. Raises UserError where a file is damaged."""
+        return checksums.verified(self.folder, DAMAGED)
 
     def arrays(self, item: str) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of ``item`` by name, none where it is not there. Raises UserError where they cannot be read."""
@@ -234,7 +248,19 @@ def _steps_in(folder: Path, found: Sequence[Path]) -> list[int]:
 
 def is_whole(folder: Path) -> bool:
     """Whether a checkpoint, which is not under a temporary name, was saved to its end."""
-    return not is_remote(folder) or (folder / COMMITTED).exists()
+    return not _missing_mark(folder)
+
+
+def _missing_mark(folder: Path) -> str:
+    """The file that is written last and is missing; empty where the checkpoint is whole."""
+    if is_remote(folder) and not (folder / COMMITTED).exists():
+        return COMMITTED
+    if (folder / checksums.NAME).exists():
+        return ""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        if json.loads((folder / "model" / "model.json").read_text())[PROMISE]:
+            return checksums.NAME
+    return ""  # of before there were checksums
 
 
 def _best_step(path: Path, found: Sequence[Path]) -> Path:
@@ -249,70 +275,17 @@ def _best_step(path: Path, found: Sequence[Path]) -> Path:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if (best := json.loads((path / "best.json").read_text())["step"]) in steps:
             return folder / str(best)
-    losses = {}
-    for step in steps:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            losses[step] = float(json.loads((folder / str(step) / "metrics" / "metrics").read_text())["eval_loss"])
+    losses = losses_of(folder, steps)
     return folder / str(min(losses, key=lambda step: losses[step], default=steps[-1]))
 
 
-class CheckpointWriter:
-    """Saves a run's checkpoints while training goes on; keeps the latest and the one with the best evaluation."""
-
-    def __init__(self, run: Path):
-        def loss(metrics: Any) -> float:
-            return metrics["eval_loss"]
-
-        best = checkpoint_managers.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        # Without best_fn losses would not be stored, and a run that goes on would not know which of its steps was the best.
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(1), best]),
-            best_fn=loss,
-            best_mode="min",
-            cleanup_tmp_directories=True,
-        )
-        self._folder = checkpoints_of(run)
-        with told(self._folder, "write"):
-            self._manager = ocp.CheckpointManager(absolute(self._folder), options=options)
-
-    def save(
-        self, step: int, params: Any, state: Any, model: ModelArgs, tokenizer: Tokenizer, eval_loss: float | None
-    ) -> None:
-        """Begin to save; returns when the arrays may change again. Raises UserError where an earlier save failed."""
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            state=ocp.args.StandardSave(state),
-            model=ModelFiles(model, tokenizer),
-        )
-        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
-        with told(self._folder / str(step), "write"):
-            self._manager.save(step, args=args, metrics=metrics, force=True)
-
-    def wait(self) -> None:
-        """Wait until what was saved is on disk. Raises UserError where that failed."""
-        with told(self._folder, "write"):
-            self._manager.wait_until_finished()
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait, end the threads, and clear away what a failed save left. Raises UserError where a save failed."""
-        if kind is not None and jax.process_count() > 1:
-            return  # the others may never come to where they would be waited for
-        try:
-            if kind is None:
-                self.wait()
-            else:  # the exception under way says what is wrong
-                with contextlib.suppress(Exception):
-                    self._manager.wait_until_finished()
-            self._manager.close()
-        finally:
-            if jax.process_index() == 0:
-                with contextlib.suppress(Exception):  # the next start clears it away, too
-                    for path in children(self._folder):
-                        if TEMPORARY in path.name or (path.name.isdecimal() and not is_whole(path)):
-                            epath.Path(path).rmtree()
+def losses_of(store: Path, steps: Sequence[int]) -> dict[int, float]:
+    """The held-out losses of those of ``steps`` that were evaluated."""
+    losses = {}
+    for step in steps:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            losses[step] = float(json.loads((store / str(step) / "metrics" / "metrics").read_text())["eval_loss"])
+    return losses
 
 
 def save_checkpoint(
@@ -326,8 +299,10 @@ def save_checkpoint(
         raise UserError(f"{folder}: expected a new folder, found one that exists; choose another")
     args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), model=ModelFiles(model, tokenizer, weights))
     handlers = ocp.CompositeCheckpointHandler(params=saver_of_stored_arrays(), model=ModelFilesHandler())
-    with told(folder, "write"), ocp.Checkpointer(handlers) as checkpointer:
-        checkpointer.save(folder.absolute(), args=args)
+    with told(folder, "write"):
+        with ocp.Checkpointer(handlers) as checkpointer:
+            checkpointer.save(folder.absolute(), args=args)
+        checksums.write_checksums(folder)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -1,5 +1,6 @@
 """Where checkpoints lie: in a folder on disk, or in Google's object storage (gs://bucket/folder), by etils.epath and gcsfs."""
 
+import base64
 import contextlib
 import importlib.util
 import logging
@@ -80,6 +81,18 @@ def children(folder: Path) -> list[Path]:
             return []
         # In object storage a file, and a folder's own placeholder, are listed as if they lay within themselves.
         return [path for path in found if path.name != folder.name or path.exists()]
+
+
+def objects_below(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size, and MD5 where the service keeps one, of each object below ``folder`` of object storage, by its path from there."""
+    prefix = str(folder).removeprefix("gs://").rstrip("/") + "/"
+    found = fsspec.filesystem("gcs", finalize_on_close=True).find(prefix, detail=True)
+    return {
+        name.removeprefix(prefix): {"size": int(known["size"])}
+        | ({"md5": base64.b64decode(known["md5Hash"]).hex()} if known.get("md5Hash") else {})
+        for name, known in found.items()
+        if not name.endswith("/")
+    }
 
 
 def check_writable(folder: Path, key: str) -> None:

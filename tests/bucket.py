@@ -3,7 +3,9 @@
 https://cloud.google.com/storage/docs/json_api. With fake-gcs-server in its place the same commands do the same.
 """
 
+import base64
 import contextlib
+import hashlib
 import itertools
 import json
 import re
@@ -50,8 +52,9 @@ class Bucket:
     def resource(self, name: str) -> dict[str, Any]:
         """An object as the API describes it."""
         data, generation = self.objects[name]
+        md5 = base64.b64encode(hashlib.md5(data).digest()).decode()
         return {"kind": "storage#object", "bucket": "bucket", "name": name, "size": str(len(data)), "generation": str(generation),
-                "metageneration": "1", "updated": "2026-01-01T00:00:00Z", "timeCreated": "2026-01-01T00:00:00Z"}  # fmt: skip
+                "md5Hash": md5, "metageneration": "1", "updated": "2026-01-01T00:00:00Z", "timeCreated": "2026-01-01T00:00:00Z"}  # fmt: skip
 
     def list(self, query: dict[str, str]) -> dict[str, Any]:
         """A page of the objects, and of the prefixes that end in the delimiter, in their order."""

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint import Checkpoint, CheckpointWriter, save_checkpoint, steps_of
+from llama_jax.checkpoint import Checkpoint, save_checkpoint, steps_of
 from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
 from llama_jax.model import Llama
 from llama_jax.sharding import make_mesh, parameter_shapes
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.training.saving import CheckpointWriter
 from llama_jax.training.step import init_state, make_optimizer, state_shapes
 from tests import numpy_llama
 
@@ -240,7 +241,7 @@ def test_a_training_state_comes_back_bit_for_bit_and_the_best_and_latest_steps_a
     model, mesh = Llama(args), make_mesh(MeshArgs(data=1), jax.devices()[:1])
     optimizer = make_optimizer(TrainArgs(), 10)
     state = init_state(model, optimizer, mesh, seed=3)
-    with CheckpointWriter(tmp_path) as writer:
+    with CheckpointWriter(tmp_path / "checkpoints", keep=1) as writer:
         for step, eval_loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, None)]:
             params = jax.tree.map(lambda x, s=step: x + s, state.params)
             writer.save(step, params, state.opt_state, args, tokenizer, eval_loss)
@@ -256,7 +257,7 @@ def test_the_best_step_is_kept_by_a_run_that_goes_on_and_found_without_its_run_f
     params: Any, args: ModelArgs, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     for saves in ([(1, 3.0), (2, 1.0), (3, 2.0)], [(4, 2.5), (5, None)]):
-        with CheckpointWriter(tmp_path) as writer:
+        with CheckpointWriter(tmp_path / "checkpoints", keep=1) as writer:
             for step, eval_loss in saves:
                 writer.save(step, params, {"count": jnp.zeros(1)}, args, tokenizer, eval_loss)
     assert steps_of(tmp_path) == [2, 5]

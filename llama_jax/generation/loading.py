@@ -27,9 +27,14 @@ def load_parameters(
 
     They are in the serving form (serving.py), or ``stacked`` as training has them, with the values that quantized ones have; on
     a CPU, where both forms are the same memory, those that are not quantized always are. Raises UserError where the mesh does
-    not divide the model.
+    not divide the model, or a file of the checkpoint is damaged.
     """
     check_divisible(mesh, checkpoint.args)
+    with checkpoint.verified():
+        return _load(checkpoint, model, mesh, weights, stacked)
+
+
+def _load(checkpoint: Checkpoint, model: Llama, mesh: jax.sharding.Mesh, weights: Weights, stacked: bool) -> Any:
     shapes = _read_shapes(checkpoint, model, weights)
     if checkpoint.weights != "auto":
         targets, weights = with_shardings(shapes, serving_shardings(shapes, mesh)), "auto"

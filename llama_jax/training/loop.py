@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.checkpoint import Checkpoint, CheckpointWriter, steps_of
+from llama_jax.checkpoint import Checkpoint, steps_of
 from llama_jax.config import Config, DataArgs, SampleArgs, TrainArgs
 from llama_jax.data import Data, load_data, open_data
 from llama_jax.data.batches import OwnRows, eval_batches, steps_per_epoch, train_batches
@@ -26,6 +26,7 @@ from llama_jax.training.clock import Clock, Recorder
 from llama_jax.training.plot import plot_losses
 from llama_jax.training.profile import Profile, check_profiler
 from llama_jax.training.run_folder import RunFolder, base_of
+from llama_jax.training.saving import CheckpointWriter
 from llama_jax.training.step import (
     StepMetrics,
     TrainState,
@@ -111,7 +112,7 @@ def _train(config: Config, clock: Clock) -> RunFolder:
     if config.train.tensorboard and is_main():
         folder.write_events(start)
     folder.write_best(saved)
-    with CheckpointWriter(folder.path) as writer, contextlib.closing(folder):
+    with CheckpointWriter(folder.checkpoints) as writer, contextlib.closing(folder):
         run = Run(config, folder, data, mesh, module, steps, writer, _prompt(config, data), clock)
         if start >= steps:
             print(f"the run has its {steps:,} steps; --train.max-steps goes on, another --train.save-dir begins anew")

@@ -1,0 +1,146 @@
+"""Saving a run's checkpoints while training goes on, and deleting those that need not be kept."""
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from llama_jax.checkpoint import COMMITTED, TEMPORARY, ModelFiles, ModelFilesHandler, is_whole, losses_of
+from llama_jax.checksums import write_checksums
+from llama_jax.config import ModelArgs
+from llama_jax.storage import absolute, children, is_remote, told
+from llama_jax.tokenizer import Tokenizer
+
+# Seconds after which orbax gives a save up. The largest models take minutes.
+SAVE_SECONDS = 2 * 3600
+
+
+class CheckpointWriter:
+    """Saves checkpoints into a folder of steps; of those there it keeps the last, the best, and every so many steps.
+
+    keep: how many of the last. keep_every: the steps that are a multiple of it are kept; 0: none for that reason.
+    All processes of a job have one; process 0 writes the small files and deletes.
+    """
+
+    def __init__(self, store: Path, keep: int = 3, keep_every: int = 0):
+        self._store, self._keep, self._keep_every = store, keep, keep_every
+        self._is_main = jax.process_index() == 0
+        with told(store, "write"):
+            store.mkdir(parents=True, exist_ok=True)
+            if self._is_main:
+                self._clear_unfinished()
+            self._steps = sorted(int(path.name) for path in children(store) if path.name.isdecimal())
+        self._losses = losses_of(store, self._steps)
+        handlers = ocp.CompositeCheckpointHandler(
+            params=ocp.StandardCheckpointHandler(),
+            state=ocp.StandardCheckpointHandler(),
+            model=ModelFilesHandler(),
+            metrics=ocp.JsonCheckpointHandler(filename="metrics"),
+        )
+        self._checkpointer = ocp.AsyncCheckpointer(handlers, timeout_secs=SAVE_SECONDS)
+        self._thread = ThreadPoolExecutor(1, "saving")
+        self._under_way: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        state: Any,
+        model: ModelArgs,
+        tokenizer: Tokenizer,
+        eval_loss: float | None = None,
+        origin: dict[str, Any] | None = None,
+    ) -> None:
+        """Begin to save; returns when the arrays may change again. Raises UserError where an earlier save failed."""
+        self.wait()
+        items = {
+            "params": ocp.args.StandardSave(params),
+            "state": ocp.args.StandardSave(state),
+            "model": ModelFiles(model, tokenizer, origin=origin),
+        }
+        if eval_loss is not None:
+            items["metrics"] = ocp.args.JsonSave({"eval_loss": eval_loss})
+            self._losses[step] = eval_loss
+        folder = self._store / str(step)
+        with told(folder, "write"):
+            self._checkpointer.save(absolute(folder), args=ocp.args.Composite(**items))
+        self._under_way = self._thread.submit(self._finish, step)
+
+    def check(self) -> bool:
+        """Whether all that was saved is on disk. Raises UserError where a save has failed."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+        return self._under_way is None
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk. Raises UserError where that failed."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are on disk, ascending; process 0 knows them."""
+        return list(self._steps)
+
+    def _finish(self, step: int) -> None:
+        """Wait for orbax, then add the checksums and delete what need not be kept."""
+        with told(self._store / str(step), "write"):
+            self._checkpointer.wait_until_finished()
+            if self._is_main:
+                write_checksums(self._store / str(step))
+                self._steps = sorted({*self._steps, step})
+                for old in sorted(set(self._steps) - kept(self._steps, self._losses, self._keep, self._keep_every)):
+                    self._steps.remove(old)
+                    delete_step(self._store / str(old))
+
+    def _clear_unfinished(self) -> None:
+        """Delete what a killed save or a killed deletion left."""
+        for path in children(self._store):
+            if TEMPORARY in path.name or (path.name.isdecimal() and not is_whole(path)):
+                epath.Path(path).rmtree()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait, end the threads, and clear away what a failed save left. Raises UserError where a save failed."""
+        if kind is not None and jax.process_count() > 1:
+            return  # the others may never come to where they would be waited for
+        try:
+            if kind is None:
+                self.wait()
+            else:  # the exception under way says what is wrong
+                with contextlib.suppress(Exception):
+                    self.wait()
+            self._checkpointer.close()
+        finally:
+            self._thread.shutdown()
+            if self._is_main:
+                with contextlib.suppress(Exception):  # the next start clears it away, too
+                    self._clear_unfinished()
+
+
+def kept(steps: Iterable[int], losses: Mapping[int, float], keep: int, keep_every: int) -> set[int]:
+    """Which of ``steps`` to keep: the last ``keep``, that of the lowest loss, and the multiples of ``keep_every``."""
+    steps = sorted(steps)
+    evaluated = [step for step in steps if step in losses]
+    best = [min(evaluated, key=lambda step: losses[step])] if evaluated else []
+    regular = [step for step in steps if keep_every and step % keep_every == 0]
+    return {*steps[-keep:], *best, *regular}
+
+
+def delete_step(folder: Path) -> None:
+    """Delete a checkpoint, first what makes it whole: a kill in between leaves nothing that looks like one."""
+    if is_remote(folder):
+        (folder / COMMITTED).unlink(missing_ok=True)
+        epath.Path(folder).rmtree()
+    else:
+        doomed = folder.with_name(f"{folder.name}{TEMPORARY}-deleted")
+        folder.rename(doomed)
+        epath.Path(doomed).rmtree()
