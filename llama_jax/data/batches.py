@@ -10,6 +10,9 @@ import grain
 import jax
 import numpy as np
 
+# Windows that an evaluation takes together from one place of the held-out text.
+EVAL_ROWS = 16
+
 
 class Batch(NamedTuple):
     """Next-token prediction: at each position, ``inputs`` up to there predict ``targets``. B rows of T tokens."""
@@ -86,15 +89,20 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """The stream in order, each token but the first predicted once; the last window and batch are filled with padding.
 
-    limit: most batches to read, spread evenly over the stream. 0: all of them. own: rows of each to read. None: all.
+    limit: how many groups of EVAL_ROWS windows are read at most, spread evenly over the stream: the same tokens for every
+    ``batch_size``. 0: all of them. own: the rows of each batch to read. None: all.
     """
     own = np.arange(batch_size) if own is None else own
     count = len(stream) - 1
-    rows = max(0, -(-count // length))
-    batches = -(-rows // batch_size)
-    chosen = range(batches) if not limit or limit >= batches else [i * batches // limit for i in range(limit)]
-    for i in chosen:
-        starts = (i * batch_size + own)[:, None] * length
+    windows = np.arange(max(0, -(-count // length)))
+    groups = -(-len(windows) // EVAL_ROWS)
+    if 0 < limit < groups:
+        chosen = np.arange(limit) * groups // limit
+        windows = (chosen[:, None] * EVAL_ROWS + np.arange(EVAL_ROWS)).ravel()
+    for start in range(0, len(windows), batch_size):
+        rows = start + own
+        # A window behind the last one is padding.
+        starts = np.where(rows < len(windows), windows[np.minimum(rows, len(windows) - 1)] * length, count + 1)[:, None]
         positions = starts + np.arange(length + 1)
         tokens = np.where(positions < len(stream), np.take(stream, np.minimum(positions, count)), 0).astype(np.int32)
         yield Batch(tokens[:, :-1], tokens[:, 1:], (positions[:, 1:] < len(stream)).astype(np.float32))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data.batches import Windows, eval_batches, steps_per_epoch, train_batches
+from llama_jax.data.batches import EVAL_ROWS, Windows, eval_batches, steps_per_epoch, train_batches
 
 
 def stream_of(count: int) -> np.ndarray:
@@ -115,12 +115,25 @@ def test_evaluation_predicts_every_token_but_the_first_exactly_once(count, batch
     assert predicted == list(range(2, count + 1))
 
 
+def predicted(count: int, batch_size: int, length: int, limit: int = 0) -> list[int]:
+    """The targets that an evaluation counts."""
+    batches = eval_batches(stream_of(count), batch_size, length, limit)
+    return [target for _, targets, weights in batches for target in targets[weights == 1].tolist()]
+
+
 @settings(deadline=None, max_examples=50)
-@given(count=st.integers(2, 300), limit=st.integers(1, 20))
-def test_a_limited_evaluation_reads_so_many_different_batches_spread_over_the_text(count, limit):
-    whole = list(eval_batches(stream_of(count), 2, 5))
-    limited = list(eval_batches(stream_of(count), 2, 5, limit))
-    assert len(limited) == min(limit, len(whole))
-    places = [next(i for i, batch in enumerate(whole) if equal([batch], [b])) for b in limited]
+@given(count=st.integers(2, 900), limit=st.integers(0, 20), length=st.integers(1, 9), sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)))  # fmt: skip
+def test_an_evaluation_reads_the_same_tokens_whatever_the_batch_size(count, limit, length, sizes):
+    assert predicted(count, sizes[0], length, limit) == predicted(count, sizes[1], length, limit)
+
+
+@settings(deadline=None, max_examples=50)
+@given(count=st.integers(2, 900), limit=st.integers(1, 20), batch_size=st.integers(1, 40))
+def test_a_limited_evaluation_reads_so_many_groups_spread_over_the_text(count, limit, batch_size):
+    group = EVAL_ROWS * 5
+    groups = [list(range(start, min(start + group, count + 1))) for start in range(2, count + 1, group)]
+    read = predicted(count, batch_size, 5, limit)
+    places = [i for i, tokens in enumerate(groups) if tokens[0] in read]
+    assert read == [token for i in places for token in groups[i]] and len(places) == min(limit, len(groups))
     gaps = np.diff(places)
     assert places[0] == 0 and (gaps > 0).all() and (len(gaps) == 0 or gaps.max() - gaps.min() <= 1)
