@@ -4,6 +4,7 @@ jax.distributed does the work; here is when it is started, how long it may take,
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TypeVar
 
 import jax
@@ -22,15 +23,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import DistributedArgs
-from llama_jax.errors import UserError
+from llama_jax.errors import LOST, UserError, is_lost_process, lost_process
 
 T = TypeVar("T")
 
-# The exit status of a run that SIGTERM ended, saved: the same command goes on. EX_TEMPFAIL of sysexits.h.
-PREEMPTED = 75
 # JAX's client aborts the process at its own limit; ours, which says why, comes first by so many seconds.
 MARGIN_SECONDS = 3600
 PROBE_SECONDS = 2
+# What process 0 tells the others where it refused.
+FAILED = -1
 
 
 def start_job(args: DistributedArgs) -> None:
@@ -44,7 +45,7 @@ def start_job(args: DistributedArgs) -> None:
     address, count, index = _find(args)
     if count == 1 or jax.distributed.is_initialized():
         return
-    # Orbax asks that service about old steps, which confuses it; StopSignals takes its place.
+    # Orbax asks that service about old steps, which confuses it; stopping.py takes its place.
     jax.config.update("jax_enable_preemption_service", False)
     failures: list[Exception] = []
 
@@ -68,6 +69,7 @@ def start_job(args: DistributedArgs) -> None:
     if thread.is_alive():
         _raise_late(address, count, index, args.timeout_seconds)
     sys.excepthook = _end_at_once
+    _catch_abort()
     if index:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries' prints too
 
@@ -144,6 +146,28 @@ def _end_at_once(kind: type[BaseException], error: BaseException, trace: Traceba
     os._exit(1)
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _end_as_lost(_: int) -> None:
+    print(
+        "error: distributed: expected all processes of the job to go on, found that JAX, which lost another, aborts this one "
+        "(its own lines stand above); start all again: the run goes on from its last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST)
+
+
+def _catch_abort() -> None:
+    """Have JAX's abort, where it hears nothing more of another process, end this one with the status LOST.
+
+    The abort comes on a thread of JAX's own. A handler by the signal module would run on the main thread, which waits for a
+    collective that never ends, so this one is set by the C library.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal(signal.SIGABRT, ctypes.cast(_end_as_lost, ctypes.c_void_p))
+
+
 def is_main() -> bool:
     """Whether this is process 0, which prints and writes."""
     return jax.process_index() == 0
@@ -161,68 +185,67 @@ def main_first(make: Callable[[], T], then: Callable[[], T]) -> T:
     return then() if made is None else made
 
 
+def on_main(make: Callable[[], int]) -> int:
+    """What ``make()`` returns on process 0, on all. Where it raises UserError there, all raise one."""
+    made, error = 0, None
+    if is_main():
+        try:
+            made = make()
+        except UserError as found:
+            made, error = FAILED, found
+    made = from_main(made)
+    if error is not None:
+        raise error
+    if made == FAILED:
+        raise UserError("distributed: expected process 0 to start the run, found that it refused; see what it says")
+    return made
+
+
 @contextlib.contextmanager
 def lost_processes_told() -> Iterator[None]:
-    """Turn what a collective raises when another process has gone into a UserError.
+    """Turn what a collective raises when another process has gone into a LostProcess.
 
-    On a CPU. On TPU and GPU it hangs instead, until JAX, which hears nothing of that process for 100 seconds, aborts this one.
+    On a CPU a collective raises. On TPU and GPU it hangs, until JAX, which hears nothing of that process for 100 seconds,
+    aborts this one: see ``_end_as_lost``.
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if jax.process_count() == 1 or "Gloo" not in str(error):
-            raise
-        raise UserError(
-            f"distributed: expected all {jax.process_count()} processes to go on, found that process {jax.process_index()} "
-            f"lost another ({' '.join(str(error).split())[:160]}); see what that one says, then start all again"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        if jax.process_count() > 1 and is_lost_process(error):
+            raise lost_process(error) from error
+        raise
 
 
-class StopSignals:
-    """SIGTERM and Ctrl-C, to one process or to all: all stop after the same step.
+class Consensus:
+    """Whole numbers on which all processes agree, without waiting for the devices: the largest of each.
 
-    with StopSignals() as signals:
-        for ...:
-            step(...)
-            if signals.agreed(): ...
+    consensus = Consensus(2)
+    for ...:
+        step(...)
+        stop, save = consensus(stop_here, save_here)
 
-    A second signal acts as it would without us.
+    With several processes an answer is that of the call before, so that the devices, busy with a step, are not waited for.
     """
 
-    NAMES = ("", "Ctrl-C", "SIGTERM")
-
-    def __init__(self) -> None:
-        self._received = 0
-        self._before: dict[signal.Signals, object] = {}
+    def __init__(self, count: int) -> None:
+        self._nothing = (0,) * count
         self._under_way: jax.Array | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in self._before:
-            signal.signal(number, self._note)
         if jax.process_count() > 1:
             shape = jax.process_count(), jax.local_device_count()
             mesh = Mesh(np.array(jax.devices()).reshape(shape), ("processes", "devices"))
             self._sharding = NamedSharding(mesh, PartitionSpec("processes"))
-            self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        return self
+            self._largest = jax.jit(lambda x: jnp.max(x, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = self.NAMES.index("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
-        signal.signal(number, self._before[signal.Signals(number)])  # type: ignore[arg-type]
-
-    def agreed(self) -> str:
-        """The signal to stop for, the same on all processes, which call this after every step; empty: go on.
-
-        What they tell each other is read at the next call, so that the devices, busy with a step, are not waited for.
-        """
+    def __call__(self, *mine: int) -> tuple[int, ...]:
+        """The largest of each of ``mine`` over all processes, which call this equally often."""
         if jax.process_count() == 1:
-            return self.NAMES[self._received]
-        mine = np.array([self._received], np.int32)
-        told = self._largest(jax.make_array_from_process_local_data(self._sharding, mine))
+            return mine
+        told = self._largest(jax.make_array_from_process_local_data(self._sharding, np.array([mine], np.int32)))
         before, self._under_way = self._under_way, told
-        return "" if before is None else self.NAMES[int(before)]
+        return self._nothing if before is None else tuple(np.asarray(before).tolist())
+
+    def forget(self) -> None:
+        """Leave out the answer that is under way: what it asks for has been done."""
+        self._under_way = None

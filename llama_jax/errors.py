@@ -8,12 +8,49 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+# How a command ends, besides 0 (done) and 1 (a plan that does not fit).
+WRONG = 2  # the user can put it right; one line on stderr says how
+STOPPED = 75  # SIGTERM or SIGHUP ended a run, saved; EX_TEMPFAIL of sysexits.h
+LOST = 76  # a run hung, or a process of its job was lost
+INTERRUPTED = 130  # Ctrl-C, as shells have it
+
 
 class UserError(Exception):
     """Something the user can put right.
 
     The message is one line: the file or key, what was expected, what was found, what to do next.
     """
+
+    status = WRONG
+
+
+class LostProcess(UserError):
+    """Another process of the job has gone: the same job, started again, goes on from its last checkpoint."""
+
+    status = LOST
+
+
+# Words in what JAX, Gloo and orbax raise on a process that waits for another one in vain.
+_LOST = ("Gloo", "oordination service", "CoordinationService", "heartbeat", " barrier.")
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, says that another process of the job has gone."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, LostProcess) or any(words in str(seen) for words in _LOST):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def lost_process(error: BaseException) -> LostProcess:
+    """The error to raise where ``is_lost_process``."""
+    reason = " ".join(str(error).split())[:160]
+    return LostProcess(
+        f"distributed: expected all processes of the job to go on, found that this one lost another ({reason}); "
+        "see what that one says, then start all again: the run goes on from its last checkpoint"
+    )
 
 
 def quoted(value: object, limit: int = 80) -> str:
@@ -40,26 +77,26 @@ def run_command(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
     except KeyboardInterrupt:
-        _stop(None, "stopped by Ctrl-C", 130)
+        _stop(None, "stopped by Ctrl-C", INTERRUPTED)
     except UserError as error:
-        _stop(error, f"error: {error}", 2)
+        _stop(error, f"error: {error}", error.status)
     except MemoryError as error:
         _stop(
             error,
             "error: expected enough memory, found too little; make the model, the batch or the context smaller",
-            2,
+            WRONG,
         )
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _stop(error, f"error: {where}{error.strerror}; check the path, its permissions and the free disk space", 2)
+        _stop(error, f"error: {where}{error.strerror}; check the path, its permissions and the free disk space", WRONG)
 
 
 def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Heed a Ctrl-C within a callback of the garbage collector, where Python would only mention it; not the echo of errors."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        _stop(None, "stopped by Ctrl-C", 130)
+        _stop(None, "stopped by Ctrl-C", INTERRUPTED)
     if "Event loop is closed" not in str(unraisable.exc_value):  # orbax's readers, behind one of them that failed
         sys.__unraisablehook__(unraisable)
 

@@ -14,7 +14,7 @@ import fsspec
 import tensorstore as ts
 from etils import epath
 
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, is_lost_process, lost_process
 from llama_jax.files import is_address
 
 # gcsfs would remember what a folder held, and so miss the arrays, which tensorstore writes past it, and what other processes do.
@@ -54,6 +54,11 @@ def on_disk(path: str, key: str) -> Path:
             f"{key}: expected a folder on disk, found {path}; write to one, then copy it (gcloud storage cp -r)"
         )
     return Path(path).expanduser()
+
+
+def real_name(path: Path) -> str:
+    """The name of a folder behind all links: two that name the same folder are equal."""
+    return str(path) if is_remote(path) else os.path.realpath(path)
 
 
 def absolute(path: Path) -> Path:
@@ -124,6 +129,8 @@ def told(folder: Path, verb: Literal["read", "write"], key: str = "") -> Iterato
     except (UserError, NameError, AttributeError, AssertionError):
         raise
     except Exception as error:  # orbax raises Exception itself, too
+        if is_lost_process(error):
+            raise lost_process(error) from error
         reason = " ".join(str(error).split()).split(". See full")[0][:200] or type(error).__name__
         what, hint = {
             "read": ("files that are whole", "use another copy of it, or another step"),

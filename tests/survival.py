@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoint import Checkpoint, checkpoints_of, steps_of
-from llama_jax.errors import UserError
+from llama_jax.errors import LOST, UserError
 from llama_jax.stored_array import open_array
 from llama_jax.training.clock import TIMES
 from tests.processes import Process, end, flags, start
 
+KILLED = "had to be killed"
 NOTICE_SECONDS = 120  # JAX's own limit is 100
 MOST_STEPS = 5  # from a start to a kill: up to 2 are waited for, and a few pass until it comes
 Arrays = dict[str, np.ndarray]
@@ -85,7 +86,7 @@ def _status(process: Process, seconds: float) -> int | str:
         process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
-        return "had to be killed"
+        return KILLED
     return process.returncode
 
 
@@ -117,8 +118,9 @@ def _step(folder: Path) -> int:
 
 
 def survived(figures: dict[str, Any]) -> bool:
-    """Whether nothing was lost, and whatever a kill left could be read."""
-    alike = all(figures[f"same {what}"] for what in ("metrics", "parameters", "optimizer state"))
+    """Whether nothing was lost, whatever a kill left could be read, and those that lost another said so by their status."""
+    ends = {*figures["exit statuses of those not killed"]} - {LOST, KILLED}
+    alike = not ends and all(figures[f"same {what}"] for what in ("metrics", "parameters", "optimizer state"))
     return alike and not figures["newest checkpoints that could not be read"]
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import jax
 
+from llama_jax.errors import LOST
 from llama_jax.training.clock import Activity, Clock
 
-# The exit status of a run that hung: its own, so that a scheduler may start just these again.
-HUNG = 76
 DOING: dict[Activity, str] = {
     "start": "getting ready",
     "step": "waiting for the devices",
@@ -27,7 +26,7 @@ WRITING_SECONDS = 10
 
 
 class Watchdog:
-    """Ends the process, with status HUNG, when no step has finished and nothing else has begun or ended for so many seconds.
+    """Ends the process, with status LOST, when no step has finished and nothing else has begun or ended for so many seconds.
 
     It ends it, since a collective that one process waits for in vain never returns, and a run that is started again goes on
     from its last checkpoint. One line on stderr says which step hung and in what; the stacks of all threads are in the run
@@ -68,7 +67,7 @@ class Watchdog:
             f"see {self._stacks}, then start the same command, which goes on from the last checkpoint"
         )
         print(text, file=sys.stderr, flush=True)
-        self._end(HUNG)
+        self._end(LOST)
 
     def _write_stacks(self) -> None:
         with contextlib.suppress(OSError), open(self._stacks, "w") as file:

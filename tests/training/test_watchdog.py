@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.errors import LOST
 from llama_jax.training.clock import Clock
-from llama_jax.training.watchdog import HUNG, LOOKS, Watchdog
+from llama_jax.training.watchdog import LOOKS, Watchdog
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ def test_a_step_whose_result_never_comes_is_named_and_every_thread_with_its_stac
         clock.dispatched(42, Never())  # type: ignore[arg-type]
         assert ended.event.wait(30)
     came.set()
-    assert ended.status == HUNG == 76
+    assert ended.status == LOST == 76
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: train: step 42: expected progress within 0.2 s (train.watchdog_seconds)")
     assert "waiting for the devices" in line and str(tmp_path / "hang-0.txt") in line
@@ -104,7 +105,7 @@ def test_a_run_that_waits_for_data_in_vain_ends_with_its_own_status_and_goes_on_
     hung = subprocess.run(
         [sys.executable, "-c", RUN, "-", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert hung.returncode == HUNG, hung.stderr
+    assert hung.returncode == LOST, hung.stderr
     (line,) = hung.stderr.splitlines()
     assert "step 4: expected progress within 6 s" in line and "waiting for data" in line
     assert "batches_that_stop" in (tmp_path / "run" / "hang-0.txt").read_text()
