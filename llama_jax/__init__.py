@@ -5,16 +5,24 @@ model = llama_jax.load("runs/tiny")
 model.generate(["Once upon a time"], llama_jax.SampleArgs(temperature=0.0, max_new_tokens=64))
 """
 
+import importlib as _importlib
 import typing as _typing
 
 from llama_jax import config as _config
-from llama_jax import tokenizer as tokenizer
 from llama_jax.config import DataArgs, ModelArgs, SampleArgs, TrainArgs
 
 if _typing.TYPE_CHECKING:
+    from llama_jax import tokenizer as tokenizer
     from llama_jax.generation import Model as _Model
 
 __all__ = ["DataArgs", "ModelArgs", "SampleArgs", "TrainArgs", "load"]
+
+
+def __getattr__(name: str) -> _typing.Any:
+    """Import ``llama_jax.tokenizer`` where it is first asked for: its library takes a while."""
+    if name == "tokenizer":
+        return _importlib.import_module("llama_jax.tokenizer")
+    raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
 
 
 def load(

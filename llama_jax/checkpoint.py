@@ -237,8 +237,12 @@ def checkpoints_of(run: Path) -> Path:
 
 def steps_of(run: Path) -> list[int]:
     """Steps of the whole checkpoints of a run, ascending. Raises UserError where they cannot be found out."""
-    folder = checkpoints_of(run)
-    return _steps_in(folder, children(folder))
+    return steps_in(checkpoints_of(run))
+
+
+def steps_in(store: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder of steps, ascending. Raises UserError where they cannot be found out."""
+    return _steps_in(store, children(store))
 
 
 def _steps_in(folder: Path, found: Sequence[Path]) -> list[int]:

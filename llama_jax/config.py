@@ -160,12 +160,24 @@ class TrainArgs:
     """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32 always."""
     eval_interval: int = 100
     """Steps between two evaluations."""
+    eval_minutes: float = 0.0
+    """Minutes after which an evaluation is made before eval_interval asks for it. 0: never."""
     eval_iters: int = 100
-    """Most batches an evaluation reads of the held-out text. 0: all of it."""
+    """Most batches of 16 sequences that an evaluation reads of the held-out text, spread over it; the same ones whatever batch_size is. 0: all of it."""
     log_interval: int = 10
     """Steps between two lines of metrics.jsonl."""
     save_interval: int = 100
     """Steps between two checkpoints (a new best evaluation is saved besides)."""
+    save_minutes: float = 30.0
+    """Minutes after which a checkpoint is saved before save_interval asks for it. 0: never."""
+    keep: int = 3
+    """Checkpoints that are kept: so many of the last, and the best."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of this are kept for good. 0: none."""
+    resume_step: int = 0
+    """The step to go on from; later steps and their records are set aside. 0: the newest."""
+    hold_lr: bool = False
+    """Whether a run goes on at the learning rate that it stopped with, whatever the schedule says."""
     save_dir: str = ""
     """The run folder. Empty: runs/<name of the config>."""
     checkpoint_dir: str = ""
@@ -198,14 +210,15 @@ class TrainArgs:
     def check(self) -> None:
         """Raise UserError on impossible values."""
         counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps")
-        intervals = ("eval_interval", "log_interval", "save_interval")
-        natural = dict.fromkeys(("warmup_steps", "eval_iters"), (0, _LARGEST))
+        intervals = ("eval_interval", "log_interval", "save_interval", "keep")
+        natural = dict.fromkeys(("warmup_steps", "eval_iters", "keep_every", "resume_step"), (0, _LARGEST))
         shares = dict.fromkeys(("beta1", "beta2"), (0.0, _BELOW_1)) | {
             "min_lr_ratio": (0.0, 1.0),
             "seed": (0, 2**32 - 1),
         }
         positive = {"lr": _POSITIVE, "eps": _POSITIVE, "weight_decay": (0.0, _HUGE), "grad_clip": (0.0, _HUGE)}
-        positive |= {"spike_factor": (0.0, _HUGE), "watchdog_seconds": (0.0, 1e9)}
+        positive |= dict.fromkeys(("watchdog_seconds", "save_minutes", "eval_minutes"), (0.0, 1e9))
+        positive |= {"spike_factor": (0.0, _HUGE)}
         _check_fields(self, "train.", dict.fromkeys(counts + intervals, _COUNT) | natural | shares | positive)
         no_spikes = self.spike_factor == 0 or self.spike_factor > 1
         _check(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)

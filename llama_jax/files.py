@@ -5,8 +5,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def is_address(path: str) -> bool:
@@ -35,6 +37,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def raw_bytes(array: np.ndarray) -> memoryview:
+def raw_bytes(array: "np.ndarray") -> memoryview:
     """The bytes of an array in row-major order; a view, where the array lies like that."""
+    import numpy as np  # here, so that a command can say what is wrong with its flags without it
+
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -6,17 +6,14 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama_jax.distributed import PREEMPTED
 from tests import bucket, forked
 from tests.commands import ROOT, SHORT_RUN, SMALL, SMALL_MODEL, STORIES, run, told
 from tests.processes import free_address
@@ -146,30 +143,6 @@ def test_ascii_terminals_closed_streams_and_broken_pipes_are_survived(place: Pat
     broken = shell(f"{sample} a b c --json | true")
     assert broken.returncode in (0, 141) and broken.stderr == ""
     assert shell(f"{sample} $'a\\xff' --json").returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("number", "seconds"), [(signal.SIGINT, 0.8), (signal.SIGINT, 2.5), (signal.SIGINT, 6.0), (signal.SIGTERM, 4.0)]
-)
-def test_a_signal_at_any_moment_leaves_quietly_and_the_run_goes_on(
-    number: signal.Signals, seconds: float, tmp_path: Path, place: Path
-) -> None:
-    flags = [*SMALL, "--train.max-steps", "2000", "--train.eval-interval", "100", "--train.save-interval", "50",
-             "--data.filepath", str(place / "my.txt"), "--data.vocab-size", "300", "--train.save-dir", "run"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    time.sleep(seconds)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    if process.returncode in (0, PREEMPTED):
-        assert process.returncode == 0 or number == signal.SIGTERM
-        assert "saved; the same command goes on from here" in out or "best: step" in out
-        assert err == ""
-    else:  # before the first step: nothing to save
-        assert process.returncode in (130, -signal.SIGTERM), err
-        assert "Traceback" not in err and len(err.splitlines()) <= 1
-    again = forked.run(["train.py", *flags, "--train.max-steps", "60"], tmp_path)
-    assert again.returncode == 0, again.stderr
 
 
 def expected_fields(record: dict[str, Any]) -> bool:

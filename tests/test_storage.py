@@ -12,10 +12,10 @@ import pytest
 import tensorstore as ts
 
 import llama_jax
+from llama_jax import owner
 from llama_jax.checkpoint import Checkpoint, steps_of
 from llama_jax.convert import ConvertArgs, convert
-from llama_jax.distributed import PREEMPTED
-from llama_jax.errors import UserError
+from llama_jax.errors import STOPPED, UserError
 from llama_jax.storage import children, kvstore, location
 from tests import bucket, forked
 from tests.commands import SMALL_MODEL, STORIES, told
@@ -65,7 +65,7 @@ def upload(stored: bucket.Bucket, folder: Path, name: str) -> None:
 
 def steps_in(stored: bucket.Bucket, folder: str) -> set[str]:
     """Every step of which there is anything."""
-    return {name.split("/")[1] for name in stored.objects if name.startswith(f"{folder}/")}
+    return {name.split("/")[1] for name in stored.objects if name.startswith(f"{folder}/")} - {owner.NAME}
 
 
 def test_a_run_that_is_killed_while_it_saves_and_stopped_ends_as_one_on_disk_that_nobody_touched(
@@ -96,7 +96,7 @@ def test_a_run_that_is_killed_while_it_saves_and_stopped_ends_as_one_on_disk_tha
     fork = forked.Fork(argv, tmp_path)
     stored.before_write = stop
     out, _ = fork.communicate(timeout=60)
-    assert fork.returncode == PREEMPTED and "saved; the same command goes on from here" in out
+    assert fork.returncode == STOPPED and "saved; the same command goes on from here" in out
     train(run, "--train.checkpoint-dir", "gs://bucket/run")
     assert (run / "checkpoints").read_text() == "gs://bucket/run\n"
 

@@ -5,8 +5,9 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from llama_jax.config import DataArgs
 from llama_jax.data.stories import story
@@ -30,6 +31,14 @@ class Data:
     tokenizer: Tokenizer
     source: str
     floor: float | None = None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the tokens were made of, as a run and its checkpoints keep it."""
+        manifest = asdict(self.tokens.manifest)
+        return {
+            name: manifest[name] for name in ("text_sha256", "tokenizer_sha256", "train_size", "separator", "tokens")
+        }
 
 
 def load_data(

@@ -95,28 +95,28 @@ def _after(history: LossHistory, loss: jax.Array, bad: jax.Array, skipped: jax.A
     )
 
 
-def judge(args: TrainArgs, metrics: list[Any], first: int, saved_at: int) -> list[str]:
+def judge(args: TrainArgs, metrics: list[Any], first: int, saved_at: int, best: int = 0) -> list[str]:
     """A line about each bad step of ``metrics``, of steps ``first`` onwards, on the host.
 
-    Raises UserError where a bad step, or too many that were skipped, end the run.
+    saved_at, best: the steps of the last checkpoint and of the best, 0 where there is none. Raises UserError where a bad step, or too many that were skipped, end the run.
     """
     lines = []
     for step, found in enumerate(metrics, first):
         if not found.history.is_bad:
             continue
         if args.bad_steps == "stop":
-            _raise_bad(args, found, step, saved_at)
+            _raise_bad(args, found, step, saved_at, best)
         if found.history.skipped_in_a_row >= MOST_SKIPPED:
             raise UserError(
                 f"train: expected an update in {MOST_SKIPPED} steps, found all skipped up to step {step:,} "
-                f"({_numbers(found)}); {_last(saved_at)}. {ADVICE}"
+                f"({_numbers(found)}); {advice(saved_at, best)}"
             )
         deed = "skipped" if found.history.skipped_in_a_row else "counted"
         lines.append(f"step {step:,}: {_numbers(found)}; {deed}, bad steps so far: {found.history.bad_steps:,}")
     return lines
 
 
-ADVICE = "Try a lower --train.lr or more --train.warmup-steps"
+REMEDY = "a lower --train.lr or more --train.warmup-steps"
 
 
 def _numbers(found: Metrics) -> str:
@@ -124,21 +124,27 @@ def _numbers(found: Metrics) -> str:
     return f"loss {found.loss:.4g}{mean}, gradient norm {found.grad_norm:.4g}"
 
 
-def _last(saved_at: int) -> str:
-    return f"the last checkpoint is of step {saved_at:,}" if saved_at else "no checkpoint was saved yet"
+def advice(saved_at: int, best: int, remedy: str = REMEDY) -> str:
+    """Which checkpoints there are, and how to go on from them."""
+    if not saved_at:
+        return f"no checkpoint was saved yet: begin again with {remedy}"
+    text = f"the last checkpoint is of step {saved_at:,}, from which the same settings lead to the same end: go on with {remedy}"
+    if best and best != saved_at:
+        return f"{text}; where it is too late there, --train.resume-step {best} goes back to the best one"
+    return f"{text}; where it is too late there, --train.resume-step goes back to one before it"
 
 
-def _raise_bad(args: TrainArgs, found: Metrics, step: int, saved_at: int) -> NoReturn:
+def _raise_bad(args: TrainArgs, found: Metrics, step: int, saved_at: int, best: int) -> NoReturn:
     for name, value in (("loss", found.loss), ("gradient norm", found.grad_norm)):
         if not math.isfinite(value):
-            raise_not_finite(name, value, step, saved_at)
+            raise_not_finite(name, value, step, saved_at, best)
     most = args.spike_factor * found.history.mean
     raise UserError(
         f"train: expected a loss up to {most:.4g}, {args.spike_factor:g} times the mean, found {found.loss:.4g} at "
-        f"step {step:,}; {_last(saved_at)}. {ADVICE}, or --train.bad-steps skip"
+        f"step {step:,}; {advice(saved_at, best, f'{REMEDY}, or --train.bad-steps skip')}"
     )
 
 
-def raise_not_finite(name: str, value: float, step: int, saved_at: int) -> NoReturn:
+def raise_not_finite(name: str, value: float, step: int, saved_at: int, best: int = 0) -> NoReturn:
     """Raise the UserError that names a value which is not finite."""
-    raise UserError(f"train: expected a finite {name}, found {value} at step {step:,}; {_last(saved_at)}. {ADVICE}")
+    raise UserError(f"train: expected a finite {name}, found {value} at step {step:,}; {advice(saved_at, best)}")

@@ -121,12 +121,11 @@ class Recorder:
         clock: Clock,
         spent: float = 0.0,
         spent_well: float = 0.0,
+        held: float | None = None,
     ):
-        self._spent, self._spent_well = (
-            spent,
-            spent_well,
-        )  # seconds of earlier starts, and of steps of theirs that count
-        self._clock, self._schedule = clock, learning_rate(config.train, steps)
+        # Seconds of earlier starts, and of steps of theirs that count.
+        self._spent, self._spent_well = spent, spent_well
+        self._clock, self._schedule = clock, learning_rate(config.train, steps, held)
         self._tokens = config.train.batch_size * config.model.max_seq_len
         self._devices, self._mesh = mesh.devices.size, mesh
         peak = peak_flops(mesh.devices.flat[0])

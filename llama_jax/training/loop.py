@@ -2,41 +2,50 @@
 
 import contextlib
 import math
+import socket
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 
-from llama_jax.checkpoint import Checkpoint, steps_of
-from llama_jax.config import Config, DataArgs, SampleArgs, TrainArgs
-from llama_jax.data import Data, load_data, open_data
-from llama_jax.data.batches import OwnRows, eval_batches, steps_per_epoch, train_batches
-from llama_jax.distributed import PREEMPTED, StopSignals, from_main, is_main, lost_processes_told, main_first, start_job
+from llama_jax.config import Config, SampleArgs, TrainArgs
+from llama_jax.data import Data
+from llama_jax.data.batches import OwnRows, eval_batches, train_batches
+from llama_jax.distributed import Consensus, from_main, is_main, lost_processes_told, start_job
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
 from llama_jax.progress import Progress
 from llama_jax.runtime import keep_freed_memory, make_model, use_compilation_cache
 from llama_jax.sharding import batch_sharding, check_divisible, make_mesh, on_mesh
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.stopping import NAMES, StopSignals, output_may_vanish, status_of
+from llama_jax.storage import real_name
 from llama_jax.training import report
-from llama_jax.training.bad_steps import LossHistory, judge, raise_not_finite
+from llama_jax.training.bad_steps import judge, raise_not_finite
 from llama_jax.training.clock import Clock, Recorder
+from llama_jax.training.opening import Opened, base_of, opening
 from llama_jax.training.plot import plot_losses
 from llama_jax.training.profile import Profile, check_profiler
-from llama_jax.training.run_folder import RunFolder, base_of
+from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.saving import CheckpointWriter
+from llama_jax.training.start import (
+    Settled,
+    evaluation_is_missing,
+    first_state,
+    first_words,
+    open_text,
+    settle,
+    write_start,
+)
 from llama_jax.training.step import (
     StepMetrics,
     TrainState,
     batch_shapes,
+    compile_eval_step,
     compile_train_step,
-    eval_step,
-    init_state,
     make_optimizer,
-    shardings_of,
-    state_shapes,
 )
 from llama_jax.training.tensorboard import check_installed
 from llama_jax.training.watchdog import Watchdog
@@ -52,115 +61,165 @@ class Run:
 
     config: Config
     folder: RunFolder
+    opened: Opened
+    settled: Settled
     data: Data
     mesh: jax.sharding.Mesh
     module: Any
-    steps: int
     writer: CheckpointWriter
     prompt: str
     clock: Clock
+    signals: StopSignals
+    consensus: Consensus
+    timer: "Timer"
+    evaluate: Callable[..., Any] | None = None  # the compiled eval_step; None where nothing is held out
+
+    @property
+    def steps(self) -> int:
+        """How many steps the run takes in all."""
+        return self.settled.steps
+
+    def stop_asked(self) -> int:
+        """The signal that all processes stop for, 0: none. All of them call this equally often."""
+        return self.consensus(self.signals.received, 0, 0)[0]
 
 
-def train(config: Config) -> RunFolder:
+@dataclass
+class Timer:
+    """Says, on process 0, when the minutes are over after which a checkpoint or an evaluation is made."""
+
+    args: TrainArgs
+    saved: float = field(default_factory=time.monotonic)
+    evaluated: float = field(default_factory=time.monotonic)
+
+    def save_is_due(self) -> bool:
+        """Whether the last checkpoint is train.save_minutes old."""
+        return self._over(self.args.save_minutes, self.saved)
+
+    def evaluation_is_due(self) -> bool:
+        """Whether the last evaluation is train.eval_minutes old."""
+        return self._over(self.args.eval_minutes, self.evaluated)
+
+    def _over(self, minutes: float, since: float) -> bool:
+        return bool(minutes) and is_main() and time.monotonic() - since >= 60 * minutes
+
+
+class StopAsked(Exception):
+    """A signal came in the middle of a sample."""
+
+
+def train(config: Config, signals: StopSignals | None = None, notes: Sequence[str] = ()) -> RunFolder:
     """Train as configured, or go on where the run in train.save_dir stopped; returns its folder.
 
-    All processes of a job call this. Raises UserError on what the user can put right, a non-finite loss included, and
-    SystemExit, with the status PREEMPTED, where SIGTERM ended the run early, saved.
+    All processes of a job call this. signals: those that are noted already; None: they are noted from here on.
+    notes: what was decided before, to be told with what is decided here.
+    Raises UserError on what the user can put right, a non-finite loss included, and SystemExit, with the status STOPPED or
+    INTERRUPTED, where a signal ended the run early, saved.
     """
     clock = Clock()
     config.check()
-    keep_freed_memory()
-    use_compilation_cache()
-    if config.train.tensorboard:
-        check_installed()
-    if config.train.profile_steps:
-        check_profiler()
-    start_job(config.distributed)
-    with lost_processes_told():
-        return _train(config, clock)
+    with contextlib.ExitStack() as stack:
+        signals = signals or stack.enter_context(StopSignals())
+        stack.enter_context(output_may_vanish())
+        keep_freed_memory()
+        use_compilation_cache()
+        if config.train.tensorboard:
+            check_installed()
+        if config.train.profile_steps:
+            check_profiler()
+        start_job(config.distributed)
+        stack.enter_context(lost_processes_told())
+        opened = stack.enter_context(opening(config.train))
+        opened.notes[:0] = notes
+        signals.before_leaving += [held.release for held in opened.owners]
+        stopped = _train(config, clock, opened, signals)
+    if stopped:
+        sys.exit(status_of(stopped))
+    return opened.folder
 
 
-def _train(config: Config, clock: Clock) -> RunFolder:
-    folder = RunFolder(config.train.save_dir)
-    folder.create(config.train.checkpoint_dir)
-    saved = steps_of(folder.path)
-    start = from_main(saved[-1] if saved else 0)
-    folder.check_shared(start)
+def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -> int:
+    """Train the run that was opened; returns the signal that ended it early, saved, or 0."""
+    folder, start = opened.folder, opened.start
     mesh = make_mesh(config.mesh)
-    source = base_of(config.train) if config.train.init_from and not start else None
-    data_args = config.data if source is None else _with_tokenizer_of(source, config.data)
-    tokens = folder.path / "tokens"
-    data = main_first(
-        lambda: load_data(data_args, tokens, folder.tokenizer_path, begun=start > 0),
-        lambda: open_data(data_args, tokens, folder.tokenizer_path),
-    )
-    config = _resolve(config, data)
+    base = base_of(config.train) if config.train.init_from and not start else None
+    data = open_text(config.data, base, opened)
+    settled = settle(config, data, opened)
+    config = settled.config
     check_divisible(mesh, config.model, config.train)
-    if start:
-        folder.check_config(config)
+    _check_profile_steps(config.train, settled.steps)
 
     module = make_model(config.model, config.train.compute_dtype, config.train.remat, config.train.attention, mesh)
-    steps = config.train.max_steps or config.train.n_epochs * steps_per_epoch(
-        data.tokens.train, config.train.batch_size, config.model.max_seq_len
-    )
-    _check_profile_steps(config.train, steps)
-    optimizer = make_optimizer(config.train, steps)
-    report.announce(config, data, mesh, module, steps, start, folder.path)
+    optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
+    report.announce(settled, data, mesh, module, opened)
     report.check_state_fits(config.model, mesh)
-    folder.write_config(config)
-    folder.resume_metrics(start)
+    write_start(opened, settled, data.origin)
     if config.train.tensorboard and is_main():
         folder.write_events(start)
-    folder.write_best(saved)
-    with CheckpointWriter(folder.checkpoints) as writer, contextlib.closing(folder):
-        run = Run(config, folder, data, mesh, module, steps, writer, _prompt(config, data), clock)
-        if start >= steps:
-            print(f"the run has its {steps:,} steps; --train.max-steps goes on, another --train.save-dir begins anew")
+    prompt, consensus, timer = first_words(config, data), Consensus(3), Timer(config.train)
+    writer = CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_every)
+    with writer, contextlib.closing(folder):
+        run = Run(
+            config, folder, opened, settled, data, mesh, module, writer, prompt, clock, signals, consensus, timer
+        )  # fmt: skip
+        folder.write_best(writer.steps)
+        owed = bool(from_main(evaluation_is_missing(opened, settled, data)))
+        if start >= settled.steps and not owed:
+            print(report.nothing_to_do_text(settled.steps))
             _finish(run, start)
-            return folder
-        state = _first_state(run, optimizer, start, source)
+            return 0
+        state = first_state(module, optimizer, mesh, config.train.seed, opened, base)
         began = time.perf_counter()
-        accumulation = config.train.gradient_accumulation_steps
-        compiled = compile_train_step(
-            module, optimizer, mesh, accumulation, batch_shapes(config.train, config.model, mesh)
-        )
+        batch = batch_shapes(config.train, config.model, mesh)
+        compiled = compile_train_step(module, optimizer, mesh, config.train.gradient_accumulation_steps, batch)
         report.announce_cost(compiled, mesh, time.perf_counter() - began)
+        if data.tokens.eval.size > 1:
+            run.evaluate = compile_eval_step(module, mesh, config.train, config.model)
+        if owed:
+            _make_up_evaluation(run, state, start)
         end, stopped = _loop(run, compiled, state, start)
+        signals.set_mode("ignore")
         _finish(run, end)
-    if stopped == "SIGTERM":
-        sys.exit(PREEMPTED)
-    return folder
+    return stopped
 
 
-def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int) -> tuple[int, str]:
+def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int) -> tuple[int, int]:
     """Steps, with their records, evaluations and checkpoints; returns the last, and the signal that ended it early, saved."""
     args, clock, folder = run.config.train, run.clock, run.folder.path
     length = run.config.model.max_seq_len
     own = OwnRows(batch_sharding(run.mesh), args.batch_size, length)
     batches = train_batches(run.data.tokens.train, args.batch_size, length, args.seed, start, run.steps, own.rows)
-    recorder = Recorder(run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_well)
+    recorder = Recorder(
+        run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_well, run.settled.held_lr
+    )
     pending: list[StepMetrics] = []
-    saved_at, announced, stopped = start, False, ""
+    saved_at, announced, stop, step = start, False, 0, start
     with (
-        StopSignals() as signals,
         Progress("step", run.steps, "step", start, shown=is_main()) as progress,
         Profile(args.profile_range, folder / "profile", clock) as profile,
         clock.steps(start),
         Watchdog(clock, args.watchdog_seconds, folder),
     ):
+        run.signals.set_mode("note")
         for step, batch in zip(range(start + 1, run.steps + 1), clock.waiting_for("data", batches), strict=False):
             with profile.step(step, before=pending):
                 state, metrics = compiled(state, own.assemble(batch))
             clock.dispatched(step, metrics.loss)
             pending.append(metrics)
             profile.stop_after(step, metrics)
-            last, stopped = step == run.steps, signals.agreed()
-            evaluating = run.data.tokens.eval.size > 1 and (step % args.eval_interval == 0 or last)
-            saving = step % args.save_interval == 0 or last or bool(stopped)
-            if evaluating or saving or step % args.log_interval == 0:
+            last = step == run.steps
+            stop, save_due, evaluation_due = run.consensus(
+                run.signals.received, run.timer.save_is_due(), run.timer.evaluation_is_due()
+            )
+            _note_saved(run)
+            on_time = run.evaluate is not None and (step % args.eval_interval == 0 or last)
+            evaluating = run.evaluate is not None and (on_time or bool(evaluation_due)) and not stop
+            saving = step % args.save_interval == 0 or last or bool(stop or save_due)
+            logging = on_time or last or step % args.log_interval == 0
+            if evaluating or saving or logging:
                 found = jax.device_get(pending)
                 pending.clear()
-                for line in judge(args, found, step - len(found) + 1, saved_at):
+                for line in judge(args, found, step - len(found) + 1, saved_at, _best_saved(run)):
                     report.say(line)
                 record = recorder.record(step, found[-1])
                 progress.note(report.progress_text(record, run.mesh.devices.size))
@@ -170,70 +229,141 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                 improved = False
                 if evaluating:
                     with clock.spent_on("evaluation"):
-                        improved = _evaluate(run, state, record, saved_at)
-                if evaluating or last or step % args.log_interval == 0:
+                        values, stop = _evaluate(run, state, step, saved_at)
+                    record |= values
+                    improved = bool(values) and _is_best(run, record)
+                if evaluating or logging:
                     run.folder.log(record)
-                if saving or improved:
+                if saving or improved or stop:
                     with clock.spent_on("saving"):
                         _save(run, state, step, record.get("eval_loss"))
                     saved_at = step
-                if evaluating:
+                if evaluating and not stop:
                     with clock.spent_on("sample"):
-                        _draw(run, sample=state.params)
+                        stop = _draw(run, state.params)
+                    if stop and saved_at < step:
+                        with clock.spent_on("saving"):
+                            _save(run, state, step, record.get("eval_loss"))
             progress.update()
-            if stopped:
+            if stop:
                 break
         with clock.spent_on("saving"):
             run.writer.wait()
-    run.folder.write_best(steps_of(run.folder.path))
-    if last:
-        stopped = ""  # the signal came too late to end it early
-    if stopped:
-        print(f"stopped by {stopped} at step {step:,}, saved; the same command goes on from here")
-    return step, stopped
+    _note_saved(run)
+    if stop and step == run.steps and (run.evaluate is None or "eval_loss" in run.folder.records[-1]):
+        stop = 0  # the signal came too late to end it early
+    if stop:
+        print(f"stopped by {NAMES[stop]} at step {step:,}, saved; the same command goes on from here")  # type: ignore[index]
+    return step, stop
 
 
-def _evaluate(run: Run, state: TrainState, record: dict[str, Any], saved_at: int) -> bool:
-    """Add the held-out loss to the record; whether it is the best so far. Raises UserError where it is not finite."""
+def _evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dict[str, float], int]:
+    """The held-out loss as values of a record, and the signal that came in between, for which there are none.
+
+    Raises UserError where the loss is not finite.
+    """
     args = run.config.train
     total = weight = 0.0
+    assert run.evaluate is not None
     with on_mesh(run.mesh):
         rows, length = args.batch_size // args.gradient_accumulation_steps, run.config.model.max_seq_len
         own = OwnRows(batch_sharding(run.mesh), rows, length)
         batches = eval_batches(run.data.tokens.eval, rows, length, args.eval_iters, own.rows)
         for batch in run.clock.waiting_for("evaluation", batches):  # so that each batch is a sign of life
-            sums = eval_step(run.module, state.params, own.assemble(batch))
+            sums = run.evaluate(state.params, own.assemble(batch))
             total, weight = total + float(sums[0]), weight + float(sums[1])
+            if stop := run.stop_asked():
+                return {}, stop
     if not math.isfinite(total):
-        raise_not_finite("held-out loss", total / weight, record["step"], saved_at)
-    record["eval_loss"] = total / weight
-    record["eval_bits_per_byte"] = total / weight / math.log(2) / run.data.tokens.eval_bytes_per_token
+        raise_not_finite("held-out loss", total / weight, step, saved_at, _best_saved(run))
+    run.timer.evaluated = time.monotonic()
+    run.consensus.forget()
+    bits = total / weight / math.log(2) / run.data.tokens.eval_bytes_per_token
+    return {"eval_loss": total / weight, "eval_bits_per_byte": bits}, 0
+
+
+def _is_best(run: Run, record: dict[str, Any]) -> bool:
+    """Whether an evaluation, which it says, is the best so far."""
     best = run.folder.best()
-    # All save, or none: a shared disk may show the others an older metrics.jsonl.
+    # All save, or none: process 0 alone knows the records of earlier starts.
     improved = bool(from_main(best is None or record["eval_loss"] < best["eval_loss"]))
     report.say(report.evaluation_text(record, run.data.floor, improved))
     return improved
 
 
+def _make_up_evaluation(run: Run, state: TrainState, step: int) -> None:
+    """Evaluate the step that the run goes on from, which a signal kept the start before from."""
+    with run.clock.spent_on("evaluation"):
+        values, stop = _evaluate(run, state, step, step)
+    if stop:
+        return
+    if is_main():
+        record = run.folder.records[-1] | values
+        _is_best(run, record)
+        run.folder.add_to_last(values)
+        run.writer.add_loss(step, values["eval_loss"])
+        run.folder.write_best(run.writer.steps)
+    else:
+        _is_best(run, {"step": step} | values)
+
+
 def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> None:
-    run.writer.save(step, state.params, state.opt_state, run.config.model, run.data.tokenizer, eval_loss)
-    run.folder.write_best(steps_of(run.folder.path))
+    run.opened.check_owned()
+    origin = {
+        "run": run.opened.record.id,
+        "folder": str(run.folder.path.absolute()),
+        "store": real_name(run.folder.checkpoints),
+        "host": socket.gethostname(),
+        "text": run.opened.record.text,
+    }
+    run.writer.save(step, state.params, state.opt_state, run.config.model, run.data.tokenizer, eval_loss, origin)
+    run.timer.saved = time.monotonic()
+    run.consensus.forget()
 
 
-def _draw(run: Run, sample: Any) -> None:
-    """Show a sample of the model, and draw the losses if the plot is old. Training goes on where that fails."""
+def _note_saved(run: Run) -> None:
+    """Say in run.json and best.json which checkpoints there are, once they are whole. Raises UserError where a save failed."""
+    run.writer.check()
+    steps = run.writer.steps
+    if is_main() and steps and steps[-1] != run.opened.record.saved:
+        run.opened.record = replace(run.opened.record, saved=steps[-1])
+        run.folder.write_record(run.opened.record)
+        run.folder.write_best(steps)
+
+
+def _best_saved(run: Run) -> int:
+    """The step of the best checkpoint, 0 where there is none."""
+    saved = [record for record in run.folder.records if "eval_loss" in record and record["step"] in run.writer.steps]
+    return min(saved, key=lambda record: record["eval_loss"])["step"] if saved else 0
+
+
+def _draw(run: Run, sample: Any) -> int:
+    """Show a sample of the model, and draw the losses if the plot is old. Training goes on where that fails.
+
+    Returns the signal that came in between, or 0.
+    """
+    stop = 0
+
+    def heed(_: object) -> None:
+        nonlocal stop
+        if stop := run.stop_asked():
+            raise StopAsked
+
     try:
         if run.config.model.max_seq_len > 1:
             model = Model(run.config.model, sample, run.data.tokenizer, run.module)
             args = SampleArgs(temperature=0.7, max_new_tokens=SAMPLE_TOKENS, seed=run.config.train.seed)
             with on_mesh(run.mesh):
-                (completion,) = model.generate([run.prompt], args)
+                (completion,) = model.generate([run.prompt], args, heed)
             report.say("  | " + report.printable(run.prompt + completion.text).replace("\n", "\n  | "))
         plot = run.folder.plot_path
         if not plot.exists() or time.time() - plot.stat().st_mtime > PLOT_SECONDS:
             _plot(run)
+    except StopAsked:
+        pass
     except (UserError, OSError) as error:
         report.say(f"no sample or plot: {error}")
+    return stop
 
 
 def _plot(run: Run) -> None:
@@ -242,20 +372,9 @@ def _plot(run: Run) -> None:
 
 
 def _finish(run: Run, step: int) -> None:
-    run.writer.wait()
     with run.clock.spent_on("sample"):
         _plot(run)
-    print(report.closing_text(run.folder, step, run.clock, run.prompt))
-
-
-def _with_tokenizer_of(source: Checkpoint, args: DataArgs) -> DataArgs:
-    """Data arguments with the tokenizer of a checkpoint. Raises UserError where another one is asked for."""
-    asked = args.tokenizer_model_path
-    if asked and Tokenizer(asked).model_bytes != source.tokenizer.model_bytes:
-        raise UserError(
-            f"data.tokenizer_model_path: expected the tokenizer of {source.folder}, found another in {asked}; leave it out"
-        )
-    return replace(args, tokenizer_model_path=str(source.tokenizer.model_path))
+    print(report.closing_text(run.folder, step, run.clock, run.prompt, run.settled.changed))
 
 
 def _check_profile_steps(args: TrainArgs, steps: int) -> None:
@@ -264,47 +383,3 @@ def _check_profile_steps(args: TrainArgs, steps: int) -> None:
         raise UserError(
             f"train.profile_steps: expected steps of the run, which has {steps:,}, found {args.profile_steps}; choose others"
         )
-
-
-def _resolve(config: Config, data: Data) -> Config:
-    """The configuration with all that the data decide. Raises UserError where another vocabulary was asked for."""
-    size, manifest = data.tokenizer.vocab_size, data.tokens.manifest
-    if config.model.vocab_size not in (-1, size):
-        raise UserError(
-            f"model.vocab_size: expected {size}, as the tokenizer has, or -1, found {config.model.vocab_size}"
-        )
-    data_args = replace(config.data, train_size=manifest.train_size, separator=manifest.separator)
-    return replace(config, model=replace(config.model, vocab_size=size), data=data_args)
-
-
-def _first_state(run: Run, optimizer: Any, start: int, source: Checkpoint | None) -> TrainState:
-    """The state to begin with: the run's newest checkpoint, the checkpoint to fine-tune, or a random one."""
-    shapes = state_shapes(run.module, optimizer, run.mesh)
-    if start:
-        checkpoint = Checkpoint.find(run.folder.checkpoints / str(start))
-        return TrainState(checkpoint.restore("params", shapes.params), _restore_optimizer(run, checkpoint, shapes))
-    params = None
-    if source is not None:
-        params = source.restore("params", shapes.params)
-    return init_state(run.module, optimizer, run.mesh, run.config.train.seed, params)
-
-
-def _restore_optimizer(run: Run, checkpoint: Checkpoint, shapes: TrainState) -> Any:
-    """The optimizer's state; checkpoints of before losses were remembered go on with an empty LossHistory."""
-    *inner, history = shapes.opt_state
-    if any(name.startswith(f"{len(inner)}/") for name in checkpoint.arrays("state")):
-        return checkpoint.restore("state", shapes.opt_state)
-    empty = jax.jit(LossHistory.empty, out_shardings=shardings_of(history))()
-    return (*checkpoint.restore("state", tuple(inner)), empty)
-
-
-def _prompt(config: Config, data: Data) -> str:
-    """How samples begin: as the stories do, or with the first whole words of a line of the held-out text."""
-    stream = data.tokens.eval if data.tokens.eval.size else data.tokens.train
-    lines = data.tokenizer.decode(stream[:256].tolist()).splitlines()[1:] or [""]
-    words = next((line.split() for line in lines if line.isprintable() and len(line.split()) > 4), [])
-    words = words[:4] if config.data.filepath else ["Once", "upon", "a", "time"]
-    # Half of the context is left to go on in.
-    while words and len(data.tokenizer.encode(" ".join(words))) > config.model.max_seq_len // 2:
-        words.pop()
-    return " ".join(words)

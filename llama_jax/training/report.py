@@ -1,13 +1,14 @@
 """What a run says: before it starts, at evaluations, and at the end."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from llama_jax.config import Config, ModelArgs
+from llama_jax.config import ModelArgs, TrainArgs
 from llama_jax.data import Data
 from llama_jax.data.text import replacement_warning
 from llama_jax.model import Llama, count_parameters
@@ -16,16 +17,18 @@ from llama_jax.runtime import check_memory
 from llama_jax.sharding import describe
 from llama_jax.training.clock import Activity, Clock
 from llama_jax.training.flops import train_flops_per_token
+from llama_jax.training.opening import Opened
 from llama_jax.training.run_folder import RunFolder
+from llama_jax.training.start import Settled
+from llama_jax.training.step import warmup_steps
 
 # What the command that is proposed at the end generates: a whole story.
 NEXT_TOKENS = 256
 
 
-def announce(
-    config: Config, data: Data, mesh: jax.sharding.Mesh, module: Llama, steps: int, start: int, save_dir: Path
-) -> None:
+def announce(settled: Settled, data: Data, mesh: jax.sharding.Mesh, module: Llama, opened: Opened) -> None:
     """Say what will happen."""
+    config, steps = settled.config, settled.steps
     model, train, manifest = config.model, config.train, data.tokens.manifest
     tokens = train.batch_size * model.max_seq_len
     held_out = manifest.tokens["eval"]
@@ -39,9 +42,10 @@ def announce(
         f"vocabulary {data.tokenizer.vocab_size:,}",
         "training": f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
         f"{train_flops_per_token(model) * tokens * steps / 1e12:,.1f} TFLOP",
+        "rate": rate_text(train, steps, settled.held_lr),
         "devices": f"{len(mesh.devices.flat)} x {device.device_kind}{processes}, mesh: {describe(dict(mesh.shape))}, "
         f"{module.dtype.name}, attention: {module.kernel}",
-        "run folder": str(save_dir),
+        "run folder": str(opened.folder.path),
     }
     for name, text in rows.items():
         print(f"{name:>10}  {text}")
@@ -49,8 +53,26 @@ def announce(
         print(replacement_warning(manifest.replaced_sequences))
     if data.floor is not None:
         print(f"{'floor':>10}  {data.floor:.3f} bits per byte, the entropy of the stories' grammar")
-    if start:
-        print(f"{'resumed':>10}  at step {start:,}")
+    for note in opened.notes:
+        print(f"{'note':>10}  {note}")
+    if opened.start:
+        print(f"{'resumed':>10}  at step {opened.start:,}")
+    for change in settled.changed:
+        print(f"{'changed':>10}  {change}")
+
+
+def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:
+    """The learning rate over the run's steps."""
+    if held is not None:
+        return f"learning rate {held:.3g}, held"
+    warmup = warmup_steps(train, steps)
+    cut = f", not {train.warmup_steps:,}, as the run is short" if warmup != train.warmup_steps else ""
+    return f"learning rate {train.lr:g} after a warm-up of {warmup:,} steps{cut}, then a cosine to {train.lr * train.min_lr_ratio:g}"
+
+
+def nothing_to_do_text(steps: int) -> str:
+    """What a start of a finished run says."""
+    return f"Run already complete: it has its {steps:,} steps. Raise --train.max-steps to go on, or choose a new --train.save-dir"
 
 
 def check_state_fits(args: ModelArgs, mesh: jax.sharding.Mesh) -> None:
@@ -137,7 +159,7 @@ def bad_steps_text(record: dict[str, Any]) -> str:
     )
 
 
-def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str) -> str:
+def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str, changed: Sequence[str] = ()) -> str:
     """How it went, where things are, and what to type next."""
     lines = [f"at step {step:,} after {clock.total - clock.seconds['start']:.0f} s"]
     if (best := folder.best()) is not None:
@@ -148,6 +170,7 @@ def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str) -> str
         lines.append(time_text(clock, folder.spent, folder.records[-1]))
     if folder.records and folder.records[-1].get("bad_steps"):
         lines.append(bad_steps_text(folder.records[-1]))
+    lines += [f"changed at this start: {change}" for change in changed]
     path = folder.path
     lines.append(
         f"checkpoints: {folder.checkpoints}   losses: {path / 'losses.png'}   numbers: {path / 'metrics.jsonl'}"

@@ -1,6 +1,7 @@
 """Saving a run's checkpoints while training goes on, and deleting those that need not be kept."""
 
 import contextlib
+import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -70,6 +71,15 @@ class CheckpointWriter:
         with told(folder, "write"):
             self._checkpointer.save(absolute(folder), args=ocp.args.Composite(**items))
         self._under_way = self._thread.submit(self._finish, step)
+
+    def add_loss(self, step: int, eval_loss: float) -> None:
+        """Add the held-out loss to a checkpoint that was saved without one; on process 0."""
+        self._losses[step] = eval_loss
+        folder = self._store / str(step)
+        with told(folder, "write"):
+            (folder / "metrics").mkdir(exist_ok=True)
+            (folder / "metrics" / "metrics").write_text(json.dumps({"eval_loss": eval_loss}))
+            write_checksums(folder)
 
     def check(self) -> bool:
         """Whether all that was saved is on disk. Raises UserError where a save has failed."""

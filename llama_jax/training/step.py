@@ -5,6 +5,7 @@ A gradient-accumulation parts, B rows a part, T positions.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -39,9 +40,14 @@ class StepMetrics(NamedTuple):
     history: LossHistory
 
 
-def learning_rate(args: TrainArgs, steps: int) -> optax.Schedule:
-    """Linear warm-up to lr, then a cosine to min_lr_ratio x lr at ``steps`` (LLaMA 2 paper, section 2.1)."""
-    warmup = min(args.warmup_steps, max(0, steps - 1))
+def learning_rate(args: TrainArgs, steps: int, held: float | None = None) -> optax.Schedule:
+    """Linear warm-up to lr, then a cosine to min_lr_ratio x lr at ``steps`` (LLaMA 2 paper, section 2.1).
+
+    held: the rate of every step in place of that.
+    """
+    if held is not None:
+        return optax.constant_schedule(held)
+    warmup = warmup_steps(args, steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else args.lr,
         peak_value=args.lr,
@@ -52,9 +58,17 @@ def learning_rate(args: TrainArgs, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(args: TrainArgs, steps: int) -> optax.GradientTransformationExtraArgs:
-    """AdamW with clipping and decoupled weight decay on matrices only (all but the norms' weights); bad steps are watched for."""
-    schedule = learning_rate(args, steps)
+def warmup_steps(args: TrainArgs, steps: int) -> int:
+    """Steps of the warm-up: as many as are asked for, but for a run that has no more than these."""
+    return min(args.warmup_steps, max(0, steps - 1))
+
+
+def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> optax.GradientTransformationExtraArgs:
+    """AdamW with clipping and decoupled weight decay on matrices only (all but the norms' weights); bad steps are watched for.
+
+    steps, held: see ``learning_rate``.
+    """
+    schedule = learning_rate(args, steps, held)
     adamw = optax.chain(
         optax.clip_by_global_norm(args.grad_clip) if args.grad_clip else optax.identity(),
         optax.adamw(
@@ -165,7 +179,15 @@ def compile_train_step(
     return trace_train_step(model, optimizer, mesh, accumulation, batch).lower().compile(compiler_options=options)
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
 def eval_step(model: Llama, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Summed loss in nats and summed weights of a batch: float32 scalars."""
     return loss_sum(model, params, *batch), jnp.sum(batch.weights)
+
+
+def compile_eval_step(model: Llama, mesh: Mesh, train: TrainArgs, args: ModelArgs) -> jax.stages.Compiled:
+    """``eval_step``, of parameters and a batch, compiled for as many rows as a part of a training batch has."""
+    part = replace(train, batch_size=train.batch_size // train.gradient_accumulation_steps)
+    params = with_shardings(parameter_shapes(model), parameter_shardings(model, mesh))
+    step = jax.jit(functools.partial(eval_step, model), out_shardings=replicated(mesh))
+    with on_mesh(mesh):
+        return step.lower(params, batch_shapes(part, args, mesh)).compile()

@@ -152,7 +152,7 @@ def test_the_time_of_steps_that_are_made_again_after_a_kill_is_lost(tmp_path: Pa
     folder = RunFolder(tmp_path)
     lines = [{"step": s, "tokens": s, "run_seconds": 10.0 * s, "run_step_seconds": 9.0 * s} for s in (1, 2, 3, 4)]
     folder.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    folder.resume_metrics(3)
+    assert folder.read_metrics(3) == []
     assert (folder.spent, folder.spent_well) == (40.0, 27.0)
     folder.resume_metrics(0)
     assert (folder.spent, folder.spent_well) == (30.0, 0.0)

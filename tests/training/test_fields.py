@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["the", "cat", "and", "a", "dog", "sat", "on", "one", "old", "mat", "by", "the", "sea"]
     for name, seed in (("a.txt", 0), ("b.txt", 1)):
         rng = random.Random(seed)
-        (folder / name).write_text("\n".join(" ".join(rng.choices(words, k=8)) for _ in range(60)))
+        (folder / name).write_text("\n".join(" ".join(rng.choices(words, k=8)) for _ in range(200)))
     return folder
 
 
@@ -81,6 +81,7 @@ def outcome(folder: Path, name: str, section: str = "", **changes: Any) -> dict[
         "records": records,
         "params": digest,
         "saves": list(SAVES),
+        "steps": steps_of(run.path),
         "documents": documents,
         "folders": sorted(path.name for path in run.path.iterdir() if path.is_dir()),
     }
@@ -101,13 +102,16 @@ CHANGED: dict[str, dict[str, Any]] = {
         "lr": 5e-3, "min_lr_ratio": 0.5, "warmup_steps": 3, "n_epochs": 2, "max_steps": 3, "batch_size": 2, "weight_decay": 0.9,
         "beta1": 0.5, "beta2": 0.5, "eps": 1e-2, "grad_clip": 0.1, "compute_dtype": "bfloat16", "eval_interval": 1,
         "eval_iters": 2, "log_interval": 2, "save_interval": 1, "save_dir": "elsewhere", "init_from": "base", "seed": 1,
-        "bad_steps": "skip", "spike_factor": 1.001, "profile_steps": "2", "tensorboard": True,
+        "bad_steps": "skip", "spike_factor": 1.001, "profile_steps": "2", "tensorboard": True, "keep": 1,
     },
 }  # fmt: skip
 # Values that change the program and not what it computes.
 SAME_NUMBERS = {"gradient_accumulation_steps": 2, "remat": "full"}
 # A run that does not hang is the same under any watchdog: see test_watchdog.py.
-ELSEWHERE = {"watchdog_seconds", "attention", "checkpoint_dir"}  # tests of their own
+ELSEWHERE = {
+    "watchdog_seconds", "attention", "checkpoint_dir",  # tests of their own
+    "keep_every", "save_minutes", "eval_minutes", "resume_step", "hold_lr",  # tests/training/test_resuming.py
+}  # fmt: skip
 
 
 def test_every_field_is_covered() -> None:

@@ -1,0 +1,101 @@
+"""The command line of train.py: flags over a TOML file, the file over the defaults, and which of two settings counts."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from llama_jax.config import Config, load_toml
+from llama_jax.errors import UserError
+from llama_jax.flags import parse_flags, take_option
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEFAULT, FINE_TUNING = CONFIGS / "tiny.toml", CONFIGS / "finetune.toml"
+# Pairs of settings that decide the same thing. Where both are given the second one counts.
+PAIRS = (
+    ("train.n_epochs", "train.max_steps"),
+    ("data.vocab_size", "data.tokenizer_model_path"),
+    ("data.stories", "data.filepath"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Config):
+    """A training run."""
+
+    text: Annotated[str, tyro.conf.Positional] = ""
+    """What to train on: the same as --data.filepath."""
+
+
+def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """The configuration of a command line, and what was decided where it said two things.
+
+    Without --config the built-in stories' configuration supplies what flags do not, or, for --train.init-from, that of
+    fine-tuning. Raises UserError where the command line is wrong.
+    """
+    path, rest = take_option(list(argv), "--config")
+    source = DEFAULT if path is None else Path(path)
+    file = load_toml(source)
+    config, notes = _parse(rest, file)
+    if config.train.init_from:
+        from llama_jax.training.opening import starting_model
+
+        if path is None:
+            source = FINE_TUNING
+            file = load_toml(source)
+            notes.append(
+                f"settings of {source.stem}: learning rate {file.train.lr:g}, {file.train.n_epochs} epochs, unless flags say otherwise"
+            )
+        config, more = _parse(rest, file)
+        train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
+        # The checkpoint brings the model's shape; flags may still change what does not alter its parameters.
+        config, notes = _parse(rest, dataclasses.replace(file, model=starting_model(train)))[0], notes + more
+    train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
+    config = dataclasses.replace(config, train=train)
+    config.check()
+    return config, notes
+
+
+def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
+    sections = {field.name: getattr(file, field.name) for field in dataclasses.fields(Config)}
+    description = "Pretrain a LLaMA 2 model on the built-in stories, or on a text.\n\n--config FILE.toml supplies what flags do not."
+    command = parse_flags(Command, argv, Command(**sections), "python train.py", description)
+    config = Config(**{name: getattr(command, name) for name in sections})
+    given = {name.lstrip("-").partition("=")[0].replace("-", "_") for name in argv if name.startswith("--")}
+    if command.text:
+        if "data.filepath" in given and command.text != config.data.filepath:
+            raise UserError(
+                f"data.filepath: expected one text, found {config.data.filepath} and {command.text}; leave one of them out"
+            )
+        config = _with(config, "data.filepath", command.text)
+        given.add("data.filepath")
+    return _decide(config, given)
+
+
+def _decide(config: Config, given: set[str]) -> tuple[Config, list[str]]:
+    """Where two settings decide the same thing, have the one count that a flag gives, and say which does not."""
+    notes = []
+    for first, second in PAIRS:
+        if first in given and _get(config, second):
+            if second in given:
+                notes.append(
+                    f"{first} {_get(config, first)} is not used, as {second} {_get(config, second)} decides the same"
+                )
+            else:
+                notes.append(
+                    f"{second} {_get(config, second)} of the file is not used, as --{first} {_get(config, first)} decides the same"
+                )
+                config = _with(config, second, None if second == "train.max_steps" else "")
+    return config, notes
+
+
+def _get(config: Config, name: str) -> Any:
+    section, field = name.split(".")
+    return getattr(getattr(config, section), field)
+
+
+def _with(config: Config, name: str, value: Any) -> Config:
+    section, field = name.split(".")
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})

@@ -1,0 +1,296 @@
+"""Opening a run: what lies in its folder is read once, and decides once what this start is.
+
+A start is refused where another process writes the folder, where checkpoints that the run has saved are out of sight, or
+where they belong to another run. Else it begins a run, or goes on from the newest checkpoint whose files are whole.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llama_jax import owner
+from llama_jax.checkpoint import DAMAGED, ORIGIN, Checkpoint, steps_in
+from llama_jax.checksums import verify
+from llama_jax.config import Config, ModelArgs, TrainArgs
+from llama_jax.distributed import on_main
+from llama_jax.errors import UserError
+from llama_jax.files import write_atomically
+from llama_jax.owner import Owner, owning
+from llama_jax.storage import PROBE, absolute, check_writable, children, is_remote, location, real_name, told
+from llama_jax.training.run_folder import RunFolder, RunRecord
+
+IN_USE = "wait until it ends, stop it, or choose another --train.save-dir"
+ELSEWHERE = "choose another --train.save-dir"
+
+
+@dataclass
+class Opened:
+    """A run that this job owns. Process 0 has read all of it; the others know the folder and the step."""
+
+    folder: RunFolder
+    start: int = 0
+    """The step to go on from; 0: the run begins."""
+    record: RunRecord = RunRecord()
+    stored: Config | None = None
+    """The settings of the start before."""
+    text: dict[str, Any] | None = None
+    """What the run has been trained on so far."""
+    later: list[int] = field(default_factory=list)
+    """Steps behind ``start`` whose checkpoints are to be set aside."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided, for the person who started the run to read."""
+    owners: list[Owner] = field(default_factory=list)
+
+    def aside(self, store: Path) -> tuple[Path, Path]:
+        """A new folder for checkpoints that are set aside, and a file for the records with them."""
+        number = 1
+        while (store / f"set-aside-{number}").exists():
+            number += 1
+        return store / f"set-aside-{number}", self.folder.path / f"metrics-set-aside-{number}.jsonl"
+
+    def set_aside(self) -> None:
+        """Move the checkpoints of ``later`` out of the way, with a copy of all records; on process 0."""
+        store = self.folder.checkpoints
+        aside, records = self.aside(store)
+        with told(store, "write"):
+            aside.mkdir(parents=True)
+            for step in reversed(self.later):
+                (store / str(step)).rename(aside / str(step))
+        if self.folder.metrics_path.exists():
+            write_atomically(records, self.folder.metrics_path.read_bytes())
+
+    def check_owned(self) -> None:
+        """Raise UserError where another process has taken the run over."""
+        for held in self.owners:
+            held.check()
+
+
+@contextlib.contextmanager
+def opening(train: TrainArgs) -> Iterator[Opened]:
+    """Own the run in ``train.save_dir`` for the block, and find out where it goes on.
+
+    All processes call this. Raises UserError on all of them where the run cannot be opened.
+    """
+    run = Opened(RunFolder(train.save_dir))
+    with contextlib.ExitStack() as stack:
+        run.start = on_main(lambda: _open(run, train, stack))
+        _check_shared(run)
+        yield run
+
+
+def starting_model(train: TrainArgs) -> ModelArgs:
+    """The model arguments of a run with ``init_from``: those that it began with, or those of the checkpoint that it begins with.
+
+    Raises UserError where there is no such checkpoint.
+    """
+    folder = RunFolder(train.save_dir)
+    begun = children(folder.checkpoints) or folder.read_record().saved
+    stored = folder.stored_config() if begun else None
+    return base_of(train).args if stored is None else stored.model
+
+
+def base_of(train: TrainArgs) -> Checkpoint:
+    """The checkpoint that ``init_from`` names. Raises UserError where there is none, or its matrices are quantized."""
+    checkpoint = Checkpoint.find(train.init_from)
+    checkpoint.check_plain("train.init_from")
+    return checkpoint
+
+
+def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
+    """Fill in ``run`` on process 0; returns the step to go on from."""
+    folder = run.folder
+    folder.make()
+    run.owners.append(stack.enter_context(owning(folder.path, "train.save_dir", IN_USE)))
+    run.record, run.stored = folder.read_record(), folder.stored_config()
+    store = _store(folder, run.record, train.checkpoint_dir)
+    outside = not _lies_within(store, folder.path)
+    if is_remote(store):
+        check_writable(store, "train.checkpoint_dir")
+    elif outside and steps_in(store):
+        run.owners.append(stack.enter_context(owning(store, "train.checkpoint_dir", IN_USE)))
+    steps = steps_in(store)
+    _check_in_sight(run, store, steps)
+    if steps:
+        _check_store_is_ours(run, store, steps)
+    if outside and len(run.owners) == 1:
+        if not is_remote(store):
+            store.mkdir(parents=True, exist_ok=True)
+        run.owners.append(stack.enter_context(owning(store, "train.checkpoint_dir", IN_USE)))
+    start = _start(run, store, steps, train.resume_step)
+    run.notes += folder.read_metrics(start)
+    origin = _origin(store, start) if start else {}
+    run.text = run.record.text or origin.get("text")
+    known = run.record.id or origin.get("run") or uuid.uuid4().hex
+    run.record = dataclasses.replace(run.record, id=known, store=str(absolute(store)) if outside else "")
+    if outside:
+        _point_to(folder, store)
+    return start
+
+
+def _store(folder: RunFolder, record: RunRecord, asked: str) -> Path:
+    """Where the run's checkpoints lie, or will lie. Raises UserError where another place is asked for than they are in."""
+    here = folder.path / "checkpoints"
+    if not asked:
+        known = folder.checkpoints
+        return (
+            location(record.store) if record.store and not here.exists() and steps_in(location(record.store)) else known
+        )
+    there = location(asked)
+    if not here.exists():
+        if not record.id and any(path.name not in (PROBE, owner.NAME) for path in children(there)):
+            raise UserError(
+                f"train.checkpoint_dir: expected a new or an empty folder for a new run, found {asked} in use; choose another"
+            )
+        return there
+    known = folder.checkpoints
+    moved = str(absolute(known)) != str(absolute(there))
+    if moved and (steps_in(known) or not steps_in(there)):
+        raise UserError(
+            f"train.checkpoint_dir: expected {known}, where this run's checkpoints are, found {asked}; leave it out, or {ELSEWHERE}"
+        )
+    return there
+
+
+def _lies_within(store: Path, folder: Path) -> bool:
+    return not is_remote(store) and store.resolve().is_relative_to(folder.resolve())
+
+
+def _point_to(folder: RunFolder, store: Path) -> None:
+    """Have the run folder say where its checkpoints lie."""
+    here = folder.path / "checkpoints"
+    if not here.is_dir():
+        write_atomically(here, f"{absolute(store)}\n")
+
+
+def _check_in_sight(run: Opened, store: Path, steps: list[int]) -> None:
+    """Raise UserError where the run has saved checkpoints and none is there."""
+    saved = run.record.saved
+    if not saved and not steps and run.folder.best_path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            saved = int(json.loads(run.folder.best_path.read_text())["step"])
+    if saved and not steps:
+        places = f"{store}" + (f", or in {run.record.store}" if run.record.store not in ("", str(store)) else "")
+        raise UserError(
+            f"train.save_dir: expected the checkpoints of the run in {run.folder.path}, which saved step {saved:,}, found none in "
+            f"{places}; mount the disk or move them back (--train.checkpoint-dir says where they are), or {ELSEWHERE} to begin anew"
+        )
+    if steps and steps[-1] < saved:
+        run.notes.append(
+            f"warning: step {saved:,} was saved, and its checkpoint is gone; the newest is of step {steps[-1]:,}"
+        )
+
+
+def _origin(store: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint says of the run that made it; nothing where an earlier version made it."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((store / str(step) / "model" / ORIGIN).read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _check_store_is_ours(run: Opened, store: Path, steps: list[int]) -> None:
+    """Raise UserError where the checkpoints belong to another run, or to the run of which this folder is a copy."""
+    origin = _origin(store, steps[-1])
+    maker, place = origin.get("run"), str(origin.get("folder", ""))
+    if not maker:
+        return
+    remedy = f"copy them to a place of this run's own, and name it with --train.checkpoint-dir, or {ELSEWHERE}"
+    if run.record.id and maker != run.record.id:
+        raise UserError(
+            f"train.checkpoint_dir: expected the checkpoints of the run in {run.folder.path}, found those of the run in {place} "
+            f"in {store}; {remedy}"
+        )
+    if _lies_within(store, run.folder.path) or not place or _same_folder(place, run.folder.path):
+        return
+    if origin.get("store") != real_name(store):
+        return  # a copy of them, or they were moved: no other run has its checkpoints here
+    here = origin.get("host") == socket.gethostname()
+    there = RunFolder(place)
+    if (here or there.path.exists()) and there.read_record().id != maker:
+        run.notes.append(f"the run has moved here from {place}")
+        return
+    raise UserError(
+        f"train.checkpoint_dir: expected checkpoints of this run alone in {store}, found that they are those of the run in "
+        f"{place}{'' if here else ' on host ' + str(origin.get('host'))}, of which {run.folder.path} is a copy; {remedy}"
+    )
+
+
+def _same_folder(place: str, folder: Path) -> bool:
+    return os.path.realpath(place) == os.path.realpath(folder)
+
+
+def _start(run: Opened, store: Path, steps: list[int], asked: int) -> int:
+    """The step to go on from, 0 where the run begins; what lies behind it is noted to be set aside."""
+    if not steps and asked:
+        raise UserError(
+            f"train.resume_step: expected a step that {run.folder.path} has a checkpoint of, found {asked:,} and no "
+            "checkpoints; leave it out"
+        )
+    if not steps:
+        if run.folder.metrics_path.exists() and run.folder.metrics_path.stat().st_size:
+            run.notes.append("the start before ended before it saved a checkpoint: the run begins anew")
+        return 0
+    start = _newest_whole(run, store, _candidates(run, store, steps, asked))
+    run.later = [step for step in steps if step > start]
+    if run.later:
+        what = f"step {run.later[0]:,} is" if len(run.later) == 1 else f"steps {', '.join(map(str, run.later))} are"
+        aside, records = run.aside(store)
+        run.notes.append(
+            f"{what} set aside in {aside}, and all records in {records}; delete them when you need them no more"
+        )
+    return start
+
+
+def _candidates(run: Opened, store: Path, steps: list[int], asked: int) -> list[int]:
+    """The steps to go on from, the last of them if it is whole."""
+    again = asked and asked == run.record.went_back_to
+    run.record = dataclasses.replace(run.record, went_back_to=asked)
+    if not asked:
+        return steps
+    if again:
+        # The same command again, as a scheduler gives it, must not throw away what was done since.
+        run.notes.append(
+            f"the run went back to step {asked:,} at an earlier start, and goes on from its newest step; to go back once more, "
+            "start it once without --train.resume-step"
+        )
+        return steps
+    if asked not in steps:
+        raise UserError(
+            f"train.resume_step: expected one of the steps {', '.join(map(str, steps))}, of which there are checkpoints in "
+            f"{store}, found {asked:,}; choose one of these"
+        )
+    return [asked]
+
+
+def _newest_whole(run: Opened, store: Path, steps: list[int]) -> int:
+    """The newest of ``steps`` whose files are as they were saved. Raises UserError where there is none."""
+    for step in reversed(steps):
+        try:
+            verify(store / str(step), DAMAGED)
+            Checkpoint.find(store / str(step))
+            return step
+        except UserError as error:
+            run.notes.append(f"warning: the checkpoint of step {step:,} is not used: {error}")
+    raise UserError(
+        f"{store}: expected a checkpoint whose files are whole, found none among the steps {', '.join(map(str, steps))}: "
+        f"{run.notes[-1].partition(': ')[2]}"
+    )
+
+
+def _check_shared(run: Opened) -> None:
+    """Raise UserError where a process does not see the folder, or the checkpoint to go on from."""
+    needed = run.folder.checkpoints / str(run.start) if run.start else run.folder.path
+    if not needed.is_dir():
+        raise UserError(
+            f"train.save_dir: expected a folder on a disk that all processes share, found that process {jax.process_index()} "
+            f"does not see {needed}; {ELSEWHERE}"
+        )

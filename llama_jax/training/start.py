@@ -1,0 +1,167 @@
+"""What a start makes of a configuration: its text, its settings, the state that training begins with."""
+
+import socket
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+import jax
+
+from llama_jax.checkpoint import Checkpoint
+from llama_jax.config import Config, DataArgs, TrainArgs
+from llama_jax.data import Data, load_data, open_data
+from llama_jax.data.batches import steps_per_epoch
+from llama_jax.distributed import is_main, main_first
+from llama_jax.errors import UserError
+from llama_jax.tokenizer import Tokenizer
+from llama_jax.training.bad_steps import LossHistory
+from llama_jax.training.opening import Opened
+from llama_jax.training.settings import changes, rate_text
+from llama_jax.training.step import TrainState, init_state, learning_rate, shardings_of, state_shapes
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A configuration with all that the text decides, and what a start changes of it."""
+
+    config: Config
+    steps: int
+    held_lr: float | None = None
+    changed: tuple[str, ...] = ()
+
+
+def open_text(args: DataArgs, base: Checkpoint | None, opened: Opened) -> Data:
+    """The tokens of the run. Process 0 makes them where they are not there. Raises UserError where the run had others."""
+    args = args if base is None else _with_tokenizer_of(base, args)
+    folder = opened.folder
+    tokens = folder.path / "tokens"
+    return main_first(
+        lambda: load_data(args, tokens, folder.tokenizer_path, begun=opened.start > 0),
+        lambda: open_data(args, tokens, folder.tokenizer_path),
+    )
+
+
+def settle(config: Config, data: Data, opened: Opened) -> Settled:
+    """Resolve the configuration, and compare it with that of the start before.
+
+    Raises UserError where the run cannot go on with it.
+    """
+    config = _resolve(config, data)
+    steps = steps_of_run(config, data)
+    if not opened.start:
+        if config.train.hold_lr:
+            raise UserError("train.hold_lr: expected a run that goes on, found a new one; leave it out")
+        return Settled(config, steps)
+    stored = opened.stored
+    if stored is None:
+        return Settled(config, steps)
+    found = changes(stored, config, opened.folder.path)
+    before = steps_of_run(_resolve(stored, data), data)
+    held = _held_lr(config.train, stored.train, before, opened)
+    lines = [str(change) for change in found]
+    rate = rate_text(stored, before, config, steps, held, opened.start + 1) if opened.start < steps else ""
+    was_held = opened.record.held_lr if stored.train.hold_lr else None
+    if rate and (was_held is None or held != was_held):
+        lines.append(rate)
+    return Settled(config, steps, held, tuple(lines))
+
+
+def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
+    """Write what this start has decided: the only place that changes the folder before the first step."""
+    folder = opened.folder
+    if opened.later and is_main():
+        opened.set_aside()
+    folder.write_config(settled.config)
+    folder.write_metrics()
+    begun = {
+        "time": datetime.now().astimezone().isoformat(" ", "seconds"),
+        "host": socket.gethostname(),
+        "step": opened.start,
+        "changed": list(settled.changed),
+    }
+    opened.record = replace(
+        opened.record, text=text, saved=opened.start, held_lr=settled.held_lr, starts=[*opened.record.starts, begun]
+    )
+    folder.write_record(opened.record)
+
+
+def steps_of_run(config: Config, data: Data) -> int:
+    """How many steps a run takes in all."""
+    train = config.train
+    per_epoch = steps_per_epoch(data.tokens.train, train.batch_size, config.model.max_seq_len)
+    return train.max_steps or train.n_epochs * per_epoch
+
+
+def evaluation_is_missing(opened: Opened, settled: Settled, data: Data) -> bool:
+    """Whether a signal kept the start before from evaluating the step that this one goes on from."""
+    records, args, start = opened.folder.records, settled.config.train, opened.start
+    if not is_main() or not start or not records or data.tokens.eval.size < 2:
+        return False
+    due = start % args.eval_interval == 0 or start >= settled.steps
+    return due and records[-1]["step"] == start and "eval_loss" not in records[-1]
+
+
+def first_state(
+    module: Any, optimizer: Any, mesh: jax.sharding.Mesh, seed: int, opened: Opened, base: Checkpoint | None
+) -> TrainState:
+    """The state to begin with: the checkpoint that the run goes on from, the one to fine-tune, or a random one."""
+    shapes = state_shapes(module, optimizer, mesh)
+    if opened.start:
+        checkpoint = Checkpoint.find(opened.folder.checkpoints / str(opened.start))
+        return TrainState(checkpoint.restore("params", shapes.params), _restore_optimizer(checkpoint, shapes))
+    params = None
+    if base is not None:
+        with base.verified():
+            params = base.restore("params", shapes.params)
+    return init_state(module, optimizer, mesh, seed, params)
+
+
+def first_words(config: Config, data: Data) -> str:
+    """How samples begin: as the stories do, or with the first whole words of a line of the held-out text."""
+    stream = data.tokens.eval if data.tokens.eval.size else data.tokens.train
+    lines = data.tokenizer.decode(stream[:256].tolist()).splitlines()[1:] or [""]
+    words = next((line.split() for line in lines if line.isprintable() and len(line.split()) > 4), [])
+    words = words[:4] if config.data.filepath else ["Once", "upon", "a", "time"]
+    # Half of the context is left to go on in.
+    while words and len(data.tokenizer.encode(" ".join(words))) > config.model.max_seq_len // 2:
+        words.pop()
+    return " ".join(words)
+
+
+def _held_lr(now: TrainArgs, before: TrainArgs, steps_before: int, opened: Opened) -> float | None:
+    """The learning rate at which the run goes on, where it is to be held: that of the last step."""
+    if not now.hold_lr:
+        return None
+    if before.hold_lr and opened.record.held_lr is not None:
+        return opened.record.held_lr
+    return float(learning_rate(before, steps_before)(opened.start))
+
+
+def _with_tokenizer_of(source: Checkpoint, args: DataArgs) -> DataArgs:
+    """Data arguments with the tokenizer of a checkpoint. Raises UserError where another one is asked for."""
+    asked = args.tokenizer_model_path
+    if asked and Tokenizer(asked).model_bytes != source.tokenizer.model_bytes:
+        raise UserError(
+            f"data.tokenizer_model_path: expected the tokenizer of {source.folder}, found another in {asked}; leave it out"
+        )
+    return replace(args, tokenizer_model_path=str(source.tokenizer.model_path))
+
+
+def _resolve(config: Config, data: Data) -> Config:
+    """The configuration with all that the data decide. Raises UserError where another vocabulary was asked for."""
+    size, manifest = data.tokenizer.vocab_size, data.tokens.manifest
+    if config.model.vocab_size not in (-1, size):
+        raise UserError(
+            f"model.vocab_size: expected {size}, as the tokenizer has, or -1, found {config.model.vocab_size}"
+        )
+    data_args = replace(config.data, train_size=manifest.train_size, separator=manifest.separator)
+    return replace(config, model=replace(config.model, vocab_size=size), data=data_args)
+
+
+def _restore_optimizer(checkpoint: Checkpoint, shapes: TrainState) -> Any:
+    """The optimizer's state; checkpoints of before losses were remembered go on with an empty LossHistory."""
+    *inner, history = shapes.opt_state
+    if any(name.startswith(f"{len(inner)}/") for name in checkpoint.arrays("state")):
+        return checkpoint.restore("state", shapes.opt_state)
+    empty = jax.jit(LossHistory.empty, out_shardings=shardings_of(history))()
+    return (*checkpoint.restore("state", tuple(inner)), empty)
