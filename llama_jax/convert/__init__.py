@@ -15,7 +15,7 @@ from llama_jax.convert.own import OwnSource, write_own
 from llama_jax.convert.reader import Reader
 from llama_jax.convert.source import Source
 from llama_jax.errors import UserError
-from llama_jax.foreign.folders import found_in
+from llama_jax.foreign.folders import found_in, hub_hint
 from llama_jax.foreign.layouts import Layout, find_layout
 from llama_jax.progress import Progress
 from llama_jax.storage import is_remote, location, on_disk
@@ -91,12 +91,12 @@ def convert(args: ConvertArgs) -> None:
 def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) -> Source:
     """The checkpoint in ``folder``, of whichever format. Raises UserError where there is none."""
     if not is_remote(folder) and not folder.exists():
-        raise UserError(f"--input: expected a folder, found nothing at {folder}")
+        raise UserError(f"--input: expected a folder, found nothing at {folder}{hub_hint(folder)}")
     if not is_remote(folder) and not folder.is_dir():
         raise UserError(f"--input: {folder}: expected a folder, {found_in(folder)}")
-    if args.layout == "llama-jax" or (args.layout == "auto" and (folder / "model" / "model.json").is_file()):
-        return _own(folder, args)
-    found = find_layout(folder, args.layout)
+    is_run = (folder / "config.toml").is_file() and (folder / "checkpoints").exists()
+    is_own = args.layout == "auto" and (is_run or (folder / "model" / "model.json").is_file())
+    found = None if is_own else find_layout(folder, args.layout)
     if found is None:
         return _own(folder, args)
     if is_remote(folder):

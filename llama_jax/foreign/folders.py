@@ -43,7 +43,7 @@ def found_in(path: Path) -> str:
     """The end of an error about ``path``, which is no checkpoint of ours: what was found there, and what to do."""
     names = sorted(child.name for child in children(path))
     if not names and not path.is_dir():
-        return f"found {_file(path)}" if path.exists() else "found nothing"
+        return f"found {_file(path) if path.exists() else 'nothing' + hub_hint(path)}"
     if ADAPTER in names and CONFIG not in names:
         return f"found an adapter (LoRA) of {_base(path)}; merge the two: {merge_commands(path)}"
     try:
@@ -59,6 +59,13 @@ def found_in(path: Path) -> str:
     if inside:
         return f"found no checkpoint in it, but below it: {', '.join(sorted(map(str, inside))[:4])}; give one of these"
     return "found no checkpoint in it"
+
+
+def hub_hint(path: Path) -> str:
+    """What to do where there is nothing at ``path``, if that looks like a name on Hugging Face's hub; else nothing."""
+    if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
+        return f"; a model of Hugging Face's hub is fetched with: hf download {path} --local-dir {path.name}"
+    return ""
 
 
 def _model(path: Path, found: Found) -> str:

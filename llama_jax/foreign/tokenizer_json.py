@@ -21,6 +21,7 @@ BPE = 2  # TrainerSpec.ModelType
 USER_DEFINED, UNUSED = 4, 5  # ModelProto.SentencePiece.Type
 # Patterns by which SentencePiece's remove_extra_whitespaces is said: spaces at the start, within, and marks at the end.
 LEADING, REPEATED, TRAILING = r"\A +", " {2,}", SPACE + r"+\z"
+ACROSS = re.compile(rf"[^\s{SPACE}]{SPACE}|\n[^\s{SPACE}]")
 HARD_TEXTS = (
     "", " ", "  ", "   ", "a", " a", "a ", "  a  b  ", "\t", "\ta\t", "\n", "\n\n", "a\nb", "a \n b", "\r\n", "\0", "a\0b",
     "Once upon a time, there was.", "def f(x):\n    return  x\n", "1234567890", "3.14", "ÀÉÎõü", "e\u0301", "\ufb01 \u2460  \uff46\uff55", "\u00a0", "a\u3000b",
@@ -76,6 +77,8 @@ def why_not_written(tokenizer: Tokenizer) -> str:
         "it marks spaces behind words, or not at all": settings.suffix or not settings.escape,
         "it has user-defined symbols": USER_DEFINED in settings.piece_types,
         "it has unused pieces": UNUSED in settings.piece_types,
+        # Long texts are encoded in parts here, cut where such a piece may stand (tokenizer.py, split_text).
+        "it has pieces across spaces or lines": any(ACROSS.search(pieces[i]) for i in merged),
         "pieces of it have equal scores": len({tokenizer.score(i) for i in merged}) != len(merged),
         "it has no unknown token": tokenizer.unk_id < 0,
         "a control token is a single character": any(len(piece) == 1 for piece in others),

@@ -120,6 +120,16 @@ def test_the_command_that_is_told_converts_and_its_output_is_found(place: Path, 
     assert Checkpoint.find(command[5]).args.dim == 16
 
 
+def test_a_name_on_the_hub_is_told_how_to_fetch(place: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"found nothing; .* hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf$"
+    ):
+        Checkpoint.find("meta-llama/Llama-2-7b-hf")
+    (place / "runs").mkdir()
+    with pytest.raises(UserError, match=r"runs/tinny: expected a checkpoint folder, found nothing$"):
+        Checkpoint.find("runs/tinny")
+
+
 def test_a_snapshot_of_a_cache_is_called_by_its_models_name(place: Path) -> None:
     folder = Path("models--meta-llama--Llama-2-7b-hf/snapshots/0123")
     assert convert_command(folder).endswith(" --output checkpoints/Llama-2-7b-hf")

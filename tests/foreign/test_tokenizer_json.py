@@ -2,6 +2,8 @@
 
 import io
 import json
+import random
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from llama_jax.foreign import tokenizer_json
 from llama_jax.foreign.tokenizer_json import HARD_TEXTS, Reader, Settings
 from llama_jax.foreign.tokenizer_json import tokenizer_json as table_of
 from llama_jax.foreign.vocabulary import difference
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import PART_CHARS, Tokenizer
 from tests.conftest import TEXT
 from tests.convert.test_convert import BFLOAT16, random_weights, write_meta_folder
 from tests.foreign.test_layouts import ARGS
@@ -37,7 +39,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "collapsed spaces, no prefix": {"remove_extra_whitespaces": True, "add_dummy_prefix": False},
     "no bytes": {"byte_fallback": False, "vocab_size": 150, "character_coverage": 0.98},
     "control symbols": {"control_symbols": ["<mask>", "[INST]"]},
-    "pieces across spaces": {"split_by_whitespace": False, "split_by_unicode_script": False, "split_digits": False},
+    "words and numbers": {"split_by_unicode_script": False, "split_by_number": False, "split_digits": False},
     "another unknown": {"unk_surface": "?", "unk_piece": "[UNK]", "pad_id": 3},
     "every character": {"character_coverage": 1.0, "max_sentencepiece_length": 4},
 }  # fmt: skip
@@ -49,6 +51,7 @@ NOT_WRITTEN: dict[str, tuple[dict[str, Any], str]] = {
     "nfkc_cf": ({"normalization_rule_name": "nfkc_cf"}, "normalizes characters"),
     "spaces behind": ({"treat_whitespace_as_suffix": True}, "behind words"),
     "user-defined symbols": ({"user_defined_symbols": ["<fox>", "river"]}, "user-defined"),
+    "pieces across spaces": ({"split_by_whitespace": False}, "across spaces"),
     "a control of one character": ({"control_symbols": ["~"]}, "single character"),
 }  # fmt: skip
 
@@ -99,6 +102,74 @@ def test_the_library_encodes_as_sentencepiece_on_every_text(name: str, tmp_path:
             assert library.decode(expected) == tokenizer.decode(expected)
 
     check()
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "model_type": st.sampled_from(["bpe", "bpe", "bpe", "unigram", "char"]),
+        "vocab_size": st.sampled_from([290, 330, 500]),
+        "byte_fallback": st.booleans(),
+        "add_dummy_prefix": st.booleans(),
+        "remove_extra_whitespaces": st.booleans(),
+        "normalization_rule_name": st.sampled_from(["identity", "identity", "nfkc", "nmt_nfkc_cf"]),
+        "allow_whitespace_only_pieces": st.booleans(),
+        "split_digits": st.booleans(),
+        "split_by_whitespace": st.booleans(),
+        "split_by_unicode_script": st.booleans(),
+        "treat_whitespace_as_suffix": st.booleans(),
+        "character_coverage": st.sampled_from([1.0, 0.98]),
+        "max_sentencepiece_length": st.sampled_from([2, 16]),
+        "control_symbols": st.sampled_from([[], ["<mask>"]]),
+        "user_defined_symbols": st.sampled_from([[], [], ["fox"]]),
+    },
+)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(OPTIONS, st.randoms(use_true_random=False))
+def test_whatever_the_options_what_is_written_is_sentencepiece_s(options: dict[str, Any], rng: random.Random) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    try:
+        raw = model(json.dumps(options))
+    except RuntimeError:  # a vocabulary that is too small or too large for these
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.model").write_bytes(raw)
+        tokenizer = Tokenizer(Path(folder) / "tokenizer.model")
+    table, reason = table_of(tokenizer)
+    assert (table is None) == bool(reason)
+    if table is None:
+        return
+    library = tokenizers.Tokenizer.from_str(json.dumps(table))
+    pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+    parts = [
+        *pieces,
+        *(piece.replace("\u2581", " ") for piece in pieces),
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\0",
+        "é",
+        "ﬁ",
+        "🦊",
+        "\u3000",
+    ]
+    for text in (*HARD_TEXTS, *("".join(rng.choices(parts, k=rng.randrange(1, 15))) for _ in range(200))):
+        assert library.encode(text, add_special_tokens=False).ids == tokenizer.encode(text, bos=False), text
+
+
+@pytest.mark.parametrize("name", ["as LLaMA 2", "no dummy prefix", "collapsed spaces", "no bytes"])
+def test_long_texts_which_are_encoded_in_parts_are_the_librarys_too(name: str, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = trained(WRITTEN[name], tmp_path)
+    library = tokenizers.Tokenizer.from_str(json.dumps(table_of(tokenizer)[0]))
+    rng = random.Random(0)
+    pieces = [tokenizer.piece(i).replace("\u2581", " ") for i in range(tokenizer.vocab_size) if tokenizer.is_text(i)]
+    text = "".join(rng.choice([*pieces, " ", "\n", "\n\n  ", "é", "🦊"]) for _ in range(40_000))
+    assert len(text) > 2 * PART_CHARS
+    assert library.encode(text, add_special_tokens=False).ids == tokenizer.encode(text, bos=False)
 
 
 @pytest.mark.parametrize("name", NOT_WRITTEN)
