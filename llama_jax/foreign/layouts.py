@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_jax.errors import UserError, quoted
-from llama_jax.foreign.commands import convert_command, resave_commands
+from llama_jax.foreign.commands import convert_command, merge_commands, resave_commands
 from llama_jax.foreign.keys import read_json, take
 from llama_jax.storage import children
 
@@ -139,6 +139,8 @@ def _read_by_transformers(folder: Path) -> list[str]:
 def _instead(folder: Path) -> str:
     """What there is in place of safetensors files of transformers' names."""
     names = [path.name for path in children(folder)]
+    if ADAPTER in names:
+        return f"an adapter (LoRA); merge it into its base: {merge_commands(folder)}"
     if any(name.startswith("pytorch_model") and name.endswith(".bin") for name in names):
         return f"pytorch_model.bin, a pickle, which is not read; type: {resave_commands(folder)}"
     if "consolidated.safetensors" in names:

@@ -25,6 +25,7 @@ FOLDERS: dict[str, tuple[list[Any], str]] = {
     "meta's": ([meta], r"Meta's layout .* python convert_torch_weights\.py --input model --output checkpoints/model$"),
     "a pickle": ([config, pickled], r"pytorch_model\.bin, a pickle.* python -c .*save_pretrained\('model-safetensors'\).* && python convert_torch_weights\.py --input model-safetensors --output checkpoints/model --tokenizer model/tokenizer\.model$"),
     "an adapter": ([("adapter_config.json", {"base_model_name_or_path": "llama"})], r"an adapter \(LoRA\) of 'llama'; .*merge_and_unload.* && python convert_torch_weights\.py --input model-merged"),
+    "an adapter with a configuration": ([config, ("adapter_config.json", {})], r"an adapter \(LoRA\); .*merge_and_unload"),
     "gptq": ([whole, ("config.json", CONFIG | {"quantization_config": GPTQ})], r"quantization_config: .*'gptq'.* --weights int8"),
     "gptq of old": ([("quantize_config.json", {}), ("gptq_model-4bit.safetensors", "x")], r"\(GPTQ\)"),
     "llama 3, before its tokenizer": ([whole, "no tokenizer", ("config.json", CONFIG | LLAMA3)], r"rope_scaling: rope_type: .*'llama3'"),
