@@ -30,6 +30,7 @@ from tensorstore import TensorStore
 from llama_jax import checksums
 from llama_jax.config import ModelArgs, Weights, from_dict
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.folders import found_in
 from llama_jax.storage import absolute, children, is_remote, location, told
 from llama_jax.stored_array import open_array, saver_of_stored_arrays
 from llama_jax.tokenizer import Tokenizer
@@ -97,10 +98,9 @@ class Checkpoint:
         found = children(path)
         with told(path, "read"):
             if not found and not path.is_dir():
-                raise UserError(
-                    f"{path}: expected a checkpoint folder, found {'a file' if path.exists() else 'nothing'}"
-                )
-            is_checkpoint = any(child.name == "model" for child in found)
+                raise UserError(f"{path}: expected a checkpoint folder, {found_in(path)}")
+            names = {child.name for child in found}
+            is_checkpoint = "model" in names and ("params" in names or (path / "model" / "model.json").exists())
             folder = path if is_checkpoint else _best_step(path, found)
             if is_checkpoint and (missing := _missing_mark(folder)):
                 raise UserError(
@@ -113,6 +113,8 @@ class Checkpoint:
                 if not isinstance(table, dict):
                     raise ValueError("not an object")
             except (OSError, ValueError) as error:
+                if not (folder / "model").is_dir():  # steps of another project
+                    raise UserError(f"{folder}: expected a checkpoint of this project, {found_in(folder)}") from None
                 raise UserError(f"{source}: expected the model arguments of a checkpoint, found {error}") from None
         table.pop(PROMISE, None)
         weights = table.pop("weights", "auto")
@@ -273,9 +275,7 @@ def _best_step(path: Path, found: Sequence[Path]) -> Path:
     folder = path if is_of_steps else checkpoints_of(path)
     steps = _steps_in(folder, found if is_of_steps else children(folder))
     if not steps:
-        raise UserError(
-            f"{path}: expected a run folder, a step folder or a converted checkpoint, found no checkpoint in it"
-        )
+        raise UserError(f"{path}: expected a run folder, a step folder or a converted checkpoint, {found_in(path)}")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if (best := json.loads((path / "best.json").read_text())["step"]) in steps:
             return folder / str(best)

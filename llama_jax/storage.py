@@ -31,7 +31,7 @@ def location(path: str | Path) -> Path:
     """A path on disk, or in object storage. Raises UserError on an address of any other kind, or where gcsfs is not installed."""
     text = os.fspath(path)
     if not is_address(text):
-        return Path(text).expanduser()
+        return _expanded(text)
     if not re.match(r"gs://[^/]", text):
         raise UserError(
             f"{text}: expected a folder on disk or gs://bucket/folder, found an address of another kind; give one of these, or "
@@ -53,7 +53,15 @@ def on_disk(path: str, key: str) -> Path:
         raise UserError(
             f"{key}: expected a folder on disk, found {path}; write to one, then copy it (gcloud storage cp -r)"
         )
-    return Path(path).expanduser()
+    return _expanded(path)
+
+
+def _expanded(path: str) -> Path:
+    """``path`` with a leading ~ taken for a home folder, where that is somebody's."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user; a folder may have the name
+        return Path(path)
 
 
 def real_name(path: Path) -> str:

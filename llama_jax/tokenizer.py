@@ -38,7 +38,7 @@ class Tokenizer:
             self.vocab_size: int = self._sp.vocab_size()
         except (RuntimeError, TypeError):
             raise UserError(
-                f"{model_path}: expected a SentencePiece model (tokenizer.model), found something else"
+                f"{model_path}: expected a SentencePiece model (tokenizer.model), found {_kind(self.model_bytes)}"
             ) from None
         if self.vocab_size == 0:
             raise UserError(f"{model_path}: expected a SentencePiece model, found an empty one")
@@ -100,6 +100,20 @@ class Tokenizer:
     def stream(self, prompt_ids: Sequence[int]) -> "TextStream":
         """A stream of the text that follows ``prompt_ids``."""
         return TextStream(self, prompt_ids)
+
+
+def _kind(content: bytes) -> str:
+    """What a file is that is no SentencePiece model."""
+    first = content[:200].lstrip()
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", first):
+        return "a vocabulary of tiktoken, as LLaMA 3 has, which is not read; take a model that has SentencePiece's, such as LLaMA 2"
+    if first.startswith(b"{"):
+        return "JSON, such as Hugging Face's tokenizer.json, which is not read; give the tokenizer.model"
+    if first.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer; fetch the file itself with git lfs pull"
+    if first.startswith(b"<"):
+        return "an HTML page, as failed downloads leave behind; download it again"
+    return "something else"
 
 
 class TextStream:

@@ -11,48 +11,44 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.config import ModelArgs
-from llama_jax.convert.hf_tokenizer import tokenizer_json
 from llama_jax.convert.layout import Tensor, all_tensors
 from llama_jax.convert.safetensors import SafetensorsFile, SafetensorsWriter
-from llama_jax.convert.source import (
-    ReadBlocks,
-    Source,
-    check_arguments,
-    check_vocabulary,
-    find_tokenizer,
-    raise_together,
-    read_json,
-    take,
-)
-from llama_jax.errors import UserError, quoted
+from llama_jax.convert.source import ReadBlocks, Source, raise_together
+from llama_jax.errors import quoted
 from llama_jax.files import write_atomically
+from llama_jax.foreign.config_json import QUANTIZED, read_config, stated, stored_type
+from llama_jax.foreign.keys import read_json
+from llama_jax.foreign.layouts import CONFIG, INDEX, SINGLE, index_of, weight_files
+from llama_jax.foreign.tokenizer_json import tokenizer_json
+from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 # Functions of the configuration, which older files hold.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-# Meta's own values, and then any power of two: which of them give a feed-forward layer of the width that is asked for.
-MULTIPLIERS = (None, 1.3)
-MULTIPLES = (256, 4096, *(1 << i for i in reversed(range(13))))
+EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+# Names of quantized matrices: GPTQ's and AWQ's, bitsandbytes', those of 8-bit floats.
+PACKED = (".qweight", ".qzeros", ".absmax", ".quant_state", ".SCB", ".weight_scale", ".weight_packed")
 
 
 class HuggingFaceSource:
     """A folder as transformers writes it. Raises UserError with all that is wrong with it at once."""
 
-    def __init__(self, folder: Path, tokenizer: str, max_seq_len: int, stack: ExitStack):
-        config = read_json(folder / "config.json")
-        self._files = {name: stack.enter_context(SafetensorsFile.open(folder / name)) for name in _file_names(folder)}
+    def __init__(self, folder: Path, decided: str, tokenizer: str, max_seq_len: int, stack: ExitStack):
+        table = read_json(folder / CONFIG)
+        config = read_config(table, folder / CONFIG, max_seq_len)
+        names = weight_files(folder, table)
+        self._files = {name: stack.enter_context(SafetensorsFile.open(folder / name)) for name in names}
         self._places = {name: file for file, opened in self._files.items() for name in opened.tensors}
-        self._tied = take(config, "tie_word_embeddings", bool, folder / "config.json", False)
-        self.tokenizer = find_tokenizer(tokenizer, folder)
-        self.args = read_config(config, folder / "config.json", max_seq_len)
-        raise_together(folder, "config.json", list(self._errors()))
+        self._tied, self.args = config.tied, config.args
+        raise_together(folder, CONFIG, stated(table), list(self._errors()))
+        self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
-        self.dtype = self._stored(next(name for name in self._places if not IGNORED.fullmatch(name))).dtype
-        count = len(self._files)
-        self.description = f"Hugging Face's weights in {folder}: {count} file{'s'[: count > 1]}"
-        self.warnings: list[str] = []
+        self.dtype = self._stored(EMBEDDINGS if EMBEDDINGS in self._places else OUTPUT).dtype
+        self.family = "LLaMA, in Hugging Face's layout"
+        self.decided = decided
+        self.description = f"{folder}: {len(names)} file{'s'[: len(names) > 1]}"
+        self.unknown = list(config.unknown)
+        self.warnings = [*config.warnings, *self._remarks(folder, stored_type(table)), *said]
         self.checklists: list[Path] = []
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
@@ -71,16 +67,34 @@ class HuggingFaceSource:
             file.release()
 
     def _name(self, tensor: Tensor, layer: int) -> str:
+        """The tensor's name in the files; of tied ones, which are one matrix, the one that is there, as transformers has it."""
         name = tensor.huggingface.format(layer)
-        return "model.embed_tokens.weight" if self._tied and name not in self._places else name
+        if self._tied and name not in self._places:
+            return {EMBEDDINGS: OUTPUT, OUTPUT: EMBEDDINGS}.get(name, name)
+        return name
+
+    def _remarks(self, folder: Path, stored_type: str) -> Iterator[str]:
+        """What of the files is otherwise than config.json or the index say it."""
+        if stored_type and stored_type != self.dtype.name:
+            yield f"config.json says {stored_type}, in which transformers loads the weights; they are kept as the {self.dtype.name} that they are"
+        if self._tied and {EMBEDDINGS, OUTPUT} <= self._places.keys():
+            yield f"config.json says tie_word_embeddings, and the files have both {EMBEDDINGS} and {OUTPUT}: both are read, as by transformers"
+        elsewhere = [
+            name for name, file in index_of(folder, list(self._files)).items() if self._places.get(name) != file
+        ]
+        if elsewhere:
+            yield f"{INDEX} is of other files: {quoted(elsewhere[0])}, and {len(elsewhere) - 1} more, are not where it says; the files themselves count"
 
     def _stored(self, name: str) -> Any:
         return self._files[self._places[name]].tensors[name]
 
     def _errors(self) -> Iterator[str]:
         """All that is wrong with the tensors of all files."""
+        if packed := [name for name in self._places if name.endswith(PACKED)]:
+            yield f"{quoted(packed[0])}, of a quantized matrix; {QUANTIZED}"
+            return
         expected = {self._name(tensor, layer): tensor.matrix(self.args) for tensor, layer in all_tensors(self.args)}
-        dtypes = set()
+        dtypes: dict[str, list[str]] = {}
         for name in expected.keys() - self._places.keys():
             yield f"{name} is missing"
         for name in self._places.keys() - expected.keys():
@@ -88,84 +102,18 @@ class HuggingFaceSource:
                 yield f"{quoted(name)} is no tensor of this model"
         for name in expected.keys() & self._places.keys():
             stored = self._stored(name)
-            dtypes.add(str(stored.dtype))
+            dtypes.setdefault(stored.dtype.name, []).append(name)
             if stored.shape != expected[name]:
                 yield f"{name} has shape {list(stored.shape)}, expected {list(expected[name])}"
         if len(dtypes) > 1:
-            yield f"tensors are of several types, {' and '.join(sorted(dtypes))}"
+            rarest = min(dtypes.items(), key=lambda item: len(item[1]))
+            yield f"tensors are of several types, {' and '.join(sorted(dtypes))}, such as {min(rarest[1])} of {rarest[0]}"
         names = [name for file in self._files.values() for name in file.tensors]
         yield from (f"{quoted(name)} is in two files" for name in sorted({n for n in names if names.count(n) > 1}))
 
 
-def _file_names(folder: Path) -> list[str]:
-    """The safetensors files of a folder. Raises UserError where they are not all there."""
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX, limit=10_000_000)
-        places = index.get("weight_map")
-        if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
-            raise UserError(f"{folder / INDEX}: expected a weight_map from tensors to files, found none")
-        names = sorted(set(places.values()))
-        for name in names:
-            if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII) or not (folder / name).is_file():
-                raise UserError(f"{folder / INDEX}: expected {quoted(name)} beside it, found no such safetensors file")
-        return names
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    hint = f"; {pickled[0]} is not read: load it with transformers and save_pretrained again" if pickled else ""
-    raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found neither{hint}")
-
-
-def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> ModelArgs:
-    """Model arguments out of config.json. Raises UserError where the model is no LLaMA as model.py has it."""
-    dim, heads = take(table, "hidden_size", int, path), take(table, "num_attention_heads", int, path)
-    parameters = table.get("rope_parameters") or table.get("rope_scaling") or {}
-    kind = (
-        parameters.get("rope_type", parameters.get("type", "default")) if isinstance(parameters, dict) else parameters
-    )
-    unsupported = {
-        "model_type": (table.get("model_type", "llama"), "llama"),
-        "hidden_act": (table.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (table.get("attention_bias") or False, False),
-        "mlp_bias": (table.get("mlp_bias") or False, False),
-        "the rotary embedding's rope_type": (kind, "default"),
-        "head_dim": (table.get("head_dim") or dim // max(heads, 1), dim // max(heads, 1)),
-    }
-    for name, (found, expected) in unsupported.items():
-        if found != expected:
-            raise UserError(f"{path}: {name}: expected {expected!r}, as LLaMA 2 has, found {quoted(found)}")
-    theta = take(table, "rope_theta", float, path, take(parameters, "rope_theta", float, path, 10000.0))
-    hidden = take(table, "intermediate_size", int, path)
-    multiple_of, multiplier = feed_forward_rule(dim, hidden, path)
-    args = ModelArgs(
-        dim=dim,
-        n_layers=take(table, "num_hidden_layers", int, path),
-        n_heads=heads,
-        n_kv_heads=take(table, "num_key_value_heads", int, path, None),
-        vocab_size=take(table, "vocab_size", int, path),
-        multiple_of=multiple_of,
-        ffn_dim_multiplier=multiplier,
-        norm_eps=take(table, "rms_norm_eps", float, path, 1e-6),
-        rope_theta=theta,
-        max_seq_len=max_seq_len or take(table, "max_position_embeddings", int, path, 2048),
-    )
-    return check_arguments(args, path)
-
-
-def feed_forward_rule(dim: int, hidden: int, path: Path) -> tuple[int, float | None]:
-    """multiple_of and ffn_dim_multiplier that make the feed-forward layer ``hidden`` wide, by Meta's rule."""
-    if not 0 < dim < 1 << 24 or not 0 < hidden < 1 << 24:
-        raise UserError(f"{path}: expected sizes of a model, found hidden_size {dim} and intermediate_size {hidden}")
-    for multiplier in MULTIPLIERS:
-        for multiple in MULTIPLES:
-            if ModelArgs(dim=dim, n_heads=1, multiple_of=multiple, ffn_dim_multiplier=multiplier).hidden_dim == hidden:
-                return multiple, multiplier
-    # Half a unit above, so that the rule's rounding down meets it.
-    return 1, (hidden + 0.5) / int(2 * (4 * dim) / 3)
-
-
-def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> None:
-    """Write a model as transformers reads it."""
+def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> str:
+    """Write a model as transformers reads it; returns what is to be said about its tokenizer."""
     args = source.args
     shapes = {t.huggingface.format(layer): t.matrix(args) for t, layer in all_tensors(args)}
     files = _divide(shapes, source.dtype.itemsize, SHARD_BYTES)
@@ -190,13 +138,19 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
         "top_p": 0.9,
     }
     write_atomically(folder / "generation_config.json", json.dumps(generation, indent=2))
-    table = tokenizer_json(tokenizer)
+    table, reason = tokenizer_json(tokenizer)
     if table is not None:
         write_atomically(folder / "tokenizer.json", json.dumps(table, ensure_ascii=False, indent=1))
     write_atomically(
         folder / "tokenizer_config.json", json.dumps(_tokenizer_config(source, table is not None), indent=2)
     )
     write_atomically(folder / "tokenizer.model", tokenizer.model_bytes)
+    if table is None:
+        return (
+            f"tokenizer.json is not written, since none would encode as tokenizer.model does ({reason}): encode with sentencepiece; "
+            "transformers' AutoTokenizer makes one up that splits texts otherwise"
+        )
+    return ""
 
 
 def _divide(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:
@@ -253,6 +207,8 @@ def _tokenizer_config(source: Source, whole: bool) -> dict[str, Any]:
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
+        # "<s>" in a text is text, as in tokenizer.model.
+        "split_special_tokens": True,
         "legacy": True,
         "model_max_length": source.args.max_seq_len,
         "sp_model_kwargs": {},

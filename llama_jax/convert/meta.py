@@ -1,7 +1,6 @@
 """Meta's layout: params.json and consolidated.NN.pth, a shard of every tensor in each; read, checked and written."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,40 +11,38 @@ import numpy as np
 
 from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import TABLE, Tensor, all_tensors, halves_to_interleaved, interleaved_to_halves
-from llama_jax.convert.source import (
-    ReadBlocks,
-    Source,
-    check_arguments,
-    check_vocabulary,
-    find_tokenizer,
-    raise_together,
-    read_json,
-    take,
-)
+from llama_jax.convert.source import ReadBlocks, Source, raise_together
 from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
 from llama_jax.errors import UserError, quoted
 from llama_jax.files import write_atomically
+from llama_jax.foreign.keys import read_json
+from llama_jax.foreign.layouts import PARAMS, shard_files
+from llama_jax.foreign.params_json import check_params, read_params, stated, write_params
+from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
 
 # Stored by Meta beside the weights; a function of the configuration.
 IGNORED = {"rope.freqs"}
-# More shards than any release has.
-MAX_SHARDS = 64
 
 
 class MetaSource:
     """A folder as Meta ships it. Raises UserError with all that is wrong with it at once."""
 
-    def __init__(self, folder: Path, tokenizer: str, max_seq_len: int, stack: ExitStack):
-        self._paths = find_shards(folder)
+    def __init__(self, folder: Path, decided: str, tokenizer: str, max_seq_len: int, stack: ExitStack):
+        self._paths = shard_files(folder)
+        table = read_json(folder / PARAMS)
+        check_params(table, folder / PARAMS)
         self._shards = [stack.enter_context(TorchFile.open(path)) for path in self._paths]
-        table = read_json(folder / "params.json")
-        self.tokenizer = find_tokenizer(tokenizer, folder)
-        self.args = read_params(table, folder / "params.json", self._rows_of_embeddings(folder), max_seq_len)
-        raise_together(folder, "params.json", list(self._errors()))
+        params = read_params(table, folder / PARAMS, self._rows_of_embeddings(folder), max_seq_len)
+        self.args = params.args
+        raise_together(folder, PARAMS, stated(table), list(self._errors()))
+        self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
         self.dtype = self._view(0, TABLE[0].meta).storage.dtype
-        self.description = f"Meta's weights in {folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
-        self.warnings = list(_warnings(self.args))
+        self.family = "LLaMA, in Meta's layout"
+        self.decided = decided
+        self.description = f"{folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
+        self.unknown = list(params.unknown)
+        self.warnings = [*params.warnings, *said]
         self.checklists = find_checklists(folder, self.tokenizer.model_path)
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
@@ -129,59 +126,6 @@ def shard_shape(tensor: Tensor, args: ModelArgs, shards: int) -> tuple[int, ...]
     return tuple(shape)
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """consolidated.00.pth, .01.pth, and so on. Raises UserError where there is none or one is missing."""
-    paths = sorted(folder.glob("consolidated.*.pth"))
-    if not paths:
-        raise UserError(f"{folder}: expected consolidated.00.pth, found no such file")
-    if len(paths) > MAX_SHARDS:
-        raise UserError(f"{folder}: expected up to {MAX_SHARDS} shards, found {len(paths)}")
-    for i, path in enumerate(paths):
-        if path.name != f"consolidated.{i:02}.pth":
-            raise UserError(f"{folder}: expected consolidated.{i:02}.pth, found {path.name} next; a shard is missing")
-    return paths
-
-
-def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len: int) -> ModelArgs:
-    """Model arguments out of params.json; the vocabulary's size is that of the embeddings. Raises UserError."""
-    if "model" in table and isinstance(table["model"], dict):
-        table = table["model"]
-    default = ModelArgs()
-    multiplier = take(table, "ffn_dim_multiplier", float, path, None)
-    args = ModelArgs(
-        dim=take(table, "dim", int, path),
-        n_layers=take(table, "n_layers", int, path),
-        n_heads=take(table, "n_heads", int, path),
-        n_kv_heads=take(table, "n_kv_heads", int, path, None),
-        vocab_size=vocab_size,
-        multiple_of=take(table, "multiple_of", int, path, default.multiple_of),
-        ffn_dim_multiplier=multiplier,
-        norm_eps=take(table, "norm_eps", float, path, default.norm_eps),
-        rope_theta=take(table, "rope_theta", float, path, default.rope_theta),
-        max_seq_len=max_seq_len or take(table, "max_seq_len", int, path, default.max_seq_len),
-    )
-    return check_arguments(args, path)
-
-
-def write_params(args: ModelArgs) -> str:
-    """params.json of a model; what Meta leaves out at its default is left out."""
-    table: dict[str, Any] = {
-        "dim": args.dim,
-        "n_layers": args.n_layers,
-        "n_heads": args.n_heads,
-        "multiple_of": args.multiple_of,
-        "norm_eps": args.norm_eps,
-        "vocab_size": args.vocab_size,
-    }
-    if args.n_kv_heads is not None:
-        table["n_kv_heads"] = args.n_kv_heads
-    if args.ffn_dim_multiplier is not None:
-        table["ffn_dim_multiplier"] = args.ffn_dim_multiplier
-    if args.rope_theta != ModelArgs().rope_theta:
-        table["rope_theta"] = args.rope_theta
-    return json.dumps(table)
-
-
 def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> None:
     """Write a model in Meta's layout, in so many shards. Raises UserError where its sizes do not divide."""
     args = source.args
@@ -260,11 +204,3 @@ def _md5(path: Path, progress: Callable[[int], object]) -> str:
             digest.update(piece)
             progress(len(piece))
     return digest.hexdigest()
-
-
-def _warnings(args: ModelArgs) -> Iterator[str]:
-    if args.norm_eps == 1e-6 and args.vocab_size == 32000:
-        yield (
-            "norm_eps is 1e-06, as for LLaMA 1; the params.json of llama-2-7b-chat had it by mistake in 2023: for that model, "
-            "write 1e-05 there"
-        )

@@ -30,7 +30,10 @@ class OwnSource:
         self._checkpoint = Checkpoint.find(path)
         self._checkpoint.check_plain("--input")
         self.args, self.tokenizer = self._checkpoint.args, self._checkpoint.tokenizer
-        self.description = f"a checkpoint of llama-jax in {self._checkpoint.folder}"
+        self.family = "LLaMA, in this project's layout"
+        self.decided = f"{self._checkpoint.folder / 'model' / 'model.json'}"
+        self.description = f"{self._checkpoint.folder}: a checkpoint of llama-jax"
+        self.unknown: list[str] = []
         self.warnings: list[str] = []
         self.checklists: list[Path] = []
         self._arrays = {tensor.name: self._checkpoint.open_array(tensor.name) for tensor in TABLE}

@@ -14,7 +14,7 @@ from llama_jax.config import Weights
 from llama_jax.convert.layout import BLOCK_BYTES, TABLE, all_tensors, blocks
 from llama_jax.convert.own import parts
 from llama_jax.convert.source import Source
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, quoted
 from llama_jax.files import raw_bytes
 from llama_jax.model import count_parameters
 from llama_jax.progress import bytes_text, duration
@@ -29,6 +29,8 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
     """Say what was found and what will happen."""
     args, size = source.args, weight_bytes(source)
     rows = {
+        "family": source.family,
+        "decided by": source.decided,
         "input": source.description,
         "model": f"{count_parameters(args):,} parameters of {source.dtype.name}, {bytes_text(size)}: dim {args.dim}, "
         f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_dim}",
@@ -39,6 +41,10 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
     }
     for name, text in rows.items():
         print(f"{name:>10}  {text}")
+    if source.unknown:
+        print(
+            f"{'unknown':>10}  keys of the configuration that were not read: {', '.join(quoted(key, 40) for key in source.unknown[:20])}"
+        )
     for warning in source.warnings:
         print(f"{'warning':>10}  {warning}")
 
@@ -102,12 +108,15 @@ def print_table(source: Source) -> None:
 def close_dry_run() -> None:
     """Say what has been checked."""
     print(
-        "all tensors are there, with the right shapes; nothing was written (their bytes are checked when they are copied)"
+        "all tensors are there, with the right shapes; nothing was written, and no value was looked at: damage and numbers that "
+        "are not finite are found when they are copied"
     )
 
 
-def close(source: Source, to: str, output: Path, weights: Weights, digest: str, seconds: float) -> None:
-    """Where things are, and what to type next."""
+def close(
+    source: Source, to: str, output: Path, weights: Weights, digest: str, seconds: float, warnings: list[str]
+) -> None:
+    """Where things are, what to type next, and last what is wrong with the model."""
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(
         f"{output}: {bytes_text(size)} in {duration(seconds)}, {bytes_text(weight_bytes(source) / max(seconds, 1e-9))} a second"
@@ -119,3 +128,5 @@ def close(source: Source, to: str, output: Path, weights: Weights, digest: str, 
         "meta": f"torch.load({str(output / 'consolidated.00.pth')!r}, weights_only=True)",
     }
     print(f"now try:\n  {commands[to]}")
+    for warning in warnings:
+        print(f"{'warning':>10}  {warning}")

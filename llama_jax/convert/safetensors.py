@@ -20,6 +20,7 @@ import numpy as np
 
 from llama_jax.errors import UserError, quoted
 from llama_jax.files import raw_bytes
+from llama_jax.foreign.config_json import QUANTIZED
 
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 # Hugging Face's LLaMA 2 70B has some 10 kB a file.
@@ -100,7 +101,9 @@ def _read_header(mapped: mmap.mmap, path: Path) -> dict[str, StoredTensor]:
         except (TypeError, KeyError, ValueError):
             refuse(f"{quoted(name)}: expected dtype, shape and data_offsets, found others")
         if type(dtype) is not str or dtype not in DTYPES:
-            refuse(f"{quoted(name)}: expected BF16, F16 or F32, found {quoted(dtype)}")
+            quantized = dtype in ("I8", "U8", "I16", "I32", "F8_E4M3", "F8_E5M2")
+            advice = f", as matrices that are quantized have; {QUANTIZED}" if quantized else ""
+            refuse(f"{quoted(name)}: expected BF16, F16 or F32, found {quoted(dtype)}{advice}")
         if (
             type(shape) is not list
             or len(shape) > 8

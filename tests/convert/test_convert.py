@@ -300,12 +300,12 @@ def test_another_architecture_is_refused_by_the_key(
     edit(hf / "config.json", **changes)
     with pytest.raises(UserError, match=words):
         run(input=hf, output=tmp_path / "ours")
-    assert not (tmp_path / "ours").exists() and not (tmp_path / "ours.unfinished").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"meta", "hf"}
 
 
 @pytest.mark.parametrize("hidden", [11008, 13824, 28672, 172, 768, 100, 101, 5461, 7000, 64, 1])
 def test_any_feed_forward_width_has_a_rule_that_makes_it(hidden: int) -> None:
-    from llama_jax.convert.huggingface import feed_forward_rule
+    from llama_jax.foreign.config_json import feed_forward_rule
 
     for dim in (64, 288, 4096, 5120, 8192):
         multiple, multiplier = feed_forward_rule(dim, hidden, Path("config.json"))
@@ -461,17 +461,6 @@ def test_an_output_that_exists_is_never_touched(args: ModelArgs, small_tokenizer
     with pytest.raises(UserError, match="--output: expected a folder that does not exist"):
         run(input=source, output=tmp_path / "ours")
     assert not list((tmp_path / "ours").iterdir())
-
-
-def test_what_an_interrupted_run_left_is_cleared_away(
-    args: ModelArgs, small_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    source = write_meta_folder(tmp_path / "meta", args, random_weights(args, BFLOAT16), 1, small_tokenizer)
-    left = tmp_path / "ours.unfinished"
-    (left / "params").mkdir(parents=True)
-    (left / "params" / "rest").touch()
-    run(input=source, output=tmp_path / "ours")
-    assert not left.exists() and (tmp_path / "ours" / "params").is_dir()
 
 
 def test_a_damaged_storage_ends_the_conversion_without_a_trace(

@@ -1,0 +1,236 @@
+"""Hugging Face's config.json of a LLaMA, key by key.
+
+What transformers computes decides (LlamaConfig, LlamaForCausalLM, PreTrainedConfig, RotaryEmbeddingConfigMixin): a key that it
+reads and this project does not support is refused by name unless it is neutral. So are keys by which other models of
+transformers change the mathematics, though its LLaMA passes them over: in such a file one of the two is wrong.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import ModelArgs
+from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.keys import Keys, Neutral, check_arguments, is_same, names, take
+
+NO_BIAS = "this project has no biases"
+NO_ROPE = "this project has no scaled or partial rotary embeddings"
+NO_WINDOW = "this project attends to the whole context"
+NO_EXPERTS = "this project has no mixtures of experts"
+QUANTIZED = (
+    "take the model that it was quantized from, and quantize it here with --weights int8 or int4 of "
+    "convert_torch_weights.py"
+)
+NAMES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "max_seq_len": "max_position_embeddings",
+    "ffn_dim_multiplier": "intermediate_size",
+    "multiple_of": "intermediate_size",
+}
+"""Our names of the model's arguments, and the keys that they are read from."""
+READ = names(
+    """hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size rms_norm_eps
+    max_position_embeddings rope_theta rope_parameters rope_scaling partial_rotary_factor head_dim model_type sliding_window
+    layer_types query_pre_attn_scalar tie_word_embeddings torch_dtype dtype bos_token_id eos_token_id transformers_weights
+    auto_map"""
+)
+NEUTRAL = {
+    "hidden_act": Neutral(("silu", "swish"), "this project has SwiGLU alone"),
+    "is_causal": Neutral((True,), NO_WINDOW),
+    "is_encoder_decoder": Neutral((False,)),
+    "add_cross_attention": Neutral((False,)),
+    "per_layer_config": Neutral(({},), "this project's layers are all alike"),
+    "pruned_heads": Neutral(({},), "this project's layers are all alike"),
+    "configuration_files": Neutral(([], {}), "transformers reads another file instead: copy it over config.json"),
+    "fusion_config": Neutral(({},)),
+    "kv_sharing_modes": Neutral(()),
+    **dict.fromkeys(("quantization_config", "quantization", "compression_config"), Neutral((), QUANTIZED)),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias", "attn_bias", "use_bias", "use_qkv_bias"), Neutral((False,), NO_BIAS)),
+    "attention_chunk_size": Neutral((), NO_WINDOW),
+    "use_sliding_window": Neutral((False,), NO_WINDOW),
+    **dict.fromkeys(("rope_local_base_freq", "local_rope_theta", "global_rope_theta", "rotary_dim", "no_rope_layers",
+                     "no_rope_layer_interval"), Neutral((), NO_ROPE)),
+    "rotary_pct": Neutral((1,), NO_ROPE),
+    "rope_interleaved": Neutral((False,), NO_ROPE),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap", "clip_qkv", "attention_multiplier",
+                     "attention_scale", "swiglu_limit"), Neutral(())),
+    **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "scale_emb", "scale_depth"), Neutral((1,))),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe", "moe_intermediate_size"), Neutral((0,), NO_EXPERTS)),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "alibi", "parallel_residual", "use_parallel_residual", "parallel_attn"), Neutral((False,))),
+}  # fmt: skip
+IGNORED = names(
+    """architectures transformers_version _name_or_path name_or_path _commit_hash initializer_range use_cache pad_token_id
+    pretraining_tp attention_dropout hidden_dropout output_hidden_states output_attentions return_dict chunk_size_feed_forward
+    id2label label2id num_labels problem_type attn_implementation _attn_implementation _attn_implementation_autoset
+    experts_implementation max_sequence_length original_max_position_embeddings tie_last_hidden_states torchscript
+    use_bfloat16 tf_legacy_loss finetuning_task task_specific_params prefix sep_token_id tokenizer_class decoder_start_token_id
+    is_decoder cross_attention_hidden_size tie_encoder_decoder is_llama_config transformers.js_config unsloth_version
+    unsloth_fixed _flash_attn_2_enabled gradient_checkpointing num_logits_to_keep
+    max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings do_sample num_beams
+    num_beam_groups penalty_alpha cache_implementation cache_config temperature top_k top_p min_p typical_p epsilon_cutoff
+    eta_cutoff diversity_penalty repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids
+    force_words_ids renormalize_logits constraints forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias guidance_scale low_memory
+    num_return_sequences output_scores output_logits return_dict_in_generate encoder_no_repeat_ngram_size
+    assistant_confidence_threshold assistant_lookbehind num_assistant_tokens num_assistant_tokens_schedule target_lookbehind"""
+)
+KEYS = Keys(READ, NEUTRAL, IGNORED)
+# Meta's own values, and then any power of two: which of them give a feed-forward layer of the width that is asked for.
+MULTIPLIERS = (None, 1.3)
+MULTIPLES = (256, 4096, *(1 << i for i in reversed(range(13))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What config.json says."""
+
+    args: ModelArgs
+    tied: bool
+    """Whether the output is the embeddings' matrix, where the files hold one of the two alone."""
+    warnings: tuple[str, ...]
+    unknown: tuple[str, ...]
+    """Keys that were not read, and might mean something."""
+
+
+def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
+    """The model in config.json, ``table`` out of ``path``. ``max_seq_len``: 0, or a context that is to be its own.
+
+    Raises UserError, which names the key, where the model is no LLaMA as model.py has it.
+    """
+    kind = table.get("model_type", "llama")
+    if kind != "llama":
+        raise UserError(
+            f"{path}: model_type: expected 'llama', found {quoted(kind)}; this project runs LLaMA models alone"
+        )
+    KEYS.check(table, path)
+    theta, warnings, unused = _rope_theta(table, path)
+    hidden = take(table, "intermediate_size", int, path)
+    multiple_of, multiplier = feed_forward_rule(take(table, "hidden_size", int, path), hidden, path)
+    trained_len = take(table, "max_position_embeddings", int, path, 2048)
+    args = ModelArgs(
+        dim=take(table, "hidden_size", int, path),
+        n_layers=take(table, "num_hidden_layers", int, path),
+        n_heads=take(table, "num_attention_heads", int, path),
+        n_kv_heads=take(table, "num_key_value_heads", int, path, None),
+        vocab_size=take(table, "vocab_size", int, path),
+        multiple_of=multiple_of,
+        ffn_dim_multiplier=multiplier,
+        norm_eps=take(table, "rms_norm_eps", float, path, 1e-6),
+        rope_theta=theta,
+        max_seq_len=max_seq_len or trained_len,
+    )
+    check_arguments(args, path, NAMES)
+    _check_heads(table, args, path)
+    if max_seq_len > trained_len:
+        warnings.append(
+            f"the context is {max_seq_len:,} tokens, and config.json says max_position_embeddings {trained_len:,}"
+        )
+    if table.get("auto_map"):
+        warnings.append(
+            "config.json names code of the model's own (auto_map): it is not run; transformers' LLaMA decides"
+        )
+    tied = take(table, "tie_word_embeddings", bool, path, False)
+    return Config(args, tied, tuple(warnings), tuple(KEYS.unknown(table) + unused))
+
+
+def stated(table: dict[str, Any]) -> str:
+    """The keys that shapes depend on, with their values, for an error about shapes."""
+    keys = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    return ", ".join(f"{key} {quoted(table[key], 20)}" if key in table else f"no {key}" for key in keys)
+
+
+def stored_type(table: dict[str, Any]) -> str:
+    """The type that transformers loads the weights in, as config.json says; empty where it says none."""
+    found = table.get("dtype") or table.get("torch_dtype")
+    return found.removeprefix("torch.") if isinstance(found, str) else ""
+
+
+def feed_forward_rule(dim: int, hidden: int, path: Path) -> tuple[int, float | None]:
+    """multiple_of and ffn_dim_multiplier that make the feed-forward layer ``hidden`` wide, by Meta's rule."""
+    if not 0 < dim < 1 << 24 or not 0 < hidden < 1 << 24:
+        raise UserError(f"{path}: expected sizes of a model, found hidden_size {dim} and intermediate_size {hidden}")
+    for multiplier, multiple in itertools.product(MULTIPLIERS, MULTIPLES):
+        if ModelArgs(dim=dim, n_heads=1, multiple_of=multiple, ffn_dim_multiplier=multiplier).hidden_dim == hidden:
+            return multiple, multiplier
+    # Half a unit above, so that the rule's rounding down meets it.
+    return 1, (hidden + 0.5) / int(2 * (4 * dim) / 3)
+
+
+def _rope_theta(table: dict[str, Any], path: Path) -> tuple[float, list[str], list[str]]:
+    """The rotary embedding's theta by transformers' rules; warnings; keys that have no meaning.
+
+    ``rope_scaling``, where it is not empty, takes the place of ``rope_parameters``; a theta in it takes the place of
+    ``rope_theta`` at the top. Raises UserError where the embedding is not the plain one.
+    """
+    key = "rope_scaling" if table.get("rope_scaling") else "rope_parameters"
+    chosen = table.get(key) or {}
+    if not isinstance(chosen, dict):
+        raise UserError(f"{path}: {key}: expected an object or null, found {quoted(chosen)}")
+    kind = chosen.get("rope_type", chosen.get("type", "default"))
+    is_neutral = kind == "default" or (kind == "linear" and is_same(chosen.get("factor"), 1))
+    if not is_neutral:
+        raise UserError(
+            f"{path}: {key}: rope_type: expected 'default', as LLaMA 2 has, found {quoted(kind)}; {NO_ROPE}"
+        )
+    for name, value in chosen.items():
+        if isinstance(value, dict):
+            raise UserError(
+                f"{path}: {key}: expected one rotary embedding for all layers, found {quoted(name)}; {NO_ROPE}"
+            )
+    for place, values in ((str(path), table), (f"{path}: {key}", chosen)):
+        partial = take(values, "partial_rotary_factor", float, place, 1.0)
+        if partial != 1:
+            raise UserError(f"{place}: partial_rotary_factor: expected 1, found {partial:g}; {NO_ROPE}")
+    top = take(table, "rope_theta", float, path, None)
+    inner = take(chosen, "rope_theta", float, f"{path}: {key}", None)
+    theta = next((value for value in (inner, top) if value is not None), 10000.0)
+    warnings = []
+    if None not in (inner, top) and inner != top:
+        warnings.append(
+            f"config.json has rope_theta {top:g}, and {inner:g} in {key}: the second counts, as in transformers"
+        )
+    other = table.get("rope_parameters")
+    if key == "rope_scaling" and other and other != chosen:
+        warnings.append(
+            "config.json has rope_parameters and another rope_scaling: the second counts, as in transformers"
+        )
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | ({"factor"} if kind == "linear" else set())
+    return theta, warnings, sorted(f"{key}.{name}" for name in chosen.keys() - known)
+
+
+def _check_heads(table: dict[str, Any], args: ModelArgs, path: Path) -> None:
+    """Raise UserError where a key about heads or about what they see is not neutral for this model."""
+    for key in ("head_dim", "query_pre_attn_scalar"):
+        found = take(table, key, float, path, args.head_dim)
+        if found != args.head_dim:
+            rule = f"{args.head_dim}, hidden_size / num_attention_heads,"
+            raise UserError(
+                f"{path}: {key}: expected {rule} as LLaMA 2 has, found {found:g}; this project has no other heads"
+            )
+    window = take(table, "sliding_window", int, path, None)
+    if window is not None and window < args.max_seq_len:
+        raise UserError(
+            f"{path}: sliding_window: expected null, or the context of {args.max_seq_len:,} or more, found {window:,}; "
+            f"{NO_WINDOW}: with --max-seq-len {window}, the window is the context"
+            if window > 0
+            else f"{path}: sliding_window: expected null, found {window:,}; {NO_WINDOW}"
+        )
+    layers = table.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind not in ("full_attention", "attention") for kind in layers):
+        raise UserError(
+            f"{path}: layer_types: expected full_attention in each layer, found {quoted(layers)}; {NO_WINDOW}"
+        )

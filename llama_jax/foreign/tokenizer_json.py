@@ -1,0 +1,263 @@
+"""tokenizer.json, the file of Hugging Face's tokenizers, for a SentencePiece BPE model: written so that it encodes as SentencePiece.
+
+The pieces of the pipeline are documented in huggingface/tokenizers (Normalizers, Models, Decoders), SentencePiece's settings in its
+sentencepiece_model.proto. Only settings that the tests have proven against the library itself are written; what is written
+is checked on hard texts besides, by ``encode``, a second reading of the table.
+
+Special tokens are not listed as added tokens, because the library would then take "<s>" in a text for the token.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from llama_jax.errors import quoted
+from llama_jax.tokenizer import Tokenizer
+
+SPACE = "\u2581"  # SentencePiece's mark of a space
+BPE = 2  # TrainerSpec.ModelType
+USER_DEFINED, UNUSED = 4, 5  # ModelProto.SentencePiece.Type
+# Patterns by which SentencePiece's remove_extra_whitespaces is said: spaces at the start, within, and marks at the end.
+LEADING, REPEATED, TRAILING = r"\A +", " {2,}", SPACE + r"+\z"
+ACROSS = re.compile(rf"[^\s{SPACE}]{SPACE}|\n[^\s{SPACE}]")
+HARD_TEXTS = (
+    "", " ", "  ", "   ", "a", " a", "a ", "  a  b  ", "\t", "\ta\t", "\n", "\n\n", "a\nb", "a \n b", "\r\n", "\0", "a\0b",
+    "Once upon a time, there was.", "def f(x):\n    return  x\n", "1234567890", "3.14", "ÀÉÎõü", "e\u0301", "\ufb01 \u2460  \uff46\uff55", "\u00a0", "a\u3000b",
+    "日本語の文章", "한국어", "العربية", "हिन्दी", "🦊", "👩‍👩‍👧", "\u200b", "\ufeff", "\ufffd", "\U0010ffff",
+    SPACE, f"{SPACE}{SPACE}a", f"a{SPACE}", f" {SPACE} ", "<0x41>", "<unk>", "<s>", "</s>", "a<s>b</s>", "⁇", " ⁇ ", "ab" * 40, "a" * 99, "x " * 30,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a SentencePiece model does besides looking pieces up."""
+
+    model_type: int = 1
+    byte_fallback: bool = False
+    suffix: bool = False
+    """Whether the mark of a space stands behind a word."""
+    charsmap: bool = False
+    """Whether characters are normalized, as by nmt_nfkc."""
+    dummy_prefix: bool = True
+    collapse: bool = True
+    """Whether spaces at both ends, and repeated ones, are dropped."""
+    escape: bool = True
+    piece_types: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, model: bytes) -> "Settings":
+        """The settings in the bytes of a tokenizer.model."""
+        parts: dict[int, list[bytes]] = {1: [], 2: [], 3: []}
+        for number, value in _fields(model):
+            parts.setdefault(number, []).append(value)
+        trainer, normalizer = (dict(_fields(b"".join(parts[number]))) for number in (2, 3))
+        return cls(
+            piece_types=frozenset(dict(_fields(piece)).get(3, 1) for piece in parts[1]),
+            model_type=trainer.get(3, 1),
+            byte_fallback=bool(trainer.get(35, False)),
+            suffix=bool(trainer.get(24, False)),
+            charsmap=bool(normalizer.get(2)),
+            dummy_prefix=bool(normalizer.get(3, True)),
+            collapse=bool(normalizer.get(4, True)),
+            escape=bool(normalizer.get(5, True)),
+        )
+
+
+def why_not_written(tokenizer: Tokenizer) -> str:
+    """Why no tokenizer.json encodes as ``tokenizer`` does, in words; empty where one does."""
+    settings = Settings.of(tokenizer.model_bytes)
+    pieces = {i: tokenizer.piece(i) for i in range(tokenizer.vocab_size)}
+    merged = [i for i, piece in pieces.items() if tokenizer.is_text(i) and len(piece) > 1 and piece.strip(SPACE)]
+    others = [piece for i, piece in pieces.items() if not tokenizer.is_text(i)]
+    reasons = {
+        "it is no BPE model": settings.model_type != BPE,
+        "it normalizes characters": settings.charsmap,
+        "it marks spaces behind words, or not at all": settings.suffix or not settings.escape,
+        "it has user-defined symbols": USER_DEFINED in settings.piece_types,
+        "it has unused pieces": UNUSED in settings.piece_types,
+        # Long texts are encoded in parts here, cut where such a piece may stand (tokenizer.py, split_text).
+        "it has pieces across spaces or lines": any(ACROSS.search(pieces[i]) for i in merged),
+        "pieces of it have equal scores": len({tokenizer.score(i) for i in merged}) != len(merged),
+        "it has no unknown token": tokenizer.unk_id < 0,
+        "a control token is a single character": any(len(piece) == 1 for piece in others),
+        "it lists a piece twice": len(set(pieces.values())) != len(pieces),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> tuple[dict[str, Any] | None, str]:
+    """The table of tokenizer.json; or None, and why there is none that encodes as ``tokenizer`` does."""
+    reason = why_not_written(tokenizer)
+    if reason:
+        return None, reason
+    table = _table(tokenizer)
+    reader = Reader(table)
+    for text in itertools.chain(HARD_TEXTS, _own_texts(tokenizer)):
+        if reader.encode(text) != tokenizer.encode(text, bos=False):
+            return None, f"it reads {quoted(text, 40)} otherwise"
+    return table, ""
+
+
+def pipeline(settings: Settings) -> dict[str, Any]:
+    """What the table does with a text before it looks pieces up."""
+    collapse = [
+        {"type": "Replace", "pattern": {"Regex": LEADING}, "content": ""},
+        {"type": "Replace", "pattern": {"Regex": REPEATED}, "content": " "},
+    ]
+    steps = [
+        *(collapse if settings.collapse else []),
+        *([{"type": "Prepend", "prepend": SPACE}] if settings.dummy_prefix else []),
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        *([{"type": "Replace", "pattern": {"Regex": TRAILING}, "content": ""}] if settings.collapse else []),
+    ]  # fmt: skip
+    return {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+
+
+def merges(tokenizer: Tokenizer) -> list[list[str]]:
+    """All pairs of pieces that make up a piece, the best piece first: SentencePiece merges whatever pair makes the best one.
+
+    Of equal ones it merges the leftmost. LLaMA 2's runs of spaces are such, and so grow from the left: the longest left first.
+    """
+    scores = {tokenizer.piece(i): tokenizer.score(i) for i in range(tokenizer.vocab_size) if tokenizer.is_text(i)}
+    found = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                found.append((-score, -cut, left, right))
+    return [[left, right] for _, _, left, right in sorted(found)]
+
+
+class Reader:
+    """Encodes by such a table, as the tokenizers library does."""
+
+    def __init__(self, table: dict[str, Any]):
+        model = table["model"]
+        self._steps = table["normalizer"]["normalizers"]
+        self._ids: dict[str, int] = model["vocab"]
+        self._ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
+        self._unknown: str = model["unk_token"]
+        self._bytes: bool = model["byte_fallback"]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, without BOS."""
+        for step in self._steps:
+            text = _normalized(text, step)
+        symbols = list(self._symbols(text))
+        while pairs := [
+            (self._ranks[pair], i) for i, pair in enumerate(itertools.pairwise(symbols)) if pair in self._ranks
+        ]:
+            _, i = min(pairs)
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+        return [self._ids[symbol] for symbol in symbols]
+
+    def _symbols(self, text: str) -> Iterator[str]:
+        """Characters of the vocabulary; others as their bytes, or a run of them as one unknown token."""
+        was_unknown = False
+        for char in text:
+            is_unknown = char not in self._ids and not self._bytes
+            if char in self._ids:
+                yield char
+            elif self._bytes:
+                yield from (f"<0x{byte:02X}>" for byte in char.encode())
+            elif not was_unknown:
+                yield self._unknown
+            was_unknown = is_unknown
+
+
+def _normalized(text: str, step: dict[str, Any]) -> str:
+    if step["type"] == "Prepend":
+        return step["prepend"] + text if text else text
+    pattern = step["pattern"]
+    if "String" in pattern:
+        return text.replace(pattern["String"], step["content"])
+    return re.sub(pattern["Regex"].replace(r"\z", r"\Z"), step["content"], text)
+
+
+def _own_texts(tokenizer: Tokenizer) -> Iterator[str]:
+    """Texts out of the vocabulary: pieces side by side, in order and in another, with and without spaces; and the controls'."""
+    pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+    step = max(len(pieces) // 300, 1)
+    some = pieces[::step]
+    for group in (some, some[::-1], [p for pair in zip(some, some[::-1], strict=True) for p in pair]):
+        for start in range(0, len(group), 12):
+            joined = "".join(group[start : start + 12])
+            yield joined
+            yield joined.replace(SPACE, " ")
+    yield from (" " * count for count in range(70))
+    yield from (f"a{pieces[i]} {pieces[i]}b" for i in range(tokenizer.vocab_size) if not tokenizer.is_text(i))
+
+
+def _table(tokenizer: Tokenizer) -> dict[str, Any]:
+    settings = Settings.of(tokenizer.model_bytes)
+    pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+    bos = pieces[tokenizer.bos_id]
+    leading = 1_000_000 if settings.collapse else int(settings.dummy_prefix)  # spaces that decoding drops
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        **pipeline(settings),
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [
+                {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *([{"type": "Strip", "content": " ", "start": leading, "stop": 0}] if leading else []),
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[tokenizer.unk_id],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": settings.byte_fallback,
+            "ignore_merges": False,
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": merges(tokenizer),
+        },
+    }  # fmt: skip
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protocol buffer, one after the other: integers, and the bytes of texts and of messages.
+
+    sentencepiece reads the model itself, but does not tell its settings. Its own protocol buffer would need another library, and
+    clash in one process with the copy of it that transformers has.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+        elif kind in (1, 2, 5):
+            size = varint() if kind == 2 else 8 if kind == 1 else 4
+            yield number, message[at : at + size]
+            at += size
+        else:  # a group, which nothing of SentencePiece's is
+            return

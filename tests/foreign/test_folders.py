@@ -1,0 +1,156 @@
+"""What commands say about a folder or a file that is no checkpoint of ours: what it is, why not, and what to type."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_jax.checkpoint import Checkpoint
+from llama_jax.convert import ConvertArgs, convert
+from llama_jax.errors import UserError
+from llama_jax.foreign.commands import convert_command
+from llama_jax.tokenizer import Tokenizer
+from tests import forked
+from tests.commands import SMALL, told
+from tests.foreign.test_layouts import CONFIG, config, meta, mistral, original, params, pickled, stale, whole
+
+GPTQ = {"quant_method": "gptq", "bits": 4}
+LLAMA3 = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+# Files of a folder, by name or by function, and what is said of it.
+FOLDERS: dict[str, tuple[list[Any], str]] = {
+    "hugging face's": ([config, whole], r"Hugging Face's layout .* python convert_torch_weights\.py --input model --output checkpoints/model$"),
+    "meta's": ([meta], r"Meta's layout .* python convert_torch_weights\.py --input model --output checkpoints/model$"),
+    "a pickle": ([config, pickled], r"pytorch_model\.bin, a pickle.* python -c .*save_pretrained\('model-safetensors'\).* && python convert_torch_weights\.py --input model-safetensors --output checkpoints/model --tokenizer model/tokenizer\.model$"),
+    "an adapter": ([("adapter_config.json", {"base_model_name_or_path": "llama"})], r"an adapter \(LoRA\) of 'llama'; .*merge_and_unload.* && python convert_torch_weights\.py --input model-merged"),
+    "an adapter with a configuration": ([config, ("adapter_config.json", {})], r"an adapter \(LoRA\); .*merge_and_unload"),
+    "gptq": ([whole, ("config.json", CONFIG | {"quantization_config": GPTQ})], r"quantization_config: .*'gptq'.* --weights int8"),
+    "gptq of old": ([("quantize_config.json", {}), ("gptq_model-4bit.safetensors", "x")], r"\(GPTQ\)"),
+    "llama 3, before its tokenizer": ([whole, "no tokenizer", ("config.json", CONFIG | LLAMA3)], r"rope_scaling: rope_type: .*'llama3'"),
+    "llama 3's tokenizer": ([meta, ("tokenizer.model", "IQ== 0\nIg== 1\n")], r"tiktoken, as LLaMA 3 has"),
+    "mistral": ([whole, ("config.json", CONFIG | {"model_type": "mistral"})], r"model_type: expected 'llama', found 'mistral'"),
+    "mistral's own": ([params, mistral], r"consolidated\.safetensors, in Mistral's layout"),
+    "gpt-2, before its weights": ([("config.json", {"model_type": "gpt2"})], r"model_type: expected 'llama', found 'gpt2'"),
+    "gguf": ([("model.gguf", "GGUF")], r"a model in GGUF"),
+    "no configuration": ([whole], r"weights without a config\.json or params\.json"),
+    "no weights": ([config], r"found neither; download the weights too"),
+    "lost shards": ([config, stale], r"expected 'model-00001-of-00002\.safetensors' beside it"),
+    "meta's below": ([config, original], r"Meta's in original; .*--input model/original --output checkpoints/model$"),
+    "orbax": ([("1000/_CHECKPOINT_METADATA", {})], r"an orbax checkpoint of another project"),
+    "orbax without steps": ([("manifest.ocdbt", "x")], r"an orbax checkpoint of another project"),
+    "litgpt": ([("lit_model.pth", "x")], r"a checkpoint of litgpt"),
+    "deepspeed": ([("zero_to_fp32.py", "x")], r"a checkpoint of DeepSpeed"),
+    "tensorflow": ([("tf_model.h5", "x")], r"a model of TensorFlow"),
+    "tokens": ([("manifest.json", {})], r"prepared tokens"),
+    "a run": ([("config.toml", "")], r"a run with no checkpoint in it"),
+    "models below": ([("a/config.json", CONFIG), ("b/params.json", {}), ("c/consolidated.00.pth", "x")], r"below it: model/a, model/c; give one"),
+    "a cache": ([("snapshots/0123/config.json", CONFIG), ("refs/main", "0123")], r"below it: model/snapshots/0123; give one"),
+    "nothing": ([], r"found no checkpoint in it$"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make(place: Path, files: list[Any], tokenizer: Tokenizer) -> Path:
+    folder = place / "model"
+    folder.mkdir()
+    if any(callable(file) for file in files) and "no tokenizer" not in files:
+        (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    for file in files:
+        if callable(file):
+            file(folder)
+        elif isinstance(file, tuple):
+            name, content = file
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_of_another_kind_is_told_with_what_to_do(name: str, place: Path, small_tokenizer: Tokenizer) -> None:
+    files, words = FOLDERS[name]
+    make(place, files, small_tokenizer)
+    with pytest.raises(UserError, match=words) as caught:
+        Checkpoint.find("model")
+    message = str(caught.value)
+    assert "\n" not in message and "expected" in message and "found" in message
+    try:
+        convert(ConvertArgs(input="model", dry_run=True))
+        assert name in ("hugging face's", "meta's")
+    except UserError as error:
+        assert str(error) in message  # the converter has the same reason
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.gguf", b"GGUF\3", "a file in GGUF"),
+        ("model.tar.gz", b"\x1f\x8b\x08", "a file of gzip; unpack it"),
+        ("weights.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("weights.safetensors", b"<!DOCTYPE html>", "of HTML"),
+        ("stories15M.bin", b"\0\1", "a file of weights; give a folder"),
+        ("consolidated.00.pth", b"PK\3\4", "a file; give its folder: python convert_torch_weights.py --input . --output"),
+        ("note.txt", b"hello", "a file; give a folder"),
+        ("empty", b"", "a file; give a folder"),
+    ],
+)  # fmt: skip
+def test_a_file_is_told_with_what_to_do(name: str, content: bytes, words: str, place: Path) -> None:
+    (place / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{name}: expected a checkpoint folder, found ") as caught:
+        Checkpoint.find(name)
+    assert words in str(caught.value)
+    with pytest.raises(UserError, match=rf"^--input: {name}: expected a folder, found "):
+        convert(ConvertArgs(input=name, output="out"))
+
+
+def test_the_command_that_is_told_converts_and_its_output_is_found(place: Path, small_tokenizer: Tokenizer) -> None:
+    folder = make(place, [config, whole], small_tokenizer)
+    folder.rename(place / "my 'own' model")
+    (place / "checkpoints" / "my 'own' model").mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        Checkpoint.find("my 'own' model")
+    command = shlex.split(str(caught.value).partition("give the result: ")[2])
+    assert command[:2] == ["python", "convert_torch_weights.py"]
+    convert(ConvertArgs(input=command[3], output=command[5]))
+    assert Checkpoint.find(command[5]).args.dim == 16
+
+
+def test_a_name_on_the_hub_is_told_how_to_fetch(place: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"found nothing; .* hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf$"
+    ):
+        Checkpoint.find("meta-llama/Llama-2-7b-hf")
+    (place / "runs").mkdir()
+    with pytest.raises(UserError, match=r"runs/tinny: expected a checkpoint folder, found nothing$"):
+        Checkpoint.find("runs/tinny")
+
+
+def test_a_snapshot_of_a_cache_is_called_by_its_models_name(place: Path) -> None:
+    folder = Path("models--meta-llama--Llama-2-7b-hf/snapshots/0123")
+    assert convert_command(folder).endswith(" --output checkpoints/Llama-2-7b-hf")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["sample.py", "hello", "--ckpt", "model"],
+        ["-m", "llama_jax.evaluate", "--text", "text", "--ckpt", "model"],
+        ["train.py", *SMALL, "--data.filepath", "text", "--train.save-dir", "run", "--train.init-from", "model"],
+    ],
+    ids=["sample", "evaluate", "train"],
+)
+def test_commands_say_it_in_one_line_and_leave_nothing(
+    argv: list[str], tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    make(tmp_path, [config, whole], small_tokenizer)
+    (tmp_path / "text").write_text("The fox went to the river.\n" * 50)
+    line = told(forked.run(argv, tmp_path))
+    assert line.endswith("python convert_torch_weights.py --input model --output checkpoints/model")
+    shutil.rmtree(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]

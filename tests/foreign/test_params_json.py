@@ -1,0 +1,76 @@
+"""params.json: every key that changes the mathematics is read, or refused by its name; unknown ones are listed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_jax.config import ModelArgs
+from llama_jax.errors import UserError
+from llama_jax.foreign.params_json import read_params, write_params
+
+PATH = Path("params.json")
+BASE = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 16, "norm_eps": 1e-5, "vocab_size": -1}
+LLAMA3 = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024,
+          "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5, "rope_theta": 500000.0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("table", "hidden"),
+    [
+        ({"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-5, "vocab_size": -1}, 11008),
+        ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80, "norm_eps": 1e-5, "vocab_size": -1}, 28672),
+        (LLAMA3, 14336),
+        (LLAMA3 | {"use_scaled_rope": False, "head_dim": 128, "hidden_dim": 14336, "sliding_window": None, "moe": None}, 14336),
+        ({"dim": 288, "n_layers": 6, "n_heads": 6, "multiple_of": 32, "max_seq_len": 256, "dropout": 0.0}, 768),
+    ],
+    ids=["7B", "70B", "LLaMA 3 8B", "neutral keys", "llama2.c"],
+)  # fmt: skip
+def test_published_files_are_read_whole(table: dict[str, Any], hidden: int) -> None:
+    params = read_params(table, PATH, 128256, 0)
+    assert params.args.hidden_dim == hidden and not params.unknown
+    assert [w for w in params.warnings if "vocab_size" not in w] == []
+    assert (
+        json.loads(write_params(params.args)).items()
+        >= {k: v for k, v in table.items() if k in ("dim", "n_kv_heads", "rope_theta")}.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_scaled_rope", True), ("rope_scaling_factor", 8), ("rope_scaling", {"factor": 8}), ("head_dim", 16), ("head_dim", "8"),
+        ("hidden_dim", 100), ("intermediate_size", 100), ("sliding_window", 512), ("sliding_window", True), ("moe", {"num_experts": 8}),
+        ("quantization_args", {"group_size": 32}), ("lora_args", {"rank": 16}), ("qkv_bias", True), ("use_qk_norm", True),
+        ("act_fn", "gelu"), ("causal", False), ("vision_num_cross_attention_layers", 8), ("attention_chunk_size", 8192),
+        ("dim", "64"), ("dim", 64.0), ("dim", None), ("n_layers", 0), ("n_heads", 7), ("n_heads", True), ("n_kv_heads", 3), ("n_kv_heads", -1),
+        ("multiple_of", 0), ("norm_eps", 0), ("norm_eps", "1e-5"), ("norm_eps", float("nan")), ("rope_theta", -1), ("rope_theta", "1e4"),
+        ("rope_theta", float("inf")), ("ffn_dim_multiplier", -1.0), ("max_seq_len", 0.5), ("vocab_size", "32000"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_is_not_supported_is_refused_by_its_key(key: str, value: Any, wrapped: bool) -> None:
+    table = BASE | {key: value}
+    with pytest.raises(UserError, match=rf"params\.json: .*\b{key}\b.* found|expected the key {key}, found"):
+        read_params({"model": table} if wrapped else table, PATH, 400, 0)
+
+
+def test_keys_that_are_not_known_are_listed() -> None:
+    assert read_params(BASE | {"new": 1, "a": None}, PATH, 400, 0).unknown == ("a", "new")
+    assert read_params({"model": BASE | {"new": 1}, "step": 3}, PATH, 400, 0).unknown == ("new", "step")
+
+
+def test_what_counts_against_the_file_is_told() -> None:
+    (warning,) = read_params(BASE | {"vocab_size": 32000}, PATH, 400, 0).warnings
+    assert "vocab_size 32,000: the 400 rows" in warning
+    (warning,) = read_params(BASE | {"max_seq_len": 256}, PATH, 400, 512).warnings
+    assert "the context is 512 tokens, and params.json says max_seq_len 256" in warning
+    (warning,) = read_params(BASE | {"norm_eps": 1e-6}, PATH, 32000, 0).warnings
+    assert "llama-2-7b-chat" in warning
+    assert read_params(BASE, PATH, 400, 0).args.max_seq_len == ModelArgs().max_seq_len
+
+
+def test_a_window_is_neutral_where_the_context_is_no_longer() -> None:
+    assert read_params(BASE | {"sliding_window": 4096}, PATH, 400, 0).args.max_seq_len == 4096
+    assert read_params(BASE | {"sliding_window": 512}, PATH, 400, 512).args.max_seq_len == 512
