@@ -133,7 +133,7 @@ def _verify_checklists(source: Source) -> None:
 
 def _write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str]:
     """Write into ``folder``; the reader through which all has passed, and what is to be said about what was written."""
-    with Progress("converting", report.weight_bytes(source), "B") as progress:
+    with Progress("converting", report.weight_bytes(source), "B") as progress, source.verified():
         reader = Reader(source, progress)
         remark = ""
         if args.to == "llama-jax":

@@ -1,5 +1,6 @@
 """Hugging Face's layout: config.json and safetensors, in one file or several with an index; read, checked and written."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -65,6 +66,10 @@ class HuggingFaceSource:
         """See Source."""
         for file in self._files.values():
             file.release()
+
+    def verified(self) -> contextlib.AbstractContextManager[None]:
+        """See Source."""
+        return contextlib.nullcontext()
 
     def _name(self, tensor: Tensor, layer: int) -> str:
         """The tensor's name in the files; of tied ones, which are one matrix, the one that is there, as transformers has it."""

@@ -1,5 +1,6 @@
 """Our own checkpoints, as what a conversion reads and as what it writes."""
 
+import contextlib
 import functools
 import math
 from collections import deque
@@ -56,6 +57,10 @@ class OwnSource:
 
     def release(self) -> None:
         """See Source."""
+
+    def verified(self) -> contextlib.AbstractContextManager[None]:
+        """See Source."""
+        return self._checkpoint.verified()
 
 
 class Part(NamedTuple):

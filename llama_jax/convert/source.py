@@ -1,5 +1,6 @@
 """What a converter reads from: a checkpoint of any format, in blocks of rows."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -40,6 +41,10 @@ class Source(Protocol):
 
     def release(self) -> None:
         """Give back the memory of what has been read."""
+        ...
+
+    def verified(self) -> contextlib.AbstractContextManager[None]:
+        """Verify checksums of whole files beside the block, which reads them all. Raises UserError at its end."""
         ...
 
 

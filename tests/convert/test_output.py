@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import llama_jax
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import ModelArgs
 from llama_jax.convert import ConvertArgs, convert, output
@@ -156,3 +159,24 @@ def test_an_output_below_a_file_is_one_line(source: Path, tmp_path: Path) -> Non
     command = ["convert_torch_weights.py", "--input", str(source), "--output", "file/ours"]
     assert "file" in told(forked.run(command, tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"meta", "file"}
+
+
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+def test_a_flip_in_a_checkpoint_of_ours_is_named_and_neither_converted_nor_sampled_on(
+    weights: Any, source: Path, tmp_path: Path
+) -> None:
+    ours = tmp_path / "ours"
+    run(source, ours, weights=weights)
+    rng = random.Random(0)
+    for path in rng.sample(sorted(path for path in ours.rglob("*") if path.is_file() and path.stat().st_size), 12):
+        before = path.read_bytes()
+        spoilt = bytearray(before)
+        spoilt[rng.randrange(len(before))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bytes(spoilt))
+        with pytest.raises(UserError, match=re.escape(str(ours))):
+            llama_jax.load(str(ours))
+        if weights == "auto":
+            with pytest.raises(UserError, match=re.escape(str(ours))):
+                convert(ConvertArgs(str(ours), str(tmp_path / "hf"), "huggingface"))
+            assert not (tmp_path / "hf").exists()
+        path.write_bytes(before)
