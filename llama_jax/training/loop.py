@@ -206,7 +206,7 @@ def _evaluate(run: Run, state: TrainState, record: dict[str, Any], saved_at: int
     if not math.isfinite(total):
         raise_not_finite("held-out loss", total / weight, record["step"], saved_at)
     record["eval_loss"] = total / weight
-    record["eval_bits_per_byte"] = total / weight / math.log(2) / run.data.tokens.eval_bytes_per_token
+    record["eval_bits_per_byte"] = run.data.tokens.bits_per_byte(total / weight)
     best = run.folder.best()
     # All save, or none: a shared disk may show the others an older metrics.jsonl.
     improved = bool(from_main(best is None or record["eval_loss"] < best["eval_loss"]))
@@ -272,7 +272,7 @@ def _resolve(config: Config, data: Data) -> Config:
         raise UserError(
             f"model.vocab_size: expected {size}, as the tokenizer has, or -1, found {config.model.vocab_size}"
         )
-    data_args = replace(config.data, train_size=manifest.train_size, separator=manifest.separator)
+    data_args = replace(config.data, train_size=manifest.train_size, separator=manifest.separator.replace("\\", "\\\\"))
     return replace(config, model=replace(config.model, vocab_size=size), data=data_args)
 
 
