@@ -139,13 +139,19 @@ def write_stories(path: Path, count: int) -> tuple[Path, float]:
 
 
 def _check_finished(folder: Path) -> None:
-    """Raise UserError on a token folder that is not finished."""
-    begun = folder.is_dir() and ((folder / UNFINISHED).exists() or any(folder.glob("train.bin*")))
-    if begun and not any(folder.glob("*.txt")):
+    """Raise UserError on a folder of tokens, and of no text, that lacks a manifest."""
+    unfinished = (folder / UNFINISHED).exists()
+    if not (unfinished or any(folder.glob("train.bin*"))) or any(folder.glob("*.txt")):
+        return
+    if unfinished:
         raise UserError(
             f"data.filepath: expected a text or prepared tokens, found tokens that are not finished in {folder}: prepare is still "
             "at work there, or was stopped; run it again"
         )
+    raise UserError(
+        f"data.filepath: expected a text or prepared tokens, found token files without {MANIFEST} in {folder}: they are of another "
+        "program, or not finished; give the text that they were made of"
+    )
 
 
 def _check_has_text(text: Text) -> None:
@@ -169,7 +175,15 @@ def _known(folder: Path, begun: bool, began_with: Origin | None) -> Origin | Non
         if begun:
             raise  # what the run was trained on cannot be told any more
         return None
-    return manifest.origin if manifest is not None else None
+    if manifest is not None:
+        return manifest.origin
+    if begun:
+        print(
+            f"warning: {folder / MANIFEST}: expected what the run was trained on, found no such file: whether the text is still the "
+            "same cannot be told",
+            flush=True,
+        )
+    return None
 
 
 def _check_text(known: Origin, text: Text, args: DataArgs) -> Text:

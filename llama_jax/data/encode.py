@@ -5,6 +5,7 @@ import contextlib
 import functools
 import hashlib
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ def prepare(
     """
     text_sha256, tokenizer_sha256 = corpus.digest(), sha256(tokenizer.model_bytes)
     if (kept := _kept(folder, corpus, tokenizer_sha256, expected)) is not None:
+        _check_expected(folder, expected, kept.manifest)
         return kept
     dtype = np.dtype(DTYPES[tokenizer.vocab_size > 1 << 16])
     corpus.replaced = 0
@@ -91,11 +93,18 @@ def prepare(
             block_bytes=BLOCK_BYTES,
             sha256={f"{split}.bin": writers[split].sha.hexdigest() for split in SPLITS} | {SUMS: sha256(sums)},
         )
-        if expected is not None and (found := difference(expected, manifest.origin)):
-            raise UserError(f"{folder}: expected the tokens that the run began with, found that {found}")
+        _check_expected(folder, expected, manifest)
         (folder / MANIFEST).unlink(missing_ok=True)
     write_manifest(folder, manifest)
     return open_tokens(folder)
+
+
+def _check_expected(folder: Path, expected: Origin | None, manifest: Manifest) -> None:
+    if expected is not None and (found := difference(expected, manifest.origin)):
+        raise UserError(
+            f"{folder}: expected the tokens that the run began with, found that {found}; go on with the version that made them, or "
+            "choose another --train.save-dir"
+        )
 
 
 def _kept(folder: Path, corpus: Corpus, tokenizer_sha256: str, expected: Origin | None) -> TokenSet | None:
@@ -126,7 +135,7 @@ class _Writer:
     documents: int = 0
     byte_tokens: int = 0
     largest_id: int = 0
-    sums: list[int] = field(default_factory=list)
+    sums: array = field(default_factory=lambda: array("I"))
     lengths: collections.Counter[int] = field(default_factory=collections.Counter)
 
     def __post_init__(self) -> None:
@@ -158,7 +167,7 @@ class _Writer:
     def _put(self, file: BinaryIO, raw: bytes) -> None:
         file.write(raw)
         self.sha.update(raw)
-        self.sums += checksums(raw)
+        self.sums.extend(checksums(raw))
 
     def _joined(self, parts: Sequence[Part], rows: Sequence[list[int]]) -> np.ndarray:
         """Tokens of consecutive parts, each document between BOS and EOS."""

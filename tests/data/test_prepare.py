@@ -385,6 +385,15 @@ def test_what_a_killed_prepare_left_is_gone_on_from(tmp_path, kept):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_token_files_of_another_program_are_not_taken_for_ours(tmp_path):
+    for name in ("train.bin", "val.bin", "meta.pkl"):
+        (tmp_path / name).write_bytes(bytes(100))
+    with pytest.raises(UserError, match=r"found token files without manifest\.json .* of another program"):
+        load(tmp_path, filepath=str(tmp_path))
+    (tmp_path / "input.txt").write_text(TEXT)
+    assert text_of(load(tmp_path, filepath=str(tmp_path), vocab_size=300)) == TEXT
+
+
 def test_a_failed_prepare_leaves_no_folder_behind(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "b.txt").write_text(" \n")
@@ -484,7 +493,7 @@ def test_a_runs_damaged_tokenizer_is_named(tmp_path, capsys):
     )
 
 
-def test_a_run_that_has_begun_tells_a_text_that_grew_from_another(tmp_path):
+def test_a_run_that_has_begun_tells_a_text_that_grew_from_another(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT)
     args = {"filepath": str(tmp_path / "a.txt"), "vocab_size": 300}
     origin = load(tmp_path, **args).tokens.manifest.origin
@@ -493,7 +502,10 @@ def test_a_run_that_has_begun_tells_a_text_that_grew_from_another(tmp_path):
         UserError, match=r"data\.filepath: .* found that .*a\.txt has grown by 4 bytes since; .*--train\.init-from"
     ):
         load(tmp_path, begun=True, **args)
-    shutil.rmtree(tmp_path / "run" / "tokens")  # what the run was trained on may be known elsewhere
+    shutil.rmtree(tmp_path / "run" / "tokens")
+    load(tmp_path, begun=True, **args)
+    assert "manifest.json: expected what the run was trained on, found no such file" in capsys.readouterr().out
+    # What the run was trained on may be known elsewhere.
     for text, words in ((TEXT + "more", "has grown by 4 bytes since"), (TEXT.upper(), "is another text")):
         (tmp_path / "a.txt").write_text(text)
         with pytest.raises(UserError, match=words):
@@ -502,6 +514,19 @@ def test_a_run_that_has_begun_tells_a_text_that_grew_from_another(tmp_path):
             )
     (tmp_path / "a.txt").write_text(TEXT)
     load_data(DataArgs(**args), tmp_path / "t", tmp_path / "run" / "tokenizer.model", begun=True, began_with=origin)
+
+
+def test_other_tokens_than_the_run_began_with_are_not_put_in_place(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    args = {"filepath": str(tmp_path / "a.txt"), "vocab_size": 300}
+    origin = load(tmp_path, **args).tokens.manifest.origin
+    other = dataclasses.replace(origin, tokens_sha256="of another version")
+    before = contents(tmp_path / "run" / "tokens")
+    for cache in ("run/tokens", "new"):  # tokens that are there, and tokens that are made
+        with pytest.raises(UserError, match="expected the tokens that the run began with, found that the same text"):
+            path = tmp_path / "run" / "tokenizer.model"
+            load_data(DataArgs(**args), tmp_path / cache, path, begun=True, began_with=other)
+    assert contents(tmp_path / "run" / "tokens") == before and contents(tmp_path / "new") == {}
 
 
 def as_version_2(folder: Path) -> None:
