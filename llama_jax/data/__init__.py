@@ -141,7 +141,7 @@ def write_stories(path: Path, count: int) -> tuple[Path, float]:
 def _check_finished(folder: Path) -> None:
     """Raise UserError on a folder of tokens, and of no text, that lacks a manifest."""
     unfinished = (folder / UNFINISHED).exists()
-    if not (unfinished or any(folder.glob("train.bin*"))) or any(folder.glob("*.txt")):
+    if not (unfinished or any(folder.glob("train.bin*"))) or any(folder.rglob("*.txt")):
         return
     if unfinished:
         raise UserError(
