@@ -8,7 +8,7 @@ from llama_jax.stopping import StopSignals
 
 def main() -> None:
     """Read the configuration, then train."""
-    with StopSignals() as signals:  # from here on, before anything is imported that takes a while
+    with StopSignals(at_exit=True) as signals:  # from here on, before anything is imported that takes a while
         from llama_jax.training.command import read_command
         from llama_jax.training.loop import train
 

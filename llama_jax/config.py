@@ -114,9 +114,11 @@ class DataArgs:
     vocab_size: int = 1024
     """Size of the vocabulary when a tokenizer is trained here, in tokens."""
     separator: str = ""
-    r"""What stands between two documents in a file, for example '\n\n', or '\n' for a document a line. Empty: a file is a document."""
+    r"""What stands between two documents in a file, for example '<|endoftext|>', '\n\n', or '\n' for a document a line. \n is any line end (LF, CRLF, CR), \t a tab, \\ a backslash; blank lines at a document's borders are left out. Empty: a file is a document."""
     stories: int = 12000
     """Number of built-in stories (about 7 MB for 12,000), when there is no filepath."""
+    as_text: bool = False
+    """Take the files as plain text whatever they hold: JSON lines, HTML, bytes that are not UTF-8 (each is read as U+FFFD)."""
 
     def check(self) -> None:
         """Raise UserError on impossible values."""

@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from llama_jax.cache import KVCache
 from llama_jax.config import Cache, DType, Weights
-from llama_jax.data.text import Corpus, find_files, replacement_warning
+from llama_jax.data.lost import Losses, examples, loss_warning
+from llama_jax.data.sources import find_files
+from llama_jax.data.text import Corpus, replacement_warning
 from llama_jax.errors import UserError, run_command
 from llama_jax.flags import parse_flags
 from llama_jax.generation import Model
@@ -30,12 +32,17 @@ from llama_jax.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Print one JSON line: loss (nats a token), perplexity, bits_per_byte, tokens, bytes, window, stride, bos."""
+    """Print one JSON line: loss (nats a token), perplexity, bits_per_byte, tokens, bytes, lost_share, window, stride, bos.
+
+    lost_share is the share of the text's bytes that the tokenizer does not give back; where there are any, bits_per_byte is null.
+    """
 
     ckpt: str = ""
     """A run folder (its best step), a step folder, or a converted checkpoint."""
     text: str = ""
     """A text file, a folder or a glob; files are joined, each behind a BOS."""
+    as_text: bool = False
+    """Take the files as plain text whatever they hold: JSON lines, HTML, bytes that are not UTF-8 (each is read as U+FFFD)."""
     window: int = 0
     """Positions in a forward pass. 0: the model's context."""
     stride: int = 0
@@ -50,11 +57,14 @@ class EvaluateArgs:
     """int8: score token by token, each reading the keys and values before it as a cache of int8 holds them; it takes longer."""
 
 
-def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, batch_size: int = 8) -> dict[str, Any]:
+def evaluate(
+    model: Model, text: str | Path, window: int = 0, stride: int = 0, batch_size: int = 8, as_text: bool = False
+) -> dict[str, Any]:
     """Score every token of a text once (BOS, which begins each file, is not scored and EOS is not added).
 
     A model with a quantized cache is scored as it generates, token by token; any other, a window at a time.
-    Raises UserError where the text is missing or empty, or the window does not fit the model.
+    as_text: take files that do not look like text. Raises UserError where the text is missing or empty, or looks like something
+    else, or the window does not fit the model.
     """
     context = model.args.max_seq_len
     window, stride = window or context, stride or window or context
@@ -64,7 +74,7 @@ def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, b
         raise UserError(f"--stride: expected 1 to the window of {window}, found {stride}")
     if batch_size < 1:
         raise UserError(f"--batch-size: expected 1 or more, found {batch_size}")
-    stream, scored, text_bytes = _read(find_files(str(text), "--text"), model.tokenizer)
+    stream, scored, losses = _read(str(text), model.tokenizer, as_text)
     total, tokens = 0.0, int(scored[1:].sum())
     if not tokens:
         raise UserError(f"--text: expected text, found none in {text}")
@@ -85,28 +95,34 @@ def evaluate(model: Model, text: str | Path, window: int = 0, stride: int = 0, b
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": total / math.log(2) / text_bytes,
+        "bits_per_byte": None if losses.lost or losses.unknown else total / math.log(2) / losses.read,
         "tokens": tokens,
-        "bytes": text_bytes,
+        "bytes": losses.read,
+        "lost_share": losses.lost / losses.compared,
         "window": window,
         "stride": stride,
         "bos": "at the start of a file only",
     }
 
 
-def _read(paths: list[Path], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, int]:
-    """Token ids of all files, which of them are scored (all but BOS), and the bytes of text."""
+def _read(filepath: str, tokenizer: Tokenizer, as_text: bool) -> tuple[np.ndarray, np.ndarray, Losses]:
+    """Token ids of all files, which of them are scored (all but BOS), and what the tokenizer lost. Says on stderr what is odd."""
+    paths, notes = find_files(filepath, "--text", as_text)
     ids: list[np.ndarray] = []
-    text_bytes = 0
-    corpus = Corpus(paths, b"", train_size=1.0)
+    corpus = Corpus(paths, b"", train_size=1.0, any_bytes=as_text)
+    losses = Losses(tokenizer, corpus.bytes)
     for part in corpus.parts("train"):
-        (row,) = tokenizer.encode_parts([part.text], [part.starts])
-        ids.append(np.array([tokenizer.bos_id] * part.starts + row, np.int32))
-        text_bytes += part.size
-    if corpus.replaced:
-        print(replacement_warning(corpus.replaced), file=sys.stderr)
+        rows = tokenizer.encode_parts([part.text], [part.starts])
+        ids.append(np.array([tokenizer.bos_id] * part.starts + rows[0], np.int32))
+        losses.add([part], rows)
     stream = np.concatenate([np.zeros(0, np.int32), *ids])
-    return stream, stream != tokenizer.bos_id, text_bytes
+    warnings = (
+        replacement_warning(corpus.replaced),
+        loss_warning(losses.lost, losses.compared, losses.unknown, examples(losses.chars)),
+    )
+    for line in filter(None, [*notes, *warnings]):
+        print(line, file=sys.stderr)
+    return stream, stream != tokenizer.bos_id, losses
 
 
 def _windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -146,7 +162,11 @@ def main() -> None:
             raise UserError(f"--{name}: expected a path, found none")
     stacked = args.cache == "auto"
     model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache, stacked=stacked)
-    print(json.dumps(evaluate(model, args.text, args.window, args.stride, args.batch_size)))
+    try:
+        found = evaluate(model, args.text, args.window, args.stride, args.batch_size, args.as_text)
+    except UserError as error:
+        raise UserError(str(error).replace("--data.", "--")) from error
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

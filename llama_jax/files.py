@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,17 +19,27 @@ def is_address(path: str) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to: renamed to ``path`` at the end, deleted if the block fails."""
+    """A temporary path beside ``path`` to write to: renamed to ``path`` at the end, deleted if the block fails.
+
+    The name is one that no other process has, so that two that write the same file at once do not mix their bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
             error.filename = os.fspath(path)
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that killed processes left in ``folder``. For its owner alone: no other process writes there."""
+    for path in folder.iterdir():
+        if re.fullmatch(r".+\.[0-9a-f]{12}\.tmp", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

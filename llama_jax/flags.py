@@ -43,6 +43,12 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
     return None, argv
 
 
+def unescape(text: str) -> str:
+    r"""``text`` with ``\n``, ``\r``, ``\t`` and ``\\`` taken for what they stand for; any other backslash stays as it is."""
+    meant = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\])", lambda found: meant[found[1]], text)
+
+
 # tyro's messages, and the same in the words of all others here.
 _FLAG_ERRORS = (
     (r"Error parsing (\S+): .*?('.*'|\[.*\]).*", r"\1: expected {kind}, found \2"),

@@ -36,8 +36,10 @@ class StopSignals:
     other thread handle signals.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_exit: bool = False) -> None:
+        """at_exit: the process ends behind the block, and signals are ignored from there on."""
         self.received = 0
+        self._at_exit = at_exit
         self.before_leaving: list[Callable[[], object]] = []
         self._mode: Mode = "leave"
         self._lock = threading.Lock()
@@ -62,7 +64,7 @@ class StopSignals:
         if self._pipe is None:
             return
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._at_exit else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._pipe[1])  # the thread reads the end, and closes its own side
 

@@ -1,6 +1,7 @@
 """SentencePiece tokens: load a model, train one with LLaMA 2's settings, encode, decode, stream."""
 
 import collections
+import functools
 import io
 import itertools
 import re
@@ -15,6 +16,8 @@ from llama_jax.storage import location, told
 
 # SentencePiece reads a string as a whole; longer texts are encoded in parts of about this many characters.
 PART_CHARS = 32_768
+# SentencePiece's mark of a space.
+SPACE_MARK = "\u2581"
 # SentencePiece's trainer passes over sentences longer than this many bytes (trainer_spec.max_sentence_length).
 MAX_SENTENCE_BYTES = 4192
 
@@ -49,7 +52,9 @@ class Tokenizer:
         self.bos_id: int = bos if bos >= 0 else eos
         self.eos_id: int = eos if eos >= 0 else bos
         self.unk_id: int = self._sp.unk_id()
-        self._newline_ids = self._sp.encode("\n")
+        # SentencePiece puts a space before what it reads, and some models strip white space. So a later part of a document is
+        # read behind what stood before it, a newline or else a letter, whose ids are cut off; see encode_parts.
+        self._marks = next((marks for marks in _MARKS if self._reads_whole(*marks)), ("", ""))
 
     def piece(self, token_id: int) -> str:
         """The text by which the vocabulary lists a token: "<s>" for BOS."""
@@ -66,6 +71,11 @@ class Tokenizer:
             sp.is_control(token_id) or sp.is_unknown(token_id) or sp.is_byte(token_id) or sp.is_unused(token_id)
         )
 
+    @functools.cached_property
+    def byte_ids(self) -> list[int]:
+        """The tokens that stand for single bytes of UTF-8."""
+        return [i for i in range(self._sp.vocab_size()) if self._sp.is_byte(i)]
+
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of ``text``; ``decode`` gives it back, but for U+2581, SentencePiece's own mark of a space.
 
@@ -80,11 +90,31 @@ class Tokenizer:
 
         Joined, a document's rows are the ids of its whole text, where the parts are cut as ``split_text`` cuts.
         """
-        # SentencePiece puts a space before what it reads. A later part is read behind a newline, whose ids are cut off.
-        marked = [part if start else "\n" + part for part, start in zip(parts, starts, strict=True)]
-        rows = self._sp.encode(marked, num_threads=num_threads)
-        newline = self._newline_ids
-        return [row if start else row[len(newline) :] for row, start in zip(rows, starts, strict=True)]
+        marks = ["" if start else self._mark(part) for part, start in zip(parts, starts, strict=True)]
+        rows = self._sp.encode([mark + part for mark, part in zip(marks, parts, strict=True)], num_threads=num_threads)
+        cuts = {mark: len(self._sp.encode(mark)) for mark in {*marks}}
+        return [row[cuts[mark] :] if mark else row for row, mark in zip(rows, marks, strict=True)]
+
+    def decode_part(self, ids: Sequence[int], start: bool) -> str:
+        """The text of a part as ``encode_parts`` read it, without what is unknown; ``start``: the part begins its document."""
+        known = [i for i in ids if i != self.unk_id]
+        if start or not self._marks[0]:
+            return self._sp.decode(known)
+        mark = [i for i in self._sp.encode(self._marks[0]) if i != self.unk_id]
+        return self._sp.decode(mark + known).removeprefix(self._sp.decode(mark))
+
+    def _mark(self, part: str) -> str:
+        return self._marks[part.startswith(" ")]
+
+    def _reads_whole(self, behind_line: str, behind_word: str) -> bool:
+        """Whether parts that are read behind these marks, as ``encode_parts`` does, have the ids that they have in a whole text."""
+        probes = [("a", " b"), ("a\n", "b"), ("the fox\n", "owl saw"), ("1\n", "\u4e2d"), ("a.\n", "Zebra  x")]
+        for before, part in probes:
+            mark = behind_word if part.startswith(" ") else behind_line
+            row = self._sp.encode(mark + part)[len(self._sp.encode(mark)) :]
+            if self._sp.encode(before) + row != self._sp.encode(before + part):
+                return False
+        return True
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ``ids``; BOS, EOS and other controls have none, bytes that are not UTF-8 become U+FFFD.
@@ -150,6 +180,8 @@ def clean(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text)
 
 
+# What a part of a document may be read behind: where a line ended before it, and where a word did.
+_MARKS = (("\n", "\n"), ("a\n", "a"))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # A border that no token crosses: behind a newline, or before a space, where what follows is no white space.
 _BORDER = re.compile(r"(?<=\n)(?=[^\s▁])|(?<=[^\s▁])(?= [^\s▁])")
@@ -205,11 +237,16 @@ def _spell_rare_characters(lines: list[str], vocab_size: int) -> list[str]:
 
     Single characters get at most half of the room that the 256 bytes and the three controls leave in the vocabulary.
     """
-    counts = collections.Counter(char for char in itertools.chain.from_iterable(lines) if not char.isspace())
+    counts = collections.Counter(char for char in itertools.chain.from_iterable(lines) if char != " ")
     room = max(1, (vocab_size - 259) // 2)
-    if len(counts) <= room:
+    marks = [char for char, _ in counts.most_common() if not char.isspace()]
+    # White space other than the space takes what is left: the space has a piece of its own.
+    white = [char for char, _ in counts.most_common() if char.isspace()]
+    left = vocab_size - 260 - min(room, len(marks))
+    rare = marks[room:] + white[left:]
+    if not rare:
         return lines
-    border = {ord(char): "\n" for char, _ in counts.most_common()[room:]}
+    border = {ord(char): "\n" for char in rare}
     return [part for line in lines for part in line.translate(border).split("\n") if part.strip()]
 
 

@@ -1,5 +1,6 @@
 """evaluate(): every token of a text once, from whole logits and by hand."""
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece as spm
 
 from llama_jax.config import ModelArgs
 from llama_jax.errors import UserError
@@ -129,3 +131,48 @@ def test_a_missing_an_empty_and_a_bare_text_are_told(model: Model, tmp_path: Pat
     for name in ("none.txt", "empty.txt", "bom.txt"):
         with pytest.raises(UserError, match=name):
             evaluate(model, tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def lossy(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The model with a tokenizer that knows few letters, and collapses white space."""
+    file = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the fox saw an owl", "an owl saw boats"] * 50), model_writer=file, model_type="bpe", vocab_size=60,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("lossy") / "tokenizer.model"
+    path.write_bytes(file.getvalue())
+    return replace(model, tokenizer=Tokenizer(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "lost_share"),
+    [("幸福的家庭都是相似的" * 100, 1.0), ("the fox\n    saw an owl\n" * 20, 4 / 23), ("the fox saw an owl", 0.0)],
+    ids=["unknown letters", "white space", "held"],
+)
+def test_bits_per_byte_are_not_told_of_a_text_that_the_tokens_do_not_hold(
+    lossy: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, lost_share: float
+) -> None:
+    (tmp_path / "text.txt").write_text(content)
+    found = evaluate(lossy, tmp_path / "text.txt")
+    assert found["lost_share"] == pytest.approx(lost_share, abs=0.03)
+    assert (found["bits_per_byte"] is None) == (lost_share > 0)
+    assert found["loss"] > 0 and found["bytes"] == len(content.encode())
+    warned = capsys.readouterr().err
+    assert ("warning: the tokenizer does not hold this text" in warned) == (lost_share > 0)
+
+
+def test_the_text_goes_through_the_door_of_training(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text('{"text": "The fox."}\n' * 9)
+    with pytest.raises(
+        UserError, match=r"^--text: expected plain text in UTF-8, found JSON lines: .*a\.txt; .*as-text"
+    ):
+        evaluate(model, tmp_path)
+    assert evaluate(model, tmp_path, as_text=True)["bytes"] == 21 * 9
+    (tmp_path / "a.txt").write_text("The fox.")
+    (tmp_path / "._a.txt").write_text("hidden")
+    assert evaluate(model, tmp_path)["bytes"] == 8
+    assert "not read, as they are hidden: 1 (._a.txt)" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The tokenizer: every text comes back, long texts as short ones, LLaMA 2's own ids, streaming."""
 
+import io
 import json
 import random
 
@@ -130,6 +131,57 @@ def test_parts_are_encoded_the_same_by_many_threads(small_tokenizer):
     assert small_tokenizer.encode_parts(parts, starts, 4) == small_tokenizer.encode_parts(parts, starts, 1)
 
 
+# SentencePiece models that are not LLaMA 2's: how they are trained.
+OTHERS = {
+    "unigram": {"model_type": "unigram"},
+    "normalized, white space kept": {"model_type": "bpe", "remove_extra_whitespaces": False},
+    "without bytes": {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "without a space before": {"model_type": "bpe", "add_dummy_prefix": False, "byte_fallback": True},
+    "a space behind": {"model_type": "bpe", "treat_whitespace_as_suffix": True, "remove_extra_whitespaces": False},
+}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    tokenizers = {}
+    for name, options in OTHERS.items():
+        model = io.BytesIO()
+        lines = ["the owl said it saw the fox", "owls and foxes in the river"] * 60
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=300,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **options,
+        )
+        path = tmp_path_factory.mktemp("others") / "tokenizer.model"
+        path.write_bytes(model.getvalue())
+        tokenizers[name] = Tokenizer(path)
+    return tokenizers
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    ("before", "behind"), [("the fox\n", "owl said"), ("the fox", " owl said"), ("saw\n", "the river")]
+)
+def test_a_part_of_a_document_loses_nothing_with_any_kind_of_model(others, name, before, behind):
+    tokenizer = others[name]
+    rows = tokenizer.encode_parts([before, behind], [True, False])
+    text = tokenizer.decode([i for row in rows for i in row]).replace("\u2047", " ")
+    assert text.split() == (before + behind).split()
+    assert tokenizer.decode_part(rows[1], start=False).split() == behind.split()
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=texts)
+def test_a_part_is_decoded_to_what_it_was(small_tokenizer, llama2_tokenizer, text):
+    for tokenizer in (small_tokenizer, llama2_tokenizer):
+        for start in (True, False):
+            (ids,) = tokenizer.encode_parts([text], [start])
+            assert tokenizer.decode_part(ids, start) == text
+
+
 def test_leading_spaces_are_kept(small_tokenizer, llama2_tokenizer):
     for tokenizer in (small_tokenizer, llama2_tokenizer):
         ids = [tokenizer.encode(" " * n + "fox") for n in range(5)]
@@ -192,6 +244,27 @@ def test_a_text_with_more_characters_than_the_vocabulary_has_room_for_trains_one
 @pytest.mark.parametrize("vocab_size", [262, 263, 264, 270])
 def test_the_smallest_vocabularies_can_be_trained(tmp_path, vocab_size, text):
     tokenizer = train_tokenizer([text], vocab_size, tmp_path / "m.model")
+    assert tokenizer.vocab_size <= vocab_size
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+ODD = "".join(
+    map(chr, [*range(1, 32), 127, 0x85, 0xA0, 0x301, 0x2028, 0x3000, 0xFEFF, 0xFFFD, 0x4E2D, 0x1F600, 0xE000])
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    text=st.text(st.sampled_from(ODD + " ab1"), min_size=1, max_size=120) | st.just(ODD),
+    vocab_size=st.sampled_from([262, 263, 266, 280, 1024]),
+)
+def test_a_vocabulary_of_any_size_is_trained_on_the_oddest_characters(tmp_path_factory, text, vocab_size):
+    path = tmp_path_factory.getbasetemp() / "odd.model"
+    if not text.strip():
+        with pytest.raises(UserError, match="white space"):
+            train_tokenizer([text], vocab_size, path)
+        return
+    tokenizer = train_tokenizer([text], vocab_size, path)
     assert tokenizer.vocab_size <= vocab_size
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -1,21 +1,29 @@
 """Text to tokens, token files, batches, and the built-in stories.
 
-``load_data`` is the way in: it finds the text, gets or trains the tokenizer, and maps the tokens.
+``load_data`` is the way in: it finds the text, gets or trains the tokenizer, and opens the tokens.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llama_jax.config import DataArgs
+from llama_jax.data.encode import prepare
+from llama_jax.data.origin import Origin, difference
+from llama_jax.data.sources import files_as_before, find_files
 from llama_jax.data.stories import story
-from llama_jax.data.text import Corpus, find_files, separator_bytes
-from llama_jax.data.tokens import Manifest, TokenSet, open_tokens, prepare, read_manifest, sha256, write_manifest
+from llama_jax.data.text import Corpus, check_separator, separator_bytes
+from llama_jax.data.tokens import MANIFEST, UNFINISHED, TokenSet, open_tokens, read_manifest, sha256
 from llama_jax.errors import UserError
 from llama_jax.files import write_atomically
+from llama_jax.flags import unescape
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
+
+__all__ = [
+    "Data", "Origin", "Text", "difference", "encode_text", "find_text", "load_data", "open_data", "open_tokens", "write_stories",
+]  # fmt: skip
 
 # A vocabulary is trained on at most this many bytes of text, spread over the whole.
 VOCABULARY_BYTES = 30_000_000
@@ -25,49 +33,50 @@ STORIES_SEED = 0
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads. floor: the text's own entropy, in bits per byte, where it is known (the built-in stories)."""
+    """What a run reads.
+
+    floor: the text's own entropy, in bits per byte, where it is known (the built-in stories). notes: what was left out, and what
+    else the user did not ask for, a line each.
+    """
 
     tokens: TokenSet
     tokenizer: Tokenizer
     source: str
     floor: float | None = None
+    notes: tuple[str, ...] = ()
 
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What the tokens were made of, as a run and its checkpoints keep it."""
-        manifest = asdict(self.tokens.manifest)
-        return {
-            name: manifest[name] for name in ("text_sha256", "tokenizer_sha256", "train_size", "separator", "tokens")
-        }
+
+@dataclass(frozen=True)
+class Text:
+    """A text that was found, before it is read."""
+
+    corpus: Corpus
+    source: str
+    floor: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_data(
-    args: DataArgs, folder: Path, tokenizer_path: Path, workers: int | None = None, begun: bool = False
+    args: DataArgs,
+    folder: Path,
+    tokenizer_path: Path,
+    workers: int | None = None,
+    begun: bool = False,
+    began_with: Origin | None = None,
 ) -> Data:
     """Tokens and tokenizer for a run whose files lie under ``folder``; the tokenizer is kept as ``tokenizer_path``.
 
-    A run that has ``begun`` keeps its text and its tokenizer. Raises UserError where these are others now, or where the text
-    or the tokenizer cannot be had.
+    A run that has ``begun`` keeps its text and its tokenizer: ``began_with``, or else what the manifest in ``folder`` tells. Raises
+    UserError where these are others now, or where the text or the tokenizer cannot be had.
     """
     prepared = Path(args.filepath).expanduser()
     if args.filepath and read_manifest(prepared) is not None:
-        return _load_prepared(args, prepared, folder, tokenizer_path, begun)
-    floor = None
-    if not args.filepath:
-        path, floor = write_stories(folder / "stories.txt", args.stories)
-        paths, separator, source = [path], STORY_SEPARATOR, f"{args.stories:,} built-in stories"
+        data = _load_prepared(args, prepared, folder, tokenizer_path, begun, began_with)
     else:
-        paths, separator, source = find_files(args.filepath), args.separator, args.filepath
-    corpus = Corpus(paths, separator_bytes(separator), args.train_size)
-    if next(corpus.parts("train"), None) is None:
-        raise UserError(f"data.filepath: expected text to train on, found none in {source} before the held-out part")
-    digest = corpus.digest()
-    known = read_manifest(folder)
-    _check_text(digest, known, begun)
-    tokenizer = _tokenizer(args, corpus, tokenizer_path, begun or _is_vocabulary_of(args, digest, known))
-    trained = 0 if args.tokenizer_model_path else args.vocab_size
-    tokens = prepare(corpus, tokenizer, folder, workers or os.cpu_count() or 1, trained)
-    return Data(tokens, tokenizer, source, floor)
+        text = find_text(args, folder, begun)
+        data = encode_text(args, text, folder, tokenizer_path, workers, begun, began_with)
+    data.tokens.check_in_background()
+    return data
 
 
 def open_data(args: DataArgs, folder: Path, tokenizer_path: Path) -> Data:
@@ -80,44 +89,165 @@ def open_data(args: DataArgs, folder: Path, tokenizer_path: Path) -> Data:
     return Data(open_tokens(source), Tokenizer(tokenizer_path), args.filepath or f"{args.stories:,} built-in stories")
 
 
+def find_text(args: DataArgs, folder: Path, begun: bool = False) -> Text:
+    """The text that ``args`` name; of built-in stories, in a file that is written under ``folder``.
+
+    A run that has ``begun`` is given its text whatever that looks like. Raises UserError where there is none.
+    """
+    if not args.filepath:
+        path, floor = write_stories(folder / "stories.txt", args.stories)
+        corpus = Corpus([path], separator_bytes(STORY_SEPARATOR), args.train_size)
+        return Text(corpus, f"{args.stories:,} built-in stories", floor)
+    as_text = args.as_text or begun
+    _check_finished(Path(args.filepath).expanduser())
+    paths, notes = find_files(args.filepath, as_text=as_text)
+    corpus = Corpus(paths, separator_bytes(args.separator), args.train_size, any_bytes=as_text)
+    return Text(corpus, args.filepath, notes=tuple(f"{args.filepath}: {note}" for note in notes))
+
+
+def encode_text(
+    args: DataArgs,
+    text: Text,
+    folder: Path,
+    tokenizer_path: Path,
+    workers: int | None = None,
+    begun: bool = False,
+    began_with: Origin | None = None,
+) -> Data:
+    """Tokens of a text, in ``folder``, and their tokenizer, at ``tokenizer_path``; see ``load_data``."""
+    known = _known(folder, begun, began_with)
+    if begun and known is not None:
+        text = _check_text(known, text, args)
+    else:
+        _check_has_text(text)
+        check_separator(text.corpus, text.source)
+    tokenizer = _tokenizer(args, text, tokenizer_path, known, begun)
+    trained = 0 if args.tokenizer_model_path else args.vocab_size
+    expected = known if begun else None
+    tokens = prepare(text.corpus, tokenizer, folder, workers or os.cpu_count() or 1, trained, text.source, expected)
+    return Data(tokens, tokenizer, text.source, text.floor, text.notes)
+
+
 def write_stories(path: Path, count: int) -> tuple[Path, float]:
     """Write ``count`` built-in stories into a file beside ``path`` named for the count; returns it and their bits per byte."""
     path = path.with_name(f"{path.stem}-{count}{path.suffix}")
     stories = [story(STORIES_SEED, i) for i in range(count)]
     text = STORY_SEPARATOR.join(s.text for s in stories).encode()
-    if not path.exists() or path.stat().st_size != len(text):
+    if not path.exists() or path.read_bytes() != text:
         write_atomically(path, text)
     return path, sum(s.bits for s in stories) / sum(len(s.text) for s in stories)
 
 
-def _check_text(digest: str, known: Manifest | None, begun: bool) -> None:
-    if begun and known is not None and known.text_sha256 != digest:
+def _check_finished(folder: Path) -> None:
+    """Raise UserError on a folder of tokens, and of no text, that lacks a manifest."""
+    unfinished = (folder / UNFINISHED).exists()
+    if not (unfinished or any(folder.glob("train.bin*"))) or any(folder.rglob("*.txt")):
+        return
+    if unfinished:
         raise UserError(
-            "data.filepath: expected the text, separator and train_size that the run began with, found others; "
-            "choose another --train.save-dir, or go on from this run's weights with --train.init-from"
+            f"data.filepath: expected a text or prepared tokens, found tokens that are not finished in {folder}: prepare is still "
+            "at work there, or was stopped; run it again"
+        )
+    raise UserError(
+        f"data.filepath: expected a text or prepared tokens, found token files without {MANIFEST} in {folder}: they are of another "
+        "program, or not finished; give the text that they were made of"
+    )
+
+
+def _check_has_text(text: Text) -> None:
+    """Raise UserError where there is nothing but white space to train on."""
+    parts = list(itertools.islice(text.corpus.parts("train"), 1))
+    if not parts or not any(part.text.strip() for part in text.corpus.parts("train")):
+        found = "nothing but white space" if parts else "none"
+        raise UserError(
+            f"data.filepath: expected text to train on, found {found} in {text.source} before the held-out part; give more text, "
+            "or a larger data.train_size"
         )
 
 
-def _is_vocabulary_of(args: DataArgs, digest: str, known: Manifest | None) -> bool:
-    """Whether an earlier start trained its vocabulary for just this text and size."""
-    return known is not None and (known.text_sha256, known.trained_vocab_size) == (digest, args.vocab_size)
+def _known(folder: Path, begun: bool, began_with: Origin | None) -> Origin | None:
+    """What the tokens of an earlier start were made of."""
+    if begun and began_with is not None:
+        return began_with
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        if begun:
+            raise  # what the run was trained on cannot be told any more
+        return None
+    if manifest is not None:
+        return manifest.origin
+    if begun:
+        print(
+            f"warning: {folder / MANIFEST}: expected what the run was trained on, found no such file: whether the text is still the "
+            "same cannot be told",
+            flush=True,
+        )
+    return None
 
 
-def _tokenizer(args: DataArgs, corpus: Corpus, path: Path, keep: bool) -> Tokenizer:
+def _check_text(known: Origin, text: Text, args: DataArgs) -> Text:
+    """The text of a run that has begun. Raises UserError where it is another one now."""
+    corpus = text.corpus
+    if not known.files and args.filepath and corpus.digest() != known.text_sha256:
+        before = replace(corpus, paths=files_as_before(args.filepath))
+        if before.digest() == known.text_sha256:
+            return replace(text, corpus=before)
+    now = Origin(
+        text.source, corpus.files, corpus.digest(), corpus.train_size, corpus.separator.decode(),
+        trained_vocab_size=known.trained_vocab_size,
+    )  # fmt: skip
+    _refuse(difference(known, now))
+    return text
+
+
+def _refuse(found: str) -> None:
+    """Raise UserError where a run that has begun found its text changed."""
+    if found:
+        raise UserError(
+            f"data.filepath: expected the text, separator and train_size that the run began with, found that {found}; choose "
+            "another --train.save-dir, or go on from this run's weights with --train.init-from"
+        )
+
+
+def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, begun: bool) -> Tokenizer:
     """The one that the user gives, the one at ``path`` if it is to be kept, or a new one."""
     given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
-    if keep and path.exists():
+    if (begun or _is_vocabulary_of(args, text.corpus, known)) and path.exists():
         kept = Tokenizer(path)
         if given is not None and given.model_bytes != kept.model_bytes:
             raise UserError(
                 f"data.tokenizer_model_path: expected the tokenizer that {path} holds, found another in "
                 f"{args.tokenizer_model_path}; choose another --train.save-dir"
             )
-        return kept
-    return train_tokenizer(_sentences(corpus), args.vocab_size, path) if given is None else _save(given, path)
+        if known is None or known.tokenizer_sha256 == sha256(kept.model_bytes):
+            return kept
+        if begun:
+            raise UserError(
+                f"{path}: expected the tokenizer that the run began with, found another, or a damaged one; put it back: each "
+                "checkpoint has a copy"
+            )
+        print(
+            f"warning: {path}: expected the tokenizer that made these tokens, found another: trained again", flush=True
+        )
+    made = _save(given, path) if given is not None else train_tokenizer(_sentences(text.corpus), args.vocab_size, path)
+    if begun and known is not None and known.tokenizer_sha256 not in ("", sha256(made.model_bytes)):
+        path.unlink()
+        raise UserError(
+            f"{path}: expected the tokenizer that the run began with, found none, and a new one is another; put it back: each "
+            "checkpoint has a copy"
+        )
+    return made
 
 
-def _load_prepared(args: DataArgs, prepared: Path, folder: Path, path: Path, begun: bool) -> Data:
+def _is_vocabulary_of(args: DataArgs, corpus: Corpus, known: Origin | None) -> bool:
+    """Whether an earlier start trained its vocabulary for just this text and size."""
+    return known is not None and (known.text_sha256, known.trained_vocab_size) == (corpus.digest(), args.vocab_size)
+
+
+def _load_prepared(
+    args: DataArgs, prepared: Path, folder: Path, path: Path, begun: bool, began_with: Origin | None
+) -> Data:
     """Tokens that ``prepare`` made, with their own tokenizer; the run keeps a copy of it, and of the manifest."""
     tokens, tokenizer = open_tokens(prepared), Tokenizer(prepared / "tokenizer.model")
     manifest = tokens.manifest
@@ -125,8 +255,8 @@ def _load_prepared(args: DataArgs, prepared: Path, folder: Path, path: Path, beg
         raise UserError(
             f"{prepared}: expected the tokenizer.model that made these tokens, found another; prepare them again"
         )
-    for name in ("train_size", "separator"):
-        asked, made = getattr(args, name), getattr(manifest, name)
+    for name, asked in (("train_size", args.train_size), ("separator", unescape(args.separator))):
+        made = getattr(manifest, name)
         if asked not in (made, getattr(DataArgs(), name)):
             raise UserError(
                 f"data.{name}: expected {made!r}, as the tokens in {prepared} were prepared, found {asked!r}; prepare them again"
@@ -138,8 +268,10 @@ def _load_prepared(args: DataArgs, prepared: Path, folder: Path, path: Path, beg
                 f"data.filepath: expected tokens of {other}, found tokens of another tokenizer in {prepared}; "
                 "prepare the text with that one"
             )
-    _check_text(manifest.text_sha256, read_manifest(folder), begun)
-    write_manifest(folder, manifest)
+    known = _known(folder, begun, began_with)
+    if begun and known is not None:
+        _refuse(difference(known, manifest.origin))
+    write_atomically(folder / MANIFEST, (prepared / MANIFEST).read_bytes())
     return Data(tokens, _save(tokenizer, path), str(prepared))
 
 

@@ -1,17 +1,25 @@
 """Prepare tokens ahead of training: ``python -m llama_jax.data prepare --filepath TEXT --tokenizer-model-path M --output DIR``."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama_jax.config import DataArgs
-from llama_jax.data import load_data
-from llama_jax.data.text import replacement_warning
-from llama_jax.data.tokens import read_manifest
+from llama_jax.data import Data, Text, encode_text, find_text
+from llama_jax.data.origin import Origin, difference
+from llama_jax.data.summary import documents_text, remarks
+from llama_jax.data.tokens import MANIFEST, SPLITS, SUMS, UNFINISHED, open_tokens, read_manifest, sha256
 from llama_jax.errors import UserError, run_command
+from llama_jax.files import remove_leftovers
 from llama_jax.flags import parse_flags
+from llama_jax.owner import owning
 from llama_jax.storage import on_disk
+from llama_jax.tokenizer import Tokenizer
+
+NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -23,13 +31,15 @@ class PrepareArgs:
     tokenizer_model_path: str = ""
     """A SentencePiece model. Empty: a BPE vocabulary is trained on the text."""
     output: str = ""
-    """The folder to write: train.bin, eval.bin, tokenizer.model, manifest.json."""
+    """The folder to write: train.bin, eval.bin, checksums.bin, tokenizer.model, manifest.json. Tokens of another text in it stay."""
     vocab_size: int = DataArgs.vocab_size
     """Size of the vocabulary when a tokenizer is trained, in tokens."""
     separator: str = ""
-    """What stands between two documents in a file. Empty: a file is a document."""
+    r"""What stands between two documents in a file, for example '<|endoftext|>', '\n\n', or '\n' for a document a line. \n is any line end (LF, CRLF, CR), \t a tab, \\ a backslash; blank lines at a document's borders are left out. Empty: a file is a document."""
     train_size: float = DataArgs.train_size
     """Share of the text's bytes that trains."""
+    as_text: bool = False
+    """Take the files as plain text whatever they hold: JSON lines, HTML, bytes that are not UTF-8 (each is read as U+FFFD)."""
     workers: int = os.cpu_count() or 1
     """Threads that encode."""
 
@@ -47,19 +57,111 @@ def main() -> None:
             raise UserError(f"--{name}: expected a path, found none")
     if args.workers < 1:
         raise UserError(f"--workers: expected 1 or more, found {args.workers}")
-    data_args = DataArgs(args.filepath, args.train_size, args.tokenizer_model_path, args.vocab_size, args.separator)
+    try:
+        prepare(args)
+    except UserError as error:
+        raise UserError(str(error).replace("--data.", "--")) from error
+
+
+def prepare(args: PrepareArgs) -> None:
+    """Make the tokens, or say that they are there. Raises UserError, and touches nothing, where others are."""
+    data_args = DataArgs(
+        args.filepath, args.train_size, args.tokenizer_model_path, args.vocab_size, args.separator, as_text=args.as_text
+    )
     data_args.check()
-    if read_manifest(Path(args.filepath)) is not None:
+    if read_manifest(Path(args.filepath).expanduser()) is not None:
         raise UserError(f"--filepath: expected a text, found tokens that are prepared already in {args.filepath}")
     output = on_disk(args.output, "--output")
-    data = load_data(data_args, output, output / "tokenizer.model", workers=args.workers)
+    text = find_text(data_args, output)
+    given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
+    with _made(output), owning(output, "--output", "wait for it, or choose another --output"):
+        remove_leftovers(output)
+        if _holds(output, text, args, given):
+            data = Data(open_tokens(output), Tokenizer(output / "tokenizer.model"), text.source, notes=text.notes)
+            print(f"{output}: holds these tokens already, whole")
+        else:
+            _check_free(output, given)
+            with _unfinished(output):
+                data = encode_text(data_args, text, output, output / "tokenizer.model", args.workers)
     manifest = data.tokens.manifest
-    if manifest.replaced_sequences:
-        print(replacement_warning(manifest.replaced_sequences), file=sys.stderr)
+    for line in remarks(data):
+        print(line, file=sys.stderr)
+    print(f"documents: {documents_text(manifest)}")
     print(
         f"{output}: {manifest.tokens['train']:,} tokens to train on, {manifest.tokens['eval']:,} held out, "
         f"vocabulary {data.tokenizer.vocab_size:,}"
     )
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make ``folder``; where the block fails, and nothing has come into it, it goes again."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _holds(output: Path, text: Text, args: PrepareArgs, given: Tokenizer | None) -> bool:
+    """Whether the folder holds the tokens that are asked for, whole. Raises UserError where it holds others."""
+    manifest = read_manifest(output)
+    if manifest is None:
+        return False
+    corpus = text.corpus
+    asked = Origin(
+        text.source, corpus.files, corpus.digest(), corpus.train_size, corpus.separator.decode(),
+        sha256(given.model_bytes) if given is not None else "", 0 if given is not None else args.vocab_size,
+    )  # fmt: skip
+    if found := difference(manifest.origin, asked):
+        raise UserError(
+            f"--output: expected a new folder, or one with the tokens that are asked for, found {manifest.origin} in {output}, and "
+            f"{found}; choose another --output, or delete {output}"
+        )
+    try:
+        open_tokens(output).check()
+        return (output / "tokenizer.model").exists()
+    except UserError as error:
+        print(f"warning: {error}: made again", file=sys.stderr)
+        (output / UNFINISHED).touch()
+        (output / MANIFEST).unlink()
+        return False
+
+
+def _check_free(output: Path, given: Tokenizer | None) -> None:
+    """Raise UserError where files that are to be written are there, and are not what a stopped ``prepare`` left."""
+    if (output / UNFINISHED).exists() or (output / MANIFEST).exists():
+        return
+    for name in NAMES:
+        path = output / name
+        same = (
+            name == "tokenizer.model"
+            and given is not None
+            and path.is_file()
+            and path.read_bytes() == given.model_bytes
+        )
+        if path.exists() and not same:
+            raise UserError(
+                f"--output: expected a new folder, found {path}, which is not this command's; choose another --output"
+            )
+
+
+@contextlib.contextmanager
+def _unfinished(output: Path) -> Iterator[None]:
+    """Mark the folder as one that this command is at work in. The mark stays where it fails with something in it."""
+    mark = output / UNFINISHED
+    mark.touch()
+    try:
+        yield
+    except BaseException:
+        if not any((output / name).exists() for name in (*NAMES, MANIFEST)):
+            mark.unlink(missing_ok=True)
+        raise
+    mark.unlink()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ import grain
 import jax
 import numpy as np
 
+from llama_jax.data.stream import TokenStream
+
+# A stream of tokens: an array of shape [tokens], or a token file, which slices like one.
+Tokens = np.ndarray | TokenStream
 # Windows that an evaluation takes together from one place of the held-out text.
 EVAL_ROWS = 16
 
@@ -48,7 +52,7 @@ class Windows:
     is padding, and a text shorter than a window works too.
     """
 
-    def __init__(self, stream: np.ndarray, length: int, seed: int):
+    def __init__(self, stream: Tokens, length: int, seed: int):
         self._stream, self._length, self._seed = stream, length, seed
         self.per_epoch = max(1, -(-len(stream) // length))
 
@@ -58,13 +62,14 @@ class Windows:
         offset = int(np.random.default_rng((self._seed, epoch)).integers(len(self._stream)))
         start = (offset + window * self._length) % len(self._stream)
         row = self._stream[start : start + self._length + 1]
-        if len(row) <= self._length:
-            row = np.take(self._stream, np.arange(start, start + self._length + 1), mode="wrap")
+        if len(row) <= self._length:  # round the ring, more than once where the text is shorter than a window
+            around = self._stream[: self._length + 1]
+            row = np.concatenate([row, np.resize(around, self._length + 1 - len(row))])
         return row.astype(np.int32)
 
 
 def train_batches(
-    stream: np.ndarray, batch_size: int, length: int, seed: int, start: int, stop: int, own: np.ndarray | None = None
+    stream: Tokens, batch_size: int, length: int, seed: int, start: int, stop: int, own: np.ndarray | None = None
 ) -> Iterator[Batch]:
     """Batches of steps ``start`` to ``stop`` - 1, of each the rows ``own`` (None: all), read ahead by threads of grain."""
     own = np.arange(batch_size) if own is None else own
@@ -79,13 +84,13 @@ def train_batches(
         yield Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
 
 
-def steps_per_epoch(stream: np.ndarray, batch_size: int, length: int) -> int:
+def steps_per_epoch(stream: Tokens, batch_size: int, length: int) -> int:
     """Optimizer steps that read the whole stream once."""
     return -(-Windows(stream, length, 0).per_epoch // batch_size)
 
 
 def eval_batches(
-    stream: np.ndarray, batch_size: int, length: int, limit: int = 0, own: np.ndarray | None = None
+    stream: Tokens, batch_size: int, length: int, limit: int = 0, own: np.ndarray | None = None
 ) -> Iterator[Batch]:
     """The stream in order, each token but the first predicted once; the last window and batch are filled with padding.
 
@@ -99,10 +104,13 @@ def eval_batches(
     if 0 < limit < groups:
         chosen = np.arange(limit) * groups // limit
         windows = (chosen[:, None] * EVAL_ROWS + np.arange(EVAL_ROWS)).ravel()
-    for start in range(0, len(windows), batch_size):
-        rows = start + own
+    for first in range(0, len(windows), batch_size):
+        rows = first + own
         # A window behind the last one is padding.
-        starts = np.where(rows < len(windows), windows[np.minimum(rows, len(windows) - 1)] * length, count + 1)[:, None]
-        positions = starts + np.arange(length + 1)
-        tokens = np.where(positions < len(stream), np.take(stream, np.minimum(positions, count)), 0).astype(np.int32)
-        yield Batch(tokens[:, :-1], tokens[:, 1:], (positions[:, 1:] < len(stream)).astype(np.float32))
+        starts = np.where(rows < len(windows), windows[np.minimum(rows, len(windows) - 1)] * length, count + 1)
+        tokens = np.zeros((len(starts), length + 1), np.int32)
+        for row, start in zip(tokens, starts.tolist(), strict=True):
+            part = stream[start : start + length + 1]
+            row[: len(part)] = part
+        held = (starts[:, None] + np.arange(1, length + 1) < len(stream)).astype(np.float32)
+        yield Batch(tokens[:, :-1], tokens[:, 1:], held)

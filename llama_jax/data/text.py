@@ -1,25 +1,29 @@
-"""From files to documents: which files, how they are split into train and eval, and read in bounded memory.
+"""From files to documents: how they are split into train and eval, and read in bounded memory.
 
 Offsets count bytes of the files as they lie on disk, one after the other in order of their paths.
 """
 
-import glob
+import functools
 import hashlib
-import mmap
-import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from llama_jax.errors import UserError
+from llama_jax.data.documents import BUFFER_BYTES, Reader, Separator, sha256_of
+from llama_jax.data.kinds import bad_bytes, is_too_odd
+from llama_jax.errors import UserError, quoted
+from llama_jax.flags import unescape
 
 # A document is read in parts of about this many bytes.
 PART_BYTES = 1 << 16
 BOM = b"\xef\xbb\xbf"
+# What stands between documents in the corpora that people have, for a hint.
+MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>", "<EOS>", "\\n\\n", "\\n")
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A stretch of a document's text, out of so many bytes; ``starts`` and ``ends``: it holds the document's beginning and its end."""
 
     text: str
@@ -28,93 +32,162 @@ class Part:
     ends: bool
 
 
+@dataclass(frozen=True)
+class TextFile:
+    """A file of a text, as it was."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
 @dataclass
 class Corpus:
     """Text files and the place of the cut between the training part and the held-out part.
 
-    replaced: how many byte sequences that are not UTF-8 have been read as U+FFFD so far.
+    any_bytes: take files whose bytes are not UTF-8. replaced: how many byte sequences that are not UTF-8 have been read as U+FFFD
+    so far.
     """
 
     paths: list[Path]
     separator: bytes
     train_size: float
+    any_bytes: bool = True
     replaced: int = 0
     _sizes: list[int] = field(default_factory=list)
+    _stamps: list[tuple[int, ...]] = field(default_factory=list)
+    _begins: dict[Path, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._sizes = [path.stat().st_size for path in self.paths]
-        self.cut = int(sum(self._sizes) * self.train_size)
+        self._begins = {}
+        self.bytes = sum(self._sizes)
+        self.cut = int(self.bytes * self.train_size)
+
+    @functools.cached_property
+    def files(self) -> tuple[TextFile, ...]:
+        """The files and their contents' digests, as they were when this was first asked for."""
+        self._stamps = [_stamp(path) for path in self.paths]
+        return tuple(
+            TextFile(str(path.absolute()), size, sha256_of(path, size))
+            for path, size in zip(self.paths, self._sizes, strict=True)
+        )
 
     def digest(self) -> str:
         """sha256 over the files' contents and borders, the separator and the cut."""
         sha = hashlib.sha256(repr((self._sizes, self.separator, self.cut)).encode())
-        for path in self.paths:
-            with open(path, "rb") as file:
-                sha.update(hashlib.file_digest(file, "sha256").digest())
+        for file in self.files:
+            sha.update(bytes.fromhex(file.sha256))
         return sha.hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Raise UserError where a file is another one than ``files`` tells: somebody wrote it meanwhile."""
+        for path, file, stamp in zip(self.paths, self.files, self._stamps, strict=True):
+            if _stamp(path) != stamp and sha256_of(path, file.bytes) != file.sha256:
+                raise UserError(
+                    f"{file.path}: expected a file that nobody writes, found it changed meanwhile; start again"
+                )
+
     def parts(self, split: str) -> Iterator[Part]:
-        """All text of a split ("train" or "eval"), document by document, cut as ``tokenizer.split_text`` asks."""
+        """All text of a split ("train" or "eval"), document by document, cut as ``tokenizer.split_text`` asks.
+
+        Raises UserError where a file cannot be read to its end, or is no text.
+        """
         offset = 0
         for path, size in zip(self.paths, self._sizes, strict=True):
             cut = min(max(self.cut - offset, 0), size)
             offset += size
             if size == 0 or (cut == 0 if split == "train" else cut == size):
                 continue
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                while 0 < cut < size and data[cut] & 0xC0 == 0x80:  # not in the middle of a character
-                    cut -= 1
-                start, end = (0, cut) if split == "train" else (cut, size)
-                for doc_start, doc_end in self._documents(data, len(BOM) if data[:3] == BOM else 0, size):
-                    if doc_start >= end:
-                        break
-                    first, last = max(doc_start, start), min(doc_end, end)
-                    if first < last:
-                        # The document that the cut goes through stays open in training, and begins anew in evaluation.
-                        yield from self._document(data, first, last, ends=last == doc_end)
+            data = Reader(path, size)
+            while 0 < cut < size and data.read(cut, cut + 1)[0] & 0xC0 == 0x80:  # not in the middle of a character
+                cut -= 1
+            start, end = (0, cut) if split == "train" else (cut, size)
+            read = bad = 0
+            for doc_start, doc_end in self._documents(data, self._begins.get(path, 0) if split == "eval" else 0):
+                if doc_end > cut:
+                    self._begins.setdefault(path, doc_start)  # where evaluation finds its first document
+                if doc_start >= end:
+                    break
+                first, last = max(doc_start, start), min(doc_end, end)
+                if first >= last:
+                    continue
+                # The document that the cut goes through stays open in training, and begins anew in evaluation.
+                ends = last == doc_end
+                if last - first <= PART_BYTES:
+                    text, odd = self._decode(data.read(first, last))
+                    read, bad = read + last - first, bad + odd
+                    yield Part(text, last - first, True, ends)
+                    continue
+                for part, odd in self._document(data, first, last, ends):
+                    read, bad = read + part.size, bad + odd
+                    yield part
+            if is_too_odd(bad, read) and not self.any_bytes:
+                raise UserError(
+                    f"{path}: expected plain text in UTF-8, found {bad:,} of {read:,} bytes that are not; convert it, or take "
+                    "it as it is with --data.as-text"
+                )
 
-    def _documents(self, data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Ranges of the documents between ``start`` and ``end``; empty ones are passed over."""
-        while start < end:
-            found = data.find(self.separator, start, end) if self.separator else -1
-            stop = end if found < 0 else found
-            if stop > start:
-                yield start, stop
-            start = stop + len(self.separator) if found >= 0 else end
+    def separates(self) -> bool:
+        """Whether the separator occurs in a file; without one, there is nothing to occur."""
+        return not self.separator or any(
+            Separator(self.separator).occurs(Reader(path, size))
+            for path, size in zip(self.paths, self._sizes, strict=True)
+        )
 
-    def _document(self, data: mmap.mmap, start: int, end: int, ends: bool) -> Iterator[Part]:
+    def _documents(self, data: Reader, start: int) -> Iterator[tuple[int, int]]:
+        """Ranges of a file's documents from ``start`` on. Without a separator it is one, byte for byte."""
+        if start == 0 and data.read(0, min(3, data.size)) == BOM:
+            start = len(BOM)
+        if not self.separator:
+            yield start, data.size
+            return
+        yield from Separator(self.separator).documents(data, start)
+
+    def _document(self, data: Reader, start: int, end: int, ends: bool) -> Iterator[tuple[Part, int]]:
+        """The parts of a document, and of each the bytes that are not UTF-8."""
         first = start
         while start < end:
-            stop = _border(data, start, end)
-            yield Part(self._decode(data[start:stop]), stop - start, starts=start == first, ends=ends and stop == end)
+            raw = data.read(start, min(end, start + 4 * PART_BYTES + 1))
+            if len(raw) > PART_BYTES:
+                raw = raw[: _border(raw)]
+            stop = start + len(raw)
+            text, bad = self._decode(raw)
+            yield Part(text, len(raw), start == first, ends and stop == end), bad
             start = stop
 
-    def _decode(self, raw: bytes) -> str:
+    def _decode(self, raw: bytes) -> tuple[str, int]:
         try:
-            return raw.decode("utf-8")
+            return raw.decode("utf-8"), 0
         except UnicodeDecodeError:
             text = raw.decode("utf-8", errors="replace")
             self.replaced += text.count("\ufffd") - raw.count("\ufffd".encode())
-            return text
+            return text, bad_bytes(raw)
 
 
-def _border(data: mmap.mmap, start: int, end: int) -> int:
-    """Where a part that begins at ``start`` ends: behind a newline or before a space, where no token reaches across."""
-    if end - start <= PART_BYTES:
-        return end
-    reach = min(end, start + 4 * PART_BYTES)
+def _border(raw: bytes) -> int:
+    """How much of a document's next bytes a part takes: up to a newline or a space, where no token reaches across."""
+    if len(raw) <= PART_BYTES:
+        return len(raw)
+    reach = min(len(raw), 4 * PART_BYTES)
     white = b" \n\t\r\v\f"
     for mark, shift in ((b"\n", 1), (b" ", 0)):
-        at = start + PART_BYTES
-        while (at := data.find(mark, at, reach - 1)) >= 0:
-            before, after = data[at - 1 : at], data[at + 1 : at + 2]
+        at = PART_BYTES
+        while (at := raw.find(mark, at, reach - 1)) >= 0:
+            before, after = raw[at - 1 : at], raw[at + 1 : at + 2]
             if after not in white and after.isascii() and (shift or (before not in white and before.isascii())):
                 return at + shift
             at += 1
     stop = reach
-    while stop < end and data[stop] & 0xC0 == 0x80 and stop > reach - 4:
+    while stop < len(raw) and raw[stop] & 0xC0 == 0x80 and stop > reach - 4:
         stop -= 1
     return stop
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def replacement_warning(replaced: int) -> str:
@@ -122,36 +195,28 @@ def replacement_warning(replaced: int) -> str:
     return f"warning: {replaced:,} byte sequences are not UTF-8; each was read as U+FFFD" if replaced else ""
 
 
-def find_files(filepath: str, key: str = "data.filepath") -> list[Path]:
-    """The text files that ``filepath`` (a file, a folder, a glob) stands for, sorted.
-
-    Raises UserError, which speaks of the option ``key``, where there are none.
-    """
-    path = Path(filepath).expanduser()
-    if path.is_dir():
-        paths = sorted(p for p in path.rglob("*.txt") if p.is_file())
-        if not paths:
-            raise UserError(f"{key}: expected *.txt files in the folder {filepath}, found none")
-    elif path.exists():
-        paths = [path]
-    else:
-        paths = sorted(p for p in map(Path, glob.glob(os.fspath(path), recursive=True)) if p.is_file())
-        if not paths:
-            raise UserError(f"{key}: expected a text file, a folder or a glob, found nothing at {filepath}")
-    for p in paths:
-        if not os.access(p, os.R_OK):
-            raise UserError(f"{key}: expected a readable file, found no permission to read {p}")
-        with open(p, "rb") as file:
-            head = file.read(2)
-        if head in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"{key}: expected UTF-8, found UTF-16 in {p}; convert it, for example with iconv")
-    if all(p.stat().st_size == 0 for p in paths):
-        raise UserError(f"{key}: expected text, found {filepath} empty")
-    return paths
-
-
 def separator_bytes(separator: str) -> bytes:
-    r"""The separator as UTF-8; \n, \r and \t may be spelled with a backslash, as a shell hands them over."""
-    for spelled, char in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
-        separator = separator.replace(spelled, char)
-    return separator.encode()
+    r"""The separator as UTF-8; \n, \r, \t and \\ may be spelled with a backslash, as a shell hands them over."""
+    return unescape(separator).encode()
+
+
+def check_separator(corpus: Corpus, source: str) -> None:
+    """Raise UserError where the separator occurs nowhere, with those that do."""
+    if corpus.separates():
+        return
+    sample = "".join(
+        Reader(path, size).read(0, min(size, BUFFER_BYTES)).decode("utf-8", "replace")
+        for path in corpus.paths[:16]
+        if (size := path.stat().st_size)
+    )
+    wanted = corpus.separator.decode()
+    likely = [*map(unescape, MARKERS), wanted.strip(), unescape(wanted)]
+    if wanted.strip():  # the same in other letters
+        likely += re.findall(re.escape(wanted.strip()), sample, re.IGNORECASE)[:1]
+    there = [
+        f"{quoted(text)} ({sample.count(text):,} times)" for text in dict.fromkeys(likely) if text and text in sample
+    ]
+    hint = f"its beginning has {', '.join(there)}" if there else "leave it out where a file is a document"
+    raise UserError(
+        f"data.separator: expected what stands between documents, found {quoted(wanted)} nowhere in {source}; {hint}"
+    )

@@ -1,32 +1,61 @@
-"""Token files: a text encoded once, memory-mapped afterwards.
+"""Token folders: a text encoded once, and what was noted about it.
 
-A folder holds train.bin and eval.bin (uint16, or uint32 where the vocabulary needs it, little endian) and manifest.json,
-written last, which says of what text and tokenizer they are.
+A folder holds train.bin and eval.bin (uint16, or uint32 where the vocabulary needs it, little endian), checksums.bin (crc32 of each
+stretch of both, uint32) and manifest.json, written last, which says of what text and tokenizer they are and has a digest of each
+file and of itself. ``prepare`` puts tokenizer.model there too.
 """
 
-import contextlib
+import dataclasses
 import hashlib
-import itertools
 import json
-import os
+import math
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llama_jax.config import from_dict
-from llama_jax.data.text import Corpus, Part
-from llama_jax.errors import UserError
-from llama_jax.files import replacing, write_atomically
-from llama_jax.progress import Progress
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.data.origin import Origin
+from llama_jax.data.stream import BLOCK_BYTES, TokenStream, check_in_background
+from llama_jax.data.text import TextFile
+from llama_jax.errors import UserError, quoted
+from llama_jax.files import write_atomically
 
-VERSION = 2
+VERSION = 3
+# Had no checksums, and read documents otherwise where there is a separator.
+FIRST_VERSION = 2
 SPLITS = ("train", "eval")
 DTYPES = ("<u2", "<u4")
-# Parts that are encoded at once, by as many threads as there are workers.
-PARTS_AT_ONCE = 64
+SUMS = "checksums.bin"
+MANIFEST = "manifest.json"
+# Lies in a folder while ``prepare`` makes tokens there.
+UNFINISHED = ".unfinished"
+# The key of a manifest's digest of itself.
+SEAL = "manifest_sha256"
+# What is checked when tokens are opened takes this many seconds at most.
+OPENING_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class TextCounts:
+    """What was counted while a text was encoded; of train and of eval each, where there are two."""
+
+    median: dict[str, int]
+    """Tokens of a document, BOS and EOS aside."""
+    longest: dict[str, int]
+    unknown: dict[str, int]
+    """Tokens of characters that the tokenizer does not know."""
+    byte_tokens: dict[str, int]
+    compared_bytes: dict[str, int]
+    """Bytes of text that were compared with what their tokens decode to."""
+    lost_bytes: dict[str, int]
+    """Bytes of those that did not come back."""
+    lost_examples: list[str]
+    copies: int
+    """Held-out documents that are exact copies of documents to train on; an estimate, where there are many documents."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +73,70 @@ class Manifest:
     text_bytes: dict[str, int]
     documents: dict[str, int]
     replaced_sequences: int
+    # From version 3 on:
+    source: str = ""
+    text_files: tuple[TextFile, ...] = ()
+    vocab_size: int = 0
+    largest_id: dict[str, int] = dataclasses.field(default_factory=dict)
+    counts: TextCounts | None = None
+    block_bytes: int = 0  # each has a checksum; 0: there are none
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)  # of each file of the folder
+
+    @property
+    def origin(self) -> Origin:
+        """What the tokens were made of."""
+        return Origin(
+            self.source, self.text_files, self.text_sha256, self.train_size, self.separator, self.tokenizer_sha256,
+            self.trained_vocab_size, self.tokens, self.sha256.get(SUMS, ""),
+        )  # fmt: skip
+
+    def lossy(self, split: str) -> bool:
+        """Whether the tokens of a split do not hold its text."""
+        return self.counts is not None and bool(self.counts.lost_bytes[split] or self.counts.unknown[split])
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """The two token streams of a text, memory-mapped: documents one after the other, each from BOS to EOS."""
+    """The two token streams of a text: documents one after the other, each from BOS to EOS."""
 
-    train: np.ndarray
-    eval: np.ndarray
+    train: TokenStream
+    eval: TokenStream
     manifest: Manifest
 
-    @property
-    def eval_bytes_per_token(self) -> float:
-        """Bytes of held-out text that a token that is predicted stands for (the first token of a stream never is)."""
-        return self.manifest.text_bytes["eval"] / max(1, self.manifest.tokens["eval"] - 1)
+    def bits_per_byte(self, loss: float) -> float | None:
+        """The held-out text's loss, in nats a token, in bits per byte. None: its tokens do not hold it, so that this says nothing.
+
+        The first token of a stream is never predicted.
+        """
+        if self.manifest.lossy("eval"):
+            return None
+        bytes_per_token = self.manifest.text_bytes["eval"] / max(1, self.manifest.tokens["eval"] - 1)
+        return loss / math.log(2) / bytes_per_token
+
+    def check(self, seconds: float = math.inf) -> None:
+        """Compare the tokens with their checksums: all of them, or as many as there is time for, spread over them.
+
+        Raises UserError where a stretch differs.
+        """
+        end = time.monotonic() + seconds
+        for i in spread(self.eval.blocks + self.train.blocks):
+            if time.monotonic() > end:
+                return
+            if i < self.eval.blocks:
+                self.eval.check_block(i)
+            else:
+                self.train.check_block(i - self.eval.blocks)
+
+    def check_in_background(self) -> None:
+        """Check the rest while the tokens are used: damage is an error at the next read, which names the file."""
+        check_in_background([self.train, self.eval])
+
+
+def spread(count: int) -> Iterator[int]:
+    """0 to ``count`` - 1, each once, in an order whose beginnings lie far apart: by their digits in binary, read backwards."""
+    bits = max(1, (count - 1).bit_length())
+    order = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
+    return (i for i in order if i < count)
 
 
 def sha256(content: bytes) -> str:
@@ -66,90 +145,120 @@ def sha256(content: bytes) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a finished token folder, or None where there is none that this version reads."""
+    """The manifest of a finished token folder. None where there is none.
+
+    Raises UserError where it is damaged, or of a version that this one does not read.
+    """
+    path = folder / MANIFEST
     try:
-        manifest = from_dict(Manifest, json.loads((folder / "manifest.json").read_text()), "manifest.json")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, UserError):
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    counts = (manifest.tokens, manifest.text_bytes, manifest.documents)
-    whole = all(c.keys() == set(SPLITS) and all(type(n) is int and n >= 0 for n in c.values()) for c in counts)
-    return manifest if manifest.version == VERSION and manifest.dtype in DTYPES and whole else None
-
-
-def open_tokens(folder: Path) -> TokenSet:
-    """Map a token folder. Raises UserError where it is not one, or not whole."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise UserError(f"{folder}: expected a folder of prepared tokens with manifest.json, found none; make it again")
-    streams = []
-    for split in SPLITS:
-        path, count = folder / f"{split}.bin", manifest.tokens[split]
-        dtype = np.dtype(manifest.dtype)
-        if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
+    try:
+        table = json.loads(content)
+    except (ValueError, RecursionError):
+        table = None
+    ours = {"text_sha256", "tokenizer_sha256", "text_bytes"}
+    if not (ours & table.keys() if isinstance(table, dict) else (folder / "train.bin").exists()):
+        return None  # another program's
+    try:
+        if table["version"] not in (FIRST_VERSION, VERSION):
             raise UserError(
-                f"{path}: expected {count} tokens of {dtype}, found another size; delete {folder} to make it again"
+                f"{path}: expected prepared tokens of version {VERSION} or {FIRST_VERSION}, found version "
+                f"{quoted(table['version'])}; delete {folder} and make it again"
             )
-        streams.append(np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype))
-    return TokenSet(streams[0], streams[1], manifest)
+        if table["version"] == VERSION and content != _sealed(table):
+            raise ValueError
+        return _parse(table)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"{path}: expected a manifest of prepared tokens, found it damaged; delete {folder} and make it again"
+        ) from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json."""
-    write_atomically(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
+    write_atomically(folder / MANIFEST, _sealed(dataclasses.asdict(manifest)))
 
 
-def prepare(
-    corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int = 1, trained_vocab_size: int = 0
-) -> TokenSet:
-    """The tokens of ``corpus``: taken from ``folder`` if it holds just these, else made there.
+def _sealed(table: dict[str, Any]) -> bytes:
+    """A manifest as JSON, with a digest of all the rest as its last key."""
+    table = {key: value for key, value in table.items() if key != SEAL}
+    digest = sha256(json.dumps(table).encode())
+    return json.dumps(table | {SEAL: digest}, indent=1).encode() + b"\n"
 
-    Memory is bounded whatever the text's length; nothing unfinished ever looks finished.
+
+def _parse(table: dict[str, Any]) -> Manifest:
+    """A manifest out of JSON. Raises ValueError, TypeError or KeyError where it is none."""
+    fields = [field.name for field in dataclasses.fields(Manifest)]
+    if table["version"] == FIRST_VERSION:
+        if table.keys() != set(fields[: fields.index("source")]):
+            raise KeyError
+    else:
+        counts = TextCounts(**table["counts"])
+        files = tuple(TextFile(**file) for file in table["text_files"])
+        table = {**table, "counts": counts, "text_files": files}
+        table.pop(SEAL)
+    try:
+        manifest = from_dict(Manifest, table, "manifest.json")
+    except UserError:
+        raise TypeError from None
+    by_split = (manifest.tokens, manifest.text_bytes, manifest.documents)
+    whole = all(c.keys() == set(SPLITS) and all(type(n) is int and n >= 0 for n in c.values()) for c in by_split)
+    if not whole or manifest.dtype not in DTYPES:
+        raise ValueError
+    return manifest
+
+
+def open_tokens(folder: str | Path) -> TokenSet:
+    """Open a token folder: a small one is checked whole, a large one for a moment, and the rest of it as it is read.
+
+    Raises UserError, which names the file, where it is no token folder, or is damaged.
     """
-    keys = corpus.digest(), sha256(tokenizer.model_bytes)
+    folder = Path(folder)
     manifest = read_manifest(folder)
-    if manifest is not None and (manifest.text_sha256, manifest.tokenizer_sha256) == keys:
-        with contextlib.suppress(UserError):  # the tokens themselves may be gone
-            return open_tokens(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
-    dtype = np.dtype(DTYPES[tokenizer.vocab_size > 1 << 16])
-    counts: dict[str, tuple[int, int, int]] = {}
-    corpus.replaced = 0
+    if manifest is None:
+        raise UserError(f"{folder}: expected a folder of prepared tokens with manifest.json, found none; make it again")
+    dtype = np.dtype(manifest.dtype)
+    tokenizer = folder / "tokenizer.model"
+    if manifest.block_bytes and tokenizer.exists() and sha256(tokenizer.read_bytes()) != manifest.tokenizer_sha256:
+        raise UserError(
+            f"{tokenizer}: expected the tokenizer that made these tokens, found another, or a damaged one; put it back, or delete "
+            f"{folder} and prepare them again"
+        )
+    sums = _read_sums(folder, manifest)
+    streams = []
     for split in SPLITS:
-        with replacing(folder / f"{split}.bin") as temporary:
-            counts[split] = _write_stream(corpus.parts(split), tokenizer, dtype, temporary, workers, split)
-    tokens, text_bytes, documents = ({s: counts[s][i] for s in SPLITS} for i in range(3))
-    text_sha256, tokenizer_sha256 = keys
-    manifest = Manifest(
-        VERSION, text_sha256, corpus.train_size, corpus.separator.decode(), tokenizer_sha256, trained_vocab_size,
-        dtype.str, tokens, text_bytes, documents, corpus.replaced,
-    )  # fmt: skip
-    write_manifest(folder, manifest)
-    return open_tokens(folder)
+        path, count = folder / f"{split}.bin", manifest.tokens[split]
+        if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
+            found = f"{path.stat().st_size:,}" if path.is_file() else "none"
+            raise UserError(
+                f"{path}: expected a file of {count * dtype.itemsize:,} bytes, found {found}; delete {folder} and make it again"
+            )
+        streams.append(TokenStream(path, dtype, count, manifest.vocab_size, sums[split]))
+    tokens = TokenSet(streams[0], streams[1], manifest)
+    tokens.check(OPENING_SECONDS)
+    return tokens
 
 
-def _write_stream(
-    parts: Iterator[Part], tokenizer: Tokenizer, dtype: np.dtype, path: Path, workers: int, split: str
-) -> tuple[int, int, int]:
-    """Encode ``parts`` into a file; returns tokens, bytes of text and documents."""
-    tokens = text_bytes = documents = 0
-    with open(path, "wb") as file, Progress(f"tokens ({split})", None, "B") as progress:
-        while batch := list(itertools.islice(parts, PARTS_AT_ONCE)):
-            ids = np.array(_encode(batch, tokenizer, workers), dtype)
-            file.write(ids.tobytes())
-            size = sum(part.size for part in batch)
-            tokens, text_bytes = tokens + len(ids), text_bytes + size
-            documents += sum(part.starts for part in batch)
-            progress.update(size)
-        file.flush()
-        os.fsync(file.fileno())
-    return tokens, text_bytes, documents
-
-
-def _encode(parts: list[Part], tokenizer: Tokenizer, workers: int) -> list[int]:
-    """Tokens of consecutive parts, each document between BOS and EOS."""
-    rows = tokenizer.encode_parts([part.text for part in parts], [part.starts for part in parts], workers)
-    ids: list[int] = []
-    for part, row in zip(parts, rows, strict=True):
-        ids += [tokenizer.bos_id] * part.starts + row + [tokenizer.eos_id] * part.ends
-    return ids
+def _read_sums(folder: Path, manifest: Manifest) -> dict[str, np.ndarray | None]:
+    """The checksums of the blocks of each split; None, where a folder of an early version has none."""
+    if not manifest.block_bytes:
+        return dict.fromkeys(SPLITS)
+    path = folder / SUMS
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        content = b""
+    size = np.dtype(manifest.dtype).itemsize
+    blocks = [-(-manifest.tokens[split] * size // BLOCK_BYTES) for split in SPLITS]
+    if (
+        sha256(content) != manifest.sha256[SUMS]
+        or manifest.block_bytes != BLOCK_BYTES
+        or len(content) != 4 * sum(blocks)
+    ):
+        raise UserError(
+            f"{path}: expected the checksums of these tokens, found others, or none; delete {folder} and make it again"
+        )
+    sums = np.frombuffer(content, "<u4")
+    return {"train": sums[: blocks[0]], "eval": sums[blocks[0] :]}

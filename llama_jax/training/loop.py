@@ -5,7 +5,7 @@ import math
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax
 
 from llama_jax.config import Config, SampleArgs, TrainArgs
 from llama_jax.data import Data
-from llama_jax.data.batches import OwnRows, eval_batches, train_batches
+from llama_jax.data.batches import Batch, OwnRows, eval_batches, train_batches
 from llama_jax.distributed import Consensus, from_main, is_main, lost_processes_told, start_job
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
@@ -153,7 +153,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
     report.announce(settled, data, mesh, module, opened)
     report.check_state_fits(config.model, mesh)
-    write_start(opened, settled, data.origin)
+    write_start(opened, settled, data.tokens.manifest.origin)
     if config.train.tensorboard and is_main():
         folder.write_events(start)
     prompt, consensus, timer = first_words(config, data), Consensus(3), Timer(config.train)
@@ -189,6 +189,8 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     length = run.config.model.max_seq_len
     own = OwnRows(batch_sharding(run.mesh), args.batch_size, length)
     batches = train_batches(run.data.tokens.train, args.batch_size, length, args.seed, start, run.steps, own.rows)
+    unread: list[UserError] = []
+    readable = _readable(batches, unread)
     recorder = Recorder(
         run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_well, run.settled.held_lr
     )
@@ -201,7 +203,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
         Watchdog(clock, args.watchdog_seconds, folder),
     ):
         run.signals.set_mode("note")
-        for step, batch in zip(range(start + 1, run.steps + 1), clock.waiting_for("data", batches), strict=False):
+        for step, batch in zip(range(start + 1, run.steps + 1), clock.waiting_for("data", readable), strict=False):
             with profile.step(step, before=pending):
                 state, metrics = compiled(state, own.assemble(batch))
             clock.dispatched(step, metrics.loss)
@@ -247,9 +249,14 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
             progress.update()
             if stop:
                 break
+        if unread and saved_at < step and jax.process_count() == 1:
+            with clock.spent_on("saving"):
+                _save(run, state, step, None)
         with clock.spent_on("saving"):
             run.writer.wait()
     _note_saved(run)
+    if unread:
+        raise unread[0]
     if stop and step == run.steps and (run.evaluate is None or "eval_loss" in run.folder.records[-1]):
         stop = 0  # the signal came too late to end it early
     if stop:
@@ -257,7 +264,15 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     return step, stop
 
 
-def _evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dict[str, float], int]:
+def _readable(batches: Iterable[Batch], unread: list[UserError]) -> Iterator[Batch]:
+    """The batches up to one that cannot be read, for a reason that is put into ``unread``: what was learnt is saved first."""
+    try:
+        yield from batches
+    except UserError as error:
+        unread.append(error)
+
+
+def _evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dict[str, Any], int]:
     """The held-out loss as values of a record, and the signal that came in between, for which there are none.
 
     Raises UserError where the loss is not finite.
@@ -278,8 +293,8 @@ def _evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[di
         raise_not_finite("held-out loss", total / weight, step, saved_at, _best_saved(run))
     run.timer.evaluated = time.monotonic()
     run.consensus.forget()
-    bits = total / weight / math.log(2) / run.data.tokens.eval_bytes_per_token
-    return {"eval_loss": total / weight, "eval_bits_per_byte": bits}, 0
+    loss = total / weight
+    return {"eval_loss": loss, "eval_bits_per_byte": run.data.tokens.bits_per_byte(loss)}, 0
 
 
 def _is_best(run: Run, record: dict[str, Any]) -> bool:

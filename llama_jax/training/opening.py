@@ -21,9 +21,10 @@ from llama_jax import owner
 from llama_jax.checkpoint import DAMAGED, ORIGIN, Checkpoint, steps_in
 from llama_jax.checksums import verify
 from llama_jax.config import Config, ModelArgs, TrainArgs
+from llama_jax.data import Origin
 from llama_jax.distributed import on_main
 from llama_jax.errors import UserError
-from llama_jax.files import write_atomically
+from llama_jax.files import remove_leftovers, write_atomically
 from llama_jax.owner import Owner, owning
 from llama_jax.storage import PROBE, absolute, check_writable, children, is_remote, location, real_name, told
 from llama_jax.training.run_folder import RunFolder, RunRecord
@@ -42,7 +43,7 @@ class Opened:
     record: RunRecord = RunRecord()
     stored: Config | None = None
     """The settings of the start before."""
-    text: dict[str, Any] | None = None
+    text: Origin | None = None
     """What the run has been trained on so far."""
     later: list[int] = field(default_factory=list)
     """Steps behind ``start`` whose checkpoints are to be set aside."""
@@ -108,8 +109,13 @@ def base_of(train: TrainArgs) -> Checkpoint:
 def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
     """Fill in ``run`` on process 0; returns the step to go on from."""
     folder = run.folder
+    if not folder.path.exists():
+        stack.callback(_remove_empty, folder.path)
     folder.make()
     run.owners.append(stack.enter_context(owning(folder.path, "train.save_dir", IN_USE)))
+    for place in (folder.path, folder.path / "tokens"):
+        if place.is_dir():
+            remove_leftovers(place)
     run.record, run.stored = folder.read_record(), folder.stored_config()
     store = _store(folder, run.record, train.checkpoint_dir)
     outside = not _lies_within(store, folder.path)
@@ -128,12 +134,19 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
     start = _start(run, store, steps, train.resume_step)
     run.notes += folder.read_metrics(start)
     origin = _origin(store, start) if start else {}
-    run.text = run.record.text or origin.get("text")
+    run.text = _text(run, run.record.text or origin.get("text"))
     known = run.record.id or origin.get("run") or uuid.uuid4().hex
     run.record = dataclasses.replace(run.record, id=known, store=str(absolute(store)) if outside else "")
     if outside:
         _point_to(folder, store)
     return start
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a run folder in which a start that was refused left nothing."""
+    for place in (folder / "tokens", folder):
+        with contextlib.suppress(OSError):
+            place.rmdir()
 
 
 def _store(folder: RunFolder, record: RunRecord, asked: str) -> Path:
@@ -195,6 +208,17 @@ def _origin(store: Path, step: int) -> dict[str, Any]:
         found = json.loads((store / str(step) / "model" / ORIGIN).read_text())
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def _text(run: Opened, table: dict[str, Any] | None) -> Origin | None:
+    """What the run was trained on, out of a record. Raises UserError where that is damaged."""
+    try:
+        return None if table is None else Origin.from_dict(table)
+    except (TypeError, KeyError):
+        raise UserError(
+            f"{run.folder.record_path}: expected under text what the run is trained on, found something else; restore the file "
+            f"from a copy, or {ELSEWHERE}"
+        ) from None
 
 
 def _check_store_is_ours(run: Opened, store: Path, steps: list[int]) -> None:

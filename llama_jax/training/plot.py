@@ -42,7 +42,7 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
 def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | None) -> None:
     """Held-out losses, the best of them in words, the scale in bits a byte, and the floor."""
     best = min(evals, key=lambda r: r["eval_loss"])
-    bits_per_nat = best["eval_bits_per_byte"] / best["eval_loss"]
+    bits = best["eval_bits_per_byte"]  # None, where the tokens do not hold the text
     axes.plot(
         [r["tokens"] for r in evals],
         [r["eval_loss"] for r in evals],
@@ -51,12 +51,15 @@ def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | Non
         markersize=4,
         label="eval",
     )
-    text = f"{best['eval_loss']:.3f} nats a token\n{best['eval_bits_per_byte']:.3f} bits a byte"
+    text = f"{best['eval_loss']:.3f} nats a token" + ("" if bits is None else f"\n{bits:.3f} bits a byte")
     arrow = {"arrowstyle": "-", "color": FAINT}
     axes.annotate(
         text, xy=(best["tokens"], best["eval_loss"]), xytext=(0, 32), textcoords="offset points", ha="right", fontsize=9,
         arrowprops=arrow,
     )  # fmt: skip
+    if bits is None:
+        return
+    bits_per_nat = bits / best["eval_loss"]
     secondary = axes.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))
     secondary.set_ylabel("bits a byte")
     _write_numbers(secondary.yaxis, 1)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from llama_jax.config import ModelArgs, TrainArgs
 from llama_jax.data import Data
-from llama_jax.data.text import replacement_warning
+from llama_jax.data.summary import documents_text, remarks, repeats_warning
 from llama_jax.model import Llama, count_parameters
 from llama_jax.progress import bytes_text, duration
 from llama_jax.runtime import check_memory
@@ -40,6 +40,7 @@ def announce(settled: Settled, data: Data, mesh: jax.sharding.Mesh, module: Llam
         f"{model.kv_heads} kv heads, context {model.max_seq_len}",
         "text": f"{data.source}: {manifest.tokens['train']:,} tokens to train on, {held_out:,} held out, "
         f"vocabulary {data.tokenizer.vocab_size:,}",
+        "documents": documents_text(manifest),
         "training": f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
         f"{train_flops_per_token(model) * tokens * steps / 1e12:,.1f} TFLOP",
         "rate": rate_text(train, steps, settled.held_lr),
@@ -49,8 +50,8 @@ def announce(settled: Settled, data: Data, mesh: jax.sharding.Mesh, module: Llam
     }
     for name, text in rows.items():
         print(f"{name:>10}  {text}")
-    if manifest.replaced_sequences:
-        print(replacement_warning(manifest.replaced_sequences))
+    for line in filter(None, [*remarks(data), repeats_warning(manifest.tokens["train"], epochs, model.max_seq_len)]):
+        print(line)
     if data.floor is not None:
         print(f"{'floor':>10}  {data.floor:.3f} bits per byte, the entropy of the stories' grammar")
     for note in opened.notes:
@@ -122,10 +123,16 @@ def expected_time_text(steps: int, step_seconds: float) -> str:
 def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> str:
     """One line about an evaluation."""
     bits = record["eval_bits_per_byte"]
-    text = f"step {record['step']:,}: eval loss {record['eval_loss']:.4f} nats a token, {bits:.3f} bits per byte"
-    if floor is not None:
+    text = f"step {record['step']:,}: eval loss {loss_text(record)}"
+    if floor is not None and bits is not None:
         text += f" ({bits - floor:+.3f} from the floor)"
     return text + (", the best so far" if best else "")
+
+
+def loss_text(record: dict[str, Any]) -> str:
+    """The held-out loss of a record, in bits per byte too, where its tokens hold the text."""
+    bits = record["eval_bits_per_byte"]
+    return f"{record['eval_loss']:.4f} nats a token" + ("" if bits is None else f", {bits:.3f} bits per byte")
 
 
 def say(text: str) -> None:
@@ -163,9 +170,7 @@ def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str, change
     """How it went, where things are, and what to type next."""
     lines = [f"at step {step:,} after {clock.total - clock.seconds['start']:.0f} s"]
     if (best := folder.best()) is not None:
-        lines[0] += (
-            f"; best: step {best['step']:,}, {best['eval_loss']:.4f} nats a token, {best['eval_bits_per_byte']:.3f} bits per byte"
-        )
+        lines[0] += f"; best: step {best['step']:,}, {loss_text(best)}"
     if clock.seconds["step"] and folder.records:
         lines.append(time_text(clock, folder.spent, folder.records[-1]))
     if folder.records and folder.records[-1].get("bad_steps"):

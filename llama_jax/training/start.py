@@ -9,7 +9,7 @@ import jax
 
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Config, DataArgs, TrainArgs
-from llama_jax.data import Data, load_data, open_data
+from llama_jax.data import Data, Origin, load_data, open_data
 from llama_jax.data.batches import steps_per_epoch
 from llama_jax.distributed import is_main, main_first
 from llama_jax.errors import UserError
@@ -36,7 +36,7 @@ def open_text(args: DataArgs, base: Checkpoint | None, opened: Opened) -> Data:
     folder = opened.folder
     tokens = folder.path / "tokens"
     return main_first(
-        lambda: load_data(args, tokens, folder.tokenizer_path, begun=opened.start > 0),
+        lambda: load_data(args, tokens, folder.tokenizer_path, begun=opened.start > 0, began_with=opened.text),
         lambda: open_data(args, tokens, folder.tokenizer_path),
     )
 
@@ -66,7 +66,7 @@ def settle(config: Config, data: Data, opened: Opened) -> Settled:
     return Settled(config, steps, held, tuple(lines))
 
 
-def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
+def write_start(opened: Opened, settled: Settled, text: Origin) -> None:
     """Write what this start has decided: the only place that changes the folder before the first step."""
     folder = opened.folder
     if opened.later and is_main():
@@ -80,7 +80,11 @@ def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
         "changed": list(settled.changed),
     }
     opened.record = replace(
-        opened.record, text=text, saved=opened.start, held_lr=settled.held_lr, starts=[*opened.record.starts, begun]
+        opened.record,
+        text=text.to_dict(),
+        saved=opened.start,
+        held_lr=settled.held_lr,
+        starts=[*opened.record.starts, begun],
     )
     folder.write_record(opened.record)
 
@@ -119,8 +123,9 @@ def first_state(
 def first_words(config: Config, data: Data) -> str:
     """How samples begin: as the stories do, or with the first whole words of a line of the held-out text."""
     stream = data.tokens.eval if data.tokens.eval.size else data.tokens.train
-    lines = data.tokenizer.decode(stream[:256].tolist()).splitlines()[1:] or [""]
-    words = next((line.split() for line in lines if line.isprintable() and len(line.split()) > 4), [])
+    text = data.tokenizer.decode(stream[:256].tolist())
+    lines = [line.split() for line in text.splitlines()[1:] if line.isprintable()]
+    words = next((line for line in lines if len(line) > 4), None) or [w for w in text.split() if w.isprintable()]
     words = words[:4] if config.data.filepath else ["Once", "upon", "a", "time"]
     # Half of the context is left to go on in.
     while words and len(data.tokenizer.encode(" ".join(words))) > config.model.max_seq_len // 2:
@@ -154,7 +159,7 @@ def _resolve(config: Config, data: Data) -> Config:
         raise UserError(
             f"model.vocab_size: expected {size}, as the tokenizer has, or -1, found {config.model.vocab_size}"
         )
-    data_args = replace(config.data, train_size=manifest.train_size, separator=manifest.separator)
+    data_args = replace(config.data, train_size=manifest.train_size, separator=manifest.separator.replace("\\", "\\\\"))
     return replace(config, model=replace(config.model, vocab_size=size), data=data_args)
 
 

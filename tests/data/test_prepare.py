@@ -1,18 +1,28 @@
 """From DataArgs to tokens: load_data, and preparing tokens ahead of training from the command line."""
 
+import dataclasses
+import json
 import os
+import random
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llama_jax.config import DataArgs
-from llama_jax.data import Data, load_data, write_stories
+from llama_jax.data import Data, load_data, open_tokens, write_stories
 from llama_jax.data.batches import train_batches
+from llama_jax.data.encode import prepare
+from llama_jax.data.summary import documents_text, remarks, repeats_warning
+from llama_jax.data.text import Corpus
 from llama_jax.errors import UserError
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.owner import owning
+from llama_jax.tokenizer import Tokenizer, train_tokenizer
 from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +97,7 @@ def test_a_second_start_uses_the_tokenizer_and_the_tokens_of_the_first(tmp_path)
     load(tmp_path, filepath=str(tmp_path / "a.txt"), vocab_size=300)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     before = [path.stat().st_mtime_ns for path in files]
-    assert len(files) == 4
+    assert len(files) == 5
     again = load(tmp_path, filepath=str(tmp_path / "a.txt"), vocab_size=300)
     assert [path.stat().st_mtime_ns for path in files] == before
     assert text_of(again) == TEXT
@@ -147,7 +157,8 @@ def test_options_that_prepared_tokens_contradict_are_refused(tmp_path, small_tok
 @pytest.mark.parametrize("content", [b"a", b"a fox", "é".encode(), b"\0", b"\xff\xfb\xff", b"x" * 100_000], ids=len)
 def test_the_smallest_and_strangest_texts_train_or_are_refused_by_the_key(tmp_path, small_tokenizer, content):
     (tmp_path / "a.txt").write_bytes(content)
-    args = {"filepath": str(tmp_path / "a.txt"), "tokenizer_model_path": str(small_tokenizer.model_path)}
+    path = str(tmp_path / "a.txt")
+    args = {"filepath": path, "tokenizer_model_path": str(small_tokenizer.model_path), "as_text": True}
     if int(0.9 * len(content)) == 0 or content == "é".encode():  # no character lies before the cut
         with pytest.raises(UserError, match=r"data\.filepath: expected text to train on"):
             load(tmp_path, **args)
@@ -191,6 +202,7 @@ def test_prepared_tokens_train_as_the_text_would(tmp_path, small_tokenizer):
     done = command("prepare", *flags, "--separator", r"\n\n", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "checksums.bin",
         "eval.bin",
         "manifest.json",
         "tokenizer.model",
@@ -198,7 +210,7 @@ def test_prepared_tokens_train_as_the_text_would(tmp_path, small_tokenizer):
     ]
     direct = load(tmp_path / "1", filepath=str(tmp_path / "a.txt"), tokenizer_model_path=tokenizer, separator="\n\n")
     prepared = load(tmp_path / "2", filepath=str(tmp_path / "out"))
-    assert prepared.tokens.manifest == direct.tokens.manifest
+    assert dataclasses.replace(prepared.tokens.manifest, source=str(tmp_path / "a.txt")) == direct.tokens.manifest
     assert np.array_equal(prepared.tokens.train, direct.tokens.train)
     assert np.array_equal(prepared.tokens.eval, direct.tokens.eval)
     assert (tmp_path / "2" / "run" / "tokenizer.model").read_bytes() == small_tokenizer.model_bytes
@@ -225,6 +237,403 @@ def test_prepared_tokens_with_another_tokenizer_than_theirs_are_refused(tmp_path
     (out / "tokenizer.model").write_bytes(small_tokenizer.model_bytes)
     with pytest.raises(UserError, match="prepare them again"):
         load(tmp_path, filepath=str(out))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def told(folder: Path, *argv: str, status: int = 0) -> str:
+    """What prepare, run in ``folder``, says on both streams; of an error, the one line."""
+    done = forked.run(["-m", "llama_jax.data", "prepare", *argv], folder)
+    assert done.returncode == status, done.stderr
+    if status:
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and done.stdout == ""
+    return done.stdout + done.stderr
+
+
+def test_the_same_tokens_once_more_are_there_already(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    flags = ["--filepath", "a.txt", "--output", "out", "--vocab-size", "300"]
+    first = told(tmp_path, *flags)
+    assert "out: " in first and "already" not in first
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = told(tmp_path, *flags)
+    assert "out: holds these tokens already" in again
+    assert set(first.splitlines()) <= set(again.splitlines())
+    own = told(tmp_path, *flags[:4], "--tokenizer-model-path", "out/tokenizer.model")
+    assert "out: holds these tokens already" in own
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--filepath", "b.txt"], "b.txt is another text"),
+        (["--filepath", "more.txt"], "more.txt has grown by 5 bytes since"),
+        (["--separator", r"\n\n"], r"the separator was '' and is '\n\n' now"),
+        (["--train-size", "0.5"], "train_size was 0.9 and is 0.5 now"),
+        (["--vocab-size", "310"], "was trained with vocab_size 300 and is trained with vocab_size 310 now"),
+        (["--tokenizer-model-path", "other.model"], "the tokenizer is another one"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_finished_tokens_of_something_else_are_not_replaced(tmp_path, small_tokenizer, change, words):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "more.txt").write_text(TEXT + "more\n")
+    (tmp_path / "b.txt").write_text(TEXT.upper())
+    (tmp_path / "other.model").write_bytes(small_tokenizer.model_bytes)
+    flags = ["--filepath", "a.txt", "--output", "out", "--vocab-size", "300"]
+    told(tmp_path, *flags)
+    before = contents(tmp_path / "out")
+    line = told(tmp_path, *flags, *change, status=2)
+    assert (
+        line.startswith("error: --output: expected a new folder")
+        and "tokens of a.txt (1 file, " in line
+        and words in line
+    )
+    assert "choose another --output, or delete out" in line
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", ["train.bin", "eval.bin", "checksums.bin", "tokenizer.model"])
+def test_files_of_others_are_not_replaced(tmp_path, name):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"of another program")
+    (tmp_path / "out" / "readme.txt").write_text("x")
+    line = told(tmp_path, "--filepath", "a.txt", "--output", "out", status=2)
+    assert f"found out/{name}, which is not this command's" in line
+    assert contents(tmp_path / "out") == {name: b"of another program", "readme.txt": b"x"}
+    told(tmp_path, "--filepath", "a.txt", "--output", ".")  # a folder with other things in it will do
+    assert (tmp_path / "a.txt").read_text() == TEXT
+
+
+def test_a_tokenizer_that_lies_in_the_output_already_may_be_given(tmp_path, small_tokenizer):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.model").write_bytes(small_tokenizer.model_bytes)
+    told(tmp_path, "--filepath", "a.txt", "--output", "out", "--tokenizer-model-path", "out/tokenizer.model")
+    assert text_of(load(tmp_path, filepath=str(tmp_path / "out"))) == TEXT
+
+
+def test_a_second_prepare_of_a_folder_is_refused_and_touches_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "out").mkdir()
+    with owning(tmp_path / "out", "key", "wait"):
+        before = contents(tmp_path / "out")
+        line = told(tmp_path, "--filepath", "a.txt", "--output", "out", "--vocab-size", "300", status=2)
+        assert contents(tmp_path / "out") == before
+    assert (
+        re.match(rf"error: --output: .* out in use by process {os.getpid()} ", line)
+        and "choose another --output" in line
+    )
+
+
+def test_several_starts_in_one_folder_some_of_them_killed_end_in_the_tokens_of_an_undisturbed_one(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{i} {TEXT}" for i in range(60)))
+    flags = [
+        "-m",
+        "llama_jax.data",
+        "prepare",
+        "--filepath",
+        "a.txt",
+        "--vocab-size",
+        "400",
+        "--separator",
+        r"\n",
+        "--output",
+    ]
+    assert forked.run([*flags, "undisturbed"], tmp_path).returncode == 0
+    rng = random.Random(0)
+    for round in range(4):
+        started, killed = [], []
+        for _ in range(rng.randint(2, 4)):
+            started.append(forked.Fork([*flags, f"out{round}"], tmp_path))
+            time.sleep(rng.uniform(0, 0.4))
+            if rng.random() < 0.5:
+                victim = rng.choice(started)
+                victim.kill()
+                killed.append(victim)
+        for process in started:
+            _, err = process.communicate(60)
+            if process not in killed:
+                assert process.returncode == 0 or (process.returncode == 2 and "in use" in err), err
+        if not any(process.returncode == 0 for process in started):
+            assert forked.run([*flags, f"out{round}"], tmp_path).returncode == 0
+        assert contents(tmp_path / f"out{round}") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    "kept", [("tokenizer.model",), ("tokenizer.model", "train.bin"), ("train.bin", "eval.bin", "checksums.bin")]
+)
+def test_what_a_killed_prepare_left_is_gone_on_from(tmp_path, kept):
+    (tmp_path / "a.txt").write_text(TEXT)
+    flags = ["--filepath", "a.txt", "--vocab-size", "300", "--output"]
+    told(tmp_path, *flags, "whole")
+    told(tmp_path, *flags, "out")
+    for path in (tmp_path / "out").iterdir():
+        if path.name not in kept:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:100])
+    (tmp_path / "out" / ".unfinished").touch()
+    (tmp_path / "out" / "train.bin.0123456789ab.tmp").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"data\.filepath: .* found tokens that are not finished in .*out"):
+        load(tmp_path, filepath=str(tmp_path / "out"))
+    told(tmp_path, *flags, "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_token_files_of_another_program_are_not_taken_for_ours(tmp_path):
+    for name in ("train.bin", "val.bin", "meta.pkl"):
+        (tmp_path / name).write_bytes(bytes(100))
+    with pytest.raises(UserError, match=r"found token files without manifest\.json .* of another program"):
+        load(tmp_path, filepath=str(tmp_path))
+    (tmp_path / "input.txt").write_text(TEXT)
+    assert text_of(load(tmp_path, filepath=str(tmp_path), vocab_size=300)) == TEXT
+
+
+def test_a_failed_prepare_leaves_no_folder_behind(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_text(" \n")
+    told(tmp_path, "--filepath", "b.txt", "--output", "out", status=2)
+    told(tmp_path, "--filepath", "a.txt", "--output", "out", "--separator", "<x>", status=2)
+    assert not (tmp_path / "out").exists()
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a.txt, and its tokens in out."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "a.txt").write_text("".join(f"{i} {TEXT}" for i in range(20)))
+    told(folder, "--filepath", "a.txt", "--output", "out", "--vocab-size", "300")
+    return folder
+
+
+def test_a_changed_byte_in_any_file_is_named_and_not_trained_on(tmp_path, finished):
+    rng = random.Random(0)
+    names = sorted(path.name for path in (finished / "out").iterdir())
+    assert names == ["checksums.bin", "eval.bin", "manifest.json", "tokenizer.model", "train.bin"]
+    for i in range(100):
+        shutil.copytree(finished / "out", tmp_path / "out")
+        flip(tmp_path / "out" / names[i % 5], rng)
+        for read in (open_tokens, lambda folder: load(tmp_path, filepath=str(folder))):
+            with pytest.raises(UserError, match=rf"out/{names[i % 5]}: expected "):
+                read(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["checksums.bin", "eval.bin", "tokenizer.model", "train.bin"])
+def test_prepare_names_damaged_tokens_and_makes_them_again(tmp_path, finished, name):
+    shutil.copytree(finished, tmp_path / "copy")
+    flip(tmp_path / "copy" / "out" / name, random.Random(1))
+    said = told(tmp_path / "copy", "--filepath", str(finished / "a.txt"), "--output", "out", "--vocab-size", "300")
+    assert f"warning: out/{name}: expected " in said and "made again" in said
+    found = contents(tmp_path / "copy" / "out")
+    wanted = contents(finished / "out")
+    assert {n: c for n, c in found.items() if n != "manifest.json"} == {
+        n: c for n, c in wanted.items() if n != "manifest.json"
+    }
+    open_tokens(tmp_path / "copy" / "out")
+
+
+def test_prepare_does_not_replace_what_a_damaged_manifest_does_not_tell(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "copy")
+    flip(tmp_path / "copy" / "out" / "manifest.json", random.Random(1))
+    before = contents(tmp_path / "copy" / "out")
+    line = told(tmp_path / "copy", "--filepath", "a.txt", "--output", "out", "--vocab-size", "300", status=2)
+    assert "out/manifest.json: expected a manifest of prepared tokens, found it damaged; delete out" in line
+    assert contents(tmp_path / "copy" / "out") == before
+
+
+@pytest.mark.parametrize("name", ["checksums.bin", "eval.bin", "manifest.json", "train.bin"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_runs_own_damaged_tokens_are_named_and_made_again_or_the_run_does_not_start(tmp_path, capsys, name, begun):
+    (tmp_path / "a.txt").write_text(TEXT)
+    args = {"filepath": str(tmp_path / "a.txt"), "vocab_size": 300}
+    first = load(tmp_path, **args)
+    before = contents(tmp_path / "run" / "tokens")
+    flip(tmp_path / "run" / "tokens" / name, random.Random(1))
+    capsys.readouterr()
+    if begun and name == "manifest.json":  # nothing else tells what the run was trained on
+        with pytest.raises(UserError, match=rf"tokens/{name}: expected "):
+            load(tmp_path, begun=True, **args)
+        told_by = {"began_with": first.tokens.manifest.origin}
+    else:
+        told_by = {}
+    run = tmp_path / "run"
+    again = load_data(DataArgs(**args), run / "tokens", run / "tokenizer.model", begun=begun, **told_by)
+    assert re.search(rf"warning: .*tokens/{name}: expected .*made again", capsys.readouterr().out)
+    assert contents(tmp_path / "run" / "tokens") == before
+    assert text_of(again) == TEXT
+
+
+def test_a_runs_damaged_tokenizer_is_named(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    args = {"filepath": str(tmp_path / "a.txt"), "vocab_size": 300}
+    first = load(tmp_path, **args)
+    path = tmp_path / "run" / "tokenizer.model"
+    other = train_tokenizer([TEXT.upper()], 300, tmp_path / "other.model").model_bytes
+    path.write_bytes(other)
+    with pytest.raises(UserError, match=r"tokenizer\.model: expected the tokenizer that the run began with"):
+        load(tmp_path, begun=True, **args)
+    path.unlink()
+    assert load(tmp_path, begun=True, **args).tokenizer.model_bytes == first.tokenizer.model_bytes  # trained once more
+    path.write_bytes(other)
+    assert load(tmp_path, **args).tokenizer.model_bytes == first.tokenizer.model_bytes
+    assert re.search(
+        r"warning: .*tokenizer\.model: expected the tokenizer that made these tokens", capsys.readouterr().out
+    )
+
+
+def test_a_run_that_has_begun_tells_a_text_that_grew_from_another(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    args = {"filepath": str(tmp_path / "a.txt"), "vocab_size": 300}
+    origin = load(tmp_path, **args).tokens.manifest.origin
+    (tmp_path / "a.txt").write_text(TEXT + "more")
+    with pytest.raises(
+        UserError, match=r"data\.filepath: .* found that .*a\.txt has grown by 4 bytes since; .*--train\.init-from"
+    ):
+        load(tmp_path, begun=True, **args)
+    shutil.rmtree(tmp_path / "run" / "tokens")
+    load(tmp_path, begun=True, **args)
+    assert "manifest.json: expected what the run was trained on, found no such file" in capsys.readouterr().out
+    # What the run was trained on may be known elsewhere.
+    for text, words in ((TEXT + "more", "has grown by 4 bytes since"), (TEXT.upper(), "is another text")):
+        (tmp_path / "a.txt").write_text(text)
+        with pytest.raises(UserError, match=words):
+            load_data(
+                DataArgs(**args), tmp_path / "t", tmp_path / "run" / "tokenizer.model", begun=True, began_with=origin
+            )
+    (tmp_path / "a.txt").write_text(TEXT)
+    load_data(DataArgs(**args), tmp_path / "t", tmp_path / "run" / "tokenizer.model", begun=True, began_with=origin)
+
+
+def test_other_tokens_than_the_run_began_with_are_not_put_in_place(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    args = {"filepath": str(tmp_path / "a.txt"), "vocab_size": 300}
+    origin = load(tmp_path, **args).tokens.manifest.origin
+    other = dataclasses.replace(origin, tokens_sha256="of another version")
+    before = contents(tmp_path / "run" / "tokens")
+    for cache in ("run/tokens", "new"):  # tokens that are there, and tokens that are made
+        with pytest.raises(UserError, match="expected the tokens that the run began with, found that the same text"):
+            path = tmp_path / "run" / "tokenizer.model"
+            load_data(DataArgs(**args), tmp_path / cache, path, begun=True, began_with=other)
+    assert contents(tmp_path / "run" / "tokens") == before and contents(tmp_path / "new") == {}
+
+
+def as_version_2(folder: Path) -> None:
+    """Make of a token folder what an earlier version would have written."""
+    (folder / "checksums.bin").unlink()
+    table = json.loads((folder / "manifest.json").read_text())
+    names = list(table)[: list(table).index("source")]
+    (folder / "manifest.json").write_text(json.dumps({name: table[name] for name in names} | {"version": 2}, indent=1))
+
+
+def test_tokens_of_an_earlier_version_open_and_are_told_not_to_be_verified(tmp_path, finished):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    as_version_2(tmp_path / "out")
+    old, new = open_tokens(tmp_path / "out"), open_tokens(finished / "out")
+    assert np.array_equal(old.train, new.train) and np.array_equal(old.eval, new.eval)
+    assert old.bits_per_byte(1.0) == new.bits_per_byte(1.0)
+    data = load(tmp_path, filepath=str(tmp_path / "out"))
+    assert any("without checksums" in line for line in remarks(data))
+    again = load(tmp_path, begun=True, filepath=str(tmp_path / "out"))
+    assert documents_text(again.tokens.manifest) == "1 to train on, 1 held out"
+    said = told(tmp_path, "--filepath", str(finished / "a.txt"), "--output", "out", "--vocab-size", "300")
+    assert "holds these tokens already" in said and "without checksums" in said
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in ("a.txt", "._b.txt"):
+        (tmp_path / "text" / name).write_text(TEXT)
+    args = {"filepath": str(tmp_path / "text"), "vocab_size": 300, "separator": r"\n\n"}
+    # What an earlier version made: of the hidden file too, and with other rules for documents.
+    corpus = Corpus([tmp_path / "text" / "._b.txt", tmp_path / "text" / "a.txt"], b"\n\n", 0.9)
+    tokenizer = train_tokenizer([TEXT], 300, tmp_path / "run" / "tokenizer.model")
+    old = prepare(corpus, tokenizer, tmp_path / "run" / "tokens", trained_vocab_size=300)
+    as_version_2(tmp_path / "run" / "tokens")
+    before = contents(tmp_path / "run" / "tokens")
+    data = load(tmp_path, begun=True, **args)
+    assert np.array_equal(data.tokens.train, old.train) and contents(tmp_path / "run" / "tokens") == before
+    (tmp_path / "text" / "a.txt").write_text(TEXT + "more")
+    with pytest.raises(UserError, match="the text is another one"):
+        load(tmp_path, begun=True, **args)
+
+
+def test_json_lines_are_refused_and_taken_as_text_where_that_is_asked_for(tmp_path):
+    (tmp_path / "a.txt").write_text('{"text": "The fox went."}\n' * 100)
+    line = told(tmp_path, "--filepath", "a.txt", "--output", "out", "--vocab-size", "300", status=2)
+    assert "found JSON lines: a.txt" in line and "with --as-text" in line and not (tmp_path / "out").exists()
+    told(tmp_path, "--filepath", "a.txt", "--output", "out", "--vocab-size", "300", "--as-text")
+    with pytest.raises(UserError, match=r"--data\.as-text"):
+        load(tmp_path, filepath=str(tmp_path / "a.txt"), vocab_size=300)
+    args = {"filepath": str(tmp_path / "a.txt"), "vocab_size": 300}
+    load(tmp_path, as_text=True, **args)
+    load(tmp_path, begun=True, **args)  # a run that was begun with it goes on
+
+
+def test_prepare_tells_documents_and_what_is_odd(tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in ("a.txt", ".hidden.txt", "b.md"):
+        (tmp_path / "text" / name).write_text("the fox\n<x>\nan owl\n<x>\n" * 20)
+    said = told(tmp_path, "--filepath", "text", "--output", "out", "--separator", "<x>", "--vocab-size", "1000")
+    assert "documents: 36 to train on, 4 held out; median " in said and "0% unknown tokens" in said
+    assert "text: not read, as they are hidden: 1 (.hidden.txt)" in said
+    assert "text: not read, as their names do not end in .txt: 1 *.md" in said
+    assert "vocabulary: 1,000 was asked for, and the text has pairs for " in said
+    assert "warning: 4 of 4 held-out documents are exact copies of documents to train on" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "words"),
+    [
+        ("hello world", {}, ["vocabulary: 1,024 was asked for, and the text has pairs for"]),
+        ("a" * 100, {"train_size": 1.0}, ["nothing is held out: there is no evaluation"]),
+        (TEXT, {"vocab_size": 300, "train_size": 0.99}, ["tokens are held out: the held-out loss says little"]),
+        (TEXT + "\udcff", {"vocab_size": 300}, ["warning: 1 byte sequences are not UTF-8"]),
+        (TEXT * 9, {"vocab_size": 300}, []),
+    ],
+    ids=["two words", "all trains", "little is held out", "an odd byte", "usual"],
+)
+def test_what_is_odd_about_a_text_is_told_at_every_start(tmp_path, content, options, words):
+    (tmp_path / "a.txt").write_bytes(content.encode("utf-8", "surrogateescape"))
+    for begun in (False, True):
+        lines = remarks(load(tmp_path, begun=begun, filepath=str(tmp_path / "a.txt"), **options))
+        assert len(lines) >= len(words) and all(any(word in line for line in lines) for word in words)
+        assert words or not lines
+
+
+def test_a_run_that_repeats_a_tiny_text_is_warned():
+    assert repeats_warning(1_000_000, 3, 256) == ""
+    assert "3 tokens are read 477,866 times: they will be learnt by heart" in repeats_warning(3, 477_866.1, 256)
+    assert "fewer than a sequence of 256" in repeats_warning(100, 2, 256)
+
+
+@pytest.mark.parametrize("content", [" \n\t ", "\u2028 \u3000"], ids=ascii)
+def test_white_space_is_no_text_whatever_the_tokenizer(tmp_path, small_tokenizer, content):
+    (tmp_path / "a.txt").write_text(content * 20)
+    for path in ("", str(small_tokenizer.model_path)):
+        with pytest.raises(
+            UserError, match=r"data\.filepath: expected text to train on, found nothing but white space"
+        ):
+            load(tmp_path, filepath=str(tmp_path / "a.txt"), tokenizer_model_path=path)
+
+
+def test_a_separator_in_backslashes_is_the_one_that_prepared_tokens_have(tmp_path, small_tokenizer):
+    (tmp_path / "a.txt").write_text(TEXT)
+    out = tmp_path / "out"
+    load_data(DataArgs(str(tmp_path / "a.txt"), separator=r"\n\n", vocab_size=300), out, out / "tokenizer.model")
+    for separator in ("", r"\n\n", "\n\n"):
+        assert load(tmp_path, filepath=str(out), separator=separator).tokens.manifest.separator == "\n\n"
 
 
 @pytest.mark.parametrize(

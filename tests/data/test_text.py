@@ -1,13 +1,17 @@
 """From files to documents: what is read, where it is cut, what is refused."""
 
+import errno
 import os
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.data import documents as documents_module
 from llama_jax.data import text as text_module
-from llama_jax.data.text import Corpus, find_files, separator_bytes
+from llama_jax.data.documents import Reader
+from llama_jax.data.text import Corpus, check_separator, separator_bytes
 from llama_jax.errors import UserError
 
 TEXTS = {
@@ -132,7 +136,8 @@ def test_the_document_that_the_cut_goes_through_is_open_in_training_and_ends_in_
 )
 def test_wherever_the_cut_is_no_separator_is_in_either_part_and_whole_documents_are_ended(tmp_path, content, separator):
     whole = documents(corpus_of(tmp_path, content, separator=separator, train_size=1.0), "train")
-    assert [text for text, _ in whole] == [d for d in content.decode().split(separator.decode()) if d]
+    wanted = [text.strip("\n") for text in content.decode().split(separator.decode())]
+    assert [text for text, _ in whole] == [text for text in wanted if text]
     for cut in range(1, len(content)):
         corpus = corpus_of(tmp_path, content, separator=separator, train_size=cut / len(content) + 1e-9)
         assert corpus.cut == cut
@@ -188,63 +193,174 @@ def test_the_digest_changes_with_anything_that_changes_the_tokens(tmp_path):
     assert len({same, *others}) == 7
 
 
-def test_a_file_a_folder_and_a_glob_are_found_in_order(tmp_path):
-    for name in ("b.txt", "a.txt", "deep/er/c.txt", "notes.md"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    (tmp_path / "folder.txt").mkdir()
-    a, b, c = (tmp_path / name for name in ("a.txt", "b.txt", "deep/er/c.txt"))
-    assert find_files(str(tmp_path / "notes.md")) == [tmp_path / "notes.md"]
-    assert find_files(str(tmp_path)) == [a, b, c]
-    assert find_files(str(tmp_path / "*.txt")) == [a, b]
-    assert find_files(str(tmp_path / "**" / "*.txt")) == [a, b, c]
+# Each text in LF; a separator, as it is typed; and its documents.
+SEPARATED = {
+    "a marker on a line of its own": ("one\nmore\n<|x|>\ntwo\n<|x|>\n", "<|x|>", ["one\nmore", "two"]),
+    "a marker within a line": ("one<|x|>two", "<|x|>", ["one", "two"]),
+    "a marker at a line's end": ("one<|x|>\ntwo<|x|>\n", "<|x|>", ["one", "two"]),
+    "blank lines around a marker": ("\n\none\n\n<|x|>\n \n\ntwo\n\n\n<|x|>", "<|x|>", ["one", "two"]),
+    "white space on the marker's line": ("one\n  <|x|> \ntwo", "<|x|>", ["one", "two"]),
+    "indentation and ends of lines stay": ("<|x|>\n    one  \n<|x|>\n\ttwo ", "<|x|>", ["    one  ", "\ttwo "]),
+    "a marker with its line ends": ("one\n<|x|>\ntwo\n<|x|>\n", r"\n<|x|>\n", ["one", "two"]),
+    "lines": ("one two\n\n  three\n   \nfour", r"\n", ["one two", "  three", "four"]),
+    "paragraphs": ("one\nmore\n\ntwo\n\n\n\nthree\n", r"\n\n", ["one\nmore", "two", "three"]),
+    "paragraphs, more line ends than a separator has": ("\n\n\none\n\n\ntwo\n", r"\n\n", ["one", "two"]),
+    "nothing but separators and blank lines": ("\n\n \n\n\n", r"\n\n", []),
+    "tabs": ("one\ttwo\t\tthree", r"\t", ["one", "two", "three"]),
+    "a backslash": (r"one\two", r"\\", ["one", "two"]),
+}
 
 
-def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
-    for name in ("[a].txt", "a.txt"):
-        (tmp_path / name).write_text("x")
-    assert find_files(str(tmp_path / "[a].txt")) == [tmp_path / "[a].txt"]
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"], ids=ascii)
+@pytest.mark.parametrize("name", SEPARATED)
+def test_a_line_end_is_a_line_end_whatever_its_bytes_and_documents_begin_and_end_with_text(tmp_path, name, line_end):
+    text, separator, wanted = SEPARATED[name]
+    for typed in {separator, separator.replace(r"\n", r"\r\n"), separator.replace(r"\n", r"\r")}:
+        content = text.replace("\n", line_end).encode()
+        corpus = corpus_of(tmp_path, content, content, separator=separator_bytes(typed), train_size=1.0)
+        found = [text for text, _ in documents(corpus, "train")]
+        assert found == [text.replace("\n", line_end) for text in wanted] * 2
+        assert corpus.separates()
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.txt").write_text("x")
-    assert find_files("~/a.txt") == [tmp_path / "a.txt"]
+def reference(text: str, separator: str) -> list[str]:
+    """The documents of a text, by one regular expression."""
+    line_end = r"(?:\r\n|\n|\r(?!\n))"
+    pattern = line_end.join(map(re.escape, re.split(r"\r\n|\n|\r", separator)))
+    trimmed = [re.sub(r"\A([ \t]*[\r\n])+|([\r\n][ \t]*)+\Z", "", found) for found in re.split(pattern, text)]
+    return [found for found in trimmed if found.strip(" \t\r\n")]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    pieces=st.lists(
+        st.sampled_from(["\n", "\r", "\r\n", " ", "\t", "a", "b c", "<x>", "<x", "é", "\n\n"]), max_size=60
+    ),
+    separator=st.sampled_from(["\n", "\n\n", "\r\n", "<x>", "\n<x>", "<x>\n", "\n<x>\n", "a", "x\n\n"]),
+    part_bytes=st.integers(4, 9),
+    buffer_bytes=st.integers(1, 20),
+)
+def test_documents_are_those_of_one_regular_expression_wherever_buffers_end(
+    tmp_path_factory, pieces, separator, part_bytes, buffer_bytes
+):
+    text = "".join(pieces)
+    corpus = corpus_of(tmp_path_factory.getbasetemp(), text.encode(), separator=separator.encode(), train_size=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "PART_BYTES", part_bytes)
+        patch.setattr(documents_module, "LOOK_BYTES", part_bytes)
+        patch.setattr(documents_module, "BUFFER_BYTES", buffer_bytes)
+        found = [text for text, _ in documents(corpus, "train")]
+        occurs = corpus.separates()
+    assert found == reference(text, separator)
+    assert occurs == bool(
+        re.search(r"(?:\r\n|\n|\r(?!\n))".join(map(re.escape, re.split(r"\r\n|\n|\r", separator))), text)
+    )
+
+
+@pytest.mark.parametrize("separator", ["\n", "<x>"])
+def test_evaluation_begins_where_training_ended_whether_that_was_read_or_not(tmp_path, separator):
+    content = separator.join(f"document {i}" for i in range(50)).encode()
+    for train_size in (0.01, 0.3, 0.5, 0.77, 0.99):
+        options = {"separator": separator.encode(), "train_size": train_size}
+        after = corpus_of(tmp_path, content, **options)
+        train = documents(after, "train")
+        alone = documents(corpus_of(tmp_path, content, **options), "eval")
+        assert documents(after, "eval") == alone == documents(after, "eval")
+        whole = [text for text, _ in train + alone]
+        if train and not train[-1][1]:
+            whole[len(train) - 1 : len(train) + 1] = ["".join(whole[len(train) - 1 : len(train) + 1])]
+        assert whole == content.decode().split(separator)
+
+
+def test_a_text_without_a_separator_keeps_every_byte(tmp_path):
+    text = "\r\n\n  one\r\n\r\rtwo \n\n"
+    assert documents(corpus_of(tmp_path, text.encode(), train_size=1.0), "train") == [(text, True)]
 
 
 @pytest.mark.parametrize(
-    ("contents", "target", "words"),
+    ("text", "separator", "hint"),
     [
-        ({}, "missing.txt", "found nothing at"),
-        ({}, "*.txt", "found nothing at"),
-        ({"notes.md": b"x"}, ".", "found none"),
-        ({"a.txt": b""}, "a.txt", "empty"),
-        ({"a.txt": b"", "b.txt": b""}, ".", "empty"),
-        ({"a.txt": "the fox".encode("utf-16")}, "a.txt", "UTF-16"),
-        ({"a.txt": b"ok", "b.txt": b"\xfe\xff\0a"}, ".", "UTF-16"),
+        ("one\n<|endoftext|>\ntwo\n<|endoftext|>\n", "<|endoftxt|>", r"'<\|endoftext\|>' \(2 times\)"),
+        ("one\n<|endoftext|>\ntwo", "<|EndOfText|>", r"'<\|endoftext\|>' \(1 times\)"),
+        ("one <eot> two", " <eot>\n", r"'<eot>' \(1 times\)"),
+        ("one\n\ntwo\n", "\\n\\n", r"'\\n\\n' \(1 times\)"),
+        ("one two", "\n", "leave it out where a file is a document"),
     ],
+    ids=ascii,
 )
-def test_what_holds_no_text_is_refused_in_one_line(tmp_path, contents, target, words):
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as error:
-        find_files(str(tmp_path / target))
-    message = str(error.value)
-    assert message.startswith("data.filepath: expected ") and words in message and "\n" not in message
-    assert str(tmp_path) in message
+def test_a_separator_that_occurs_nowhere_is_an_error_that_tells_what_does(tmp_path, text, separator, hint):
+    corpus = corpus_of(tmp_path, text.encode(), b"more", separator=separator.encode())
+    with pytest.raises(UserError, match=r"data\.separator: expected .* nowhere in my text; .*" + hint):
+        check_separator(corpus, "my text")
+    check_separator(corpus_of(tmp_path, b"more", text.encode()), "my text")
+    check_separator(corpus_of(tmp_path, b"more", text.encode() + separator.encode(), separator=separator.encode()), "x")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may read every file")
-def test_a_file_without_permission_is_refused(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("x")
-    path.chmod(0)
-    with pytest.raises(UserError, match="permission"):
-        find_files(str(path))
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    corpus = corpus_of(tmp_path, b"the first file\n" * 10, b"the fox\n" * 500_000, train_size=1.0)
+    parts = corpus.parts("train")
+    next(parts), next(parts)
+    os.truncate(tmp_path / "1.txt", 2_000_000)
+    with pytest.raises(
+        UserError, match=r"1\.txt: expected 4,000,000 bytes, as there were at first, found it cut to 2,000,000"
+    ):
+        list(parts)
+    with pytest.raises(UserError, match=r"1\.txt: expected 4,000,000 bytes"):
+        corpus.digest()
+
+
+@pytest.mark.parametrize("number", ["EIO", "ESTALE"])
+def test_a_disk_that_fails_in_the_middle_is_told_with_the_file(tmp_path, monkeypatch, number):
+    corpus = corpus_of(tmp_path, b"one\n" * 10, b"two\n" * 10, train_size=1.0)
+    original = Reader._read
+
+    def fail(self, count):
+        if self.path.name == "1.txt":
+            raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+        return original(self, count)
+
+    monkeypatch.setattr(Reader, "_read", fail)
+    for read in (corpus.digest, lambda: list(corpus.parts("train"))):
+        with pytest.raises(UserError, match=r"1\.txt: expected a file that can be read, found: "):
+            read()
+
+
+def test_a_file_that_goes_away_is_named(tmp_path):
+    corpus = corpus_of(tmp_path, b"one\n" * 10, b"two\n" * 10, train_size=1.0)
+    (tmp_path / "1.txt").unlink()
+    with pytest.raises(UserError, match=r"1\.txt: expected a file that can be read, found: No such file"):
+        list(corpus.parts("train"))
+
+
+def test_a_text_that_is_written_meanwhile_is_told_and_one_that_is_only_appended_to_is_not(tmp_path):
+    corpus = corpus_of(tmp_path, b"one\n" * 10)
+    corpus.digest()
+    with open(tmp_path / "0.txt", "ab") as file:
+        file.write(b"more")
+    corpus.check_unchanged()
+    assert joined(corpus, "train") + joined(corpus, "eval") == "one\n" * 10
+    (tmp_path / "0.txt").write_bytes(b"two\n" * 10)
+    with pytest.raises(UserError, match=r"0\.txt: expected a file that nobody writes"):
+        corpus.check_unchanged()
+
+
+def test_a_file_with_many_bytes_that_are_not_utf8_is_refused_when_all_of_it_has_been_read(tmp_path):
+    content = b"The fox went to the river.\n" * 1000
+    for bad, refused in ((b"\xff" * 2, False), (b"\xff" * 100, False), (b"\xff" * 1000, True)):
+        corpus = corpus_of(tmp_path, content, content + bad, content, train_size=1.0)
+        corpus.any_bytes = False
+        if refused:
+            with pytest.raises(UserError, match=r"1\.txt: expected plain text in UTF-8, found 1,000 of 28,000 bytes"):
+                list(corpus.parts("train"))
+        else:
+            list(corpus.parts("train"))
+        corpus.any_bytes = True
+        assert joined(corpus, "train").count("\ufffd") == len(bad)
 
 
 def test_a_separator_may_be_spelled_with_backslashes():
     assert separator_bytes(r"\n\n") == separator_bytes("\n\n") == b"\n\n"
     assert separator_bytes(r"\r\n\t") == b"\r\n\t"
+    assert separator_bytes(r"\\n \q") == rb"\n \q"
     assert separator_bytes("<|endoftext|>é") == "<|endoftext|>é".encode()
     assert separator_bytes("") == b""

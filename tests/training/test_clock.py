@@ -154,5 +154,6 @@ def test_the_time_of_steps_that_are_made_again_after_a_kill_is_lost(tmp_path: Pa
     folder.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert folder.read_metrics(3) == []
     assert (folder.spent, folder.spent_well) == (40.0, 27.0)
-    folder.resume_metrics(0)
+    folder.write_metrics()
+    folder.read_metrics(0)
     assert (folder.spent, folder.spent_well) == (30.0, 0.0)

@@ -109,6 +109,7 @@ def test_a_run_that_waits_for_data_in_vain_ends_with_its_own_status_and_goes_on_
     (line,) = hung.stderr.splitlines()
     assert "step 4: expected progress within 6 s" in line and "waiting for data" in line
     assert "batches_that_stop" in (tmp_path / "run" / "hang-0.txt").read_text()
+    argv.append("--train.watchdog-seconds=60")  # a slow machine may take long over the sample
     again = subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert "at step 2" in again.stdout

@@ -1,0 +1,175 @@
+"""The bytes of a text file, read through a buffer, and the documents that a separator parts them into."""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from llama_jax.errors import UserError
+
+# Files are read in stretches of this many bytes.
+BUFFER_BYTES = 1 << 20
+# White space at a document's borders is looked at in stretches of this many bytes.
+LOOK_BYTES = 1 << 12
+LINE_END = re.compile(rb"\r\n|\n|\r")
+WHITE = b" \t\r\n"
+
+
+class Reader:
+    """A file's bytes, through a buffer.
+
+    The file is not mapped into memory: one that somebody cuts meanwhile would end the process with a bus error.
+    """
+
+    def __init__(self, path: Path, size: int):
+        self.path, self.size = path, size
+        self._at, self._buffer = 0, b""
+        self.has_returns = False  # whether what ``window`` gave last holds a carriage return
+        with _told(path):
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes from ``start`` to ``stop``, which is within the file. Raises UserError where they are not all there."""
+        first, last = start - self._at, stop - self._at
+        if first >= 0 and last <= len(self._buffer):
+            return self._buffer[first:last]
+        at, buffer = self.window(start, stop)
+        return buffer[start - at : stop - at]
+
+    def starts_or_ends_in_white(self, start: int, stop: int) -> bool:
+        """Whether the first or the last of some bytes is white space."""
+        first, last = start - self._at, stop - 1 - self._at
+        if first >= 0 and last < len(self._buffer):
+            return self._buffer[first] in WHITE or self._buffer[last] in WHITE
+        return self.read(start, start + 1) in WHITE or self.read(stop - 1, stop) in WHITE
+
+    def window(self, start: int, stop: int) -> tuple[int, bytes]:
+        """Bytes in which those from ``start`` to ``stop`` lie, and the offset of their first."""
+        if not self._at <= start <= stop <= self._at + len(self._buffer):
+            self._at, self._buffer = start, self._bytes(start, min(self.size, max(stop, start + BUFFER_BYTES)))
+            self.has_returns = b"\r" in self._buffer
+        return self._at, self._buffer
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        with _told(self.path):
+            self._file.seek(start)
+            pieces, left = [], stop - start
+            while left and (piece := self._read(left)):
+                pieces.append(piece)
+                left -= len(piece)
+        if left:
+            raise UserError(
+                f"{self.path}: expected {self.size:,} bytes, as there were at first, found it cut to {stop - left:,} meanwhile; "
+                "start again when nobody writes it"
+            )
+        return b"".join(pieces)
+
+    def _read(self, count: int) -> bytes:
+        return self._file.read(count)
+
+
+class Separator:
+    """What stands between two documents. A line end in it is any line end: LF, CRLF or CR."""
+
+    def __init__(self, separator: bytes):
+        pieces = LINE_END.split(separator)
+        self._plain = b"\n".join(pieces)
+        self._pattern = re.compile(rb"(?:\r\n|\n|\r(?!\n))".join(map(re.escape, pieces)))
+        self._longest = len(self._plain) + len(pieces) - 1
+
+    def occurs(self, data: Reader) -> bool:
+        """Whether a file has one."""
+        return next(self._ranges(data, 0))[1] < data.size
+
+    def documents(self, data: Reader, start: int) -> Iterator[tuple[int, int]]:
+        """Ranges of the documents behind ``start``, without the blank lines at their borders; empty ones are passed over."""
+        for first, last in self._ranges(data, start):
+            if first < last and data.starts_or_ends_in_white(first, last):
+                first, last = _without_blank_lines(data, first, last)
+            if first < last:
+                yield first, last
+
+    def _ranges(self, data: Reader, start: int) -> Iterator[tuple[int, int]]:
+        """What lies between the separators behind ``start``."""
+        look = start
+        while look < data.size:
+            at, buffer = data.window(look, min(data.size, look + 2 * self._longest))
+            last = at + len(buffer) == data.size
+            look -= at
+            for found, end in self._within(buffer, look, data.has_returns):
+                look = found
+                if end == len(buffer) and not last:
+                    break  # it may be longer: a CR at the buffer's end may have an LF behind it
+                yield start, at + found
+                start, look = at + end, end
+            if last:
+                break
+            look = at + max(look, len(buffer) - self._longest)  # one that the buffer cuts begins within its last bytes
+        yield start, data.size
+
+    def _within(self, buffer: bytes, start: int, has_returns: bool) -> Iterator[tuple[int, int]]:
+        """Where the separators in ``buffer`` begin and end."""
+        if has_returns:
+            yield from (match.span() for match in self._pattern.finditer(buffer, start))
+            return
+        size = len(self._plain)  # a plain search is ten times as fast
+        while (start := buffer.find(self._plain, start)) >= 0:
+            yield start, start + size
+            start += size
+
+
+def _without_blank_lines(data: Reader, start: int, end: int) -> tuple[int, int]:
+    """The range of a document without the blank lines that it begins and ends with; nothing, where all of it is white space.
+
+    The first line keeps its indentation, and the last one the white space that it ends with.
+    """
+    first, last = start, end
+    while first < end and not (text := data.read(first, min(end, first + LOOK_BYTES)).lstrip(WHITE)):
+        first = min(end, first + LOOK_BYTES)
+    if first == end:
+        return end, end
+    first = min(end, first + LOOK_BYTES) - len(text)
+    while not (text := data.read(max(first, last - LOOK_BYTES), last).rstrip(WHITE)):
+        last = max(first, last - LOOK_BYTES)
+    last = max(first, last - LOOK_BYTES) + len(text)
+    return _line_start(data, start, first), _line_end(data, last, end)
+
+
+def _line_start(data: Reader, start: int, at: int) -> int:
+    """Where the line of ``at`` begins, behind ``start``."""
+    while at > start:
+        before = data.read(max(start, at - LOOK_BYTES), at)
+        if (found := max(before.rfind(b"\n"), before.rfind(b"\r"))) >= 0:
+            return at - len(before) + found + 1
+        at -= len(before)
+    return start
+
+
+def _line_end(data: Reader, at: int, end: int) -> int:
+    """Where the line of ``at`` ends, before ``end``."""
+    while at < end:
+        behind = data.read(at, min(end, at + LOOK_BYTES))
+        if found := LINE_END.search(behind):
+            return at + found.start()
+        at += len(behind)
+    return end
+
+
+def sha256_of(path: Path, size: int) -> str:
+    """The digest of a file's first ``size`` bytes. Raises UserError where it has fewer."""
+    sha, data = hashlib.sha256(), Reader(path, size)
+    for start in range(0, size, BUFFER_BYTES):
+        sha.update(data.read(start, min(size, start + BUFFER_BYTES)))
+    return sha.hexdigest()
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Name the file that the system cannot read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected a file that can be read, found: {error.strerror}; start again when it can"
+        ) from None

@@ -1,0 +1,274 @@
+"""From documents to a token folder: encoded in bounded memory, counted on the way, and put in place when all of it is there."""
+
+import collections
+import contextlib
+import functools
+import hashlib
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from llama_jax.data.lost import Losses, examples
+from llama_jax.data.origin import Origin, difference
+from llama_jax.data.stream import BLOCK_BYTES, checksums
+from llama_jax.data.text import Corpus, Part
+from llama_jax.data.tokens import (
+    DTYPES,
+    MANIFEST,
+    SPLITS,
+    SUMS,
+    VERSION,
+    Manifest,
+    TextCounts,
+    TokenSet,
+    open_tokens,
+    read_manifest,
+    sha256,
+    write_manifest,
+)
+from llama_jax.errors import UserError
+from llama_jax.files import replacing
+from llama_jax.progress import Progress
+from llama_jax.tokenizer import Tokenizer
+
+# Parts, and bytes, that are encoded at once, by as many threads as there are workers.
+PARTS_AT_ONCE, BYTES_AT_ONCE = 2048, 1 << 22
+# Documents of which a digest is kept, to find copies; of more, a sample.
+DIGESTS = 1 << 22
+
+
+def prepare(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: Path,
+    workers: int = 1,
+    trained_vocab_size: int = 0,
+    source: str = "",
+    expected: Origin | None = None,
+) -> TokenSet:
+    """The tokens of ``corpus``: taken from ``folder`` if it holds just these, else made there.
+
+    Memory is bounded whatever the text's length; nothing unfinished ever looks finished, and what was there stays until the new
+    tokens are whole. expected: what the tokens have to be. Raises UserError where they come out otherwise.
+    """
+    text_sha256, tokenizer_sha256 = corpus.digest(), sha256(tokenizer.model_bytes)
+    if (kept := _kept(folder, corpus, tokenizer_sha256, expected)) is not None:
+        _check_expected(folder, expected, kept.manifest)
+        return kept
+    dtype = np.dtype(DTYPES[tokenizer.vocab_size > 1 << 16])
+    corpus.replaced = 0
+    writers = {split: _Writer(tokenizer, dtype, corpus.bytes, workers) for split in SPLITS}
+    with contextlib.ExitStack() as files:
+        # Entered in the order in which they are put in place, from the last to the first.
+        paths = {name: files.enter_context(replacing(folder / name)) for name in (SUMS, "eval.bin", "train.bin")}
+        for split in SPLITS:
+            writers[split].write(corpus.parts(split), paths[f"{split}.bin"], split)
+        sums = np.concatenate([np.array(writers[split].sums, "<u4") for split in SPLITS]).tobytes()
+        paths[SUMS].write_bytes(sums)
+        corpus.check_unchanged()
+
+        of_each = functools.partial(_of_each, writers)
+        manifest = Manifest(
+            version=VERSION,
+            text_sha256=text_sha256,
+            train_size=corpus.train_size,
+            separator=corpus.separator.decode(),
+            tokenizer_sha256=tokenizer_sha256,
+            trained_vocab_size=trained_vocab_size,
+            dtype=dtype.str,
+            tokens=of_each("tokens"),
+            text_bytes={split: writers[split].losses.read for split in SPLITS},
+            documents=of_each("documents"),
+            replaced_sequences=corpus.replaced,
+            source=source,
+            text_files=corpus.files,
+            vocab_size=tokenizer.vocab_size,
+            largest_id=of_each("largest_id"),
+            counts=_counts(writers),
+            block_bytes=BLOCK_BYTES,
+            sha256={f"{split}.bin": writers[split].sha.hexdigest() for split in SPLITS} | {SUMS: sha256(sums)},
+        )
+        _check_expected(folder, expected, manifest)
+        (folder / MANIFEST).unlink(missing_ok=True)
+    write_manifest(folder, manifest)
+    return open_tokens(folder)
+
+
+def _check_expected(folder: Path, expected: Origin | None, manifest: Manifest) -> None:
+    if expected is not None and (found := difference(expected, manifest.origin)):
+        raise UserError(
+            f"{folder}: expected the tokens that the run began with, found that {found}; go on with the version that made them, or "
+            "choose another --train.save-dir"
+        )
+
+
+def _kept(folder: Path, corpus: Corpus, tokenizer_sha256: str, expected: Origin | None) -> TokenSet | None:
+    """The tokens in ``folder``, if they are whole and those of the corpus and the tokenizer."""
+    try:
+        manifest = read_manifest(folder)
+        if manifest is None or (manifest.text_sha256, manifest.tokenizer_sha256) != (corpus.digest(), tokenizer_sha256):
+            return None
+        if manifest.version < VERSION and corpus.separator and expected is None:
+            return None  # that version left line ends around markers in the documents
+        if not any((folder / f"{split}.bin").exists() for split in SPLITS):
+            return None  # a run of tokens that were prepared elsewhere keeps their manifest alone
+        return open_tokens(folder)
+    except UserError as error:
+        print(f"warning: {error}: made again from the text", flush=True)
+        return None
+
+
+@dataclass
+class _Writer:
+    """Encodes a split into a file, and counts."""
+
+    tokenizer: Tokenizer
+    dtype: np.dtype
+    corpus_bytes: int
+    workers: int
+    tokens: int = 0
+    documents: int = 0
+    byte_tokens: int = 0
+    largest_id: int = 0
+    sums: array = field(default_factory=lambda: array("I"))
+    lengths: collections.Counter[int] = field(default_factory=collections.Counter)
+
+    def __post_init__(self) -> None:
+        self.sha = hashlib.sha256()
+        self.losses = Losses(self.tokenizer, self.corpus_bytes)
+        self.digests = Digests()
+        self._is_byte = np.zeros(self.tokenizer.vocab_size, bool)
+        self._is_byte[self.tokenizer.byte_ids] = True
+        self._length = 0
+
+    def write(self, parts: Iterator[Part], path: Path, split: str) -> None:
+        """Encode ``parts`` into a file."""
+        rest = b""
+        with open(path, "wb") as file, Progress(f"tokens ({split})", None, "B") as progress:
+            for batch in _batches(parts):
+                rows = self.tokenizer.encode_parts([p.text for p in batch], [p.starts for p in batch], self.workers)
+                self._count(batch, rows)
+                raw = rest + self._joined(batch, rows).tobytes()
+                whole = len(raw) // BLOCK_BYTES * BLOCK_BYTES
+                rest = raw[whole:]
+                self._put(file, raw[:whole])
+                progress.update(sum(part.size for part in batch))
+            self._put(file, rest)
+            if self.documents:
+                self.lengths[self._length] += 1
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _put(self, file: BinaryIO, raw: bytes) -> None:
+        file.write(raw)
+        self.sha.update(raw)
+        self.sums.extend(checksums(raw))
+
+    def _joined(self, parts: Sequence[Part], rows: Sequence[list[int]]) -> np.ndarray:
+        """Tokens of consecutive parts, each document between BOS and EOS."""
+        ids: list[int] = []
+        for part, row in zip(parts, rows, strict=True):
+            ids += [self.tokenizer.bos_id] * part.starts + row + [self.tokenizer.eos_id] * part.ends
+        tokens = np.array(ids, self.dtype)
+        self.tokens += len(tokens)
+        self.byte_tokens += int(np.count_nonzero(self._is_byte[tokens]))
+        self.largest_id = max(self.largest_id, int(tokens.max()))
+        return tokens
+
+    def _count(self, parts: Sequence[Part], rows: Sequence[list[int]]) -> None:
+        self.losses.add(parts, rows)
+        for part, row in zip(parts, rows, strict=True):
+            if part.starts:
+                if self.documents:
+                    self.lengths[self._length] += 1
+                self.documents += 1
+                self._length = 0
+            self._length += len(row)
+            self.digests.add(part)
+
+    @property
+    def median(self) -> int:
+        """Tokens of the document in the middle."""
+        left = sum(self.lengths.values()) // 2
+        for length in sorted(self.lengths):
+            left -= self.lengths[length]
+            if left < 0:
+                return length
+        return 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths, default=0)
+
+
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    batch: list[Part] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += part.size
+        if len(batch) >= PARTS_AT_ONCE or size >= BYTES_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class Digests:
+    """Digests of 8 bytes of documents; where there are many, a sample of them: those that end in so many zeros."""
+
+    def __init__(self, limit: int = DIGESTS):
+        self._limit, self._zeros = limit, 0
+        self._kept = bytearray()
+        self._hash = hashlib.blake2b(digest_size=8)
+
+    def add(self, part: Part) -> None:
+        """Take the next part of a document. One that is cut off, at the end of a split, has no digest."""
+        if part.starts:
+            self._hash = hashlib.blake2b(part.text.encode(), digest_size=8)
+        else:
+            self._hash.update(part.text.encode())
+        if part.ends:
+            digest = self._hash.digest()
+            if self._zeros and int.from_bytes(digest, "little") & ((1 << self._zeros) - 1):
+                return
+            self._kept += digest
+            while len(self._kept) > 8 * self._limit:
+                self._zeros += 1
+                self._kept = bytearray(self._sample(self._zeros).tobytes())
+
+    def copies_in(self, others: "Digests") -> int:
+        """How many documents of ``others`` are here too: an estimate, where either is a sample."""
+        zeros = max(self._zeros, others._zeros)
+        return int(np.isin(others._sample(zeros), self._sample(zeros)).sum()) << zeros
+
+    def _sample(self, zeros: int) -> np.ndarray:
+        digests = np.frombuffer(bytes(self._kept), "<u8")
+        return digests[digests & np.uint64((1 << zeros) - 1) == 0]
+
+
+def _of_each(writers: dict[str, _Writer], name: str) -> dict[str, int]:
+    return {split: int(getattr(writers[split], name)) for split in SPLITS}
+
+
+def _counts(writers: dict[str, _Writer]) -> TextCounts:
+    of_each = functools.partial(_of_each, writers)
+    losses = {split: writers[split].losses for split in SPLITS}
+    return TextCounts(
+        median=of_each("median"),
+        longest=of_each("longest"),
+        unknown={split: losses[split].unknown for split in SPLITS},
+        byte_tokens=of_each("byte_tokens"),
+        compared_bytes={split: losses[split].compared for split in SPLITS},
+        lost_bytes={split: losses[split].lost for split in SPLITS},
+        lost_examples=examples(
+            sum((losses[split].chars for split in SPLITS if losses[split].lost), collections.Counter())
+        ),
+        copies=writers["train"].digests.copies_in(writers["eval"].digests),
+    )

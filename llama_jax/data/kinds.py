@@ -1,0 +1,266 @@
+"""What a file is, told by its bytes: plain text in UTF-8, or something that would be trained on as if it were."""
+
+import codecs
+import csv
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+# Files up to WHOLE bytes are looked at whole, larger ones in WINDOWS stretches of WINDOW bytes, spread from start to end.
+WHOLE, WINDOWS, WINDOW = 1 << 20, 16, 1 << 16
+# Plain text: at most this share of bytes that are not UTF-8, or so few; and of control characters, or so few.
+MOST_BAD, FEW_BAD = 0.005, 2
+MOST_CONTROLS, FEW_CONTROLS = 0.1, 8
+# From this share of NULs on it may be UTF-16.
+MANY_NULS = 0.02
+# Lines of JSON lines, and rows of a table, that are looked at.
+LINES = 200
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Something else than plain text, and what to do with it."""
+
+    name: str
+    advice: str
+
+
+UNPACK = "decompress it first"
+EXTRACT = "write its text to a .txt file first"
+TEXT_FIRST = "give the text itself"
+# The first bytes of files, and what they are.
+MAGIC: tuple[tuple[bytes, str, str], ...] = (
+    (b"\x1f\x8b", "a gzip file", UNPACK),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", UNPACK),
+    (b"\xfd7zXZ\0", "an xz file", UNPACK),
+    (b"BZh", "a bzip2 file", UNPACK),
+    (b"\x04\x22\x4d\x18", "an lz4 file", UNPACK),
+    (b"\x5d\0\0", "an lzma file", UNPACK),
+    (b"LZIP", "an lzip file", UNPACK),
+    (b"\x1f\x9d", "a compressed file (.Z)", UNPACK),
+    (b"\xff\x06\0\0sNaPpY", "a snappy file", UNPACK),
+    (b"PK\3\4", "a zip archive (or a .docx, .xlsx, .epub, .npz, .pt)", UNPACK),
+    (b"PK\5\6", "an empty zip archive", UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
+    (b"Rar!\x1a\7", "a rar archive", UNPACK),
+    (b"PAR1", "a parquet file", EXTRACT),
+    (b"ARROW1", "an arrow file", EXTRACT),
+    (b"\xff\xff\xff\xff", "an arrow stream", EXTRACT),
+    (b"FEA1", "a feather file", EXTRACT),
+    (b"ORC", "an ORC file", EXTRACT),
+    (b"Obj\1", "an avro file", EXTRACT),
+    (b"SQLite format 3\0", "an SQLite database", EXTRACT),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", EXTRACT),
+    (b"\x93NUMPY", "a numpy array", EXTRACT),
+    (b"%PDF-", "a PDF file", EXTRACT),
+    (b"%!PS", "a PostScript file", EXTRACT),
+    (b"{\\rtf", "an RTF file", EXTRACT),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file (.doc, .xls)", EXTRACT),
+    (b"bplist00", "a property list of macOS", TEXT_FIRST),
+    (b"\0\5\x16\7", "a companion file of macOS (AppleDouble)", TEXT_FIRST),
+    (b"\0\5\x16\0", "a companion file of macOS (AppleSingle)", TEXT_FIRST),
+    (b"GGUF", "weights of a model (GGUF)", TEXT_FIRST),
+    (b"\x89PNG\r\n\x1a\n", "a picture (PNG)", TEXT_FIRST),
+    (b"\xff\xd8\xff", "a picture (JPEG)", TEXT_FIRST),
+    (b"GIF8", "a picture (GIF)", TEXT_FIRST),
+    (b"II*\0", "a picture (TIFF)", TEXT_FIRST),
+    (b"MM\0*", "a picture (TIFF)", TEXT_FIRST),
+    (b"RIFF", "sound or pictures (RIFF)", TEXT_FIRST),
+    (b"OggS", "sound (Ogg)", TEXT_FIRST),
+    (b"fLaC", "sound (FLAC)", TEXT_FIRST),
+    (b"ID3", "sound (MP3)", TEXT_FIRST),
+    (b"\x7fELF", "a program (ELF)", TEXT_FIRST),
+    (b"MZ", "a program (.exe)", TEXT_FIRST),
+    (b"\xca\xfe\xba\xbe", "a program", TEXT_FIRST),
+    (b"\xcf\xfa\xed\xfe", "a program (Mach-O)", TEXT_FIRST),
+    (b"\0asm", "a program (WebAssembly)", TEXT_FIRST),
+    (b"PACK\0", "a pack of git", TEXT_FIRST),
+    (b"MMIDIDX", "the index of a Megatron token file", TEXT_FIRST),
+    ((20240520).to_bytes(4, "little"), "a token file of llm.c", TEXT_FIRST),
+    ((20240801).to_bytes(4, "little"), "a token file of llm.c", TEXT_FIRST),
+)
+# Encodings, by their mark and by their bytes; of two that fit, the first.
+MARKS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
+WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
+# All that a server says when it does not give the file.
+NO_FILE = re.compile(
+    r"(4\d\d[: ].{0,40}|not found|(entry|repository|revision) not found\W*|access denied\W*|accessdenied|forbidden|unauthorized|"
+    r"invalid username or password\W*|too many requests\W*|moved permanently\W*|found\. redirecting to .*)",
+    re.IGNORECASE,
+)
+
+
+def kind_of(path: Path, size: int) -> Kind | None:
+    """What the file at ``path``, of ``size`` bytes, is. None: plain text. Raises OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        if size <= WHOLE:
+            windows = [file.read(size)]
+        else:
+            windows = []
+            for i in range(WINDOWS):
+                file.seek((size - WINDOW) * i // (WINDOWS - 1))
+                windows.append(file.read(WINDOW))
+    head = windows[0]
+    return _by_first_bytes(head, size) or _by_encoding(windows) or _by_structure(head, len(head) == size, path)
+
+
+def is_too_odd(bad: int, size: int) -> bool:
+    """Whether ``bad`` bytes of ``size`` that are not UTF-8 are more than a text has by accident."""
+    return bad > max(FEW_BAD, size * MOST_BAD)
+
+
+def bad_bytes(raw: bytes) -> int:
+    """How many bytes are not part of a character in UTF-8."""
+    return len(raw) - len(raw.decode("utf-8", "ignore").encode())
+
+
+def _by_first_bytes(head: bytes, size: int) -> Kind | None:
+    for magic, name, advice in MAGIC:
+        # Some begin as a text may: BZh, ORC, MZ, RIFF.
+        if head.startswith(magic) and (not magic.isalnum() or _controls(head[:4096]) or bad_bytes(head[:4096]) > 3):
+            return Kind(name, advice)
+    if head[257:262] == b"ustar":
+        return Kind("a tar archive", "unpack it first")
+    if head[4:8] == b"ftyp" and head[0] == 0:
+        return Kind("a film (MP4)", TEXT_FIRST)
+    if head[:2] == b"BM" and int.from_bytes(head[2:6], "little") == size:
+        return Kind("a picture (BMP)", TEXT_FIRST)
+    if re.match(rb"[\x50-\x5f]\x2a\x4d\x18", head):
+        return Kind("a zstd or lz4 file", UNPACK)
+    if re.match(rb"\x80[\2-\5][\x95}\](cX\x8a]", head):
+        return Kind("a pickle (or a .pt, .bin or .pth file of PyTorch)", EXTRACT)
+    if (
+        re.match(rb"(?s).{8}\{\s*\"", head)
+        and 0 < int.from_bytes(head[:8], "little") < min(size, 1 << 27)
+        and head[7] == 0
+    ):
+        return Kind("weights of a model (safetensors)", TEXT_FIRST)
+    if head[:1] == b"\n" and (b"\n\5<unk>" in head[:64] or b"\n\3<s>" in head[:64]):
+        return Kind("a SentencePiece model", "give the text, and the model as the tokenizer model's path")
+    return None
+
+
+def _by_encoding(windows: list[bytes]) -> Kind | None:
+    """What bytes that are not UTF-8, and control characters, speak of."""
+    head = windows[0]
+    for mark, name in MARKS:
+        if head.startswith(mark):
+            return _encoded(name)
+    size = sum(map(len, windows))
+    bad = sum(map(_bad_in_window, windows))
+    odd = is_too_odd(bad, size)
+    if odd or head.count(0) > MANY_NULS * len(head):
+        for codec in WIDE:
+            if _is_text_in(codec, head):
+                return _encoded(codec)
+    if sum(map(_controls, windows)) > max(FEW_CONTROLS, size * MOST_CONTROLS):
+        return Kind("binary data" + (", perhaps token ids" if _are_token_ids(head) else ""), TEXT_FIRST)
+    if not odd:
+        return None
+    mostly_ascii = sum(byte < 0x80 for byte in head[:4096]) > 0.6 * len(head[:4096])
+    guess = "WINDOWS-1252" if mostly_ascii else "ENCODING"
+    return Kind(
+        f"text in another encoding ({bad / size:.2%} of its bytes are not UTF-8)",
+        f"convert it (iconv -f {guess} -t UTF-8)",
+    )
+
+
+def _encoded(name: str) -> Kind:
+    return Kind(f"text in {name}", f"convert it, for example with iconv -f {name} -t UTF-8")
+
+
+def _bad_in_window(window: bytes) -> int:
+    """The bad bytes of a stretch, whose first and last character may be cut."""
+    start = next((i for i, byte in enumerate(window[:3]) if byte & 0xC0 != 0x80), 3)
+    text, read = codecs.utf_8_decode(window[start:], "ignore", False)
+    return read - len(text.encode())
+
+
+def _controls(raw: bytes) -> int:
+    """How many control characters, which texts do not hold; NUL among them."""
+    texts = bytes(c for c in range(256) if c >= 32 and c != 127) + b"\t\n\v\f\r\b\x1b"
+    return len(raw.translate(None, texts))
+
+
+def _is_text_in(codec: str, head: bytes) -> bool:
+    """Whether bytes are a text in one of UTF-16's and UTF-32's forms, without a mark."""
+    try:
+        text = codecs.getincrementaldecoder(codec)().decode(head[:WINDOW])  # the last character may be cut
+    except UnicodeDecodeError:
+        return False
+    codes = np.array(list(map(ord, text)), np.int32)
+    ascii_text = ((codes >= 32) & (codes < 127)) | np.isin(codes, (9, 10, 13))
+    asian = ((codes >= 0x3000) & (codes < 0xA000)) | ((codes >= 0xAC00) & (codes < 0xD7B0)) | (codes >= 0xFF00)
+    controls = (codes < 32) & ~ascii_text
+    if not len(codes) or controls.mean() > 0.01:
+        return False
+    if ascii_text.mean() > 0.95:
+        return True
+    # A script has its letters within 256 codes, or it is one of the large ones. Token ids lie everywhere.
+    script = max(int(np.bincount(codes[~ascii_text] >> 8).max()), int(asian.sum()))
+    spaced = np.isin(codes, (10, 32, 0x3000, 0x3001, 0x3002, 0xFF0C)).mean() > 0.02
+    return bool(spaced and ascii_text.sum() + script > 0.9 * len(codes))
+
+
+def _are_token_ids(head: bytes) -> bool:
+    """Whether numbers of two bytes stay within what the usual vocabularies have."""
+    return len(head) >= 64 and len(head) % 2 == 0 and int(np.frombuffer(head, "<u2").max()) < 50_400
+
+
+def _by_structure(head: bytes, whole: bool, path: Path) -> Kind | None:
+    """What is text, and not the text that is meant."""
+    text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+    if re.match(r"<!doctype html|<html\b", text, re.IGNORECASE):
+        return Kind("a page of HTML", "see whether a download failed; " + EXTRACT)
+    if text.startswith("<?xml"):
+        return Kind("XML", "see whether a download failed; " + EXTRACT)
+    if text.startswith("version https://git-lfs.github.com/spec/"):
+        return Kind("a pointer of Git LFS in place of the file", "fetch the file itself (git lfs pull)")
+    if whole and len(text) < 200 and NO_FILE.fullmatch(text.strip()):
+        return Kind(f"a server's answer in place of the file ({text.strip()!a})", "download it again")
+    if text[:1] in ("{", "["):
+        return _json(text, whole)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _table(text, whole, "\t" if path.suffix.lower() == ".tsv" else ",")
+    return None
+
+
+def _json(text: str, whole: bool) -> Kind | None:
+    lines = [line for line in (text if whole else text.rpartition("\n")[0]).split("\n") if line.strip()][:LINES]
+    records = sum(_is_record(line) for line in lines)
+    if lines and records >= 0.9 * len(lines) and (len(lines) > 1 or not whole):
+        return Kind("JSON lines", "write their texts to a .txt file first")
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        # A text cut at the end of what was read.
+        at = error.pos if isinstance(error, json.JSONDecodeError) else len(text)
+        cut = not whole and (at > len(text) - 32 or "Unterminated string" in str(error))
+        return Kind("JSON", EXTRACT) if cut else None
+    following = text[end:].lstrip()
+    if isinstance(value, (dict, list)) and (not following or following[0] in "{["):
+        return Kind("JSON", EXTRACT)
+    return None
+
+
+def _is_record(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), (dict, list))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _table(text: str, whole: bool, delimiter: str) -> Kind | None:
+    """A table, where a file that is named as one has rows of one length, or quoted fields."""
+    lines = (text if whole else text.rpartition("\n")[0]).splitlines()[:LINES]
+    try:
+        widths = {len(row) for row in csv.reader(lines, delimiter=delimiter) if row}
+    except csv.Error:
+        return None
+    quoted = any(line.startswith('"') for line in lines)
+    if widths and (quoted or (len(widths) == 1 and max(widths) > 1)):
+        return Kind("a table", "write its column of texts to a .txt file first")
+    return None

@@ -1,0 +1,120 @@
+"""What tokens were made of: the text, how it was read, and the tokenizer. Two of these are compared in words."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_jax.data.documents import sha256_of
+from llama_jax.data.text import TextFile
+from llama_jax.errors import UserError, quoted
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a set of tokens was made of, and how much it came to. Fields that are empty or 0 are not known.
+
+    Small enough to be part of a run's own record: ``to_dict`` and ``from_dict`` are for JSON.
+    """
+
+    source: str = ""
+    """The text, as the user named it."""
+    files: tuple[TextFile, ...] = ()
+    text_sha256: str = ""
+    """Digest of the files' contents and borders, the separator and the place of the cut."""
+    train_size: float = 0.0
+    separator: str = ""
+    tokenizer_sha256: str = ""
+    trained_vocab_size: int = 0
+    """The size that was asked for, where the tokenizer was trained on this text."""
+    tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of train and of eval."""
+    tokens_sha256: str = ""
+    """Digest of the checksums of the tokens themselves."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``from_dict`` reads."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, table: dict[str, Any]) -> "Origin":
+        """Read what ``to_dict`` wrote. Raises TypeError or KeyError on anything else."""
+        return cls(**{**table, "files": tuple(TextFile(**file) for file in table["files"])})
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.bytes for file in self.files)
+
+    def __str__(self) -> str:
+        """In words: "tokens of my.txt (1 file, 1,115,394 bytes, separator '', train_size 0.9)"."""
+        text = f"{len(self.files):,} file{'s' * (len(self.files) != 1)}, {self.bytes:,} bytes, " if self.files else ""
+        return (
+            f"{sum(self.tokens.values()):,} tokens of {self.source or 'a text'} "
+            f"({text}separator {quoted(self.separator)}, train_size {self.train_size})"
+        )
+
+
+def difference(before: Origin, now: Origin) -> str:
+    """What tells ``now`` from ``before``, in words that follow "found that"; empty, where nothing does.
+
+    Files of ``now`` are read, where that is needed to say whether a text has grown.
+    """
+    found = []
+    if before.text_sha256 != now.text_sha256:
+        if before.separator != now.separator:
+            found.append(f"the separator was {quoted(before.separator)} and is {quoted(now.separator)} now")
+        if before.train_size != now.train_size:
+            found.append(f"train_size was {before.train_size} and is {now.train_size} now")
+        if before.files and [_content(file) for file in before.files] != [_content(file) for file in now.files]:
+            found.append(_text_difference(before, now))
+        if not found:
+            found.append("the text is another one")
+    if _differ(before.tokenizer_sha256, now.tokenizer_sha256):
+        found.append("the tokenizer is another one")
+    elif before.trained_vocab_size != now.trained_vocab_size and not (before.tokenizer_sha256 and now.tokenizer_sha256):
+        then, here = (
+            f"trained with vocab_size {o.trained_vocab_size}" if o.trained_vocab_size else "given"
+            for o in (before, now)
+        )
+        found.append(f"the tokenizer was {then} and is {here} now")
+    if not found and (_differ(before.tokens, now.tokens) or _differ(before.tokens_sha256, now.tokens_sha256)):
+        found.append("the same text and tokenizer give other tokens now: they were made by another version")
+    return ", and ".join(found)
+
+
+def _differ(before: Any, now: Any) -> bool:
+    """Whether two values that are both known differ."""
+    return bool(before and now and before != now)
+
+
+def _content(file: TextFile) -> tuple[int, str]:
+    return file.bytes, file.sha256
+
+
+def _text_difference(before: Origin, now: Origin) -> str:
+    """How the files differ."""
+    if sorted(map(_content, before.files)) == sorted(map(_content, now.files)):
+        return f"the files of {now.source} are the same in another order"
+    if now.bytes > before.bytes and _has_grown(before, now):
+        return f"{now.source} has grown by {now.bytes - before.bytes:,} bytes since"
+    left = [file for file in now.files if _content(file) not in set(map(_content, before.files))]
+    example = f", as {left[0].path} is" if left and len(now.files) > 1 else ""
+    then, here = (f"{len(o.files):,} file{'s' * (len(o.files) != 1)} of {o.bytes:,} bytes" for o in (before, now))
+    return f"{now.source} is another text{example} (it was {then} and is {here} now)"
+
+
+def _has_grown(before: Origin, now: Origin) -> bool:
+    """Whether each old file is the beginning of a new one: of the one of its name, or of its place."""
+    by_path = {file.path: file for file in now.files}
+    contents = set(map(_content, now.files))
+    for i, old in enumerate(before.files):
+        if _content(old) in contents:
+            continue
+        new = by_path.get(old.path) or (now.files[i] if i < len(now.files) else None)
+        try:
+            if new is None or new.bytes < old.bytes or sha256_of(Path(new.path), old.bytes) != old.sha256:
+                return False
+        except UserError:
+            return False
+    return True

@@ -1,0 +1,159 @@
+"""The tokens of one file, read as an array is sliced, and checked against their checksums before they are used."""
+
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from llama_jax.errors import UserError
+
+# Each stretch of so many bytes of a token file has a checksum.
+BLOCK_BYTES = 1 << 16
+# Blocks that the thread in the background checks between two rests.
+REST_BLOCKS = 16
+
+
+class TokenStream(NDArrayOperatorsMixin):
+    """A token file as an array of shape [tokens], uint16 or uint32.
+
+    ``stream[a:b]`` reads from the file, and checks what it reads the first time. All else that arrays can do goes through
+    ``np.asarray(stream)``, which checks the whole file and maps it.
+
+    The file is not mapped for slices: one that somebody cuts, or a disk that fails, would end the process with a bus error.
+    """
+
+    ndim = 1
+
+    def __init__(self, path: Path, dtype: np.dtype, count: int, vocab_size: int = 0, sums: np.ndarray | None = None):
+        """sums: the checksum of each block, uint32. None: there are none, and nothing is checked. Ids are below ``vocab_size``."""
+        self.path, self.dtype, self.size, self.shape = path, dtype, count, (count,)
+        self._bytes, self._sums, self._vocab_size = count * dtype.itemsize, sums, vocab_size
+        self._checked = bytearray(0 if sums is None else len(sums))
+        self._all_checked = sums is None
+        self.damage = ""
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(self.size)
+            return self._read(start, max(start, stop))
+        if isinstance(index, int | np.integer):
+            place = range(self.size)[index]
+            return self._read(place, place + 1)[0]
+        return np.asarray(self)[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(np.asarray(self))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        for block in range(self.blocks):
+            self.check_block(block)
+        whole = np.memmap(self.path, self.dtype, mode="r", shape=self.shape) if self.size else self._read(0, 0)
+        return np.array(whole, dtype) if copy or dtype not in (None, self.dtype) else np.asarray(whole)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        arrays = (np.asarray(x) if isinstance(x, TokenStream) else x for x in inputs)
+        return getattr(ufunc, method)(*arrays, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(np.asarray(self), name)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that have checksums."""
+        return len(self._checked)
+
+    def check_block(self, block: int) -> None:
+        """Compare a block with its checksum, if that has not been done. Raises UserError, from then on at every read, where it differs."""
+        if self._checked[block]:
+            return
+        start = block * BLOCK_BYTES
+        raw = self._pread(start, min(BLOCK_BYTES, self._bytes - start))
+        if self._sums is not None and zlib.crc32(raw) != self._sums[block]:
+            self._condemn(
+                f"{self.path}: expected the tokens that were written, found bytes {start:,} to {start + len(raw) - 1:,} changed "
+                f"since; delete {self.path.parent} and make it again"
+            )
+        largest = int(np.frombuffer(raw, self.dtype).max())
+        if largest >= self._vocab_size:
+            self._condemn(
+                f"{self.path}: expected ids below the vocabulary's {self._vocab_size:,}, found {largest:,}; delete "
+                f"{self.path.parent} and make it again"
+            )
+        self._checked[block] = 1
+        self._all_checked = self._checked.find(0) < 0
+
+    def _condemn(self, damage: str) -> NoReturn:
+        """Raise UserError, which tells of ``damage``, now and at every later read."""
+        self.damage = damage
+        raise UserError(damage)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens from ``start`` to ``stop``, checked."""
+        if self.damage:
+            raise UserError(self.damage)
+        size = self.dtype.itemsize
+        if not self._all_checked and stop > start:
+            first, last = start * size // BLOCK_BYTES, (stop * size - 1) // BLOCK_BYTES + 1
+            while (block := self._checked.find(0, first, last)) >= 0:
+                self.check_block(block)
+        return np.frombuffer(self._pread(start * size, (stop - start) * size), self.dtype)
+
+    def _pread(self, start: int, count: int) -> bytes:
+        """Bytes of the file. Raises UserError where they are not there."""
+        try:
+            raw = os.pread(self._file.fileno(), count, start)
+            while len(raw) < count and (more := os.pread(self._file.fileno(), count - len(raw), start + len(raw))):
+                raw += more
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: expected tokens that can be read, found: {error.strerror}; check the disk"
+            ) from None
+        if len(raw) < count:
+            raise UserError(
+                f"{self.path}: expected {self._bytes:,} bytes, found it cut to {os.fstat(self._file.fileno()).st_size:,}; delete {self.path.parent} and "
+                "make it again"
+            )
+        return raw
+
+
+def checksums(raw: bytes) -> list[int]:
+    """The checksum of each block of ``raw``, which begins at a block's start."""
+    return [zlib.crc32(raw[start : start + BLOCK_BYTES]) for start in range(0, len(raw), BLOCK_BYTES)]
+
+
+def check_in_background(streams: list[TokenStream], share: float = 0.25) -> threading.Thread:
+    """Check all that is not checked yet in a thread, which takes this share of a core at most.
+
+    Where a block is damaged, each of ``streams`` raises UserError at its next read.
+    """
+    thread = threading.Thread(target=_check, args=(streams, share), name="checksums", daemon=True)
+    thread.start()
+    return thread
+
+
+def _check(streams: list[TokenStream], share: float) -> None:
+    done, began = 0, time.perf_counter()
+    for stream in streams:
+        for block in range(stream.blocks):
+            try:
+                stream.check_block(block)
+            except UserError as error:
+                for each in streams:
+                    each.damage = str(error)
+                return
+            done += 1
+            if done % REST_BLOCKS == 0:
+                time.sleep((time.perf_counter() - began) * (1 / share - 1))
+                began = time.perf_counter()

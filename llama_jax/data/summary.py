@@ -1,0 +1,65 @@
+"""What is told of a text before it is trained on: its documents, and what a person would want to know at once."""
+
+from llama_jax.data import Data
+from llama_jax.data.lost import loss_warning, share
+from llama_jax.data.text import replacement_warning
+from llama_jax.data.tokens import SPLITS, Manifest
+
+# A run that reads its text more often than this learns it by heart.
+MANY_EPOCHS = 100
+# A held-out part of fewer tokens is no measure of a model.
+FEW_TOKENS = 200
+
+
+def documents_text(manifest: Manifest) -> str:
+    """Documents, their lengths, and the shares of tokens that stand for no piece of text."""
+    text = f"{manifest.documents['train']:,} to train on, {manifest.documents['eval']:,} held out"
+    if (counts := manifest.counts) is None:
+        return text
+    tokens = sum(manifest.tokens.values())
+    unknown, byte_tokens = (share(sum(of.values()), tokens) for of in (counts.unknown, counts.byte_tokens))
+    return (
+        f"{text}; median {counts.median['train']:,} tokens, longest {max(counts.longest.values()):,}; "
+        f"{unknown} unknown tokens, {byte_tokens} byte tokens"
+    )
+
+
+def remarks(data: Data) -> list[str]:
+    """What else there is to tell of a text, a line each: what was left out, and what may not be as it was meant."""
+    manifest = data.tokens.manifest
+    lines = [*data.notes, replacement_warning(manifest.replaced_sequences)]
+    if manifest.trained_vocab_size > data.tokenizer.vocab_size:
+        lines.append(
+            f"vocabulary: {manifest.trained_vocab_size:,} was asked for, and the text has pairs for {data.tokenizer.vocab_size:,}"
+        )
+    if not manifest.block_bytes:
+        lines.append(
+            f"{data.source}: these tokens are of an earlier version, without checksums: damage to them would not be noticed"
+        )
+    if (held_out := manifest.tokens["eval"]) < 2:
+        lines.append("nothing is held out: there is no evaluation, and no best step")
+    elif held_out < FEW_TOKENS:
+        lines.append(f"{held_out:,} tokens are held out: the held-out loss says little")
+    if (counts := manifest.counts) is not None:
+        lost, compared, unknown = (
+            sum(of[split] for split in SPLITS) for of in (counts.lost_bytes, counts.compared_bytes, counts.unknown)
+        )
+        lines.append(loss_warning(lost, compared, unknown, counts.lost_examples))
+        if counts.copies:
+            lines.append(
+                f"warning: {counts.copies:,} of {manifest.documents['eval']:,} held-out documents are exact copies of documents to "
+                "train on, so that the held-out loss is too low"
+            )
+    return [line for line in lines if line]
+
+
+def repeats_warning(tokens: int, epochs: float, length: int) -> str:
+    """What to tell of a text of so many tokens that is read so often, in sequences of ``length``; nothing, if that is usual."""
+    lines = []
+    if tokens < length:
+        lines.append(f"the text has {tokens:,} tokens, fewer than a sequence of {length:,}, which repeats it")
+    if epochs >= MANY_EPOCHS:
+        lines.append(
+            f"{tokens:,} tokens are read {epochs:,.0f} times: they will be learnt by heart; give more text, or fewer steps"
+        )
+    return f"warning: {'; '.join(lines)}" if lines else ""
