@@ -1,0 +1,64 @@
+"""The command line of train.py: which of two settings counts, and what fine-tuning begins with."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from llama_jax.config import Config, to_toml
+from llama_jax.errors import UserError
+from llama_jax.training.command import read_command
+from tests import forked
+from tests.commands import SMALL_MODEL, STORIES
+
+
+def test_without_arguments_the_stories_configuration_supplies_all() -> None:
+    config, notes = read_command([])
+    assert config.train.save_dir == "runs/tiny" and config.train.max_steps == 700 and notes == []
+
+
+@pytest.mark.parametrize("argv", [["my.txt"], ["--data.filepath", "my.txt"], ["--train.max-steps", "3", "my.txt"], ["my.txt", "--data.filepath=my.txt"]])  # fmt: skip
+def test_a_text_may_be_given_by_itself(argv: list[str]) -> None:
+    config, notes = read_command(argv)
+    assert config.data.filepath == "my.txt" and notes == []
+
+
+def test_two_texts_are_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.filepath: expected one text, found b\.txt and a\.txt"):
+        read_command(["a.txt", "--data.filepath", "b.txt"])
+    with pytest.raises(UserError, match=r"b\.txt"):
+        read_command(["a.txt", "b.txt"])
+
+
+def test_a_flag_beats_a_key_of_the_file_that_decides_the_same(tmp_path: Path) -> None:
+    config, notes = read_command(["--train.n-epochs", "3"])
+    assert config.train.max_steps is None and config.train.n_epochs == 3
+    assert notes == ["train.max_steps 700 of the file is not used, as --train.n_epochs 3 decides the same"]
+    file = dataclasses.replace(
+        Config(), data=dataclasses.replace(Config().data, filepath="a.txt", tokenizer_model_path="m")
+    )
+    (tmp_path / "c.toml").write_text(to_toml(file))
+    config, notes = read_command(["--config", str(tmp_path / "c.toml"), "--data.vocab-size=300"])
+    assert config.data.tokenizer_model_path == "" and "data.tokenizer_model_path m of the file" in notes[0]
+    config, notes = read_command(["--config", str(tmp_path / "c.toml"), "--data.stories=300"])
+    assert config.data.filepath == "" and "data.filepath a.txt of the file" in notes[0]
+
+
+def test_of_two_flags_that_decide_the_same_the_one_that_does_not_count_is_told() -> None:
+    config, notes = read_command(["--train.n-epochs", "3", "--train.max-steps=5"])
+    assert config.train.max_steps == 5 and "train.n_epochs 3 is not used" in notes[0]
+
+
+def test_fine_tuning_has_settings_of_its_own(tmp_path: Path) -> None:
+    small = [*SMALL_MODEL, *STORIES, "--train.max-steps=2", "--train.eval-iters=1", "--train.batch-size=2"]
+    done = forked.run(["train.py", *small, "--train.save-dir=base"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "my.txt").write_text("the cat sat on the mat and the dog ran to the sea\n" * 100)
+    done = forked.run(["train.py", "my.txt", "--train.init-from=base", "--train.max-steps=2"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "learning rate 2e-05" in done.stdout and "settings of finetune" in done.stdout
+    assert (tmp_path / "runs" / "finetune" / "config.toml").exists()
+    again = forked.run(
+        ["train.py", "my.txt", "--train.init-from=base", "--train.max-steps=3", "--train.lr=1e-4"], tmp_path
+    )
+    assert again.returncode == 0 and "train.lr 2e-05 -> 0.0001" in again.stdout, again.stderr
