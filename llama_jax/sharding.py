@@ -122,8 +122,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 @functools.cache
 def _boxed_shapes(model: nn.Module) -> Any:
-    """The parameters' shapes, each with the names of its axes. Remembered, since many ask, and tracing takes a tenth of a second."""
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    """The parameters' shapes, each with the names of its axes. Remembered, since many ask, and tracing takes a tenth of a second.
+
+    Nothing is made: JAX's backends are not started.
+    """
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
 def parameter_shapes(model: nn.Module) -> Any:

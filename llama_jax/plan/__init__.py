@@ -4,7 +4,6 @@ The step that training or generation runs is compiled for the slice by the TPU's
 time is read off its schedule (cost.py).
 """
 
-import dataclasses
 import math
 import re
 import time
@@ -14,6 +13,8 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
 from llama_jax.cache import CACHE_DTYPES
 from llama_jax.checkpoint import with_shardings
@@ -23,16 +24,25 @@ from llama_jax.generation.decode import DecodeState, decode_chunk, empty_state, 
 from llama_jax.generation.sampling import make_sampler
 from llama_jax.generation.serving import served_shapes, serving_shardings
 from llama_jax.model import Llama
+from llama_jax.plan.apart import CompilerError
 from llama_jax.plan.cost import Schedule, schedule_of
 from llama_jax.plan.hlo import HBM, Program
+from llama_jax.plan.settings import vocabulary, with_vocabulary
 from llama_jax.plan.topology import Topology
+from llama_jax.quantize import bytes_of
 from llama_jax.runtime import generation_options, make_model
-from llama_jax.sharding import check_divisible, make_mesh, on_mesh
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.sharding import check_divisible, describe, make_mesh, on_mesh
 from llama_jax.training.step import batch_shapes, compile_train_step, make_optimizer, state_shapes
 
-# LLaMA 2's, for a configuration whose tokenizer is not made yet.
-VOCAB_SIZE = 32000
+
+@dataclass(frozen=True)
+class Decoding:
+    """What a decoding step makes a token of: ``batch`` sequences, over a cache of ``slots`` tokens each."""
+
+    batch: int
+    slots: int
+    weights: Weights = "auto"
+    cache: Cache = "auto"
 
 
 @dataclass(frozen=True)
@@ -42,12 +52,14 @@ class Plan:
     config: Config
     topology: Topology
     mesh: dict[str, int]
+    dtype: str  # that is computed in
     kernel: str  # of attention
-    bytes: int  # at the fullest moment
+    bytes: int  # at the fullest moment; 0 where it does not fit and the compiler does not say
     bytes_by_part: dict[str, int]
     schedule: Schedule | None
     text: str  # of the compiled program
     compile_seconds: float
+    decoding: Decoding | None = None  # None: a training step
 
     @property
     def chips(self) -> int:
@@ -66,24 +78,37 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Of a training step, over the whole job."""
+        """Of a step, over the whole job."""
+        if self.decoding is not None:
+            return self.decoding.batch
         return self.config.train.batch_size * self.config.model.max_seq_len
 
 
 def resolve(config: Config) -> Config:
-    """The configuration with a vocabulary: its tokenizer's, where it names one, or LLaMA 2's."""
-    if config.model.vocab_size == -1:
-        path = config.data.tokenizer_model_path
-        size = Tokenizer(path).vocab_size if path else VOCAB_SIZE
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    """The configuration with a vocabulary: its tokenizer's, where it names one, or LLaMA 2's. Raises UserError where it is impossible."""
+    config = with_vocabulary(config, int(vocabulary(config).value or 0))
     config.check()
     return config
 
 
-def plan_training(config: Config, topology: Topology) -> Plan:
-    """Compile the training step. Raises UserError where the configuration cannot be laid over the slice."""
+def probe(topology: Topology) -> None:
+    """Compile a small sum over all chips. Raises CompilerError, or ends the process, where the compiler does not know the slice."""
+    devices = topology.devices()
+    sharding = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), ("all",)), PartitionSpec("all"))
+    numbers = jax.ShapeDtypeStruct((8 * len(devices), 128), jnp.float32, sharding=sharding)
+    try:
+        jax.jit(jnp.sum).lower(numbers).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise CompilerError(" ".join(str(error).split())) from None
+
+
+def plan_training(config: Config, topology: Topology, begun: Callable[[], None] = lambda: None) -> Plan:
+    """Compile the training step; ``begun`` is called when all is checked and compiling begins.
+
+    Raises UserError where the configuration cannot be laid over the slice, CompilerError where the compiler fails.
+    """
     config = resolve(config)
-    mesh = make_mesh(config.mesh, topology.devices())
+    mesh = _mesh(config, topology)
     check_divisible(mesh, config.model, config.train)
     train = config.train
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh)
@@ -91,6 +116,7 @@ def plan_training(config: Config, topology: Topology) -> Plan:
     shapes = state_shapes(module, optimizer, mesh)
     parts = {"parameters": _bytes(shapes.params), "optimizer": _bytes(shapes.opt_state)}
     batch = batch_shapes(train, config.model, mesh)
+    begun()
 
     def compile_step() -> jax.stages.Compiled:
         return compile_train_step(module, optimizer, mesh, train.gradient_accumulation_steps, batch)
@@ -98,36 +124,52 @@ def plan_training(config: Config, topology: Topology) -> Plan:
     return _plan(config, topology, mesh, module, parts, compile_step)
 
 
-def plan_decoding(config: Config, topology: Topology, batch: int, slots: int, weights: Weights, cache: Cache) -> Plan:
-    """Compile decoding steps of ``batch`` sequences over a cache of ``slots`` tokens. Raises UserError as plan_training does."""
+def plan_decoding(
+    config: Config, topology: Topology, decoding: Decoding, begun: Callable[[], None] = lambda: None
+) -> Plan:
+    """Compile a decoding step, as plan_training does a training step, and raise what it raises."""
     config = resolve(config)
-    mesh = make_mesh(config.mesh, topology.devices())
+    mesh = _mesh(config, topology)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % rows:
+    if decoding.batch % rows:
         raise UserError(
-            f"--batch: expected a multiple of mesh.data x mesh.fsdp = {rows}, found {batch}; change one of them"
+            f"--batch: expected a multiple of mesh.data x mesh.fsdp = {rows}, found {decoding.batch}; change one of them"
         )
     check_divisible(mesh, config.model)
     module = make_model(config.model, config.train.compute_dtype, mesh=mesh)
-    shapes = served_shapes(module, weights)
+    shapes = served_shapes(module, decoding.weights)
     params = with_shardings(shapes, serving_shardings(shapes, mesh))
-    state = _decode_state(module, mesh, batch, slots, CACHE_DTYPES[cache] or module.dtype)
+    state = _decode_state(module, mesh, decoding)
     parts = {"parameters": _bytes(params), "cache": _bytes((state.cache.k, state.cache.v))}
+    begun()
 
     def compile_step() -> jax.stages.Compiled:
         with on_mesh(mesh):
-            lowered = decode_chunk.lower(module, params, state, steps=1, end=slots)
+            lowered = decode_chunk.lower(module, params, state, steps=1, end=decoding.slots)
             return lowered.compile(compiler_options=generation_options(mesh.devices.flat[0]))
 
-    return _plan(config, topology, mesh, module, parts, compile_step)
+    return _plan(config, topology, mesh, module, parts, compile_step, decoding)
 
 
-def _decode_state(module: Llama, mesh: jax.sharding.Mesh, batch: int, slots: int, cache_dtype: Any) -> DecodeState:
+def _mesh(config: Config, topology: Topology) -> jax.sharding.Mesh:
+    """The mesh of the described devices. Raises UserError where the slice's grid cannot be cut like that."""
+    devices = topology.devices()
+    try:
+        return make_mesh(config.mesh, devices)
+    except (NotImplementedError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"mesh: expected sizes into which a grid of {topology.name} can be cut, found "
+            f"{describe(vars(config.mesh))} ({' '.join(str(error).split())[:160]}); change [mesh]"
+        ) from None
+
+
+def _decode_state(module: Llama, mesh: jax.sharding.Mesh, decoding: Decoding) -> DecodeState:
     """The shapes of what a decoding step hands to the next, each with its sharding."""
 
     def state() -> DecodeState:
-        sampler = make_sampler([([], SampleArgs(), 0)] * batch, module.args.vocab_size)
-        return empty_state(module, sampler, jnp.zeros(batch, jnp.int32), slots, cache_dtype)
+        sampler = make_sampler([([], SampleArgs(), 0)] * decoding.batch, module.args.vocab_size)
+        first, dtype = jnp.zeros(decoding.batch, jnp.int32), CACHE_DTYPES[decoding.cache] or module.dtype
+        return empty_state(module, sampler, first, decoding.slots, dtype)
 
     shapes = jax.eval_shape(state)
     return with_shardings(shapes, state_shardings(shapes, mesh))
@@ -135,27 +177,32 @@ def _decode_state(module: Llama, mesh: jax.sharding.Mesh, batch: int, slots: int
 
 def _plan(
     config: Config, topology: Topology, mesh: jax.sharding.Mesh, module: Llama, parts: dict[str, int],
-    compile_step: Callable[[], jax.stages.Compiled],
+    compile_step: Callable[[], jax.stages.Compiled], decoding: Decoding | None = None,
 ) -> Plan:  # fmt: skip
     began = time.perf_counter()
-    shape, kernel = dict(mesh.shape), str(module.kernel)
+
+    def plan(needed: int, parts: dict[str, int], schedule: Schedule | None, text: str) -> Plan:
+        place = config, topology, dict(mesh.shape), module.dtype.name, str(module.kernel)
+        return Plan(*place, needed, parts, schedule, text, ended - began, decoding)
+
+    ended = began
     try:
         compiled = compile_step()
+        ended = time.perf_counter()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        seconds = time.perf_counter() - began
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
+            raise CompilerError(" ".join(str(error).split())) from None
+        ended = time.perf_counter()
         needed = _needed_bytes(str(error))
-        parts |= {"all else": needed - sum(parts.values())} if needed > sum(parts.values()) else {}
-        return Plan(config, topology, shape, kernel, needed, parts, None, "", seconds)
-    seconds = time.perf_counter() - began
+        rest = {"all else": needed - sum(parts.values())} if needed > sum(parts.values()) else {}
+        return plan(needed, parts | rest, None, "")
     text, memory = cast(str, compiled.as_text()), cast(Any, compiled.memory_analysis())
     program = Program.parse(text)
     peak = memory.peak_memory_in_bytes
-    if kept := _kept_bytes(program, config.model.n_layers):
+    if decoding is None and (kept := _kept_bytes(program, config.model.n_layers)):
         parts |= {"kept for the backward pass": kept}
     parts |= {"temporaries": max(0, peak - sum(parts.values()))}
-    return Plan(config, topology, shape, kernel, peak, parts, schedule_of(program, topology.chip), text, seconds)
+    return plan(peak, parts, schedule_of(program, topology.chip), text)
 
 
 def _needed_bytes(refusal: str) -> int:
@@ -175,5 +222,5 @@ def _kept_bytes(program: Program, layers: int) -> int:
 
 def _bytes(shapes: Any) -> int:
     """Bytes of a tree of shapes on one device."""
-    leaves = jax.tree.leaves(shapes)
-    return sum(math.prod(s.sharding.shard_shape(s.shape)) * jnp.dtype(s.dtype).itemsize for s in leaves)
+    shards = [jax.ShapeDtypeStruct(s.sharding.shard_shape(s.shape), s.dtype) for s in jax.tree.leaves(shapes)]
+    return bytes_of(shards)

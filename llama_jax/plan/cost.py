@@ -50,6 +50,11 @@ class Collective:
     seconds: float
 
 
+def _none_yet() -> list[float]:
+    """Number and bytes of collectives."""
+    return [0.0, 0.0]
+
+
 @dataclass
 class Cost:
     """Of one chip and one run."""
@@ -62,7 +67,7 @@ class Cost:
     kernel_flops: float = 0.0
     parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds of matrix and other, by part
     kernels: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # runs, by name
-    transfers: dict[tuple[str, bool, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+    transfers: dict[tuple[str, bool, int], list[float]] = field(default_factory=lambda: defaultdict(_none_yet))
 
     def add(self, part: "Cost", times: int) -> None:
         """Count ``part`` as often as it runs."""

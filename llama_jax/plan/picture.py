@@ -12,6 +12,15 @@ from llama_jax.sharding import describe
 COLOURS = ("#1b4f72", "#5dade2", "#b9770e", "#f5cba7", "#1e8449", "#abebc6", "#6c3483", "#d2b4de", "#922b21", "#f5b7b1")
 
 
+# What a picture of plan's says of itself.
+MARK = "llama_jax.plan"
+
+
+def is_picture(content: bytes) -> bool:
+    """Whether the beginning of a file is that of a picture which ``draw`` made."""
+    return content.startswith(b"\x89PNG") and MARK.encode() in content
+
+
 def draw(plan: Plan, path: Path) -> None:
     """Write the picture, as PNG."""
     import matplotlib
@@ -38,7 +47,7 @@ def draw(plan: Plan, path: Path) -> None:
     )
     figure.suptitle(f"{plan.topology.name}, {describe(plan.mesh)}")
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=150, format="png", metadata={"Software": MARK})
     plt.close(figure)
 
 

@@ -1,21 +1,25 @@
 """A plan as text and as JSON."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from llama_jax.chips import GiB
-from llama_jax.config import Remat
+from llama_jax.config import Config
+from llama_jax.model import count_parameters
 from llama_jax.plan import Plan
+from llama_jax.plan.advice import Advice
 from llama_jax.plan.cost import BETWEEN_SLICES, KERNEL_EFFICIENCY
+from llama_jax.plan.settings import Found
+from llama_jax.plan.topology import Topology
 from llama_jax.progress import duration
 from llama_jax.sharding import describe
 from llama_jax.training.flops import train_flops_per_token
 
-# Policies that keep less and less for the backward pass.
-LESS_MEMORY: dict[Remat, Remat] = {"none": "dots", "dots": "attention", "attention": "full", "offload": "full"}
+Rows = list[tuple[str, str]]
 
 
-def summary(plan: Plan, tokens: float) -> dict[str, Any]:
-    """What ``--json`` prints of a training step. tokens: of the whole run."""
+def summary(plan: Plan, length: Found) -> dict[str, Any]:
+    """What ``--json`` prints of a training step. length: tokens of the whole run."""
     flops = plan.tokens * train_flops_per_token(plan.config.model)
     chips, chip = plan.chips, plan.topology.chip
     found = {
@@ -27,6 +31,13 @@ def summary(plan: Plan, tokens: float) -> dict[str, Any]:
         "step_seconds": None,
         "mfu": None,
         "tokens_per_second": None,
+        "tokens": length.value,
+        "tokens_from": length.source,
+        "days": None,
+        "chip_hours": None,
+        "topology": plan.topology.name,
+        "attention": plan.kernel,
+        "remat": plan.config.train.remat,
         **_common(plan),
     }
     if plan.schedule is not None:
@@ -36,28 +47,39 @@ def summary(plan: Plan, tokens: float) -> dict[str, Any]:
             "mfu": flops / plan.seconds / (chips * chip.peak_flops),
             "tokens_per_second": rate,
             "tokens_per_second_per_device": rate / chips,
-            "days": tokens / rate / 86400,
-            "chip_hours": tokens / rate / 3600 * chips,
         }
+        if length.value is not None:
+            found |= {"days": length.value / rate / 86400, "chip_hours": length.value / rate / 3600 * chips}
     return found
 
 
-def decode_summary(plan: Plan, batch: int, slots: int) -> dict[str, Any]:
-    """What ``--decode --json`` prints of a decoding step."""
-    read = plan.bytes_by_part["parameters"] + plan.bytes_by_part["cache"]
+def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
+    """What ``--decode --json`` prints of a decoding step. on: the slice that was asked for."""
+    assert plan.decoding is not None
     found = {
         "fits": plan.fits,
         "bytes_per_device": plan.bytes,
         "hbm_per_device": int(plan.topology.chip.hbm_bytes),
-        "batch": batch,
-        "slots": slots,
+        "batch": plan.decoding.batch,
+        "slots": plan.decoding.slots,
+        "weights": plan.decoding.weights,
+        "cache": plan.decoding.cache,
+        "tokens_per_step": plan.decoding.batch,
         "step_seconds": None,
-        "memory_seconds": read / plan.topology.chip.hbm_bandwidth,
+        "memory_seconds": _memory_seconds(plan),
+        "tokens_per_second": None,
+        "topology": on.name,
+        "idle_devices": on.chips - plan.chips,
         **_common(plan),
     }
     if plan.schedule is not None:
-        found |= {"step_seconds": plan.seconds, "tokens_per_second": batch / plan.seconds}
+        found |= {"step_seconds": plan.seconds, "tokens_per_second": plan.tokens / plan.seconds}
     return found
+
+
+def _memory_seconds(plan: Plan) -> float:
+    """Seconds to read parameters and cache once."""
+    return (plan.bytes_by_part["parameters"] + plan.bytes_by_part["cache"]) / plan.topology.chip.hbm_bandwidth
 
 
 def _common(plan: Plan) -> dict[str, Any]:
@@ -88,58 +110,99 @@ def _common(plan: Plan) -> dict[str, Any]:
             "host_bytes": schedule.cost.host_bytes,
         }  # fmt: skip
     return {
-        "topology": plan.topology.name,
         "devices": plan.chips,
         "mesh": plan.mesh,
-        "attention": plan.kernel,
-        "remat": plan.config.train.remat,
+        "compute_dtype": plan.dtype,
+        "vocab_size": plan.config.model.vocab_size,
         "compile_seconds": plan.compile_seconds,
         "parts": parts,
     }
 
 
-def training_text(plan: Plan, tokens: float) -> str:
+def model_rows(config: Config, vocabulary: Found) -> Rows:
+    """What is planned, said before it is compiled."""
+    m = config.model
+    return [
+        (
+            "model",
+            f"{count_parameters(m):,} parameters: dim {m.dim}, {m.n_layers} layers, {m.n_heads} heads, {m.kv_heads} kv heads, "
+            f"context {m.max_seq_len:,}",
+        ),
+        ("vocabulary", f"{m.vocab_size:,}: {vocabulary.source}"),
+    ]
+
+
+def training_text(plan: Plan, length: Found) -> str:
     """What ``plan`` prints of a training step."""
-    rows = _place(plan) + _memory(plan)
-    found = summary(plan, tokens)
+    train, model = plan.config.train, plan.config.model
+    rows = [
+        ("slice", f"{plan.topology.name}, {chips_text(plan.chips)}, mesh: {describe(plan.mesh)}"),
+        (
+            "program",
+            f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}; compiled in {duration(plan.compile_seconds)}",
+        ),
+        *_memory(plan),
+    ]
     if plan.schedule is not None:
-        model = plan.config.model
+        found = summary(plan, length)
         rows += [
-            ("step", f"{plan.seconds * 1e3:,.0f} ms for {plan.tokens:,} tokens of {model.max_seq_len:,} a sequence"),
+            (
+                "step",
+                f"{_number(plan.seconds * 1e3)} ms for {plan.tokens:,} tokens of {model.max_seq_len:,} a sequence",
+            ),
             *_time(plan),
             (
                 "at most",
                 f"{found['mfu']:.1%} of the peak, {found['tokens_per_second']:,.0f} tokens/s, "
                 f"{found['tokens_per_second_per_device']:,.0f} a chip",
             ),
-            ("for", f"{tokens:,.0f} tokens: {found['days']:,.1f} days, {found['chip_hours']:,.0f} chip-hours"),
+            ("for", _length_text(found, length)),
         ]
-    return _table(rows)
+    return table(rows)
 
 
-def decoding_text(plan: Plan, batch: int, slots: int) -> str:
-    """What ``plan --decode`` prints."""
-    rows = _place(plan) + _memory(plan)
-    found = decode_summary(plan, batch, slots)
+def _length_text(found: dict[str, Any], length: Found) -> str:
+    if length.value is None:
+        return f"a run whose length is not known: {length.source}"
+    time = f"{found['days']:,.1f} days" if found["days"] >= 1 else duration(found["days"] * 86400)
+    return f"{length.value:,.0f} tokens ({length.source}): {time}, {_number(found['chip_hours'])} chip-hours"
+
+
+def chips_text(count: int) -> str:
+    """ "1 chip", "4 chips"."""
+    return f"{count:,} chip{'s'[: count != 1]}"
+
+
+def _number(value: float) -> str:
+    """Whole where it is large."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+
+
+def decoding_text(plan: Plan, on: Topology) -> str:
+    """What ``plan --decode`` prints. on: the slice that was asked for."""
+    decoding = plan.decoding
+    assert decoding is not None
+    idle = f" of {on.chips}; {on.chips - plan.chips} are idle" if on.chips > plan.chips else ""
+    weights, cache = (plan.dtype if kind == "auto" else kind for kind in (decoding.weights, decoding.cache))
+    rows = [
+        ("slice", f"{on.name}, {chips_text(plan.chips)}{idle}, mesh: {describe(plan.mesh)}"),
+        ("program", f"{plan.dtype}, weights: {weights}, cache: {cache}; compiled in {duration(plan.compile_seconds)}"),
+        *_memory(plan),
+    ]
     if plan.schedule is not None:
         rows += [
-            ("step", f"{plan.seconds * 1e3:,.2f} ms for {batch} sequences over a cache of {slots:,} tokens"),
+            (
+                "step",
+                f"{plan.seconds * 1e3:,.2f} ms for {decoding.batch} sequences over a cache of {decoding.slots:,} tokens",
+            ),
             *_time(plan),
-            ("memory", f"{found['memory_seconds'] * 1e3:,.2f} ms to read parameters and cache once"),
-            ("at most", f"{found['tokens_per_second']:,.0f} tokens/s"),
+            ("memory", f"{_memory_seconds(plan) * 1e3:,.2f} ms to read parameters and cache once"),
+            ("at most", f"{plan.tokens / plan.seconds:,.0f} tokens/s"),
         ]
-    return _table(rows)
+    return table(rows)
 
 
-def _place(plan: Plan) -> list[tuple[str, str]]:
-    train = plan.config.train
-    return [
-        ("slice", f"{plan.topology.name}, {plan.chips} chips, mesh: {describe(plan.mesh)}"),
-        ("program", f"attention: {plan.kernel}, remat: {train.remat}; compiled in {duration(plan.compile_seconds)}"),
-    ]
-
-
-def _memory(plan: Plan) -> list[tuple[str, str]]:
+def _memory(plan: Plan) -> Rows:
     room = f"{plan.topology.chip.hbm_bytes / GiB:.2f} GiB a chip"
     if plan.schedule is None:
         needed = f"{plan.bytes / GiB:.2f} GiB" if plan.bytes else "more"
@@ -147,23 +210,31 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     else:
         verdict = "fits:" if plan.fits else "DOES NOT FIT:"
         rows = [("memory", f"{verdict} {plan.bytes / GiB:.2f} of {room}")]
-    rows += [("", f"{size / GiB:8.2f} GiB  {part}") for part, size in plan.bytes_by_part.items()]
-    return rows if plan.fits else [*rows, ("change", advice(plan))]
+    return rows + [("", f"{size / GiB:8.2f} GiB  {part}") for part, size in plan.bytes_by_part.items()]
 
 
-def advice(plan: Plan) -> str:
-    """What to change where a step does not fit."""
-    train = plan.config.train
-    state = sum(plan.bytes_by_part.get(name, 0) for name in ("parameters", "optimizer", "cache"))
-    split = f"--train.gradient-accumulation-steps {2 * train.gradient_accumulation_steps}"
-    if state > plan.topology.chip.hbm_bytes / 2:
-        return "parameters and optimizer fill the chips: spread them (--mesh.fsdp, --mesh.tensor), or take more chips"
-    if train.remat in LESS_MEMORY:
-        return f"--train.remat {LESS_MEMORY[train.remat]}, or {split}"
-    return f"{split}, or more chips"
+def advice_rows(on: Topology, advice: Sequence[Advice]) -> Rows:
+    """What to change where a step does not fit, on the slice ``on``."""
+    room = on.chip.hbm_bytes / GiB
+    rows = []
+    if not any(a.topology == on.name for a in advice):
+        rows.append(f"no settings were found that fit on {on.name}")
+    for a in advice:
+        size = f"{a.bytes / GiB:.2f}"
+        if a.verified:
+            rows.append(
+                f"{a.flags}: fits, {size} of {room:.2f} GiB a chip, {_number((a.seconds or 0) * 1e3)} ms a step (compiled)"
+            )
+        else:
+            rows.append(f"{a.flags}: about {size} GiB a chip (estimated, not compiled)")
+    if not advice:
+        rows.append(
+            "no slice holds it, by estimate: make the model, the context or the batch smaller, or the batch a multiple of more chips"
+        )
+    return [("change" if i == 0 else "", row) for i, row in enumerate(rows)]
 
 
-def _time(plan: Plan) -> list[tuple[str, str]]:
+def _time(plan: Plan) -> Rows:
     schedule = plan.schedule
     assert schedule is not None
     cost = schedule.cost
@@ -179,6 +250,13 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
     ]
     if cost.kernels:
         rows.append(row(schedule.kernels, f"kernels, taken at {KERNEL_EFFICIENCY:.0%} of the peak: {kernels}"))
+    if cost.host_bytes:
+        rows.append(
+            (
+                "",
+                f"       ? ms   {cost.host_bytes / 1e9:,.1f} GB to and from the host's memory, whose time is not counted",
+            )
+        )
     if schedule.waiting:
         rows.append(row(schedule.waiting, "more for the network between slices"))
     if schedule.waiting_for_memory:
@@ -196,5 +274,6 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def table(rows: Rows) -> str:
+    """Names and texts in two columns."""
     return "\n".join(f"{name:>10}  {text}".rstrip() for name, text in rows)

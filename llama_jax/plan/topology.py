@@ -3,11 +3,12 @@
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from llama_jax.chips import TPUS, Chip
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, quoted
 
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, or 2 slices as 2xv5e:16x16"
 # What libtpu asks of its surroundings, where there is neither a TPU nor a server that describes one.
@@ -23,6 +24,30 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+# The slices that Google's page of each version lists, smallest first. Of v4 and v5p, larger ones are made of cubes of 4x4x4.
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_CUBES = (
+    (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16),
+    (16, 16, 16),
+)  # fmt: skip
+SLICES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "v4": _CUBES,
+    "v5e": _FLAT,
+    "v5p": (*_CUBES, (16, 16, 24)),
+    "v6e": _FLAT,
+}
+CUBE = 4
+# Chips of one host.
+HOST_CHIPS = {"v4": 4, "v5e": 8, "v5p": 4, "v6e": 8}
+# Google's names of slices, "v5p-16", count the cores of the older versions, of which a chip has two.
+CORES = {"v4": 2, "v5p": 2}
+ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
+# More chips than anybody has had in one job; to describe more takes minutes.
+MOST_CHIPS = 100_000
+
+_GRID = re.compile(r"(?:([0-9]{1,9})x)?(v[0-9]+[a-z]*):([0-9]{1,9}(?:x[0-9]{1,9})*)")
+_TYPE = re.compile(r"(v[0-9]+[a-z]*)[-:]([0-9]{1,9})")
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -34,24 +59,32 @@ class Topology:
     slices: int = 1
 
     @classmethod
-    def parse(cls, name: str) -> "Topology":
-        """Raises UserError where ``name`` is no topology."""
-        found = re.fullmatch(r"(?:(\d+)x)?(v\d+[a-z]*):(\d+(?:x\d+)*)", name.strip())
-        if not found or found[2] not in TPUS:
+    def parse(cls, text: str) -> "Topology":
+        """The topology that ``text`` names, in whatever case and with whatever spaces. Raises UserError where it names none."""
+        plain = re.sub(r"\s+", "", text).lower().replace("\N{MULTIPLICATION SIGN}", "x")
+        found = _GRID.fullmatch(plain)
+        version = ALIASES.get(found[2], found[2]) if found else ""
+        if not found or version not in TPUS or found[3].isdigit():
+            raise UserError(f"--topology: {_expected(plain)}, found {quoted(text)}; versions: {', '.join(TPUS)}")
+        grid, slices, axes = tuple(map(int, found[3].split("x"))), int(found[1] or 1), TPUS[version].torus_axes
+        if len(grid) != axes or 0 in grid or slices == 0:
+            proposed = _names(version, math.prod(grid)) if 0 not in grid else EXAMPLES
             raise UserError(
-                f"--topology: expected a version and a grid such as {EXAMPLES}, found {name!r}; versions: {', '.join(TPUS)}"
+                f"--topology: expected a grid of {axes} sizes for {version}, found {quoted(text)}; such as {proposed}"
             )
-        grid, axes = tuple(map(int, found[3].split("x"))), TPUS[found[2]].torus_axes
-        if len(grid) != axes or 0 in grid or found[1] == "0":
+        if slices > 1 and TPUS[version].slice_bytes is None:
             raise UserError(
-                f"--topology: expected a grid of {axes} sizes for {found[2]}, found {name!r}; such as {EXAMPLES}"
+                f"--topology: expected one slice of {version}, found {quoted(text)}; the network between its slices is not published"
             )
-        slices = int(found[1] or 1)
-        if slices > 1 and TPUS[found[2]].slice_bytes is None:
-            raise UserError(
-                f"--topology: expected one slice of {found[2]}, found {name!r}; the network between its slices is not published"
-            )
-        return cls(name, found[2], grid, slices)
+        topology = cls.of(version, grid, slices)
+        topology._check_size()
+        return topology
+
+    @classmethod
+    def of(cls, version: str, grid: tuple[int, ...], slices: int = 1) -> "Topology":
+        """The topology with its usual name."""
+        name = f"{version}:{'x'.join(map(str, grid))}"
+        return cls(name if slices == 1 else f"{slices}x{name}", version, grid, slices)
 
     @property
     def chips(self) -> int:
@@ -63,6 +96,44 @@ class Topology:
         """What one of its chips can do."""
         return TPUS[self.version]
 
+    @property
+    def is_offered(self) -> bool:
+        """Whether Google's tables have such a slice, in any orientation."""
+        grid = tuple(sorted(self.grid))
+        listed = {tuple(sorted(slice_)) for slice_ in SLICES[self.version]}
+        cubes = self.chip.torus_axes == 3 and not any(size % CUBE for size in grid)
+        return grid in listed or cubes
+
+    @property
+    def nearest(self) -> str:
+        """Names of the offered slices that have about as many chips."""
+        return _names(self.version, math.prod(self.grid))
+
+    def parts(self) -> list["Topology"]:
+        """Itself, and the slices and parts of a host that an offered one can be cut into, smallest first."""
+        if self.slices > 1 or not self.is_offered:
+            return [self]
+        room, chips = sorted(self.grid), self.chips
+        ones = (1,) * len(room)
+        smaller = [
+            Topology.of(self.version, grid)
+            for grid in dict.fromkeys([ones, (*ones[1:], 2), *SLICES[self.version]])
+            if chips > math.prod(grid)
+            and chips % math.prod(grid) == 0
+            and all(part <= size for part, size in zip(sorted(grid), room, strict=True))
+        ]
+        return [*smaller, self]
+
+    def larger(self) -> Iterator["Topology"]:
+        """Offered slices that hold more: of the same version, as many slices of more chips; then of versions with more memory a chip."""
+        for grid in SLICES[self.version]:
+            if math.prod(grid) > math.prod(self.grid):
+                yield Topology.of(self.version, grid, self.slices)
+        room = {version: chip.hbm_bytes for version, chip in TPUS.items() if chip.hbm_bytes > self.chip.hbm_bytes}
+        for version in sorted(room, key=lambda version: room[version]):
+            for grid in SLICES[version]:
+                yield Topology.of(version, grid)
+
     def devices(self) -> list[Any]:
         """JAX devices to compile for, in the order in which make_mesh wants them.
 
@@ -71,14 +142,14 @@ class Topology:
         from jax.experimental import topologies
 
         # A full ring closes: every side of 16 of a flat slice, every side of 4 or its multiples of a cube.
-        full = 16 if self.chip.torus_axes == 2 else 4
+        full = 16 if self.chip.torus_axes == 2 else CUBE
         options: dict[str, Any] = {
             "wrap": tuple(size % full == 0 for size in self.grid) + (False,) * (3 - len(self.grid))
         }
         if self.chip.torus_axes == 3:
             options["chip_config_name"] = "megacore"
         bounds = [min(2, self.grid[0]), min(2, self.grid[1]), 1]
-        name = f"{self.version}:{'x'.join(map(str, self.grid))}"
+        name = Topology.of(self.version, self.grid).name
         try:
             described = topologies.get_topology_desc(
                 platform="tpu", topology_name=name, chips_per_host_bounds=bounds, num_slices=self.slices, **options
@@ -88,11 +159,52 @@ class Topology:
                 raise UserError(
                     "plan: expected the TPU compiler, found no libtpu; install it with: pip install -e '.[tpu]'"
                 ) from None
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"--topology: expected a slice that exists, such as {EXAMPLES}, found {self.name}: {reason}"
-            ) from None
+            raise self.refused(str(error)) from None
         return list(described.devices)
+
+    def refused(self, reason: str) -> UserError:
+        """The error to raise where the TPU's compiler does not take the slice."""
+        return UserError(
+            f"--topology: expected a slice that the TPU compiler knows, such as {self.nearest}, found {self.name}: "
+            f"{' '.join(reason.split())[:200]}"
+        )
+
+    def _check_size(self) -> None:
+        most = max(SLICES[self.version], key=math.prod)
+        if math.prod(self.grid) > math.prod(most):
+            largest = Topology.of(self.version, most)
+            several = Topology.of(self.version, most, -(-math.prod(self.grid) // math.prod(most)))
+            more = f", or {several.name}" if self.chip.slice_bytes and several.chips <= MOST_CHIPS else ""
+            raise UserError(
+                f"--topology: expected at most {largest.chips:,} chips a slice of {self.version}, found {self.name}, "
+                f"{math.prod(self.grid):,}; take {largest.name}{more}"
+            )
+        if self.chips > MOST_CHIPS:
+            raise UserError(
+                f"--topology: expected at most {MOST_CHIPS:,} chips in all, found {self.name}, {self.chips:,}; take fewer slices"
+            )
+
+
+def _expected(plain: str) -> str:
+    """What is expected instead of ``plain``, which is no version with a grid: the grid, where it counts chips or cores."""
+    usual = f"expected a version and a grid such as {EXAMPLES}"
+    found = _TYPE.fullmatch(plain.removeprefix("tpu-"))
+    version = ALIASES.get(found[1], found[1]) if found else ""
+    if not found or version not in TPUS:
+        return usual
+    cores = CORES.get(version, 1) if "-" in plain else 1
+    chips = max(1, int(found[2]) // cores)
+    counted = f"{chips:,} chip{'s'[: chips > 1]}" + (f", {found[2]} cores" if cores > 1 else "")
+    return f"expected a version and a grid, here {_names(version, chips)} ({counted})"
+
+
+def _names(version: str, chips: int) -> str:
+    """Names of the offered slices with this many chips, or else of the next smaller and the next larger one."""
+    sizes = {math.prod(grid): Topology.of(version, grid).name for grid in SLICES[version]}
+    if chips in sizes:
+        return sizes[chips]
+    below, above = [size for size in sizes if size < chips], [size for size in sizes if size > chips]
+    return " or ".join(f"{sizes[size]} of {size:,} chips" for size in [*below[-1:], *above[:1]])
 
 
 def _has_libtpu() -> bool:

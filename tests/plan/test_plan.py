@@ -1,6 +1,9 @@
 """The plan command: what it says of a small model on a small slice, and of what cannot be planned."""
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 from llama_jax.chips import TPUS
 from llama_jax.config import Config, MeshArgs, ModelArgs, TrainArgs, to_toml
 from llama_jax.errors import UserError
-from llama_jax.plan import _needed_bytes
+from llama_jax.plan import Decoding, __main__, _needed_bytes, command, plan_decoding
 from llama_jax.plan.cost import schedule_of
 from llama_jax.plan.hlo import Program
 from llama_jax.plan.topology import Topology
@@ -19,53 +22,70 @@ from llama_jax.training.flops import train_flops_per_token
 from tests import forked
 from tests.plan import ENVIRONMENT, needs_libtpu
 
-MODEL = ModelArgs(dim=256, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=512, multiple_of=128, max_seq_len=256)
-TRAIN = TrainArgs(batch_size=8, remat="attention", max_steps=10)
+ROOT = Path(__file__).parents[2]
+MODEL = ModelArgs(dim=256, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=256, multiple_of=128, max_seq_len=128)
+TRAIN = TrainArgs(batch_size=4, remat="attention", max_steps=10)
 CONFIG = Config(MODEL, train=TRAIN, mesh=MeshArgs(data=1, fsdp=4))
+TINY = ModelArgs(dim=128, n_layers=2, n_heads=1, vocab_size=128, multiple_of=128, max_seq_len=128)
 
 
 def plan(folder: Path, *flags: str, config: Config = CONFIG) -> Any:
+    """The command as users start it."""
     (folder / "c.toml").write_text(to_toml(config))
     return subprocess.run(
         [sys.executable, "-m", "llama_jax.plan", "--config", str(folder / "c.toml"), "--output", "", *flags],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        cwd=Path(__file__).parents[2],
-        timeout=500,
-    )
+        capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=500,
+    )  # fmt: skip
 
 
-def refused(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    (folder / "c.toml").write_text(to_toml(CONFIG))
-    return forked.run(
-        ["-m", "llama_jax.plan", "--config", str(folder / "c.toml"), *flags], folder, environment=ENVIRONMENT
-    )
+def forked_plan(
+    folder: Path, *flags: str, config: Config = CONFIG, module: tuple[str, ...] = ("llama_jax.plan",)
+) -> subprocess.CompletedProcess[str]:
+    """The command in a fork, which need not import JAX."""
+    (folder / "c.toml").write_text(to_toml(config))
+    argv = ["-m", *module, "--config", str(folder / "c.toml"), *flags]
+    return forked.run(argv, folder, environment=ENVIRONMENT | {"PYTHONPATH": os.fspath(ROOT)})
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The JSON of the small model on four chips, with the folder that holds the program's text and the picture."""
+    """The JSON of the small model on four chips, with the folder that holds the program's text and the picture, and with what was
+    said on standard error."""
     folder = tmp_path_factory.mktemp("plan")
     done = plan(
         folder, "--topology", "v5e:2x2", "--json", "--hlo", str(folder / "o.hlo"), "--output", str(folder / "p.png")
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = done.stdout.splitlines()
-    return json.loads(line) | {"folder": folder}
+    return json.loads(line) | {"folder": folder, "said": done.stderr}
 
 
 @needs_libtpu
 def test_a_step_that_fits_is_told_with_its_size_and_speed(planned: dict[str, Any]) -> None:
-    assert planned["fits"] is True
+    assert planned["fits"] is True and planned["advice"] == []
     assert planned["hbm_per_device"] == int(TPUS["v5e"].hbm_bytes)
-    assert planned["tokens_per_step"] == 8 * 256
-    assert planned["flops_per_step"] == pytest.approx(8 * 256 * train_flops_per_token(MODEL))
+    assert planned["tokens_per_step"] == 4 * 128
+    assert planned["flops_per_step"] == pytest.approx(4 * 128 * train_flops_per_token(MODEL))
     peak = 4 * TPUS["v5e"].peak_flops
     assert planned["mfu"] == pytest.approx(planned["flops_per_step"] / planned["step_seconds"] / peak)
-    assert planned["tokens_per_second"] == pytest.approx(8 * 256 / planned["step_seconds"])
-    assert planned["days"] == pytest.approx(2e12 / planned["tokens_per_second"] / 86400)
+    assert planned["tokens_per_second"] == pytest.approx(4 * 128 / planned["step_seconds"])
     assert (planned["attention"], planned["devices"], planned["mesh"]["fsdp"]) == ("splash", 4, 4)
+    assert planned["compute_dtype"] == "bfloat16"
+
+
+@needs_libtpu
+def test_days_and_chip_hours_are_those_of_the_configurations_own_steps(planned: dict[str, Any]) -> None:
+    seconds = 10 * planned["step_seconds"]
+    assert planned["tokens"] == 10 * 4 * 128 and "max_steps" in planned["tokens_from"]
+    assert planned["days"] == pytest.approx(seconds / 86400)
+    assert planned["chip_hours"] == pytest.approx(4 * seconds / 3600)
+
+
+@needs_libtpu
+def test_beside_json_all_that_is_said_goes_to_standard_error(planned: dict[str, Any]) -> None:
+    said = planned["said"]
+    assert "vocabulary  256" in said and "compiling" in said
+    assert str(planned["folder"] / "o.hlo") in said and str(planned["folder"] / "p.png") in said
 
 
 @needs_libtpu
@@ -83,7 +103,7 @@ def test_the_parts_add_up(planned: dict[str, Any]) -> None:
 
 @needs_libtpu
 def test_parameters_and_optimizer_take_a_quarter_on_each_of_four_chips(planned: dict[str, Any]) -> None:
-    D, K, H, F, V, L = 256, 1, 128, MODEL.hidden_dim, 512, 2
+    D, K, H, F, V, L = 256, 1, 128, MODEL.hidden_dim, 256, 2
     matrices = L * (2 * D * D + 2 * D * K * H + 3 * D * F) + 2 * V * D
     norms = (2 * L + 1) * D
     assert planned["parts"]["bytes"]["parameters"] == matrices + 4 * norms  # a quarter of 4 bytes each; norms are whole
@@ -122,9 +142,13 @@ def test_the_picture_is_a_png(planned: dict[str, Any]) -> None:
 
 @needs_libtpu
 def test_a_decoding_step_is_set_against_the_reading_of_its_bytes(tmp_path: Path) -> None:
-    done = plan(tmp_path, "--topology", "v5e:2x2", "--decode", "--batch", "4", "--slots", "512", "--json")
+    """Of the configuration, the mesh is for training: one head of keys lies on a chip, the sequences on four."""
+    done = forked_plan(tmp_path, "--output=", "--topology=v5e:2x2", "--decode", "--batch=4", "--slots=512", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
+    assert found["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1, "sequence": 1}
+    assert "[mesh] in the file is for training" in done.stderr and "--mesh.data 4" in done.stderr
+    assert "more than the model's context, 128" in done.stderr
     cache = 2 * MODEL.n_layers * 1 * 512 * 1 * 128 * 2  # a sequence a chip, bfloat16
     assert found["parts"]["bytes"]["cache"] == cache
     read = cache + found["parts"]["bytes"]["parameters"]
@@ -134,18 +158,105 @@ def test_a_decoding_step_is_set_against_the_reading_of_its_bytes(tmp_path: Path)
 
 
 @needs_libtpu
-def test_a_step_that_does_not_fit_is_told_with_what_to_change(tmp_path: Path) -> None:
-    large = ModelArgs(dim=4096, n_layers=8, n_heads=32, vocab_size=32000, multiple_of=256, max_seq_len=1024)
-    config = Config(large, train=TrainArgs(batch_size=4, remat="none"), mesh=MeshArgs(data=4))
-    done = plan(tmp_path, "--topology", "v5e:2x2", "--json", config=config)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_heads_are_spread_for_decoding_and_the_cache_is_no_longer_than_the_context(tmp_path: Path) -> None:
+    model = ModelArgs(dim=256, n_layers=1, n_heads=4, vocab_size=256, multiple_of=128, max_seq_len=256)
+    done = forked_plan(
+        tmp_path,
+        "--output=",
+        "--topology=v5e:2x4",
+        "--decode",
+        "--batch=1",
+        "--json",
+        config=Config(model, mesh=MeshArgs(1, -1)),
+    )
     found = json.loads(done.stdout)
-    assert found["fits"] is False and found["step_seconds"] is None
+    assert found["fits"] and found["slots"] == 256
+    assert found["devices"] == found["mesh"]["tensor"] and found["idle_devices"] == 8 - found["devices"] >= 4
+
+
+@needs_libtpu
+@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
+def test_the_parameters_are_as_large_as_the_program_takes_them(weights: Any) -> None:
+    """Four bits a number for int4, as they lie in a chip's memory."""
+    model = ModelArgs(dim=512, n_layers=2, n_heads=4, vocab_size=512, multiple_of=128, max_seq_len=256)
+
+    def compiled(begun: Any) -> Any:
+        found = plan_decoding(
+            Config(model, mesh=MeshArgs(data=1)), Topology.parse("v5e:1x1"), Decoding(1, 256, weights)
+        )
+        program = Program.parse(found.text)
+        given = sum(i.size for i in program.computations[program.entry] if i.opcode == "parameter")
+        return given, found.bytes_by_part
+
+    given, parts = command.run_apart(in_environment(compiled))
+    assert given == pytest.approx(parts["parameters"] + parts["cache"], rel=0.02)
+
+
+def in_environment(function: Any) -> Any:
+    """``function``, in an environment in which the TPU's compiler starts."""
+
+    def run(begun: Any) -> Any:
+        os.environ.update(ENVIRONMENT | __main__.ENVIRONMENT)
+        return function(begun)
+
+    return run
+
+
+LARGE = ModelArgs(dim=4096, n_layers=8, n_heads=32, vocab_size=32000, multiple_of=256, max_seq_len=1024)
+WIDE = ModelArgs(dim=16384, n_layers=1, n_heads=128, vocab_size=1024, multiple_of=128, max_seq_len=4096)
+
+
+@needs_libtpu
+def test_a_step_that_does_not_fit_ends_with_status_1_and_what_would_fit(tmp_path: Path) -> None:
+    config = Config(LARGE, train=TrainArgs(batch_size=4, max_steps=7), mesh=MeshArgs(data=4))
+    hlo = tmp_path / "o.hlo"
+    done = plan(tmp_path, "--topology", "v5e:2x2", "--json", "--advice", "0", "--hlo", str(hlo), config=config)
+    assert done.returncode == 1, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["fits"] is False and found["step_seconds"] is None and found["days"] is None
     assert found["parts"]["bytes"]["optimizer"] > found["hbm_per_device"] / 2
     assert found["bytes_per_device"] == pytest.approx(sum(found["parts"]["bytes"].values()))
     assert found["bytes_per_device"] > found["parts"]["bytes"]["optimizer"] * 1.5
-    text = plan(tmp_path, "--topology", "v5e:2x2", config=config).stdout
-    assert "DOES NOT FIT" in text and "--mesh.fsdp" in text
+    (advice,) = found["advice"]
+    assert "--mesh.fsdp" in advice["flags"] and advice["verified"] is False
+    assert advice["bytes_per_device"] < found["hbm_per_device"] and advice["topology"] == "v5e:2x2"
+    assert not hlo.exists() and "is not written" in done.stderr
+
+
+@needs_libtpu
+def test_what_is_advised_fits(tmp_path: Path) -> None:
+    """On a chip of 30 MB, the advice that was compiled, typed, makes the step fit; no advice to halve the batch forever."""
+    config = Config(TINY, train=TrainArgs(batch_size=8, max_steps=7), mesh=MeshArgs(data=1, fsdp=-1))
+    small = "tests.plan.small_chip", "30"
+    done = forked_plan(tmp_path, "--output=", "--topology=v5e:1x1", config=config, module=small)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = re.findall(r"change  (.*)", done.stdout)
+    flags, _, verdict = line.partition(": ")
+    assert "DOES NOT FIT" in done.stdout and "(compiled)" in verdict and f"trying {flags}" in done.stdout
+    again = forked_plan(
+        tmp_path, "--output=", "--topology=v5e:1x1", "--json", *shlex.split(flags), config=config, module=small
+    )
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["fits"]
+
+
+@needs_libtpu
+def test_a_decoding_step_that_does_not_fit_is_advised_for_decoding(tmp_path: Path) -> None:
+    flags = ["--topology=v5e:1x1", "--decode", "--batch=64", "--slots=4096", "--output="]
+    done = forked_plan(tmp_path, *flags, "--advice=1", config=Config(WIDE))
+    assert done.returncode == 1, done.stdout + done.stderr
+    change = done.stdout[done.stdout.index("change") :].splitlines()
+    assert re.fullmatch(r"change  --cache int8: fits, .* \(compiled\)", change[0])
+    assert "--batch 32: about" in change[1] and "--train" not in done.stdout
+
+
+@needs_libtpu
+def test_a_search_that_finds_nothing_ends_with_status_1_and_the_smallest_slice(tmp_path: Path) -> None:
+    config = Config(LARGE, train=TrainArgs(batch_size=1, max_steps=7))
+    done = forked_plan(tmp_path, "--topology=v5e:1x1", "--search", "--json", config=config)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (only,) = json.loads(done.stdout)
+    assert only["fits"] is False and only["advice"][0]["flags"].startswith("--topology v5e:")
 
 
 @pytest.mark.parametrize(
@@ -162,13 +273,13 @@ def test_what_the_compiler_needs_is_read_from_its_refusal(refusal: str, needed: 
 
 @needs_libtpu
 def test_a_search_ranks_what_it_compiled(tmp_path: Path) -> None:
-    small = ["--model.n-layers=1", "--model.vocab-size=256", "--model.max-seq-len=128"]
-    done = plan(tmp_path, "--topology", "v5e:2x2", *small, "--search", "--compiles", "2", "--json")
+    config = Config(TINY, train=TrainArgs(batch_size=4, max_steps=7))
+    done = forked_plan(tmp_path, "--topology=v5e:2x2", "--search", "--compiles=2", "--json", config=config)
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = json.loads(done.stdout)
     assert first["fits"] and second["fits"] and first["step_seconds"] <= second["step_seconds"]
     assert first["flags"] != second["flags"]
-    again = plan(tmp_path, "--topology", "v5e:2x2", *small, "--json", *first["flags"].split())
+    again = forked_plan(tmp_path, "--topology=v5e:2x2", "--output=", "--json", *first["flags"].split(), config=config)
     assert json.loads(again.stdout)["step_seconds"] == pytest.approx(first["step_seconds"])
 
 
@@ -176,17 +287,15 @@ def test_a_search_ranks_what_it_compiled(tmp_path: Path) -> None:
     ("flags", "parts"),
     [
         (["--topology", "v9:2x2"], ["--topology", "v5e:16x16", "'v9:2x2'"]),
-        (["--topology", "v5e:2x2x2"], ["--topology", "2 sizes", "'v5e:2x2x2'"]),
-        (["--topology", "v5p:4x4"], ["--topology", "3 sizes"]),
-        (["--topology", "v5e:0x4"], ["--topology", "v5e:0x4"]),
-        (["--topology", "2xv4:2x2x1"], ["--topology", "one slice of v4"]),
+        (["--topology", "v5e-16"], ["--topology", "v5e:4x4"]),
         (["--topology", ""], ["--topology", "found none"]),
         (["--topology", "v5e:2x2", "--slots", "0"], ["--slots", "found 0"]),
         (["--topology", "v5e:2x2", "--train.remat", "all"], ["--train.remat", "'all'"]),
+        (["--topology", "v5e:2x2", "--hlo", "c.toml"], ["--hlo", "c.toml"]),
     ],
 )
 def test_what_cannot_be_planned_is_told_in_one_line(tmp_path: Path, flags: list[str], parts: list[str]) -> None:
-    done = refused(tmp_path, *flags)
+    done = forked_plan(tmp_path, *flags)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and all(part in done.stderr for part in parts), done.stderr
 
@@ -195,18 +304,36 @@ def test_what_cannot_be_planned_is_told_in_one_line(tmp_path: Path, flags: list[
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--topology", "v5e:3x5"], ["--topology", "v5e:3x5"]),
+        (["--topology", "v5e:3x5"], ["--topology", "v5e:3x5", "v5e:2x4 of 8 chips or v5e:4x4 of 16 chips"]),
+        (["--topology", "v5e:10x10"], ["--topology", "v5e:10x10", "v5e:8x8"]),  # the compiler says so
+        (["--topology", "v5e:2x32"], ["--topology", "v5e:2x32", "v5e:8x8", "Check failed"]),  # it ends its process
+        (["--topology", "v5e:2x32", "--decode"], ["--topology", "v5e:2x32", "v5e:8x8"]),
         (["--topology", "v5e:2x4"], ["mesh", "8 devices", "fsdp 4"]),
         (["--topology", "v5e:2x2", "--train.batch-size", "6"], ["train.batch_size", "found 6"]),
         (["--topology", "v5e:2x2", "--mesh.fsdp", "1", "--mesh.tensor", "4"], ["model.n_heads", "found 2"]),
         (["--topology", "v5e:2x2", "--train.attention", "cudnn"], ["train.attention", "NVIDIA GPU", "tpu"]),
-        (["--topology", "v5e:2x2", "--decode", "--batch", "3"], ["--batch", "found 3"]),
+        (["--topology", "v5e:2x2", "--decode", "--batch", "3", "--mesh.data", "4"], ["--batch", "found 3"]),
     ],
 )
 def test_what_the_slice_cannot_do_is_told_in_one_line(tmp_path: Path, flags: list[str], parts: list[str]) -> None:
-    done = refused(tmp_path, *flags)
-    assert done.returncode == 2
+    done = forked_plan(tmp_path, *flags, "--json")
+    assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and all(part in done.stderr for part in parts), done.stderr
+
+
+def test_a_fault_of_plans_own_does_not_look_like_a_step_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Any) -> int:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(command, "run", fail)
+    monkeypatch.setattr(sys, "argv", ["plan", "--topology", "v5e:2x2"])
+    for name in __main__.ENVIRONMENT:
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    with pytest.raises(SystemExit) as stop:
+        __main__.main()
+    assert stop.value.code == __main__.EX_SOFTWARE and "a fault" in capsys.readouterr().err
 
 
 def test_without_the_tpu_compiler_the_way_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,248 @@
+"""What ``python -m llama_jax.plan`` does: say what is planned, compile it, say what was found, and advise."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llama_jax.config import Config, MeshArgs
+from llama_jax.errors import UserError
+from llama_jax.plan import Decoding, Plan, plan_decoding, plan_training, probe, report
+from llama_jax.plan.advice import Advice, advise_decoding, advise_training, smallest_slice
+from llama_jax.plan.apart import CompilerError, run_apart
+from llama_jax.plan.arguments import Request
+from llama_jax.plan.decoding import Layout, fewest_chips, lay_out
+from llama_jax.plan.outputs import Outputs
+from llama_jax.plan.report import Rows
+from llama_jax.plan.search import Search, ranked, ratio, row_text
+from llama_jax.plan.settings import run_tokens, vocabulary, with_vocabulary
+from llama_jax.plan.topology import HOST_CHIPS, Topology
+from llama_jax.progress import duration
+from llama_jax.sharding import describe
+
+FITS, DOES_NOT_FIT = 0, 1
+# Seconds between two lines that say that the compiler is still at work.
+BEAT = 30
+HOW_LONG = "compiling: seconds for a small model, 1 to 5 minutes for a large one"
+
+
+class Console:
+    """Says what happens: on standard output, or, where that carries JSON, on standard error."""
+
+    def __init__(self, as_json: bool):
+        self._stream = sys.stderr if as_json else sys.stdout
+
+    def say(self, rows: Rows) -> None:
+        """Print rows of a name and a text."""
+        self.print(report.table(rows))
+
+    def print(self, line: str) -> None:
+        """Print a line as it is."""
+        print(line, file=self._stream, flush=True)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[Callable[[float], None]]:
+        """Yields what is to be told, now and then, for how many seconds the compiler has been at work."""
+        terminal, told = self._stream.isatty(), 0.0
+
+        def beat(seconds: float) -> None:
+            nonlocal told
+            if seconds - told >= (1 if terminal else BEAT):
+                told = seconds
+                line = report.table([("", f"compiling for {duration(seconds)} so far")])
+                print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=self._stream, flush=True)
+
+        try:
+            yield beat
+        finally:
+            if terminal and told:
+                print("\r\x1b[K", end="", file=self._stream, flush=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A step to plan, with what is said before it is compiled, and how it is told and mended."""
+
+    config: Config
+    topology: Topology
+    decoding: Decoding | None
+    before: Rows
+    summary: Callable[[Plan], dict[str, Any]]
+    text: Callable[[Plan], str]
+    advise: Callable[[Plan], Iterator[Advice]]
+
+
+def run(request: Request) -> int:
+    """Plan what was asked for; returns the exit status. Raises UserError where it cannot be planned."""
+    args, topology = request.args, request.topology
+    found = vocabulary(request.config, "data.vocab_size" in request.stated)
+    request = dataclasses.replace(request, config=with_vocabulary(request.config, int(found.value or 0)))
+    request.config.check()
+    console, before = Console(args.json), report.model_rows(request.config, found)
+    if request.file is None:
+        before.append(("", "no --config: settings are the defaults and what flags say"))
+    if not topology.is_offered:
+        _check_slice(topology)
+        before.append(("slice", f"{topology.name} is none that Google's tables list; the nearest: {topology.nearest}"))
+    if args.search:
+        return _search(request, console, before)
+    outputs = Outputs.check(args.hlo, args.output, "output" in request.given)
+    task = (_decoding if args.decode else _training)(request, console)
+    return _plan(task, request, console, before + task.before, outputs)
+
+
+def _check_slice(topology: Topology) -> None:
+    """Raise UserError where the compiler does not know a slice that is in no table."""
+    try:
+        run_apart(lambda _: probe(topology))
+    except CompilerError as error:
+        raise topology.refused(str(error)) from None
+
+
+def _plan(task: Task, request: Request, console: Console, before: Rows, outputs: Outputs) -> int:
+    """Compile a step, tell what was found, advise where it does not fit, and write the files."""
+    args = request.args
+    plan = _compiled(task.config, task.topology, task.decoding, console, [*before, ("", HOW_LONG)])
+    if not args.json:
+        print(task.text(plan), flush=True)
+    written, advice = outputs.write(plan), []
+    if not plan.fits:
+        tries = f"at most {args.advice} are compiled" if args.advice else "none is compiled"
+        console.say([("", f"looking for settings that fit: {tries}")])
+        advice = list(task.advise(plan))
+    if args.json:
+        print(json.dumps(task.summary(plan) | {"advice": [a.summary() for a in advice]}), flush=True)
+    elif not plan.fits:
+        print(report.table(report.advice_rows(request.topology, advice)), flush=True)
+    if written:
+        console.say(written)
+    return FITS if plan.fits else DOES_NOT_FIT
+
+
+def _training(request: Request, console: Console) -> Task:
+    config, topology, args = request.config, request.topology, request.args
+    length, before = run_tokens(config, args.tokens), []
+    if config.train.compute_dtype == "float32":
+        before.append(("type", "float32, as train.compute_dtype says; a TPU multiplies bfloat16 several times as fast"))
+
+    def compile_(flags: str, other: Config) -> Plan | None:
+        return _tried(flags, other, topology, None, console)
+
+    def advise(plan: Plan) -> Iterator[Advice]:
+        return advise_training(config, plan, args.advice, compile_)
+
+    return Task(
+        config, topology, None, before, lambda plan: report.summary(plan, length), lambda plan: report.training_text(plan, length), advise
+    )  # fmt: skip
+
+
+def _decoding(request: Request, console: Console) -> Task:
+    """Decoding as sample.py does it: on a mesh for the slice, not on that of the training configuration, unless flags give one."""
+    config, topology, args = request.config, request.topology, request.args
+    context, fixed = config.model.max_seq_len, any(flag.startswith("mesh.") for flag in request.given)
+    slots = args.slots if "slots" in request.given else min(args.slots, context)
+    wanted = Decoding(args.batch, slots, args.weights, args.cache)
+    before, part = [], topology
+    if slots > context:
+        before.append(("", f"--slots {slots:,} is more than the model's context, {context:,}: no sequence fills it"))
+    if not fixed:
+        layout = lay_out(config, topology, wanted)
+        config, part = dataclasses.replace(config, mesh=layout.mesh), layout.topology
+        before += _mesh_rows(request, layout)
+    most = HOST_CHIPS[topology.version]
+    if part.chips > most:
+        before.append(("", f"sample.py is one process, on the chips of one host, {most} of {topology.version} at most"))
+
+    def compile_(flags: str, other: Config, part: Topology, decoding: Decoding) -> Plan | None:
+        return _tried(flags, other, part, decoding, console)
+
+    def advise(plan: Plan) -> Iterator[Advice]:
+        return advise_decoding(request.config, plan, topology, args.advice, fixed, compile_)
+
+    return Task(
+        config, part, wanted, before, lambda plan: report.decode_summary(plan, topology), lambda plan: report.decoding_text(plan, topology),
+        advise,
+    )  # fmt: skip
+
+
+def _mesh_rows(request: Request, layout: Layout) -> Rows:
+    """Why the mesh is none that was asked for, and how sample.py is told to take it."""
+    file, topology = request.file, request.topology
+    sizes = {name: size for name, size in dataclasses.asdict(layout.mesh).items() if size != 1 or name == "data"}
+    why = (
+        "the fastest that holds it by the bytes of each chip"
+        if layout.fits
+        else "the one that comes nearest to holding it"
+    )
+    rows = [("mesh", f"{describe(sizes)}, {why}; --mesh.* flags give another")]
+    if file is not None and file.mesh != MeshArgs():
+        rows.append(("", "[mesh] in the file is for training and does not count"))
+    if file is not None and file.train.compute_dtype != request.config.train.compute_dtype:
+        rows.append(("", "train.compute_dtype in the file is for training and does not count"))
+    flags = " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
+    fewest = fewest_chips(request.config, topology, request.args.weights)
+    where = "" if layout.topology == topology else f", on {layout.topology.name}"
+    rows.append(("sample.py", f"{flags} lays it like this{where}; without them it takes {report.chips_text(fewest)}"))
+    return rows
+
+
+def _search(request: Request, console: Console, before: Rows) -> int:
+    """Compile the most promising ways to run the step, and rank them."""
+    config, topology, args = request.config, request.topology, request.args
+    length, search = run_tokens(config, args.tokens), Search.begin(config, topology)
+    count = min(args.compiles, len(search.promising))
+    console.say([
+        *before,
+        ("search", f"{search.possible} ways to run the step, {search.fitting} may fit; the best {count} are compiled, a minute or more each"),
+    ])  # fmt: skip
+    found = []
+    for candidate, plan in search.run(
+        args.compiles, lambda c: _tried(c.flags(config), c.config, topology, None, console)
+    ):
+        found.append((candidate, plan))
+        console.print(row_text(candidate, plan, config))
+    found = ranked(found)
+    fits = bool(found) and found[0][1].fits
+    other = None if fits else smallest_slice(config, topology, ratio(found))
+    advice = [] if other is None else [other]
+    if args.json:
+        entries = [report.summary(plan, length) | {"flags": candidate.flags(config)} for candidate, plan in found]
+        print(json.dumps([entry | {"advice": [a.summary() for a in advice]} for entry in entries]), flush=True)
+    else:
+        print("\nranked:")
+        for candidate, plan in found:
+            print(row_text(candidate, plan, config))
+        if not fits:
+            print(report.table(report.advice_rows(topology, advice)), flush=True)
+    return FITS if fits else DOES_NOT_FIT
+
+
+def _tried(flags: str, config: Config, topology: Topology, decoding: Decoding | None, console: Console) -> Plan | None:
+    """A plan of settings that nobody asked for; None where the compiler fails."""
+    with contextlib.suppress(UserError):
+        return _compiled(config, topology, decoding, console, [("", f"trying {flags}")])
+    return None
+
+
+def _compiled(config: Config, topology: Topology, decoding: Decoding | None, console: Console, before: Rows) -> Plan:
+    """The plan of a step, compiled in a process of its own; ``before`` is said when all is checked.
+
+    Raises UserError where it cannot be planned, or the compiler fails.
+    """
+
+    def make(begun: Callable[[], None]) -> Plan:
+        if decoding is None:
+            return plan_training(config, topology, begun)
+        return plan_decoding(config, topology, decoding, begun)
+
+    try:
+        with console.working() as beat:
+            return run_apart(make, lambda: console.say(before) if before else None, beat)
+    except CompilerError as error:
+        raise UserError(
+            f"plan: expected a step that the TPU compiler takes, found that it fails: {str(error)[:300]}; "
+            "change [mesh] or the model's sizes, or take another slice"
+        ) from None

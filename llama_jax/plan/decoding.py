@@ -1,0 +1,199 @@
+"""How a model is laid over a slice for decoding, and which settings let it fit; counted, not compiled."""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.cache import CACHE_DTYPES, KVCache
+from llama_jax.config import Cache, Config, MeshArgs, Weights
+from llama_jax.errors import UserError
+from llama_jax.generation.serving import served_shapes
+from llama_jax.model import Llama
+from llama_jax.plan import Decoding
+from llama_jax.plan.estimate import divisors
+from llama_jax.plan.topology import HOST_CHIPS, Topology
+from llama_jax.quantize import bytes_of
+
+# Seconds that a message takes from a chip to the next one, whatever its size; the compiler's schedule does not count them.
+HOP = 1e-6
+# The share of a chip's memory that parameters and cache may take; the rest of a step is small.
+USABLE = 0.98
+# From the largest numbers to the smallest, and what is tried in their place, from the least loss of quality on.
+WEIGHTS: tuple[Weights, ...] = ("auto", "int8", "int4")
+CACHES: tuple[Cache, ...] = ("auto", "int8")
+SMALLER: tuple[tuple[Weights, Cache], ...] = (
+    ("auto", "int8"), ("int8", "auto"), ("int8", "int8"), ("int4", "auto"), ("int4", "int8"),
+)  # fmt: skip
+# Fewer sequences are advised in multiples of this, where they are more.
+ROUND = 8
+# Slots are halved down to this number.
+FEWEST_SLOTS = 256
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh on a slice, or on a part of it, with what a decoding step takes there: bytes a chip, seconds; rough."""
+
+    topology: Topology
+    mesh: MeshArgs
+    bytes: float
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does by this count."""
+        return self.bytes <= USABLE * self.topology.chip.hbm_bytes
+
+
+def lay_out(config: Config, topology: Topology, decoding: Decoding, whole: bool = False) -> Layout:
+    """The fastest layout that fits, or else the one that comes nearest to it; of all chips, where it is to be the ``whole`` slice.
+
+    Heads, hidden units and vocabulary are spread over chips, as sample.py spreads them; where sequences and chips are many,
+    several copies of the model take a part of the sequences each. Chips that neither can use are left idle. Raises UserError
+    where there is no layout.
+    """
+    found = [layout for layout in _layouts(config, topology, decoding) if layout.topology == topology or not whole]
+    if not found:
+        copies = min(copies for _, _, copies in _cuts(config, topology))
+        raise UserError(
+            f"--batch: expected a multiple of {copies}, the fewest copies of the model that make up {topology.name}, found "
+            f"{decoding.batch}; change it, or give a mesh (--mesh.data, --mesh.tensor)"
+        )
+    fitting = [layout for layout in found if layout.fits]
+    if fitting:
+        return min(fitting, key=lambda layout: (layout.seconds, layout.topology.chips))
+    return min(found, key=lambda layout: layout.bytes)
+
+
+def fewest_chips(config: Config, topology: Topology, weights: Weights) -> int:
+    """Chips that sample.py spreads the model over where it is not told: the fewest of a host that hold its parameters."""
+    need, most = parameter_bytes(config, weights), min(topology.chips, HOST_CHIPS[topology.version])
+    counts = [n for n in range(1, most + 1) if _spreads(config, n)]
+    return next((n for n in counts if need / n <= topology.chip.hbm_bytes), counts[-1])
+
+
+def fewer(
+    config: Config, topology: Topology, decoding: Decoding, whole: bool = False
+) -> Iterator[tuple[str, Decoding, Layout]]:
+    """What fits in place of ``decoding`` on the same slice: flags, settings and layout.
+
+    One of each kind: smaller numbers for weights and cache, fewer sequences, fewer slots. whole: all chips are used, and the
+    layout of the same settings comes first.
+    """
+    found = False
+
+    def first(options: Iterable[tuple[str, Decoding]]) -> Iterator[tuple[str, Decoding, Layout]]:
+        nonlocal found
+        for flags, smaller in options:
+            with contextlib.suppress(UserError):  # so many sequences cannot be laid over so many chips
+                layout = lay_out(config, topology, smaller, whole)
+                if layout.fits:
+                    found = True
+                    yield flags, smaller, layout
+                    return
+
+    def fewer_sequences(flags: str, settings: Decoding) -> Iterable[tuple[str, Decoding]]:
+        most = _most_sequences(config, topology, settings, whole)
+        if most < settings.batch:
+            for batch in range(most, 0, -ROUND if most > ROUND else -1):
+                yield f"{flags} --batch {batch}".strip(), replace(settings, batch=batch)
+
+    smaller_numbers = list(_with_smaller_numbers(decoding))
+    if whole:  # another mesh may do
+        yield from first([("", decoding)])
+    yield from first(smaller_numbers)
+    yield from first(fewer_sequences("", decoding))
+    sizes = [decoding.slots >> n for n in range(1, 32) if decoding.slots >> n >= FEWEST_SLOTS]
+    yield from first((f"--slots {slots}", replace(decoding, slots=slots)) for slots in sizes)
+    if not found and smaller_numbers:
+        yield from first(fewer_sequences(*smaller_numbers[-1]))
+
+
+def larger(config: Config, topology: Topology, decoding: Decoding) -> Layout | None:
+    """On the first of the larger slices that holds ``decoding``; None where there is none."""
+    for slice_ in topology.larger():
+        with contextlib.suppress(UserError):
+            if (layout := lay_out(config, slice_, decoding)).fits:
+                return layout
+    return None
+
+
+def parameter_bytes(config: Config, weights: Weights) -> int:
+    """Bytes of all parameters in the serving form."""
+    return _parameter_bytes(_module(config), weights)
+
+
+def slot_bytes(config: Config, cache: Cache) -> int:
+    """Bytes of the cache that a token of a sequence takes."""
+    return _slot_bytes(_module(config), cache)
+
+
+@functools.cache
+def _parameter_bytes(module: Llama, weights: Weights) -> int:
+    return bytes_of(served_shapes(module, weights))
+
+
+@functools.cache
+def _slot_bytes(module: Llama, cache: Cache) -> int:
+    dtype: Any = CACHE_DTYPES[cache] or module.dtype
+    found = jax.eval_shape(lambda: KVCache.empty(module.args, jnp.zeros(1, jnp.int32), 1, dtype))
+    return bytes_of((found.k, found.v))
+
+
+def _module(config: Config) -> Llama:
+    """As TPUs run it. Not by make_model, which starts JAX's backends."""
+    name = config.train.compute_dtype
+    return Llama(config.model, jnp.dtype("bfloat16" if name == "auto" else name))
+
+
+def _layouts(config: Config, topology: Topology, decoding: Decoding) -> Iterator[Layout]:
+    """All that the sizes and the number of sequences divide."""
+    parameters = parameter_bytes(config, decoding.weights)
+    cache = decoding.batch * decoding.slots * slot_bytes(config, decoding.cache)
+    m, chip = config.model, topology.chip
+    for part, tensor, copies in _cuts(config, topology):
+        if decoding.batch % copies == 0:
+            held = parameters / tensor + cache / part.chips
+            sums = 2 * m.n_layers * 2 * 2 * decoding.batch / copies * m.dim / chip.link_bytes * (tensor > 1)
+            hops = 2 * m.n_layers * HOP * (tensor - 1)
+            yield Layout(part, MeshArgs(data=copies, tensor=tensor), held, held / chip.hbm_bandwidth + sums + hops)
+
+
+def _cuts(config: Config, topology: Topology) -> Iterator[tuple[Topology, int, int]]:
+    """Every part of the slice, with the chips that a copy of the model may be spread over and the number of copies."""
+    for part in topology.parts():
+        for tensor in divisors(part.chips // part.slices):
+            if _spreads(config, tensor):
+                yield part, tensor, part.chips // tensor
+
+
+def _spreads(config: Config, chips: int) -> bool:
+    m = config.model
+    return not any(size % chips for size in (m.kv_heads, m.hidden_dim, m.vocab_size))
+
+
+def _most_sequences(config: Config, topology: Topology, decoding: Decoding, whole: bool) -> int:
+    """The most sequences that fit with settings that are else those of ``decoding``; 0 where not one does."""
+    parameters, room = parameter_bytes(config, decoding.weights), USABLE * topology.chip.hbm_bytes
+    a_sequence = decoding.slots * slot_bytes(config, decoding.cache)
+    most = max(
+        int(max(0.0, room - parameters / tensor) * tensor / a_sequence) * copies
+        for part, tensor, copies in _cuts(config, topology)
+        if part == topology or not whole
+    )
+    return most - most % ROUND if most > ROUND else most
+
+
+def _with_smaller_numbers(decoding: Decoding) -> Iterator[tuple[str, Decoding]]:
+    kind: Weights = "int4" if decoding.weights == "int4-64" else decoding.weights
+    for weights, cache in SMALLER:
+        stronger = WEIGHTS.index(weights) > WEIGHTS.index(kind), CACHES.index(cache) > CACHES.index(decoding.cache)
+        if any(stronger) and (stronger[0] or weights == kind) and (stronger[1] or cache == decoding.cache):
+            flags = [f"--weights {weights}"] * stronger[0] + [f"--cache {cache}"] * stronger[1]
+            kept = weights if stronger[0] else decoding.weights
+            yield " ".join(flags), replace(decoding, weights=kept, cache=cache)

@@ -1,0 +1,156 @@
+"""A rough count of a training step's bytes and seconds, and the ways to lay it out that a slice allows.
+
+Thousands of combinations cannot be compiled, at minutes each. The count says which are worth it: its bytes come within a tenth
+of the compiler's for the shapes of LLaMA 2, its seconds are for comparing one with another. The compiler has the last word.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from llama_jax.config import Config, MeshArgs, Remat
+from llama_jax.model import count_parameters
+from llama_jax.plan.topology import Topology
+from llama_jax.training.flops import train_flops_per_token
+
+POLICIES: tuple[Remat, ...] = ("none", "dots", "attention", "full")
+TENSOR = (1, 2, 4, 8)
+SEQUENCE = (1, 2, 4, 8)
+# Fewest positions of a sequence that a device is given a part of.
+FEWEST_POSITIONS = 4096
+# Features a token and layer that a policy keeps besides the residual stream: of D, keys and values, F, over t tensor shards.
+KEPT = {
+    "none": lambda D, KV, F, t: 9 * D + (3 * D + KV + 6 * F) / t,
+    "dots": lambda D, KV, F, t: D + (2 * D + KV + 2 * F) / t,
+    "attention": lambda D, KV, F, t: D + (2 * D + KV) / t,
+    "offload": lambda D, KV, F, t: 0,
+    "full": lambda D, KV, F, t: 0,
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run the step, with all sizes of its mesh, and a rough idea of what it needs: bytes a chip, seconds a step."""
+
+    config: Config
+    topology: Topology
+    bytes: float
+    seconds: float
+
+    @property
+    def rows(self) -> int:
+        """Sequences that a device of the batch axes works on at once."""
+        return rows_of(self.config)
+
+    def changes(self, asked: Config) -> str:
+        """Flags that make the settings of ``asked``, whose mesh may have a -1, into these."""
+        train, flags = self.config.train, []
+        sizes, before = dataclasses.asdict(self.config.mesh), dataclasses.asdict(asked.mesh)
+        if any(before[axis] not in (size, -1) for axis, size in sizes.items()):
+            flags += [f"--mesh.{axis} {size}" for axis, size in sizes.items() if size != before[axis]]
+        if asked.train.remat != train.remat:
+            flags.append(f"--train.remat {train.remat}")
+        if asked.train.gradient_accumulation_steps != train.gradient_accumulation_steps:
+            flags.append(f"--train.gradient-accumulation-steps {train.gradient_accumulation_steps}")
+        return " ".join(flags)
+
+    def flags(self, asked: Config) -> str:
+        """All its settings as flags, over those of ``asked``."""
+        sizes, before = dataclasses.asdict(self.config.mesh), dataclasses.asdict(asked.mesh)
+        mesh = [f"--mesh.{axis} {size}" for axis, size in sizes.items() if size != 1 or before[axis] != 1]
+        train = self.config.train
+        rest = f"--train.remat {train.remat} --train.gradient-accumulation-steps {train.gradient_accumulation_steps}"
+        return " ".join([*mesh, rest])
+
+
+def rows_of(config: Config) -> int:
+    """Sequences that a device of the batch axes works on at once."""
+    train, mesh = config.train, config.mesh
+    return train.batch_size // (train.gradient_accumulation_steps * mesh.data * mesh.fsdp)
+
+
+def candidate(config: Config, topology: Topology) -> Candidate:
+    """A configuration whose mesh has sizes, with its rough count."""
+    return Candidate(config, topology, training_bytes(config), training_seconds(config, topology))
+
+
+def candidates(config: Config, topology: Topology, most_rows: int | None = None) -> Iterator[Candidate]:
+    """Every mesh, number of sequences at once (up to ``most_rows``) and policy that divide evenly."""
+    train = config.train
+    for mesh in meshes(config, topology.chips):
+        parts, left = divmod(train.batch_size, mesh.data * mesh.fsdp)
+        for rows in () if left else divisors(parts):
+            if most_rows is not None and rows > most_rows:
+                break
+            for policy in dict.fromkeys((*POLICIES, train.remat)):
+                changed = dataclasses.replace(train, remat=policy, gradient_accumulation_steps=parts // rows)
+                yield candidate(dataclasses.replace(config, mesh=mesh, train=changed), topology)
+
+
+def meshes(config: Config, chips: int) -> Iterator[MeshArgs]:
+    """Every mesh of so many chips that the model's sizes divide; its tensor and sequence axes may be as large as they are now."""
+    m, now = config.model, config.mesh
+    widths = (chips, m.n_heads, m.kv_heads, m.hidden_dim, m.vocab_size)
+    for tensor in sorted({*TENSOR, max(1, now.tensor)}):
+        if any(size % tensor for size in widths):
+            continue
+        for sequence in sorted({*SEQUENCE, max(1, now.sequence)}):
+            positions, uneven = divmod(m.max_seq_len, sequence)
+            few = positions < FEWEST_POSITIONS and sequence not in (1, now.sequence)
+            if few or uneven or (chips // tensor) % sequence:
+                continue
+            for fsdp in divisors(chips // tensor // sequence):
+                if m.dim % fsdp == 0:
+                    yield MeshArgs(chips // tensor // sequence // fsdp, fsdp, tensor, sequence)
+
+
+def training_bytes(config: Config) -> float:
+    """State, gradients, what the backward pass keeps, and what a layer and the logits work on; of a chip, rough."""
+    m, mesh, train = config.model, config.mesh, config.train
+    rows, t = rows_of(config), mesh.tensor
+    tokens = rows * m.max_seq_len / mesh.sequence
+    size = 4 if train.compute_dtype == "float32" else 2
+    keys_and_values = 2 * m.kv_heads * m.head_dim
+    kept = m.dim + KEPT[train.remat](m.dim, keys_and_values, m.hidden_dim, t)
+    layer = (count_parameters(m) - 2 * m.vocab_size * m.dim) / m.n_layers
+    working = 2 * size * layer / t + size * tokens * (3 * m.hidden_dim / t + 6 * m.dim)
+    if mesh.sequence > 1:
+        working += size * rows * m.max_seq_len * keys_and_values / t
+    vocabulary = 8 * m.vocab_size * m.dim / t
+    copies = 16 + 4 * (train.gradient_accumulation_steps > 1)  # parameters, gradients, two moments; gradients so far
+    state = copies * count_parameters(m) / (mesh.fsdp * t)
+    return state + m.n_layers * tokens * size * kept + working + vocabulary
+
+
+def training_seconds(config: Config, topology: Topology) -> float:
+    """FLOPs, computed again where the policy says so; gathers where they are longer than that; sums over the other axes. Rough."""
+    m, mesh, train, chip = config.model, config.mesh, config.train, topology.chip
+    rows, parameters = rows_of(config), count_parameters(m)
+    tokens = rows * m.max_seq_len / mesh.sequence
+    forward = train_flops_per_token(m) / 3
+    feed_forward = 4.0 * m.n_layers * m.dim * m.hidden_dim
+    again = {"full": forward, "attention": feed_forward, "offload": feed_forward}.get(train.remat, 0.0)
+    compute = tokens * (3 * forward + again) / mesh.tensor / chip.peak_flops
+    links = chip.link_bytes * chip.torus_axes
+    gathers = 4 * 2 * parameters / mesh.tensor / links if mesh.fsdp > 1 else 0.0
+    sums = 4 * m.n_layers * 2 * 2 * tokens * m.dim / chip.link_bytes if mesh.tensor > 1 else 0.0
+    if mesh.sequence > 1:
+        keys_and_values = 2 * rows * m.max_seq_len * 2 * m.kv_heads * m.head_dim / mesh.tensor
+        sums += 4 * m.n_layers * keys_and_values / chip.link_bytes
+    copies = mesh.data * mesh.sequence > 1
+    across = 2 * 4 * parameters / (mesh.fsdp * mesh.tensor) / links if copies else 0.0
+    if topology.slices > 1:
+        exchanged = parameters * (topology.slices - 1) / topology.chips / (chip.slice_bytes or 1.0)
+        if mesh.data % topology.slices:  # parameters are spread over slices
+            gathers += 4 * 2 * exchanged
+        else:
+            across += 2 * 4 * exchanged
+    return train.gradient_accumulation_steps * (max(compute, gathers) + sums) + across
+
+
+def divisors(n: int) -> Iterable[int]:
+    """Of ``n``, smallest first."""
+    return [d for d in range(1, math.isqrt(n) + 1) if n % d == 0] + [
+        n // d for d in range(math.isqrt(n), 0, -1) if n % d == 0 and d * d != n
+    ]
