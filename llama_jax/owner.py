@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -161,12 +162,16 @@ class _Disk:
         self._file = -1
 
     def take(self, record: Record) -> Record | None:
-        locks = self._open_and_lock()
-        if locks is None:
-            return self.read() or Record()
+        until = time.monotonic() + LOOK_SECONDS
+        while (locks := self._open_and_lock()) is None:
+            holder = self.read() or Record()
+            # A process that was killed is dead before the last of its threads has let go of its files.
+            if holder.lives is not False or time.monotonic() > until:
+                return holder
+            time.sleep(LOOK_SECONDS / 100)
         found = self.read()
         if found is not None and self._is_alive(found, locks):
-            os.close(self._file)
+            self.close()
             return found
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, record.to_bytes(), 0)
@@ -174,8 +179,9 @@ class _Disk:
         if not locks:  # of two that wrote here at once, the one that wrote last is the owner
             time.sleep(LOOK_SECONDS)
             if (last := self.read()) != record:
+                self.close()
                 return last
-        os.register_at_fork(after_in_child=self._close)  # a child that outlives this process must not hold the lock
+        _HELD.add(self)
         return None
 
     def read(self) -> Record | None:
@@ -188,11 +194,13 @@ class _Disk:
 
     def release(self) -> None:
         self._path.unlink(missing_ok=True)
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self._file)
+    def close(self) -> None:
+        """Let go of the lock, once: the number of a closed file is soon another file's."""
+        file, self._file = self._file, -1
+        if file != -1:
+            os.close(file)
 
     def _open_and_lock(self) -> bool | None:
         """Open the file; whether it is locked, which some disks cannot do. None where another process has the lock."""
@@ -202,14 +210,14 @@ class _Disk:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                os.close(self._file)
+                self.close()
                 return None
             except OSError:
                 locks = False
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._file), self._path.stat()):
                     return locks
-            os.close(self._file)  # the owner before removed it in between
+            self.close()  # the owner before removed it in between
 
     def _is_alive(self, found: Record, locks: bool) -> bool:
         if locks and found.of_this_machine:
@@ -226,6 +234,18 @@ class _Disk:
         now = probe.stat().st_mtime
         probe.unlink()
         return now - self._stamp()
+
+
+# A child that outlives this process must not hold its locks.
+_HELD: weakref.WeakSet[_Disk] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    for place in list(_HELD):
+        place.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class _Bucket:

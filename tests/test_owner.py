@@ -211,3 +211,23 @@ def test_a_child_that_outlives_its_parent_does_not_hold_the_lock(tmp_path: Path)
         take(tmp_path)
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_child_closes_no_file_that_came_after_a_released_lock(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    take(tmp_path)
+    files = [
+        writer,
+        *(os.dup(writer) for _ in range(8)),
+    ]  # the lowest numbers that are free: the lock's was one of them
+    if (child := os.fork()) == 0:
+        try:
+            for file in files:
+                os.write(file, b"1")
+        finally:
+            os._exit(0)
+    for file in files:
+        os.close(file)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.read(reader, 100) == b"1" * len(files)
+    os.close(reader)
