@@ -33,6 +33,7 @@ def load(
     mesh: _config.MeshArgs | None = None,
     draft: str = "",
     draft_tokens: int = 4,
+    exact: bool = False,
 ) -> "_Model":
     """Load a model: a run folder (its best step), a step folder, or a converted checkpoint.
 
@@ -41,12 +42,14 @@ def load(
     from the values that are stored, whatever is computed in; "auto" takes them as they are, quantized where they are stored so.
     cache: "int8" quantizes keys and values.
     mesh: the devices that the model lies on, ``tensor`` of them for one copy, ``data`` copies; None: as few as hold it.
-    draft: guesses ``draft_tokens`` tokens at a time, which one pass checks; the text stays the same. "lookup" looks them up in
-    what came before; else a checkpoint of a smaller model with the same tokenizer.
+    draft: guesses ``draft_tokens`` tokens at a time, which one pass checks. "lookup" looks them up in what came before; else a
+    checkpoint of a smaller model with the same tokenizer.
+    exact: a completion is the same to the bit whatever stands beside it in a batch, and with ``draft`` as without; it takes longer.
+    Otherwise it is the same up to rounding, which in bfloat16 makes another token of one now and then.
     Raises UserError where the folder is not a checkpoint, its matrices are quantized in another way, or the mesh does not divide
     the model.
     """
     # Imported here, so that `import llama_jax` costs no more than the dataclasses.
     from llama_jax.generation import Model
 
-    return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens)
+    return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens, exact)

@@ -151,8 +151,8 @@ def _attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array
 @jax.named_scope("attention")
 def cached_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Stored,
+    v: Stored,
     cached_k: Stored,
     cached_v: Stored,
     slot: jax.Array,
@@ -161,7 +161,7 @@ def cached_attention(
 ) -> jax.Array:
     """Attention of new tokens over those in a cache and over themselves.
 
-    q [B, T, N, H]; k, v [B, T, K, H], which will lie in the slots from ``slot`` on; cached [B, K, S, H], of which the slots from
+    q [B, T, N, H]; k, v [B, T, K, H], as they will lie in the slots from ``slot`` on; cached [B, K, S, H], of which the slots from
     the row's ``first`` [B] to slot - 1 are seen. A query before its row's first slot is padding, and sees itself alone, so that
     its softmax, which nobody reads, stays finite. Returns [B, T, N, H] of q's dtype.
     """
@@ -178,7 +178,7 @@ def cached_attention(
             (*whole_length, ("batch", None)),
             ("batch", None, "heads", None),
         )
-        return local(q, k, v, tokens)
+        return local(q, k.plain(q.dtype), v.plain(q.dtype), tokens)
     G = N // K
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
     seen = (jnp.arange(S) < slot) & (jnp.arange(S) >= first[:, None])
@@ -187,7 +187,10 @@ def cached_attention(
     of_new = jnp.where(of_new, 0.0, -jnp.inf)[:, None, None]
 
     # All heads' rows on one axis: where a head has few queries, an axis of them would fill a TPU's vector registers badly.
-    own = (_float32("BKGTH,BSKH->BKGTS", q, k) + of_new).reshape(B, N * T, T)
+    own = _float32("BKGTH,BSKH->BKGTS", q, k.values)
+    if k.scales is not None:
+        own *= _by_head(k.scales)
+    own = (own + of_new).reshape(B, N * T, T)
     scores = _few_rows("BKRH,BKSH->BKRS", q.reshape(B, K, G * T, H), cached_k.values)
     if cached_k.scales is not None:
         scores *= cached_k.scales[:, :, None]
@@ -198,10 +201,18 @@ def cached_attention(
     weights = weights.reshape(B, K, G * T, S)
     if cached_v.scales is not None:
         weights *= cached_v.scales[:, :, None]
+    own = own.reshape(B, K, G, T, T)
+    if v.scales is not None:
+        own *= _by_head(v.scales)
     y = _few_rows("BKRS,BKSH->BKRH", weights.astype(q.dtype), cached_v.values).reshape(B, K, G, T, H)
-    y += _float32("BKGTS,BSKH->BKGTH", own.astype(q.dtype).reshape(B, K, G, T, T), v)
+    y += _float32("BKGTS,BSKH->BKGTH", own.astype(q.dtype), v.values)
     y /= norm.reshape(B, K, G, T, 1)
     return y.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _by_head(scales: jax.Array) -> jax.Array:
+    """Scales of new tokens [B, T, K], for scores [B, K, G, T, S]."""
+    return scales.swapaxes(1, 2)[:, :, None, None]
 
 
 def _few_rows(equation: str, x: jax.Array, stored: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ the defaults. The text under each field is its help.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from llama_jax.errors import UserError
 from llama_jax.files import is_address
+from llama_jax.flags import ESCAPED
 
 T = TypeVar("T")
 
@@ -29,7 +31,7 @@ BadSteps = Literal["stop", "skip", "count"]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LARGEST, _HUGE = (1 << 31) - 1, 1e300
-_TINY, _BELOW_1 = 1e-30, math.nextafter(1, 0)
+_TINY, _BELOW_1, _LARGEST_FLOAT32 = 1e-30, math.nextafter(1, 0), 3.4e38
 # The ranges of a field's values, both ends included: counts; floats above 0.
 _COUNT = (1, _LARGEST)
 _POSITIVE = (_TINY, _HUGE)
@@ -310,8 +312,8 @@ class SampleArgs:
     """Taken off a token's logit once for each time that the completion holds it."""
     logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
     """Added to the logits of tokens, by id; -inf forbids one. On the command line: id, bias, id, bias ..."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion where it first holds one, wherever tokens begin and end; the completion is cut before it."""
+    stop: tuple[str, ...] = dataclasses.field(default=(), metadata=ESCAPED)
+    r"""Strings that end a completion where it first holds one, wherever tokens begin and end; the completion is cut before it. On the command line one a flag, --stop . --stop '\n', where \n, \r, \t and \\ stand for line feed, carriage return, tab and backslash."""
     max_new_tokens: int = 128
     """Most tokens generated for a prompt; the context may end it before."""
     n: int = 1
@@ -340,9 +342,11 @@ class SampleArgs:
         _check_fields(self, prefix, ranges)
         for text in self.stop:
             _check(bool(_typed(text, str, prefix + "stop")), prefix + "stop", "texts of one or more characters", "none")
+            _check(not _SURROGATE.search(text), prefix + "stop", "texts in UTF-8", ascii(text))
         for token, bias in self.logit_bias.items():
             _typed(token, int, prefix + "logit_bias")
-            _check(_typed(bias, float, prefix + "logit_bias") < math.inf, prefix + "logit_bias", "numbers", bias)
+            _typed(bias, float, prefix + "logit_bias")
+            _check(bias <= _LARGEST_FLOAT32, prefix + "logit_bias", f"numbers up to {_LARGEST_FLOAT32}", bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,7 +384,7 @@ def load_toml(path: str | Path) -> Config:
 
 def from_dict(kind: type[T], table: dict[str, Any], source: str, prefix: str = "") -> T:
     """Build dataclass ``kind`` from nested dicts; ``source`` and ``prefix`` say in errors where a key stands."""
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = prefix + key
@@ -435,9 +439,15 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     raise UserError(f"{where}: expected {expected}, found {value!r}")
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of a dataclass's fields; thousands of prompts with settings of their own ask for them."""
+    return typing.get_type_hints(kind)
+
+
 def _check_fields(args: Any, prefix: str, ranges: dict[str, tuple[float, float]]) -> None:
     """Raise UserError where a field of a dataclass has the wrong type, or a number outside its range."""
-    for name, hint in typing.get_type_hints(type(args)).items():
+    for name, hint in _hints(type(args)).items():  # type: ignore[arg-type]
         key, value = prefix + name, getattr(args, name)
         _typed(value, hint, key)
         if isinstance(value, str):

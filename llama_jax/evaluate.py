@@ -23,7 +23,9 @@ from llama_jax.data.text import Corpus, replacement_warning
 from llama_jax.errors import UserError, run_command
 from llama_jax.flags import parse_flags
 from llama_jax.generation import Model
+from llama_jax.generation.decode import empty_cache, slots_read
 from llama_jax.generation.forward import forward, logits_of
+from llama_jax.generation.rows import not_finite
 from llama_jax.loss import loss_sum, negative_log_likelihood
 from llama_jax.model import Llama
 from llama_jax.runtime import GenerationProgram
@@ -64,7 +66,7 @@ def evaluate(
 
     A model with a quantized cache is scored as it generates, token by token; any other, a window at a time.
     as_text: take files that do not look like text. Raises UserError where the text is missing or empty, or looks like something
-    else, or the window does not fit the model.
+    else, the window does not fit the model, or a loss is not finite.
     """
     context = model.args.max_seq_len
     window, stride = window or context, stride or window or context
@@ -90,7 +92,10 @@ def evaluate(
         at = np.minimum(starts + positions, len(stream) - 2)
         counts = (starts + positions >= first) & (starts + positions < last)
         weights = (counts & scored[at + 1]).astype(np.float32)
-        total += float(score(stream[at], stream[at + 1], weights))
+        nats = float(score(stream[at], stream[at + 1], weights))
+        if not math.isfinite(nats):
+            raise not_finite(model.source, f"in the window from token {int(starts[0, 0])} of the text on")
+        total += nats
     loss = total / tokens
     return {
         "loss": loss,
@@ -147,9 +152,9 @@ def _loss_sum_over_cache(
     def step(cache: KVCache, now: tuple[jax.Array, ...]) -> tuple[KVCache, jax.Array]:
         x, y, w = now
         hidden, cache = forward(model, params, x[:, None], cache, end=T)
-        return cache, jnp.sum(w * negative_log_likelihood(logits_of(params, hidden)[:, 0], y))
+        return cache, jnp.sum(w * negative_log_likelihood(logits_of(model, params, hidden)[:, 0], y))
 
-    empty = KVCache.empty(model.args, jnp.zeros(B, jnp.int32), T, cache_dtype)
+    empty = empty_cache(model, jnp.zeros(B, jnp.int32), slots_read(T) if model.exact_rows else T, cache_dtype)
     by_position = tuple(jnp.swapaxes(x, 0, 1) for x in (inputs, targets, weights))
     return jnp.sum(jax.lax.scan(step, empty, by_position)[1])
 
@@ -166,7 +171,7 @@ def main() -> None:
         found = evaluate(model, args.text, args.window, args.stride, args.batch_size, args.as_text)
     except UserError as error:
         raise UserError(str(error).replace("--data.", "--")) from error
-    print(json.dumps(found))
+    print(json.dumps(found, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Command lines: dataclass fields as flags, by tyro, with errors in one line."""
 
 import contextlib
+import dataclasses
 import io
 import re
 import sys
-from collections.abc import Sequence
-from typing import TypeVar
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from llama_jax.errors import UserError
 
@@ -15,38 +17,213 @@ T = TypeVar("T")
 def parse_flags(kind: type[T], argv: Sequence[str] | None, default: T, prog: str, description: str) -> T:
     """Read command-line flags over ``default``, by tyro; ``--help`` prints the help and exits with status 0.
 
-    Raises UserError, in one line, on an unknown flag or a value of the wrong type.
+    A flag of several values is read here, before tyro, which would take all words that follow: it may be given several times,
+    and takes no argument that belongs to no flag (``_take_lists``). Raises UserError, in one line, on an unknown flag or a value
+    of the wrong type.
     """
     import tyro
 
+    args = list(sys.argv[1:] if argv is None else argv)
+    args, default = _take_lists(kind, args, default)
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
-            args = list(sys.argv[1:] if argv is None else argv)
             return tyro.cli(kind, args=args, default=default, prog=prog, description=description)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_one_line(heard.getvalue()) + f"; `{prog} --help` lists all flags") from None
+        message = _one_line(heard.getvalue())
+        if re.match("-[^-]", message) and _has_positional(kind):
+            message += "; put -- before a text that begins with a hyphen"
+        raise UserError(f"{message}; `{prog} --help` lists all flags") from None
 
 
 def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of ``--name VALUE`` or ``--name=VALUE``, None where it is not given, and the arguments without it."""
-    for i, argument in enumerate(argv):
-        key, equals, value = argument.partition("=")
-        if key == name:
-            rest = i + 1 if equals else i + 2
-            value = value if equals else "".join(argv[i + 1 : i + 2])
-            if not value or value.startswith("--"):
-                raise UserError(f"{name}: expected a TOML file, found none; see configs/ for examples")
-            return value, argv[:i] + argv[rest:]
-    return None, argv
+    """The value of ``--name FILE`` or ``--name=FILE``, None where it is not given, and the arguments without it.
+
+    Raises UserError where it has no value, or is given twice.
+    """
+    found, rest = None, []
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+            break
+        key, equals, value = word.partition("=")
+        if key != name:
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value or value.startswith("--"):
+            raise UserError(f"{name}: expected a TOML file, found {value or 'none'}; see configs/ for examples")
+        if found is not None:
+            raise UserError(f"{name}: expected one file, found {found} and {value}; leave one out")
+        found = value
+    return found, rest
 
 
 def unescape(text: str) -> str:
-    r"""``text`` with ``\n``, ``\r``, ``\t`` and ``\\`` taken for what they stand for; any other backslash stays as it is."""
-    meant = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
-    return re.sub(r"\\([nrt\\])", lambda found: meant[found[1]], text)
+    r"""``text`` of a flag with what a shell cannot easily spell: ``\n``, ``\r``, ``\t`` and ``\\`` are taken for line feed, carriage
+    return, tab and one backslash. Any other backslash stays as it is."""
+    return re.sub(r"\\([nrt\\])", lambda escape: _ESCAPES[escape[1]], text)
+
+
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+# A field of a dataclass with this metadata is a flag whose text is unescaped; it is a plain string everywhere else.
+ESCAPED = {"escaped": True}
+
+
+class _Flag(NamedTuple):
+    """A flag, and the field that it sets."""
+
+    path: tuple[str, ...]  # names of the field and of the sections that it is in
+    hint: Any
+    escaped: bool
+
+
+def _flags_of(kind: Any, prefix: str = "", path: tuple[str, ...] = ()) -> Iterator[tuple[str, _Flag]]:
+    """All flags of a dataclass of dataclasses, by name."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint, *notes = typing.get_args(hints[field.name]) if _is_annotated(hints[field.name]) else (hints[field.name],)
+        name = next((note.name for note in notes if getattr(note, "name", None) is not None), field.name)
+        inner = (*path, field.name)
+        if dataclasses.is_dataclass(hint):
+            yield from _flags_of(hint, f"{prefix}{name}." if name else prefix, inner)
+        elif not _is_positional(notes):
+            flag = "--" + (prefix + name).replace("_", "-")
+            yield flag, _Flag(inner, hint, bool(field.metadata.get("escaped")))
+
+
+def _is_annotated(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Annotated
+
+
+def _is_positional(notes: Sequence[Any]) -> bool:
+    import tyro
+
+    return tyro.conf.Positional in notes
+
+
+def _has_positional(kind: Any) -> bool:
+    hints = typing.get_type_hints(kind, include_extras=True).values()
+    return any(_is_annotated(hint) and _is_positional(typing.get_args(hint)[1:]) for hint in hints)
+
+
+def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[str], T]:
+    """``argv`` without the flags of several values, and ``default`` with their values; texts that have escapes are unescaped.
+
+    Such a flag takes one group of values (one, or a key and its value) and then as many more as are of its type. Of a command
+    that has arguments without flags, one of plain texts takes one: ``--stop . --stop ! "Once upon a time"``.
+    """
+    flags, one_text = dict(_flags_of(kind)), _has_positional(kind)
+    lists: dict[str, list[tuple[Any, ...]]] = {}
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            rest += [word, *words]
+            break
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        flag = flags.get(name) if word.startswith("--") else None
+        if flag is None:
+            rest.append(word)
+        elif (types := _element_types(flag.hint)) is not None:
+            words = [value, *words] if equals else words
+            lists.setdefault(name, []).extend(_take_groups(name, words, types, bool(equals), one_text))
+        elif flag.hint is bool and equals:
+            rest.append(_switch(name, value))
+        elif flag.escaped and (equals or (words and not _is_flag(words[0]))):
+            rest.append(f"{name}={unescape(value if equals else words.pop(0))}")
+        else:
+            rest.append(word)
+    for name, groups in lists.items():
+        hint, escaped = flags[name].hint, flags[name].escaped
+        if escaped:
+            groups = [tuple(unescape(x) if isinstance(x, str) else x for x in group) for group in groups]
+        values = dict(groups) if typing.get_origin(hint) is dict else typing.get_origin(hint)(x for (x,) in groups)
+        default = _with(default, flags[name].path, values)
+    return rest, default
+
+
+def _take_groups(
+    name: str, words: list[str], types: tuple[Any, ...], first_is_given: bool, one_text: bool
+) -> Iterator[tuple[Any, ...]]:
+    """Take groups of values off the front of ``words``. Raises UserError where there is none."""
+    expected = " and ".join(_words_of(kind) for kind in types)
+    group = _group(words, types, first_is_given)
+    if group is None:
+        found = " ".join(map(repr, words[: len(types)])) or "none"
+        hint = f"; write {name}={words[0]} if that is the value" if words and _is_flag(words[0]) else ""
+        raise UserError(f"{name}: expected {expected}, found {found}{hint}")
+    while group is not None:
+        del words[: len(types)]
+        yield group
+        group = None if one_text and types == (str,) else _group(words, types, False)
+
+
+def _group(words: Sequence[str], types: tuple[Any, ...], first_is_given: bool) -> tuple[Any, ...] | None:
+    """The values at the front of ``words``; None where they are not of these types. first_is_given: by ``--flag=value``."""
+    if len(words) < len(types):
+        return None
+    values = []
+    for i, (word, kind) in enumerate(zip(words, types, strict=False)):
+        if _is_flag(word) and not (i == 0 and first_is_given):
+            return None
+        if typing.get_origin(kind) is typing.Literal:
+            if word not in typing.get_args(kind):
+                return None
+            values.append(word)
+            continue
+        try:
+            values.append(kind(word))
+        except ValueError:
+            return None
+    return tuple(values)
+
+
+def _element_types(hint: Any) -> tuple[Any, ...] | None:
+    """The types of a group of values of a flag that takes several groups; None for other flags."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict:
+        return arguments
+    if origin is list or (origin is tuple and arguments[1:] == (...,)):
+        return arguments[:1]
+    return None
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word looks like a flag: it begins with a hyphen, and is neither a number nor a text of several words."""
+    if not word.startswith("-") or word == "-" or " " in word:
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return True
+    return False
+
+
+def _switch(name: str, value: str) -> str:
+    """``--name=true`` and ``--name=false`` as tyro spells them."""
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"{name}: expected no value, true or false, found {value!r}")
+    section, dot, field = name.removeprefix("--").rpartition(".")
+    return name if value.lower() == "true" else f"--{section}{dot}no-{field}"
+
+
+def _with(section: Any, path: tuple[str, ...], value: Any) -> Any:
+    """A dataclass of dataclasses with another value at ``path``."""
+    if len(path) > 1:
+        value = _with(getattr(section, path[0]), path[1:], value)
+    return dataclasses.replace(section, **{path[0]: value})
+
+
+def _words_of(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    return {str: "a text", int: "a whole number", float: "a number"}.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
 
 # tyro's messages, and the same in the words of all others here.
@@ -54,7 +231,8 @@ _FLAG_ERRORS = (
     (r"Error parsing (\S+): .*?('.*'|\[.*\]).*", r"\1: expected {kind}, found \2"),
     (r"invalid choice ('.*') for argument '(\S+)'\. Expected one of \((.*?)\).*", r"\2: expected one of \3, found \1"),
     (r"Missing value for argument '(\S+)'.*", r"\1: expected a value, found none"),
-    (r"Unrecognized options: (\S+?),?( .*)?", r"\1: expected a flag of this command, found another"),
+    (r"Unrecognized options: (-\S*?),?( .*)?", r"\1: expected a flag of this command, found another"),
+    (r"Unrecognized options: (\S+?),?( .*)?", r"\1: expected a flag before it, found none that takes it"),
 )
 _KINDS = {
     "INT": "a whole number",
@@ -79,4 +257,4 @@ def _one_line(panel: str) -> str:
             message = match.expand(words).replace("{kind}", _KINDS.get(kind, kind))
             break
     proposed = next((flag for title, flag in flags.items() if title.startswith("Perhaps you meant")), "")
-    return message + (f"; perhaps you meant {proposed.split(' ')[0]}" if proposed else "")
+    return message + (f"; perhaps you meant {proposed.split(' ')[0].rstrip(',')}" if proposed else "")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llama_jax import exact
 from llama_jax.quantize import Matrix, to_integers
 
 # The name by which rematerialisation policies know the results (remat.py).
@@ -24,19 +25,21 @@ CPU_WIDE = 8192
 GPU_PARTS = 16
 
 
-def linear(equation: str, x: jax.Array, w: jax.Array | Matrix, dtype: Any = None) -> jax.Array:
+def linear(equation: str, x: jax.Array, w: jax.Array | Matrix, dtype: Any = None, exact_rows: int = 0) -> jax.Array:
     """einsum(equation, x, w), of ``dtype`` (None: x's), where w has no batch axis: ``linear("BTD,DNH->BTNH", x, wq)``.
 
     Same values and gradients as jnp.einsum. JAX's own gradient of x @ w is (dy^T x)^T, which XLA on a CPU begins by copying
     the wider operand transposed. Written with the narrower operand first, a training step of the 15M model is a quarter
     faster there; other compilers choose the layout by themselves and are not hindered. A Matrix has no gradient.
+
+    exact_rows: where it is not 0, a Matrix is multiplied by so many rows at a time (exact.py).
     """
     if isinstance(w, Matrix):
-        return _flat(equation, x, w).astype(dtype or x.dtype)
+        return _flat(equation, x, w, exact_rows).astype(dtype or x.dtype)
     return checkpoint_name(_einsum(equation, x, w.astype(x.dtype)), PROJECTION)
 
 
-def _flat(equation: str, x: jax.Array, w: Matrix) -> jax.Array:
+def _flat(equation: str, x: jax.Array, w: Matrix, exact_rows: int) -> jax.Array:
     """The product, float32, as one of flat matrices, the form that they are stored in. Values are converted where they are read."""
     x_axes, w_axes = equation.split("->")[0].split(",")
     inputs = sum(axis in w_axes for axis in x_axes)
@@ -44,11 +47,15 @@ def _flat(equation: str, x: jax.Array, w: Matrix) -> jax.Array:
     x = x.reshape(math.prod(rows), -1)
     grouped = w.scales is not None and w.scales.shape[0] > 1
     values = (w.dequantized() if grouped else w.values).reshape(x.shape[1], -1)
-    product = jax.lax.platform_dependent(
-        x, values, cpu=_rows_on_cpu, cuda=_rows_on_gpu, tpu=_rows_on_tpu, default=_rows
-    )
+    if exact_rows:
+        product = exact.product_in_blocks(x, values, exact_rows)
+    else:
+        product = jax.lax.platform_dependent(
+            x, values, cpu=_rows_on_cpu, cuda=_rows_on_gpu, tpu=_rows_on_tpu, default=_rows
+        )
     if w.scales is not None and not grouped:
         product *= w.scales
+        product = exact.rounded(product) if exact_rows else product
     return product.reshape(*rows, *outputs)
 
 

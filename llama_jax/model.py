@@ -5,6 +5,7 @@ F hidden, V vocab, L layers. Parameters have Meta's names, are float32, and stan
 leading axis. Activations have the model's ``dtype``; norms, rotary angles, softmax and logits are float32.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from llama_jax import exact
 from llama_jax.attention import attention, cached_attention
 from llama_jax.cache import Stored
 from llama_jax.config import AttentionKernel, ModelArgs, Remat
@@ -33,19 +35,21 @@ class Cached(flax.struct.PyTreeNode):
 
     k: Stored  # [B, K, S, H]
     v: Stored
-    slot: jax.Array  # int32 []: the slot of the first new token
+    slot: jax.Array  # int32 []: the slot of the first new token; in exact generation [B], of each row's
     first: jax.Array  # int32 [B]: each row's first slot that holds a token
 
 
-# The keys and values of a layer's new tokens: two arrays [B, T, K, H].
-KeysValues = tuple[jax.Array, jax.Array]
+# The keys and values of a layer's new tokens, [B, T, K, H], as the cache will hold them; in exact generation, the layer's cache
+# with them in it.
+KeysValues = tuple[Stored, Stored]
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, exact_rows: int = 0) -> jax.Array:
     """RMSNorm (Zhang and Sennrich, 2019), x / rms(x) * weight in float32: [..., D], [D] -> [..., D] of x's dtype."""
     x32 = x.astype(jnp.float32)
-    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * weight).astype(x.dtype)
+    squares = x32 * x32
+    mean = exact.means(squares, exact_rows) if exact_rows else jnp.mean(squares, axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean + eps) * weight).astype(x.dtype)
 
 
 def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +62,7 @@ def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[np.ndarra
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def rotary(x: jax.Array, angles: Angles) -> jax.Array:
+def rotary(x: jax.Array, angles: Angles, exact_rows: int = 0) -> jax.Array:
     """Rotate feature i of each head with feature i + H/2, by the position's angles: [B, T, N, H] -> the same.
 
     x cos + (x quarter-turned) sin, where a quarter turn takes halves (a, b) to (-b, a).
@@ -66,7 +70,9 @@ def rotary(x: jax.Array, angles: Angles) -> jax.Array:
     """
     cos, sin = angles
     turned = jax.lax.platform_dependent(x, tpu=_turned_by_product, default=_turned)
-    return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
+    a, b = x.astype(jnp.float32) * cos, turned.astype(jnp.float32) * sin
+    a, b = (exact.rounded(a), exact.rounded(b)) if exact_rows else (a, b)
+    return (a + b).astype(x.dtype)
 
 
 def _turned(x: jax.Array) -> jax.Array:
@@ -102,39 +108,47 @@ class Attention(nn.Module):
 
     args: ModelArgs
     kernel: AttentionKernel
+    exact_rows: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, cached: Cached | None, angles: Angles) -> tuple[jax.Array, KeysValues | None]:
         a = self.args
+        product = functools.partial(linear, exact_rows=self.exact_rows)
         std = a.dim**-0.5
         wq = _matrix(self, "wq", std, embed=a.dim, heads=a.n_heads, head_dim=a.head_dim)
         wk = _matrix(self, "wk", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
         wv = _matrix(self, "wv", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
         wo = _matrix(self, "wo", std, heads=a.n_heads, head_dim=a.head_dim, embed=a.dim)
 
-        q = rotary(linear("BTD,DNH->BTNH", x, wq), angles)
-        k = rotary(linear("BTD,DKH->BTKH", x, wk), angles)
-        v = linear("BTD,DKH->BTKH", x, wv)
+        q = rotary(product("BTD,DNH->BTNH", x, wq), angles, self.exact_rows)
+        k = rotary(product("BTD,DKH->BTKH", x, wk), angles, self.exact_rows)
+        v = product("BTD,DKH->BTKH", x, wv)
         if cached is None:
-            y = attention(q, k, v, self.kernel)
+            return product("BTNH,NHD->BTD", attention(q, k, v, self.kernel), wo), None
+        made = cached.k.of(k), cached.v.of(v)
+        if self.exact_rows:
+            made = cached.k.write(made[0], cached.slot), cached.v.write(made[1], cached.slot)
+            y = exact.attention(q, *made, cached.slot)
         else:
-            y = cached_attention(q, k, v, cached.k, cached.v, cached.slot, cached.first, self.kernel)
-        return linear("BTNH,NHD->BTD", y, wo), None if cached is None else (k, v)
+            y = cached_attention(q, *made, cached.k, cached.v, cached.slot, cached.first, self.kernel)
+        return product("BTNH,NHD->BTD", y, wo), made
 
 
 class SwiGLU(nn.Module):
     """Gated feed-forward layer, w2(silu(w1 x) * w3 x) (Shazeer, 2020): [B, T, D] -> [B, T, D]."""
 
     args: ModelArgs
+    exact_rows: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         a = self.args
+        product = functools.partial(linear, exact_rows=self.exact_rows)
         w1 = _matrix(self, "w1", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
         w3 = _matrix(self, "w3", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
         w2 = _matrix(self, "w2", (2 * a.n_layers * a.hidden_dim) ** -0.5, mlp=a.hidden_dim, embed=a.dim)
-        gate = jax.nn.silu(linear("BTD,DF->BTF", x, w1))
-        return linear("BTF,FD->BTD", gate * linear("BTD,DF->BTF", x, w3), w2)
+        gate = jax.nn.silu(product("BTD,DF->BTF", x, w1))
+        return product("BTF,FD->BTD", gate * product("BTD,DF->BTF", x, w3), w2)
 
 
 class Block(nn.Module):
@@ -142,15 +156,16 @@ class Block(nn.Module):
 
     args: ModelArgs
     kernel: AttentionKernel
+    exact_rows: int = 0  # exact.py
 
     @nn.compact
     def __call__(self, x: jax.Array, cached: Cached | None, angles: Angles) -> tuple[jax.Array, KeysValues | None]:
         a = self.args
-        h = rms_norm(x, _norm_weight(self, "attention_norm", a.dim), a.norm_eps)
-        h, keys_values = Attention(a, self.kernel, name="attention")(h, cached, angles)
+        h = rms_norm(x, _norm_weight(self, "attention_norm", a.dim), a.norm_eps, self.exact_rows)
+        h, keys_values = Attention(a, self.kernel, self.exact_rows, name="attention")(h, cached, angles)
         x = checkpoint_name(x + h, MIDDLE)
-        h = rms_norm(x, _norm_weight(self, "ffn_norm", a.dim), a.norm_eps)
-        x = x + SwiGLU(a, name="feed_forward")(h)
+        h = rms_norm(x, _norm_weight(self, "ffn_norm", a.dim), a.norm_eps, self.exact_rows)
+        x = x + SwiGLU(a, self.exact_rows, name="feed_forward")(h)
         return constrain(x, "batch", "length", None), keys_values
 
 
@@ -159,6 +174,7 @@ class Llama(nn.Module):
 
     remat: what the backward pass finds kept (remat.py). kernel: attention's implementation (attention.py). loss_chunk: tokens
     whose logits training holds at once (loss.py). ``unroll`` layers are compiled one after the other before the scan repeats.
+    exact_rows: rows of each product in exact generation (exact.py); 0: generation is not exact.
     """
 
     args: ModelArgs
@@ -167,6 +183,7 @@ class Llama(nn.Module):
     kernel: AttentionKernel = "xla"
     loss_chunk: int = 512
     unroll: int = 1
+    exact_rows: int = 0
 
     def setup(self) -> None:
         a = self.args

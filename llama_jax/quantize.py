@@ -49,11 +49,13 @@ def quantize(matrix: jax.Array, inputs: int, kind: Weights) -> Matrix:
 def to_integers(x: jax.Array, axis: int, dtype: Any, most: int | None = None) -> tuple[jax.Array, jax.Array]:
     """Integers of ``dtype``, and float32 scales without ``axis``, each of which serves all values along it.
 
-    most: the integer of the largest magnitude; None: the type's largest.
+    most: the integer of the largest magnitude; None: the type's largest. Of values that are not all finite the scale is NaN: no
+    integer stands for them, and compilers may pass over NaN in a maximum.
     """
     x = x.astype(jnp.float32)
     # A product, and not a quotient of which a compiler makes a product: the same bits from every program.
     scales = jnp.maximum(jnp.max(jnp.abs(x), axis=axis), 1e-12) * np.float32(1 / (most or jnp.iinfo(dtype).max))
+    scales = jnp.where(jnp.all(jnp.isfinite(x), axis=axis), scales, jnp.nan)
     return jnp.round(x / jnp.expand_dims(scales, axis)).astype(dtype), scales
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from llama_jax.attention import choose_kernel
 from llama_jax.config import AttentionKernel, DType, ModelArgs, Remat
 from llama_jax.errors import UserError
+from llama_jax.exact import CPU_ROWS, ROWS
 from llama_jax.model import Llama
 
 # Layers are compiled one by one up to this many on a CPU, where XLA pays 15% for a loop; elsewhere a scan compiles faster
@@ -67,8 +68,9 @@ def make_model(
     remat: Remat = "none",
     attention: AttentionKernel = "auto",
     mesh: jax.sharding.Mesh | None = None,
+    exact: bool = False,
 ) -> Llama:
-    """The Flax module as the platform of ``mesh`` (None: of JAX's default device) runs it best.
+    """The Flax module as the platform of ``mesh`` (None: of JAX's default device) runs it best; exact: see exact.py.
 
     Raises UserError on an unknown type, or an attention that is not available there.
     """
@@ -82,7 +84,8 @@ def make_model(
     kernel = choose_kernel(attention, platform, args, dtype, 1 if mesh is None else mesh.shape["sequence"])
     # Unrolled, XLA would find what remat computes again to be the same as before, and keep it after all.
     unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
-    return Llama(args, dtype, remat, kernel, CPU_LOSS_CHUNK if cpu else LOSS_CHUNK, unroll)
+    exact_rows = (CPU_ROWS if cpu else ROWS) if exact else 0
+    return Llama(args, dtype, remat, kernel, CPU_LOSS_CHUNK if cpu else LOSS_CHUNK, unroll, exact_rows)
 
 
 def compiler_options(device: jax.Device) -> dict[str, Any]:

@@ -74,7 +74,10 @@ def test_a_uniform_query_averages_just_the_visible_values() -> None:
     assert np.isfinite(out).all()
 
 
-cached = jax.jit(cached_attention)
+@jax.jit
+def cached(q: Any, k: Any, v: Any, cached_k: Stored, cached_v: Stored, slot: Any, first: Any) -> jax.Array:
+    """cached_attention of new keys and values as they will be stored."""
+    return cached_attention(q, cached_k.of(k), cached_v.of(v), cached_k, cached_v, slot, first)
 
 
 def stored(x: np.ndarray, slots: int, dtype: Any = jnp.float32) -> Stored:
@@ -82,7 +85,7 @@ def stored(x: np.ndarray, slots: int, dtype: Any = jnp.float32) -> Stored:
     B, _, K, H = x.shape
     scales = jnp.full((B, K, slots), 9 / 127) if dtype == jnp.int8 else None
     empty = Stored(jnp.full((B, K, slots, H), 127 if dtype == jnp.int8 else 9, dtype), scales)
-    return empty.write(jnp.asarray(x), jnp.int32(0))
+    return empty.write(empty.of(jnp.asarray(x)), jnp.int32(0))
 
 
 def over_cache(
@@ -150,6 +153,16 @@ def test_an_int8_cache_is_within_its_rounding_of_the_float_one(T: int) -> None:
         found = (held.values * held.scales[..., None])[:, :, :60].swapaxes(1, 2)
         steps = np.abs(x[:, :60]).max(axis=-1, keepdims=True) / 127
         assert (np.abs(found - x[:, :60]) <= 0.501 * steps).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_tokens_that_are_fed_together_are_read_as_those_that_are_fed_one_by_one(dtype: Any) -> None:
+    q, k, v = random_qkv(2, 6, 46, 4, 2, 16)
+    first = np.array([0, 7])
+    together = over_cache(q, k, v, 40, first, dtype)
+    for t in range(6):
+        alone = over_cache(q[:, t : t + 1], k, v, 40 + t, first, dtype)
+        np.testing.assert_allclose(alone[:, 0], together[:, t], atol=1e-6)
 
 
 def test_cached_attention_of_bfloat16_is_near_the_exact_one_for_large_scores_too() -> None:

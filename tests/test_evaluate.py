@@ -4,6 +4,7 @@ import io
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
-from llama_jax.config import ModelArgs
+from llama_jax.config import ModelArgs, SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.evaluate import _windows, evaluate
 from llama_jax.generation import Model
@@ -75,6 +76,24 @@ def test_token_by_token_over_a_cache_of_floats_the_loss_is_that_of_whole_windows
     whole, stepwise = (evaluate(replace(model, cache_dtype=dtype), text, 20, 7) for dtype in (None, jnp.float32))
     assert stepwise["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert stepwise["tokens"] == whole["tokens"]
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.int8], ids=["float", "int8"])
+def test_the_loss_is_that_of_generations_logprobs(model: Model, dtype: Any, tmp_path: Path) -> None:
+    """Whatever is read in one pass there, a token at a time here: keys and values are rounded alike."""
+    model = replace(model, cache_dtype=dtype)
+    ids = model.tokenizer.encode(TEXT)[:CONTEXT]
+    (tmp_path / "text.txt").write_text(text := model.tokenizer.decode(ids))
+    assert model.tokenizer.encode(text) == ids
+    logits = np.asarray(jax.nn.log_softmax(model.logits([ids])))[0]
+    logprobs = logits[np.arange(len(ids) - 1), ids[1:]]
+    half = len(ids) // 2
+    greedy = SampleArgs(temperature=0.0, max_new_tokens=1)
+    for end in (1, 2, half):
+        (made,) = model.generate_ids([ids[:end]], greedy)
+        assert made.logprobs[0] == pytest.approx(logits[end - 1].max(), abs=1e-5)
+    found = evaluate(model, tmp_path / "text.txt")
+    assert found["loss"] == pytest.approx(-logprobs.mean(), rel=1e-5)
 
 
 def test_a_cache_of_int8_costs_a_little(model: Model, text: Path) -> None:

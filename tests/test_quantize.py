@@ -127,6 +127,17 @@ def test_zero_matrices_and_columns_stay_zero_and_finite(kind: Weights) -> None:
         assert np.isfinite(y).all() and y[0, 0, 1] == 0
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_are_not_finite_stay_not_finite(kind: Weights, bad: float) -> None:
+    q = jax.jit(lambda w: quantize(w, 1, kind))(normal(64, 5).at[3, 2].set(bad))
+    found = np.asarray(q.dequantized())
+    assert not np.isfinite(found[3, 2]) and np.isfinite(found[:, [0, 1, 3, 4]]).all()
+    for rows in (1, 20):
+        y = np.asarray(linear("BTD,DF->BTF", jnp.ones((1, rows, 64)), q))
+        assert not np.isfinite(y[..., 2]).any() and np.isfinite(y[..., 0]).all()
+
+
 def test_bytes_are_those_of_values_and_scales() -> None:
     w = normal(64, 10)
     assert bytes_of(w) == 64 * 10 * 4

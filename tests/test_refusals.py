@@ -31,6 +31,16 @@ from tests.commands import SMALL, STORIES, run, told
         (["a", "--ckpt", "runs/tiny", "--top-k", "-1"], None, "top_k: expected"),
         (["a", "--ckpt", "runs/tiny", "--logit-bias", "999999", "1"], None, "logit_bias: expected ids from 0 to"),
         (["a", "--ckpt", "runs/tiny", "--stop", ""], None, "stop: expected"),
+        (["a", "--ckpt", "runs/tiny", "--stop"], None, "--stop: expected a text, found none"),
+        (["a", "--ckpt", "runs/tiny", "--logit-bias", "5", "1e300"], None, "logit_bias: expected numbers up to"),
+        (["a", "--ckpt", "runs/tiny", "--too-long", "drop"], None, "--too-long: expected one of"),
+        (["a", "the " * 40, "--ckpt", "runs/tiny"], None, "prompt 2 ('the the"),
+        (["--ckpt", "runs/tiny", "--prompts-file", "latin.txt"], None, "latin.txt: line 2: expected text in UTF-8"),
+        (
+            ["--ckpt", "runs/tiny", "--prompts-file", "my.txt", "--stop", ".", "!"],
+            None,
+            "found others as arguments, '!'",
+        ),
         (["--ckpt", "runs/tiny", "--prompts-file", "nothing"], None, "--prompts-file: expected a file of prompts"),
         (["--ckpt", "runs/tiny", "--prompts-file", "typo.jsonl"], None, "typo.jsonl: line 2: unknown key temprature"),
         (
@@ -47,6 +57,7 @@ from tests.commands import SMALL, STORIES, run, told
 )
 def test_sample_refuses_in_one_line(argv: list[str], stdin: str | None, words: str, place: Path) -> None:
     (place / "typo.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "temprature": 1}\n')
+    (place / "latin.txt").write_bytes(b"a\ncaf\xe9\n")
     result = forked.run(["sample.py", *argv], place, stdin)
     line = told(result)
     assert line.startswith("error: ") and words in line

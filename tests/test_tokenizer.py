@@ -384,3 +384,46 @@ def test_ids_outside_the_vocabulary_are_refused(small_tokenizer):
     for bad in (-1, last + 1, 2**40):
         with pytest.raises(UserError, match=f"expected 0 to {last}, found {bad}"):
             small_tokenizer.decode([5, bad])
+
+
+def test_a_stream_reads_a_long_text_once(small_tokenizer, monkeypatch):
+    ids = small_tokenizer.encode("The fox saw 12 boats by the river. " * 100)
+    stream, read = small_tokenizer.stream(ids[:50]), []
+    decode = small_tokenizer.decode
+    monkeypatch.setattr(small_tokenizer, "decode", lambda ids: read.append(len(ids)) or decode(ids))
+    for token in ids[50:]:
+        stream.push([token])
+    assert sum(read) < 4 * len(ids) + 100, "and not all that came before at every token"
+
+
+def test_many_texts_are_encoded_as_each_is(small_tokenizer):
+    texts = [*AWKWARD, "lone \ud800 surrogate", "long word " * 5000]
+    assert small_tokenizer.encode_all(texts) == [small_tokenizer.encode(text) for text in texts]
+    assert small_tokenizer.encode_all([]) == []
+
+
+def test_a_piece_that_is_not_utf8_is_told_with_the_file(small_tokenizer, tmp_path):
+    content = small_tokenizer.model_bytes
+    at = content.index("▁the".encode())
+    (path := tmp_path / "t.model").write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+    with pytest.raises(UserError) as refused:
+        Tokenizer(path)
+    assert str(refused.value).startswith(f"{path}: expected pieces in UTF-8, found b") and "damaged" in str(
+        refused.value
+    )
+
+
+def test_a_damaged_model_is_told_or_works(small_tokenizer, tmp_path):
+    rng = random.Random(0)
+    for _ in range(100):
+        content = bytearray(small_tokenizer.model_bytes)
+        for _ in range(rng.choice([1, 3, 30])):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        (path := tmp_path / "t.model").write_bytes(content)
+        try:
+            tokenizer = Tokenizer(path)
+        except UserError as error:
+            assert str(path) in str(error)
+        else:
+            tokenizer.encode("The fox \n é 🦊")
+            tokenizer.decode(range(tokenizer.vocab_size))

@@ -1,12 +1,14 @@
 """Generation: a loaded model, its logits, and completions of prompts."""
 
 import functools
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.cache import CACHE_DTYPES
@@ -14,10 +16,13 @@ from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.chat import Message, encode_dialog
-from llama_jax.generation.decode import Row, logits_without_cache
+from llama_jax.generation.decode import Row, logits_of_tokens
 from llama_jax.generation.loading import fitting_mesh, load_parameters
 from llama_jax.generation.passes import Engine, OnProgress
+from llama_jax.generation.prompts import pasted
 from llama_jax.generation.rows import Completion as Completion
+from llama_jax.generation.rows import not_finite
+from llama_jax.generation.sampling import check_bias
 from llama_jax.generation.serving import serve
 from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama
@@ -42,6 +47,8 @@ class Model:
     """Of keys and values: jnp.int8, or None for the type that is computed in."""
     draft: Draft | None = None
     """Who guesses tokens ahead (speculative.py)."""
+    source: str = "the model"
+    """The checkpoint that it was loaded from, for errors."""
 
     @classmethod
     def load(
@@ -53,6 +60,7 @@ class Model:
         mesh: MeshArgs | None = None,
         draft: str = "",
         draft_tokens: int = 4,
+        exact: bool = False,
         stacked: bool = False,
     ) -> "Model":
         """See ``llama_jax.load``. Matrices are kept in the type that is computed in, or quantized.
@@ -66,17 +74,19 @@ class Model:
         checkpoint = Checkpoint.find(path)
         weights = checkpoint.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
-        module = make_model(checkpoint.args, compute_dtype, mesh=laid)
+        module = make_model(checkpoint.args, compute_dtype, mesh=laid, exact=exact)
         if laid is None:
             laid = fitting_mesh(checkpoint, module, weights)
         params = load_parameters(checkpoint, module, laid, weights, stacked)
         guesser = load_draft(draft, draft_tokens, compute_dtype, checkpoint, laid) if draft else None
-        return cls(checkpoint.args, params, checkpoint.tokenizer, module, CACHE_DTYPES[cache], guesser)
+        source = str(checkpoint.folder)
+        return cls(checkpoint.args, params, checkpoint.tokenizer, module, CACHE_DTYPES[cache], guesser, source)
 
     def logits(self, token_ids: Any) -> jax.Array:
         """Logits of the token after each position: int [B, T] -> float32 [B, T, V].
 
-        Raises UserError where T is longer than the context or an id is outside the vocabulary.
+        They are those that generation samples from: with a cache of int8, keys and values are read as it holds them. Raises
+        UserError where T is longer than the context, an id is outside the vocabulary, or a logit is not finite.
         """
         try:
             token_ids = np.asarray(token_ids)
@@ -88,7 +98,13 @@ class Model:
             raise UserError(f"token_ids: expected up to {self.args.max_seq_len} positions, found {token_ids.shape[1]}")
         if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < self.args.vocab_size):
             raise UserError(f"token_ids: expected ids from 0 to {self.args.vocab_size - 1}, found others")
-        return logits_without_cache(self.module, self.serving, token_ids.astype(np.int32))
+        if not token_ids.size:
+            return jnp.zeros((*token_ids.shape, self.args.vocab_size), jnp.float32)
+        cache_dtype = self.cache_dtype or self.module.dtype
+        logits = logits_of_tokens(self.module, self.serving, token_ids.astype(np.int32), cache_dtype)
+        if not jnp.isfinite(logits).all():
+            raise not_finite(self.source, "in the logits of these tokens")
+        return logits
 
     def generate(
         self,
@@ -127,8 +143,15 @@ class Model:
         settings = [args] * len(prompts) if isinstance(args, SampleArgs) else list(args)
         if len(settings) != len(prompts):
             raise UserError(f"args: expected one SampleArgs, or {len(prompts)}, one a prompt; found {len(settings)}")
-        for ids, given in zip(prompts, settings, strict=True):
-            self._check(ids, given)
+        alone = isinstance(args, SampleArgs)
+        checked: set[int] = set()  # settings, which many prompts may share
+        for number, (ids, given) in enumerate(zip(prompts, settings, strict=True), 1):
+            if id(given) not in checked:
+                prefix = "" if alone else f"prompt {number}: "
+                given.check(prefix)
+                check_bias(given, self.args.vocab_size, prefix)
+                checked.add(id(given))
+            self._check_prompt(ids, number)
         return [(ids, given, i) for ids, given in zip(prompts, settings, strict=True) for i in range(given.n)]
 
     def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
@@ -145,26 +168,33 @@ class Model:
         self, prompt_ids: Sequence[int], args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
     ) -> Iterator[str]:
         """``stream`` for a prompt of token ids."""
-        self._check(prompt_ids, args)
         check_one(args, "a stream")
-        return self._engine.stream((prompt_ids, args, 0), on_progress)
+        (row,) = self.rows([prompt_ids], args)
+        return self._engine.stream(row, on_progress)
 
     def encode(self, prompt: str) -> list[int]:
-        """A prompt's token ids."""
+        """A prompt's token ids. Warns of controls and tags in it, which are text like all else."""
         if not isinstance(prompt, str):
             raise UserError(f"prompts: expected strings, found {quoted(prompt)}")
+        if found := pasted(self.tokenizer, [prompt]):
+            warnings.warn(found, stacklevel=3)
         return self.tokenizer.encode(prompt)
 
-    def _check(self, ids: Sequence[int], args: SampleArgs) -> None:
-        args.check()
-        for token in args.logit_bias:
-            if not 0 <= token < self.args.vocab_size:
-                raise UserError(f"logit_bias: expected ids from 0 to {self.args.vocab_size - 1}, found {token}")
+    def _check_prompt(self, ids: Sequence[int], number: int) -> None:
+        """Raise UserError where the ``number``-th prompt is not made of token ids, or fills the context."""
+        if not len(ids):
+            raise UserError(
+                f"prompt {number}: expected one or more token ids, found none; an empty text is [{self.tokenizer.bos_id}], BOS"
+            )
+        if not all(isinstance(token, int | np.integer) and 0 <= token < self.args.vocab_size for token in ids):
+            raise UserError(
+                f"prompt {number}: expected token ids from 0 to {self.args.vocab_size - 1}, found {quoted(list(ids))}"
+            )
         if len(ids) >= self.args.max_seq_len:
             start = self.tokenizer.decode(ids[:12])
             raise UserError(
-                f"prompt {quoted(start + '...')}: expected fewer than {self.args.max_seq_len} tokens, the model's context, "
-                f"found {len(ids)}; shorten it"
+                f"prompt {number} ({quoted(start + '...')}): expected fewer than {self.args.max_seq_len} tokens, the model's "
+                f"context, found {len(ids)}; shorten it"
             )
 
     @functools.cached_property
@@ -174,7 +204,7 @@ class Model:
 
     @property
     def _engine(self) -> Engine:
-        return Engine(self.module, self.serving, self.tokenizer, self.cache_dtype, self.draft)
+        return Engine(self.module, self.serving, self.tokenizer, self.cache_dtype, self.draft, self.source)
 
 
 def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint, mesh: jax.sharding.Mesh) -> Draft:

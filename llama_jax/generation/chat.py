@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from llama_jax.errors import UserError, quoted
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import Tokenizer, clean
 
 INSTRUCTION, END_INSTRUCTION = "[INST]", "[/INST]"
 SYSTEM, END_SYSTEM = "<<SYS>>", "<</SYS>>"
@@ -95,5 +95,5 @@ def read_messages(path: Path) -> list[Message]:
             raise UserError(
                 f"{path}: message {i + 1}: expected system, user or assistant, found {quoted(item['role'])}"
             )
-        messages.append(Message(item["role"], item["content"]))
+        messages.append(Message(item["role"], clean(item["content"])))
     return messages

@@ -1,11 +1,13 @@
 """Generation at a terminal: completions, and conversations."""
 
 import contextlib
+import io
 import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -13,10 +15,15 @@ from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, check_one, stripped
 from llama_jax.generation.chat import Message, encode_dialog, fit_dialog, without_tags
-from llama_jax.generation.jobs import Job, Results, result
 from llama_jax.generation.passes import OnProgress, Step
+from llama_jax.generation.prompts import Asked, Job, pasted, standard_input
+from llama_jax.generation.results import SKIPPED, Results, result
 from llama_jax.generation.stats import Meter
 from llama_jax.progress import Progress
+from llama_jax.tokenizer import clean
+
+# Is given each prompt with its completion.
+Take = Callable[[Asked, Completion], None]
 
 HELP = (
     "a line is a message; /reset forgets the conversation, /help prints this, /quit ends the program; "
@@ -39,31 +46,32 @@ class Console:
             sys.stdout.flush()  # where its reader has gone, that comes first
         self._say(self._meter.line())
 
-    def complete(self, jobs: Sequence[Job]) -> None:
+    def complete(self, asked: Sequence[Asked]) -> None:
         """Print the completions of prompts; a single one as it comes."""
-        if len(jobs) == 1 and jobs[0].args.n == 1 and not self._as_json:
+        if self._is_one_text(asked):
             self._meter.begin()
-            pieces = self._model.stream(*jobs[0], self._meter)
-            _print_stream(pieces, start=jobs[0].prompt)
+            pieces = self._model.stream_ids(asked[0].ids, asked[0].job.args, self._meter)
+            _print_stream(pieces, start=asked[0].job.prompt)
             return
-        self._run(jobs, [self._model.encode(job.prompt) for job in jobs], self._printer(show_prompt=True))
+        self._run(asked, self._printer(show_prompt=True))
 
-    def answer(self, conversations: Sequence[Sequence[Message]], args: Sequence[SampleArgs]) -> None:
-        """Print the answers to conversations, each with its own ``args``; a single one as it comes."""
-        prompts = [encode_dialog(self._model.tokenizer, messages) for messages in conversations]
-        if len(prompts) == 1 and args[0].n == 1 and not self._as_json:
-            _print_stream(self._answer_pieces(prompts[0], args[0]))
+    def answer(self, asked: Sequence[Asked]) -> None:
+        """Print the answers to conversations; a single one as it comes."""
+        if self._is_one_text(asked):
+            _print_stream(self._answer_pieces(asked[0].ids, asked[0].job.args))
             return
-        jobs = [Job(messages[-1].content, given) for messages, given in zip(conversations, args, strict=True)]
-        self._run(jobs, prompts, self._printer(show_prompt=False))
+        self._run(asked, self._printer(show_prompt=False))
 
-    def save(self, jobs: Sequence[Job], prompts: Sequence[Sequence[int]], results: Results, strip: bool) -> None:
+    def save(self, asked: Sequence[Asked], results: Results, strip: bool) -> None:
         """Add the completions that ``results`` lacks to them, each as soon as it is there. strip: of outer white space."""
 
-        def take(_: str, ids: Sequence[int], completion: Completion) -> None:
-            results.add(len(ids), stripped(completion) if strip else completion)
+        def take(_: Asked, completion: Completion) -> None:
+            results.add(stripped(completion) if strip else completion)
 
-        self._run(jobs, prompts, take, results.done, with_bar=True)
+        self._run(asked, take, results.done, with_bar=True)
+
+    def _is_one_text(self, asked: Sequence[Asked]) -> bool:
+        return len(asked) == 1 and asked[0].job.args.n == 1 and not asked[0].skipped and not self._as_json
 
     def converse(self, system: str, args: SampleArgs) -> None:
         """Answer the lines of standard input, one after the other, in one conversation; see HELP."""
@@ -73,7 +81,10 @@ class Console:
         interactive = sys.stdin is not None and sys.stdin.isatty()
         if interactive:
             _tell(HELP)
+        noted = ""
         for line in _lines(interactive):
+            if not noted and (noted := pasted(self._model.tokenizer, [line])):
+                _tell(noted)
             if line == "/quit":
                 return
             if line == "/reset":
@@ -93,35 +104,40 @@ class Console:
             if dropped:
                 turns = "turn is" if dropped == 1 else f"{dropped} turns are"
                 _tell(f"the conversation has outgrown the context of {context} tokens: the oldest {turns} forgotten")
-            pieces = self._answer_pieces(encode_dialog(self._model.tokenizer, fitting), args)
-            text = _print_stream(pieces, until=interrupted)
+            text = self._answer(fitting, args, interrupted)
         except UserError as error:  # of this message: the conversation goes on without it
             _tell(f"error: {error}")
             return asked[:-1]
         return [*fitting, Message("assistant", without_tags(text))]
+
+    def _answer(self, messages: list[Message], args: SampleArgs, interrupted: Callable[[], bool]) -> str:
+        """Print the answer to a conversation; its text."""
+        ids = encode_dialog(self._model.tokenizer, messages)
+        if not self._as_json:
+            return _print_stream(self._answer_pieces(ids, args), until=interrupted)
+        self._meter.begin()
+        (completion,) = self._model.generate_ids([ids], args, self._meter)
+        self._printer(show_prompt=False)(Asked(Job(messages[-1].content, args), ids), completion)
+        return completion.text
 
     def _answer_pieces(self, prompt: Sequence[int], args: SampleArgs) -> Iterator[str]:
         """The answer as it comes, without the space that it begins with. Raises UserError at once."""
         self._meter.begin()
         return _stripped(self._model.stream_ids(prompt, args, self._meter))
 
-    def _run(
-        self,
-        jobs: Sequence[Job],
-        prompts: Sequence[Sequence[int]],
-        take: Callable[[str, Sequence[int], Completion], None],
-        done: int = 0,
-        with_bar: bool = False,
-    ) -> None:
-        """Give every completion of ``jobs`` behind the first ``done`` to ``take``, in order, as soon as it is there."""
-        rows = self._model.rows(prompts, [job.args for job in jobs])
-        texts = [job.prompt for job in jobs for _ in range(job.args.n)]
-        progress = Progress("generating", len(rows), "completion", done) if with_bar and not self._quiet else None
+    def _run(self, asked: Sequence[Asked], take: Take, done: int = 0, with_bar: bool = False) -> None:
+        """Give every completion of ``asked`` behind the first ``done`` to ``take``, in order, as soon as it is there."""
+        wanted = [(one, number) for one in asked for number in range(one.job.args.n)][done:]
+        rows = [(one.ids, one.job.args, number) for one, number in wanted if not one.skipped]
+        total = done + len(wanted)
+        progress = Progress("generating", total, "completion", done) if with_bar and not self._quiet else None
         self._meter.begin()
         with progress or contextlib.nullcontext():
-            made = self._model.completions(rows[done:], self._watching(progress))
-            for text, (ids, _, _), completion in zip(texts[done:], rows[done:], made, strict=True):
-                take(text, ids, completion)
+            made = self._model.completions(rows, self._watching(progress))
+            for one, _ in wanted:
+                if one.skipped and progress is not None:
+                    progress.update(1)
+                take(one, SKIPPED if one.skipped else next(made))
 
     def _watching(self, progress: Progress | None) -> OnProgress:
         def watch(step: Step) -> None:
@@ -133,16 +149,18 @@ class Console:
 
         return watch
 
-    def _printer(self, show_prompt: bool) -> Callable[[str, Sequence[int], Completion], None]:
+    def _printer(self, show_prompt: bool) -> Take:
         printed = 0
 
-        def show(prompt: str, ids: Sequence[int], completion: Completion) -> None:
+        def show(asked: Asked, completion: Completion) -> None:
             nonlocal printed
             completion = completion if show_prompt else stripped(completion)
             if self._as_json:
-                print(json.dumps(result(prompt, len(ids), completion), ensure_ascii=False), flush=True)
+                # Of what the terminal does not have, JSON has a spelling of its own.
+                ascii_only = not _is_utf8(sys.stdout)
+                print(json.dumps(result(asked, completion), ensure_ascii=ascii_only, allow_nan=False), flush=True)
             else:
-                text = prompt + completion.text if show_prompt else completion.text
+                text = asked.job.prompt + completion.text if show_prompt else completion.text
                 print(("\n---\n" if printed else "") + text, flush=True)
             printed += 1
 
@@ -153,6 +171,10 @@ class Console:
             _tell(text)
 
 
+def _is_utf8(stream: TextIO | None) -> bool:
+    return stream is None or (stream.encoding or "utf-8").lower().replace("-", "").replace("_", "") == "utf8"
+
+
 def _tell(text: str) -> None:
     if sys.stderr is not None:  # closed: print would take standard output instead
         tqdm.write(text, file=sys.stderr)  # above the bar, if there is one
@@ -160,21 +182,23 @@ def _tell(text: str) -> None:
 
 def _lines(interactive: bool) -> Iterator[str]:
     """Lines of standard input that are not blank, up to its end, or to Ctrl-C where somebody types them."""
-    if interactive:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives input() its arrow keys
-    while True:
-        try:
-            line = input("> ") + "\n" if interactive else sys.stdin.readline() if sys.stdin is not None else ""
-        except (EOFError, KeyboardInterrupt):
-            if not interactive:
-                raise
-            print()
-            return
-        if not line:
-            return
+    for line in _typed() if interactive else standard_input():
         if line.strip():
             yield line.strip()
+
+
+def _typed() -> Iterator[str]:
+    """Lines that somebody types at a prompt; what is no text becomes U+FFFD."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() its arrow keys
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    while True:
+        try:
+            yield clean(input("> "))
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
 
 
 def _stripped(pieces: Iterable[str]) -> Iterator[str]:

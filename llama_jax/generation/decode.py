@@ -50,10 +50,19 @@ class Sampled(NamedTuple):
 
 
 @functools.partial(GenerationProgram, static_argnames=("model", "end"), donate_argnames=("cache",))
-def prefill(model: Llama, params: Any, tokens: jax.Array, cache: KVCache, end: int) -> tuple[jax.Array, KVCache]:
-    """Read prompts' tokens, int [B, T], into the cache. Returns the logits behind the last one too, float32 [B, V]."""
+def prefill(
+    model: Llama, params: Any, tokens: jax.Array, cache: KVCache, end: int, last: ArrayLike | None = None
+) -> tuple[jax.Array, KVCache]:
+    """Read prompts' tokens, int [B, T], into the cache. Returns the logits behind the ``last`` [B] of them too, float32 [B, V].
+
+    last: None, the last column.
+    """
     hidden, cache = forward(model, params, tokens, cache, end)
-    return logits_of(params, hidden[:, -1:])[:, 0], cache
+    if last is None:
+        hidden = hidden[:, -1:]
+    else:
+        hidden = jnp.take_along_axis(hidden, jnp.asarray(last)[:, None, None], axis=1)
+    return logits_of(model, params, hidden)[:, 0], cache
 
 
 @functools.partial(GenerationProgram, static_argnames=("model", "steps", "end"), donate_argnames=("state",))
@@ -66,20 +75,24 @@ def decode_chunk(
     """
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
-        ids, logprobs, sampler = sample(state.sampler, state.logits, state.made)
+        ids, logprobs, sampler = sample(state.sampler, state.logits, state.made, bool(model.exact_rows))
         hidden, cache = forward(model, params, ids[:, None], state.cache, end)
-        return DecodeState(cache, logits_of(params, hidden)[:, 0], sampler, state.made + 1), (ids, logprobs)
+        return DecodeState(cache, logits_of(model, params, hidden)[:, 0], sampler, state.made + 1), (ids, logprobs)
 
     state, (ids, logprobs) = jax.lax.scan(step, state, None, length=steps)
     # Every process reads them.
     return state, (whole(ids.T), whole(logprobs.T))
 
 
-@functools.partial(GenerationProgram, static_argnames=("model",))
-def logits_without_cache(model: Llama, params: Any, token_ids: jax.Array) -> jax.Array:
-    """Logits of the token after each position: int [B, T] -> float32 [B, T, V]."""
-    cache = KVCache.empty(model.args, jnp.zeros(len(token_ids), jnp.int32), 0, model.dtype)
-    return logits_of(params, hidden_and_new(model, params, token_ids, cache, 0)[0])
+@functools.partial(GenerationProgram, static_argnames=("model", "cache_dtype"))
+def logits_of_tokens(model: Llama, params: Any, token_ids: jax.Array, cache_dtype: Any) -> jax.Array:
+    """Logits of the token after each position: int [B, T] -> float32 [B, T, V].
+
+    Keys and values are read as a cache of ``cache_dtype`` would hold them.
+    """
+    B, T = token_ids.shape
+    cache = empty_cache(model, jnp.zeros(B, jnp.int32), slots_read(T) if model.exact_rows else 0, cache_dtype)
+    return logits_of(model, params, hidden_and_new(model, params, token_ids, cache, 0)[0])
 
 
 def generate_chunks(
@@ -123,15 +136,24 @@ def read_prompts(
     """The state behind the prompts, which are read in passes; under the mesh. Its cache has up to ``slots`` slots."""
     mesh = mesh_of(params)
     slots = slots_read(longest) if caches_grow() else slots
+    lengths = np.array([len(prompt) for prompt, _, _ in rows], np.int32)
+    first = np.zeros_like(lengths) if model.exact_rows else longest - lengths
     tokens = np.zeros((len(rows), longest), np.int32)
-    first = np.array([longest - len(prompt) for prompt, _, _ in rows], np.int32)
-    for row, (prompt, _, _) in zip(tokens, rows, strict=True):
-        row[longest - len(prompt) :] = prompt
+    for row, begin, (prompt, _, _) in zip(tokens, first, rows, strict=True):
+        row[begin : begin + len(prompt)] = prompt
     state = _state_on(mesh, model, make_sampler(rows, model.args.vocab_size), first, slots, cache_dtype)
     logits, cache = state.logits, state.cache
     for start in range(0, longest, tokens_a_pass()):
         part = tokens[:, start : start + tokens_a_pass()]
-        logits, cache = prefill(model, params, part, cache, min(slots, slots_read(start)) if start else 0)
+        end = min(slots, slots_read(start)) if start else 0
+        if model.exact_rows:
+            last = lengths - 1 - start
+            found, cache = prefill(model, params, part, cache, end, np.clip(last, 0, part.shape[1] - 1))
+            logits = jnp.where((last >= 0)[:, None], found, logits)
+        else:
+            logits, cache = prefill(model, params, part, cache, end)
+    if model.exact_rows:
+        cache = cache.replace(slot=jnp.asarray(lengths))
     return state.replace(cache=cache, logits=logits)
 
 
@@ -158,9 +180,14 @@ def empty_state(model: Llama, sampler: Sampler, first: ArrayLike, slots: int, ca
     """Before any prompt is read, of rows whose first tokens will stand at slots ``first`` [B]."""
     first = jnp.asarray(first)
     B = len(first)
-    cache = KVCache.empty(model.args, first, slots, cache_dtype)
+    cache = empty_cache(model, first, slots, cache_dtype)
     logits = jnp.zeros((B, model.args.vocab_size), jnp.float32)
     return DecodeState(cache, logits, sampler, jnp.zeros(B, jnp.int32))
+
+
+def empty_cache(model: Llama, first: jax.Array, slots: int, cache_dtype: Any) -> KVCache:
+    """A cache of ``slots`` slots for rows whose first tokens will stand at slots ``first`` [B]."""
+    return KVCache.empty(model.args, first, slots, cache_dtype, slot_a_row=bool(model.exact_rows))
 
 
 def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -17,9 +17,16 @@ from llama_jax.model import Block, Cached, KeysValues, Llama, rms_norm, rotary_t
 def forward(model: Llama, params: Any, tokens: jax.Array, cache: KVCache, end: int) -> tuple[jax.Array, KVCache]:
     """Normed hidden states of the next tokens: int [B, T] -> [B, T, D], and the cache that holds them."""
     x, made = hidden_and_new(model, params, tokens, cache, end)
+    if model.exact_rows:
+        k, v = zip(*made, strict=True)
+        return x, cache.replace(k=k, v=v, slot=cache.slot + tokens.shape[1])
     # Nothing but zeros, which XLA does not know: the cache is written behind its last read, and so in place.
-    behind = 0 * x[:, :, None, :1]
-    return x, cache.write([(k + behind, v + behind) for k, v in made])
+    behind = 0 * x[:, :, 0]
+
+    def later(made: jax.Array) -> jax.Array:
+        return made + jnp.expand_dims(behind, range(2, made.ndim)).astype(made.dtype)
+
+    return x, cache.write(jax.tree.map(later, made))
 
 
 def hidden_and_new(
@@ -31,18 +38,20 @@ def hidden_and_new(
     row's first slot.
     """
     args, T = model.args, tokens.shape[1]
-    positions = jnp.maximum(cache.slot + jnp.arange(T) - cache.first[:, None], 0)  # a padding slot is at 0
+    slots = jnp.reshape(cache.slot, (-1, 1)) + jnp.arange(T)
+    positions = jnp.maximum(slots - cache.first[:, None], 0)  # a padding slot is at 0
     cos, sin = (
         jnp.asarray(table)[positions] for table in rotary_table(args.max_seq_len, args.head_dim, args.rope_theta)
     )
-    block = Block(args, model.kernel)
+    block = Block(args, model.kernel, model.exact_rows)
     x = params["tok_embeddings"][tokens].astype(model.dtype)
     made: list[Any] = []
     for layer, weights in enumerate(params["layers"]):
-        cached = Cached(*cache.layer(layer, end), cache.slot, cache.first)
+        stored = cache.layer(layer, cache.slots if model.exact_rows else end)
+        cached = Cached(*stored, cache.slot, cache.first)
         x, keys_values = block.apply({"params": with_heads(weights, args)}, x, cached, (cos, sin))
         made.append(keys_values)
-    return rms_norm(x, params["norm"], args.norm_eps), made
+    return rms_norm(x, params["norm"], args.norm_eps, model.exact_rows), made
 
 
 def with_heads(weights: Any, args: ModelArgs) -> Any:
@@ -54,6 +63,6 @@ def with_heads(weights: Any, args: ModelArgs) -> Any:
     return weights | {"attention": attention}
 
 
-def logits_of(params: Any, hidden: jax.Array) -> jax.Array:
+def logits_of(model: Llama, params: Any, hidden: jax.Array) -> jax.Array:
     """[B, T, D] -> float32 [B, T, V]."""
-    return linear("BTD,DV->BTV", hidden, params["output"], jnp.float32)
+    return linear("BTD,DV->BTV", hidden, params["output"], jnp.float32, model.exact_rows)

@@ -1,5 +1,6 @@
 """Many completions in passes that fit into memory, and what happens on the way."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -60,6 +61,7 @@ class Engine:
     tokenizer: Tokenizer
     cache_dtype: Any = None  # None: the type that is computed in
     draft: Draft | None = None
+    source: str = "the model"  # what errors call it
 
     def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
         """A completion a row, in order; each as soon as it and all before it are finished."""
@@ -82,7 +84,7 @@ class Engine:
 
     def stream(self, row: Row, on_progress: OnProgress | None = None) -> Iterator[str]:
         """The text of one completion as it comes, a token at a time."""
-        growing = Growing(self.tokenizer, row[0], row[1], self.model.args.max_seq_len)
+        growing = self._growing(row)
         report = _reporter(on_progress, 1, 1, [row])
         report(0, 0, 0)
         for chunk in self._chunks([row], steps=1):
@@ -95,7 +97,7 @@ class Engine:
 
     def _run(self, rows: Sequence[Row], report: Callable[[int, int, int], None]) -> list[Completion]:
         """The completions of one pass."""
-        growing = [Growing(self.tokenizer, prompt, args, self.model.args.max_seq_len) for prompt, args, _ in rows]
+        growing = [self._growing(row) for row in rows]
         report(0, 0, 0)
         for chunk in self._chunks(rows, CHUNK):
             open_rows = [row for row in growing if not row.finish_reason]
@@ -109,6 +111,10 @@ class Engine:
             if finished == len(open_rows):
                 break
         return [row.completion() for row in growing]
+
+    def _growing(self, row: Row) -> Growing:
+        prompt, args, _ = row
+        return Growing(self.tokenizer, prompt, args, self.model.args.max_seq_len, self.source)
 
     def _chunks(self, rows: Sequence[Row], steps: int) -> Iterator[Sampled]:
         longest = new_tokens(self.model.args, rows)
@@ -124,29 +130,43 @@ def split(
     """The rows of a window in passes, longest prompts first, as many in each as ``free`` bytes hold."""
     most = CPU_MOST_ROWS if jax.default_backend() == "cpu" else MOST_ROWS
     passes: list[list[int]] = []
+    longest = new = 0  # tokens of the last pass's longest prompt, and that its longest row makes
     for i in sorted(window, key=lambda i: -len(rows[i][0])):
-        grown = [*passes[-1], i] if passes else []
-        if grown and len(grown) <= most and pass_bytes(model, [rows[j] for j in grown], cache_dtype) <= free:
+        more = new_tokens(model.args, [rows[i]])
+        count = len(passes[-1]) + 1 if passes else most + 1
+        if count <= most and count * row_bytes(model, longest, max(new, more), cache_dtype) <= free:
             passes[-1].append(i)
+            new = max(new, more)
         else:
             passes.append([i])
+            longest, new = len(rows[i][0]), more
     return passes
 
 
 def pass_bytes(model: Llama, rows: Sequence[Row], cache_dtype: Any = None) -> int:
-    """Bytes that a pass takes beside the parameters: its cache, the attention scores of a prompt's part, the sampler's arrays."""
+    """Bytes that a pass takes beside the parameters."""
+    longest = max(len(prompt) for prompt, _, _ in rows)
+    return len(rows) * row_bytes(model, longest, new_tokens(model.args, rows), cache_dtype)
+
+
+def row_bytes(model: Llama, prompt: int, new: int, cache_dtype: Any = None) -> int:
+    """Bytes that a row of a pass takes, the longest prompt of which has ``prompt`` tokens, and which makes ``new`` tokens.
+
+    They are its cache, the attention scores of a prompt's part, and the sampler's arrays.
+    """
     args = model.args
-    longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
+    longest = prompt_slots(prompt)
     part = min(longest, tokens_a_pass())
-    slots = slots_read(longest + new_tokens(args, rows) + CHUNK)
+    slots = slots_read(longest + new + CHUNK)
     if caches_grow():
         slots += slots // 2  # it is there in both sizes for a moment
     scores = 4 * args.n_heads * part * slots
     hidden = 3 * part * args.hidden_dim * jnp.dtype(model.dtype).itemsize
     sampler = 4 * VOCAB_ARRAYS * args.vocab_size
-    return len(rows) * (slots * slot_bytes(model, cache_dtype) + scores + hidden + sampler)
+    return slots * slot_bytes(model, cache_dtype) + scores + hidden + sampler
 
 
+@functools.lru_cache
 def slot_bytes(model: Llama, cache_dtype: Any = None) -> int:
     """Bytes of the cache that one token takes: its keys and values in all layers."""
     cache = jax.eval_shape(lambda: KVCache.empty(model.args, jnp.zeros(1, jnp.int32), 1, cache_dtype or model.dtype))

@@ -1,11 +1,13 @@
 """Completions while they grow: where they end, and which of their text is certain."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llama_jax.config import SampleArgs
+from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 
 
@@ -20,27 +22,48 @@ class Completion:
     logprobs: list[float]
     """Natural logarithm of each token's probability under the model, before temperature and all else that changes it."""
     finish_reason: str
-    """"stop": the model ended with EOS, or came to a stop string; "length": max_new_tokens or the context came first."""
+    """"stop": the model ended with EOS, or came to a stop string; "length": max_new_tokens or the context came first;
+    "too_long": the prompt filled the context and was skipped (sample.py --too-long skip)."""
+
+
+def not_finite(source: str, where: str) -> UserError:
+    """The error for a model, loaded from ``source``, that makes NaN or infinity."""
+    return UserError(
+        f"{source}: expected finite logits, found NaN or infinity {where}; the weights hold such values, or are too large for the "
+        "type that is computed in (--compute-dtype float32): take another checkpoint, or convert it anew from sound weights"
+    )
 
 
 class Growing:
     """The completion of one prompt while it grows."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], args: SampleArgs, context: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        args: SampleArgs,
+        context: int,
+        source: str = "the model",
+    ):
         self.finish_reason = ""
         self.ids: list[int] = []
         self._logprobs: list[float] = []
-        self._tokenizer, self._prompt_ids, self._stop = tokenizer, prompt_ids, args.stop
+        self._tokenizer, self._prompt_ids, self._stop, self._source = tokenizer, prompt_ids, args.stop, source
         self._limit = min(args.max_new_tokens, context - len(prompt_ids))
         self._stream = tokenizer.stream(prompt_ids)
         self._text = ""  # of the first ``_read`` tokens, as far as it is certain
         self._read = self._taken = 0
 
     def push(self, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Take the tokens of a chunk, up to EOS, the limit, or a stop string."""
+        """Take the tokens of a chunk, up to EOS, the limit, or a stop string.
+
+        Raises UserError where the logits that one was taken from were not finite.
+        """
         for token, logprob in zip(ids.tolist(), logprobs.tolist(), strict=True):
             if self.finish_reason:
                 break
+            if math.isnan(logprob):
+                raise not_finite(self._source, f"behind {len(self._prompt_ids) + len(self.ids)} tokens")
             if token == self._tokenizer.eos_id:
                 self.finish_reason = "stop"
                 break

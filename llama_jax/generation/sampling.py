@@ -3,7 +3,8 @@
 Every row has its own settings and its own random key, and nothing here looks across rows. B rows, V vocab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import SampleArgs
+from llama_jax.errors import UserError
+from llama_jax.exact import rounded
 
 
 class Sampler(flax.struct.PyTreeNode):
@@ -35,6 +38,18 @@ class Penalties(flax.struct.PyTreeNode):
     counts: jax.Array  # int32 [B, V]: how often the completion does
 
 
+def check_bias(args: SampleArgs, vocab_size: int, prefix: str = "") -> None:
+    """Raise UserError, with ``prefix``, where logit_bias names a token that there is not, or forbids all that there are."""
+    for token in args.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise UserError(f"{prefix}logit_bias: expected ids from 0 to {vocab_size - 1}, found {token}")
+    forbidden = int((_float32(args.logit_bias.values()) == -np.inf).sum())
+    if forbidden == vocab_size:
+        raise UserError(
+            f"{prefix}logit_bias: expected a token that may be said, found all {vocab_size} forbidden; leave one out"
+        )
+
+
 def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int) -> Sampler:
     """The sampler of rows of (prompt, settings, number of the row among the prompt's ``n``)."""
     settings = [args for _, args, _ in rows]
@@ -49,20 +64,27 @@ def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_si
     if any(args.logit_bias for args in settings):
         bias = np.zeros((len(rows), vocab_size), np.float32)
         for row, args in zip(bias, settings, strict=True):
-            row[list(args.logit_bias)] = list(args.logit_bias.values())
+            row[list(args.logit_bias)] = _float32(args.logit_bias.values())
     seeds = np.array([args.seed for args in settings], np.uint32)
     keys = _row_keys(seeds, np.array([number for _, _, number in rows], np.uint32))
-    # Greedy rows have no use for what follows the temperature.
-    temperature = jnp.array([args.temperature for args in settings], jnp.float32)
+    # Greedy rows have no use for what follows the temperature. One that float32 cannot divide by is as good as 0.
+    temperature = np.array([args.temperature for args in settings], np.float32)
+    temperature[temperature < np.finfo(np.float32).tiny] = 0
     return Sampler(
         keys,
-        temperature,
+        jnp.asarray(temperature),
         column("top_p", 1.0),
         column("top_k", 0, np.int32),
         column("min_p", 0.0),
         None if bias is None else jnp.asarray(bias),
         penalties,
     )
+
+
+def _float32(values: Iterable[float]) -> np.ndarray:
+    """Numbers in float32; what is too far below 0 for it is -inf."""
+    with np.errstate(over="ignore"):
+        return np.array(list(values), np.float64).astype(np.float32)
 
 
 @jax.jit
@@ -85,18 +107,27 @@ def _make_penalties(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab
 
 
 @jax.named_scope("sampling")
-def sample(sampler: Sampler, logits: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array, Sampler]:
+def sample(
+    sampler: Sampler, logits: jax.Array, number: jax.Array, one_by_one: bool = False
+) -> tuple[jax.Array, jax.Array, Sampler]:
     """Each row's next token, the ``number``-th (int32 [B]) of its completion: logits float32 [B, V] -> int32 [B].
 
-    At temperature 0 the likeliest. Returns its log-probability under the model too (before penalties and all else), and the
-    sampler that has counted it.
+    At temperature 0 the likeliest. Returns its log-probability under the model too (before penalties and all else; NaN where a
+    logit is not finite), and the sampler that has counted it. one_by_one: row after row, so that the sums of each are the same whatever stands beside it.
     """
+    if one_by_one:
+
+        def one(row: Any) -> Any:
+            return jax.tree.map(lambda x: x[0], sample(*jax.tree.map(lambda x: x[None], row)))
+
+        return jax.lax.map(one, (sampler, logits, number))
     changed = _penalised(sampler, logits)
     likeliest = jnp.argmax(changed, axis=-1).astype(jnp.int32)
     # Rows that all take the likeliest need no random numbers, and none of the sums that top-p needs.
     ids = jax.lax.cond(jnp.any(sampler.temperature > 0), _draw, lambda *_: likeliest, sampler, changed, number)
     ids = jnp.where(sampler.temperature > 0, ids, likeliest)
     logprobs = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    logprobs = jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), logprobs, jnp.nan)
     if sampler.penalties is not None:
         p = sampler.penalties
         counted = p.counts.at[jnp.arange(len(ids)), ids].add(1)
@@ -110,7 +141,8 @@ def _penalised(sampler: Sampler, logits: jax.Array) -> jax.Array:
     if (p := sampler.penalties) is not None:
         repetition = jnp.where(p.prompt | (p.counts > 0), p.repetition[:, None], 1.0)
         logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
-        logits -= p.presence[:, None] * (p.counts > 0) + p.frequency[:, None] * p.counts
+        logits -= jnp.where(p.counts > 0, p.presence[:, None], 0.0)
+        logits -= rounded(p.frequency[:, None] * p.counts)
     return logits if sampler.bias is None else logits + sampler.bias
 
 

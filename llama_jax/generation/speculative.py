@@ -75,7 +75,7 @@ def generate_speculatively(
     with on_mesh(mesh):
         state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype)
         guesser = Lookup(draft.tokens) if draft.model is None else DraftModel(draft, rows, longest, slots)
-        state, ids, logprobs = _first(state)
+        state, ids, logprobs = _first(model, state)
     texts = [list(prompt) for prompt, _, _ in rows]
     filled, made = longest, 0
     while True:
@@ -97,10 +97,10 @@ def generate_speculatively(
         ids, logprobs, filled = ids[:, :kept], logprobs[:, :kept], filled + kept
 
 
-@functools.partial(jax.jit, donate_argnames=("state",))
-def _first(state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def _first(model: Llama, state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
     """The first token of each row, which is in no cache yet: ids and log-probabilities [B, 1]."""
-    ids, logprobs, sampler = sample(state.sampler, state.logits, state.made)
+    ids, logprobs, sampler = sample(state.sampler, state.logits, state.made, bool(model.exact_rows))
     state = state.replace(sampler=sampler, made=state.made + 1)
     return state, whole(ids[:, None]), whole(logprobs[:, None])
 
@@ -112,11 +112,11 @@ def _check(
     """Sample behind each of ``fed`` [B, T], a row's last token and guesses. Ids and log-probabilities [B, T], of which as many
     are kept as the guesses of the rows ``waited_for`` [B] were right, and one more."""
     hidden, cache = forward(model, params, fed, state.cache, end)
-    logits = logits_of(params, hidden)
+    logits = logits_of(model, params, hidden)
 
     def one(carry: tuple[Sampler, jax.Array], behind: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         sampler, number = carry
-        ids, logprobs, sampler = sample(sampler, behind, number)
+        ids, logprobs, sampler = sample(sampler, behind, number, bool(model.exact_rows))
         return (sampler, number + 1), (ids, logprobs)
 
     _, (ids, logprobs) = jax.lax.scan(one, (state.sampler, state.made), logits.swapaxes(0, 1))
@@ -139,24 +139,40 @@ class Lookup:
 
     def __init__(self, tokens: int):
         self._tokens = tokens
+        self._runs: list[Runs] = []
 
     def guess(self, rows: list[list[int]], state: DecodeState) -> np.ndarray:
-        return np.array([look_up(row, self._tokens) for row in rows], np.int32)
+        self._runs = self._runs or [Runs() for _ in rows]
+        return np.array([runs.look_up(row, self._tokens) for runs, row in zip(self._runs, rows, strict=True)], np.int32)
+
+
+class Runs:
+    """The runs of tokens in a row that grows, each with where its latest occurrence ends."""
+
+    def __init__(self) -> None:
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._seen = 0  # tokens whose runs are known
+
+    def look_up(self, row: Sequence[int], tokens: int) -> list[int]:
+        """What followed the latest earlier occurrence of the longest run, up to LONGEST_RUN tokens, that ends ``row``.
+
+        Where there is none, or it stands at the end, the last token again. ``row`` is that of the last call, grown.
+        """
+        for end in range(self._seen + 1, len(row)):  # the runs at the very end have not come before
+            for length in range(1, min(LONGEST_RUN, end) + 1):
+                self._ends[tuple(row[end - length : end])] = end
+        self._seen = len(row) - 1
+        found: list[int] = []
+        for length in range(min(LONGEST_RUN, len(row) - 1), 0, -1):
+            if (end := self._ends.get(tuple(row[-length:]), 0)) > 0:
+                found = list(row[end : end + tokens])
+                break
+        return found + [row[-1]] * (tokens - len(found))
 
 
 def look_up(row: Sequence[int], tokens: int) -> list[int]:
-    """What followed the latest earlier occurrence of the longest run, up to LONGEST_RUN tokens, that ends ``row``.
-
-    Where there is none, or it stands at the end, the last token again.
-    """
-    found: list[int] = []
-    for length in range(min(LONGEST_RUN, len(row) - 1), 0, -1):
-        run = list(row[-length:])
-        starts = (i for i in range(len(row) - length - 1, -1, -1) if list(row[i : i + length]) == run)
-        if (start := next(starts, None)) is not None:
-            found = list(row[start + length : start + length + tokens])
-            break
-    return found + [row[-1]] * (tokens - len(found))
+    """``Runs.look_up`` of a row by itself."""
+    return Runs().look_up(row, tokens)
 
 
 class DraftModel:
@@ -164,12 +180,13 @@ class DraftModel:
 
     def __init__(self, draft: Draft, rows: Sequence[Row], longest: int, slots: int):
         assert draft.model is not None
-        self._draft, self._model = draft, draft.model
+        # A guess need not be exact: a wrong one costs time alone.
+        self._draft, self._model, self._read = draft, draft.model.clone(exact_rows=0), longest
         self._cache: KVCache = read_prompts(self._model, draft.params, rows, longest, slots, self._model.dtype).cache
 
     def guess(self, rows: list[list[int]], state: DecodeState) -> np.ndarray:
         last = np.array([[row[-1]] for row in rows], np.int32)
-        slot = int(state.cache.slot)
+        slot = self._read + int(state.made[0]) - 1  # the last token is in no cache yet
         count = self._draft.tokens
         end = slots_read(slot + count + 1)
         cache = with_room(self._cache, end).replace(slot=np.int32(slot))
@@ -186,7 +203,7 @@ def _propose(
     def step(carry: Any, _: Any) -> tuple[Any, jax.Array]:
         cache, fed, sampler, number = carry
         hidden, cache = forward(model, params, fed, cache, end)
-        ids, _logprobs, sampler = sample(sampler, logits_of(params, hidden)[:, 0], number)
+        ids, _logprobs, sampler = sample(sampler, logits_of(model, params, hidden)[:, 0], number)
         return (cache, ids[:, None], sampler, number + 1), ids
 
     start: Any = (cache, last, sampler, made)

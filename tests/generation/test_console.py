@@ -1,5 +1,6 @@
 """sample.py as it is used: jobs of many prompts, streams that are stopped, conversations at a terminal."""
 
+import dataclasses
 import io
 import json
 import os
@@ -15,9 +16,10 @@ import pytest
 
 from llama_jax.checkpoint import save_checkpoint
 from llama_jax.config import SampleArgs
-from llama_jax.generation import Model
+from llama_jax.generation import Model, passes
 from llama_jax.generation.chat import Message, encode_dialog
 from llama_jax.generation.console import Console
+from llama_jax.generation.prompts import Job, ask, given_prompts
 from llama_jax.tokenizer import Tokenizer
 from tests.commands import ROOT, run
 from tests.generation.models import build, speaking
@@ -182,7 +184,8 @@ def test_answers_to_several_questions_are_stripped_and_stand_apart(
     model: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conversations = [[Message("user", "Who?")], [Message("user", "Why?")]]
-    Console(model).answer(conversations, [ARGS, ARGS])
+    jobs = [Job(messages[-1].content, ARGS) for messages in conversations]
+    Console(model).answer(ask(jobs, model.tokenizer, 128, "refuse", conversations))
     expected = [model.chat(messages, ARGS).text for messages in conversations]
     assert capsys.readouterr().out == "\n---\n".join(text + "\n" for text in expected)[:-1] + "\n"
 
@@ -190,11 +193,8 @@ def test_answers_to_several_questions_are_stripped_and_stand_apart(
 def test_a_split_is_told_in_one_line(
     model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llama_jax.generation import passes
-    from llama_jax.generation.jobs import Job
-
     monkeypatch.setattr(passes, "CPU_MOST_ROWS", 2)
-    Console(model).complete([Job(text, ARGS) for text in "abc"])
+    Console(model).complete(ask([Job(text, ARGS) for text in "abc"], model.tokenizer, 128, "refuse"))
     assert capsys.readouterr().err == "2 passes, the first of 2 completions: more do not go into one\n"
 
 
@@ -208,3 +208,76 @@ def test_questions_of_a_file_are_answered_each_by_itself(folder: Path) -> None:
     assert printed == "\n---\n".join(r["completion"] + "\n" for r in records)
     other = run([*argv[:3], *argv[4:], "--prompts-file", "questions.txt", "--output", "answers.jsonl"], folder)
     assert other.returncode == 2 and "made with chat False, found True" in other.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])
+def test_json_is_json_whatever_the_terminal_writes(
+    model: Model, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding, errors="backslashreplace"))
+    texts = ["é 🦊", "\ud800", 'a "b" \\u00e9']
+    Console(model, as_json=True, quiet=True).complete(ask(given_prompts(texts, ARGS), model.tokenizer, 128, "refuse"))
+    found = [json.loads(line, parse_constant=pytest.fail) for line in out.getvalue().decode(encoding).splitlines()]
+    assert [record["prompt"] for record in found] == ["é 🦊", "\ufffd", 'a "b" \\u00e9']
+    assert ("é".encode(encoding, "replace") in out.getvalue()) == (encoding == "utf-8")
+
+
+def test_a_conversation_may_be_json(
+    model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\nWhy? <s>\n"))
+    Console(model, as_json=True).converse("", ARGS)
+    out, err = capsys.readouterr()
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["prompt"] for record in records] == ["Who?", "Why? <s>"]
+    messages = [Message("user", "Who?"), Message("assistant", records[0]["completion"]), Message("user", "Why? <s>")]
+    assert records[1]["completion"] == model.chat(messages, ARGS).text
+    assert err.startswith("<s> in a prompt is read as plain text") and err.count("\n") == 1
+
+
+def test_skipped_prompts_keep_their_place(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["a", "1 " * 200, "b"]
+    asked = ask(given_prompts(texts, dataclasses.replace(ARGS, n=2)), model.tokenizer, 128, "skip")
+    Console(model, as_json=True).complete(asked)
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in records] == [text for text in texts for _ in range(2)]
+    assert [record["finish_reason"] for record in records] == ["length"] * 2 + ["too_long"] * 2 + ["length"] * 2
+    Console(model).complete(asked[1:2])
+    assert capsys.readouterr().out == (texts[1] + "\n") + "\n---\n" + (texts[1] + "\n")
+
+
+def test_a_second_command_with_the_same_output_ends_and_a_killed_one_is_gone_on_with(folder: Path) -> None:
+    (folder / "many.txt").write_text("".join(f"fox {i}\n" for i in range(70)))
+    argv = ["sample.py", "--ckpt", "model", "--prompts-file", "many.txt", "--output", "many.jsonl", "--quiet"]
+    argv += ["--max-new-tokens", "40"]
+    output = folder / "many.jsonl"
+    first = subprocess.Popen([sys.executable, str(ROOT / argv[0]), *argv[1:]], cwd=folder, stderr=subprocess.PIPE)
+    while not output.exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = run(argv, folder)
+    if first.poll() is None:  # else it was done before the second began
+        assert second.returncode == 2 and "many.jsonl in use" in second.stderr and second.stderr.count("\n") == 1
+    while output.stat().st_size == 0 and first.poll() is None:
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    assert run(argv, folder).returncode == 0
+    assert [json.loads(line)["prompt"] for line in output.read_bytes().splitlines()] == [f"fox {i}" for i in range(70)]
+
+
+def test_a_terminal_without_prompts_is_told_what_is_waited_for(folder: Path) -> None:
+    terminal = Terminal([str(ROOT / "sample.py"), "--ckpt", "model", "--max-new-tokens", "4"], folder)
+    terminal.until("reading prompts from standard input, one a line; Ctrl-D ends them")
+    terminal.type("Who?\n\x04")
+    terminal.until("s: first after")
+    assert terminal.status() == 0
+
+
+def test_a_flag_takes_no_prompt_and_results_may_go_to_standard_output(folder: Path) -> None:
+    argv = ["sample.py", "--ckpt", "model", "--temperature", "0", "--max-new-tokens", "6", "--quiet", "--stop", r"\n"]
+    result = run([*argv, "--stop", "zz", "Once", "--output", "/dev/stdout"], folder)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    (record,) = map(json.loads, result.stdout.splitlines())
+    assert record["prompt"] == "Once" and record["made_with"]["stop"] == ["\n", "zz"]

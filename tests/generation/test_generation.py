@@ -1,6 +1,8 @@
 """Generation: what a model's functions make of what decode says."""
 
 import dataclasses
+import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,8 +12,10 @@ import pytest
 
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
+from llama_jax.evaluate import evaluate
 from llama_jax.generation import Model
 from llama_jax.generation.decode import CHUNK
+from llama_jax.generation.speculative import Draft
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 from tests.generation.models import decode, never_ending
 
@@ -179,3 +183,100 @@ def test_logits_refuse_what_is_not_a_batch_of_token_ids(model: Model, token_ids:
 def test_logits_are_float32_and_take_a_sequence_as_long_as_the_context(model: Model) -> None:
     logits = model.logits([[1] * CONTEXT])
     assert logits.shape == (1, CONTEXT, model.args.vocab_size) and logits.dtype == jnp.float32
+
+
+BAD = {
+    "NaN in a layer": ("layers/feed_forward/w1", np.nan),
+    "infinity in a norm": ("norm", np.inf),
+    "infinity in one token's output": ("output", np.inf),
+    "minus infinity there": ("output", -np.inf),
+}
+
+
+def with_bad_value(model: Model, name: str, value: float) -> Model:
+    """The model with a value in a weight that every token meets."""
+    tree = jax.tree.map(np.array, model.params)
+    *path, last = name.split("/")
+    inner = tree
+    for key in path:
+        inner = inner[key]
+    inner[last].reshape(-1)[0] = value
+    return dataclasses.replace(model, params=jax.tree.map(jnp.asarray, tree), source="runs/bad")
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_model_that_makes_nan_or_infinity_is_told_at_every_door(model: Model, bad: str, tmp_path: Path) -> None:
+    broken = with_bad_value(model, *BAD[bad])
+    words = r"runs/bad: expected finite logits, found NaN or infinity"
+    with pytest.raises(UserError, match=words):
+        broken.logits([[1, 5, 6]])
+    for args in (GREEDY, SampleArgs(seed=3, n=2)):
+        with pytest.raises(UserError, match=words):
+            broken.generate(["The fox"], args)
+    with pytest.raises(UserError, match=words):
+        list(broken.stream("The fox", GREEDY))
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(broken, draft=Draft(3)).generate(["The fox"], GREEDY)
+    (tmp_path / "text.txt").write_text("The owl saw the fox by the river.")
+    for cache_dtype in (None, jnp.int8):
+        with pytest.raises(UserError, match=words):
+            evaluate(dataclasses.replace(broken, cache_dtype=cache_dtype), tmp_path / "text.txt", batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([], "prompt 2: expected one or more token ids, found none; an empty text is"),
+        ([-1], "prompt 2: expected token ids from 0 to"),
+        ([10**6], "prompt 2: expected token ids from 0 to"),
+        ([1, 2.5], "prompt 2: expected token ids from 0 to"),
+        ([1] * CONTEXT, f"prompt 2 .*: expected fewer than {CONTEXT} tokens, the model's context, found {CONTEXT}"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_ids_that_are_no_prompt_are_refused_by_number(model: Model, ids: list[Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        model.generate_ids([[1, 5], ids], GREEDY)
+    with pytest.raises(UserError, match=words.replace("prompt 2", "prompt 1")):
+        model.stream_ids(ids, GREEDY)
+
+
+def test_ids_may_be_numpys(model: Model) -> None:
+    (one,), (other,) = model.generate_ids([[1, 5]], GREEDY), model.generate_ids([np.array([1, 5])], GREEDY)
+    assert one.token_ids == other.token_ids
+
+
+def test_settings_of_a_prompt_are_refused_by_number(model: Model) -> None:
+    with pytest.raises(UserError, match="prompt 2: temperature: expected"):
+        model.generate(["a", "b"], [GREEDY, SampleArgs(temperature=-1.0)])
+
+
+def test_logits_of_nothing_are_nothing(model: Model) -> None:
+    assert model.logits(np.zeros((2, 0), int)).shape == (2, 0, model.args.vocab_size)
+
+
+def test_a_bias_that_forbids_every_token_is_refused_and_all_but_one_is_not(model: Model) -> None:
+    vocab = model.args.vocab_size
+    bias = {token: -np.inf for token in range(vocab)}
+    for least in (-np.inf, -1e300):  # which float32 has as infinite, too
+        with pytest.raises(UserError, match=f"logit_bias: expected a token that may be said, found all {vocab}"):
+            model.generate(["a"], SampleArgs(logit_bias=bias | {7: least}))
+    for args in (GREEDY, SampleArgs(temperature=1e-40), SampleArgs(temperature=5.0)):
+        args = dataclasses.replace(args, logit_bias={t: -np.inf for t in range(vocab) if t != 7}, max_new_tokens=3)
+        assert model.generate(["a"], args)[0].token_ids == [7, 7, 7]
+    with pytest.raises(UserError, match=r"logit_bias: expected numbers up to 3.4e\+38, found 1e\+300"):
+        model.generate(["a"], SampleArgs(logit_bias={5: 1e300}))
+
+
+def test_a_temperature_that_float32_does_not_hold_is_0(model: Model) -> None:
+    (wanted,) = model.generate(["The fox"], GREEDY)
+    for temperature in (1e-40, 5e-324):
+        assert model.generate(["The fox"], dataclasses.replace(GREEDY, temperature=temperature)) == [wanted]
+
+
+def test_pasted_tags_are_warned_of(model: Model) -> None:
+    with pytest.warns(UserWarning, match=r"<s> and \[INST\] in a prompt are read as plain text"):
+        model.generate(["<s>[INST] Who? [/INST]"], dataclasses.replace(GREEDY, max_new_tokens=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(["Who?"], dataclasses.replace(GREEDY, max_new_tokens=1))

@@ -1,6 +1,7 @@
 """Completions by their rows: settings of each, ends, stop strings, and the passes that they are made in."""
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -173,6 +174,28 @@ def test_rows_of_like_length_share_a_pass(model: Model) -> None:
     rows = model.rows([[1] * n for n in (5, 200, 6, 190, 7, 180)], with_args(max_new_tokens=6))
     free = passes.pass_bytes(model.module, [rows[1]] * 3)
     assert passes.split(model.module, rows, range(6), free)[0] == [1, 3, 5]
+
+
+@given(st.lists(st.tuples(st.integers(1, 250), st.integers(1, 300)), min_size=1, max_size=40), st.integers(0, 50))
+def test_a_pass_has_as_many_rows_as_memory_holds(model: Model, rows: list[tuple[int, int]], room: int) -> None:
+    given = [([1] * length, with_args(max_new_tokens=new), 0) for length, new in rows]
+    free = room * passes.row_bytes(model.module, 100, 100)
+    parts = passes.split(model.module, given, range(len(given)), free)
+    assert sorted(i for part in parts for i in part) == list(range(len(given)))
+    lengths = [len(given[i][0]) for part in parts for i in part]
+    assert lengths == sorted(lengths, reverse=True)
+    for part, following in itertools.pairwise([*parts, []]):
+        held = [given[i] for i in part]
+        assert len(part) == 1 or passes.pass_bytes(model.module, held) <= free
+        if following and len(part) < passes.CPU_MOST_ROWS:
+            assert passes.pass_bytes(model.module, [*held, given[following[0]]]) > free
+
+
+def test_ten_thousand_prompts_are_laid_out_without_tracing_a_row(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = model.rows([[1, 5 + i % 7] * (1 + i % 9) for i in range(10_000)], ARGS)
+    passes.slot_bytes(model.module)
+    monkeypatch.setattr(passes.jax, "eval_shape", None)
+    assert sum(map(len, passes.split(model.module, rows, range(10_000), 1e12))) == 10_000
 
 
 def test_windows_come_as_they_are_done(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from llama_jax.config import SampleArgs
 from llama_jax.generation import Model
-from llama_jax.generation.speculative import Draft, generate_speculatively, look_up
+from llama_jax.generation.speculative import LONGEST_RUN, Draft, Runs, generate_speculatively, look_up
 from llama_jax.tokenizer import Tokenizer
 from tests.generation.models import build, decode_rows, never_ending, prompts_of_lengths
 
@@ -39,9 +40,11 @@ def drafts(model: Model, small_tokenizer: Tokenizer) -> dict[str, Draft]:
     }
 
 
-def speculate(model: Model, rows: Any, draft: Draft, eos_id: int = -1) -> tuple[np.ndarray, np.ndarray, int]:
+def speculate(
+    model: Model, rows: Any, draft: Draft, eos_id: int = -1, cache_dtype: Any = None
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Ids and log-probabilities, each [B, COUNT], and how many passes over the model they took."""
-    chunks = list(generate_speculatively(model.module, model.serving, rows, COUNT, draft, eos_id))
+    chunks = list(generate_speculatively(model.module, model.serving, rows, COUNT, draft, eos_id, cache_dtype))
     ids, logprobs = (np.concatenate(part, axis=1) for part in zip(*chunks, strict=True))
     return ids[:, :COUNT], logprobs[:, :COUNT], len(chunks)
 
@@ -61,6 +64,16 @@ def test_the_tokens_are_those_of_plain_decoding(
     if guesser == "the model itself":
         # With the same random numbers every guess is right, 4 and one more a pass; the first token comes alone.
         assert passes == 1 + -(-(COUNT - 1) // 5)
+
+
+@pytest.mark.parametrize("guesser", ["lookup", "the model itself"])
+def test_with_a_cache_of_int8_too(model: Model, drafts: dict[str, Draft], guesser: str) -> None:
+    """A checked guess reads its neighbours' keys and values rounded, as a token that is decoded alone does."""
+    rows = [(prompt, SETTINGS["greedy"], 0) for prompt in prompts_of_lengths(model, [3, 17, 90, 40, 5])]
+    wanted, wanted_logprobs = decode_rows(model, rows, COUNT, cache_dtype=jnp.int8)
+    ids, logprobs, _ = speculate(model, rows, drafts[guesser], cache_dtype=jnp.int8)
+    np.testing.assert_array_equal(ids, wanted)
+    np.testing.assert_allclose(logprobs, wanted_logprobs, atol=1e-3)
 
 
 def test_a_row_is_not_waited_for_once_it_has_ended(model: Model, drafts: dict[str, Draft]) -> None:
@@ -104,6 +117,22 @@ def test_text_that_repeats_is_looked_up(model: Model) -> None:
     assert look_up([7, 8, 5, 8, 6, 8], 2) == [6, 8]  # the latest
     assert look_up([1, 2, 3], 2) == [3, 3]  # nothing of the kind came before
     assert look_up([1], 2) == [1, 1]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 6), st.data())
+def test_a_row_that_grows_is_looked_up_as_one_that_is_new(row: list[int], tokens: int, data: st.DataObject) -> None:
+    def by_hand(row: list[int]) -> list[int]:
+        for length in range(min(LONGEST_RUN, len(row) - 1), 0, -1):
+            for start in range(len(row) - length - 1, -1, -1):
+                if row[start : start + length] == row[-length:]:
+                    found = row[start + length : start + length + tokens]
+                    return found + [row[-1]] * (tokens - len(found))
+        return [row[-1]] * tokens
+
+    runs, end = Runs(), 0
+    while end < len(row):
+        end = data.draw(st.integers(end + 1, len(row)))
+        assert runs.look_up(row[:end], tokens) == by_hand(row[:end]) == look_up(row[:end], tokens)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 6))

@@ -1,0 +1,59 @@
+"""Which model a checkpoint holds, in a few characters: copies have the same name, another model another one."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from llama_jax import checksums
+from llama_jax.storage import children, told
+
+# What makes the model; the optimizer's state and the losses do not.
+PARTS = ("model", "params")
+# Of a checkpoint without a table: bytes that are read at both ends of a file, and of how many files, spread evenly.
+ENDS, MOST_READ = 1 << 16, 256
+
+
+def identity(folder: Path) -> str:
+    """A digest of the checkpoint in ``folder``: of its table of checksums, or else of its files' names, sizes and ends.
+
+    Compressed arrays differ throughout where their values do, so that their ends tell two trainings, or two steps, apart.
+    """
+    with told(folder, "read"):
+        if (table := folder / checksums.NAME).exists():
+            return _digest(_of_table(table))
+        return _digest(_of_files(folder))
+
+
+def _digest(parts: Iterator[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()[:16]
+
+
+def _of_table(table: Path) -> Iterator[bytes]:
+    rows = json.loads(table.read_bytes())["files"]
+    yield json.dumps({name: row for name, row in rows.items() if name.split("/")[0] in PARTS}, sort_keys=True).encode()
+
+
+def _of_files(folder: Path) -> Iterator[bytes]:
+    files = [path for part in PARTS for path in _files_in(folder / part)]
+    read = set(files[:: -(-len(files) // MOST_READ) or 1])
+    for path in files:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            yield f"{path.relative_to(folder)} {size}".encode()
+            if path in read:
+                file.seek(0)
+                yield file.read(ENDS)
+                file.seek(max(ENDS, size - ENDS))
+                yield file.read(ENDS)
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    for path in sorted(children(folder)):
+        if path.is_dir():
+            yield from _files_in(path)
+        else:
+            yield path

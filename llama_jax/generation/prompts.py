@@ -1,0 +1,297 @@
+"""Prompts on their way in: from arguments, standard input and files; what is said of them, and what is done with too long ones."""
+
+import codecs
+import dataclasses
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from llama_jax.config import SampleArgs, from_dict
+from llama_jax.errors import UserError, quoted
+from llama_jax.generation.chat import TAGS, Message, encode_dialog, fit_dialog
+from llama_jax.generation.sampling import check_bias
+from llama_jax.tokenizer import Tokenizer, clean
+
+TooLong = Literal["refuse", "skip", "cut"]
+
+STANDARD_INPUT = "standard input"
+# Of the context, what a prompt that is cut leaves free for its completion, where max_new_tokens asks for more.
+FREE_SHARE = 4
+# Prompts that a line names, of those that it counts.
+NAMED = 5
+
+
+class Job(NamedTuple):
+    """A prompt and how it is to be gone on from: ``args.n`` results."""
+
+    prompt: str
+    args: SampleArgs
+    where: str = ""
+    """What errors call it: "prompt 2", "prompts.txt: line 7"."""
+
+
+class Asked(NamedTuple):
+    """A job as the model is asked it."""
+
+    job: Job
+    ids: Sequence[int]
+    """Token ids of the prompt; of one that is skipped, all that it has."""
+    cut: int = 0
+    """Tokens of the prompt that were left out, so that it fits into the context."""
+    skipped: bool = False
+    """Whether it is too long and was left out."""
+
+
+def given_prompts(prompts: Iterable[str], args: SampleArgs) -> list[Job]:
+    """Jobs of prompts that stand on the command line."""
+    return [Job(clean(prompt), args, f"prompt {i}") for i, prompt in enumerate(prompts, 1)]
+
+
+def read_prompts(path: str, args: SampleArgs) -> list[Job]:
+    """A prompt a line; blank lines are passed over. In a .jsonl file {"prompt": ...} and fields that replace those of ``args``.
+
+    path: a file; "-" or "" for standard input. Raises UserError where a line is something else.
+    """
+    if path in ("-", ""):
+        return _jobs_of_lines(standard_input(), args, STANDARD_INPUT)
+    try:
+        content = Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(f"--prompts-file: expected a file of prompts, found no file {path}; give one a line") from None
+    lines = text_of(content, path).split("\n")
+    if Path(path).suffix not in (".jsonl", ".ndjson"):
+        return _jobs_of_lines(lines, args, path)
+    jobs = [_job(line, args, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not jobs:
+        raise UserError(f"{path}: expected one or more prompts, found none; give one a line")
+    return jobs
+
+
+def standard_input() -> Iterator[str]:
+    """Lines of standard input: as a terminal encodes them, or, from a file or a pipe, in UTF-8 as files of prompts are.
+
+    Raises UserError where they are something else.
+    """
+    if sys.stdin is None:  # closed
+        return
+    buffer = getattr(sys.stdin, "buffer", None)
+    if buffer is None or sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # what is no text becomes U+FFFD
+        yield from map(clean, sys.stdin)
+        return
+    for number, line in enumerate(buffer, 1):
+        yield text_of(line, STANDARD_INPUT, number)
+
+
+def text_of(content: bytes, name: str, line: int = 1) -> str:
+    """``content`` as text, without a byte order mark. Raises UserError where it is not UTF-8; ``line``: of its first byte."""
+    for mark, encoding in _MARKS.items():
+        if content.startswith(mark):
+            raise UserError(
+                f"{name}: expected text in UTF-8, found {encoding}; convert it: iconv -f {encoding} -t UTF-8"
+            )
+    try:
+        text = content.decode("utf-8-sig" if line == 1 else "utf-8")
+        at, found = text.find("\0"), "a NUL byte, as in UTF-16"
+    except UnicodeDecodeError as error:
+        at, found = error.start, f"the byte 0x{content[error.start]:02x}"
+    if at < 0:
+        return text
+    line += (content if found.startswith("the") else text.encode())[:at].count(b"\n")
+    raise UserError(
+        f"{name}: line {line}: expected text in UTF-8, found {found}; convert it: iconv -f ISO-8859-1 -t UTF-8"
+    )
+
+
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def _jobs_of_lines(lines: Iterable[str], args: SampleArgs, name: str) -> list[Job]:
+    # Not splitlines: a prompt may hold other separators than line feeds.
+    numbered = [(i, line.rstrip("\r\n")) for i, line in enumerate(lines, 1) if line.strip()]
+    if not numbered and name == STANDARD_INPUT:
+        raise UserError("prompts: expected one or more, found none; give them as arguments or on standard input")
+    if not numbered:
+        raise UserError(f"{name}: expected one or more prompts, found none; give one a line")
+    if all(map(_is_object_with_prompt, (line for _, line in numbered))):
+        raise UserError(
+            f'{name}: expected a prompt a line, found JSON objects with "prompt"; give them to --prompts-file in a file that '
+            "ends in .jsonl"
+        )
+    return [Job(line, args, f"{name}: line {i}") for i, line in numbered]
+
+
+def _is_object_with_prompt(line: str) -> bool:
+    try:
+        found = json.loads(line) if line.lstrip().startswith("{") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "prompt" in found
+
+
+def _job(line: str, args: SampleArgs, where: str) -> Job:
+    try:
+        found: Any = json.loads(line, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: expected a JSON object, found {quoted(str(error))}") from None
+    pairs = [(name.replace("-", "_"), value) for name, value in found] if isinstance(found, _Pairs) else []
+    given = dict(pairs)
+    prompt = given.pop("prompt", None)
+    if not isinstance(prompt, str):
+        shown = quoted(dict(found) if isinstance(found, _Pairs) else found)
+        raise UserError(f'{where}: expected an object with a text as "prompt", found {shown}')
+    if len(pairs) > 1 + len(given):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{where}: {twice}: expected a key once, found it twice")
+    if isinstance(stop := given.get("stop"), str) or type(stop) is list:
+        given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if isinstance(bias := given.get("logit_bias"), _Pairs):
+        try:
+            given["logit_bias"] = {int(token): value for token, value in bias}
+        except ValueError:
+            raise UserError(f"{where}: logit_bias: expected token ids, found {quoted(list(dict(bias)))}") from None
+    if given:
+        changed = from_dict(SampleArgs, given, where)
+        args = dataclasses.replace(args, **{name: getattr(changed, name) for name in given})
+        args.check(f"{where}: ")
+    return Job(clean(prompt), args, where)
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object, with all of its keys."""
+
+
+def ask(
+    jobs: Sequence[Job],
+    tokenizer: Tokenizer,
+    context: int,
+    too_long: TooLong,
+    dialogs: Sequence[Sequence[Message]] = (),
+) -> list[Asked]:
+    """Each job as the model, of so many tokens of ``context``, is asked it.
+
+    dialogs: the conversation that a job's answer continues; none: prompts are completed. too_long: what is done with a prompt
+    that fills the context. Raises UserError, which names the prompt, where it is refused or its settings are impossible.
+    """
+    rows = [] if dialogs else tokenizer.encode_all([job.prompt for job in jobs])
+    for job, messages in zip(jobs, dialogs, strict=False):
+        try:
+            rows.append(encode_dialog(tokenizer, messages))
+        except UserError as error:
+            raise UserError(f"{job.where}: {error}") from None
+    asked = [Asked(job, ids) for job, ids in zip(jobs, rows, strict=True)]
+    for settings, where in {id(job.args): (job.args, job.where) for job in reversed(jobs)}.values():
+        check_bias(settings, tokenizer.vocab_size, f"{where}: " if len(jobs) > 1 else "")
+    long = [i for i, one in enumerate(asked) if len(one.ids) >= context]
+    if long and too_long == "refuse":
+        others = len(long) - 1
+        more = f" (and {others} other{'s are' if others > 1 else ' is'} too long)" if others else ""
+        raise UserError(
+            f"{_named(asked[long[0]], long[0])}: expected fewer than {context} tokens, the model's context, found "
+            f"{len(asked[long[0]].ids)}{more}; shorten it, or give --too-long skip or cut"
+        )
+    for i in long:
+        if too_long == "skip":
+            asked[i] = asked[i]._replace(skipped=True)
+            continue
+        most = context - min(jobs[i].args.max_new_tokens, max(1, context // FREE_SHARE))
+        ids = _cut_dialog(tokenizer, dialogs[i], most) if dialogs else _cut(asked[i].ids, most)
+        if len(ids) >= context:
+            raise UserError(
+                f"{_named(asked[i], i)}: expected a system prompt and format of fewer than {context} tokens, the model's "
+                "context, found more; shorten it"
+            )
+        asked[i] = Asked(jobs[i], ids, cut=len(asked[i].ids) - len(ids))
+    return asked
+
+
+def _named(asked: Asked, index: int) -> str:
+    """A prompt in an error: where it stands, its number, and how it begins."""
+    where, number = asked.job.where, f"prompt {index + 1}"
+    start = quoted(asked.job.prompt[:40] + "...")
+    return f"{number} ({start})" if where in ("", number) else f"{where} ({number}, {start})"
+
+
+def _cut(ids: Sequence[int], most: int) -> list[int]:
+    """BOS and the end of a prompt."""
+    return [ids[0], *ids[len(ids) - most + 1 :]] if most > 1 else [ids[0]]
+
+
+def _cut_dialog(tokenizer: Tokenizer, messages: Sequence[Message], most: int) -> list[int]:
+    """A conversation without its oldest turns, and without the beginning of its last message where that is not enough."""
+    messages, _ = fit_dialog(tokenizer, messages, most)
+    *before, last = messages
+
+    def ids(length: int) -> list[int]:
+        kept = last.content[len(last.content) - length :]
+        return encode_dialog(tokenizer, [*before, last._replace(content=kept)])
+
+    fits, over = 0, len(last.content)
+    if len(ids(over)) <= most:
+        return ids(over)
+    while over - fits > 1:
+        middle = (fits + over) // 2
+        fits, over = (middle, over) if len(ids(middle)) <= most else (fits, middle)
+    return ids(fits)
+
+
+def told_of(asked: Sequence[Asked], context: int) -> list[str]:
+    """Lines that say which prompts were skipped or cut."""
+    lines = []
+    for what, those in (
+        ("skipped", [one for one in asked if one.skipped]),
+        ("cut at their beginning", [one for one in asked if one.cut]),
+    ):
+        if those:
+            named = ", ".join(one.job.where for one in those[:NAMED]) + ("" if len(those) <= NAMED else ", ...")
+            lines.append(
+                f"{len(those)} of {len(asked)} prompts fill the context of {context} tokens and are {what}: {named}"
+            )
+    return lines
+
+
+def pasted(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
+    """A line that says which controls of the model and tags of the chat format ``texts`` hold as plain text; "" where none."""
+    controls = (tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id))
+    marks = [mark for mark in dict.fromkeys((*controls, *TAGS)) if mark.strip()]
+    joined = "\0".join(texts)
+    found = [mark for mark in marks if mark in joined]
+    if not found:
+        return ""
+    return (
+        f"{' and '.join(found[:2])} in a prompt {'is' if len(found) == 1 else 'are'} read as plain text: the model's BOS is added "
+        "by itself, and --chat writes the chat format"
+    )
+
+
+def names_of_files(prompts: Sequence[str]) -> str:
+    """A line that says which prompts of the command line are also the name of a file or folder; "" where none is."""
+    found = next((prompt for prompt in prompts if prompt and os.path.exists(prompt)), "")
+    if not found:
+        return ""
+    kind = "folder" if os.path.isdir(found) else "file"
+    return f"the prompt {found!r} is the name of a {kind}, and is completed as text; --prompts-file reads prompts from a file"
+
+
+def idle_settings(jobs: Sequence[Job]) -> str:
+    """A line that names settings which change nothing because all jobs take the likeliest token; "" where there are none."""
+    if not jobs or any(job.args.temperature > 0 for job in jobs):
+        return ""
+    default, args = SampleArgs(), jobs[0].args
+    idle = [name for name in ("top_p", "top_k", "min_p", "seed") if getattr(args, name) != getattr(default, name)]
+    names = ", ".join("--" + name.replace("_", "-") for name in idle)
+    line = f"{names}: no effect at temperature 0, which takes the likeliest token always" if idle else ""
+    if any(job.args.n > 1 for job in jobs):
+        line += ("; " if line else "") + "--n: all completions of a prompt are the same at temperature 0"
+    return line

@@ -1,0 +1,173 @@
+"""Files of results, a JSON line each, that grow as results come: a stopped job goes on, and two do not write at once."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from llama_jax.errors import UserError, quoted
+from llama_jax.generation.prompts import Asked
+from llama_jax.generation.rows import Completion
+from llama_jax.tokenizer import clean
+
+# Of a prompt that is too long and was skipped.
+SKIPPED = Completion("", [], [], "too_long")
+# Files that are another name for standard output.
+STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+_ANOTHER = "go on with the same flags, or give another --output"
+
+
+def result(asked: Asked, completion: Completion) -> dict[str, Any]:
+    """A completion as --json prints it."""
+    record = {
+        "prompt": asked.job.prompt,
+        "completion": completion.text,
+        "prompt_tokens": len(asked.ids),
+        "completion_tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "logprobs": completion.logprobs,
+    }
+    return record | ({"cut_tokens": asked.cut} if asked.cut else {})
+
+
+class Results:
+    """A file of results in order, and who writes it: ``with results:``. Each says what it was made with.
+
+    A file that is none of a disk (a pipe, a terminal, /dev/null) is written to, and nothing is gone on with.
+    Raises UserError where the file holds results of other prompts or settings, or its folder is missing; at ``with``, where
+    another process writes it.
+    """
+
+    def __init__(self, path: str, asked: Sequence[Asked], settings: dict[str, Any]):
+        """settings: what results are made with besides the prompts' settings; of these "model" names the weights."""
+        self._path, self._settings = Path(path), settings
+        self._asked = [one for one in asked for _ in range(one.job.args.n)]
+        self._made: dict[int, dict[str, Any]] = {}  # by the identity of settings that many prompts share
+        self._descriptor = 1 if path in STANDARD_OUTPUT else None
+        self._is_stream = self._descriptor is not None or (self._path.exists() and not self._path.is_file())
+        if self._path.is_dir():
+            raise UserError(f"--output: expected a file, found the folder {path}; name a file in it")
+        if not self._is_stream and not self._path.parent.is_dir():
+            raise UserError(
+                f"--output: expected a file in a folder, found no folder {self._path.parent}; make it first"
+            )
+        self.done, self._whole = self._read()
+        self._file: TextIO | None = None
+
+    @property
+    def all_done(self) -> bool:
+        """Whether the file holds all results already."""
+        return not self._is_stream and self.done == len(self._asked)
+
+    def __enter__(self) -> "Results":
+        if self._is_stream:
+            source = self._path if self._descriptor is None else os.dup(self._descriptor)
+            self._file = open(source, "w", encoding="utf-8", newline="\n")
+            return self
+        self._is_new = not self._path.exists()
+        self._file = self._locked()
+        self.done, self._whole = self._read()  # once more: nobody else writes it any longer
+        if os.fstat(self._file.fileno()).st_size > self._whole:
+            os.truncate(self._path, self._whole)  # a line that a stop has torn
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._file is not None
+        if not self._is_stream and self._is_new and os.fstat(self._file.fileno()).st_size == 0:
+            self._path.unlink(missing_ok=True)  # nothing came of it
+        self._file.close()
+
+    def add(self, completion: Completion) -> None:
+        """Write the next result; it is in the file when this returns."""
+        assert self._file is not None
+        asked = self._asked[self.done]
+        record = result(asked, completion) | {"made_with": self._made_with(asked)}
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        self.done += 1
+
+    def _locked(self) -> TextIO:
+        """The open file, which no other process locks; the lock ends with this process at the latest."""
+        while True:
+            file = self._path.open("a", encoding="utf-8", newline="\n")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise UserError(
+                    f"--output: expected a file that nobody else writes, found {self._path} in use by another command; wait until "
+                    "it has ended, or give another --output"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                    raise
+                return file  # a disk without locks
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+                    return file
+            file.close()  # it was removed by who had the lock before
+
+    def _made_with(self, asked: Asked) -> dict[str, Any]:
+        args = asked.job.args
+        if id(args) not in self._made:
+            sample = dataclasses.asdict(args)
+            # As JSON gives it back; an infinite bias, which JSON lacks, as text.
+            bias = {str(token): value if abs(value) < 1e300 else str(value) for token, value in args.logit_bias.items()}
+            made = self._settings | sample | {"logit_bias": bias, "stop": list(args.stop)}
+            self._made[id(args)] = {name: clean(x) if isinstance(x, str) else x for name, x in made.items()}
+        made = self._made[id(args)]
+        return made | ({"too_long": "skip" if asked.skipped else "cut"} if asked.skipped or asked.cut else {})
+
+    def _read(self) -> tuple[int, int]:
+        """The number of results in the file, and the bytes that they take."""
+        content = b"" if self._is_stream or not self._path.exists() else self._path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        lines = content[:end].split(b"\n")[:-1]
+        torn, begin = content[end:], b'{"prompt": "'
+        if not torn.startswith(begin) and not begin.startswith(torn):
+            shown = quoted(torn.decode(errors="replace"))
+            raise UserError(f"{self._path}: expected results of this command, found {shown}; {_ANOTHER}")
+        if len(lines) > len(self._asked):
+            raise UserError(
+                f"{self._path}: expected up to {len(self._asked)} results, one a completion, found {len(lines)}; {_ANOTHER}"
+            )
+        for i, (line, asked) in enumerate(zip(lines, self._asked, strict=False), 1):
+            self._check(line, asked, f"{self._path}: line {i}")
+        return len(lines), end
+
+    def _check(self, line: bytes, asked: Asked, where: str) -> None:
+        try:
+            record: Any = json.loads(line)
+            prompt, made_with = record["prompt"], record["made_with"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            shown = quoted(line.decode(errors="replace"))
+            raise UserError(f"{where}: expected a result of this command, found {shown}; {_ANOTHER}") from None
+        if prompt != asked.job.prompt:
+            raise UserError(
+                f"{where}: expected a result of the prompt {quoted(asked.job.prompt)}, found {quoted(prompt)}; {_ANOTHER}"
+            )
+        if not isinstance(made_with, dict):
+            raise UserError(f"{where}: expected settings in made_with, found {quoted(made_with)}; {_ANOTHER}")
+        expected = self._made_with(asked)
+        if "model" in expected and "model" in made_with:
+            if made_with["model"] != expected["model"]:
+                raise UserError(
+                    f"{where}: expected a result of the model that is in {quoted(expected['ckpt'])} now, found one of another "
+                    f"model in {quoted(made_with.get('ckpt'))}; go on with that one, or give another --output"
+                )
+            expected = expected | {"ckpt": made_with.get("ckpt")}  # a copy is as good
+        for name in (*expected, *(made_with.keys() & _LATER.keys())):
+            wanted, found = expected.get(name, _LATER.get(name)), made_with.get(name, _LATER.get(name))
+            if name != "model" and wanted != found:
+                raise UserError(
+                    f"{where}: expected a result made with {name} {quoted(wanted)}, found {quoted(found)}; {_ANOTHER}"
+                )
+
+
+# What files of earlier versions do not say, and what they were made with.
+_LATER: dict[str, Any] = {"exact": False, "too_long": "refuse"}
