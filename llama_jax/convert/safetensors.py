@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
+from llama_jax.convert.mapped import mapped
 from llama_jax.errors import UserError, quoted
 from llama_jax.files import raw_bytes
 from llama_jax.foreign.config_json import QUANTIZED
@@ -49,15 +50,10 @@ class SafetensorsFile:
     def open(cls, path: str | Path) -> Iterator["SafetensorsFile"]:
         """Map a file and check its header. Raises UserError where it is not a safetensors file of plain tensors."""
         path = Path(path)
-        with open(path, "rb") as raw:
-            if path.stat().st_size < 8:
-                raise UserError(f"{path}: expected a safetensors file, found {path.stat().st_size} bytes")
-            mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
-        try:
-            yield cls(path, _read_header(mapped, path), mapped)
-        finally:
-            with contextlib.suppress(BufferError):  # arrays that are still in use keep the mapping
-                mapped.close()
+        if path.stat().st_size < 8:
+            raise UserError(f"{path}: expected a safetensors file, found {path.stat().st_size} bytes")
+        with mapped(path) as memory:
+            yield cls(path, _read_header(memory, path), memory)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows ``start`` to ``stop`` of a tensor, as an array on the mapped file."""

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from llama_jax.convert.mapped import mapped
 from llama_jax.convert.torch_pickle import MAX_BYTES, TensorView, read_pickle, write_pickle
 from llama_jax.convert.torch_zip import Entry, central_header, check_crc, end_records, local_header, read_directory
 from llama_jax.errors import UserError, quoted
@@ -53,15 +54,10 @@ class TorchFile:
         and torch_pickle, and below.
         """
         path = Path(path)
-        with open(path, "rb") as raw:
-            if not path.stat().st_size:
-                raise UserError(f"{path}: expected a zip archive as torch.save writes, found an empty file")
-            mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
-        try:
-            yield _Opening(path, mapped).file()
-        finally:
-            with contextlib.suppress(BufferError):  # arrays that are still in use keep the mapping
-                mapped.close()
+        if not path.stat().st_size:
+            raise UserError(f"{path}: expected a zip archive as torch.save writes, found an empty file")
+        with mapped(path) as memory:
+            yield _Opening(path, memory).file()
 
     def read(self, name: str, start: int = 0, stop: int | None = None, verify: bool = True) -> np.ndarray:
         """Rows ``start`` to ``stop`` of a tensor (all, if it has no axes), as an array on the mapped file.
