@@ -86,6 +86,11 @@ def run_command(main: Callable[[], None]) -> None:
             "error: expected enough memory, found too little; make the model, the batch or the context smaller",
             WRONG,
         )
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "llama_jax"):
+            raise
+        _stop(error, f"error: {package}: expected to be installed, found none; pip install -e . installs all", WRONG)
     except OSError as error:
         if error.errno is None:
             raise

@@ -25,8 +25,8 @@ PAIRS = (
 class Command(Config):
     """A training run."""
 
-    text: Annotated[str, tyro.conf.Positional] = ""
-    """What to train on: the same as --data.filepath."""
+    text: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """What to train on, a file, a folder or a quoted glob: the same as --data.filepath."""
 
 
 def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
@@ -64,12 +64,14 @@ def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
     command = parse_flags(Command, argv, Command(**sections), "python train.py", description)
     config = Config(**{name: getattr(command, name) for name in sections})
     given = {name.lstrip("-").partition("=")[0].replace("-", "_") for name in argv if name.startswith("--")}
-    if command.text:
-        if "data.filepath" in given and command.text != config.data.filepath:
-            raise UserError(
-                f"data.filepath: expected one text, found {config.data.filepath} and {command.text}; leave one of them out"
-            )
-        config = _with(config, "data.filepath", command.text)
+    texts = list(command.text)
+    if texts and "data.filepath" in given and texts != [config.data.filepath]:
+        texts.append(config.data.filepath)
+    if len(texts) > 1:
+        found = " and ".join(texts) if len(texts) < 4 else f"{texts[0]}, {texts[1]} and {len(texts) - 2} others"
+        raise UserError(f"data.filepath: expected one text, found {found}; name their folder, or quote the glob")
+    if texts:
+        config = _with(config, "data.filepath", texts[0])
         given.add("data.filepath")
     return _decide(config, given)
 

@@ -24,7 +24,7 @@ def test_a_text_may_be_given_by_itself(argv: list[str]) -> None:
 
 
 def test_two_texts_are_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.filepath: expected one text, found b\.txt and a\.txt"):
+    with pytest.raises(UserError, match=r"data\.filepath: expected one text, found a\.txt and b\.txt"):
         read_command(["a.txt", "--data.filepath", "b.txt"])
     with pytest.raises(UserError, match=r"b\.txt"):
         read_command(["a.txt", "b.txt"])
