@@ -2,9 +2,9 @@
 
 import sys
 
+from llama_jax.cli.flags import parse_flags
 from llama_jax.convert import ConvertArgs, convert
 from llama_jax.errors import run_command
-from llama_jax.flags import parse_flags
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from llama_jax.cli.flags import ESCAPED, parse_flags
 from llama_jax.config import Cache, DType, MeshArgs, SampleArgs, Weights
 from llama_jax.errors import UserError, run_command
-from llama_jax.flags import ESCAPED, parse_flags
 from llama_jax.tokenizer import clean
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 import sys
 
+from llama_jax.cli.stopping import StopSignals
 from llama_jax.errors import run_command
-from llama_jax.stopping import StopSignals
 
 
 def main() -> None:

@@ -30,17 +30,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.cache import CACHE_DTYPES
+from llama_jax.build import make_model
+from llama_jax.cli.flags import parse_flags
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
+from llama_jax.devices.compiling import use_compilation_cache
+from llama_jax.devices.sharding import make_mesh, parameter_shardings
 from llama_jax.errors import UserError, quoted, run_command
-from llama_jax.flags import parse_flags
 from llama_jax.generation.decode import CHUNK, Row, generate_chunks
 from llama_jax.generation.passes import slot_bytes
 from llama_jax.generation.serving import serve
 from llama_jax.generation.stats import step_bytes
 from llama_jax.model import Llama, is_norm
-from llama_jax.runtime import make_model, use_compilation_cache
-from llama_jax.sharding import make_mesh, parameter_shardings
+from llama_jax.ops.cache import CACHE_DTYPES
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 from peers import PAUSE, ratio, worker

@@ -22,12 +22,13 @@ import jax
 import numpy as np
 import torch
 
+from llama_jax.build import make_model
+from llama_jax.cli.flags import parse_flags
 from llama_jax.config import AttentionKernel, DType, MeshArgs, ModelArgs, Remat, TrainArgs
 from llama_jax.data.batches import Batch
+from llama_jax.devices.memory import keep_freed_memory, memory_in_use
+from llama_jax.devices.sharding import batch_sharding, make_mesh
 from llama_jax.errors import UserError, run_command
-from llama_jax.flags import parse_flags
-from llama_jax.runtime import keep_freed_memory, make_model, memory_in_use
-from llama_jax.sharding import batch_sharding, make_mesh
 from llama_jax.training.flops import peak_flops, train_flops_per_token
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer
 

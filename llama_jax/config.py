@@ -15,9 +15,9 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from llama_jax.cli.flags import ESCAPED
 from llama_jax.errors import UserError
-from llama_jax.files import is_address
-from llama_jax.flags import ESCAPED
+from llama_jax.storage.files import is_address
 
 T = TypeVar("T")
 

@@ -15,20 +15,20 @@ import numpy as np
 from jax.typing import ArrayLike
 from tqdm import tqdm
 
-from llama_jax.cache import KVCache
+from llama_jax.cli.flags import parse_flags
 from llama_jax.config import Cache, DType, Weights
 from llama_jax.data.lost import Losses, examples, loss_warning
 from llama_jax.data.sources import find_files
 from llama_jax.data.text import Corpus, replacement_warning
+from llama_jax.devices.compiling import GenerationProgram
 from llama_jax.errors import UserError, run_command
-from llama_jax.flags import parse_flags
 from llama_jax.generation import Model
 from llama_jax.generation.decode import empty_cache, slots_read
 from llama_jax.generation.forward import forward, logits_of
 from llama_jax.generation.rows import not_finite
-from llama_jax.loss import loss_sum, negative_log_likelihood
 from llama_jax.model import Llama
-from llama_jax.runtime import GenerationProgram
+from llama_jax.ops.cache import KVCache
+from llama_jax.ops.loss import loss_sum, negative_log_likelihood
 from llama_jax.tokenizer import Tokenizer
 
 

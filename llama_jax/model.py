@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax import exact
-from llama_jax.attention import attention, cached_attention
-from llama_jax.cache import Stored
 from llama_jax.config import AttentionKernel, ModelArgs, Remat
-from llama_jax.embedding import embed
-from llama_jax.linear import linear
-from llama_jax.remat import MIDDLE, POLICIES
-from llama_jax.sharding import constrain, parameter_shapes
+from llama_jax.devices.sharding import constrain, parameter_shapes
+from llama_jax.ops import exact
+from llama_jax.ops.attention import attention, cached_attention
+from llama_jax.ops.cache import Stored
+from llama_jax.ops.embedding import embed
+from llama_jax.ops.linear import linear
+from llama_jax.ops.remat import AFTER_ATTENTION, POLICIES
 
 # Cosines and sines: two arrays float32 [B or 1, T, 1, H].
 Angles = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
@@ -163,7 +163,7 @@ class Block(nn.Module):
         a = self.args
         h = rms_norm(x, _norm_weight(self, "attention_norm", a.dim), a.norm_eps, self.exact_rows)
         h, keys_values = Attention(a, self.kernel, self.exact_rows, name="attention")(h, cached, angles)
-        x = checkpoint_name(x + h, MIDDLE)
+        x = checkpoint_name(x + h, AFTER_ATTENTION)
         h = rms_norm(x, _norm_weight(self, "ffn_norm", a.dim), a.norm_eps, self.exact_rows)
         x = x + SwiGLU(a, self.exact_rows, name="feed_forward")(h)
         return constrain(x, "batch", "length", None), keys_values

@@ -12,8 +12,8 @@ from pathlib import Path
 import sentencepiece as spm
 
 from llama_jax.errors import UserError, quoted
-from llama_jax.files import write_atomically
-from llama_jax.storage import location, told
+from llama_jax.storage.files import write_atomically
+from llama_jax.storage.locations import location, user_errors
 
 # SentencePiece reads a string as a whole; longer texts are encoded in parts of about this many characters.
 PART_CHARS = 32_768
@@ -31,7 +31,7 @@ class Tokenizer:
 
     def __init__(self, model_path: str | Path):
         self.model_path = location(model_path)
-        with told(self.model_path, "read"):
+        with user_errors(self.model_path, "read"):
             try:
                 self.model_bytes = self.model_path.read_bytes()
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):

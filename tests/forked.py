@@ -20,7 +20,7 @@ SECONDS = 120
 FORKS = multiprocessing.get_context("forkserver")
 # Not what is itself a command: it is run as __main__. What commands import late is here too.
 FORKS.set_forkserver_preload([
-    "llama_jax.training.loop", "llama_jax.plan.command", "llama_jax.convert.report", "tyro",
+    "llama_jax.training.loop", "llama_jax.plan.command", "llama_jax.convert.summary", "tyro",
     "matplotlib.figure", "matplotlib.backends.backend_agg",
 ])  # fmt: skip
 

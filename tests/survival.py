@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoint import Checkpoint, checkpoints_of, steps_of
+from llama_jax.checkpoint.stored_array import open_array
 from llama_jax.errors import LOST, UserError
-from llama_jax.stored_array import open_array
 from llama_jax.training.clock import TIMES
 from tests.processes import Process, end, flags, start
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.cli.flags import parse_flags
 from llama_jax.config import (
     Config,
     DataArgs,
@@ -25,7 +26,6 @@ from llama_jax.config import (
     to_toml,
 )
 from llama_jax.errors import UserError
-from llama_jax.flags import parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {section.name: type(section.default) for section in dataclasses.fields(Config)}

@@ -13,11 +13,11 @@ import pytest
 import sentencepiece as spm
 
 from llama_jax.config import ModelArgs, SampleArgs
+from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.errors import UserError
 from llama_jax.evaluate import _windows, evaluate
 from llama_jax.generation import Model
 from llama_jax.model import Llama
-from llama_jax.sharding import parameter_shapes
 from llama_jax.tokenizer import Tokenizer
 from tests import numpy_llama
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.build import make_model
 from llama_jax.config import ModelArgs, Remat
-from llama_jax.loss import cross_entropy
+from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.model import Llama, count_parameters
-from llama_jax.runtime import make_model
-from llama_jax.sharding import parameter_shapes
+from llama_jax.ops.loss import cross_entropy
 from tests import numpy_llama
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, multiple_of=8, max_seq_len=1000)

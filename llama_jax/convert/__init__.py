@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llama_jax.cli.progress import Progress
 from llama_jax.config import Weights
-from llama_jax.convert import report
+from llama_jax.convert import summary
+from llama_jax.convert.checkpoint_source import OwnSource, write_own
 from llama_jax.convert.huggingface import HuggingFaceSource, write_huggingface
 from llama_jax.convert.meta import MetaSource, verify_checklist, write_meta
 from llama_jax.convert.output import check_new, new_folder
-from llama_jax.convert.own import OwnSource, write_own
 from llama_jax.convert.reader import Reader
 from llama_jax.convert.source import Source
 from llama_jax.errors import UserError
 from llama_jax.foreign.folders import found_in, hub_hint
 from llama_jax.foreign.layouts import Layout, find_layout
-from llama_jax.progress import Progress
-from llama_jax.storage import is_remote, location, on_disk
+from llama_jax.storage.locations import is_remote, location, on_disk
 
 Format = Literal["llama-jax", "huggingface", "meta"]
 
@@ -72,12 +72,12 @@ def convert(args: ConvertArgs) -> None:
         source = open_source(folder, args, stack)
         if isinstance(source, OwnSource) and not args.dry_run:
             _check_outside(output, folder)
-        report.announce(source, args.to, output, args.weights)
-        report.check_space(source, output, args.weights, args.dry_run)
+        summary.announce(source, args.to, output, args.weights)
+        summary.check_space(source, output, args.weights, args.dry_run)
         if args.dry_run:
-            report.print_table(source)
+            summary.print_table(source)
             _verify_checklists(source)
-            report.close_dry_run()
+            summary.close_dry_run()
             return
         with new_folder(output) as temporary:
             _verify_checklists(source)
@@ -85,7 +85,7 @@ def convert(args: ConvertArgs) -> None:
             reader, remark = _write(source, temporary, args)
         seconds = time.perf_counter() - began
         warnings = list(filter(None, [remark, reader.not_finite()]))
-        report.close(source, args.to, output, args.weights, reader.digest(), seconds, warnings)
+        summary.close(source, args.to, output, args.weights, reader.digest(), seconds, warnings)
 
 
 def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) -> Source:
@@ -133,7 +133,7 @@ def _verify_checklists(source: Source) -> None:
 
 def _write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str]:
     """Write into ``folder``; the reader through which all has passed, and what is to be said about what was written."""
-    with Progress("converting", report.weight_bytes(source), "B") as progress, source.verified():
+    with Progress("converting", summary.weight_bytes(source), "B") as progress, source.verified():
         reader = Reader(source, progress)
         remark = ""
         if args.to == "llama-jax":

@@ -16,12 +16,12 @@ from llama_jax.convert.layout import Tensor, all_tensors
 from llama_jax.convert.safetensors import SafetensorsFile, SafetensorsWriter
 from llama_jax.convert.source import ReadBlocks, Source, raise_together
 from llama_jax.errors import quoted
-from llama_jax.files import write_atomically
 from llama_jax.foreign.config_json import QUANTIZED, read_config, stated, stored_type
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import CONFIG, INDEX, SINGLE, index_of, weight_files
 from llama_jax.foreign.tokenizer_json import tokenizer_json
 from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
+from llama_jax.storage.files import write_atomically
 
 SHARD_BYTES = 5_000_000_000
 # Functions of the configuration, which older files hold.

@@ -15,11 +15,11 @@ from llama_jax.convert.layout import TABLE, Tensor, all_tensors, halves_to_inter
 from llama_jax.convert.source import ReadBlocks, Source, raise_together
 from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
 from llama_jax.errors import UserError, quoted
-from llama_jax.files import write_atomically
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import PARAMS, shard_files
 from llama_jax.foreign.params_json import check_params, read_params, stated, write_params
 from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
+from llama_jax.storage.files import write_atomically
 
 # Stored by Meta beside the weights; a function of the configuration.
 IGNORED = {"rope.freqs"}

@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from llama_jax.cli.progress import bytes_text
 from llama_jax.errors import UserError
-from llama_jax.owner import owning
-from llama_jax.progress import bytes_text
+from llama_jax.storage.owner import owning
 
 ADVICE = "wait until it is done, or choose another folder"
 

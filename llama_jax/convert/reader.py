@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from llama_jax.cli.progress import Progress
 from llama_jax.convert.layout import Tensor, all_tensors, blocks
 from llama_jax.convert.source import Block, Source
-from llama_jax.files import raw_bytes
-from llama_jax.progress import Progress
+from llama_jax.storage.files import raw_bytes
 
 # Blocks that are read ahead of the one being written.
 READ_AHEAD = 2

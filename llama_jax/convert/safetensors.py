@@ -20,8 +20,8 @@ import numpy as np
 
 from llama_jax.convert.mapped import mapped
 from llama_jax.errors import UserError, quoted
-from llama_jax.files import raw_bytes
 from llama_jax.foreign.config_json import QUANTIZED
+from llama_jax.storage.files import raw_bytes
 
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 # Hugging Face's LLaMA 2 70B has some 10 kB a file.

@@ -26,7 +26,7 @@ from llama_jax.convert.mapped import mapped
 from llama_jax.convert.torch_pickle import MAX_BYTES, TensorView, read_pickle, write_pickle
 from llama_jax.convert.torch_zip import Entry, central_header, check_crc, end_records, local_header, read_directory
 from llama_jax.errors import UserError, quoted
-from llama_jax.files import raw_bytes
+from llama_jax.storage.files import raw_bytes
 
 # Beside the storages. The newer ones are informative only.
 SMALL_ENTRIES = {"data.pkl", "version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"}

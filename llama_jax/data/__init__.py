@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llama_jax.cli.flags import unescape
 from llama_jax.config import DataArgs
 from llama_jax.data.encode import prepare
 from llama_jax.data.origin import Origin, difference
@@ -17,8 +18,7 @@ from llama_jax.data.stories import story
 from llama_jax.data.text import Corpus, check_separator, separator_bytes
 from llama_jax.data.tokens import MANIFEST, UNFINISHED, TokenSet, open_tokens, read_manifest, sha256
 from llama_jax.errors import UserError
-from llama_jax.files import write_atomically
-from llama_jax.flags import unescape
+from llama_jax.storage.files import write_atomically
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = [

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_jax.cli.flags import parse_flags
 from llama_jax.config import DataArgs
 from llama_jax.data import Data, Text, encode_text, find_text
 from llama_jax.data.origin import Origin, difference
 from llama_jax.data.summary import documents_text, remarks
 from llama_jax.data.tokens import MANIFEST, SPLITS, SUMS, UNFINISHED, open_tokens, read_manifest, sha256
 from llama_jax.errors import UserError, run_command
-from llama_jax.files import remove_leftovers
-from llama_jax.flags import parse_flags
-from llama_jax.owner import owning
-from llama_jax.storage import on_disk
+from llama_jax.storage.files import remove_leftovers
+from llama_jax.storage.locations import on_disk
+from llama_jax.storage.owner import owning
 from llama_jax.tokenizer import Tokenizer
 
 NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, "tokenizer.model")

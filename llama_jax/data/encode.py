@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from llama_jax.cli.progress import Progress
 from llama_jax.data.lost import Losses, examples
 from llama_jax.data.origin import Origin, difference
 from llama_jax.data.stream import BLOCK_BYTES, checksums
@@ -32,8 +33,7 @@ from llama_jax.data.tokens import (
     write_manifest,
 )
 from llama_jax.errors import UserError
-from llama_jax.files import replacing
-from llama_jax.progress import Progress
+from llama_jax.storage.files import replacing
 from llama_jax.tokenizer import Tokenizer
 
 # Parts, and bytes, that are encoded at once, by as many threads as there are workers.

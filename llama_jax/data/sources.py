@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from llama_jax.data.kinds import kind_of
 from llama_jax.errors import UserError
-from llama_jax.files import is_address
+from llama_jax.storage.files import is_address
 
 # Names that a note shows, of those it counts.
 SHOWN = 3

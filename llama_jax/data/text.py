@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_jax.cli.flags import unescape
 from llama_jax.data.documents import BUFFER_BYTES, Reader, Separator, sha256_of
 from llama_jax.data.kinds import bad_bytes, is_too_odd
 from llama_jax.errors import UserError, quoted
-from llama_jax.flags import unescape
 
 # A document is read in parts of about this many bytes.
 PART_BYTES = 1 << 16

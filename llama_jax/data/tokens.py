@@ -22,7 +22,7 @@ from llama_jax.data.origin import Origin
 from llama_jax.data.stream import BLOCK_BYTES, TokenStream, check_in_background
 from llama_jax.data.text import TextFile
 from llama_jax.errors import UserError, quoted
-from llama_jax.files import write_atomically
+from llama_jax.storage.files import write_atomically
 
 VERSION = 3
 # Had no checksums, and read documents otherwise where there is a separator.

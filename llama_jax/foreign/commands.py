@@ -5,7 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
-from llama_jax.storage import is_remote
+from llama_jax.storage.locations import is_remote
 
 
 def convert_command(path: Path, name: str = "", tokenizer: Path | None = None) -> str:

@@ -10,7 +10,7 @@ from llama_jax.foreign.keys import LFS_POINTER, read_json
 from llama_jax.foreign.layouts import ADAPTER, CONFIG, PARAMS, SHARD, Found, find_layout, shard_files, weight_files
 from llama_jax.foreign.params_json import check_params
 from llama_jax.foreign.vocabulary import find_tokenizer
-from llama_jax.storage import children, is_remote
+from llama_jax.storage.locations import children, is_remote
 
 OTHER_FRAMEWORK = "load it with transformers, and save_pretrained it as safetensors"
 ORIGINAL = "take the model that it was made from, as safetensors"

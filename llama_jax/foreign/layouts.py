@@ -12,7 +12,7 @@ from typing import Any, Literal
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.commands import convert_command, merge_commands, resave_commands
 from llama_jax.foreign.keys import read_json, take
-from llama_jax.storage import children
+from llama_jax.storage.locations import children
 
 Layout = Literal["auto", "huggingface", "meta", "llama-jax"]
 CONFIG, PARAMS, ADAPTER = "config.json", "params.json", "adapter_config.json"

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.cache import CACHE_DTYPES
+from llama_jax.build import make_model
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
+from llama_jax.devices.compiling import use_compilation_cache
+from llama_jax.devices.sharding import make_mesh
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.chat import Message, encode_dialog
 from llama_jax.generation.decode import Row, logits_of_tokens
@@ -26,8 +28,7 @@ from llama_jax.generation.sampling import check_bias
 from llama_jax.generation.serving import serve
 from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama
-from llama_jax.runtime import make_model, use_compilation_cache
-from llama_jax.sharding import make_mesh
+from llama_jax.ops.cache import CACHE_DTYPES
 from llama_jax.tokenizer import Tokenizer
 
 # The draft that needs no second model, and the most tokens that are guessed at a time.

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from llama_jax.cli.progress import Progress
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, check_one, stripped
@@ -19,7 +20,6 @@ from llama_jax.generation.passes import OnProgress, Step
 from llama_jax.generation.prompts import Asked, Job, pasted, standard_input
 from llama_jax.generation.results import SKIPPED, Results, result
 from llama_jax.generation.stats import Meter
-from llama_jax.progress import Progress
 from llama_jax.tokenizer import clean
 
 # Is given each prompt with its completion.

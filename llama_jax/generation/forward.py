@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.cache import KVCache
 from llama_jax.config import ModelArgs
-from llama_jax.linear import linear
 from llama_jax.model import Block, Cached, KeysValues, Llama, rms_norm, rotary_table
+from llama_jax.ops.cache import KVCache
+from llama_jax.ops.linear import linear
 
 
 def forward(model: Llama, params: Any, tokens: jax.Array, cache: KVCache, end: int) -> tuple[jax.Array, KVCache]:

@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_jax import checksums
-from llama_jax.storage import children, told
+from llama_jax.storage import checksums
+from llama_jax.storage.locations import children, user_errors
 
 # What makes the model; the optimizer's state and the losses do not.
 PARTS = ("model", "params")
@@ -19,7 +19,7 @@ def identity(folder: Path) -> str:
 
     Compressed arrays differ throughout where their values do, so that their ends tell two trainings, or two steps, apart.
     """
-    with told(folder, "read"):
+    with user_errors(folder, "read"):
         if (table := folder / checksums.NAME).exists():
             return _digest(_of_table(table))
         return _digest(_of_files(folder))

@@ -5,8 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.checkpoint import Checkpoint, with_shardings
+from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import MeshArgs, Weights
+from llama_jax.devices.memory import bytes_of, check_memory, memory_of
+from llama_jax.devices.sharding import check_divisible, make_mesh, parameter_shardings, with_shardings
 from llama_jax.generation.serving import (
     dequantized,
     quantized_shapes,
@@ -15,9 +17,6 @@ from llama_jax.generation.serving import (
     stacked_shapes,
 )
 from llama_jax.model import Llama
-from llama_jax.quantize import bytes_of
-from llama_jax.runtime import check_memory, memory_of
-from llama_jax.sharding import check_divisible, make_mesh, parameter_shardings
 
 
 def load_parameters(

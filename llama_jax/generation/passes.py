@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.cache import KVCache
 from llama_jax.config import ModelArgs
+from llama_jax.devices.memory import bytes_of, memory_of
 from llama_jax.generation.decode import (
     CHUNK,
     Row,
@@ -20,11 +20,10 @@ from llama_jax.generation.decode import (
     slots_read,
     tokens_a_pass,
 )
-from llama_jax.generation.rows import Completion, Growing
+from llama_jax.generation.rows import Completion, PartialCompletion
 from llama_jax.generation.speculative import Draft, generate_speculatively
 from llama_jax.model import Llama
-from llama_jax.quantize import bytes_of
-from llama_jax.runtime import memory_of
+from llama_jax.ops.cache import KVCache
 from llama_jax.tokenizer import Tokenizer
 
 # Most rows of a pass; on a CPU, where more of them are computed no faster.
@@ -112,9 +111,9 @@ class Engine:
                 break
         return [row.completion() for row in growing]
 
-    def _growing(self, row: Row) -> Growing:
+    def _growing(self, row: Row) -> PartialCompletion:
         prompt, args, _ = row
-        return Growing(self.tokenizer, prompt, args, self.model.args.max_seq_len, self.source)
+        return PartialCompletion(self.tokenizer, prompt, args, self.model.args.max_seq_len, self.source)
 
     def _chunks(self, rows: Sequence[Row], steps: int) -> Iterator[Sampled]:
         longest = new_tokens(self.model.args, rows)

@@ -34,7 +34,7 @@ def not_finite(source: str, where: str) -> UserError:
     )
 
 
-class Growing:
+class PartialCompletion:
     """The completion of one prompt while it grows."""
 
     def __init__(

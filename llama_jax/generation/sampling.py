@@ -13,7 +13,7 @@ import numpy as np
 
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
-from llama_jax.exact import rounded
+from llama_jax.ops.exact import rounded
 
 
 class Sampler(flax.struct.PyTreeNode):

@@ -15,9 +15,9 @@ from jax.tree_util import KeyPath, tree_leaves_with_path, tree_map_with_path
 
 from llama_jax.checkpoint import key_name
 from llama_jax.config import Weights
+from llama_jax.devices.sharding import mesh_of, parameter_shapes, spec
 from llama_jax.model import Llama, is_norm
-from llama_jax.quantize import Matrix, quantize
-from llama_jax.sharding import mesh_of, parameter_shapes, spec
+from llama_jax.ops.quantize import Matrix, quantize
 
 # Logical axes (sharding.py) of a layer's flat matrices, inputs first, and of the two that belong to no layer.
 AXES = {

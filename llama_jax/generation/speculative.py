@@ -17,22 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.cache import KVCache
+from llama_jax.devices.compiling import GenerationProgram
+from llama_jax.devices.sharding import mesh_of, on_every_device, on_mesh
 from llama_jax.generation.decode import (
     DecodeState,
     Row,
     Sampled,
-    filled_up,
+    ensure_slots,
+    pad_rows,
     prompt_slots,
     read_prompts,
     slots_read,
-    with_room,
 )
 from llama_jax.generation.forward import forward, logits_of
 from llama_jax.generation.sampling import Sampler, sample
 from llama_jax.model import Llama
-from llama_jax.runtime import GenerationProgram
-from llama_jax.sharding import mesh_of, on_mesh, whole
+from llama_jax.ops.cache import KVCache
 
 # Longest run of tokens that is looked up in what came before.
 LONGEST_RUN = 3
@@ -69,7 +69,7 @@ def generate_speculatively(
     Rows that have said EOS are not waited for.
     """
     mesh, count = mesh_of(params), len(rows)
-    rows = filled_up(rows, mesh)
+    rows = pad_rows(rows, mesh)
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     slots = slots_read(longest + max_new_tokens + draft.tokens + 1)
     with on_mesh(mesh):
@@ -91,7 +91,7 @@ def generate_speculatively(
             guessed = guesser.guess(texts, state)
             fed = np.concatenate([[[text[-1]] for text in texts], guessed], axis=1).astype(np.int32)
             end = slots_read(filled + fed.shape[1])
-            state = state.replace(cache=with_room(state.cache, end))
+            state = state.replace(cache=ensure_slots(state.cache, end))
             state, ids, logprobs, kept = _check(model, params, state, fed, waited_for, end)
         kept = int(kept)
         ids, logprobs, filled = ids[:, :kept], logprobs[:, :kept], filled + kept
@@ -102,7 +102,7 @@ def _first(model: Llama, state: DecodeState) -> tuple[DecodeState, jax.Array, ja
     """The first token of each row, which is in no cache yet: ids and log-probabilities [B, 1]."""
     ids, logprobs, sampler = sample(state.sampler, state.logits, state.made, bool(model.exact_rows))
     state = state.replace(sampler=sampler, made=state.made + 1)
-    return state, whole(ids[:, None]), whole(logprobs[:, None])
+    return state, on_every_device(ids[:, None]), on_every_device(logprobs[:, None])
 
 
 @functools.partial(GenerationProgram, static_argnames=("model", "end"), donate_argnames=("state",))
@@ -131,7 +131,7 @@ def _check(
     # What was written behind the last right guess is written over.
     cache = cache.replace(slot=state.cache.slot + kept)
     state = DecodeState(cache, state.logits, sampler, state.made + kept)
-    return state, whole(ids), whole(logprobs), whole(kept)
+    return state, on_every_device(ids), on_every_device(logprobs), on_every_device(kept)
 
 
 class Lookup:
@@ -189,7 +189,7 @@ class DraftModel:
         slot = self._read + int(state.made[0]) - 1  # the last token is in no cache yet
         count = self._draft.tokens
         end = slots_read(slot + count + 1)
-        cache = with_room(self._cache, end).replace(slot=np.int32(slot))
+        cache = ensure_slots(self._cache, end).replace(slot=np.int32(slot))
         ids, self._cache = _propose(self._model, self._draft.params, cache, last, state.sampler, state.made, count, end)
         return np.asarray(ids)
 
@@ -208,4 +208,4 @@ def _propose(
 
     start: Any = (cache, last, sampler, made)
     (cache, *_), ids = jax.lax.scan(step, start, None, length=count + 1)
-    return whole(ids[:count].T), cache
+    return on_every_device(ids[:count].T), cache

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from llama_jax.chips import BANDWIDTH
+from llama_jax.cli.progress import bytes_text
+from llama_jax.devices.chips import BANDWIDTH
+from llama_jax.devices.memory import bytes_of
 from llama_jax.generation import Model
 from llama_jax.generation.passes import Step, slot_bytes
-from llama_jax.progress import bytes_text
-from llama_jax.quantize import bytes_of
 
 
 def step_bytes(params: Any, cached_bytes: int) -> int:

@@ -16,22 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from llama_jax.cache import CACHE_DTYPES
-from llama_jax.checkpoint import with_shardings
+from llama_jax.build import make_model
 from llama_jax.config import Cache, Config, SampleArgs, Weights
+from llama_jax.devices.compiling import generation_options
+from llama_jax.devices.memory import bytes_of
+from llama_jax.devices.sharding import check_divisible, describe, make_mesh, on_mesh, with_shardings
 from llama_jax.errors import UserError
 from llama_jax.generation.decode import DecodeState, decode_chunk, empty_state, state_shardings
 from llama_jax.generation.sampling import make_sampler
 from llama_jax.generation.serving import served_shapes, serving_shardings
 from llama_jax.model import Llama
+from llama_jax.ops.cache import CACHE_DTYPES
 from llama_jax.plan.apart import CompilerError
 from llama_jax.plan.cost import Schedule, schedule_of
 from llama_jax.plan.hlo import HBM, Program
 from llama_jax.plan.settings import vocabulary, with_vocabulary
 from llama_jax.plan.topology import Topology
-from llama_jax.quantize import bytes_of
-from llama_jax.runtime import generation_options, make_model
-from llama_jax.sharding import check_divisible, describe, make_mesh, on_mesh
 from llama_jax.training.step import batch_shapes, compile_train_step, make_optimizer, state_shapes
 
 

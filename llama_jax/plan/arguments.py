@@ -5,9 +5,9 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+from llama_jax.cli.flags import parse_flags, take_option
 from llama_jax.config import Cache, Config, MeshArgs, Weights, load_toml
 from llama_jax.errors import UserError
-from llama_jax.flags import parse_flags, take_option
 from llama_jax.plan.topology import EXAMPLES, Topology
 
 DESCRIPTION = """Plan a run for a TPU slice that need not be there: does it fit, how fast can it be.

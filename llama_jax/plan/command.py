@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llama_jax.cli.progress import duration
 from llama_jax.config import Config, MeshArgs
+from llama_jax.devices.sharding import describe
 from llama_jax.errors import UserError
-from llama_jax.plan import Decoding, Plan, plan_decoding, plan_training, probe, report
+from llama_jax.plan import Decoding, Plan, plan_decoding, plan_training, probe, tables
 from llama_jax.plan.advice import Advice, advise_decoding, advise_training, smallest_slice
 from llama_jax.plan.apart import CompilerError, run_apart
 from llama_jax.plan.arguments import Request
 from llama_jax.plan.decoding import Layout, fewest_chips, lay_out
 from llama_jax.plan.outputs import Outputs
-from llama_jax.plan.report import Rows
 from llama_jax.plan.search import Search, ranked, ratio, row_text
 from llama_jax.plan.settings import run_tokens, vocabulary, with_vocabulary
+from llama_jax.plan.tables import Rows
 from llama_jax.plan.topology import HOST_CHIPS, Topology
-from llama_jax.progress import duration
-from llama_jax.sharding import describe
 
 FITS, DOES_NOT_FIT = 0, 1
 # Seconds between two lines that say that the compiler is still at work.
@@ -37,7 +37,7 @@ class Console:
 
     def say(self, rows: Rows) -> None:
         """Print rows of a name and a text."""
-        self.print(report.table(rows))
+        self.print(tables.table(rows))
 
     def print(self, line: str) -> None:
         """Print a line as it is."""
@@ -52,7 +52,7 @@ class Console:
             nonlocal told
             if seconds - told >= (1 if terminal else BEAT):
                 told = seconds
-                line = report.table([("", f"compiling for {duration(seconds)} so far")])
+                line = tables.table([("", f"compiling for {duration(seconds)} so far")])
                 print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=self._stream, flush=True)
 
         try:
@@ -81,7 +81,7 @@ def run(request: Request) -> int:
     found = vocabulary(request.config, "data.vocab_size" in request.stated)
     request = dataclasses.replace(request, config=with_vocabulary(request.config, int(found.value or 0)))
     request.config.check()
-    console, before = Console(args.json), report.model_rows(request.config, found)
+    console, before = Console(args.json), tables.model_rows(request.config, found)
     if request.file is None:
         before.append(("", "no --config: settings are the defaults and what flags say"))
     if not topology.is_offered:
@@ -116,7 +116,7 @@ def _plan(task: Task, request: Request, console: Console, before: Rows, outputs:
     if args.json:
         print(json.dumps(task.summary(plan) | {"advice": [a.summary() for a in advice]}), flush=True)
     elif not plan.fits:
-        print(report.table(report.advice_rows(request.topology, advice)), flush=True)
+        print(tables.table(tables.advice_rows(request.topology, advice)), flush=True)
     if written:
         console.say(written)
     return FITS if plan.fits else DOES_NOT_FIT
@@ -135,7 +135,7 @@ def _training(request: Request, console: Console) -> Task:
         return advise_training(config, plan, args.advice, compile_)
 
     return Task(
-        config, topology, None, before, lambda plan: report.summary(plan, length), lambda plan: report.training_text(plan, length), advise
+        config, topology, None, before, lambda plan: tables.summary(plan, length), lambda plan: tables.training_text(plan, length), advise
     )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def _decoding(request: Request, console: Console) -> Task:
         return advise_decoding(request.config, plan, topology, args.advice, fixed, compile_)
 
     return Task(
-        config, part, wanted, before, lambda plan: report.decode_summary(plan, topology), lambda plan: report.decoding_text(plan, topology),
+        config, part, wanted, before, lambda plan: tables.decode_summary(plan, topology), lambda plan: tables.decoding_text(plan, topology),
         advise,
     )  # fmt: skip
 
@@ -185,7 +185,7 @@ def _mesh_rows(request: Request, layout: Layout) -> Rows:
     flags = " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
     fewest = fewest_chips(request.config, topology, request.args.weights)
     where = "" if layout.topology == topology else f", on {layout.topology.name}"
-    rows.append(("sample.py", f"{flags} lays it like this{where}; without them it takes {report.chips_text(fewest)}"))
+    rows.append(("sample.py", f"{flags} lays it like this{where}; without them it takes {tables.chips_text(fewest)}"))
     return rows
 
 
@@ -209,14 +209,14 @@ def _search(request: Request, console: Console, before: Rows) -> int:
     other = None if fits else smallest_slice(config, topology, ratio(found))
     advice = [] if other is None else [other]
     if args.json:
-        entries = [report.summary(plan, length) | {"flags": candidate.flags(config)} for candidate, plan in found]
+        entries = [tables.summary(plan, length) | {"flags": candidate.flags(config)} for candidate, plan in found]
         print(json.dumps([entry | {"advice": [a.summary() for a in advice]} for entry in entries]), flush=True)
     else:
         print("\nranked:")
         for candidate, plan in found:
             print(row_text(candidate, plan, config))
         if not fits:
-            print(report.table(report.advice_rows(topology, advice)), flush=True)
+            print(tables.table(tables.advice_rows(topology, advice)), flush=True)
     return FITS if fits else DOES_NOT_FIT
 
 

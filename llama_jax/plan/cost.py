@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llama_jax.chips import Chip
+from llama_jax.devices.chips import Chip
 from llama_jax.plan.hlo import HBM, HOST, Instruction, Program
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.cache import CACHE_DTYPES, KVCache
 from llama_jax.config import Cache, Config, MeshArgs, Weights
+from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError
 from llama_jax.generation.serving import served_shapes
 from llama_jax.model import Llama
+from llama_jax.ops.cache import CACHE_DTYPES, KVCache
 from llama_jax.plan import Decoding
 from llama_jax.plan.estimate import divisors
 from llama_jax.plan.topology import HOST_CHIPS, Topology
-from llama_jax.quantize import bytes_of
 
 # Seconds that a message takes from a chip to the next one, whatever its size; the compiler's schedule does not count them.
 HOP = 1e-6

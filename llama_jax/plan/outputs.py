@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_jax.errors import UserError
-from llama_jax.files import is_address, write_atomically
 from llama_jax.plan import Plan
 from llama_jax.plan.picture import draw, is_picture
+from llama_jax.storage.files import is_address, write_atomically
 
 # Bytes at the beginning of a file that tell what it is.
 BEGINNING = 4096

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from llama_jax.chips import GiB
-from llama_jax.files import replacing
+from llama_jax.devices.chips import GiB
+from llama_jax.devices.sharding import describe
 from llama_jax.plan import Plan
-from llama_jax.sharding import describe
+from llama_jax.storage.files import replacing
 
 # Of neighbouring bars that can be told apart, also in grey.
 COLOURS = ("#1b4f72", "#5dade2", "#b9770e", "#f5cba7", "#1e8449", "#abebc6", "#6c3483", "#d2b4de", "#922b21", "#f5b7b1")

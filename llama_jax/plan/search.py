@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from llama_jax.chips import GiB
 from llama_jax.config import Config
+from llama_jax.devices.chips import GiB
+from llama_jax.devices.sharding import describe
 from llama_jax.errors import UserError
 from llama_jax.plan import Plan
 from llama_jax.plan.advice import MARGIN
 from llama_jax.plan.estimate import Candidate, candidates
 from llama_jax.plan.topology import Topology
-from llama_jax.sharding import describe
 
 # Most sequences that a device of the batch axes is given at once.
 MOST_ROWS = 16

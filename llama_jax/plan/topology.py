@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llama_jax.chips import TPUS, Chip
+from llama_jax.devices.chips import TPUS, Chip
 from llama_jax.errors import UserError, quoted
 
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, or 2 slices as 2xv5e:16x16"

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import jax
 
 from llama_jax.config import Config
-from llama_jax.runtime import memory_in_use
+from llama_jax.devices.memory import memory_in_use
 from llama_jax.training.flops import peak_flops, train_flops_per_token
 from llama_jax.training.step import StepMetrics, learning_rate
 
@@ -120,11 +120,11 @@ class Recorder:
         start: int,
         clock: Clock,
         spent: float = 0.0,
-        spent_well: float = 0.0,
+        spent_in_steps: float = 0.0,
         held: float | None = None,
     ):
         # Seconds of earlier starts, and of steps of theirs that count.
-        self._spent, self._spent_well = spent, spent_well
+        self._spent, self._spent_in_steps = spent, spent_in_steps
         self._clock, self._schedule = clock, learning_rate(config.train, steps, held)
         self._tokens = config.train.batch_size * config.model.max_seq_len
         self._devices, self._mesh = mesh.devices.size, mesh
@@ -154,7 +154,7 @@ class Recorder:
             "tokens_per_second_per_device": rate / self._devices,
             "goodput": self._clock.goodput,
             "run_seconds": self._spent + self._clock.total,
-            "run_step_seconds": self._spent_well + now["step"],
+            "run_step_seconds": self._spent_in_steps + now["step"],
         }
         record |= {f"{activity}_seconds": since[activity] for activity in ACTIVITIES if activity != "step"}
         if self._peak_rate is not None:

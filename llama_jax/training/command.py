@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from llama_jax.cli.flags import parse_flags, take_option
 from llama_jax.config import Config, load_toml
 from llama_jax.errors import UserError
-from llama_jax.flags import parse_flags, take_option
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEFAULT, FINE_TUNING = CONFIGS / "tiny.toml", CONFIGS / "finetune.toml"

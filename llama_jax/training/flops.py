@@ -2,8 +2,8 @@
 
 import jax
 
-from llama_jax.chips import PEAK_FLOPS
 from llama_jax.config import ModelArgs
+from llama_jax.devices.chips import PEAK_FLOPS
 from llama_jax.model import count_parameters
 
 

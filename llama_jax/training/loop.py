@@ -11,18 +11,20 @@ from typing import Any
 
 import jax
 
+from llama_jax.build import make_model
+from llama_jax.cli.progress import Progress
+from llama_jax.cli.stopping import NAMES, StopSignals, output_may_vanish, status_of
 from llama_jax.config import Config, SampleArgs, TrainArgs
 from llama_jax.data import Data
 from llama_jax.data.batches import Batch, OwnRows, eval_batches, train_batches
-from llama_jax.distributed import Consensus, from_main, is_main, lost_processes_told, start_job
+from llama_jax.devices.compiling import use_compilation_cache
+from llama_jax.devices.distributed import Consensus, from_main, is_main, lost_processes_told, start_job
+from llama_jax.devices.memory import keep_freed_memory
+from llama_jax.devices.sharding import batch_sharding, check_divisible, make_mesh, on_mesh
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
-from llama_jax.progress import Progress
-from llama_jax.runtime import keep_freed_memory, make_model, use_compilation_cache
-from llama_jax.sharding import batch_sharding, check_divisible, make_mesh, on_mesh
-from llama_jax.stopping import NAMES, StopSignals, output_may_vanish, status_of
-from llama_jax.storage import real_name
-from llama_jax.training import report
+from llama_jax.storage.locations import real_name
+from llama_jax.training import log
 from llama_jax.training.bad_steps import judge, raise_not_finite
 from llama_jax.training.clock import Clock, Recorder
 from llama_jax.training.opening import Opened, base_of, opening
@@ -151,8 +153,8 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -
 
     module = make_model(config.model, config.train.compute_dtype, config.train.remat, config.train.attention, mesh)
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
-    report.announce(settled, data, mesh, module, opened)
-    report.check_state_fits(config.model, mesh)
+    log.announce(settled, data, mesh, module, opened)
+    log.check_state_fits(config.model, mesh)
     write_start(opened, settled, data.tokens.manifest.origin)
     if config.train.tensorboard and is_main():
         folder.write_events(start)
@@ -165,14 +167,14 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -
         folder.write_best(writer.steps)
         owed = bool(from_main(evaluation_is_missing(opened, settled, data)))
         if start >= settled.steps and not owed:
-            print(report.nothing_to_do_text(settled.steps))
+            print(log.nothing_to_do_text(settled.steps))
             _finish(run, start)
             return 0
         state = first_state(module, optimizer, mesh, config.train.seed, opened, base)
         began = time.perf_counter()
         batch = batch_shapes(config.train, config.model, mesh)
         compiled = compile_train_step(module, optimizer, mesh, config.train.gradient_accumulation_steps, batch)
-        report.announce_cost(compiled, mesh, time.perf_counter() - began)
+        log.announce_cost(compiled, mesh, time.perf_counter() - began)
         if data.tokens.eval.size > 1:
             run.evaluate = compile_eval_step(module, mesh, config.train, config.model)
         if owed:
@@ -192,7 +194,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     unread: list[UserError] = []
     readable = _readable(batches, unread)
     recorder = Recorder(
-        run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_well, run.settled.held_lr
+        run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_in_steps, run.settled.held_lr
     )
     pending: list[StepMetrics] = []
     saved_at, announced, stop, step = start, False, 0, start
@@ -222,12 +224,12 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                 found = jax.device_get(pending)
                 pending.clear()
                 for line in judge(args, found, step - len(found) + 1, saved_at, _best_saved(run)):
-                    report.say(line)
+                    log.say(line)
                 record = recorder.record(step, found[-1])
-                progress.note(report.progress_text(record, run.mesh.devices.size))
+                progress.note(log.progress_text(record, run.mesh.devices.size))
                 if not announced:
                     announced = True
-                    report.say(report.expected_time_text(run.steps - step, record["step_seconds"]))
+                    log.say(log.expected_time_text(run.steps - step, record["step_seconds"]))
                 improved = False
                 if evaluating:
                     with clock.spent_on("evaluation"):
@@ -302,7 +304,7 @@ def _is_best(run: Run, record: dict[str, Any]) -> bool:
     best = run.folder.best()
     # All save, or none: process 0 alone knows the records of earlier starts.
     improved = bool(from_main(best is None or record["eval_loss"] < best["eval_loss"]))
-    report.say(report.evaluation_text(record, run.data.floor, improved))
+    log.say(log.evaluation_text(record, run.data.floor, improved))
     return improved
 
 
@@ -370,14 +372,14 @@ def _draw(run: Run, sample: Any) -> int:
             args = SampleArgs(temperature=0.7, max_new_tokens=SAMPLE_TOKENS, seed=run.config.train.seed)
             with on_mesh(run.mesh):
                 (completion,) = model.generate([run.prompt], args, heed)
-            report.say("  | " + report.printable(run.prompt + completion.text).replace("\n", "\n  | "))
+            log.say("  | " + log.printable(run.prompt + completion.text).replace("\n", "\n  | "))
         plot = run.folder.plot_path
         if not plot.exists() or time.time() - plot.stat().st_mtime > PLOT_SECONDS:
             _plot(run)
     except StopAsked:
         pass
     except (UserError, OSError) as error:
-        report.say(f"no sample or plot: {error}")
+        log.say(f"no sample or plot: {error}")
     return stop
 
 
@@ -389,7 +391,7 @@ def _plot(run: Run) -> None:
 def _finish(run: Run, step: int) -> None:
     with run.clock.spent_on("sample"):
         _plot(run)
-    print(report.closing_text(run.folder, step, run.clock, run.prompt, run.settled.changed))
+    print(log.closing_text(run.folder, step, run.clock, run.prompt, run.settled.changed))
 
 
 def _check_profile_steps(args: TrainArgs, steps: int) -> None:

@@ -17,16 +17,25 @@ from typing import Any
 
 import jax
 
-from llama_jax import owner
 from llama_jax.checkpoint import DAMAGED, ORIGIN, Checkpoint, steps_in
-from llama_jax.checksums import verify
 from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.data import Origin
-from llama_jax.distributed import on_main
+from llama_jax.devices.distributed import on_main
 from llama_jax.errors import UserError
-from llama_jax.files import remove_leftovers, write_atomically
-from llama_jax.owner import Owner, owning
-from llama_jax.storage import PROBE, absolute, check_writable, children, is_remote, location, real_name, told
+from llama_jax.storage import owner
+from llama_jax.storage.checksums import verify
+from llama_jax.storage.files import remove_leftovers, write_atomically
+from llama_jax.storage.locations import (
+    PROBE,
+    absolute,
+    check_writable,
+    children,
+    is_remote,
+    location,
+    real_name,
+    user_errors,
+)
+from llama_jax.storage.owner import Owner, owning
 from llama_jax.training.run_folder import RunFolder, RunRecord
 
 IN_USE = "wait until it ends, stop it, or choose another --train.save-dir"
@@ -62,7 +71,7 @@ class Opened:
         """Move the checkpoints of ``later`` out of the way, with a copy of all records; on process 0."""
         store = self.folder.checkpoints
         aside, records = self.aside(store)
-        with told(store, "write"):
+        with user_errors(store, "write"):
             aside.mkdir(parents=True)
             for step in reversed(self.later):
                 (store / str(step)).rename(aside / str(step))

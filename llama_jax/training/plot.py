@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llama_jax.files import replacing
+from llama_jax.storage.files import replacing
 
 TRAIN, EVAL, FAINT = "tab:blue", "tab:orange", "gray"
 

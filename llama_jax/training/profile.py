@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from llama_jax.distributed import is_main
+from llama_jax.devices.distributed import is_main
 from llama_jax.errors import UserError
-from llama_jax.training import report
+from llama_jax.training import log
 from llama_jax.training.clock import Clock
 
 
@@ -66,7 +66,7 @@ class Profile:
         if is_main():
             with self._clock.spent_on("saving"):
                 jax.profiler.stop_trace()
-            report.say(report.trace_text(self._traced[0], self._traced[-1], self._folder))
+            log.say(log.trace_text(self._traced[0], self._traced[-1], self._folder))
         self._traced = []
 
     def __enter__(self) -> "Profile":

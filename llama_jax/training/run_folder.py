@@ -8,9 +8,9 @@ from typing import Any
 
 from llama_jax.checkpoint import checkpoints_of
 from llama_jax.config import Config, load_toml, to_toml
-from llama_jax.distributed import is_main
+from llama_jax.devices.distributed import is_main
 from llama_jax.errors import UserError
-from llama_jax.files import write_atomically
+from llama_jax.storage.files import write_atomically
 from llama_jax.training.tensorboard import Events
 
 
@@ -46,7 +46,7 @@ class RunFolder:
         self.config_path = self.path / "config.toml"
         self.record_path = self.path / "run.json"
         self.records: list[dict[str, Any]] = []
-        self.spent, self.spent_well = 0.0, 0.0  # seconds of earlier starts; in steps of which a checkpoint tells
+        self.spent, self.spent_in_steps = 0.0, 0.0  # seconds of earlier starts; in steps of which a checkpoint tells
         self._events: Events | None = None
 
     @property
@@ -110,7 +110,7 @@ class RunFolder:
             except (ValueError, TypeError, KeyError, AttributeError):
                 if number < len(lines):
                     warnings.append(f"{self.metrics_path}: line {number} is no record, and is left out")
-        self.spent_well = self.records[-1].get("run_step_seconds", 0.0) if self.records else 0.0
+        self.spent_in_steps = self.records[-1].get("run_step_seconds", 0.0) if self.records else 0.0
         return warnings
 
     def write_metrics(self) -> None:

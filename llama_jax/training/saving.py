@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llama_jax.checkpoint import COMMITTED, TEMPORARY, ModelFiles, ModelFilesHandler, is_whole, losses_of
-from llama_jax.checksums import write_checksums
 from llama_jax.config import ModelArgs
-from llama_jax.storage import absolute, children, is_remote, told
+from llama_jax.storage.checksums import write_checksums
+from llama_jax.storage.locations import absolute, children, is_remote, user_errors
 from llama_jax.tokenizer import Tokenizer
 
 # Seconds after which orbax gives a save up. The largest models take minutes.
@@ -31,7 +31,7 @@ class CheckpointWriter:
     def __init__(self, store: Path, keep: int = 3, keep_every: int = 0):
         self._store, self._keep, self._keep_every = store, keep, keep_every
         self._is_main = jax.process_index() == 0
-        with told(store, "write"):
+        with user_errors(store, "write"):
             store.mkdir(parents=True, exist_ok=True)
             if self._is_main:
                 self._clear_unfinished()
@@ -68,7 +68,7 @@ class CheckpointWriter:
             items["metrics"] = ocp.args.JsonSave({"eval_loss": eval_loss})
             self._losses[step] = eval_loss
         folder = self._store / str(step)
-        with told(folder, "write"):
+        with user_errors(folder, "write"):
             self._checkpointer.save(absolute(folder), args=ocp.args.Composite(**items))
         self._under_way = self._thread.submit(self._finish, step)
 
@@ -76,7 +76,7 @@ class CheckpointWriter:
         """Add the held-out loss to a checkpoint that was saved without one; on process 0."""
         self._losses[step] = eval_loss
         folder = self._store / str(step)
-        with told(folder, "write"):
+        with user_errors(folder, "write"):
             (folder / "metrics").mkdir(exist_ok=True)
             (folder / "metrics" / "metrics").write_text(json.dumps({"eval_loss": eval_loss}))
             write_checksums(folder)
@@ -100,7 +100,7 @@ class CheckpointWriter:
 
     def _finish(self, step: int) -> None:
         """Wait for orbax, then add the checksums and delete what need not be kept."""
-        with told(self._store / str(step), "write"):
+        with user_errors(self._store / str(step), "write"):
             self._checkpointer.wait_until_finished()
             if self._is_main:
                 write_checksums(self._store / str(step))

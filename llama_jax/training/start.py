@@ -11,7 +11,7 @@ from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import Data, Origin, load_data, open_data
 from llama_jax.data.batches import steps_per_epoch
-from llama_jax.distributed import is_main, main_first
+from llama_jax.devices.distributed import is_main, main_first
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.training.bad_steps import LossHistory

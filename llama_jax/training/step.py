@@ -15,13 +15,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint import with_shardings
 from llama_jax.config import ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
-from llama_jax.loss import loss_sum
+from llama_jax.devices.compiling import compiler_options
+from llama_jax.devices.sharding import (
+    batch_sharding,
+    on_mesh,
+    parameter_shapes,
+    parameter_shardings,
+    replicated,
+    with_shardings,
+)
 from llama_jax.model import Llama, is_norm
-from llama_jax.runtime import compiler_options
-from llama_jax.sharding import batch_sharding, on_mesh, parameter_shapes, parameter_shardings, replicated
+from llama_jax.ops.loss import loss_sum
 from llama_jax.training.bad_steps import LossHistory, watched
 
 

@@ -21,7 +21,7 @@ from llama_jax.data.encode import prepare
 from llama_jax.data.summary import documents_text, remarks, repeats_warning
 from llama_jax.data.text import Corpus
 from llama_jax.errors import UserError
-from llama_jax.owner import owning
+from llama_jax.storage.owner import owning
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 from tests import forked
 

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="parity needs transfor
 
 from llama_jax.convert.huggingface import HuggingFaceSource  # noqa: E402
 from llama_jax.convert.layout import TABLE  # noqa: E402
-from llama_jax.convert.own import to_ours  # noqa: E402
+from llama_jax.convert.checkpoint_source import to_ours  # noqa: E402
 from llama_jax.errors import UserError  # noqa: E402
 from llama_jax.foreign.config_json import KEYS, read_config  # noqa: E402
 from llama_jax.foreign.keys import read_json  # noqa: E402

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import ModelArgs, SampleArgs
+from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.generation import Model
 from llama_jax.generation.decode import CHUNK, generate_chunks
 from llama_jax.model import Llama
-from llama_jax.sharding import parameter_shapes
 from llama_jax.tokenizer import Tokenizer
 from tests import numpy_llama
 

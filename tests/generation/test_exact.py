@@ -16,18 +16,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax import exact
-from llama_jax.cache import Stored
 from llama_jax.config import SampleArgs, Weights
 from llama_jax.generation import Completion, Model
 from llama_jax.generation import decode as decoding
 from llama_jax.generation.serving import serve
 from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama
+from llama_jax.ops import exact
+from llama_jax.ops.cache import Stored
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 from tests.commands import ROOT
 from tests.generation.models import build, never_ending, prompts_of_lengths
-from tests.test_attention import literal, random_qkv, stored
+from tests.ops.test_attention import literal, random_qkv, stored
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SETTINGS = {

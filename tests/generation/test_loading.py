@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax import runtime
 from llama_jax.checkpoint import save_checkpoint
 from llama_jax.config import MeshArgs, SampleArgs
 from llama_jax.convert import ConvertArgs, convert
+from llama_jax.devices import memory
+from llama_jax.devices.memory import bytes_of
 from llama_jax.generation import Model, loading
-from llama_jax.quantize import bytes_of
 from llama_jax.tokenizer import Tokenizer
 from tests.eight_devices import run_on_eight_devices
 from tests.generation.models import build
@@ -28,7 +28,7 @@ def load_with(folder: str, share: float) -> dict[str, Any]:
     whole = bytes_of(Model.load(folder).params)
     with (
         mock.patch.object(loading, "memory_of", lambda _: share * whole),
-        mock.patch.object(runtime, "memory_of", lambda _: share * whole),
+        mock.patch.object(memory, "memory_of", lambda _: share * whole),
     ):
         model = Model.load(folder)
     layers = model.params["layers"]

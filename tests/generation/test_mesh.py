@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from llama_jax.config import MeshArgs, SampleArgs
+from llama_jax.devices.sharding import make_mesh, on_mesh, parameter_shardings, spec
 from llama_jax.generation.serving import serve
-from llama_jax.linear import linear
-from llama_jax.quantize import Matrix, quantize
-from llama_jax.sharding import make_mesh, on_mesh, parameter_shardings, spec
+from llama_jax.ops.linear import linear
+from llama_jax.ops.quantize import Matrix, quantize
 from llama_jax.tokenizer import train_tokenizer
 from tests.eight_devices import run_on_eight_devices
 from tests.generation.models import decode, never_ending, prompts_of_lengths

@@ -14,7 +14,7 @@ from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, passes
 from llama_jax.generation.decode import CHUNK
-from llama_jax.generation.rows import Growing, first_end, held_back
+from llama_jax.generation.rows import PartialCompletion, first_end, held_back
 from llama_jax.tokenizer import Tokenizer
 from tests.generation.models import build, speaking
 
@@ -122,7 +122,7 @@ def test_what_is_streamed_is_never_taken_back_however_the_text_is_cut(
     pieces: list[str], stop: list[str], seed: int
 ) -> None:
     def grow(chunks: Sequence[int]) -> tuple[Completion, list[str]]:
-        row = Growing(Letters(pieces), [], SampleArgs(stop=tuple(stop), max_new_tokens=len(pieces)), 10**6)  # type: ignore[arg-type]
+        row = PartialCompletion(Letters(pieces), [], SampleArgs(stop=tuple(stop), max_new_tokens=len(pieces)), 10**6)  # type: ignore[arg-type]
         taken, at = [], 0
         for size in chunks:
             if not row.finish_reason:

@@ -8,7 +8,7 @@ from llama_jax.config import SampleArgs
 from llama_jax.generation import Model
 from llama_jax.generation.passes import Step, slot_bytes
 from llama_jax.generation.stats import Meter, step_bytes
-from llama_jax.quantize import quantize
+from llama_jax.ops.quantize import quantize
 from llama_jax.tokenizer import Tokenizer
 from tests.generation.models import build, speaking
 

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 
-from llama_jax.chips import TPUS
+from llama_jax.devices.chips import TPUS
 from llama_jax.errors import run_command
 from llama_jax.plan.__main__ import main
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.chips import GiB
 from llama_jax.config import Cache, Config, MeshArgs, ModelArgs, Remat, TrainArgs, Weights
+from llama_jax.devices.chips import GiB
 from llama_jax.plan import Decoding, Plan
 from llama_jax.plan.advice import Advice, advise_decoding, advise_training
 from llama_jax.plan.cost import Cost, Schedule

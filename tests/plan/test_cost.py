@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llama_jax.chips import TPUS
+from llama_jax.devices.chips import TPUS
 from llama_jax.plan.cost import KERNEL_EFFICIENCY, Schedule, schedule_of
 from llama_jax.plan.hlo import HBM, Array, Program
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.chips import GiB
 from llama_jax.config import Config, MeshArgs, ModelArgs, Remat, TrainArgs
+from llama_jax.devices.chips import GiB
 from llama_jax.plan.estimate import candidate, candidates, divisors, training_bytes
 from llama_jax.plan.topology import Topology
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from llama_jax.chips import TPUS
 from llama_jax.config import Config, MeshArgs, ModelArgs, TrainArgs, to_toml
+from llama_jax.devices.chips import TPUS
 from llama_jax.errors import UserError
 from llama_jax.plan import Decoding, __main__, _needed_bytes, command, plan_decoding
 from llama_jax.plan.cost import schedule_of

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from llama_jax.config import Config, MeshArgs, ModelArgs, TrainArgs
-from llama_jax.sharding import make_mesh
+from llama_jax.devices.sharding import make_mesh
 from llama_jax.training import clock as module
-from llama_jax.training import report
+from llama_jax.training import log
 from llama_jax.training.bad_steps import LossHistory
 from llama_jax.training.clock import ACTIVITIES, TIMES, Clock, Recorder
 from llama_jax.training.run_folder import RunFolder
@@ -110,7 +110,7 @@ def test_a_record_tells_speeds_a_device_and_the_utilisation_that_the_formula_giv
     clock = Clock()
     time.now += 50
     with clock.steps(10):
-        recorder = Recorder(Config(model, train=train), mesh, 20, 10, clock, spent=110, spent_well=42)
+        recorder = Recorder(Config(model, train=train), mesh, 20, 10, clock, spent=110, spent_in_steps=42)
         time.now += 8
         with clock.spent_on("data"):
             time.now += 2
@@ -141,11 +141,11 @@ def test_the_text_beside_the_bar_is_short_and_speaks_of_trouble_only_where_there
         "train_loss": 10.123456, "tokens_per_second_per_device": 13456.7, "mfu": 0.5123, "memory_bytes": 15.1e9,
         "data_seconds": 0.01, "saving_seconds": 0.0, "bad_steps": 0,
     }  # fmt: skip
-    assert report.progress_text(record, 256) == "loss 10.123, 13,457 tokens/s a device, MFU 51%, 15.10 GB"
-    assert "a device" not in report.progress_text(record, 1)
-    late = report.progress_text(record | {"data_seconds": 4.0, "saving_seconds": 3.0, "bad_steps": 2}, 1)
+    assert log.progress_text(record, 256) == "loss 10.123, 13,457 tokens/s a device, MFU 51%, 15.10 GB"
+    assert "a device" not in log.progress_text(record, 1)
+    late = log.progress_text(record | {"data_seconds": 4.0, "saving_seconds": 3.0, "bad_steps": 2}, 1)
     assert late.endswith("data 4 s, saving 3 s, 2 bad") and len(late) < 80
-    assert report.progress_text(record | {"train_loss": None}, 1).startswith("loss not finite")
+    assert log.progress_text(record | {"train_loss": None}, 1).startswith("loss not finite")
 
 
 def test_the_time_of_steps_that_are_made_again_after_a_kill_is_lost(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_the_time_of_steps_that_are_made_again_after_a_kill_is_lost(tmp_path: Pa
     lines = [{"step": s, "tokens": s, "run_seconds": 10.0 * s, "run_step_seconds": 9.0 * s} for s in (1, 2, 3, 4)]
     folder.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert folder.read_metrics(3) == []
-    assert (folder.spent, folder.spent_well) == (40.0, 27.0)
+    assert (folder.spent, folder.spent_in_steps) == (40.0, 27.0)
     folder.write_metrics()
     folder.read_metrics(0)
-    assert (folder.spent, folder.spent_well) == (30.0, 0.0)
+    assert (folder.spent, folder.spent_in_steps) == (30.0, 0.0)

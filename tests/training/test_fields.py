@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import llama_jax
+from llama_jax.build import make_model
 from llama_jax.checkpoint import steps_of
 from llama_jax.config import Config, DataArgs, ModelArgs, SampleArgs, TrainArgs
 from llama_jax.data.batches import Batch
-from llama_jax.runtime import make_model
-from llama_jax.sharding import make_mesh
+from llama_jax.devices.sharding import make_mesh
 from llama_jax.training import loop
 from llama_jax.training.clock import TIMES
 from llama_jax.training.step import compile_train_step, make_optimizer
@@ -121,7 +121,7 @@ def test_every_field_is_covered() -> None:
     assert fields["data"] == set(CHANGED["data"]) | {"as_text"}  # what is read at all: tests/data/test_prepare.py
     assert fields["train"] == set(CHANGED["train"]) | set(SAME_NUMBERS) | ELSEWHERE
     assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING)
-    # ModelArgs: tests/test_model.py; MeshArgs: tests/test_sharding.py; DistributedArgs: tests/test_distributed.py.
+    # ModelArgs: tests/test_model.py; MeshArgs: tests/devices/test_sharding.py; DistributedArgs: tests/devices/test_distributed.py.
     assert {f.name for f in dataclasses.fields(Config)} == {"model", "data", "train", "mesh", "distributed"}
 
 

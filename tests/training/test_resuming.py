@@ -19,7 +19,7 @@ import llama_jax
 from llama_jax.checkpoint import steps_of
 from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
-from llama_jax.owner import owning
+from llama_jax.storage.owner import owning
 from llama_jax.training import loop
 from llama_jax.training.clock import TIMES
 from llama_jax.training.saving import CheckpointWriter, kept

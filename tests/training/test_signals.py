@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from llama_jax.checkpoint import steps_of
+from llama_jax.cli.stopping import StopSignals, output_may_vanish
 from llama_jax.errors import INTERRUPTED, STOPPED
-from llama_jax.stopping import StopSignals, output_may_vanish
 from llama_jax.training import loop
 from tests.commands import ROOT
 from tests.signals import disturb, held
@@ -148,7 +148,7 @@ def test_a_signal_behind_the_last_step_comes_too_late(tmp_path: Path, monkeypatc
 
 LEAVE = """
 import sys, time
-from llama_jax.stopping import StopSignals
+from llama_jax.cli.stopping import StopSignals
 with StopSignals() as signals:
     signals.before_leaving.append(lambda: print("released", flush=True))
     print("ready", flush=True)

@@ -12,8 +12,8 @@ import pytest
 
 from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
+from llama_jax.devices.sharding import make_mesh
 from llama_jax.model import Llama
-from llama_jax.sharding import make_mesh
 from llama_jax.training.step import (
     TrainState,
     compile_train_step,

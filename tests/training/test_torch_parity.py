@@ -11,10 +11,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="parity needs torch, which the test extra brings for Python 3.11")
 
 from benchmarks.torch_llama import TorchLlama  # noqa: E402
+from llama_jax.build import make_model  # noqa: E402
 from llama_jax.config import MeshArgs, ModelArgs, TrainArgs  # noqa: E402
 from llama_jax.data.batches import Batch, train_batches  # noqa: E402
-from llama_jax.runtime import make_model  # noqa: E402
-from llama_jax.sharding import make_mesh  # noqa: E402
+from llama_jax.devices.sharding import make_mesh  # noqa: E402
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer  # noqa: E402
 
 STEPS = 100

@@ -1,0 +1,309 @@
+"""The one checkpoint form: a folder that holds all that a model needs to run, written by orbax.
+
+    <step>/params/                  the parameters (model.py's tree, float32 from training; or quantized, as generation holds them)
+    <step>/model/model.json         the model arguments; "weights", where they are quantized
+    <step>/model/tokenizer.model    the tokenizer
+    <step>/model/origin.json        the run that made it, and the text that it was trained on; of a run
+    <step>/state/                   the optimizer's state; only in checkpoints that training can resume from
+    <step>/metrics/metrics          the held-out loss; of an evaluated step
+    <step>/checksums.json           a checksum of every other file, written last: a checkpoint without it is not whole
+
+A run folder holds such folders under checkpoints/, or a file of that name that says where they lie (see ``checkpoints_of``).
+Orbax writes each under a temporary name and renames it; in object storage, where nothing is renamed, it adds the file
+commit_success.txt instead. Checkpoints from before there were checksums are whole without them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.tree_util import KeyPath, tree_leaves_with_path
+from tensorstore import TensorStore
+
+from llama_jax.checkpoint.stored_array import open_array, saver_of_stored_arrays
+from llama_jax.config import ModelArgs, Weights, from_dict
+from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.folders import found_in
+from llama_jax.storage import checksums
+from llama_jax.storage.locations import absolute, children, is_remote, location, user_errors
+from llama_jax.tokenizer import Tokenizer
+
+# When a save fails, orbax raises the first error, which is told (see storage.py), and logs it as well, traceback and all; and it
+# leaves its other futures unread, which asyncio would log as the process ends.
+for name in ("asyncio", "absl"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+COMMITTED = "commit_success.txt"
+ORIGIN = "origin.json"
+# The key of model.json that says that checksums.json is written last.
+PROMISE = "checksums"
+DAMAGED = "use another copy of it, or another step"
+
+
+class ModelFilesHandler(ocp.CheckpointHandler):
+    """Orbax handler that writes the small files beside the arrays; they are read without orbax."""
+
+    def save(self, directory: Any, args: "ModelFiles") -> None:
+        """Write the files into ``directory``, from process 0."""
+        if jax.process_index():
+            return
+        folder = epath.Path(directory)
+        table = dataclasses.asdict(args.model) | ({} if args.weights == "auto" else {"weights": args.weights})
+        (folder / "model.json").write_text(json.dumps(table | {PROMISE: True}, indent=1))
+        (folder / "tokenizer.model").write_bytes(args.tokenizer.model_bytes)
+        if args.origin:
+            (folder / ORIGIN).write_text(json.dumps(args.origin, indent=1))
+
+    def restore(self, directory: Any, args: Any = None) -> None:
+        """Not used: see ``Checkpoint``."""
+        raise NotImplementedError
+
+
+@ocp.args.register_with_handler(ModelFilesHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class ModelFiles(ocp.args.CheckpointArgs):
+    """What ModelFilesHandler writes."""
+
+    model: ModelArgs
+    tokenizer: Tokenizer
+    weights: Weights = "auto"
+    origin: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: its folder, its model arguments and its tokenizer. Arrays are read by ``restore``."""
+
+    folder: Path
+    args: ModelArgs
+    tokenizer: Tokenizer
+    weights: Weights = "auto"
+    """How its matrices are quantized; auto: they are not."""
+
+    @classmethod
+    def find(cls, path: str | Path) -> "Checkpoint":
+        """Open a run folder or a folder of steps (its best, or else its last), a step folder or a converted checkpoint.
+
+        Raises UserError where ``path`` is none of these.
+        """
+        path = location(path)
+        found = children(path)
+        with user_errors(path, "read"):
+            if not found and not path.is_dir():
+                raise UserError(f"{path}: expected a checkpoint folder, {found_in(path)}")
+            names = {child.name for child in found}
+            is_checkpoint = "model" in names and ("params" in names or (path / "model" / "model.json").exists())
+            folder = path if is_checkpoint else _best_step(path, found)
+            if is_checkpoint and (missing := _missing_mark(folder)):
+                raise UserError(
+                    f"{folder}: expected a whole checkpoint, found no {missing} in it, which is added last; choose another "
+                    "step, or wait until it is saved"
+                )
+            source = folder / "model" / "model.json"
+            try:
+                table = json.loads(source.read_text())
+                if not isinstance(table, dict):
+                    raise ValueError("not an object")
+            except (OSError, ValueError) as error:
+                if not (folder / "model").is_dir():  # steps of another project
+                    raise UserError(f"{folder}: expected a checkpoint of this project, {found_in(folder)}") from None
+                raise UserError(f"{source}: expected the model arguments of a checkpoint, found {error}") from None
+        table.pop(PROMISE, None)
+        weights = table.pop("weights", "auto")
+        if weights not in get_args(Weights):
+            raise UserError(
+                f"{source}: weights: expected one of {', '.join(get_args(Weights))}, found {quoted(weights)}"
+            )
+        args = from_dict(ModelArgs, table, str(source))
+        args.check()
+        tokenizer = Tokenizer(folder / "model" / "tokenizer.model")
+        if tokenizer.vocab_size != args.vocab_size:
+            raise UserError(
+                f"{source}: expected vocab_size {tokenizer.vocab_size} as its tokenizer has, found {args.vocab_size}"
+            )
+        return cls(folder, args, tokenizer, weights)
+
+    def chosen(self, weights: Weights) -> Weights:
+        """How matrices are to be quantized where ``weights`` is asked for; auto: as they are stored.
+
+        Raises UserError where they are stored in another way.
+        """
+        if self.weights == "auto" or weights == self.weights:
+            return weights
+        if weights == "auto":
+            return self.weights
+        raise UserError(
+            f"weights: expected auto or {self.weights}, as {self.folder} stores them, found {weights}; leave it out, or take "
+            "the checkpoint that it was made from"
+        )
+
+    def check_plain(self, what: str) -> None:
+        """Raise UserError where the matrices are quantized, which ``what`` cannot use."""
+        if self.weights != "auto":
+            raise UserError(
+                f"{what}: expected a checkpoint that is not quantized, found {self.weights} in {self.folder}; "
+                "take the one that it was made from"
+            )
+
+    def verified(self) -> contextlib.AbstractContextManager[None]:
+        """Verify the checksums of all files beside the block, which reads them. Raises UserError where a file is damaged."""
+        return checksums.verified(self.folder, DAMAGED)
+
+    def arrays(self, item: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of ``item`` by name, none where it is not there. Raises UserError where they cannot be read."""
+        folder = self.folder / item
+        if not folder.is_dir():
+            return {}
+        with user_errors(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
+            return _shapes(checkpointer.metadata(absolute(folder)).item_metadata)
+
+    def restore(self, item: str, target: Any) -> Any:
+        """Read ``item`` ("params" or "state") into ``target``, a tree of ShapeDtypeStructs with shardings.
+
+        Raises UserError where the files do not hold just these arrays.
+        """
+        folder = self._holding(item, target)
+        with user_errors(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(absolute(folder), target)
+
+    def restore_one_by_one(self, item: str, target: Any) -> Iterator[tuple[KeyPath, jax.Array]]:
+        """What ``restore`` reads, array by array with their paths, the largest first. Raises UserError likewise."""
+        folder = self._holding(item, target)
+        with user_errors(folder, "read"), ocp.PyTreeCheckpointer() as checkpointer:
+            for path, shape in sorted(tree_leaves_with_path(target), key=lambda leaf: -leaf[1].size):
+                alone: Any = shape
+                for key in reversed(path):
+                    alone = {key_name(key): alone}
+                how = ocp.checkpoint_utils.construct_restore_args(alone)
+                arguments = ocp.args.PyTreeRestore(item=alone, restore_args=how, partial_restore=True)
+                (array,) = jax.tree.leaves(checkpointer.restore(absolute(folder), args=arguments))
+                yield path, array
+
+    def _holding(self, item: str, target: Any) -> Path:
+        """The folder of ``item``. Raises UserError where it does not hold just the arrays of ``target``."""
+        folder = self.folder / item
+        if not folder.is_dir():
+            raise UserError(
+                f"{self.folder}: expected {item} of a checkpoint, found none; choose a step folder that has them"
+            )
+        _check_shapes(folder, self.arrays(item), _shapes(target))
+        return folder
+
+    def open_array(self, name: str) -> TensorStore:
+        """Parameter ``name`` ("layers/attention/wq"), to be read region by region. Raises UserError where it is not there."""
+        with user_errors(self.folder / "params", "read"):
+            return open_array(self.folder / "params", name)
+
+
+def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        "/".join(map(key_name, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in tree_leaves_with_path(tree)
+    }
+
+
+def _check_shapes(
+    folder: Path, found: dict[str, jax.ShapeDtypeStruct], expected: dict[str, jax.ShapeDtypeStruct]
+) -> None:
+    """Raise UserError, which names the array, where those found in ``folder`` are not those expected."""
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            raise UserError(
+                f"{folder}: expected the array {name}, found none; files of this checkpoint are missing or damaged"
+            )
+        if name not in expected or found[name].shape != expected[name].shape:
+            shape = f"of shape {list(expected[name].shape)}" if name in expected else "to be none of it"
+            raise UserError(
+                f"{folder}: expected the array {name} {shape}, found {list(found[name].shape)}; this is a checkpoint of another model"
+            )
+
+
+def key_name(key: Any) -> str:
+    """A part of a path: of a dict, a tuple or a named tuple; orbax restores all as dicts and lists."""
+    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
+
+
+def checkpoints_of(run: Path) -> Path:
+    """Where a run's checkpoints lie: in its folder checkpoints/, or where a file of that name says."""
+    here = run / "checkpoints"
+    return location(here.read_text().strip()) if here.is_file() else here
+
+
+def steps_of(run: Path) -> list[int]:
+    """Steps of the whole checkpoints of a run, ascending. Raises UserError where they cannot be found out."""
+    return steps_in(checkpoints_of(run))
+
+
+def steps_in(store: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder of steps, ascending. Raises UserError where they cannot be found out."""
+    return _steps_in(store, children(store))
+
+
+def _steps_in(folder: Path, found: Sequence[Path]) -> list[int]:
+    with user_errors(folder, "read"):
+        return sorted(int(path.name) for path in found if path.name.isdecimal() and is_whole(path))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint, which is not under a temporary name, was saved to its end."""
+    return not _missing_mark(folder)
+
+
+def _missing_mark(folder: Path) -> str:
+    """The file that is written last and is missing; empty where the checkpoint is whole."""
+    if is_remote(folder) and not (folder / COMMITTED).exists():
+        return COMMITTED
+    if (folder / checksums.NAME).exists():
+        return ""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        if json.loads((folder / "model" / "model.json").read_text())[PROMISE]:
+            return checksums.NAME
+    return ""  # of before there were checksums
+
+
+def _best_step(path: Path, found: Sequence[Path]) -> Path:
+    """The best step, or else the last, of a run folder or of a folder of steps, ``path``, in which ``found`` lies."""
+    is_of_steps = any(child.name.isdecimal() for child in found)
+    folder = path if is_of_steps else checkpoints_of(path)
+    steps = _steps_in(folder, found if is_of_steps else children(folder))
+    if not steps:
+        raise UserError(f"{path}: expected a run folder, a step folder or a converted checkpoint, {found_in(path)}")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if (best := json.loads((path / "best.json").read_text())["step"]) in steps:
+            return folder / str(best)
+    losses = losses_of(folder, steps)
+    return folder / str(min(losses, key=lambda step: losses[step], default=steps[-1]))
+
+
+def losses_of(store: Path, steps: Sequence[int]) -> dict[int, float]:
+    """The held-out losses of those of ``steps`` that were evaluated."""
+    losses = {}
+    for step in steps:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            losses[step] = float(json.loads((store / str(step) / "metrics" / "metrics").read_text())["eval_loss"])
+    return losses
+
+
+def save_checkpoint(
+    folder: Path, params: Any, model: ModelArgs, tokenizer: Tokenizer, weights: Weights = "auto"
+) -> None:
+    """Write a checkpoint without optimizer state, as converters do; arrays may be StoredArrays.
+
+    weights: how the matrices of ``params`` are quantized. Raises UserError where ``folder`` exists.
+    """
+    if folder.exists():
+        raise UserError(f"{folder}: expected a new folder, found one that exists; choose another")
+    args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), model=ModelFiles(model, tokenizer, weights))
+    handlers = ocp.CompositeCheckpointHandler(params=saver_of_stored_arrays(), model=ModelFilesHandler())
+    with user_errors(folder, "write"):
+        with ocp.Checkpointer(handlers) as checkpointer:
+            checkpointer.save(folder.absolute(), args=args)
+        checksums.write_checksums(folder)

@@ -1,0 +1,86 @@
+"""Arrays of a checkpoint that are read and written region by region: of any size, in little memory."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from llama_jax.storage.locations import kvstore
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArrayOnDisk:
+    """An array that has been written to ``folder``; saving it in a checkpoint moves the folder there."""
+
+    folder: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def create_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]) -> ts.TensorStore:
+    """A new zarr array in ``folder``, to be written region by region: ``create_array(...)[0, :8].write(rows).result()``.
+
+    It is stored in ``chunks``, a file each. A region should be made of whole ones: a part of one is read before it is written.
+    """
+    name = dtype.name if dtype.kind == "V" else dtype.newbyteorder("<").str
+    # Zarr gives four bits a byte; compressed, they take less than half of one.
+    compressor = {"id": "zstd", "level": 1} if dtype.name == "int4" else None
+    metadata = {"shape": shape, "chunks": chunks, "dtype": name, "compressor": compressor}
+    # Zeros are stored as well, so that a chunk that is missing is an error to whoever reads it.
+    spec = {"driver": "zarr", "kvstore": kvstore(folder), "metadata": metadata, "store_data_equal_to_fill_value": True}
+    return ts.open(spec, create=True, open=True).result()
+
+
+def open_array(folder: Path, name: str) -> ts.TensorStore:
+    """Array ``name`` ("layers/attention/wq") of the tree that orbax saved in ``folder``, to be read region by region.
+
+    Raises ValueError or OSError where it is not there.
+    """
+    saved = json.loads((folder / "_METADATA").read_text())
+    key = name.replace("/", ".")
+    if saved["use_ocdbt"]:
+        store = {"driver": "ocdbt", "base": kvstore(folder), "path": key + "/"}
+    else:
+        store = kvstore(folder / key)
+    driver = "zarr3" if saved["use_zarr3"] else "zarr"
+    spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
+    return ts.open(spec, open=True, read=True).result()
+
+
+class StoredArrayHandler(ocp.type_handlers.TypeHandler):
+    """Has orbax take StoredArrays into a checkpoint, from which it restores them as it does all other arrays."""
+
+    def typestr(self) -> str:
+        """What the saved arrays are known as."""
+        return "jax.Array"
+
+    async def serialize(self, values: Sequence[ArrayOnDisk], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        """Move the arrays' folders into the checkpoint."""
+        return [ocp.future.CommitFutureAwaitingContractedSignals(self._move(values, infos), name="stored arrays")]
+
+    async def _move(self, values: Sequence[ArrayOnDisk], infos: Sequence[Any]) -> None:
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            value.folder.rename(info.path)
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        """Not used: they are restored as plain arrays."""
+        raise NotImplementedError
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        """Not used: they are restored as plain arrays."""
+        raise NotImplementedError
+
+
+def saver_of_stored_arrays() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler for trees of arrays, some or all of them StoredArrays."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (ArrayOnDisk, StoredArrayHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)

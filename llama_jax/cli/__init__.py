@@ -1,0 +1,1 @@
+"""What the commands share: flags, progress bars, and how a command stops."""

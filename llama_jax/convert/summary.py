@@ -1,0 +1,132 @@
+"""What a conversion says: before it starts, as a table, and at the end."""
+
+import math
+import os
+import shlex
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from llama_jax.cli.progress import bytes_text, duration
+from llama_jax.config import Weights
+from llama_jax.convert.checkpoint_source import parts
+from llama_jax.convert.layout import BLOCK_BYTES, TABLE, all_tensors, blocks
+from llama_jax.convert.source import Source
+from llama_jax.devices.memory import bytes_of
+from llama_jax.errors import UserError, quoted
+from llama_jax.model import count_parameters
+from llama_jax.storage.files import raw_bytes
+
+# The process without any weights, and what it holds of them besides the blocks: measured, see docs/convert.md.
+BASE_BYTES = 350_000_000
+BLOCKS_HELD = 8
+
+
+def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
+    """Say what was found and what will happen."""
+    args, size = source.args, weight_bytes(source)
+    rows = {
+        "family": source.family,
+        "decided by": source.decided,
+        "input": source.description,
+        "model": f"{count_parameters(args):,} parameters of {source.dtype.name}, {bytes_text(size)}: dim {args.dim}, "
+        f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_dim}",
+        "constants": f"norm_eps {args.norm_eps:g}, rope_theta {args.rope_theta:g}, context {args.max_seq_len:,}",
+        "tokenizer": f"{source.tokenizer.model_path}, {source.tokenizer.vocab_size:,} tokens",
+        "output": f"{output if output != Path() else '(none given)'}, as {to}{f' with {weights} matrices' if weights != 'auto' else ''}",
+        "memory": f"{bytes_text(peak_bytes(source))} at most",
+    }
+    for name, text in rows.items():
+        print(f"{name:>10}  {text}")
+    if source.unknown:
+        print(
+            f"{'unknown':>10}  keys of the configuration that were not read: {', '.join(quoted(key, 40) for key in source.unknown[:20])}"
+        )
+    for warning in source.warnings:
+        print(f"{'warning':>10}  {warning}")
+
+
+def weight_bytes(source: Source) -> int:
+    """Bytes of all parameters."""
+    return count_parameters(source.args) * source.dtype.itemsize
+
+
+def stored_bytes(source: Source, weights: Weights) -> int:
+    """Bytes of all parameters as they will be written."""
+    return bytes_of([jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts(source, weights)])
+
+
+def peak_bytes(source: Source) -> int:
+    """The most memory that a conversion needs."""
+    return BASE_BYTES + BLOCKS_HELD * min(2 * BLOCK_BYTES, weight_bytes(source))
+
+
+def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -> None:
+    """Say what the disk needs and has, and how long it will take.
+
+    Raises UserError where there is too little space, but for a dry run, which may be on another machine.
+    """
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    need, free = stored_bytes(source, weights), shutil.disk_usage(place).free
+    print(f"{'disk':>10}  {bytes_text(need)} needed, {bytes_text(free)} free")
+    if dry_run:
+        return
+    if free < need * 1.01 + 10_000_000:
+        raise UserError(
+            f"{output}: expected {bytes_text(need)} of free disk, found {bytes_text(free)}; free some, or choose another disk"
+        )
+    print(f"{'time':>10}  about {duration(_probe_seconds(source, place))}, as a first block goes")
+
+
+def _probe_seconds(source: Source, place: Path) -> float:
+    """Seconds to expect: a block is read and written, for the disks' sake, and thrown away."""
+    tensor = max(TABLE, key=lambda t: math.prod(t.matrix(source.args)))
+    start, stop = blocks(tensor, source.args, source.dtype.itemsize)[0]
+    began = time.perf_counter()
+    rows = source.rows(tensor, 0, start, stop)
+    with tempfile.TemporaryFile(dir=place) as file:
+        file.write(raw_bytes(rows))
+        file.flush()
+        os.fsync(file.fileno())
+    source.release()
+    return (time.perf_counter() - began) / max(rows.nbytes, 1) * weight_bytes(source)
+
+
+def print_table(source: Source) -> None:
+    """Every tensor: our name, shape, type, and where it comes from."""
+    for tensor, layer in all_tensors(source.args):
+        name = f"{tensor.name}[{layer}]" if tensor.layered else tensor.name
+        shape = ", ".join(map(str, tensor.sizes(source.args)))
+        print(f"{name:<32} {f'[{shape}]':<20} {source.dtype.name:<9} {source.origin(tensor, layer)}")
+
+
+def close_dry_run() -> None:
+    """Say what has been checked."""
+    print(
+        "all tensors are there, with the right shapes; nothing was written, and no value was looked at: damage and numbers that "
+        "are not finite are found when they are copied"
+    )
+
+
+def close(
+    source: Source, to: str, output: Path, weights: Weights, digest: str, seconds: float, warnings: list[str]
+) -> None:
+    """Where things are, what to type next, and last what is wrong with the model."""
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(
+        f"{output}: {bytes_text(size)} in {duration(seconds)}, {bytes_text(weight_bytes(source) / max(seconds, 1e-9))} a second"
+    )
+    print(f"sha256 of the weights{', before they were quantized' if weights != 'auto' else ''}: {digest}")
+    commands = {
+        "llama-jax": f'python sample.py --ckpt {shlex.quote(str(output))} "Once upon a time"',
+        "huggingface": f"AutoModelForCausalLM.from_pretrained({str(output)!r})",
+        "meta": f"torch.load({str(output / 'consolidated.00.pth')!r}, weights_only=True)",
+    }
+    print(f"now try:\n  {commands[to]}")
+    for warning in warnings:
+        print(f"{'warning':>10}  {warning}")

@@ -1,0 +1,272 @@
+"""Causal attention with grouped queries, over a sequence or over a KV cache.
+
+Over a sequence there are three ways to the same numbers: ``xla``, written here, for every platform; ``splash``, JAX's kernel
+for TPUs; ``cudnn``, for NVIDIA's GPUs. The two kernels never hold the scores [T, S]. ``choose_kernel`` says which one runs.
+
+B batch, T query positions, S key positions, N query heads, K KV heads, G = N/K, H head_dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from llama_jax.config import AttentionKernel, ModelArgs
+from llama_jax.devices.sharding import gather_shards, shard_axes, shard_by_shard
+from llama_jax.errors import UserError
+from llama_jax.ops.cache import Stored
+from llama_jax.ops.linear import MATRIX_ROWS
+
+# Queries a block. A block sees only the keys before its end, which halves the work of a causal mask over the whole square
+# and keeps the scores small enough for a core's cache.
+BLOCK = 64
+# Longer sequences have larger blocks instead of more: the program's length stays bounded.
+MAX_BLOCKS = 16
+# Splash takes the largest of these that divides the length, and heads of whole lanes of a TPU's vector unit.
+SPLASH_BLOCKS = (1024, 512, 256, 128)
+LANES = 128
+# Names by which rematerialisation policies know the operands and the results (remat.py).
+OPERANDS = ("query", "key", "value")
+ATTENTION = "attention"
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
+
+QUERIES, KEYS = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+
+
+def choose_kernel(
+    asked: AttentionKernel, platform: str, args: ModelArgs, dtype: jnp.dtype, sequence_shards: int = 1
+) -> AttentionKernel:
+    """``asked`` itself; for ``auto`` the fastest that the platform ("cpu", "tpu", "cuda") and the model's shape allow.
+
+    Raises UserError where the one that is asked for is not available.
+    """
+    length = args.max_seq_len // sequence_shards
+    needs: dict[AttentionKernel, dict[str, bool]] = {
+        "splash": {
+            "a TPU": platform == "tpu",
+            f"a multiple of {LANES} positions a device": length % LANES == 0,
+        },
+        "cudnn": {
+            "an NVIDIA GPU": platform == "cuda",
+            "bfloat16": dtype == jnp.bfloat16,
+            "mesh.sequence = 1": sequence_shards == 1,
+            "heads of up to 128 features, a multiple of 8": args.head_dim <= 128 and args.head_dim % 8 == 0,
+        },
+        "xla": {},
+    }
+    if asked == "auto":
+        return next(kernel for kernel, met in needs.items() if all(met.values()))
+    for need, met in needs[asked].items():
+        if not met:
+            raise UserError(
+                f"train.attention: expected {need} for {asked}, found {platform}, {jnp.dtype(dtype).name}, {length} positions a "
+                f"device, heads of {args.head_dim} features; take another, or auto"
+            )
+    return asked
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kernel: AttentionKernel = "xla",
+) -> jax.Array:
+    """Softmax attention over a sequence: query t sees keys 0 to t.
+
+    q: [B, T, N, H]; k, v: [B, T, K, H]. Keys and values are not repeated: query head n reads KV head n // G.
+    Returns [B, T, N, H] of q's dtype; scores and softmax are float32.
+    """
+    # Scores are scaled at the query, before it is kept for the backward pass.
+    q, k, v = (checkpoint_name(x, name) for x, name in zip((q * q.shape[-1] ** -0.5, k, v), OPERANDS, strict=True))
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Of a device's queries. Where a sequence is spread over devices, each gathers the keys and values of all of it."""
+        T = q.shape[1]
+        k, v = gather_shards(k, "length", axis=1), gather_shards(v, "length", axis=1)
+        start = jax.lax.axis_index(shard_axes("length")) * T if k.shape[1] > T else None
+        if kernel == "splash" and T % LANES == 0:
+            return _splash(q, k, v, start)
+        if kernel == "cudnn":
+            return jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=True, implementation="cudnn")
+        return _attend_in_blocks(q, k, v, start)
+
+    return shard_by_shard(local, ("batch", "length", "heads"), (QUERIES, KEYS, KEYS), QUERIES)(q, k, v)
+
+
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None, segments: jax.Array | None = None
+) -> jax.Array:
+    """``attention`` by the TPU kernel, of scaled queries from position ``start`` on; among tokens of one segment [B, T] alone."""
+    # Imported where it is needed: Pallas takes as long to import as all else.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, N, H = q.shape[1:]
+    S = k.shape[1]
+    block = next(b for b in SPLASH_BLOCKS if T % b == 0)
+    # The queries' sizes for the forward pass and the gradients of q and of k and v, the keys' likewise.
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((S, S))] * N), block_sizes=sizes, head_shards=1, q_seq_shards=S // T,
+        residual_checkpoint_name=ATTENTION,
+    )  # fmt: skip
+    if start is not None:
+        kernel = jax.tree.map(lambda of_blocks: _rows_of(of_blocks, start, T, S), kernel)
+    lanes = [(0, 0), (0, 0), (0, 0), (0, -H % LANES)]
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), lanes) for x in (q, k, v))
+    if segments is None:
+        return jax.vmap(kernel)(q, k, v)[..., :H].swapaxes(1, 2)
+    out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))(q, k, v, segments)
+    return out[..., :H].swapaxes(1, 2)
+
+
+def _rows_of(of_blocks: jax.Array, start: jax.Array, T: int, S: int) -> jax.Array:
+    """What the kernel knows of the mask, [heads, blocks of S queries, blocks of keys] or [S], for T queries from ``start`` on."""
+    axis = 0 if of_blocks.ndim == 1 else 1
+    rows = of_blocks.shape[axis] * T // S
+    return jax.lax.dynamic_slice_in_dim(of_blocks, start // T * rows, rows, axis)
+
+
+def _attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None) -> jax.Array:
+    """``attention`` of scaled queries, from position ``start`` on (None: 0)."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    # Heads before positions: a CPU multiplies each head's matrices where they lie.
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    block = max(BLOCK, -(-T // MAX_BLOCKS))
+    blocks = []
+    for at in range(0, T, block):
+        end = min(at + block, T)
+        seen = end if start is None else k.shape[2]
+        visible = jnp.arange(seen) <= (jnp.arange(at, end) + (0 if start is None else start))[:, None]
+        bias = jnp.where(visible, 0.0, -jnp.inf)
+        blocks.append(_softmax_attention(q[:, :, :, at:end], k[:, :, :seen], v[:, :, :seen], bias))
+    out = jnp.concatenate(blocks, axis=3)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+@jax.named_scope("attention")
+def cached_attention(
+    q: jax.Array,
+    k: Stored,
+    v: Stored,
+    cached_k: Stored,
+    cached_v: Stored,
+    slot: jax.Array,
+    first: jax.Array,
+    kernel: AttentionKernel = "xla",
+) -> jax.Array:
+    """Attention of new tokens over those in a cache and over themselves.
+
+    q [B, T, N, H]; k, v [B, T, K, H], as they will lie in the slots from ``slot`` on; cached [B, K, S, H], of which the slots from
+    the row's ``first`` [B] to slot - 1 are seen. A query before its row's first slot is padding, and sees itself alone, so that
+    its softmax, which nobody reads, stays finite. Returns [B, T, N, H] of q's dtype.
+    """
+    B, T, N, H = q.shape
+    K, S = cached_k.values.shape[1:3]
+    q = q * H**-0.5
+    new = jnp.arange(T)
+    if S == 0 and kernel == "splash" and T % LANES == 0:
+        tokens = (new + slot >= first[:, None]).astype(jnp.int32)
+        whole_length = (("batch", None, heads, None) for heads in ("heads", "kv_heads", "kv_heads"))
+        local = shard_by_shard(
+            lambda q, k, v, tokens: _splash(q, k, v, None, tokens),
+            ("batch", "length", "heads"),  # a kernel wants all of the mesh's axes by hand
+            (*whole_length, ("batch", None)),
+            ("batch", None, "heads", None),
+        )
+        return local(q, k.plain(q.dtype), v.plain(q.dtype), tokens)
+    G = N // K
+    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    seen = (jnp.arange(S) < slot) & (jnp.arange(S) >= first[:, None])
+    of_cache = jnp.where(seen, 0.0, -jnp.inf)[:, None]
+    of_new = ((new <= new[:, None]) & (new + slot >= first[:, None, None])) | (new == new[:, None])
+    of_new = jnp.where(of_new, 0.0, -jnp.inf)[:, None, None]
+
+    # All heads' rows on one axis: where a head has few queries, an axis of them would fill a TPU's vector registers badly.
+    own = _float32("BKGTH,BSKH->BKGTS", q, k.values)
+    if k.scales is not None:
+        own *= _by_head(k.scales)
+    own = (own + of_new).reshape(B, N * T, T)
+    scores = _few_rows("BKRH,BKSH->BKRS", q.reshape(B, K, G * T, H), cached_k.values)
+    if cached_k.scales is not None:
+        scores *= cached_k.scales[:, :, None]
+    scores = scores.reshape(B, N * T, S) + of_cache
+    highest = jnp.maximum(jnp.max(scores, -1, keepdims=True, initial=-jnp.inf), jnp.max(own, -1, keepdims=True))
+    weights, own = jnp.exp(scores - highest), jnp.exp(own - highest)
+    norm = jnp.sum(weights, -1, keepdims=True) + jnp.sum(own, -1, keepdims=True)
+    weights = weights.reshape(B, K, G * T, S)
+    if cached_v.scales is not None:
+        weights *= cached_v.scales[:, :, None]
+    own = own.reshape(B, K, G, T, T)
+    if v.scales is not None:
+        own *= _by_head(v.scales)
+    y = _few_rows("BKRS,BKSH->BKRH", weights.astype(q.dtype), cached_v.values).reshape(B, K, G, T, H)
+    y += _float32("BKGTS,BSKH->BKGTH", own.astype(q.dtype), v.values)
+    y /= norm.reshape(B, K, G, T, 1)
+    return y.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _by_head(scales: jax.Array) -> jax.Array:
+    """Scales of new tokens [B, T, K], for scores [B, K, G, T, S]."""
+    return scales.swapaxes(1, 2)[:, :, None, None]
+
+
+def _few_rows(equation: str, x: jax.Array, stored: jax.Array) -> jax.Array:
+    """einsum in float32 of x [B, K, R, ...], whose rows may be few, and of a cache [B, K, S, H].
+
+    A TPU multiplies few of them on its matrix unit like more: element by element, they would take four times as long.
+    """
+    R = x.shape[2]
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return _float32(equation, x, y)
+
+    def padded(x: jax.Array, y: jax.Array) -> jax.Array:
+        return product(jnp.pad(x, [(0, 0), (0, 0), (0, max(0, MATRIX_ROWS - R)), (0, 0)]), y)[:, :, :R]
+
+    return jax.lax.platform_dependent(x, stored, tpu=padded, default=product)
+
+
+def _float32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum in float32, with y converted to x's type."""
+    return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+    """softmax(q k + bias) v: q [B, K, G, T, H]; k, v [B, K, S, H]; bias float32 [T, S] or [B, 1, 1, T, S], not differentiated.
+
+    What is divided and summed is [T, H] and never [T, S] where that can be: the softmax is normalised behind its product
+    with v, and its gradient needs the sum of dy y and not of dw w (FlashAttention-2, section 3.1).
+    """
+    return _forward(q, k, v, bias)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) + bias
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    norm = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    y = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32) / norm
+    y = checkpoint_name(y.astype(v.dtype), ATTENTION)
+    return y, (q, k, v, weights, norm, y)
+
+
+def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, weights, norm, y = saved
+    dy = dy.astype(jnp.float32) / norm
+    mean = jnp.sum(dy * y, axis=-1, keepdims=True)
+    dy = dy.astype(v.dtype)
+    d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", dy, v, preferred_element_type=jnp.float32)
+    d_scores = (weights * (d_weights - mean)).astype(k.dtype)
+    dq = jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k).astype(q.dtype)
+    dk = jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q.astype(k.dtype))
+    dv = jnp.einsum("BKGTS,BKGTH->BKSH", weights, dy)
+    return dq, dk, dv, None
+
+
+_softmax_attention.defvjp(_forward, _backward)

@@ -1,0 +1,105 @@
+"""Exact generation: a token's numbers depend on the tokens before it, and to the bit on nothing else.
+
+Libraries and compilers add a sum's terms up in an order that depends on the shapes of arrays: on how many rows are computed
+together, how many tokens are fed at a time, how far a cache is filled. In float32 that changes the last digits; in bfloat16, or
+with a cache of int8, a last digit decides how a number is rounded, and at times which token comes next. Here every sum has an
+order of its own:
+
+- A product has a fixed number of rows at a time (``product_in_blocks``), and a sum is a product with ones (``sums``).
+- A product that something is added to is rounded first (``rounded``).
+- Each row's tokens stand in the cache from slot 0 on, the new ones among them before attention reads it, and attention's sums go
+  over tiles of slots in their order (``attention``).
+
+B rows, T new tokens, N query heads, K KV heads, G = N/K, H head_dim, S slots.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.ops.cache import Stored
+
+# Rows of each product: where memory is what limits it, they cost little more than one.
+ROWS, CPU_ROWS = 64, 16
+# Queries and slots of each of attention's products.
+QUERIES, TILE = 8, 256
+
+
+def product_in_blocks(x: jax.Array, values: jax.Array, rows: int) -> jax.Array:
+    """x @ values in float32, [R, D], [D, F] -> [R, F], as products of so many ``rows`` each; the last is filled up with zeros.
+
+    A row's result depends on the shape of its product, but not on where in it the row stands.
+    """
+    blocks = jnp.pad(x, [(0, -len(x) % rows), (0, 0)]).reshape(-1, rows, x.shape[1])
+
+    def product(block: jax.Array) -> jax.Array:
+        return jnp.einsum("RD,DF->RF", block, values.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    result = jax.lax.map(product, blocks).reshape(-1, values.shape[1])[: len(x)]
+    # What follows is compiled by itself, and so alike in every program.
+    return jax.lax.optimization_barrier(result)
+
+
+def means(x: jax.Array, rows: int) -> jax.Array:
+    """Means over the last axis, float32 [..., D] -> [..., 1]."""
+    D = x.shape[-1]
+    with jax.default_matmul_precision("highest"):
+        return product_in_blocks(x.reshape(-1, D), jnp.full((D, 1), 1 / D, jnp.float32), rows).reshape(*x.shape[:-1], 1)
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """float32 ``x``, out of which no compiler makes a part of a fused multiply-add, which is rounded once and not twice.
+
+    Whether it would depends on what else it puts into the same loop. Adding 0 to the bits of what is no NaN is something that it
+    cannot look through.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jax.lax.bitcast_convert_type(bits + (x != x), jnp.float32)
+
+
+@jax.named_scope("attention")
+def attention(q: jax.Array, k: Stored, v: Stored, slot: jax.Array) -> jax.Array:
+    """Causal attention of new tokens over a cache that holds them: q [B, T, N, H]; k, v [B, K, S, H] -> [B, T, N, H] of q's dtype.
+
+    Each row's tokens stand in slots 0 and following, the new ones from ``slot`` [B] on; S is a multiple of TILE. Slots that a
+    query does not see add zeros behind what it sees, which changes no sum.
+    """
+    B, T, N, H = q.shape
+    K, S = k.values.shape[1:3]
+    G, Q, tiles = N // K, QUERIES, S // TILE
+    # C blocks of Q queries, one after the other; of each, R = G Q rows a head, over I tiles of slots.
+    q = jnp.pad(q * H**-0.5, [(0, 0), (0, -T % Q), (0, 0), (0, 0)])
+    C = q.shape[1] // Q
+    q = q.reshape(B, C, Q, K, G, H).transpose(1, 0, 3, 4, 2, 5).reshape(C, B, K, 1, G * Q, H)
+    position = (slot[:, None] + jnp.arange(C * Q)).reshape(B, C, Q).swapaxes(0, 1)
+    position = jnp.tile(position, (1, 1, G)).reshape(C, B, 1, 1, G * Q, 1)
+    of_slot = jnp.arange(S).reshape(tiles, 1, TILE)
+    k, v = jax.tree.map(lambda x: x.reshape(B, K, tiles, TILE, *x.shape[3:]), (k, v))
+
+    def attend(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, position = block
+        scores = _float32("BKIRH,BKISH->BKIRS", jnp.broadcast_to(q, (B, K, tiles, G * Q, H)), k.values)
+        if k.scales is not None:
+            scores = rounded(scores * k.scales[:, :, :, None])
+        scores = jnp.where(of_slot <= position, scores, -jnp.inf)
+        weights = jnp.exp(scores - jnp.max(scores, axis=(2, 4), keepdims=True))
+        with jax.default_matmul_precision("highest"):
+            norm = _float32("BKIRS,BKISH->BKIRH", weights, jnp.ones((B, K, tiles, TILE, 1)))
+        if v.scales is not None:
+            weights *= v.scales[:, :, :, None]
+        y = _float32("BKIRS,BKISH->BKIRH", weights.astype(q.dtype), v.values)
+        y, norm = (_added_up(x.swapaxes(0, 2)) for x in (y, norm))
+        return (y / norm).astype(q.dtype)
+
+    y = jax.lax.map(attend, (q, position))  # [C, K, B, R, H]
+    y = y.reshape(C, K, B, G, Q, H).transpose(2, 0, 4, 1, 3, 5).reshape(B, C * Q, N, H)[:, :T]
+    return jax.lax.optimization_barrier(y)
+
+
+def _added_up(parts: jax.Array) -> jax.Array:
+    """The sum over the first axis, from its beginning on."""
+    return jax.lax.scan(lambda total, part: (total + part, None), jnp.zeros_like(parts[0]), parts)[0]
+
+
+def _float32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum in float32, with y converted to x's type."""
+    return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,110 @@
+"""Next-token cross entropy from hidden states, in chunks of positions: [B, T, V] never exists.
+
+B batch, T positions, D dim, V vocab, C positions a chunk.
+"""
+
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from llama_jax.devices.sharding import gather_shards, shard_axes, shard_by_shard, sum_shards
+from llama_jax.ops.linear import linear
+
+TOKENS, HIDDEN, OUTPUT = ("batch", "length"), ("batch", "length", None), ("embed", "vocab")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@jax.named_scope("loss")
+def cross_entropy(
+    hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int = 512
+) -> jax.Array:
+    """Sum over all positions of weights x -log softmax(hidden @ output)[targets], in nats, float32.
+
+    hidden: [B, T, D]; output: [D, V]; targets: int [B, T]; weights: float32 [B, T], not differentiated. Its gradient is
+    computed along with the loss, chunk by chunk of ``chunk_tokens``, while the chunk's logits are at hand. Each device
+    gathers the output matrix once and takes the chunks from its own positions; the matrix's gradient is summed over devices
+    once, at the end.
+    """
+
+    def local(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        output = _gathered(output, hidden.dtype)
+
+        def chunk(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            x, y, w = xs
+            return total + jnp.sum(w * negative_log_likelihood(_logits(x, output), y)), None
+
+        total, _ = jax.lax.scan(chunk, jnp.zeros((), jnp.float32), _chunks(chunk_tokens, hidden, targets, weights))
+        return jax.lax.psum(total, shard_axes(*TOKENS))
+
+    return shard_by_shard(local, TOKENS, (HIDDEN, OUTPUT, TOKENS, TOKENS), ())(hidden, output, targets, weights)
+
+
+def loss_sum(model: Any, params: Any, inputs: ArrayLike, targets: ArrayLike, weights: ArrayLike) -> jax.Array:
+    """``cross_entropy`` of what a Llama says of a batch: int [B, T], int [B, T], float32 [B, T] -> float32 []."""
+    hidden = cast(jax.Array, model.apply({"params": params}, inputs, method="hidden"))
+    return cross_entropy(hidden, params["output"], targets, weights, model.loss_chunk)
+
+
+def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log softmax(logits)[targets] in nats: float32 [..., V] and int [...] -> float32 [...]."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def _gathered(output: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return gather_shards(output.astype(dtype), "embed", axis=0)
+
+
+def _logits(x: jax.Array, output: jax.Array) -> jax.Array:
+    return jnp.einsum("BCD,DV->BCV", x, output, preferred_element_type=jnp.float32)
+
+
+def _chunks(tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Each [B, T, ...] as [T/C, B, C, ...], with zeros behind the end (of no weight) where C does not divide T."""
+    B, T = arrays[0].shape[:2]
+    C = min(T, max(1, tokens // B))
+    count = -(-T // C)
+    padded = (jnp.pad(a, [(0, 0), (0, count * C - T)] + [(0, 0)] * (a.ndim - 2)) for a in arrays)
+    return tuple(a.reshape(B, count, C, *a.shape[2:]).swapaxes(0, 1) for a in padded)
+
+
+@jax.named_scope("loss")
+def _forward(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int):
+    def local(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+        B, T, D = hidden.shape
+        output = _gathered(output, hidden.dtype)
+
+        def chunk(carry: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, ...]):
+            total, d_output = carry
+            x, y, w = xs
+            logits = _logits(x, output)
+            top = jnp.max(logits, axis=-1, keepdims=True)
+            exps = jnp.exp(logits - top)
+            norm = jnp.sum(exps, axis=-1, keepdims=True)
+            picked = jnp.take_along_axis(logits, y[..., None], axis=-1)
+            total += jnp.sum(w * (jnp.log(norm) + top - picked)[..., 0])
+            is_target = jnp.arange(logits.shape[-1]) == y[..., None]
+            d_logits = ((exps / norm - is_target) * w[..., None]).astype(x.dtype)
+            dx = linear("BCV,DV->BCD", d_logits, output)
+            d_output += jnp.einsum("BCD,BCV->DV", x, d_logits, preferred_element_type=jnp.float32)
+            return (total, d_output), dx
+
+        start = jnp.zeros((), jnp.float32), jnp.zeros(output.shape, jnp.float32)
+        (total, d_output), dx = jax.lax.scan(chunk, start, _chunks(chunk_tokens, hidden, targets, weights))
+        dx = dx.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
+        return jax.lax.psum(total, shard_axes(*TOKENS)), dx, sum_shards(d_output, "embed", 0, *TOKENS)
+
+    results = shard_by_shard(local, TOKENS, (HIDDEN, OUTPUT, TOKENS, TOKENS), ((), HIDDEN, OUTPUT))
+    total, d_hidden, d_output = results(hidden, output, targets, weights)
+    return total, (d_hidden, d_output.astype(output.dtype))
+
+
+def _backward(chunk_tokens: int, saved: tuple[jax.Array, jax.Array], d_total: jax.Array):
+    d_hidden, d_output = saved
+    return (d_hidden * d_total).astype(d_hidden.dtype), d_output * d_total, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)

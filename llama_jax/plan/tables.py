@@ -1,0 +1,279 @@
+"""A plan as text and as JSON."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llama_jax.cli.progress import duration
+from llama_jax.config import Config
+from llama_jax.devices.chips import GiB
+from llama_jax.devices.sharding import describe
+from llama_jax.model import count_parameters
+from llama_jax.plan import Plan
+from llama_jax.plan.advice import Advice
+from llama_jax.plan.cost import BETWEEN_SLICES, KERNEL_EFFICIENCY
+from llama_jax.plan.settings import Found
+from llama_jax.plan.topology import Topology
+from llama_jax.training.flops import train_flops_per_token
+
+Rows = list[tuple[str, str]]
+
+
+def summary(plan: Plan, length: Found) -> dict[str, Any]:
+    """What ``--json`` prints of a training step. length: tokens of the whole run."""
+    flops = plan.tokens * train_flops_per_token(plan.config.model)
+    chips, chip = plan.chips, plan.topology.chip
+    found = {
+        "fits": plan.fits,
+        "bytes_per_device": plan.bytes,
+        "hbm_per_device": int(chip.hbm_bytes),
+        "tokens_per_step": plan.tokens,
+        "flops_per_step": flops,
+        "step_seconds": None,
+        "mfu": None,
+        "tokens_per_second": None,
+        "tokens": length.value,
+        "tokens_from": length.source,
+        "days": None,
+        "chip_hours": None,
+        "topology": plan.topology.name,
+        "attention": plan.kernel,
+        "remat": plan.config.train.remat,
+        **_common(plan),
+    }
+    if plan.schedule is not None:
+        rate = plan.tokens / plan.seconds
+        found |= {
+            "step_seconds": plan.seconds,
+            "mfu": flops / plan.seconds / (chips * chip.peak_flops),
+            "tokens_per_second": rate,
+            "tokens_per_second_per_device": rate / chips,
+        }
+        if length.value is not None:
+            found |= {"days": length.value / rate / 86400, "chip_hours": length.value / rate / 3600 * chips}
+    return found
+
+
+def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
+    """What ``--decode --json`` prints of a decoding step. on: the slice that was asked for."""
+    assert plan.decoding is not None
+    found = {
+        "fits": plan.fits,
+        "bytes_per_device": plan.bytes,
+        "hbm_per_device": int(plan.topology.chip.hbm_bytes),
+        "batch": plan.decoding.batch,
+        "slots": plan.decoding.slots,
+        "weights": plan.decoding.weights,
+        "cache": plan.decoding.cache,
+        "tokens_per_step": plan.decoding.batch,
+        "step_seconds": None,
+        "memory_seconds": _memory_seconds(plan),
+        "tokens_per_second": None,
+        "topology": on.name,
+        "idle_devices": on.chips - plan.chips,
+        **_common(plan),
+    }
+    if plan.schedule is not None:
+        found |= {"step_seconds": plan.seconds, "tokens_per_second": plan.tokens / plan.seconds}
+    return found
+
+
+def _memory_seconds(plan: Plan) -> float:
+    """Seconds to read parameters and cache once."""
+    return (plan.bytes_by_part["parameters"] + plan.bytes_by_part["cache"]) / plan.topology.chip.hbm_bandwidth
+
+
+def _common(plan: Plan) -> dict[str, Any]:
+    """Where the step runs, and its parts."""
+    parts: dict[str, Any] = {"bytes": plan.bytes_by_part}
+    if (schedule := plan.schedule) is not None:
+        parts |= {
+            "seconds": {
+                "matrix": schedule.cost.matrix,
+                "other": schedule.cost.other,
+                "blocking_collectives": schedule.blocking,
+                "kernels": schedule.kernels,
+                "waiting_for_slices": schedule.waiting,
+                "waiting_for_memory": schedule.waiting_for_memory,
+            },
+            "overlapped_collectives": schedule.overlapped,
+            "seconds_by_part": dict(schedule.by_part),
+            "collectives": [
+                {
+                    "kind": c.kind, "devices": c.group, "blocking": c.blocking, "count": c.count,
+                    "bytes": c.bytes, "seconds": c.seconds,
+                }
+                for c in schedule.collectives
+            ],
+            "kernels": dict(schedule.cost.kernels),
+            "compiled_flops_per_device": schedule.cost.flops + schedule.cost.kernel_flops,
+            "hbm_bytes": schedule.cost.hbm_bytes,
+            "host_bytes": schedule.cost.host_bytes,
+        }  # fmt: skip
+    return {
+        "devices": plan.chips,
+        "mesh": plan.mesh,
+        "compute_dtype": plan.dtype,
+        "vocab_size": plan.config.model.vocab_size,
+        "compile_seconds": plan.compile_seconds,
+        "parts": parts,
+    }
+
+
+def model_rows(config: Config, vocabulary: Found) -> Rows:
+    """What is planned, said before it is compiled."""
+    m = config.model
+    return [
+        (
+            "model",
+            f"{count_parameters(m):,} parameters: dim {m.dim}, {m.n_layers} layers, {m.n_heads} heads, {m.kv_heads} kv heads, "
+            f"context {m.max_seq_len:,}",
+        ),
+        ("vocabulary", f"{m.vocab_size:,}: {vocabulary.source}"),
+    ]
+
+
+def training_text(plan: Plan, length: Found) -> str:
+    """What ``plan`` prints of a training step."""
+    train, model = plan.config.train, plan.config.model
+    rows = [
+        ("slice", f"{plan.topology.name}, {chips_text(plan.chips)}, mesh: {describe(plan.mesh)}"),
+        (
+            "program",
+            f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}; compiled in {duration(plan.compile_seconds)}",
+        ),
+        *_memory(plan),
+    ]
+    if plan.schedule is not None:
+        found = summary(plan, length)
+        rows += [
+            (
+                "step",
+                f"{_number(plan.seconds * 1e3)} ms for {plan.tokens:,} tokens of {model.max_seq_len:,} a sequence",
+            ),
+            *_time(plan),
+            (
+                "at most",
+                f"{found['mfu']:.1%} of the peak, {found['tokens_per_second']:,.0f} tokens/s, "
+                f"{found['tokens_per_second_per_device']:,.0f} a chip",
+            ),
+            ("for", _length_text(found, length)),
+        ]
+    return table(rows)
+
+
+def _length_text(found: dict[str, Any], length: Found) -> str:
+    if length.value is None:
+        return f"a run whose length is not known: {length.source}"
+    time = f"{found['days']:,.1f} days" if found["days"] >= 1 else duration(found["days"] * 86400)
+    return f"{length.value:,.0f} tokens ({length.source}): {time}, {_number(found['chip_hours'])} chip-hours"
+
+
+def chips_text(count: int) -> str:
+    """ "1 chip", "4 chips"."""
+    return f"{count:,} chip{'s'[: count != 1]}"
+
+
+def _number(value: float) -> str:
+    """Whole where it is large."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+
+
+def decoding_text(plan: Plan, on: Topology) -> str:
+    """What ``plan --decode`` prints. on: the slice that was asked for."""
+    decoding = plan.decoding
+    assert decoding is not None
+    idle = f" of {on.chips}; {on.chips - plan.chips} are idle" if on.chips > plan.chips else ""
+    weights, cache = (plan.dtype if kind == "auto" else kind for kind in (decoding.weights, decoding.cache))
+    rows = [
+        ("slice", f"{on.name}, {chips_text(plan.chips)}{idle}, mesh: {describe(plan.mesh)}"),
+        ("program", f"{plan.dtype}, weights: {weights}, cache: {cache}; compiled in {duration(plan.compile_seconds)}"),
+        *_memory(plan),
+    ]
+    if plan.schedule is not None:
+        rows += [
+            (
+                "step",
+                f"{plan.seconds * 1e3:,.2f} ms for {decoding.batch} sequences over a cache of {decoding.slots:,} tokens",
+            ),
+            *_time(plan),
+            ("memory", f"{_memory_seconds(plan) * 1e3:,.2f} ms to read parameters and cache once"),
+            ("at most", f"{plan.tokens / plan.seconds:,.0f} tokens/s"),
+        ]
+    return table(rows)
+
+
+def _memory(plan: Plan) -> Rows:
+    room = f"{plan.topology.chip.hbm_bytes / GiB:.2f} GiB a chip"
+    if plan.schedule is None:
+        needed = f"{plan.bytes / GiB:.2f} GiB" if plan.bytes else "more"
+        rows = [("memory", f"DOES NOT FIT into {room}: the compiler needs {needed}")]
+    else:
+        verdict = "fits:" if plan.fits else "DOES NOT FIT:"
+        rows = [("memory", f"{verdict} {plan.bytes / GiB:.2f} of {room}")]
+    return rows + [("", f"{size / GiB:8.2f} GiB  {part}") for part, size in plan.bytes_by_part.items()]
+
+
+def advice_rows(on: Topology, advice: Sequence[Advice]) -> Rows:
+    """What to change where a step does not fit, on the slice ``on``."""
+    room = on.chip.hbm_bytes / GiB
+    rows = []
+    if not any(a.topology == on.name for a in advice):
+        rows.append(f"no settings were found that fit on {on.name}")
+    for a in advice:
+        size = f"{a.bytes / GiB:.2f}"
+        if a.verified:
+            rows.append(
+                f"{a.flags}: fits, {size} of {room:.2f} GiB a chip, {_number((a.seconds or 0) * 1e3)} ms a step (compiled)"
+            )
+        else:
+            rows.append(f"{a.flags}: about {size} GiB a chip (estimated, not compiled)")
+    if not advice:
+        rows.append(
+            "no slice holds it, by estimate: make the model, the context or the batch smaller, or the batch a multiple of more chips"
+        )
+    return [("change" if i == 0 else "", row) for i, row in enumerate(rows)]
+
+
+def _time(plan: Plan) -> Rows:
+    schedule = plan.schedule
+    assert schedule is not None
+    cost = schedule.cost
+
+    def row(seconds: float, what: str) -> tuple[str, str]:
+        return "", f"{seconds * 1e3:8,.1f} ms   {what}"
+
+    kernels = ", ".join(f"{name} x {runs}" for name, runs in cost.kernels.items())
+    rows = [
+        row(cost.matrix, f"matrix products, {cost.flops / 1e12:,.1f} TFLOP a chip"),
+        row(cost.other, f"all else; {cost.hbm_bytes / 1e9:,.0f} GB from and to memory in all"),
+        row(schedule.blocking, "collectives that block"),
+    ]
+    if cost.kernels:
+        rows.append(row(schedule.kernels, f"kernels, taken at {KERNEL_EFFICIENCY:.0%} of the peak: {kernels}"))
+    if cost.host_bytes:
+        rows.append(
+            (
+                "",
+                f"       ? ms   {cost.host_bytes / 1e9:,.1f} GB to and from the host's memory, whose time is not counted",
+            )
+        )
+    if schedule.waiting:
+        rows.append(row(schedule.waiting, "more for the network between slices"))
+    if schedule.waiting_for_memory:
+        rows.append(row(schedule.waiting_for_memory, "more for the memory, which is read ahead"))
+    rows += [("by part", "")] + [row(seconds, part) for part, seconds in schedule.by_part]
+    rows.append(("links", ""))
+    for c in schedule.collectives:
+        how = "blocks" if c.blocking else "overlaps"
+        rows.append(
+            row(
+                c.seconds,
+                f"{c.kind} over {c.group}{'' if c.kind.endswith(BETWEEN_SLICES) else ' chips'}, {c.bytes / 1e9:,.3f} GB, {how}",
+            )
+        )
+    return rows
+
+
+def table(rows: Rows) -> str:
+    """Names and texts in two columns."""
+    return "\n".join(f"{name:>10}  {text}".rstrip() for name, text in rows)

@@ -1,0 +1,187 @@
+"""What a run says: before it starts, at evaluations, and at the end."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from llama_jax.cli.progress import bytes_text, duration
+from llama_jax.config import ModelArgs, TrainArgs
+from llama_jax.data import Data
+from llama_jax.data.summary import documents_text, remarks, repeats_warning
+from llama_jax.devices.memory import check_memory
+from llama_jax.devices.sharding import describe
+from llama_jax.model import Llama, count_parameters
+from llama_jax.training.clock import Activity, Clock
+from llama_jax.training.flops import train_flops_per_token
+from llama_jax.training.opening import Opened
+from llama_jax.training.run_folder import RunFolder
+from llama_jax.training.start import Settled
+from llama_jax.training.step import warmup_steps
+
+# What the command that is proposed at the end generates: a whole story.
+NEXT_TOKENS = 256
+
+
+def announce(settled: Settled, data: Data, mesh: jax.sharding.Mesh, module: Llama, opened: Opened) -> None:
+    """Say what will happen."""
+    config, steps = settled.config, settled.steps
+    model, train, manifest = config.model, config.train, data.tokens.manifest
+    tokens = train.batch_size * model.max_seq_len
+    held_out = manifest.tokens["eval"]
+    epochs = steps * tokens / manifest.tokens["train"]
+    device = jax.devices()[0]
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    rows = {
+        "model": f"{count_parameters(model):,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, "
+        f"{model.kv_heads} kv heads, context {model.max_seq_len}",
+        "text": f"{data.source}: {manifest.tokens['train']:,} tokens to train on, {held_out:,} held out, "
+        f"vocabulary {data.tokenizer.vocab_size:,}",
+        "documents": documents_text(manifest),
+        "training": f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
+        f"{train_flops_per_token(model) * tokens * steps / 1e12:,.1f} TFLOP",
+        "rate": rate_text(train, steps, settled.held_lr),
+        "devices": f"{len(mesh.devices.flat)} x {device.device_kind}{processes}, mesh: {describe(dict(mesh.shape))}, "
+        f"{module.dtype.name}, attention: {module.kernel}",
+        "run folder": str(opened.folder.path),
+    }
+    for name, text in rows.items():
+        print(f"{name:>10}  {text}")
+    for line in filter(None, [*remarks(data), repeats_warning(manifest.tokens["train"], epochs, model.max_seq_len)]):
+        print(line)
+    if data.floor is not None:
+        print(f"{'floor':>10}  {data.floor:.3f} bits per byte, the entropy of the stories' grammar")
+    for note in opened.notes:
+        print(f"{'note':>10}  {note}")
+    if opened.start:
+        print(f"{'resumed':>10}  at step {opened.start:,}")
+    for change in settled.changed:
+        print(f"{'changed':>10}  {change}")
+
+
+def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:
+    """The learning rate over the run's steps."""
+    if held is not None:
+        return f"learning rate {held:.3g}, held"
+    warmup = warmup_steps(train, steps)
+    cut = f", not {train.warmup_steps:,}, as the run is short" if warmup != train.warmup_steps else ""
+    return f"learning rate {train.lr:g} after a warm-up of {warmup:,} steps{cut}, then a cosine to {train.lr * train.min_lr_ratio:g}"
+
+
+def nothing_to_do_text(steps: int) -> str:
+    """What a start of a finished run says."""
+    return f"Run already complete: it has its {steps:,} steps. Raise --train.max-steps to go on, or choose a new --train.save-dir"
+
+
+def check_state_fits(args: ModelArgs, mesh: jax.sharding.Mesh) -> None:
+    """Raise UserError where parameters, gradients and AdamW's two moments alone, float32 all, do not fit."""
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    need = 16 * count_parameters(args) / shards
+    hint = "make the model smaller, or mesh.fsdp larger"
+    check_memory(need, mesh.local_devices, "the parameters and the optimizer need", hint)
+
+
+def announce_cost(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float) -> None:
+    """Say what the compiled step needs. Raises UserError where the devices have less."""
+    analysis = compiled.memory_analysis()
+    if analysis is not None:
+        need = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+        print(f"{'memory':>10}  {need / 1e6:,.0f} MB a device; the step compiled in {seconds:.1f} s")
+        hint = "make train.batch_size smaller, or train.gradient_accumulation_steps larger"
+        check_memory(need, mesh.local_devices, "the step needs", hint)
+
+
+def printable(text: str) -> str:
+    """``text`` without what a terminal would obey: control characters, but for line ends and tabs, as escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def progress_text(record: dict[str, Any], devices: int) -> str:
+    """The loss, the speed and the memory of a record; and what held it up, where that is worth mention."""
+    loss = "loss not finite" if record["train_loss"] is None else f"loss {record['train_loss']:.3f}"
+    parts = [loss, f"{record['tokens_per_second_per_device']:,.0f} tokens/s" + (" a device" if devices > 1 else "")]
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.0%}")
+    if "memory_bytes" in record:
+        parts.append(bytes_text(record["memory_bytes"]))
+    parts += [
+        f"{what} {record[f'{what}_seconds']:.0f} s" for what in ("data", "saving") if record[f"{what}_seconds"] >= 1
+    ]
+    if record["bad_steps"]:
+        parts.append(f"{record['bad_steps']:,} bad")
+    return ", ".join(parts)
+
+
+def expected_time_text(steps: int, step_seconds: float) -> str:
+    """How long the rest of the steps will take, evaluations aside."""
+    return f"{'time':>10}  about {duration(steps * step_seconds)} to go, evaluations aside"
+
+
+def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> str:
+    """One line about an evaluation."""
+    bits = record["eval_bits_per_byte"]
+    text = f"step {record['step']:,}: eval loss {loss_text(record)}"
+    if floor is not None and bits is not None:
+        text += f" ({bits - floor:+.3f} from the floor)"
+    return text + (", the best so far" if best else "")
+
+
+def loss_text(record: dict[str, Any]) -> str:
+    """The held-out loss of a record, in bits per byte too, where its tokens hold the text."""
+    bits = record["eval_bits_per_byte"]
+    return f"{record['eval_loss']:.4f} nats a token" + ("" if bits is None else f", {bits:.3f} bits per byte")
+
+
+def say(text: str) -> None:
+    """Print a line without breaking the progress bar."""
+    with tqdm.external_write_mode():
+        print(text, flush=True)
+
+
+def trace_text(first: int, last: int, folder: Path) -> str:
+    """Where a trace is."""
+    return f"trace of steps {first:,} to {last:,}: {folder} (for xprof; the perfetto_trace.json.gz in it for Perfetto)"
+
+
+def time_text(clock: Clock, spent: float, record: dict[str, Any]) -> str:
+    """Where the time went; with the ``spent`` seconds of earlier starts, whose share of steps the last record tells."""
+    names: dict[str, Activity] = {
+        "start": "start", "waiting for data": "data", "evaluation": "evaluation", "saving": "saving", "samples": "sample"
+    }  # fmt: skip
+    rest = ", ".join(f"{name} {clock.seconds[activity]:.1f} s" for name, activity in names.items())
+    text = f"goodput: {clock.goodput:.1%} of {clock.total:,.0f} s were spent in steps; {rest}"
+    if spent:
+        share = record["run_step_seconds"] / record["run_seconds"]
+        text += f"\nof all starts: {share:.1%} of {record['run_seconds']:,.0f} s, steps that were made again aside"
+    return text
+
+
+def bad_steps_text(record: dict[str, Any]) -> str:
+    """How many steps were bad, up to the record's."""
+    return (
+        f"bad steps: {record['bad_steps']:,} of {record['step']:,}, of which {record['skipped_steps']:,} were skipped"
+    )
+
+
+def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str, changed: Sequence[str] = ()) -> str:
+    """How it went, where things are, and what to type next."""
+    lines = [f"at step {step:,} after {clock.total - clock.seconds['start']:.0f} s"]
+    if (best := folder.best()) is not None:
+        lines[0] += f"; best: step {best['step']:,}, {loss_text(best)}"
+    if clock.seconds["step"] and folder.records:
+        lines.append(time_text(clock, folder.spent, folder.records[-1]))
+    if folder.records and folder.records[-1].get("bad_steps"):
+        lines.append(bad_steps_text(folder.records[-1]))
+    lines += [f"changed at this start: {change}" for change in changed]
+    path = folder.path
+    lines.append(
+        f"checkpoints: {folder.checkpoints}   losses: {path / 'losses.png'}   numbers: {path / 'metrics.jsonl'}"
+    )
+    lines.append("now try:")
+    lines.append(
+        f"  python sample.py --ckpt {shlex.quote(str(path))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}"
+    )
+    return "\n".join(lines)

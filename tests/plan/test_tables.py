@@ -1,0 +1,78 @@
+"""What plan says, without compiling."""
+
+import io
+from dataclasses import replace
+
+import pytest
+
+from llama_jax.config import Config, ModelArgs, TrainArgs
+from llama_jax.devices.chips import GiB
+from llama_jax.plan import Plan
+from llama_jax.plan.advice import Advice
+from llama_jax.plan.command import BEAT, Console
+from llama_jax.plan.cost import Cost, Schedule
+from llama_jax.plan.settings import Found
+from llama_jax.plan.tables import advice_rows, summary, training_text
+from llama_jax.plan.topology import Topology
+
+TOPOLOGY = Topology.parse("v5e:2x2")
+PLAN = Plan(
+    Config(ModelArgs(vocab_size=512, max_seq_len=1024), train=TrainArgs(batch_size=8)), TOPOLOGY, {"data": 4}, "bfloat16", "splash",
+    1 << 30, {"parameters": 1 << 30}, Schedule(Cost(matrix=0.25), TOPOLOGY.chip), "", 1.0,
+)  # fmt: skip
+
+
+def test_a_run_takes_its_steps_times_a_steps_time() -> None:
+    found = summary(PLAN, Found(8 * 1024 * 1e6, "train.max_steps"))
+    assert found["days"] == pytest.approx(1e6 * 0.25 / 86400)
+    assert found["chip_hours"] == pytest.approx(4 * 1e6 * 0.25 / 3600)
+    text = training_text(PLAN, Found(8 * 1024 * 1e6, "train.max_steps, 1,000,000"))
+    assert "for  8,192,000,000 tokens (train.max_steps, 1,000,000): 2.9 days, 278 chip-hours" in text
+    assert "(train.max_steps, 8): 2 s, 0.00 chip-hours" in training_text(PLAN, Found(8 * 8192, "train.max_steps, 8"))
+
+
+def test_no_days_are_told_of_a_run_whose_length_is_not_known() -> None:
+    unknown = Found(None, "nothing says it; --tokens does")
+    found = summary(PLAN, unknown)
+    assert (found["tokens"], found["days"], found["chip_hours"]) == (None, None, None)
+    assert "for  a run whose length is not known: nothing says it; --tokens does" in training_text(PLAN, unknown)
+
+
+def test_what_goes_to_the_host_is_told_and_said_not_to_be_timed() -> None:
+    offloading = replace(PLAN, schedule=Schedule(Cost(matrix=0.25, host_bytes=3e9), TOPOLOGY.chip))
+    assert "3.0 GB to and from the host's memory, whose time is not counted" in training_text(
+        offloading, Found(1.0, "")
+    )
+    assert "host" not in training_text(PLAN, Found(1.0, ""))
+
+
+def test_advice_says_whether_it_was_compiled() -> None:
+    compiled = Advice("--train.remat full", "v5e:2x2", True, 10 * GiB, 1.5)
+    assert advice_rows(TOPOLOGY, [compiled]) == [
+        ("change", "--train.remat full: fits, 10.00 of 15.75 GiB a chip, 1,500 ms a step (compiled)")
+    ]
+    estimated = Advice("--topology v5e:4x4", "v5e:4x4", False, 12 * GiB, None)
+    (label, none), (_, larger) = advice_rows(TOPOLOGY, [estimated])
+    assert label == "change" and none == "no settings were found that fit on v5e:2x2"
+    assert larger == "--topology v5e:4x4: about 12.00 GiB a chip (estimated, not compiled)"
+    assert "no slice holds it" in advice_rows(TOPOLOGY, [])[1][1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["file", "terminal"])
+def test_long_work_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> None:
+    """A line now and then in a file; on a terminal one that changes, and goes at the end."""
+    monkeypatch.setattr("sys.stderr", stream)
+    with Console(as_json=True).working() as beat:
+        for seconds in range(1, 2 * BEAT + 1):
+            beat(seconds)
+    said = stream.getvalue()
+    assert f"compiling for {BEAT} s so far" in said
+    if stream.isatty():
+        assert "\n" not in said and said.count("\r") == 2 * BEAT + 1 and said.endswith("\r\x1b[K")
+    else:
+        assert said.count("\n") == 2 and "\r" not in said
