@@ -38,7 +38,7 @@ from llama_jax.devices.sharding import make_mesh, parameter_shardings
 from llama_jax.errors import UserError, quoted, run_command
 from llama_jax.generation.decode import CHUNK, Row, generate_chunks
 from llama_jax.generation.passes import slot_bytes
-from llama_jax.generation.serving import serve
+from llama_jax.generation.serving import for_generation
 from llama_jax.generation.stats import step_bytes
 from llama_jax.model import Llama, is_norm
 from llama_jax.ops.cache import CACHE_DTYPES
@@ -174,7 +174,7 @@ def random_parameters(module: Llama, weights: Weights) -> Any:
 
     mesh = make_mesh(MeshArgs(data=1), jax.devices()[:1])
     shardings = parameter_shardings(module, mesh)
-    return serve(jax.jit(make, out_shardings=shardings)(jax.random.key(0)), weights)
+    return for_generation(jax.jit(make, out_shardings=shardings)(jax.random.key(0)), weights)
 
 
 def prompts(args: Arguments, batch: int) -> np.ndarray:

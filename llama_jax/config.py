@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 DType = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "dots", "attention", "offload", "full"]
-AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
+AttentionKernel = Literal["auto", "xla", "splash", "cudnn", "plain"]
 Weights = Literal["auto", "int8", "int4", "int4-64"]
 Cache = Literal["auto", "int8"]
 BadSteps = Literal["stop", "skip", "count"]
@@ -159,7 +159,7 @@ class TrainArgs:
     remat: Remat = "none"
     """What the backward pass finds kept of a block, most memory first: all (none), the projections' and attention's results (dots), the attention half alone (attention; in host memory: offload), or nothing (full)."""
     attention: AttentionKernel = "auto"
-    """Attention's implementation: xla everywhere, splash on TPU, cudnn on NVIDIA GPUs; auto takes the fastest that is available."""
+    """Attention's implementation: xla everywhere, splash on TPU, cudnn on NVIDIA GPUs, plain is the formula of model.py; auto takes the fastest that is available."""
     compute_dtype: DType = "auto"
     """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32 always."""
     eval_interval: int = 100

@@ -23,8 +23,7 @@ from llama_jax.data.text import Corpus, replacement_warning
 from llama_jax.devices.compiling import GenerationProgram
 from llama_jax.errors import UserError, run_command
 from llama_jax.generation import Model
-from llama_jax.generation.decode import empty_cache, slots_read
-from llama_jax.generation.forward import forward, logits_of
+from llama_jax.generation.decode import empty_cache, next_logits, slots_read
 from llama_jax.generation.rows import not_finite
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
@@ -151,8 +150,8 @@ def _loss_sum_over_cache(
 
     def step(cache: KVCache, now: tuple[jax.Array, ...]) -> tuple[KVCache, jax.Array]:
         x, y, w = now
-        hidden, cache = forward(model, params, x[:, None], cache, end=T)
-        return cache, jnp.sum(w * negative_log_likelihood(logits_of(model, params, hidden)[:, 0], y))
+        logits, cache = next_logits(model, params, x[:, None], cache, end=T)
+        return cache, jnp.sum(w * negative_log_likelihood(logits[:, 0], y))
 
     empty = empty_cache(model, jnp.zeros(B, jnp.int32), slots_read(T) if model.exact_rows else T, cache_dtype)
     by_position = tuple(jnp.swapaxes(x, 0, 1) for x in (inputs, targets, weights))
@@ -165,8 +164,7 @@ def main() -> None:
     for name in ("ckpt", "text"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
-    stacked = args.cache == "auto"
-    model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache, stacked=stacked)
+    model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache)
     try:
         found = evaluate(model, args.text, args.window, args.stride, args.batch_size, args.as_text)
     except UserError as error:

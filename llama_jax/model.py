@@ -1,8 +1,12 @@
 """LLaMA 2 (Touvron et al., 2023): RMSNorm, rotary embedding, grouped-query attention, SwiGLU, as Flax modules.
 
-Letters in every einsum and shape: B batch, T query positions, S key positions, D dim, N query heads, K KV heads, H head_dim,
-F hidden, V vocab, L layers. Parameters have Meta's names, are float32, and stand in one tree with the layers stacked on a
-leading axis. Activations have the model's ``dtype``; norms, rotary angles, softmax and logits are float32.
+This is the whole model, for training and for generation. Training runs it over whole sequences; generation runs it over the next
+tokens and a cache of the keys and values of those before.
+
+Letters in every einsum and shape: B batch, T query positions, S key positions, D dim, N query heads, K KV heads, G = N/K,
+H head_dim, F hidden, V vocab, L layers. Parameters have Meta's names and are float32. They stand in one tree, the layers stacked on
+a leading axis, or one after the other in a tuple. Activations have the model's ``dtype``; norms, rotary angles, softmax and logits
+are float32.
 """
 
 import functools
@@ -11,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,28 +23,15 @@ from jax.ad_checkpoint import checkpoint_name
 from llama_jax.config import AttentionKernel, ModelArgs, Remat
 from llama_jax.devices.sharding import constrain, parameter_shapes
 from llama_jax.ops import exact
-from llama_jax.ops.attention import attention, cached_attention
-from llama_jax.ops.cache import Stored
+from llama_jax.ops.attention import attention, attention_over_cache
+from llama_jax.ops.cache import KVCache, KVPair, LayerCache
 from llama_jax.ops.embedding import embed
 from llama_jax.ops.linear import linear
+from llama_jax.ops.quantize import Weight
 from llama_jax.ops.remat import AFTER_ATTENTION, POLICIES
 
 # Cosines and sines: two arrays float32 [B or 1, T, 1, H].
 Angles = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
-
-
-class Cached(flax.struct.PyTreeNode):
-    """What a layer knows of the tokens before: their keys and values, in the slots that are read of the cache."""
-
-    k: Stored  # [B, K, S, H]
-    v: Stored
-    slot: jax.Array  # int32 []: the slot of the first new token; in exact generation [B], of each row's
-    first: jax.Array  # int32 [B]: each row's first slot that holds a token
-
-
-# The keys and values of a layer's new tokens, [B, T, K, H], as the cache will hold them; in exact generation, the layer's cache
-# with them in it.
-KeysValues = tuple[Stored, Stored]
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, exact_rows: int = 0) -> jax.Array:
@@ -87,20 +77,46 @@ def _turned_by_product(x: jax.Array) -> jax.Array:
     return jnp.einsum("BTNH,HI->BTNI", x, quarter_turn.astype(x.dtype), precision="highest")
 
 
-def _matrix(module: nn.Module, name: str, std: float, **axes: int) -> jax.Array:
-    """A float32 parameter with its sizes by logical axis (sharding.py lays the axes over the mesh).
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention, softmax(q k / sqrt(H)) v, in which position t sees positions 0 to t (Vaswani et al., 2017, section 3.2.1).
 
+    q: [B, T, N, H]; k, v: [B, S, K, H], S = T. Each KV head serves G = N/K query heads. Returns [B, T, N, H] of v's dtype.
+    The kernels of ops/attention.py compute the same in less memory.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    visible = np.tril(np.ones((T, T), bool))
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+def _weight(module: nn.Module, name: str, std: float, **axes: int) -> Weight:
+    """The matrix ``name`` of a module, with its sizes by logical axis (devices/sharding.py lays the axes over the mesh).
+
+    It is initialised in float32. Generation may hold it in another form, which has the same shape (ops/quantize.py).
     Initial embeddings are N(0, 1), other matrices N(0, 1 / fan-in) (PaLM paper, section 5). The feed-forward layers' output
     is divided by the square root of the number of terms in the residual stream, 2 L, so that its variance does not grow
     with depth (GPT-2 paper, section 2.3); attention's is not, for a mean over positions is small already.
+    Raises ValueError where the parameter has another shape.
     """
-    init = nn.with_logical_partitioning(nn.initializers.normal(std), tuple(axes))
-    return cast(jax.Array, module.param(name, init, tuple(axes.values())))
+    return _parameter(module, name, nn.initializers.normal(std), axes)
 
 
 def _norm_weight(module: nn.Module, name: str, dim: int) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-    return cast(jax.Array, module.param(name, init, (dim,)))
+    """The weight ``name`` of an RMSNorm, [D], initialised with ones."""
+    return cast(jax.Array, _parameter(module, name, nn.initializers.ones, {"norm": dim}))
+
+
+def _parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, axes: dict[str, int]) -> Weight:
+    shape = tuple(axes.values())
+    if not module.has_variable("params", name):
+        return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, tuple(axes)), shape))
+    given = cast(Weight, module.get_variable("params", name))
+    if given.shape != shape:
+        raise ValueError(f"{name}: expected the shape {shape}, found {given.shape}")
+    return given
 
 
 class Attention(nn.Module):
@@ -111,27 +127,26 @@ class Attention(nn.Module):
     exact_rows: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, cached: Cached | None, angles: Angles) -> tuple[jax.Array, KeysValues | None]:
+    def __call__(self, x: jax.Array, angles: Angles, cache: LayerCache | None) -> tuple[jax.Array, KVPair | None]:
         a = self.args
         product = functools.partial(linear, exact_rows=self.exact_rows)
         std = a.dim**-0.5
-        wq = _matrix(self, "wq", std, embed=a.dim, heads=a.n_heads, head_dim=a.head_dim)
-        wk = _matrix(self, "wk", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
-        wv = _matrix(self, "wv", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
-        wo = _matrix(self, "wo", std, heads=a.n_heads, head_dim=a.head_dim, embed=a.dim)
+        wq = _weight(self, "wq", std, embed=a.dim, heads=a.n_heads, head_dim=a.head_dim)
+        wk = _weight(self, "wk", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
+        wv = _weight(self, "wv", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
+        wo = _weight(self, "wo", std, heads=a.n_heads, head_dim=a.head_dim, embed=a.dim)
 
         q = rotary(product("BTD,DNH->BTNH", x, wq), angles, self.exact_rows)
         k = rotary(product("BTD,DKH->BTKH", x, wk), angles, self.exact_rows)
         v = product("BTD,DKH->BTKH", x, wv)
-        if cached is None:
-            return product("BTNH,NHD->BTD", attention(q, k, v, self.kernel), wo), None
-        made = cached.k.of(k), cached.v.of(v)
-        if self.exact_rows:
-            made = cached.k.write(made[0], cached.slot), cached.v.write(made[1], cached.slot)
-            y = exact.attention(q, *made, cached.slot)
+        new = None
+        if cache is not None:
+            y, new = attention_over_cache(q, k, v, cache, self.kernel, self.exact_rows)
+        elif self.kernel == "plain":
+            y = plain_attention(q, k, v)
         else:
-            y = cached_attention(q, *made, cached.k, cached.v, cached.slot, cached.first, self.kernel)
-        return product("BTNH,NHD->BTD", y, wo), made
+            y = attention(q, k, v, self.kernel)
+        return product("BTNH,NHD->BTD", y, wo), new
 
 
 class SwiGLU(nn.Module):
@@ -144,81 +159,123 @@ class SwiGLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         a = self.args
         product = functools.partial(linear, exact_rows=self.exact_rows)
-        w1 = _matrix(self, "w1", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
-        w3 = _matrix(self, "w3", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
-        w2 = _matrix(self, "w2", (2 * a.n_layers * a.hidden_dim) ** -0.5, mlp=a.hidden_dim, embed=a.dim)
+        w1 = _weight(self, "w1", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
+        w3 = _weight(self, "w3", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
+        w2 = _weight(self, "w2", (2 * a.n_layers * a.hidden_dim) ** -0.5, mlp=a.hidden_dim, embed=a.dim)
         gate = jax.nn.silu(product("BTD,DF->BTF", x, w1))
         return product("BTF,FD->BTD", gate * product("BTD,DF->BTF", x, w3), w2)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on the norm of the residual stream and added to it: [B, T, D] -> [B, T, D]."""
+    """Attention and feed-forward, each on the norm of the residual stream and added to it: [B, T, D] -> [B, T, D].
+
+    With a cache it also returns the new tokens' keys and values, as the cache will hold them.
+    """
 
     args: ModelArgs
-    kernel: AttentionKernel
-    exact_rows: int = 0  # exact.py
+    kernel: AttentionKernel = "plain"
+    exact_rows: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, cached: Cached | None, angles: Angles) -> tuple[jax.Array, KeysValues | None]:
+    def __call__(
+        self, x: jax.Array, angles: Angles, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, KVPair | None]:
         a = self.args
         h = rms_norm(x, _norm_weight(self, "attention_norm", a.dim), a.norm_eps, self.exact_rows)
-        h, keys_values = Attention(a, self.kernel, self.exact_rows, name="attention")(h, cached, angles)
+        h, new = Attention(a, self.kernel, self.exact_rows, name="attention")(h, angles, cache)
         x = checkpoint_name(x + h, AFTER_ATTENTION)
         h = rms_norm(x, _norm_weight(self, "ffn_norm", a.dim), a.norm_eps, self.exact_rows)
         x = x + SwiGLU(a, self.exact_rows, name="feed_forward")(h)
-        return constrain(x, "batch", "length", None), keys_values
+        return constrain(x, "batch", "length", None), new
 
 
 class Llama(nn.Module):
     """The whole model.
 
-    remat: what the backward pass finds kept (remat.py). kernel: attention's implementation (attention.py). loss_chunk: tokens
-    whose logits training holds at once (loss.py). ``unroll`` layers are compiled one after the other before the scan repeats.
-    exact_rows: rows of each product in exact generation (exact.py); 0: generation is not exact.
+    remat: what the backward pass finds kept (ops/remat.py). kernel: attention's implementation (ops/attention.py; build.py chooses
+    it for a platform). loss_chunk: tokens whose logits training holds at once (ops/loss.py). ``unroll`` stacked layers are compiled
+    one after the other before the scan repeats. exact_rows: rows of each product in exact generation (ops/exact.py); 0: not exact.
     """
 
     args: ModelArgs
     dtype: Any = jnp.float32
     remat: Remat = "none"
-    kernel: AttentionKernel = "xla"
+    kernel: AttentionKernel = "plain"
     loss_chunk: int = 512
     unroll: int = 1
     exact_rows: int = 0
 
     def setup(self) -> None:
         a = self.args
-        block = Block if self.remat == "none" else nn.remat(Block, policy=POLICIES[self.remat], prevent_cse=False)
-        self.tok_embeddings = _matrix(self, "tok_embeddings", 1.0, vocab=a.vocab_size, embed=a.dim)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            out_axes=0,
-            length=a.n_layers,
-            unroll=self.unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(a, self.kernel)
+        self.tok_embeddings = _weight(self, "tok_embeddings", 1.0, vocab=a.vocab_size, embed=a.dim)
+        given = self.has_variable("params", "layers")
+        self.layers = self.get_variable("params", "layers") if given else self.param("layers", self._init_layers)
         self.norm = _norm_weight(self, "norm", a.dim)
-        self.output = _matrix(self, "output", a.dim**-0.5, embed=a.dim, vocab=a.vocab_size)
-
-    def hidden(self, token_ids: jax.Array) -> jax.Array:
-        """Normed hidden states that the output matrix turns into logits: int [B, T] -> [B, T, D] of ``dtype``."""
-        args = self.args
-        T = token_ids.shape[1]
-        cos, sin = rotary_table(args.max_seq_len, args.head_dim, args.rope_theta)
-        x = embed(self.tok_embeddings, token_ids, self.dtype)
-        x = constrain(x, "batch", "length", None)
-        x, _ = self.layers(x, None, (cos[None, :T], sin[None, :T]))
-        return rms_norm(x, self.norm, args.norm_eps)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., V]."""
-        return jnp.einsum("...D,DV->...V", hidden, self.output.astype(self.dtype), preferred_element_type=jnp.float32)
+        self.output = _weight(self, "output", a.dim**-0.5, embed=a.dim, vocab=a.vocab_size)
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
-        """Logits of the token after each position: int [B, T] -> float32 [B, T, V]."""
+        """Return the logits of the token after each position: int [B, T] -> float32 [B, T, V]."""
         return self.logits(self.hidden(token_ids))
+
+    def hidden(self, token_ids: jax.Array) -> jax.Array:
+        """Return the normed hidden states that the output matrix turns into logits: int [B, T] -> [B, T, D] of ``dtype``."""
+        return self._forward(token_ids, None, 0)[0]
+
+    def next_hidden(self, token_ids: jax.Array, cache: KVCache, end: int) -> tuple[jax.Array, KVCache]:
+        """Return ``hidden`` for tokens that follow those in the cache, [B, T] -> [B, T, D], and the cache with them in it.
+
+        end: the number of the cache's slots that are read. It is at least the number of slots that are filled.
+        """
+        x, new = self._forward(token_ids, cache, end)
+        return x, cache.with_new(new, x)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Return the logits of hidden states: [B, T, D] -> float32 [B, T, V]."""
+        return linear("BTD,DV->BTV", hidden, self.output, jnp.float32, self.exact_rows)
+
+    def _forward(self, token_ids: jax.Array, cache: KVCache | None, end: int) -> tuple[jax.Array, list[Any]]:
+        a, T = self.args, token_ids.shape[1]
+        tables = rotary_table(a.max_seq_len, a.head_dim, a.rope_theta)
+        if cache is None:
+            angles: Angles = tables[0][None, :T], tables[1][None, :T]
+        else:
+            positions = cache.positions(T)
+            angles = jnp.asarray(tables[0])[positions], jnp.asarray(tables[1])[positions]
+        x = embed(cast(jax.Array, self.tok_embeddings), token_ids, self.dtype)
+        x = constrain(x, "batch", "length", None)
+        block = Block(a, self.kernel, self.exact_rows, name="layers", parent=None)
+
+        def layer(x: jax.Array, weights: Any, angles: Angles, cache: LayerCache | None) -> tuple[jax.Array, Any]:
+            return cast(Any, block.apply({"params": weights}, x, angles, cache))
+
+        def next_layer(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
+            return layer(x, weights, angles, None)
+
+        new: list[Any] = []
+        if cache is None and not isinstance(self.layers, tuple):
+            if self.remat != "none":
+                next_layer = jax.checkpoint(next_layer, policy=POLICIES[self.remat], prevent_cse=False)
+            x, _ = jax.lax.scan(next_layer, x, self.layers, unroll=self.unroll)
+        else:
+            layer = jax.jit(layer)  # A layer is traced once, and not L times.
+            for i, weights in enumerate(one_by_one(self.layers)):
+                x, made = layer(x, weights, angles, None if cache is None else cache.layer(i, end))
+                new.append(made)
+        return rms_norm(x, self.norm, a.norm_eps, self.exact_rows), new
+
+    def _init_layers(self, key: jax.Array) -> Any:
+        """The layers' initial parameters, stacked."""
+        a = self.args
+        x, angle = jnp.zeros((1, 1, a.dim)), jnp.zeros((1, 1, 1, a.head_dim))
+        init = jax.vmap(lambda key: Block(a, parent=None).init(key, x, (angle, angle))["params"])
+        return nn.meta.add_axis(init(jax.random.split(key, a.n_layers)), 0, {nn.PARTITION_NAME: "layers"})
+
+
+def one_by_one(layers: Any) -> tuple[Any, ...]:
+    """The layers' parameters as a tuple of trees, a layer each. Stacked ones are taken apart."""
+    if isinstance(layers, tuple):
+        return layers
+    return tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(len(jax.tree.leaves(layers)[0])))
 
 
 def is_norm(path: Sequence[Any]) -> bool:
@@ -227,5 +284,5 @@ def is_norm(path: Sequence[Any]) -> bool:
 
 
 def count_parameters(args: ModelArgs) -> int:
-    """Exact number of parameters, without making any."""
+    """The exact number of parameters, without making any."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(Llama(args))))

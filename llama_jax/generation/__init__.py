@@ -25,7 +25,7 @@ from llama_jax.generation.prompts import pasted
 from llama_jax.generation.rows import Completion as Completion
 from llama_jax.generation.rows import not_finite
 from llama_jax.generation.sampling import check_bias
-from llama_jax.generation.serving import serve
+from llama_jax.generation.serving import for_generation
 from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES
@@ -62,12 +62,8 @@ class Model:
         draft: str = "",
         draft_tokens: int = 4,
         exact: bool = False,
-        stacked: bool = False,
     ) -> "Model":
-        """See ``llama_jax.load``. Matrices are kept in the type that is computed in, or quantized.
-
-        stacked: parameters are stacked as training has them, with the values that quantized ones have, for what is not generation.
-        """
+        """See ``llama_jax.load``. Matrices are kept in the type that is computed in, or quantized."""
         use_compilation_cache()
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
@@ -78,7 +74,7 @@ class Model:
         module = make_model(checkpoint.args, compute_dtype, mesh=laid, exact=exact)
         if laid is None:
             laid = fitting_mesh(checkpoint, module, weights)
-        params = load_parameters(checkpoint, module, laid, weights, stacked)
+        params = load_parameters(checkpoint, module, laid, weights)
         guesser = load_draft(draft, draft_tokens, compute_dtype, checkpoint, laid) if draft else None
         source = str(checkpoint.folder)
         return cls(checkpoint.args, params, checkpoint.tokenizer, module, CACHE_DTYPES[cache], guesser, source)
@@ -201,7 +197,7 @@ class Model:
     @functools.cached_property
     def serving(self) -> Any:
         """The parameters in the form that generation runs on."""
-        return serve(self.params)
+        return for_generation(self.params)
 
     @property
     def _engine(self) -> Engine:
@@ -230,7 +226,7 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
         )
     module = make_model(checkpoint.args, compute_dtype, mesh=mesh)
     params = load_parameters(checkpoint, module, mesh, checkpoint.weights)
-    return Draft(tokens, module, serve(params))
+    return Draft(tokens, module, for_generation(params))
 
 
 def stripped(answer: Completion) -> Completion:

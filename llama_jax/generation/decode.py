@@ -5,8 +5,8 @@ B prompts (rows), P slots of the longest prompt, S slots of the cache, V vocab.
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import flax.struct
 import jax
@@ -17,7 +17,6 @@ from jax.typing import ArrayLike
 from llama_jax.config import SampleArgs
 from llama_jax.devices.compiling import GenerationProgram
 from llama_jax.devices.sharding import mesh_axes_of, mesh_of, on_every_device, on_mesh, spec
-from llama_jax.generation.forward import forward, hidden_and_new, logits_of
 from llama_jax.generation.sampling import Sampler, make_sampler, sample
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
@@ -57,12 +56,30 @@ def prefill(
 
     last: None, the last column.
     """
-    hidden, cache = forward(model, params, tokens, cache, end)
-    if last is None:
-        hidden = hidden[:, -1:]
-    else:
-        hidden = jnp.take_along_axis(hidden, jnp.asarray(last)[:, None, None], axis=1)
-    return logits_of(model, params, hidden)[:, 0], cache
+
+    def column(hidden: jax.Array) -> jax.Array:
+        if last is None:
+            return hidden[:, -1:]
+        return jnp.take_along_axis(hidden, jnp.asarray(last)[:, None, None], axis=1)
+
+    logits, cache = next_logits(model, params, tokens, cache, end, column)
+    return logits[:, 0], cache
+
+
+def next_logits(
+    model: Llama,
+    params: Any,
+    tokens: jax.Array,
+    cache: KVCache,
+    end: int,
+    of: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
+) -> tuple[jax.Array, KVCache]:
+    """Return the logits behind tokens that follow those in the cache, [B, T] -> float32 [B, T, V], and the cache with them in it.
+
+    end: the number of the cache's slots that are read. of: takes hidden states [B, T, D] and returns those whose logits are wanted.
+    """
+    hidden, cache = cast(Any, model.apply({"params": params}, tokens, cache, end, method="next_hidden"))
+    return cast(jax.Array, model.apply({"params": params}, of(hidden), method="logits")), cache
 
 
 @functools.partial(GenerationProgram, static_argnames=("model", "steps", "end"), donate_argnames=("state",))
@@ -76,8 +93,8 @@ def decode_chunk(
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
         ids, logprobs, sampler = sample(state.sampler, state.logits, state.made, bool(model.exact_rows))
-        hidden, cache = forward(model, params, ids[:, None], state.cache, end)
-        return DecodeState(cache, logits_of(model, params, hidden)[:, 0], sampler, state.made + 1), (ids, logprobs)
+        logits, cache = next_logits(model, params, ids[:, None], state.cache, end)
+        return DecodeState(cache, logits[:, 0], sampler, state.made + 1), (ids, logprobs)
 
     state, (ids, logprobs) = jax.lax.scan(step, state, None, length=steps)
     # Every process reads them.
@@ -91,8 +108,8 @@ def logits_of_tokens(model: Llama, params: Any, token_ids: jax.Array, cache_dtyp
     Keys and values are read as a cache of ``cache_dtype`` would hold them.
     """
     B, T = token_ids.shape
-    cache = empty_cache(model, jnp.zeros(B, jnp.int32), slots_read(T) if model.exact_rows else 0, cache_dtype)
-    return logits_of(model, params, hidden_and_new(model, params, token_ids, cache, 0)[0])
+    cache = empty_cache(model, jnp.zeros(B, jnp.int32), slots_read(T), cache_dtype)
+    return next_logits(model, params, token_ids, cache, 0)[0]
 
 
 def generate_chunks(
@@ -187,7 +204,7 @@ def empty_state(model: Llama, sampler: Sampler, first: ArrayLike, slots: int, ca
 
 def empty_cache(model: Llama, first: jax.Array, slots: int, cache_dtype: Any) -> KVCache:
     """A cache of ``slots`` slots for rows whose first tokens will stand at slots ``first`` [B]."""
-    return KVCache.empty(model.args, first, slots, cache_dtype, slot_a_row=bool(model.exact_rows))
+    return KVCache.empty(model.args, first, slots, cache_dtype, exact=bool(model.exact_rows))
 
 
 def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:

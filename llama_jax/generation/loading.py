@@ -9,40 +9,27 @@ from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import MeshArgs, Weights
 from llama_jax.devices.memory import bytes_of, check_memory, memory_of
 from llama_jax.devices.sharding import check_divisible, make_mesh, parameter_shardings, with_shardings
-from llama_jax.generation.serving import (
-    dequantized,
-    quantized_shapes,
-    served_one_by_one,
-    serving_shardings,
-    stacked_shapes,
-)
+from llama_jax.generation.serving import checkpoint_shapes, generation_shardings, layer_by_layer
 from llama_jax.model import Llama
 
 
-def load_parameters(
-    checkpoint: Checkpoint, model: Llama, mesh: jax.sharding.Mesh, weights: Weights, stacked: bool = False
-) -> Any:
-    """The parameters over a mesh, each device reading its own part; matrices quantized, or in the type that is computed in.
+def load_parameters(checkpoint: Checkpoint, model: Llama, mesh: jax.sharding.Mesh, weights: Weights) -> Any:
+    """Return the parameters over a mesh, each device reading its own part; matrices quantized, or in the type that is computed in.
 
-    They are in the serving form (serving.py), or ``stacked`` as training has them, with the values that quantized ones have; on
-    a CPU, where both forms are the same memory, those that are not quantized always are. Raises UserError where the mesh does
-    not divide the model, or a file of the checkpoint is damaged.
+    They are in the form for generation (serving.py). On a CPU, where both forms are the same memory, parameters that are not
+    quantized are stacked as in the checkpoint. Raises UserError where the mesh does not divide the model, or a file of the
+    checkpoint is damaged.
     """
     check_divisible(mesh, checkpoint.args)
-    with checkpoint.verified():
-        return _load(checkpoint, model, mesh, weights, stacked)
-
-
-def _load(checkpoint: Checkpoint, model: Llama, mesh: jax.sharding.Mesh, weights: Weights, stacked: bool) -> Any:
     shapes = _read_shapes(checkpoint, model, weights)
-    if checkpoint.weights != "auto":
-        targets, weights = with_shardings(shapes, serving_shardings(shapes, mesh)), "auto"
-    else:
-        targets = with_shardings(shapes, parameter_shardings(model, mesh))
-        if weights == "auto" and (stacked or mesh.devices.flat[0].platform == "cpu"):
+    is_quantized = checkpoint.weights != "auto"
+    shardings = generation_shardings(shapes, mesh) if is_quantized else parameter_shardings(model, mesh)
+    targets = with_shardings(shapes, shardings)
+    with checkpoint.verified():
+        if weights == "auto" and not is_quantized and mesh.devices.flat[0].platform == "cpu":
             return checkpoint.restore("params", targets)
-    served = served_one_by_one(checkpoint.restore_one_by_one("params", targets), shapes, weights, mesh)
-    return dequantized(served, model) if stacked else served
+        arrays = checkpoint.restore_one_by_one("params", targets)
+        return layer_by_layer(arrays, shapes, "auto" if is_quantized else weights, mesh)
 
 
 def fitting_mesh(checkpoint: Checkpoint, model: Llama, weights: Weights) -> jax.sharding.Mesh:
@@ -69,6 +56,6 @@ def _read_shapes(checkpoint: Checkpoint, model: Llama, weights: Weights) -> Any:
     whatever is computed in.
     """
     if checkpoint.weights != "auto":
-        return quantized_shapes(model, checkpoint.weights)
+        return checkpoint_shapes(model, checkpoint.weights)
     stored = None if weights == "auto" else checkpoint.arrays("params").get("output")
-    return stacked_shapes(model, None if stored is None else stored.dtype)
+    return checkpoint_shapes(model, "auto", None if stored is None else stored.dtype)

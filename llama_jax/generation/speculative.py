@@ -24,12 +24,12 @@ from llama_jax.generation.decode import (
     Row,
     Sampled,
     ensure_slots,
+    next_logits,
     pad_rows,
     prompt_slots,
     read_prompts,
     slots_read,
 )
-from llama_jax.generation.forward import forward, logits_of
 from llama_jax.generation.sampling import Sampler, sample
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
@@ -111,8 +111,7 @@ def _check(
 ) -> tuple[DecodeState, jax.Array, jax.Array, jax.Array]:
     """Sample behind each of ``fed`` [B, T], a row's last token and guesses. Ids and log-probabilities [B, T], of which as many
     are kept as the guesses of the rows ``waited_for`` [B] were right, and one more."""
-    hidden, cache = forward(model, params, fed, state.cache, end)
-    logits = logits_of(model, params, hidden)
+    logits, cache = next_logits(model, params, fed, state.cache, end)
 
     def one(carry: tuple[Sampler, jax.Array], behind: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         sampler, number = carry
@@ -202,8 +201,8 @@ def _propose(
 
     def step(carry: Any, _: Any) -> tuple[Any, jax.Array]:
         cache, fed, sampler, number = carry
-        hidden, cache = forward(model, params, fed, cache, end)
-        ids, _logprobs, sampler = sample(sampler, logits_of(model, params, hidden)[:, 0], number)
+        logits, cache = next_logits(model, params, fed, cache, end)
+        ids, _logprobs, sampler = sample(sampler, logits[:, 0], number)
         return (cache, ids[:, None], sampler, number + 1), ids
 
     start: Any = (cache, last, sampler, made)

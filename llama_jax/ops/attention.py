@@ -13,7 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from llama_jax.config import AttentionKernel, ModelArgs
 from llama_jax.devices.sharding import gather_shards, shard_axes, shard_by_shard
 from llama_jax.errors import UserError
-from llama_jax.ops.cache import Stored
+from llama_jax.ops import exact
+from llama_jax.ops.cache import KVArray, KVPair, LayerCache
 from llama_jax.ops.linear import MATRIX_ROWS
 
 # Queries a block. A block sees only the keys before its end, which halves the work of a causal mask over the whole square
@@ -52,6 +53,7 @@ def choose_kernel(
             "heads of up to 128 features, a multiple of 8": args.head_dim <= 128 and args.head_dim % 8 == 0,
         },
         "xla": {},
+        "plain": {},
     }
     if asked == "auto":
         return next(kernel for kernel, met in needs.items() if all(met.values()))
@@ -148,13 +150,28 @@ def _attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
+def attention_over_cache(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, kernel: AttentionKernel, exact_rows: int = 0
+) -> tuple[jax.Array, KVPair]:
+    """Attention of new tokens over those in a layer's cache and over themselves.
+
+    q [B, T, N, H]; k, v [B, T, K, H]. exact_rows: not 0 in exact generation (exact.py). Returns [B, T, N, H] of q's dtype, and the
+    new keys and values as the cache will hold them; in exact generation, the layer's slots with them in it.
+    """
+    new = cache.k.stored(k), cache.v.stored(v)
+    if exact_rows:
+        new = cache.k.write(new[0], cache.slot), cache.v.write(new[1], cache.slot)
+        return exact.attention(q, *new, cache.slot), new
+    return cached_attention(q, *new, cache.k, cache.v, cache.slot, cache.first, kernel), new
+
+
 @jax.named_scope("attention")
 def cached_attention(
     q: jax.Array,
-    k: Stored,
-    v: Stored,
-    cached_k: Stored,
-    cached_v: Stored,
+    k: KVArray,
+    v: KVArray,
+    cached_k: KVArray,
+    cached_v: KVArray,
     slot: jax.Array,
     first: jax.Array,
     kernel: AttentionKernel = "xla",
@@ -178,7 +195,7 @@ def cached_attention(
             (*whole_length, ("batch", None)),
             ("batch", None, "heads", None),
         )
-        return local(q, k.plain(q.dtype), v.plain(q.dtype), tokens)
+        return local(q, k.dequantized(q.dtype), v.dequantized(q.dtype), tokens)
     G = N // K
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
     seen = (jnp.arange(S) < slot) & (jnp.arange(S) >= first[:, None])

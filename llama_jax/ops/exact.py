@@ -16,7 +16,7 @@ B rows, T new tokens, N query heads, K KV heads, G = N/K, H head_dim, S slots.
 import jax
 import jax.numpy as jnp
 
-from llama_jax.ops.cache import Stored
+from llama_jax.ops.cache import KVArray
 
 # Rows of each product: where memory is what limits it, they cost little more than one.
 ROWS, CPU_ROWS = 64, 16
@@ -57,7 +57,7 @@ def rounded(x: jax.Array) -> jax.Array:
 
 
 @jax.named_scope("attention")
-def attention(q: jax.Array, k: Stored, v: Stored, slot: jax.Array) -> jax.Array:
+def attention(q: jax.Array, k: KVArray, v: KVArray, slot: jax.Array) -> jax.Array:
     """Causal attention of new tokens over a cache that holds them: q [B, T, N, H]; k, v [B, K, S, H] -> [B, T, N, H] of q's dtype.
 
     Each row's tokens stand in slots 0 and following, the new ones from ``slot`` [B] on; S is a multiple of TILE. Slots that a

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.ops import exact
-from llama_jax.ops.quantize import Matrix, to_integers
+from llama_jax.ops.quantize import Matrix, Weight, to_integers
 
 # The name by which rematerialisation policies know the results (remat.py).
 PROJECTION = "projection"
@@ -25,7 +25,7 @@ CPU_WIDE = 8192
 GPU_PARTS = 16
 
 
-def linear(equation: str, x: jax.Array, w: jax.Array | Matrix, dtype: Any = None, exact_rows: int = 0) -> jax.Array:
+def linear(equation: str, x: jax.Array, w: Weight, dtype: Any = None, exact_rows: int = 0) -> jax.Array:
     """einsum(equation, x, w), of ``dtype`` (None: x's), where w has no batch axis: ``linear("BTD,DNH->BTNH", x, wq)``.
 
     Same values and gradients as jnp.einsum. JAX's own gradient of x @ w is (dy^T x)^T, which XLA on a CPU begins by copying
@@ -36,6 +36,8 @@ def linear(equation: str, x: jax.Array, w: jax.Array | Matrix, dtype: Any = None
     """
     if isinstance(w, Matrix):
         return _flat(equation, x, w, exact_rows).astype(dtype or x.dtype)
+    if dtype is not None:
+        return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=dtype)
     return checkpoint_name(_einsum(equation, x, w.astype(x.dtype)), PROJECTION)
 
 
@@ -43,10 +45,10 @@ def _flat(equation: str, x: jax.Array, w: Matrix, exact_rows: int) -> jax.Array:
     """The product, float32, as one of flat matrices, the form that they are stored in. Values are converted where they are read."""
     x_axes, w_axes = equation.split("->")[0].split(",")
     inputs = sum(axis in w_axes for axis in x_axes)
-    rows, outputs = x.shape[:2], w.values.shape[inputs:]
+    rows, outputs = x.shape[:2], w.shape[inputs:]
     x = x.reshape(math.prod(rows), -1)
     grouped = w.scales is not None and w.scales.shape[0] > 1
-    values = (w.dequantized() if grouped else w.values).reshape(x.shape[1], -1)
+    values = w.dequantized().reshape(w.values.shape) if grouped else w.values
     if exact_rows:
         product = exact.product_in_blocks(x, values, exact_rows)
     else:

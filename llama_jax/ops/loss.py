@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from llama_jax.devices.sharding import gather_shards, shard_axes, shard_by_shard, sum_shards
 from llama_jax.ops.linear import linear
+from llama_jax.ops.quantize import as_array
 
 TOKENS, HIDDEN, OUTPUT = ("batch", "length"), ("batch", "length", None), ("embed", "vocab")
 
@@ -45,7 +46,7 @@ def cross_entropy(
 def loss_sum(model: Any, params: Any, inputs: ArrayLike, targets: ArrayLike, weights: ArrayLike) -> jax.Array:
     """``cross_entropy`` of what a Llama says of a batch: int [B, T], int [B, T], float32 [B, T] -> float32 []."""
     hidden = cast(jax.Array, model.apply({"params": params}, inputs, method="hidden"))
-    return cross_entropy(hidden, params["output"], targets, weights, model.loss_chunk)
+    return cross_entropy(hidden, as_array(params["output"]), targets, weights, model.loss_chunk)
 
 
 def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Matrices as generation stores them: plain, or quantized.
+"""Weights: arrays, and matrices as generation stores them, plain or quantized.
 
 int8 has a scale an output channel, int4 a scale a group of inputs of each output channel. A value is ``values * scales``,
 without an offset, and the scale is the largest magnitude's, as in LLM.int8 (Dettmers et al., 2022, section 2.1).
@@ -19,31 +19,48 @@ GROUPS = {"int4": 32, "int4-64": 64}
 
 
 class Matrix(flax.struct.PyTreeNode):
-    """A matrix [inputs, outputs] of generation. Inputs and outputs may be several axes each."""
+    """A weight as generation stores it: two axes, inputs and outputs, plain or quantized.
 
-    values: jax.Array  # of the matrix's shape; int8 or int4 where it is quantized
-    scales: jax.Array | None = None  # float32 [groups, outputs]; int8 has one group
+    A TPU lays the last two axes of an array out in tiles, and multiplies no other form without a copy.
+    """
 
-    def reshape(self, *shape: int) -> "Matrix":
-        """The same matrix, with its inputs and outputs in other axes."""
-        return self.replace(values=self.values.reshape(shape))
+    values: (
+        jax.Array
+    )  # [inputs, outputs], or [L, inputs, outputs] where layers are stacked; int8 or int4 where it is quantized
+    scales: jax.Array | None = None  # float32 [groups, outputs], likewise; int8 has one group
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+    """The shape of the weight that it stands for, in which inputs and outputs may be several axes each."""
 
     def dequantized(self) -> jax.Array:
-        """The matrix, float32 where it is quantized."""
+        """Return the weight, an array of ``shape``; float32 where it is quantized."""
         if self.scales is None:
-            return self.values
+            return self.values.reshape(self.shape)
         groups, outputs = self.scales.shape
         values = self.values.reshape(groups, -1, outputs).astype(jnp.float32)
-        return (values * self.scales[:, None]).reshape(self.values.shape)
+        return (values * self.scales[:, None]).reshape(self.shape)
 
 
-def quantize(matrix: jax.Array, inputs: int, kind: Weights) -> Matrix:
-    """``matrix``, whose first ``inputs`` axes are summed over in products, as ``kind``: "int8", "int4", "int4-64"."""
-    D = math.prod(matrix.shape[:inputs])
+# What the model multiplies by. ``linear`` (linear.py) is the one function that looks inside.
+Weight = jax.Array | Matrix
+
+
+def as_array(w: Weight) -> jax.Array:
+    """Return the weight as an array of its shape; float32 where it is quantized."""
+    return w.dequantized() if isinstance(w, Matrix) else w
+
+
+def flat(w: jax.Array, inputs: int) -> Matrix:
+    """Return ``w``, whose first ``inputs`` axes are summed over in products, as a plain Matrix."""
+    return Matrix(w.reshape(math.prod(w.shape[:inputs]), -1), None, w.shape)
+
+
+def quantize(w: jax.Array, inputs: int, kind: Weights) -> Matrix:
+    """Return ``w``, whose first ``inputs`` axes are summed over in products, as ``kind``: "int8", "int4", "int4-64"."""
+    D = math.prod(w.shape[:inputs])
     groups = D // _group(D, kind)
-    by_group = matrix.reshape(groups, D // groups, -1)
+    by_group = w.reshape(groups, D // groups, -1)
     values, scales = to_integers(by_group, axis=1, dtype=jnp.int8 if kind == "int8" else jnp.int4)
-    return Matrix(values.reshape(matrix.shape), scales)
+    return Matrix(values.reshape(D, -1), scales, w.shape)
 
 
 def to_integers(x: jax.Array, axis: int, dtype: Any, most: int | None = None) -> tuple[jax.Array, jax.Array]:

@@ -24,7 +24,7 @@ from llama_jax.devices.sharding import check_divisible, describe, make_mesh, on_
 from llama_jax.errors import UserError
 from llama_jax.generation.decode import DecodeState, decode_chunk, empty_state, state_shardings
 from llama_jax.generation.sampling import make_sampler
-from llama_jax.generation.serving import served_shapes, serving_shardings
+from llama_jax.generation.serving import generation_shapes, generation_shardings
 from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES
 from llama_jax.plan.apart import CompilerError
@@ -137,8 +137,8 @@ def plan_decoding(
         )
     check_divisible(mesh, config.model)
     module = make_model(config.model, config.train.compute_dtype, mesh=mesh)
-    shapes = served_shapes(module, decoding.weights)
-    params = with_shardings(shapes, serving_shardings(shapes, mesh))
+    shapes = generation_shapes(module, decoding.weights)
+    params = with_shardings(shapes, generation_shardings(shapes, mesh))
     state = _decode_state(module, mesh, decoding)
     parts = {"parameters": _bytes(params), "cache": _bytes((state.cache.k, state.cache.v))}
     begun()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from llama_jax.config import Cache, Config, MeshArgs, Weights
 from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError
-from llama_jax.generation.serving import served_shapes
+from llama_jax.generation.serving import generation_shapes
 from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES, KVCache
 from llama_jax.plan import Decoding
@@ -135,7 +135,7 @@ def slot_bytes(config: Config, cache: Cache) -> int:
 
 @functools.cache
 def _parameter_bytes(module: Llama, weights: Weights) -> int:
-    return bytes_of(served_shapes(module, weights))
+    return bytes_of(generation_shapes(module, weights))
 
 
 @functools.cache

@@ -107,9 +107,7 @@ def test_evaluation_scores_what_is_stored_as_what_loading_makes(
 ) -> None:
     (tmp_path / "text.txt").write_text("The fox saw the river. An owl saw the fox.\n" * 3)
     found, expected = (
-        evaluate(
-            Model.load(path, weights=weights, cache=cache, stacked=cache == "auto"), tmp_path / "text.txt", window=40
-        )
+        evaluate(Model.load(path, weights=weights, cache=cache), tmp_path / "text.txt", window=40)
         for path, weights in ((int8, "auto"), (plain, "int8"))
     )
     assert found == expected

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from llama_jax.config import SampleArgs, Weights
 from llama_jax.generation import Completion, Model
 from llama_jax.generation import decode as decoding
-from llama_jax.generation.serving import serve
+from llama_jax.generation.serving import for_generation
 from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama
 from llama_jax.ops import exact
-from llama_jax.ops.cache import Stored
+from llama_jax.ops.cache import KVArray
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 from tests.commands import ROOT
 from tests.generation.models import build, never_ending, prompts_of_lengths
@@ -43,7 +43,7 @@ SETTINGS = {
 def exactly(model: Model, dtype: Any, weights: Weights = "auto", cache: Any = None) -> Model:
     """The model as llama_jax.load(exact=True) gives it, with such weights and cache."""
     module = Llama(model.args, dtype, exact_rows=exact.CPU_ROWS)
-    params = serve(model.params, weights)
+    params = for_generation(model.params, weights)
     cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 and weights == "auto" else x, params)
     return dataclasses.replace(model, module=module, params=cast, cache_dtype=cache)
 
@@ -98,7 +98,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_together_guessed_and_not(
 def test_in_float32_a_row_has_the_same_tokens_without_it_up_to_ties(
     model: Model, drafts: dict[str, Draft | None], cache: Any, weights: Weights, draft: str, lengths: list[int]
 ) -> None:
-    plain = dataclasses.replace(model, params=serve(model.params, weights), cache_dtype=cache)
+    plain = dataclasses.replace(model, params=for_generation(model.params, weights), cache_dtype=cache)
     quick = dataclasses.replace(plain, draft=drafts[draft])
     prompts = prompts_of_lengths(model, lengths)
     # A last digit may decide how a key is rounded to int8.
@@ -159,8 +159,8 @@ def test_exact_attention_equals_the_literal_one(T: int, slot: int, dtype: Any) -
 
 def test_each_row_writes_to_slots_of_its_own() -> None:
     _, x, _ = random_qkv(3, 1, 2, 2, 2, 4)
-    empty = Stored(jnp.zeros((3, 2, 8, 4)), None)
-    held = np.asarray(empty.write(empty.of(jnp.asarray(x)), jnp.array([0, 3, 6])).values)
+    empty = KVArray(jnp.zeros((3, 2, 8, 4)), None)
+    held = np.asarray(empty.write(empty.stored(jnp.asarray(x)), jnp.array([0, 3, 6])).values)
     for row, slot in enumerate([0, 3, 6]):
         np.testing.assert_array_equal(held[row, :, slot : slot + 2], x[row].swapaxes(0, 1))
         assert not held[row, :, :slot].any() and not held[row, :, slot + 2 :].any()

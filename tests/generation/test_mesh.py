@@ -11,9 +11,9 @@ import pytest
 
 from llama_jax.config import MeshArgs, SampleArgs
 from llama_jax.devices.sharding import make_mesh, on_mesh, parameter_shardings, spec
-from llama_jax.generation.serving import serve
+from llama_jax.generation.serving import for_generation
 from llama_jax.ops.linear import linear
-from llama_jax.ops.quantize import Matrix, quantize
+from llama_jax.ops.quantize import flat, quantize
 from llama_jax.tokenizer import train_tokenizer
 from tests.eight_devices import run_on_eight_devices
 from tests.generation.models import decode, never_ending, prompts_of_lengths
@@ -31,7 +31,7 @@ GREEDY, SAMPLED = SampleArgs(temperature=0.0), SampleArgs(temperature=1.0, seed=
 def collectives(kind: str) -> list[str]:
     """Of one row's product with a matrix whose inputs lie over eight devices."""
     mesh = make_mesh(MeshArgs(data=1, tensor=8))
-    matrix = Matrix(jnp.ones((256, 64))) if kind == "auto" else quantize(jnp.ones((256, 64)), 1, "int8")
+    matrix = flat(jnp.ones((256, 64)), 1) if kind == "auto" else quantize(jnp.ones((256, 64)), 1, "int8")
     values = jax.device_put(matrix.values, jax.NamedSharding(mesh, spec("mlp", "embed")))
     x = jax.device_put(jnp.ones((1, 1, 256)), jax.NamedSharding(mesh, spec(None, None, "mlp")))
     with on_mesh(mesh):
@@ -55,7 +55,7 @@ def main() -> None:
             params = jax.device_put(model.params, parameter_shardings(model.module, mesh))
             found[name] = {}
             for weights in ("auto", "int8"):
-                served = serve(params, weights)
+                served = for_generation(params, weights)
                 for kind, sample in {"greedy": GREEDY, "sampled": SAMPLED}.items():
                     ids, logprobs = decode(model, prompts, sample, 24, params=served)
                     found[name][f"{kind} {weights}"] = ids.tolist(), logprobs.tolist()

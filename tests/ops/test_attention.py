@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llama_jax.ops import attention as module
 from llama_jax.ops.attention import attention, cached_attention
-from llama_jax.ops.cache import Stored
+from llama_jax.ops.cache import KVArray
 
 
 def literal(q: np.ndarray, k: np.ndarray, v: np.ndarray, slot: int = 0, first: np.ndarray | None = None) -> np.ndarray:
@@ -75,17 +75,17 @@ def test_a_uniform_query_averages_just_the_visible_values() -> None:
 
 
 @jax.jit
-def cached(q: Any, k: Any, v: Any, cached_k: Stored, cached_v: Stored, slot: Any, first: Any) -> jax.Array:
+def cached(q: Any, k: Any, v: Any, cached_k: KVArray, cached_v: KVArray, slot: Any, first: Any) -> jax.Array:
     """cached_attention of new keys and values as they will be stored."""
-    return cached_attention(q, cached_k.of(k), cached_v.of(v), cached_k, cached_v, slot, first)
+    return cached_attention(q, cached_k.stored(k), cached_v.stored(v), cached_k, cached_v, slot, first)
 
 
-def stored(x: np.ndarray, slots: int, dtype: Any = jnp.float32) -> Stored:
+def stored(x: np.ndarray, slots: int, dtype: Any = jnp.float32) -> KVArray:
     """Tokens [B, S, K, H] in the first of a layer's slots, with 9 in all others."""
     B, _, K, H = x.shape
     scales = jnp.full((B, K, slots), 9 / 127) if dtype == jnp.int8 else None
-    empty = Stored(jnp.full((B, K, slots, H), 127 if dtype == jnp.int8 else 9, dtype), scales)
-    return empty.write(empty.of(jnp.asarray(x)), jnp.int32(0))
+    empty = KVArray(jnp.full((B, K, slots, H), 127 if dtype == jnp.int8 else 9, dtype), scales)
+    return empty.write(empty.stored(jnp.asarray(x)), jnp.int32(0))
 
 
 def over_cache(

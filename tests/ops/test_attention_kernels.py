@@ -19,7 +19,7 @@ from llama_jax.devices.compiling import compiler_options
 from llama_jax.devices.sharding import batch_sharding, make_mesh, on_mesh
 from llama_jax.errors import UserError
 from llama_jax.generation.decode import prefill
-from llama_jax.generation.serving import served_shapes
+from llama_jax.generation.serving import generation_shapes
 from llama_jax.model import Llama
 from llama_jax.ops.attention import attention, choose_kernel
 from llama_jax.ops.cache import KVCache
@@ -119,7 +119,7 @@ def test_the_step_of_a_gpu_calls_cudnns_flash_attention_once_forward_and_once_ba
 def test_on_a_tpu_a_prompt_is_read_by_splash(rows: int) -> None:
     args = ModelArgs(dim=256, n_layers=3, n_heads=2, vocab_size=96, multiple_of=32, max_seq_len=512)
     model, mesh = Llama(args, jnp.dtype(jnp.bfloat16), "none", "splash"), make_mesh(MeshArgs())
-    params = served_shapes(model, "auto")
+    params = generation_shapes(model, "auto")
     tokens = jax.ShapeDtypeStruct((rows, 256), jnp.int32)
     with on_mesh(mesh):
         cache = jax.eval_shape(lambda: KVCache.empty(args, jnp.zeros(rows, jnp.int32), 512, model.dtype))

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from llama_jax.config import SampleArgs, Weights
 from llama_jax.devices.memory import bytes_of
 from llama_jax.generation import Model
-from llama_jax.generation.serving import dequantized, serve
+from llama_jax.generation.serving import for_generation
 from llama_jax.ops.linear import linear
-from llama_jax.ops.quantize import GROUPS, quantize
+from llama_jax.ops.quantize import GROUPS, Matrix, as_array, quantize
 from llama_jax.tokenizer import Tokenizer
 from tests.generation.models import decode, full_log_probs, never_ending, prompts_of_lengths
 
@@ -54,7 +54,7 @@ def test_values_are_within_half_a_step_of_their_groups_scale(
     group = D if kind == "int8" else D // q.scales.shape[0]
     if kind != "int8":
         assert group <= GROUPS[kind] and D % group == 0
-    assert q.values.shape == shape and q.values.dtype == (jnp.int8 if kind == "int8" else jnp.int4)
+    assert q.shape == shape and q.values.shape[0] == D and q.values.dtype == (jnp.int8 if kind == "int8" else jnp.int4)
     found = q.dequantized()
     assert found.shape == shape and found.dtype == jnp.float32
     by_group = np.asarray(w).reshape(D // group, group, -1)
@@ -157,7 +157,7 @@ def model(small_tokenizer: Tokenizer) -> Model:
 
 
 def quantized(model: Model, kind: Weights) -> Any:
-    return serve(model.params, kind)
+    return for_generation(model.params, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +165,7 @@ def test_generation_with_quantized_matrices_is_that_of_the_dequantized_model(mod
     params = quantized(model, kind)
     prompts = prompts_of_lengths(model, [1, 9, 40])
     ids, logprobs = decode(model, prompts, GREEDY, 20, params=params)
-    plain = dataclasses.replace(model, params=dequantized(quantized(model, kind), model.module))
+    plain = dataclasses.replace(model, params=jax.tree.map(as_array, params, is_leaf=lambda w: isinstance(w, Matrix)))
     for prompt, row, row_logprobs in zip(prompts, ids.tolist(), logprobs, strict=True):
         full = full_log_probs(plain, prompt + row)[len(prompt) - 1 : -1]
         np.testing.assert_allclose(row_logprobs, full[np.arange(20), row], atol=1e-3)
