@@ -40,8 +40,9 @@ from llama_jax.generation.decode import CHUNK, Row, generate_chunks
 from llama_jax.generation.passes import slot_bytes
 from llama_jax.generation.serving import for_generation
 from llama_jax.generation.stats import step_bytes
-from llama_jax.model import Llama, is_norm
+from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES
+from llama_jax.ops.parameters import is_norm
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 from peers import PAUSE, ratio, worker

@@ -11,7 +11,6 @@ are float32.
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -27,8 +26,9 @@ from llama_jax.ops.attention import attention, attention_over_cache
 from llama_jax.ops.cache import KVCache, KVPair, LayerCache
 from llama_jax.ops.embedding import embed
 from llama_jax.ops.linear import linear
-from llama_jax.ops.quantize import Weight
+from llama_jax.ops.parameters import norm_weight, one_by_one, weight
 from llama_jax.ops.remat import AFTER_ATTENTION, POLICIES
+from llama_jax.ops.rotary import quarter_turn
 
 # Cosines and sines: two arrays float32 [B or 1, T, 1, H].
 Angles = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
@@ -55,26 +55,13 @@ def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[np.ndarra
 def rotary(x: jax.Array, angles: Angles, exact_rows: int = 0) -> jax.Array:
     """Rotate feature i of each head with feature i + H/2, by the position's angles: [B, T, N, H] -> the same.
 
-    x cos + (x quarter-turned) sin, where a quarter turn takes halves (a, b) to (-b, a).
+    That is x cos + quarter_turn(x) sin, where a quarter turn takes halves (a, b) to (-b, a).
     Meta rotates neighbours (2i, 2i + 1) instead; its weights are permuted to these halves when they are imported.
     """
     cos, sin = angles
-    turned = jax.lax.platform_dependent(x, tpu=_turned_by_product, default=_turned)
-    a, b = x.astype(jnp.float32) * cos, turned.astype(jnp.float32) * sin
+    a, b = x.astype(jnp.float32) * cos, quarter_turn(x).astype(jnp.float32) * sin
     a, b = (exact.rounded(a), exact.rounded(b)) if exact_rows else (a, b)
     return (a + b).astype(x.dtype)
-
-
-def _turned(x: jax.Array) -> jax.Array:
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([-b, a], axis=-1)
-
-
-def _turned_by_product(x: jax.Array) -> jax.Array:
-    """With a matrix of 0, 1 and -1, which is exact and costs a TPU next to nothing; halves would lie across its vector registers."""
-    H = x.shape[-1]
-    quarter_turn = np.eye(H, k=H // 2) - np.eye(H, k=-H // 2)
-    return jnp.einsum("BTNH,HI->BTNI", x, quarter_turn.astype(x.dtype), precision="highest")
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -92,33 +79,6 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
 
 
-def _weight(module: nn.Module, name: str, std: float, **axes: int) -> Weight:
-    """The matrix ``name`` of a module, with its sizes by logical axis (devices/sharding.py lays the axes over the mesh).
-
-    It is initialised in float32. Generation may hold it in another form, which has the same shape (ops/quantize.py).
-    Initial embeddings are N(0, 1), other matrices N(0, 1 / fan-in) (PaLM paper, section 5). The feed-forward layers' output
-    is divided by the square root of the number of terms in the residual stream, 2 L, so that its variance does not grow
-    with depth (GPT-2 paper, section 2.3); attention's is not, for a mean over positions is small already.
-    Raises ValueError where the parameter has another shape.
-    """
-    return _parameter(module, name, nn.initializers.normal(std), axes)
-
-
-def _norm_weight(module: nn.Module, name: str, dim: int) -> jax.Array:
-    """The weight ``name`` of an RMSNorm, [D], initialised with ones."""
-    return cast(jax.Array, _parameter(module, name, nn.initializers.ones, {"norm": dim}))
-
-
-def _parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, axes: dict[str, int]) -> Weight:
-    shape = tuple(axes.values())
-    if not module.has_variable("params", name):
-        return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, tuple(axes)), shape))
-    given = cast(Weight, module.get_variable("params", name))
-    if given.shape != shape:
-        raise ValueError(f"{name}: expected the shape {shape}, found {given.shape}")
-    return given
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions (LLaMA 2 paper, section 2.2): [B, T, D] -> [B, T, D]."""
 
@@ -131,10 +91,10 @@ class Attention(nn.Module):
         a = self.args
         product = functools.partial(linear, exact_rows=self.exact_rows)
         std = a.dim**-0.5
-        wq = _weight(self, "wq", std, embed=a.dim, heads=a.n_heads, head_dim=a.head_dim)
-        wk = _weight(self, "wk", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
-        wv = _weight(self, "wv", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
-        wo = _weight(self, "wo", std, heads=a.n_heads, head_dim=a.head_dim, embed=a.dim)
+        wq = weight(self, "wq", std, embed=a.dim, heads=a.n_heads, head_dim=a.head_dim)
+        wk = weight(self, "wk", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
+        wv = weight(self, "wv", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
+        wo = weight(self, "wo", std, heads=a.n_heads, head_dim=a.head_dim, embed=a.dim)
 
         q = rotary(product("BTD,DNH->BTNH", x, wq), angles, self.exact_rows)
         k = rotary(product("BTD,DKH->BTKH", x, wk), angles, self.exact_rows)
@@ -159,9 +119,9 @@ class SwiGLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         a = self.args
         product = functools.partial(linear, exact_rows=self.exact_rows)
-        w1 = _weight(self, "w1", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
-        w3 = _weight(self, "w3", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
-        w2 = _weight(self, "w2", (2 * a.n_layers * a.hidden_dim) ** -0.5, mlp=a.hidden_dim, embed=a.dim)
+        w1 = weight(self, "w1", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
+        w3 = weight(self, "w3", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
+        w2 = weight(self, "w2", (2 * a.n_layers * a.hidden_dim) ** -0.5, mlp=a.hidden_dim, embed=a.dim)
         gate = jax.nn.silu(product("BTD,DF->BTF", x, w1))
         return product("BTF,FD->BTD", gate * product("BTD,DF->BTF", x, w3), w2)
 
@@ -181,10 +141,10 @@ class Block(nn.Module):
         self, x: jax.Array, angles: Angles, cache: LayerCache | None = None
     ) -> tuple[jax.Array, KVPair | None]:
         a = self.args
-        h = rms_norm(x, _norm_weight(self, "attention_norm", a.dim), a.norm_eps, self.exact_rows)
+        h = rms_norm(x, norm_weight(self, "attention_norm", a.dim), a.norm_eps, self.exact_rows)
         h, new = Attention(a, self.kernel, self.exact_rows, name="attention")(h, angles, cache)
         x = checkpoint_name(x + h, AFTER_ATTENTION)
-        h = rms_norm(x, _norm_weight(self, "ffn_norm", a.dim), a.norm_eps, self.exact_rows)
+        h = rms_norm(x, norm_weight(self, "ffn_norm", a.dim), a.norm_eps, self.exact_rows)
         x = x + SwiGLU(a, self.exact_rows, name="feed_forward")(h)
         return constrain(x, "batch", "length", None), new
 
@@ -207,11 +167,11 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         a = self.args
-        self.tok_embeddings = _weight(self, "tok_embeddings", 1.0, vocab=a.vocab_size, embed=a.dim)
+        self.tok_embeddings = weight(self, "tok_embeddings", 1.0, vocab=a.vocab_size, embed=a.dim)
         given = self.has_variable("params", "layers")
         self.layers = self.get_variable("params", "layers") if given else self.param("layers", self._init_layers)
-        self.norm = _norm_weight(self, "norm", a.dim)
-        self.output = _weight(self, "output", a.dim**-0.5, embed=a.dim, vocab=a.vocab_size)
+        self.norm = norm_weight(self, "norm", a.dim)
+        self.output = weight(self, "output", a.dim**-0.5, embed=a.dim, vocab=a.vocab_size)
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         """Return the logits of the token after each position: int [B, T] -> float32 [B, T, V]."""
@@ -269,18 +229,6 @@ class Llama(nn.Module):
         x, angle = jnp.zeros((1, 1, a.dim)), jnp.zeros((1, 1, 1, a.head_dim))
         init = jax.vmap(lambda key: Block(a, parent=None).init(key, x, (angle, angle))["params"])
         return nn.meta.add_axis(init(jax.random.split(key, a.n_layers)), 0, {nn.PARTITION_NAME: "layers"})
-
-
-def one_by_one(layers: Any) -> tuple[Any, ...]:
-    """The layers' parameters as a tuple of trees, a layer each. Stacked ones are taken apart."""
-    if isinstance(layers, tuple):
-        return layers
-    return tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(len(jax.tree.leaves(layers)[0])))
-
-
-def is_norm(path: Sequence[Any]) -> bool:
-    """Whether a parameter, by its path in the tree, is an RMSNorm's weight; all others are matrices."""
-    return "norm" in path[-1].key
 
 
 def count_parameters(args: ModelArgs) -> int:

@@ -14,7 +14,8 @@ from jax.tree_util import KeyPath, tree_leaves_with_path, tree_map_with_path
 from llama_jax.checkpoint import key_name
 from llama_jax.config import Weights
 from llama_jax.devices.sharding import mesh_of, parameter_shapes, spec
-from llama_jax.model import Llama, is_norm
+from llama_jax.model import Llama
+from llama_jax.ops.parameters import is_norm
 from llama_jax.ops.quantize import Matrix, flat, quantize
 
 # Logical axes (devices/sharding.py) of the matrices' inputs and outputs. A token's row is read out of the embeddings.

@@ -26,8 +26,9 @@ from llama_jax.devices.sharding import (
     replicated,
     with_shardings,
 )
-from llama_jax.model import Llama, is_norm
+from llama_jax.model import Llama
 from llama_jax.ops.loss import loss_sum
+from llama_jax.ops.parameters import is_norm
 from llama_jax.training.bad_steps import LossHistory, watched
 
 
