@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax import model as model_module
 from llama_jax.build import make_model
 from llama_jax.config import ModelArgs, Remat
 from llama_jax.devices.sharding import parameter_shapes
+from llama_jax.generation.serving import for_generation
 from llama_jax.model import Llama, count_parameters
+from llama_jax.ops.cache import KVCache
 from llama_jax.ops.loss import cross_entropy
+from llama_jax.ops.parameters import one_by_one
 from tests import numpy_llama
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, multiple_of=8, max_seq_len=1000)
@@ -251,3 +255,57 @@ def test_initial_loss_of_a_deep_model_is_that_of_unit_gaussian_logits() -> None:
     assert float(jax.jit(loss_of(Llama(DEEP), ids))(initial_params(DEEP))) == pytest.approx(
         math.log(300) + 0.5, abs=0.15
     )
+
+
+def served(params: Any, weights: Any = "auto") -> Any:
+    return for_generation(jax.tree.map(jnp.asarray, params), weights)
+
+
+def test_layers_stacked_and_one_by_one_give_the_same_logits() -> None:
+    params, ids = random_params(ARGS), random_ids(2, 33, ARGS.vocab_size)
+    stacked = logits_of(params, ids, ARGS)
+    np.testing.assert_allclose(logits_of(served(params), ids, ARGS), stacked, atol=1e-5)
+    apart = params | {"layers": one_by_one(params["layers"])}
+    np.testing.assert_allclose(logits_of(apart, ids, ARGS), stacked, atol=1e-5)
+
+
+def test_tokens_fed_in_parts_over_a_cache_have_the_hidden_states_of_the_whole() -> None:
+    params, ids = random_params(ARGS), random_ids(2, 12, ARGS.vocab_size)
+    model = Llama(ARGS)
+    whole = np.asarray(model.apply({"params": params}, ids, method="hidden"))
+    for form in (params, served(params)):  # stacked layers run over a cache, too
+        cache = KVCache.empty(ARGS, jnp.zeros(2, jnp.int32), 16, jnp.float32)
+        parts = []
+        for start, stop in ((0, 5), (5, 6), (6, 12)):
+            hidden, cache = model.apply({"params": form}, ids[:, start:stop], cache, 16, method="next_hidden")
+            parts.append(hidden)
+        np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
+
+
+def test_the_plain_formula_and_the_kernel_agree() -> None:
+    params, ids = random_params(ARGS), random_ids(2, 130, ARGS.vocab_size)
+    plain, xla = (logits_of(params, ids, ARGS, kernel=kernel) for kernel in ("plain", "xla"))
+    np.testing.assert_allclose(plain, xla, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+def test_a_weight_of_another_shape_is_refused_in_any_form(weights: Any) -> None:
+    params = random_params(ARGS)
+    wide = random_params(dataclasses.replace(ARGS, ffn_dim_multiplier=2.0))
+    mixed = params | {"layers": params["layers"] | {"feed_forward": wide["layers"]["feed_forward"]}}
+    for form in (mixed, served(mixed, weights)):
+        with pytest.raises(ValueError, match="w1: expected the shape"):
+            logits_of(form, random_ids(1, 3, ARGS.vocab_size), ARGS)
+
+
+@pytest.mark.parametrize("layers", [3, 30])
+def test_a_layer_is_traced_once_however_many_there_are(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = dataclasses.replace(ARGS, n_layers=layers)
+    traced, norm = [], model_module.rms_norm
+    monkeypatch.setattr(model_module, "rms_norm", lambda *given: traced.append(1) or norm(*given))
+    params = served(random_params(args))
+    traced.clear()
+    cache = KVCache.empty(args, jnp.zeros(1, jnp.int32), 8, jnp.float32)
+    model, ids = Llama(args), np.ones((1, 2), np.int32)
+    jax.eval_shape(lambda p, c: model.apply({"params": p}, ids, c, 8, method="next_hidden"), params, cache)
+    assert len(traced) == 2 + 1, "two norms of the layer, and the last one"
