@@ -167,7 +167,7 @@ def _check(args: Arguments) -> None:
 
 
 def random_parameters(module: Llama, weights: Weights) -> Any:
-    """Parameters in the serving form, on one device."""
+    """Parameters in the form for generation (serving.py), on one device."""
 
     def make(key: jax.Array) -> Any:
         params = nn.unbox(module.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]

@@ -145,7 +145,7 @@ _loss_sum = jax.jit(loss_sum, static_argnames=("model",))
 def _loss_sum_over_cache(
     model: Llama, params: Any, inputs: ArrayLike, targets: ArrayLike, weights: ArrayLike, cache_dtype: Any
 ) -> jax.Array:
-    """``loss_sum`` of tokens that are fed one by one, each row's over a cache of its own; ``params`` in the serving form."""
+    """``loss_sum`` of tokens that are fed one by one, each row's over a cache of its own; ``params`` in the form for generation (serving.py)."""
     B, T = jnp.shape(inputs)
 
     def step(cache: KVCache, now: tuple[jax.Array, ...]) -> tuple[KVCache, jax.Array]:

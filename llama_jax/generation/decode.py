@@ -117,7 +117,7 @@ def generate_chunks(
 ) -> Iterator[Sampled]:
     """Tokens that follow the prompts, ``steps`` at a time, until ``max_new_tokens`` are made or the caller stops asking.
 
-    params: in the serving form (serving.py), over whose mesh rows and heads are spread. Rows go on after EOS; the caller cuts
+    params: in the form for generation (serving.py), over whose mesh rows and heads are spread. Rows go on after EOS; the caller cuts
     them. Every row is what it would be alone, whatever stands beside it.
     """
     mesh = mesh_of(params)

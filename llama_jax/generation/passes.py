@@ -56,7 +56,7 @@ class Engine:
     """What makes completions of rows."""
 
     model: Llama
-    params: Any  # in the serving form
+    params: Any  # in the form for generation (serving.py)
     tokenizer: Tokenizer
     cache_dtype: Any = None  # None: the type that is computed in
     draft: Draft | None = None

@@ -44,7 +44,7 @@ class Draft:
 
     tokens: int
     model: Llama | None = None
-    params: Any = None  # in the serving form
+    params: Any = None  # in the form for generation (serving.py)
 
 
 class Guesser(Protocol):

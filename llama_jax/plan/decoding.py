@@ -124,7 +124,7 @@ def larger(config: Config, topology: Topology, decoding: Decoding) -> Layout | N
 
 
 def parameter_bytes(config: Config, weights: Weights) -> int:
-    """Bytes of all parameters in the serving form."""
+    """Bytes of all parameters in the form for generation (serving.py)."""
     return _parameter_bytes(_module(config), weights)
 
 
