@@ -614,7 +614,7 @@ def test_what_is_odd_about_a_text_is_told_at_every_start(tmp_path, content, opti
 
 def test_a_run_that_repeats_a_tiny_text_is_warned():
     assert repeats_warning(1_000_000, 3, 256) == ""
-    assert "3 tokens are read 477,866 times: they will be learnt by heart" in repeats_warning(3, 477_866.1, 256)
+    assert "3 tokens are read 477,866 times: the model will memorize them" in repeats_warning(3, 477_866.1, 256)
     assert "fewer than a sequence of 256" in repeats_warning(100, 2, 256)
 
 
