@@ -49,7 +49,7 @@ def lost_process(error: BaseException) -> LostProcess:
     reason = " ".join(str(error).split())[:160]
     return LostProcess(
         f"distributed: expected all processes of the job to go on, found that this one lost another ({reason}); "
-        "see what that one says, then start all again: the run goes on from its last checkpoint"
+        "see its output, then restart the job, which resumes from its last checkpoint"
     )
 
 
