@@ -135,7 +135,7 @@ def _verify_checklists(source: Source) -> None:
         size = sum(p.stat().st_size for p in path.parent.glob("consolidated.*.pth")) * (path.name == "checklist.chk")
         with Progress(f"checking {path.name}", size or None, "B") as progress:
             count = verify_checklist(path, progress.update)
-        print(f"{'checksums':>10}  {count} files are as {path} lists them")
+        print(f"{'checksums':>10}  {count} files match {path}")
 
 
 def _write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str]:

@@ -84,14 +84,14 @@ class HuggingFaceSource:
     def _remarks(self, folder: Path, stored_type: str) -> Iterator[str]:
         """Yield remarks about files that differ from what config.json or the index say."""
         if stored_type and stored_type != self.dtype.name:
-            yield f"config.json says {stored_type}, in which transformers loads the weights; they are kept as the {self.dtype.name} that they are"
+            yield f"config.json says {stored_type}, to which transformers converts the weights; they are kept as {self.dtype.name}"
         if self._tied and {EMBEDDINGS, OUTPUT} <= self._places.keys():
             yield f"config.json says tie_word_embeddings, and the files have both {EMBEDDINGS} and {OUTPUT}: both are read, as by transformers"
         elsewhere = [
             name for name, file in index_of(folder, list(self._files)).items() if self._places.get(name) != file
         ]
         if elsewhere:
-            yield f"{INDEX} is of other files: {quoted(elsewhere[0])}, and {len(elsewhere) - 1} more, are not where it says; the files themselves count"
+            yield f"{INDEX} belongs to other files: {quoted(elsewhere[0])} and {len(elsewhere) - 1} more are not where it says; the index is ignored"
 
     def _stored(self, name: str) -> Any:
         return self._files[self._places[name]].tensors[name]
@@ -107,7 +107,7 @@ class HuggingFaceSource:
             yield f"{name} is missing"
         for name in self._places.keys() - expected.keys():
             if not IGNORED.fullmatch(name):
-                yield f"{quoted(name)} is no tensor of this model"
+                yield f"{quoted(name)} is not a tensor of this model"
         for name in expected.keys() & self._places.keys():
             stored = self._stored(name)
             dtypes.setdefault(stored.dtype.name, []).append(name)
@@ -155,8 +155,8 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
     write_atomically(folder / "tokenizer.model", tokenizer.model_bytes)
     if table is None:
         return (
-            f"tokenizer.json is not written, since none would encode as tokenizer.model does ({reason}): encode with sentencepiece; "
-            "transformers' AutoTokenizer makes one up that splits texts otherwise"
+            f"tokenizer.json is not written, since none would encode like tokenizer.model ({reason}): encode with sentencepiece; "
+            "transformers' AutoTokenizer would build one that splits texts differently"
         )
     return ""
 

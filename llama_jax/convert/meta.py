@@ -102,7 +102,7 @@ class MetaSource:
             for name in expected.keys() - shard.tensors.keys():
                 yield f"{path.name}: {name} is missing"
             for name in shard.tensors.keys() - expected.keys() - IGNORED:
-                yield f"{path.name}: {quoted(name)} is no tensor of this model"
+                yield f"{path.name}: {quoted(name)} is not a tensor of this model"
             for name in expected.keys() & shard.tensors.keys():
                 view = shard.tensors[name]
                 if view.shape != expected[name]:
@@ -181,7 +181,7 @@ def verify_checklist(path: Path, progress: Callable[[int], object]) -> int:
         raw = file.read(1 << 20)
     if raw.lstrip()[:1] == b"<":
         raise UserError(
-            f"{path}: expected md5 sums, found an HTML page: the download of it failed, and perhaps others; download again"
+            f"{path}: expected md5 sums, found an HTML page: its download failed, and perhaps others; download again"
         )
     lines = raw.decode("latin-1").split("\n")
     entries = [re.fullmatch(r"([0-9a-fA-F]{32}) [ *]([^/\\\0]+)", line.rstrip("\r")) for line in lines if line.strip()]

@@ -71,8 +71,8 @@ class Reader:
         rest = f"; and in {len(counts) - 8} more tensors" if len(counts) > 8 else ""
         total = sum(self._not_finite.values())
         return (
-            f"{total:,} values of the weights are NaN or infinite ({shown}{rest}): the model is damaged, and so is what was "
-            "written; its text means nothing"
+            f"{total:,} values of the weights are NaN or infinite ({shown}{rest}): the model is damaged, and so is the "
+            "converted one; its text will be meaningless"
         )
 
 

@@ -99,7 +99,7 @@ def _read_header(mapped: mmap.mmap, path: Path) -> dict[str, StoredTensor]:
             refuse(f"{quoted(name)}: expected dtype, shape and data_offsets, found others")
         if type(dtype) is not str or dtype not in DTYPES:
             quantized = dtype in ("I8", "U8", "I16", "I32", "F8_E4M3", "F8_E5M2")
-            advice = f", as matrices that are quantized have; {QUANTIZED}" if quantized else ""
+            advice = f", a type of quantized matrices; {QUANTIZED}" if quantized else ""
             refuse(f"{quoted(name)}: expected BF16, F16 or F32, found {quoted(dtype)}{advice}")
         if (
             type(shape) is not list
@@ -108,7 +108,9 @@ def _read_header(mapped: mmap.mmap, path: Path) -> dict[str, StoredTensor]:
         ):
             refuse(f"{quoted(name)}: expected sizes and offsets of 0 or more, found others")
         if first != end or last - first != math.prod(shape) * DTYPES[dtype].itemsize or begin + last > len(mapped):
-            refuse(f"{quoted(name)}: expected its bytes right behind those before, as many as it has, found others")
+            refuse(
+                f"{quoted(name)}: expected its bytes directly after the previous ones, and of its size, found others"
+            )
         tensors[name] = StoredTensor(DTYPES[dtype], tuple(shape), begin + first)
         end = last
     if begin + end != len(mapped):

@@ -81,7 +81,7 @@ def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -
         raise UserError(
             f"{output}: expected {bytes_text(need)} of free disk, found {bytes_text(free)}; free some, or choose another disk"
         )
-    print(f"{'time':>10}  about {duration(_probe_seconds(source, place))}, as a first block goes")
+    print(f"{'time':>10}  about {duration(_probe_seconds(source, place))}, estimated from one block")
 
 
 def _probe_seconds(source: Source, place: Path) -> float:
@@ -109,8 +109,8 @@ def print_table(source: Source) -> None:
 def close_dry_run() -> None:
     """Print what has been checked."""
     print(
-        "all tensors are there, with the right shapes; nothing was written, and no value was looked at: damage and numbers that "
-        "are not finite are found when they are copied"
+        "all tensors are there, with the right shapes; nothing was written and no value was read: a conversion also finds damage "
+        "and numbers that are not finite"
     )
 
 
@@ -122,7 +122,7 @@ def close(
     print(
         f"{output}: {bytes_text(size)} in {duration(seconds)}, {bytes_text(weight_bytes(source) / max(seconds, 1e-9))} a second"
     )
-    print(f"sha256 of the weights{', before they were quantized' if weights != 'auto' else ''}: {digest}")
+    print(f"sha256 of the weights{', before quantization' if weights != 'auto' else ''}: {digest}")
     commands = {
         "llama-jax": f'python sample.py --ckpt {shlex.quote(str(output))} "Once upon a time"',
         "huggingface": f"AutoModelForCausalLM.from_pretrained({str(output)!r})",

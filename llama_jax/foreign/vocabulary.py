@@ -1,7 +1,8 @@
-"""Which tokenizer belongs to a folder's weights, and what the files beside it say otherwise.
+"""Finds the tokenizer that belongs to a folder's weights, and reports files that contradict it.
 
-The folder's own tokenizer.model counts, if a tokenizer.json beside it holds the same pieces. Without one, tokenizer.model in the
-folder above is taken, where Meta's downloads have it, unless the weights have another vocabulary of their own.
+The folder's own tokenizer.model is used if the tokenizer.json next to it holds the same pieces. Without one,
+tokenizer.model is taken from the folder above, where Meta's downloads have it, unless the weights have another
+vocabulary.
 """
 
 from collections.abc import Iterator
@@ -15,16 +16,16 @@ from llama_jax.foreign.tokenizer_json import BPE, SPACE, Settings, merges, pipel
 from llama_jax.tokenizer import Tokenizer
 
 MODEL, TABLE, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-# Vocabularies of other kinds.
+# Files of other kinds of vocabularies.
 OTHERS = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model")
-# LLaMA 3's has 9 MB.
+# LLaMA 3's file has 9 MB.
 MAX_TABLE = 200_000_000
 
 
 def find_tokenizer(given: str, folder: Path) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer that ``given`` names, or else that of the weights in ``folder``; and what is to be said about it.
+    """Return the tokenizer that ``given`` names, or else that of the weights in ``folder``, and warnings about it.
 
-    Raises UserError where there is none, or none that is known to be the model's.
+    Raises UserError if there is none, or none that is known to be the model's.
     """
     own, beside = folder / MODEL, folder / TABLE
     if not given and not own.is_file():
@@ -48,7 +49,7 @@ def find_tokenizer(given: str, folder: Path) -> tuple[Tokenizer, list[str]]:
 
 
 def check_vocabulary(args: ModelArgs, tokenizer: Tokenizer, folder: Path) -> None:
-    """Raise UserError where the tokenizer has not as many pieces as the model has embeddings."""
+    """Raise UserError if the tokenizer and the model's embeddings differ in size."""
     if args.vocab_size == tokenizer.vocab_size:
         return
     advice = "give the model's own tokenizer with --tokenizer"
@@ -65,9 +66,11 @@ def check_vocabulary(args: ModelArgs, tokenizer: Tokenizer, folder: Path) -> Non
 
 
 def difference(table: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, str]:
-    """Which pieces a tokenizer.json and ``tokenizer`` number differently, and by which rule they split texts differently.
+    """Compare a tokenizer.json with ``tokenizer``.
 
-    Each in words, empty where there is no such difference. Tokens that are added behind the vocabulary do not count.
+    Return the pieces that differ and the splitting rule that differs, in words.
+
+    A text is empty if there is no such difference. Tokens added after the vocabulary are ignored.
     """
     model = _dict(table.get("model"))
     numbered = {i: piece for piece, i in _dict(model.get("vocab")).items() if isinstance(i, int)}
@@ -85,7 +88,7 @@ def difference(table: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def _rules(table: dict[str, Any], model: dict[str, Any], tokenizer: Tokenizer) -> Iterator[str]:
-    """What a tokenizer.json of the same pieces does otherwise."""
+    """Yield how a tokenizer.json with the same pieces splits text differently."""
     settings = Settings.of(tokenizer.model_bytes)
     kind = model.get("type", "BPE")
     if kind != {1: "Unigram", BPE: "BPE"}.get(settings.model_type):
@@ -99,7 +102,7 @@ def _rules(table: dict[str, Any], model: dict[str, Any], tokenizer: Tokenizer) -
         ]
         expected = [" ".join(pair) for pair in merges(tokenizer)]
         scores = {tokenizer.piece(i): tokenizer.score(i) for i in range(tokenizer.vocab_size)}
-        # Of runs of spaces, which have equal scores, transformers puts the merges first.
+        # For runs of spaces, which have equal scores, transformers lists the merges first.
         ranked = [scores.get(pair.replace(" ", ""), 0.0) for pair in found if pair.strip(f" {SPACE}")]
         if set(found) != set(expected) or ranked != sorted(ranked, reverse=True):
             yield "it merges pieces otherwise"
@@ -108,7 +111,7 @@ def _rules(table: dict[str, Any], model: dict[str, Any], tokenizer: Tokenizer) -
 
 
 def _same_pipeline(table: dict[str, Any], settings: Settings) -> bool:
-    """Whether what is done to a text first is what SentencePiece does; transformers has two ways to write the plain case."""
+    """Return whether text is preprocessed as in SentencePiece. Transformers has two ways to write the plain case."""
     ours = pipeline(settings)
     first, then = table.get("normalizer"), table.get("pre_tokenizer")
     if first == ours["normalizer"] and then is None:
@@ -124,7 +127,7 @@ def _same_pipeline(table: dict[str, Any], settings: Settings) -> bool:
 
 
 def _above(folder: Path) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of the folder above, of weights without a tokenizer.model. Raises UserError where it is another model's."""
+    """Return the tokenizer of the folder above and warnings. Raises UserError if it belongs to another model."""
     places = dict.fromkeys((folder.absolute().parent, folder.resolve().parent))
     found = [place / MODEL for place in places if (place / MODEL).is_file()]
     beside = folder / TABLE
@@ -179,7 +182,7 @@ def _way_on(table: dict[str, Any]) -> str:
 
 
 def _contradictions(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
-    """What the small files beside the weights say about BOS and EOS that the tokenizer does not do."""
+    """Yield what the small files next to the weights say about BOS and EOS that the tokenizer does not do."""
     tables, errors = _small_files(folder)
     yield from errors
     settings = tables.get(CONFIG, {})
@@ -198,7 +201,7 @@ def _contradictions(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _small_files(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The files beside the weights that speak of tokens, by name, and what is wrong with those that cannot be read."""
+    """Return the files next to the weights that mention tokens, by name, and errors of those that cannot be read."""
     tables, errors = {}, []
     for name in (CONFIG, "special_tokens_map.json", "generation_config.json", "config.json"):
         if (folder / name).is_file():
@@ -223,7 +226,7 @@ def _list(value: Any, kinds: type | tuple[type, ...] = dict) -> list[Any]:
 
 
 def _added_tokens(folder: Path) -> Iterator[tuple[int, str]]:
-    """Tokens with their ids that the files of ``folder`` add to a vocabulary."""
+    """Yield the tokens, with ids, that the files of ``folder`` add to a vocabulary."""
     for name in (TABLE, CONFIG, "added_tokens.json"):
         try:
             table = read_json(folder / name, MAX_TABLE)
