@@ -209,7 +209,7 @@ class TrainArgs:
     seed: int = 0
     """Seed of the initial parameters and the order of batches."""
     bad_steps: BadSteps = "stop"
-    """What to do on a bad step, whose loss or gradient is not finite or whose loss is a spike (see spike_factor).
+    """Action on a bad step, whose loss or gradient is not finite or whose loss is a spike (see spike_factor).
     stop: end the run.
     skip: drop the update.
     count: count and log it; apply the update of a spike, drop one that is not finite."""

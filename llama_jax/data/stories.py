@@ -262,7 +262,7 @@ class Slot:
     rule: str
     variable: str
     forms: Mapping[str, str]
-    """How each word of the rule is spelled here."""
+    """The spelling of each word of the rule in this place."""
 
 
 @dataclass(frozen=True)

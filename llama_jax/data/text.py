@@ -94,7 +94,8 @@ class Corpus:
     def parts(self, split: str) -> Iterator[Part]:
         """Yield the text of a split ("train" or "eval"), document by document.
 
-        Parts are cut as in ``tokenizer.split_text``. Raises UserError if a file cannot be read to its end or is not text.
+        Parts are cut as in ``tokenizer.split_text``. Raises UserError if a file cannot be read to its end or is not
+        text.
         """
         offset = 0
         for path, size in zip(self.paths, self._sizes, strict=True):

@@ -41,7 +41,7 @@ class Model:
 
     args: ModelArgs
     params: Any
-    """The parameters as in a checkpoint. If quantized or on an accelerator, they are in the serving form (serving.py)."""
+    """The parameters, as in a checkpoint or, if quantized or on an accelerator, in the serving form (serving.py)."""
     tokenizer: Tokenizer
     module: Llama
     cache_dtype: Any = None

@@ -120,7 +120,7 @@ class RunFolder:
             write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def write_events(self, start: int) -> None:
-        """Also write records as TensorBoard events from now on. The first step is ``start`` + 1."""
+        """Write records as TensorBoard events, too, from now on. The first step is ``start`` + 1."""
         self._events = Events(self.path / "tensorboard", start)
 
     def log(self, record: dict[str, Any]) -> None:
