@@ -285,7 +285,7 @@ class MeshArgs:
 class DistributedArgs:
     """How the processes of a job find each other.
 
-    Slurm, Open MPI, GKE and Cloud TPU set these values automatically. A single process needs none.
+    They are detected under Slurm, Open MPI and GKE, and on Cloud TPU. A single process needs none.
     """
 
     coordinator_address: str = ""

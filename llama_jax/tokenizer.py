@@ -129,11 +129,11 @@ class Tokenizer:
     def _mark(self, part: str) -> str:
         return self._marks[part.startswith(" ")]
 
-    def _reads_whole(self, behind_line: str, behind_word: str) -> bool:
+    def _reads_whole(self, after_line: str, after_word: str) -> bool:
         """Return whether parts encoded after these marks get the same ids as in the whole text, for a few samples."""
         probes = [("a", " b"), ("a\n", "b"), ("the fox\n", "owl saw"), ("1\n", "\u4e2d"), ("a.\n", "Zebra  x")]
         for before, part in probes:
-            mark = behind_word if part.startswith(" ") else behind_line
+            mark = after_word if part.startswith(" ") else after_line
             row = self._sp.encode(mark + part)[len(self._sp.encode(mark)) :]
             if self._sp.encode(before) + row != self._sp.encode(before + part):
                 return False
@@ -159,7 +159,7 @@ def _kind(content: bytes) -> str:
     """Describe a file that is not a SentencePiece model, for an error message."""
     first = content[:200].lstrip()
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", first):
-        return "a vocabulary of tiktoken, as LLaMA 3 has, which is not read; take a model that has SentencePiece's, such as LLaMA 2"
+        return "a tiktoken vocabulary, as LLaMA 3 has, which is not read; use a model with SentencePiece's, such as LLaMA 2"
     if first.startswith(b"{"):
         return "JSON, such as Hugging Face's tokenizer.json, which is not read; give the tokenizer.model"
     if first.startswith(b"version https://git-lfs"):

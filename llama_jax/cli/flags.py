@@ -25,14 +25,14 @@ def parse_flags(kind: type[T], argv: Sequence[str] | None, default: T, prog: str
 
     args = list(sys.argv[1:] if argv is None else argv)
     args, default = _take_lists(kind, args, default)
-    heard = io.StringIO()
+    panel = io.StringIO()
     try:
-        with contextlib.redirect_stderr(heard):
+        with contextlib.redirect_stderr(panel):
             return tyro.cli(kind, args=args, default=default, prog=prog, description=description)
     except SystemExit as stop:
         if not stop.code:
             raise
-        message = _one_line(heard.getvalue())
+        message = _one_line(panel.getvalue())
         if re.match("-[^-]", message) and _has_positional(kind):
             message += "; put -- before a text that begins with a hyphen"
         raise UserError(f"{message}; `{prog} --help` lists all flags") from None

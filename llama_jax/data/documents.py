@@ -26,7 +26,7 @@ class Reader:
         self.path, self.size = path, size
         self._at, self._buffer = 0, b""
         self.has_returns = False  # whether the last result of window() holds a carriage return
-        with _told(path):
+        with _naming_the_file(path):
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
 
     def read(self, start: int, stop: int) -> bytes:
@@ -52,7 +52,7 @@ class Reader:
         return self._at, self._buffer
 
     def _bytes(self, start: int, stop: int) -> bytes:
-        with _told(self.path):
+        with _naming_the_file(self.path):
             self._file.seek(start)
             pieces, left = [], stop - start
             while left and (piece := self._read(left)):
@@ -169,7 +169,7 @@ def sha256_of(path: Path, size: int) -> str:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _naming_the_file(path: Path) -> Iterator[None]:
     """Turn an OSError in the block into a UserError that names the file."""
     try:
         yield

@@ -109,7 +109,7 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
     kind = table.get("model_type", "llama")
     if kind != "llama":
         raise UserError(
-            f"{path}: model_type: expected 'llama', found {quoted(kind)}; this project runs LLaMA models alone"
+            f"{path}: model_type: expected 'llama', found {quoted(kind)}; this project runs only LLaMA models"
         )
     KEYS.check(table, path)
     theta, warnings, unused = _rope_theta(table, path)
@@ -136,7 +136,7 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
         )
     if table.get("auto_map"):
         warnings.append(
-            "config.json names code of the model's own (auto_map): it is not run; transformers' LLaMA decides"
+            "config.json names the model's own code (auto_map): it is not run, and transformers' LLaMA is assumed"
         )
     tied = take(table, "tie_word_embeddings", bool, path, False)
     return Config(args, tied, tuple(warnings), tuple(KEYS.unknown(table) + unused))
@@ -203,12 +203,12 @@ def _rope_theta(table: dict[str, Any], path: Path) -> tuple[float, list[str], li
     warnings = []
     if None not in (inner, top) and inner != top:
         warnings.append(
-            f"config.json has rope_theta {top:g}, and {inner:g} in {key}: the second counts, as in transformers"
+            f"config.json has rope_theta {top:g}, and {inner:g} in {key}: the second is used, as in transformers"
         )
     other = table.get("rope_parameters")
     if key == "rope_scaling" and other and other != chosen:
         warnings.append(
-            "config.json has rope_parameters and another rope_scaling: the second counts, as in transformers"
+            "config.json has rope_parameters and another rope_scaling: the second is used, as in transformers"
         )
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | ({"factor"} if kind == "linear" else set())
     return theta, warnings, sorted(f"{key}.{name}" for name in chosen.keys() - known)

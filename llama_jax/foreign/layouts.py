@@ -51,7 +51,7 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
         if wanted == "auto" and ADAPTER in names:
             raise UserError(
                 f"{folder}: expected one model, found an adapter ({ADAPTER}) beside {read[0]}, which peft would add to it; "
-                "convert the model without it by --layout huggingface, or merge it first (peft's merge_and_unload)"
+                "convert the model without it with --layout huggingface, or merge it first (peft's merge_and_unload)"
             )
         decided = f"{CONFIG} and {_some(read or [SINGLE])}, which transformers would load"
         return Found("huggingface", decided + _not_read(names, [CONFIG, *read]))
@@ -60,7 +60,7 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
         if wanted == "auto" and config and pickled and not (folder / INDEX).is_file():
             raise UserError(
                 f"{folder}: expected one model, found Meta's {shards[0]} and Hugging Face's {pickled}, which transformers would "
-                f"load and this project does not read; convert Meta's by --layout meta"
+                f"load and this project does not read; convert Meta's with --layout meta"
             )
         return Found(
             "meta", f"{PARAMS} and {_some(shards or ['consolidated.00.pth'])}{_not_read(names, [PARAMS, *shards])}"

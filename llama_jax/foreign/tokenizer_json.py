@@ -96,7 +96,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[dict[str, Any] | None, str]:
     reader = Reader(table)
     for text in itertools.chain(HARD_TEXTS, _own_texts(tokenizer)):
         if reader.encode(text) != tokenizer.encode(text, bos=False):
-            return None, f"it reads {quoted(text, 40)} otherwise"
+            return None, f"it encodes {quoted(text, 40)} differently"
     return table, ""
 
 

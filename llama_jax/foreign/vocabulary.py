@@ -44,7 +44,7 @@ def find_tokenizer(given: str, folder: Path) -> tuple[Tokenizer, list[str]]:
             f"delete the wrong one, or give the path of one for sentencepiece with --tokenizer"
         )
     if pieces or rules:
-        warnings.append(f"{beside} says otherwise than {given or MODEL}, which counts here: {pieces or rules}")
+        warnings.append(f"{beside} differs from {given or MODEL}, which is used: {pieces or rules}")
     return tokenizer, warnings
 
 
@@ -56,8 +56,8 @@ def check_vocabulary(args: ModelArgs, tokenizer: Tokenizer, folder: Path) -> Non
     added = sorted({(i, text) for i, text in _added_tokens(folder) if i >= tokenizer.vocab_size})
     if args.vocab_size > tokenizer.vocab_size and added:
         advice = (
-            f"the rows behind are of added tokens ({', '.join(quoted(text, 30) for _, text in added[:4])}), which this project does "
-            f"not have: take them away with transformers' model.resize_token_embeddings({tokenizer.vocab_size}), and save it"
+            f"the other rows are of added tokens ({', '.join(quoted(text, 30) for _, text in added[:4])}), which this project does "
+            f"not support: remove them with transformers' model.resize_token_embeddings({tokenizer.vocab_size}), and save it"
         )
     raise UserError(
         f"{folder}: expected the {tokenizer.vocab_size:,} rows of {tokenizer.model_path}, found {args.vocab_size:,} "
@@ -95,7 +95,7 @@ def _rules(table: dict[str, Any], model: dict[str, Any], tokenizer: Tokenizer) -
         yield f"it is a {quoted(kind, 30)} model"
     elif not why_not_written(tokenizer):
         if bool(model.get("byte_fallback")) != settings.byte_fallback or model.get("ignore_merges"):
-            yield "it spells what it does not know otherwise"
+            yield "it encodes unknown characters differently"
         found = [
             pair if isinstance(pair, str) else " ".join(map(str, pair))
             for pair in _list(model.get("merges"), (str, list))
@@ -105,9 +105,9 @@ def _rules(table: dict[str, Any], model: dict[str, Any], tokenizer: Tokenizer) -
         # For runs of spaces, which have equal scores, transformers lists the merges first.
         ranked = [scores.get(pair.replace(" ", ""), 0.0) for pair in found if pair.strip(f" {SPACE}")]
         if set(found) != set(expected) or ranked != sorted(ranked, reverse=True):
-            yield "it merges pieces otherwise"
+            yield "it merges pieces differently"
         if not _same_pipeline(table, settings):
-            yield "it treats spaces or characters otherwise before it looks pieces up"
+            yield "it preprocesses spaces or characters differently"
 
 
 def _same_pipeline(table: dict[str, Any], settings: Settings) -> bool:
@@ -143,9 +143,9 @@ def _above(folder: Path) -> tuple[Tokenizer, list[str]]:
             tokenizer = Tokenizer(found[0])
             pieces, rules = difference(table, tokenizer)
             if not pieces and not rules:
-                note = f"{found[0]} is taken, of the folder above: {TABLE} beside the weights says the same"
+                note = f"{found[0]}, in the folder above, is used: it agrees with {TABLE} beside the weights"
                 return tokenizer, [note, *_contradictions(folder, tokenizer)]
-            reason = f"{found[0]}, of the folder above, to be another: {pieces or rules}"
+            reason = f"{found[0]}, in the folder above, to differ: {pieces or rules}"
         raise UserError(
             f"{folder}: expected {MODEL} beside the weights, found {TABLE} alone, {_kind(table)}, and {reason}; {_way_on(table)}"
         )
@@ -156,7 +156,7 @@ def _above(folder: Path) -> tuple[Tokenizer, list[str]]:
     if others:
         raise UserError(
             f"{folder}: expected {MODEL}, found another kind of vocabulary ({', '.join(others)}); this project reads "
-            "SentencePiece's alone: if the model has one, give its path with --tokenizer"
+            "only SentencePiece's: if the model has one, give its path with --tokenizer"
         )
     if not found:
         raise UserError(
@@ -177,7 +177,7 @@ def _kind(table: dict[str, Any]) -> str:
 
 def _way_on(table: dict[str, Any]) -> str:
     if _is_bytewise(table):
-        return "this project reads SentencePiece's vocabularies alone: take a model that has one, such as LLaMA 2"
+        return "this project reads only SentencePiece's vocabularies: use a model that has one, such as LLaMA 2"
     return f"give the path of the model's own {MODEL} with --tokenizer: often it is in the model that this one was tuned from"
 
 
@@ -195,9 +195,9 @@ def _contradictions(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
             text, number = _text(table.get(f"{token}_token")), table.get(f"{token}_token_id")
             ids = number if isinstance(number, list) else [] if number is None else [number]
             if text is not None and text != tokenizer.piece(ours):
-                yield f"{name} has {token}_token {quoted(text, 30)}, the tokenizer {quoted(tokenizer.piece(ours), 30)}, which counts here"
+                yield f"{name} has {token}_token {quoted(text, 30)}, the tokenizer {quoted(tokenizer.piece(ours), 30)}, which is used"
             if ids and ids != [ours]:
-                yield f"{name} has {token}_token_id {quoted(number, 40)}, the tokenizer {ours}, which alone counts here"
+                yield f"{name} has {token}_token_id {quoted(number, 40)}, the tokenizer {ours}, which is used"
 
 
 def _small_files(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:

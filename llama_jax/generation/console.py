@@ -146,7 +146,7 @@ class Console:
         def watch(step: Step) -> None:
             self._meter(step)
             if step.passes > 1 and step.number == 1 and not step.steps:
-                self._say(f"{step.passes} passes, the first of {step.rows} completions: more do not go into one")
+                self._say(f"{step.passes} passes, the first of {step.rows} completions: memory holds no more")
             if progress is not None and step.finished:
                 progress.update(step.finished)
 

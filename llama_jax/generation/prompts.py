@@ -276,8 +276,8 @@ def pasted(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
     if not found:
         return ""
     return (
-        f"{' and '.join(found[:2])} in a prompt {'is' if len(found) == 1 else 'are'} read as plain text: the model's BOS is added "
-        "by itself, and --chat writes the chat format"
+        f"{' and '.join(found[:2])} in a prompt {'is' if len(found) == 1 else 'are'} read as plain text: BOS is added "
+        "automatically, and --chat writes the chat format"
     )
 
 
@@ -297,7 +297,7 @@ def idle_settings(jobs: Sequence[Job]) -> str:
     default, args = SampleArgs(), jobs[0].args
     idle = [name for name in ("top_p", "top_k", "min_p", "seed") if getattr(args, name) != getattr(default, name)]
     names = ", ".join("--" + name.replace("_", "-") for name in idle)
-    line = f"{names}: no effect at temperature 0, which takes the likeliest token always" if idle else ""
+    line = f"{names}: no effect at temperature 0, which always takes the likeliest token" if idle else ""
     if any(job.args.n > 1 for job in jobs):
         line += ("; " if line else "") + "--n: all completions of a prompt are the same at temperature 0"
     return line

@@ -29,8 +29,8 @@ class Completion:
 def not_finite(source: str, where: str) -> UserError:
     """Return the error for a model, loaded from ``source``, that produces NaN or infinity."""
     return UserError(
-        f"{source}: expected finite logits, found NaN or infinity {where}; the weights hold such values, or are too large for the "
-        "type that is computed in (--compute-dtype float32): take another checkpoint, or convert it anew from sound weights"
+        f"{source}: expected finite logits, found NaN or infinity {where}; the weights hold such values, or overflow the compute "
+        "type (try --compute-dtype float32): use another checkpoint, or convert it again from intact weights"
     )
 
 

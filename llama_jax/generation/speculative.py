@@ -123,9 +123,9 @@ def _check(
     hidden, cache = forward(model, params, fed, state.cache, end)
     logits = logits_of(model, params, hidden)
 
-    def one(carry: tuple[Sampler, jax.Array], behind: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    def one(carry: tuple[Sampler, jax.Array], now: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         sampler, number = carry
-        ids, logprobs, sampler = sample(sampler, behind, number, bool(model.exact_rows))
+        ids, logprobs, sampler = sample(sampler, now, number, bool(model.exact_rows))
         return (sampler, number + 1), (ids, logprobs)
 
     _, (ids, logprobs) = jax.lax.scan(one, (state.sampler, state.made), logits.swapaxes(0, 1))

@@ -69,4 +69,4 @@ class Meter:
             return text
         rate = self._later_bytes / self._later_seconds
         text += f", then {self._later_tokens / self._later_seconds:,.1f} tokens/s, {bytes_text(rate)}/s of memory read"
-        return text + (f" ({rate / self._bandwidth:.0%} of what the device can)" if self._bandwidth else "")
+        return text + (f" ({rate / self._bandwidth:.0%} of the device's bandwidth)" if self._bandwidth else "")

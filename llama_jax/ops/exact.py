@@ -37,7 +37,7 @@ def product_in_blocks(x: jax.Array, values: jax.Array, rows: int) -> jax.Array:
         return jnp.einsum("RD,DF->RF", block, values.astype(x.dtype), preferred_element_type=jnp.float32)
 
     result = jax.lax.map(product, blocks).reshape(-1, values.shape[1])[: len(x)]
-    # The barrier makes the compiler treat what follows separately, and so alike in every program.
+    # A trick: the barrier keeps the compiler from fusing this with what follows, which would then differ between programs.
     return jax.lax.optimization_barrier(result)
 
 
@@ -95,6 +95,7 @@ def attention(q: jax.Array, k: Stored, v: Stored, slot: jax.Array) -> jax.Array:
 
     y = jax.lax.map(attend, (q, position))  # [C, K, B, R, H]
     y = y.reshape(C, K, B, G, Q, H).transpose(2, 0, 4, 1, 3, 5).reshape(B, C * Q, N, H)[:, :T]
+    # The same trick as in product_in_blocks.
     return jax.lax.optimization_barrier(y)
 
 
