@@ -218,7 +218,12 @@ def _parse(table: dict[str, Any]) -> Manifest:
 def open_tokens(folder: str | Path) -> TokenSet:
     """Open a token folder. A small one is checked completely, a large one in part, and the rest as it is read.
 
-    Raises a UserError that names the file if something is missing or damaged.
+    Returns a TokenSet whose ``train`` and ``eval`` can be sliced like arrays of shape [tokens]. Raises a UserError that
+    names the file if something is missing or damaged.
+
+    Example:
+        tokens = open_tokens("tokens")
+        tokens.train[:8]
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

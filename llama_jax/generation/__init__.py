@@ -136,7 +136,8 @@ class Model:
     ) -> Completion:
         """Return the answer to a conversation in the format of Meta's chat models.
 
-        Raises UserError as ``encode_dialog`` does.
+        ``messages`` are an optional system message, then user and assistant in turn, the last one from the user. Raises
+        UserError if they are not.
         """
         check_one(args, "an answer")
         (completion,) = self.generate_ids([encode_dialog(self.tokenizer, messages)], args, on_progress)
