@@ -64,12 +64,17 @@ def load_data(
     begun: bool = False,
     began_with: Origin | None = None,
 ) -> Data:
-    """Return the tokens and the tokenizer of a run.
+    """Return the tokens and the tokenizer of a run, which are made first if needed.
 
-    The files lie under ``folder``, the tokenizer is at ``tokenizer_path``.
+    Arguments:
+        args: the text, its tokenizer and the split.
+        folder: where tokens are kept.
+        tokenizer_path: where the tokenizer is kept.
+        workers: number of encoding threads. None: one per core.
+        begun: whether the run has begun. Such a run keeps its text and its tokenizer.
+        began_with: what they were. None: as the manifest in ``folder`` says.
 
-    A run that has ``begun`` keeps its text and tokenizer, which ``began_with`` or, if None, the manifest in ``folder``
-    describes. Raises UserError if they have changed, or if the text or the tokenizer cannot be found.
+    Raises UserError if the text or the tokenizer cannot be found, or has changed since the run began.
     """
     prepared = Path(args.filepath).expanduser()
     if args.filepath and read_manifest(prepared) is not None:
