@@ -19,7 +19,7 @@ __all__ = ["DataArgs", "ModelArgs", "SampleArgs", "TrainArgs", "load"]
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Import ``llama_jax.tokenizer`` where it is first asked for: its library takes a while."""
+    """Import ``llama_jax.tokenizer`` on first use, because SentencePiece is slow to import."""
     if name == "tokenizer":
         return _importlib.import_module("llama_jax.tokenizer")
     raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
@@ -35,21 +35,28 @@ def load(
     draft_tokens: int = 4,
     exact: bool = False,
 ) -> "_Model":
-    """Load a model: a run folder (its best step), a step folder, or a converted checkpoint.
+    """Load a model for generation from a run folder (its best step), a step folder or a converted checkpoint.
 
-    compute_dtype: "auto" (bfloat16 on TPU and GPU, float32 on CPU), "float32" or "bfloat16".
-    weights: "int8" (a scale an output), "int4" (a scale for 32 inputs of an output) or "int4-64" (64) quantize the matrices,
-    from the values that are stored, whatever is computed in; "auto" takes them as they are, quantized where they are stored so.
-    cache: "int8" quantizes keys and values.
-    mesh: the devices that the model lies on, ``tensor`` of them for one copy, ``data`` copies; None: as few as hold it.
-    draft: guesses ``draft_tokens`` tokens at a time, which one pass checks. "lookup" looks them up in what came before; else a
-    checkpoint of a smaller model with the same tokenizer.
-    exact: a completion is the same to the bit whatever stands beside it in a batch, and with ``draft`` as without; it takes longer.
-    Otherwise it is the same up to rounding, which in bfloat16 makes another token of one now and then.
-    Raises UserError where the folder is not a checkpoint, its matrices are quantized in another way, or the mesh does not divide
-    the model.
+    Arguments:
+        path: the folder.
+        compute_dtype: data type of activations and matmuls: "float32", "bfloat16" or "auto" (bfloat16 on TPU and GPU,
+            float32 on CPU).
+        weights: quantization of the matrices: "int8" (one scale per output channel), "int4" (one scale per group of 32
+            inputs), "int4-64" (per 64 inputs) or "auto" (as stored). The stored values are quantized, whatever
+            compute_dtype is.
+        cache: "int8" quantizes keys and values; "auto" stores them in compute_dtype.
+        mesh: devices to place the model on: ``tensor`` devices per copy, ``data`` copies. None: the fewest that hold
+            it.
+        draft: speculative decoding. "lookup" drafts from earlier text; any other text is the checkpoint of a smaller
+            model with the same tokenizer. Empty: none.
+        draft_tokens: tokens to draft per pass.
+        exact: make completions bit-identical whatever else is in the batch, and with or without ``draft``. It is
+            slower. Without it they are equal up to rounding, which in bfloat16 occasionally changes a token.
+
+    Raises UserError if the folder is not a checkpoint, its matrices are quantized in another way, or the mesh does not
+    divide the model.
     """
-    # Imported here, so that `import llama_jax` costs no more than the dataclasses.
+    # Imported here, so that `import llama_jax` loads only the dataclasses.
     from llama_jax.generation import Model
 
     return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens, exact)

@@ -1,4 +1,4 @@
-"""The model as a platform runs it best."""
+"""Builds the model in the form that is fastest on a platform."""
 
 from typing import get_args
 
@@ -12,10 +12,11 @@ from llama_jax.model import Llama
 from llama_jax.ops.attention import choose_kernel
 from llama_jax.ops.exact import CPU_ROWS, ROWS
 
-# Layers are compiled one by one up to this many on a CPU, where XLA pays 15% for a loop; elsewhere a scan compiles faster
-# and runs as fast.
+# On a CPU, XLA's loop over layers is 15% slower than unrolled layers, so models of up to this many layers are unrolled.
+# Elsewhere a scan compiles faster and runs as fast.
 CPU_UNROLLED_LAYERS = 16
-# Tokens whose logits are held at once. Every chunk reads and writes the output matrix's gradient; a CPU's cache likes small ones.
+# Tokens whose logits exist at once in training. Each chunk reads and writes the whole gradient of the output matrix, so
+# chunks are large; on a CPU, small ones are faster because they fit its cache.
 LOSS_CHUNK, CPU_LOSS_CHUNK = 2048, 512
 
 
@@ -27,9 +28,10 @@ def make_model(
     mesh: jax.sharding.Mesh | None = None,
     exact: bool = False,
 ) -> Llama:
-    """The Flax module as the platform of ``mesh`` (None: of JAX's default device) runs it best; exact: see exact.py.
+    """Return the Flax module with the settings that are fastest on the platform of ``mesh``.
 
-    Raises UserError on an unknown type, or an attention that is not available there.
+    ``mesh`` None stands for JAX's default device. ``exact`` prepares the model for exact generation (ops/exact.py).
+    Raises UserError on an unknown data type, or an attention implementation that is not available on the platform.
     """
     if compute_dtype not in get_args(DType):
         raise UserError(f"compute_dtype: expected one of {', '.join(get_args(DType))}, found {compute_dtype!r}")
@@ -39,7 +41,7 @@ def make_model(
         compute_dtype = "float32" if cpu else "bfloat16"
     dtype = jnp.dtype(compute_dtype)
     kernel = choose_kernel(attention, platform, args, dtype, 1 if mesh is None else mesh.shape["sequence"])
-    # Unrolled, XLA would find what remat computes again to be the same as before, and keep it after all.
+    # With unrolled layers, XLA would notice that remat recomputes known values, and keep them in memory after all.
     unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
     exact_rows = (CPU_ROWS if cpu else ROWS) if exact else 0
     return Llama(args, dtype, remat, kernel, CPU_LOSS_CHUNK if cpu else LOSS_CHUNK, unroll, exact_rows)

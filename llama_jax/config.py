@@ -1,7 +1,7 @@
-"""The configuration: one frozen dataclass a section, read from TOML and from flags, checked with clear errors.
+"""The configuration: one frozen dataclass per section, read from TOML and flags, with clear errors.
 
-Every field is a flag (``--train.lr 5e-4``) and a TOML key (``[train] lr = 5e-4``); flags win over the file, the file over
-the defaults. The text under each field is its help.
+Every field is a flag (``--train.lr 5e-4``) and a TOML key (``[train] lr = 5e-4``). Flags override the file; the file
+overrides the defaults. The docstring under each field is its help text.
 """
 
 import dataclasses
@@ -32,56 +32,56 @@ BadSteps = Literal["stop", "skip", "count"]
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LARGEST, _HUGE = (1 << 31) - 1, 1e300
 _TINY, _BELOW_1, _LARGEST_FLOAT32 = 1e-30, math.nextafter(1, 0), 3.4e38
-# The ranges of a field's values, both ends included: counts; floats above 0.
+# Ranges are (lowest, highest), both included. _COUNT is for counts, _POSITIVE for floats above 0.
 _COUNT = (1, _LARGEST)
 _POSITIVE = (_TINY, _HUGE)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelArgs:
-    """Shape of a LLaMA 2 model, by the names of Meta's params.json. The defaults are a 110M-parameter model."""
+    """The shape of a LLaMA 2 model, with the names of Meta's params.json. By default, a 110M-parameter model."""
 
     dim: int = 768
     """Width of the residual stream, in features."""
     n_layers: int = 12
     """Number of transformer blocks."""
     n_heads: int = 12
-    """Number of query heads; divides dim, into heads of an even number of features."""
+    """Number of query heads. It must divide dim, and dim / n_heads must be even."""
     n_kv_heads: int | None = None
-    """Number of key and value heads (grouped-query attention); divides n_heads. None: as many as n_heads."""
+    """Number of key and value heads (grouped-query attention). It must divide n_heads. None: same as n_heads."""
     vocab_size: int = -1
-    """Number of tokens in the vocabulary. -1: taken from the tokenizer."""
+    """Number of tokens in the vocabulary. -1: use the tokenizer's."""
     multiple_of: int = 256
-    """The feed-forward width is rounded up to a multiple of this."""
+    """Round the feed-forward width up to a multiple of this."""
     ffn_dim_multiplier: float | None = None
-    """Scales the feed-forward width, which is two thirds of 4 x dim without it."""
+    """Multiply the feed-forward width by this. None: two thirds of 4 x dim."""
     norm_eps: float = 1e-5
-    """Added to the mean square inside RMSNorm."""
+    """Epsilon of RMSNorm, added to the mean square."""
     rope_theta: float = 10000.0
     """Base of the rotary embedding's wavelengths, in positions."""
     max_seq_len: int = 4096
-    """Context: the longest sequence, in tokens, in training windows and in generation."""
+    """Context length, in tokens: the length of training sequences and the limit of prompt plus completion."""
 
     @property
     def kv_heads(self) -> int:
-        """Number of key and value heads, n_kv_heads resolved."""
+        """The number of key and value heads, with None resolved to n_heads."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def head_dim(self) -> int:
-        """Features of one head."""
+        """The number of features per head."""
         return self.dim // self.n_heads
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer, by Meta's rule (llama/model.py, FeedForward): 11008 for the 7B model."""
+        """The width of the feed-forward layer, by Meta's rule (llama/model.py, FeedForward): 11008 for the 7B model."""
         hidden = int(2 * (4 * self.dim) / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
         return self.multiple_of * -(-hidden // self.multiple_of)
 
     def check(self) -> None:
-        """Raise UserError where no model can have this shape."""
+        """Raise UserError if no model can have this shape."""
         sizes = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len"), _COUNT)
         positive = {"norm_eps": _POSITIVE, "rope_theta": _POSITIVE, "ffn_dim_multiplier": (_TINY, 1e6)}
         _check_fields(self, "model.", sizes | positive | {"vocab_size": (-1, _LARGEST)})
@@ -105,105 +105,127 @@ class ModelArgs:
 
 @dataclasses.dataclass(frozen=True)
 class DataArgs:
-    """The text, its tokenizer, and the split."""
+    """The text, its tokenizer and the train/held-out split."""
 
     filepath: str = ""
-    """A text file, a folder (its *.txt files, at any depth), a glob, or a folder of prepared tokens. Empty: the built-in stories."""
+    """Text to train on: a file, a folder (all its *.txt, recursively), a glob, or a folder of prepared tokens.
+    Empty: the built-in stories."""
     train_size: float = 0.9
-    """Share of the text's bytes that trains; the rest, its end, is held out for evaluation. 1: nothing is held out."""
+    """Share of the text, in bytes, to train on. The rest, its end, is held out for evaluation. 1: hold out nothing."""
     tokenizer_model_path: str = ""
-    """A SentencePiece model. Empty: a BPE vocabulary is trained on the training part and kept in the run folder."""
+    """Path of a SentencePiece model.
+    Empty: train a BPE vocabulary on the training part and save it in the run folder."""
     vocab_size: int = 1024
-    """Size of the vocabulary when a tokenizer is trained here, in tokens."""
+    """Vocabulary size, in tokens, when a tokenizer is trained."""
     separator: str = ""
-    r"""What stands between two documents in a file, for example '<|endoftext|>', '\n\n', or '\n' for a document a line. \n is any line end (LF, CRLF, CR), \t a tab, \\ a backslash; blank lines at a document's borders are left out. Empty: a file is a document."""
+    r"""Text between two documents in a file, for example '<|endoftext|>', '\n\n', or '\n' for one document per line.
+    The escape \n matches any line end (LF, CRLF, CR), \t a tab, \\ a backslash.
+    Blank lines at the start and end of a document are dropped.
+    Empty: each file is one document."""
     stories: int = 12000
-    """Number of built-in stories (about 7 MB for 12,000), when there is no filepath."""
+    """Number of built-in stories to generate when filepath is empty (12,000 are about 7 MB)."""
     as_text: bool = False
-    """Take the files as plain text whatever they hold: JSON lines, HTML, bytes that are not UTF-8 (each is read as U+FFFD)."""
+    """Read files as plain text even if they look like something else, such as JSON lines or HTML.
+    Bytes that are not UTF-8 become U+FFFD."""
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
-        # A vocabulary holds 256 bytes, 3 controls and some characters; SentencePiece numbers tokens in 31 bits.
+        # The vocabulary must hold 256 bytes, 3 control tokens and some characters. SentencePiece's ids have 31 bits.
         _check_fields(self, "data.", {"train_size": (_TINY, 1.0), "vocab_size": (262, 1 << 24), "stories": _COUNT})
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainArgs:
-    """Optimization, evaluation and the run folder. The defaults are the LLaMA 2 paper's (section 2.1), batch and length aside."""
+    """Optimization, evaluation and the run folder.
+
+    The defaults are those of the LLaMA 2 paper (section 2.1), except batch size and length.
+    """
 
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
-    """The cosine ends at this share of lr."""
+    """Final learning rate of the cosine schedule, as a share of lr."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0 to lr."""
+    """Steps of linear warmup from 0 to lr."""
     n_epochs: int = 1
-    """Passes over the training text; counts when max_steps is not given."""
+    """Number of passes over the training text. Ignored if max_steps is set."""
     max_steps: int | None = None
-    """Optimizer steps; wins over n_epochs."""
+    """Number of optimizer steps. None: as many as n_epochs needs."""
     batch_size: int = 16
-    """Sequences of max_seq_len tokens in an optimizer step, over the whole job."""
+    """Sequences of max_seq_len tokens per optimizer step, over all devices and processes."""
     gradient_accumulation_steps: int = 1
-    """Parts that the batch is split into, one after the other, to save memory."""
+    """Split each batch into this many microbatches, to save memory."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay. It applies to matrices, not to norms."""
     beta1: float = 0.9
-    """AdamW's decay of the gradient's mean."""
+    """AdamW's beta1, the decay rate of the gradient's running mean."""
     beta2: float = 0.95
-    """AdamW's decay of the gradient's mean square."""
+    """AdamW's beta2, the decay rate of the gradient's running mean square."""
     eps: float = 1e-5
     """AdamW's epsilon."""
     grad_clip: float = 1.0
-    """Largest global norm of the gradient. 0: no clipping."""
+    """Clip the gradient to this global norm. 0: no clipping."""
     remat: Remat = "none"
-    """What the backward pass finds kept of a block, most memory first: all (none), the projections' and attention's results (dots), the attention half alone (attention; in host memory: offload), or nothing (full)."""
+    """Activations to keep for the backward pass, which recomputes the others. From most memory to least:
+    none: keep all, recompute nothing.
+    dots: keep the results of projections and of attention.
+    attention: keep those of the attention half of each block.
+    offload: as attention, but in host memory.
+    full: keep only the input of each block."""
     attention: AttentionKernel = "auto"
-    """Attention's implementation: xla everywhere, splash on TPU, cudnn on NVIDIA GPUs, plain is the formula of model.py; auto takes the fastest that is available."""
+    """Attention implementation: xla (everywhere), splash (TPU), cudnn (NVIDIA GPUs), plain (the formula in model.py), or
+    auto, the fastest available."""
     compute_dtype: DType = "auto"
-    """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32 always."""
+    """Data type of activations and matmuls. auto: bfloat16 on TPU and GPU, float32 on CPU.
+    Parameters are always float32."""
     eval_interval: int = 100
-    """Steps between two evaluations."""
+    """Evaluate every this many steps."""
     eval_minutes: float = 0.0
-    """Minutes after which an evaluation is made before eval_interval asks for it. 0: never."""
+    """Also evaluate if this many minutes have passed since the last evaluation. 0: never."""
     eval_iters: int = 100
-    """Most batches of 16 sequences that an evaluation reads of the held-out text, spread over it; the same ones whatever batch_size is. 0: all of it."""
+    """Maximum number of batches per evaluation. 0: the whole held-out text.
+    An evaluation batch has 16 sequences, whatever batch_size is.
+    The batches are spread over the held-out text and are the same in every evaluation."""
     log_interval: int = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Write a line to metrics.jsonl every this many steps."""
     save_interval: int = 100
-    """Steps between two checkpoints (a new best evaluation is saved besides)."""
+    """Save a checkpoint every this many steps. A new best evaluation is also saved."""
     save_minutes: float = 30.0
-    """Minutes after which a checkpoint is saved before save_interval asks for it. 0: never."""
+    """Also save a checkpoint if this many minutes have passed since the last one. 0: never."""
     keep: int = 3
-    """Checkpoints that are kept: so many of the last, and the best."""
+    """Number of newest checkpoints to keep. The best one is kept as well."""
     keep_every: int = 0
-    """Checkpoints of steps that are a multiple of this are kept for good. 0: none."""
+    """Keep checkpoints at multiples of this step forever. 0: none."""
     resume_step: int = 0
-    """The step to go on from; later steps and their records are set aside. 0: the newest."""
+    """Step to resume from. Later checkpoints and records are set aside. 0: the newest checkpoint."""
     hold_lr: bool = False
-    """Whether a run goes on at the learning rate that it stopped with, whatever the schedule says."""
+    """Keep the learning rate of the last finished step on resume, and ignore the schedule."""
     save_dir: str = ""
-    """The run folder. Empty: runs/<name of the config>."""
+    """Run folder. Empty: runs/<name of the config>."""
     checkpoint_dir: str = ""
-    """Where checkpoints go: a folder, or object storage (gs://bucket/folder). Empty: checkpoints/ in the run folder."""
+    """Folder for checkpoints, on disk or in object storage (gs://bucket/folder).
+    Empty: checkpoints/ in the run folder."""
     init_from: str = ""
-    """A checkpoint to start from (fine-tuning): its parameters, model arguments and tokenizer. Empty: random parameters."""
+    """Checkpoint to fine-tune: load its parameters, model arguments and tokenizer. Empty: random parameters."""
     seed: int = 0
-    """Seed of the initial parameters and of the order of the batches."""
+    """Seed of the initial parameters and the order of batches."""
     bad_steps: BadSteps = "stop"
-    """What a step with a loss or gradient that is not finite, or with a spike of the loss, does: it ends the run (stop), changes nothing (skip), or counts (count: a spike's update is taken, one that is not finite is skipped)."""
+    """Action on a bad step, whose loss or gradient is not finite or whose loss is a spike (see spike_factor).
+    stop: end the run.
+    skip: drop the update.
+    count: count and log it; apply the update of a spike, drop one that is not finite."""
     spike_factor: float = 0.0
-    """A loss above this many times the mean of the last 100 or so is a spike. 0: spikes are not looked for."""
+    """A loss is a spike if it exceeds this many times the mean of the last 100 or so losses. 0: no loss is a spike."""
     watchdog_seconds: float = 1800.0
-    """Seconds without a finished step or any other progress after which the run is ended, with exit status 76. 0: never."""
+    """End the run with exit status 76 if nothing progresses for this many seconds. 0: never."""
     profile_steps: str = ""
-    """Steps to trace into the run folder's profile/, for example 10-15. Empty: none."""
+    """Steps to profile, for example 10-15. The trace goes to profile/ in the run folder. Empty: none."""
     tensorboard: bool = False
-    """Whether metrics.jsonl is written as TensorBoard events as well, into the run folder's tensorboard/."""
+    """Also write the metrics as TensorBoard events, to tensorboard/ in the run folder."""
 
     @property
     def profile_range(self) -> range:
-        """The steps of profile_steps. Raises UserError where these are none."""
+        """The steps to profile, possibly none. Raises UserError if profile_steps is neither a step nor a range."""
         if not self.profile_steps:
             return range(0)
         match = re.fullmatch(r"([1-9][0-9]{0,9})(?:-([1-9][0-9]{0,9}))?", self.profile_steps)
@@ -239,16 +261,16 @@ class TrainArgs:
 
 @dataclasses.dataclass(frozen=True)
 class MeshArgs:
-    """How the devices are laid out. -1, in one place at most: what is left."""
+    """The layout of the devices. One axis at most may be -1: all devices that the other axes leave."""
 
     data: int = -1
-    """Devices that share a batch, each with all parameters."""
+    """Devices for data parallelism: each holds all parameters and takes a part of the batch."""
     fsdp: int = 1
-    """Devices that share a batch and the parameters (fully sharded data parallel)."""
+    """Devices for fully sharded data parallelism: each holds a part of the parameters and takes a part of the batch."""
     tensor: int = 1
-    """Devices that share heads and feed-forward units."""
+    """Devices for tensor parallelism: each takes a part of the heads and feed-forward units."""
     sequence: int = 1
-    """Devices that share the positions of a sequence."""
+    """Devices for sequence parallelism: each takes a part of every sequence's positions."""
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
@@ -262,16 +284,19 @@ class MeshArgs:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedArgs:
-    """How the processes of a job find each other. Nothing need be given under Slurm, Open MPI and GKE, on Cloud TPU, or for one process."""
+    """How the processes of a job find each other.
+
+    They are detected under Slurm, Open MPI and GKE, and on Cloud TPU. A single process needs none.
+    """
 
     coordinator_address: str = ""
-    """Host and port, "10.0.0.1:1234", at which process 0 answers the others; the port is free on its host. Empty: found by itself."""
+    """Host and port of process 0, for example "10.0.0.1:1234". The port must be free. Empty: detect it."""
     num_processes: int | None = None
-    """Processes in the job. None: found by itself."""
+    """Number of processes in the job. None: detect it."""
     process_id: int | None = None
-    """Number of this process, from 0, the one that prints and writes. None: found by itself."""
+    """Number of this process, from 0. Process 0 prints and writes. None: detect it."""
     timeout_seconds: int = 300
-    """Seconds that a process waits at the start for all others to come."""
+    """Seconds to wait at startup for all processes to connect."""
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
@@ -293,40 +318,44 @@ class DistributedArgs:
 class SampleArgs:
     """How text is generated. The defaults are Meta's.
 
-    Logits are changed in this order: penalties, logit_bias, temperature, top_k, top_p of what is left, min_p.
+    Logits are changed in this order: penalties, logit_bias, temperature, top_k, top_p, min_p.
+    top_p applies to the tokens that top_k keeps.
     """
 
     temperature: float = 0.6
-    """Divides the logits; 0 takes the likeliest token always."""
+    """Sampling temperature, which divides the logits. 0: greedy decoding."""
     top_p: float = 0.9
-    """Sample from the likeliest tokens that hold this much probability together (the one that crosses it stays)."""
+    """Sample from the smallest set of likeliest tokens with this much probability (nucleus sampling). 1: from all."""
     top_k: int = 0
-    """Sample from this many of the likeliest tokens; 0: from all."""
+    """Sample from this many of the likeliest tokens. 0: from all."""
     min_p: float = 0.0
-    """Sample from tokens at least this probable, relative to the likeliest one."""
+    """Sample from tokens whose probability is at least this share of the likeliest token's. 0: from all."""
     repetition_penalty: float = 1.0
-    """Divides positive logits, and multiplies negative ones, of tokens in the prompt or the completion; 1: no penalty."""
+    """Divide positive logits, and multiply negative ones, by this if their token is in the prompt or the completion.
+    1: no penalty."""
     presence_penalty: float = 0.0
-    """Taken off the logit of every token that the completion holds already."""
+    """Subtract this from the logits of tokens that the completion already contains."""
     frequency_penalty: float = 0.0
-    """Taken off a token's logit once for each time that the completion holds it."""
+    """Subtract this from a token's logit for each time that the completion contains it."""
     logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
-    """Added to the logits of tokens, by id; -inf forbids one. On the command line: id, bias, id, bias ..."""
+    """Numbers to add to the logits of tokens, by token id. -inf forbids a token. As a flag: id bias id bias ..."""
     stop: tuple[str, ...] = dataclasses.field(default=(), metadata=ESCAPED)
-    r"""Strings that end a completion where it first holds one, wherever tokens begin and end; the completion is cut before it. On the command line one a flag, --stop . --stop '\n', where \n, \r, \t and \\ stand for line feed, carriage return, tab and backslash."""
+    r"""End a completion before the first of these strings. A string may begin or end inside a token.
+    A flag takes one string: --stop . --stop '\n'.
+    The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""
     max_new_tokens: int = 128
-    """Most tokens generated for a prompt; the context may end it before."""
+    """Maximum number of tokens to generate per prompt. The end of the context may stop a completion earlier."""
     n: int = 1
-    """Completions a prompt, each with random numbers of its own."""
+    """Number of completions per prompt, each with its own random numbers."""
     seed: int = 0
-    """Seed of the sampling. A completion depends on its prompt, its seed and its number among the n, and on no other prompt."""
+    """Random seed. A completion depends on its prompt, the seed and its number among the n, not on other prompts."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, list):
             object.__setattr__(self, "stop", tuple(self.stop))
 
     def check(self, prefix: str = "") -> None:
-        """Raise UserError on impossible values, named with ``prefix``."""
+        """Raise UserError on impossible values. ``prefix`` precedes the field's name in the message."""
         ranges: dict[str, tuple[float, float]] = {
             "temperature": (0.0, 1e6),
             "top_p": (_TINY, 1.0),
@@ -351,7 +380,7 @@ class SampleArgs:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A training run."""
+    """The whole configuration of a training run."""
 
     model: ModelArgs = ModelArgs()
     data: DataArgs = DataArgs()
@@ -360,15 +389,15 @@ class Config:
     distributed: DistributedArgs = DistributedArgs()
 
     def check(self) -> None:
-        """Raise UserError where a section, or the sections together, ask for the impossible."""
+        """Raise UserError on impossible values, in a section or between sections."""
         for section in (self.model, self.data, self.train, self.mesh, self.distributed):
             section.check()
 
 
 def load_toml(path: str | Path) -> Config:
-    """Read a configuration; keys that the file leaves out keep their defaults.
+    """Read a configuration from a TOML file. Keys that the file omits keep their defaults.
 
-    Raises UserError on a missing file, broken TOML, an unknown key or a value of the wrong type.
+    Raises UserError on a missing file, invalid TOML, an unknown key or a value of the wrong type.
     """
     path = Path(path)
     try:
@@ -383,7 +412,11 @@ def load_toml(path: str | Path) -> Config:
 
 
 def from_dict(kind: type[T], table: dict[str, Any], source: str, prefix: str = "") -> T:
-    """Build dataclass ``kind`` from nested dicts; ``source`` and ``prefix`` say in errors where a key stands."""
+    """Build a dataclass from nested dicts.
+
+    Error messages name ``source`` and then the key, with ``prefix`` before it. Raises UserError on an unknown key or a
+    value of the wrong type.
+    """
     hints = _hints(kind)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -405,7 +438,7 @@ def from_dict(kind: type[T], table: dict[str, Any], source: str, prefix: str = "
 
 
 def to_toml(config: Any) -> str:
-    """A dataclass of dataclasses as TOML text, every value spelled out (None, which TOML lacks, as a comment)."""
+    """Return a dataclass of dataclasses as TOML text with all values. None, which TOML lacks, becomes a comment."""
     lines = []
     for section in dataclasses.fields(config):
         lines.append(f"[{section.name}]")
@@ -416,14 +449,14 @@ def to_toml(config: Any) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    # JSON's spelling is TOML's for all that fields hold, but for infinities and DEL.
+    # JSON and TOML spell all field values alike, except infinities and DEL.
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as ``hint`` asks; an int stands for a float, nothing else is converted. Raises UserError."""
+    """Return ``value`` if it has the type ``hint``. An int is converted to a float. Raises UserError otherwise."""
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
@@ -441,12 +474,15 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    """Types of a dataclass's fields; thousands of prompts with settings of their own ask for them."""
+    """Return the types of a dataclass's fields.
+
+    Cached, because each of thousands of prompts may bring its own settings.
+    """
     return typing.get_type_hints(kind)
 
 
 def _check_fields(args: Any, prefix: str, ranges: dict[str, tuple[float, float]]) -> None:
-    """Raise UserError where a field of a dataclass has the wrong type, or a number outside its range."""
+    """Raise UserError if a field of a dataclass has the wrong type or a number outside its range (lowest, highest)."""
     for name, hint in _hints(type(args)).items():  # type: ignore[arg-type]
         key, value = prefix + name, getattr(args, name)
         _typed(value, hint, key)

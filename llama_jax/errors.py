@@ -1,4 +1,4 @@
-"""Errors that a user can cause, and how a command line ends on one."""
+"""Errors that a user can fix, and how a command ends on them."""
 
 import contextlib
 import io
@@ -8,34 +8,34 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-# How a command ends, besides 0 (done) and 1 (a plan that does not fit).
-WRONG = 2  # the user can put it right; one line on stderr says how
-STOPPED = 75  # SIGTERM or SIGHUP ended a run, saved; EX_TEMPFAIL of sysexits.h
-LOST = 76  # a run hung, or a process of its job was lost
-INTERRUPTED = 130  # Ctrl-C, as shells have it
+# Exit statuses besides 0 (done) and 1 (a plan that does not fit).
+WRONG = 2  # the user can fix it; one line on stderr says how
+STOPPED = 75  # a run was ended by SIGTERM or SIGHUP, and saved; EX_TEMPFAIL in sysexits.h
+LOST = 76  # a run hung, or lost a process of its job
+INTERRUPTED = 130  # Ctrl-C; the status that shells use
 
 
 class UserError(Exception):
-    """Something the user can put right.
+    """An error that the user can fix.
 
-    The message is one line: the file or key, what was expected, what was found, what to do next.
+    Its message is one line: the file or key, what was expected, what was found and what to do next.
     """
 
     status = WRONG
 
 
 class LostProcess(UserError):
-    """Another process of the job has gone: the same job, started again, goes on from its last checkpoint."""
+    """Another process of the job is gone. Restart the job to resume from its last checkpoint."""
 
     status = LOST
 
 
-# Words in what JAX, Gloo and orbax raise on a process that waits for another one in vain.
+# Text in the errors of JAX, Gloo and orbax when a process waits in vain for another one.
 _LOST = ("Gloo", "oordination service", "CoordinationService", "heartbeat", " barrier.")
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether an error, or what it was raised from, says that another process of the job has gone."""
+    """Return whether an error, or any error that caused it, says that another process of the job is gone."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, LostProcess) or any(words in str(seen) for words in _LOST):
@@ -45,35 +45,35 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 def lost_process(error: BaseException) -> LostProcess:
-    """The error to raise where ``is_lost_process``."""
+    """Return the error to raise in place of ``error``, for which ``is_lost_process`` is true."""
     reason = " ".join(str(error).split())[:160]
     return LostProcess(
         f"distributed: expected all processes of the job to go on, found that this one lost another ({reason}); "
-        "see what that one says, then start all again: the run goes on from its last checkpoint"
+        "see its output, then restart the job, which resumes from its last checkpoint"
     )
 
 
 def quoted(value: object, limit: int = 80) -> str:
-    """A value out of a file, fit to be shown: in ASCII, without control characters, cut at ``limit`` characters."""
+    """Return a value read from a file as printable ASCII, cut to ``limit`` characters."""
     text = ascii(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's ``main``; a UserError ends it with one line on stderr and exit status 2.
+    """Run the ``main`` function of a command. On an error that the user can fix, print one line to stderr and exit.
 
-    ``LLAMA_JAX_DEBUG=1`` in the environment shows the traceback before it.
+    The exit status is the error's (2 for most). Set ``LLAMA_JAX_DEBUG=1`` in the environment to see the traceback.
     """
     sys.unraisablehook = _on_unraisable
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None, where the command was started with it closed
+        if isinstance(stream, io.TextIOWrapper):  # None if the command was started with the stream closed
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output has gone (`sample.py ... | head`): nothing is wrong, and nobody is left to tell.
+        # The reader of our output is gone (`sample.py ... | head`). That is no fault, so exit quietly.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
     except KeyboardInterrupt:
@@ -99,10 +99,13 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Heed a Ctrl-C within a callback of the garbage collector, where Python would only mention it; not the echo of errors."""
+    """Exit on Ctrl-C inside a garbage collector callback, where Python only prints it.
+
+    Drop one known follow-up error.
+    """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _stop(None, "stopped by Ctrl-C", INTERRUPTED)
-    if "Event loop is closed" not in str(unraisable.exc_value):  # orbax's readers, behind one of them that failed
+    if "Event loop is closed" not in str(unraisable.exc_value):  # orbax's readers, after one of them failed
         sys.__unraisablehook__(unraisable)
 
 
@@ -113,5 +116,5 @@ def _stop(error: Exception | None, message: str, status: int) -> NoReturn:
         if sys.stdout is not None:
             sys.stdout.flush()
     print(" ".join(message.split()), file=sys.stderr, flush=True)
-    # Not sys.exit: libraries' threads, still at work, would go on to speak of the same fault, or crash in the ruins.
+    # Not sys.exit: threads of libraries that are still running would report the same fault again, or crash.
     os._exit(status)

@@ -33,39 +33,53 @@ from llama_jax.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Print one JSON line: loss (nats a token), perplexity, bits_per_byte, tokens, bytes, lost_share, window, stride, bos.
+    """Score a text and print one JSON line.
 
-    lost_share is the share of the text's bytes that the tokenizer does not give back; where there are any, bits_per_byte is null.
+    It holds loss (nats per token), perplexity, bits_per_byte, tokens, bytes, lost_share, window, stride and bos.
+    lost_share is the share of the text's bytes that the tokenizer does not restore. bits_per_byte is null unless it is
+    0.
     """
 
     ckpt: str = ""
     """A run folder (its best step), a step folder, or a converted checkpoint."""
     text: str = ""
-    """A text file, a folder or a glob; files are joined, each behind a BOS."""
+    """A text file, a folder or a glob. Files are joined, with a BOS before each."""
     as_text: bool = False
-    """Take the files as plain text whatever they hold: JSON lines, HTML, bytes that are not UTF-8 (each is read as U+FFFD)."""
+    """Read files as plain text even if they look like something else, such as JSON lines or HTML.
+    Bytes that are not UTF-8 become U+FFFD."""
     window: int = 0
-    """Positions in a forward pass. 0: the model's context."""
+    """Number of positions in a forward pass. 0: the model's context."""
     stride: int = 0
-    """Positions that a window moves on; less than the window gives every token more context. 0: the window."""
+    """Number of positions between the starts of two windows. A stride below the window gives each token more context.
+    0: the window."""
     batch_size: int = 8
-    """Windows at a time."""
+    """Number of windows in a forward pass."""
     compute_dtype: DType = "auto"
-    """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU."""
+    """Data type of activations and matmuls. auto: bfloat16 on TPU and GPU, float32 on CPU."""
     weights: Weights = "auto"
-    """Score with the values that quantized matrices have (int8, int4, int4-64); auto: as they are stored."""
+    """Quantization of the matrices: int8, int4 or int4-64. auto: as stored."""
     cache: Cache = "auto"
-    """int8: score token by token, each reading the keys and values before it as a cache of int8 holds them; it takes longer."""
+    """Quantization of keys and values. int8: score token by token, each against an int8 cache, which is slower.
+    auto: none."""
 
 
 def evaluate(
     model: Model, text: str | Path, window: int = 0, stride: int = 0, batch_size: int = 8, as_text: bool = False
 ) -> dict[str, Any]:
-    """Score every token of a text once (BOS, which begins each file, is not scored and EOS is not added).
+    """Score every token of a text once. BOS, which begins each file, is not scored; EOS is not added.
 
-    A model with a quantized cache is scored as it generates, token by token; any other, a window at a time.
-    as_text: take files that do not look like text. Raises UserError where the text is missing or empty, or looks like something
-    else, the window does not fit the model, or a loss is not finite.
+    A model with a quantized cache is scored token by token, as it generates. Other models are scored window by window.
+
+    Arguments:
+        model: the model to evaluate.
+        text: a text file, a folder or a glob.
+        window: positions in a forward pass. 0: the model's context.
+        stride: positions between the starts of two windows. 0: the window.
+        batch_size: windows in a forward pass.
+        as_text: also read files that do not look like text.
+
+    Returns the object that the command prints (see EvaluateArgs). Raises UserError if the text is missing, empty or not
+    text, if the window does not fit the model, or if a loss is not finite.
     """
     context = model.args.max_seq_len
     window, stride = window or context, stride or window or context
@@ -110,7 +124,10 @@ def evaluate(
 
 
 def _read(filepath: str, tokenizer: Tokenizer, as_text: bool) -> tuple[np.ndarray, np.ndarray, Losses]:
-    """Token ids of all files, which of them are scored (all but BOS), and what the tokenizer lost. Says on stderr what is odd."""
+    """Read all files. Return the token ids, which of them to score (all but BOS), and the tokenizer's losses.
+
+    Notes and warnings go to stderr.
+    """
     paths, notes = find_files(filepath, "--text", as_text)
     ids: list[np.ndarray] = []
     corpus = Corpus(paths, b"", train_size=1.0, any_bytes=as_text)
@@ -130,7 +147,7 @@ def _read(filepath: str, tokenizer: Tokenizer, as_text: bool) -> tuple[np.ndarra
 
 
 def _windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Start of each window, and the range of positions that it scores: together all of 0 .. count - 1, each once."""
+    """Yield (start of a window, first position to score, end). Each position of 0 .. count - 1 is scored once."""
     start = done = 0
     while done < count:
         end = min(start + window, count)
@@ -145,7 +162,7 @@ _loss_sum = jax.jit(loss_sum, static_argnames=("model",))
 def _loss_sum_over_cache(
     model: Llama, params: Any, inputs: ArrayLike, targets: ArrayLike, weights: ArrayLike, cache_dtype: Any
 ) -> jax.Array:
-    """``loss_sum`` of tokens that are fed one by one, each row's over a cache of its own; ``params`` in the form for generation (serving.py)."""
+    """Return ``loss_sum`` of tokens fed one at a time over a cache. ``params`` are in the form for generation."""
     B, T = jnp.shape(inputs)
 
     def step(cache: KVCache, now: tuple[jax.Array, ...]) -> tuple[KVCache, jax.Array]:
@@ -159,7 +176,7 @@ def _loss_sum_over_cache(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command."""
     args = parse_flags(EvaluateArgs, sys.argv[1:], EvaluateArgs(), "python -m llama_jax.evaluate", __doc__ or "")
     for name in ("ckpt", "text"):
         if not getattr(args, name):

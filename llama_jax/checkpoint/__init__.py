@@ -1,16 +1,16 @@
-"""The one checkpoint form: a folder that holds all that a model needs to run, written by orbax.
+"""The checkpoint format: a folder, written by orbax, that holds all that a model needs to run.
 
-    <step>/params/                  the parameters (model.py's tree, float32 from training; or quantized, as generation holds them)
-    <step>/model/model.json         the model arguments; "weights", where they are quantized
+    <step>/params/                  the parameters: model.py's tree in float32, or quantized
+    <step>/model/model.json         the model arguments, and "weights" if they are quantized
     <step>/model/tokenizer.model    the tokenizer
-    <step>/model/origin.json        the run that made it, and the text that it was trained on; of a run
-    <step>/state/                   the optimizer's state; only in checkpoints that training can resume from
-    <step>/metrics/metrics          the held-out loss; of an evaluated step
-    <step>/checksums.json           a checksum of every other file, written last: a checkpoint without it is not whole
+    <step>/model/origin.json        the run that made it and its training text, if a run made it
+    <step>/state/                   the optimizer's state, if training can resume from it
+    <step>/metrics/metrics          the held-out loss, if the step was evaluated
+    <step>/checksums.json           checksums of all other files, written last to mark the checkpoint as complete
 
-A run folder holds such folders under checkpoints/, or a file of that name that says where they lie (see ``checkpoints_of``).
-Orbax writes each under a temporary name and renames it; in object storage, where nothing is renamed, it adds the file
-commit_success.txt instead. Checkpoints from before there were checksums are whole without them.
+A run folder holds such folders under checkpoints/, or has a file of that name with their location (see
+``checkpoints_of``). Orbax writes each under a temporary name and renames it. Object storage cannot rename, so there it
+adds the file commit_success.txt instead. Checkpoints of earlier versions are complete without checksums.
 """
 
 import contextlib
@@ -35,24 +35,24 @@ from llama_jax.storage import checksums
 from llama_jax.storage.locations import absolute, children, is_remote, location, user_errors
 from llama_jax.tokenizer import Tokenizer
 
-# When a save fails, orbax raises the first error, which is told (see storage.py), and logs it as well, traceback and all; and it
-# leaves its other futures unread, which asyncio would log as the process ends.
+# If a save fails, orbax raises the first error, which is reported (see locations.py), and also logs it with a
+# traceback. It never reads its other futures, which asyncio would log when the process ends.
 for name in ("asyncio", "absl"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 COMMITTED = "commit_success.txt"
 ORIGIN = "origin.json"
-# The key of model.json that says that checksums.json is written last.
+# The key of model.json which says that checksums.json is written last.
 PROMISE = "checksums"
 DAMAGED = "use another copy of it, or another step"
 
 
 class ModelFilesHandler(ocp.CheckpointHandler):
-    """Orbax handler that writes the small files beside the arrays; they are read without orbax."""
+    """An orbax handler that writes the small files next to the arrays. They are read without orbax."""
 
     def save(self, directory: Any, args: "ModelFiles") -> None:
-        """Write the files into ``directory``, from process 0."""
+        """Write the files into ``directory`` on process 0."""
         if jax.process_index():
             return
         folder = epath.Path(directory)
@@ -63,14 +63,14 @@ class ModelFilesHandler(ocp.CheckpointHandler):
             (folder / ORIGIN).write_text(json.dumps(args.origin, indent=1))
 
     def restore(self, directory: Any, args: Any = None) -> None:
-        """Not used: see ``Checkpoint``."""
+        """Not used; ``Checkpoint`` reads the files."""
         raise NotImplementedError
 
 
 @ocp.args.register_with_handler(ModelFilesHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class ModelFiles(ocp.args.CheckpointArgs):
-    """What ModelFilesHandler writes."""
+    """The arguments of ModelFilesHandler."""
 
     model: ModelArgs
     tokenizer: Tokenizer
@@ -80,19 +80,19 @@ class ModelFiles(ocp.args.CheckpointArgs):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: its folder, its model arguments and its tokenizer. Arrays are read by ``restore``."""
+    """A checkpoint on disk: folder, model arguments and tokenizer. ``restore`` reads the arrays."""
 
     folder: Path
     args: ModelArgs
     tokenizer: Tokenizer
     weights: Weights = "auto"
-    """How its matrices are quantized; auto: they are not."""
+    """The quantization of its matrices. auto: none."""
 
     @classmethod
     def find(cls, path: str | Path) -> "Checkpoint":
-        """Open a run folder or a folder of steps (its best, or else its last), a step folder or a converted checkpoint.
+        """Open a run folder or folder of steps (the best step, else the last), a step folder or a converted checkpoint.
 
-        Raises UserError where ``path`` is none of these.
+        Raises UserError if ``path`` is none of these.
         """
         path = location(path)
         found = children(path)
@@ -104,7 +104,7 @@ class Checkpoint:
             folder = path if is_checkpoint else _best_step(path, found)
             if is_checkpoint and (missing := _missing_mark(folder)):
                 raise UserError(
-                    f"{folder}: expected a whole checkpoint, found no {missing} in it, which is added last; choose another "
+                    f"{folder}: expected a whole checkpoint, found no {missing} in it, which is written last; choose another "
                     "step, or wait until it is saved"
                 )
             source = folder / "model" / "model.json"
@@ -113,7 +113,7 @@ class Checkpoint:
                 if not isinstance(table, dict):
                     raise ValueError("not an object")
             except (OSError, ValueError) as error:
-                if not (folder / "model").is_dir():  # steps of another project
+                if not (folder / "model").is_dir():  # another project's steps
                     raise UserError(f"{folder}: expected a checkpoint of this project, {found_in(folder)}") from None
                 raise UserError(f"{source}: expected the model arguments of a checkpoint, found {error}") from None
         table.pop(PROMISE, None)
@@ -127,14 +127,14 @@ class Checkpoint:
         tokenizer = Tokenizer(folder / "model" / "tokenizer.model")
         if tokenizer.vocab_size != args.vocab_size:
             raise UserError(
-                f"{source}: expected vocab_size {tokenizer.vocab_size} as its tokenizer has, found {args.vocab_size}"
+                f"{source}: expected vocab_size {tokenizer.vocab_size}, the size of its tokenizer, found {args.vocab_size}"
             )
         return cls(folder, args, tokenizer, weights)
 
     def chosen(self, weights: Weights) -> Weights:
-        """How matrices are to be quantized where ``weights`` is asked for; auto: as they are stored.
+        """Return the quantization to use if ``weights`` is requested. auto: as stored.
 
-        Raises UserError where they are stored in another way.
+        Raises UserError if the matrices are stored with another quantization.
         """
         if self.weights == "auto" or weights == self.weights:
             return weights
@@ -146,7 +146,10 @@ class Checkpoint:
         )
 
     def check_plain(self, what: str) -> None:
-        """Raise UserError where the matrices are quantized, which ``what`` cannot use."""
+        """Raise UserError if the matrices are quantized.
+
+        ``what`` names the user of the checkpoint that needs plain ones.
+        """
         if self.weights != "auto":
             raise UserError(
                 f"{what}: expected a checkpoint that is not quantized, found {self.weights} in {self.folder}; "
@@ -154,11 +157,14 @@ class Checkpoint:
             )
 
     def verified(self) -> contextlib.AbstractContextManager[None]:
-        """Verify the checksums of all files beside the block, which reads them. Raises UserError where a file is damaged."""
+        """Verify all files' checksums in parallel to the block, which reads them.
+
+        Raises UserError if a file is damaged.
+        """
         return checksums.verified(self.folder, DAMAGED)
 
     def arrays(self, item: str) -> dict[str, jax.ShapeDtypeStruct]:
-        """The arrays of ``item`` by name, none where it is not there. Raises UserError where they cannot be read."""
+        """Return the arrays of ``item`` by name, empty if it is missing. Raises UserError if they cannot be read."""
         folder = self.folder / item
         if not folder.is_dir():
             return {}
@@ -168,14 +174,14 @@ class Checkpoint:
     def restore(self, item: str, target: Any) -> Any:
         """Read ``item`` ("params" or "state") into ``target``, a tree of ShapeDtypeStructs with shardings.
 
-        Raises UserError where the files do not hold just these arrays.
+        Raises UserError if the files hold other arrays.
         """
         folder = self._holding(item, target)
         with user_errors(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(absolute(folder), target)
 
     def restore_one_by_one(self, item: str, target: Any) -> Iterator[tuple[KeyPath, jax.Array]]:
-        """What ``restore`` reads, array by array with their paths, the largest first. Raises UserError likewise."""
+        """Yield the arrays of ``restore`` with their paths one by one, the largest first. Raises UserError likewise."""
         folder = self._holding(item, target)
         with user_errors(folder, "read"), ocp.PyTreeCheckpointer() as checkpointer:
             for path, shape in sorted(tree_leaves_with_path(target), key=lambda leaf: -leaf[1].size):
@@ -188,7 +194,7 @@ class Checkpoint:
                 yield path, array
 
     def _holding(self, item: str, target: Any) -> Path:
-        """The folder of ``item``. Raises UserError where it does not hold just the arrays of ``target``."""
+        """Return the folder of ``item``. Raises UserError if it holds other arrays than ``target``."""
         folder = self.folder / item
         if not folder.is_dir():
             raise UserError(
@@ -198,7 +204,7 @@ class Checkpoint:
         return folder
 
     def open_array(self, name: str) -> TensorStore:
-        """Parameter ``name`` ("layers/attention/wq"), to be read region by region. Raises UserError where it is not there."""
+        """Open parameter ``name`` ("layers/attention/wq") for reading by region. Raises UserError if it is missing."""
         with user_errors(self.folder / "params", "read"):
             return open_array(self.folder / "params", name)
 
@@ -213,37 +219,40 @@ def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
 def _check_shapes(
     folder: Path, found: dict[str, jax.ShapeDtypeStruct], expected: dict[str, jax.ShapeDtypeStruct]
 ) -> None:
-    """Raise UserError, which names the array, where those found in ``folder`` are not those expected."""
+    """Raise a UserError that names the array if those found in ``folder`` differ from those expected."""
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             raise UserError(
                 f"{folder}: expected the array {name}, found none; files of this checkpoint are missing or damaged"
             )
         if name not in expected or found[name].shape != expected[name].shape:
-            shape = f"of shape {list(expected[name].shape)}" if name in expected else "to be none of it"
+            shape = f"of shape {list(expected[name].shape)}" if name in expected else "to be absent"
             raise UserError(
                 f"{folder}: expected the array {name} {shape}, found {list(found[name].shape)}; this is a checkpoint of another model"
             )
 
 
 def key_name(key: Any) -> str:
-    """A part of a path: of a dict, a tuple or a named tuple; orbax restores all as dicts and lists."""
+    """Return a component of a path as text. Orbax restores dicts, tuples and named tuples as dicts and lists."""
     return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
 
 
 def checkpoints_of(run: Path) -> Path:
-    """Where a run's checkpoints lie: in its folder checkpoints/, or where a file of that name says."""
+    """Return where a run's checkpoints are: in its folder checkpoints/, or where a file of that name says."""
     here = run / "checkpoints"
     return location(here.read_text().strip()) if here.is_file() else here
 
 
 def steps_of(run: Path) -> list[int]:
-    """Steps of the whole checkpoints of a run, ascending. Raises UserError where they cannot be found out."""
+    """Return the steps of a run's complete checkpoints, ascending. Raises UserError if they cannot be listed."""
     return steps_in(checkpoints_of(run))
 
 
 def steps_in(store: Path) -> list[int]:
-    """Steps of the whole checkpoints in a folder of steps, ascending. Raises UserError where they cannot be found out."""
+    """Return the steps of the complete checkpoints in a folder, ascending.
+
+    Raises UserError if they cannot be listed.
+    """
     return _steps_in(store, children(store))
 
 
@@ -253,12 +262,12 @@ def _steps_in(folder: Path, found: Sequence[Path]) -> list[int]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint, which is not under a temporary name, was saved to its end."""
+    """Return whether a checkpoint without a temporary name was saved completely."""
     return not _missing_mark(folder)
 
 
 def _missing_mark(folder: Path) -> str:
-    """The file that is written last and is missing; empty where the checkpoint is whole."""
+    """Return the name of the marker file that is missing, or "" if the checkpoint is complete."""
     if is_remote(folder) and not (folder / COMMITTED).exists():
         return COMMITTED
     if (folder / checksums.NAME).exists():
@@ -266,11 +275,11 @@ def _missing_mark(folder: Path) -> str:
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         if json.loads((folder / "model" / "model.json").read_text())[PROMISE]:
             return checksums.NAME
-    return ""  # of before there were checksums
+    return ""  # an earlier version, without checksums
 
 
 def _best_step(path: Path, found: Sequence[Path]) -> Path:
-    """The best step, or else the last, of a run folder or of a folder of steps, ``path``, in which ``found`` lies."""
+    """Return the best step, else the last, of the run folder or folder of steps ``path``, which contains ``found``."""
     is_of_steps = any(child.name.isdecimal() for child in found)
     folder = path if is_of_steps else checkpoints_of(path)
     steps = _steps_in(folder, found if is_of_steps else children(folder))
@@ -284,7 +293,7 @@ def _best_step(path: Path, found: Sequence[Path]) -> Path:
 
 
 def losses_of(store: Path, steps: Sequence[int]) -> dict[int, float]:
-    """The held-out losses of those of ``steps`` that were evaluated."""
+    """Return the held-out losses of the steps that were evaluated."""
     losses = {}
     for step in steps:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -295,9 +304,10 @@ def losses_of(store: Path, steps: Sequence[int]) -> dict[int, float]:
 def save_checkpoint(
     folder: Path, params: Any, model: ModelArgs, tokenizer: Tokenizer, weights: Weights = "auto"
 ) -> None:
-    """Write a checkpoint without optimizer state, as converters do; arrays may be StoredArrays.
+    """Write a checkpoint without optimizer state, as converters do.
 
-    weights: how the matrices of ``params`` are quantized. Raises UserError where ``folder`` exists.
+    Leaves of ``params`` are arrays or ArrayOnDisk. ``weights`` is their quantization. Raises UserError if ``folder``
+    exists.
     """
     if folder.exists():
         raise UserError(f"{folder}: expected a new folder, found one that exists; choose another")

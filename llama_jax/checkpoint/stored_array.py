@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint that are read and written region by region: of any size, in little memory."""
+"""Arrays of a checkpoint that are read and written by region, so that large ones need little memory."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from llama_jax.storage.locations import kvstore
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArrayOnDisk:
-    """An array that has been written to ``folder``; saving it in a checkpoint moves the folder there."""
+    """An array in ``folder``. Saving it in a checkpoint moves the folder there."""
 
     folder: Path
     shape: tuple[int, ...]
@@ -24,23 +24,26 @@ class ArrayOnDisk:
 
 
 def create_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]) -> ts.TensorStore:
-    """A new zarr array in ``folder``, to be written region by region: ``create_array(...)[0, :8].write(rows).result()``.
+    """Create a zarr array in ``folder``, to be written by region.
 
-    It is stored in ``chunks``, a file each. A region should be made of whole ones: a part of one is read before it is written.
+    Each chunk of shape ``chunks`` is a file. Regions should consist of whole chunks, since a chunk that is written in
+    part is read first.
+
+    Example: create_array(...)[0, :8].write(rows).result()
     """
     name = dtype.name if dtype.kind == "V" else dtype.newbyteorder("<").str
-    # Zarr gives four bits a byte; compressed, they take less than half of one.
+    # Zarr stores a 4-bit number in a byte. Compressed, it takes less than half a byte.
     compressor = {"id": "zstd", "level": 1} if dtype.name == "int4" else None
     metadata = {"shape": shape, "chunks": chunks, "dtype": name, "compressor": compressor}
-    # Zeros are stored as well, so that a chunk that is missing is an error to whoever reads it.
+    # Chunks of zeros are stored, too, so that a missing chunk is an error for readers.
     spec = {"driver": "zarr", "kvstore": kvstore(folder), "metadata": metadata, "store_data_equal_to_fill_value": True}
     return ts.open(spec, create=True, open=True).result()
 
 
 def open_array(folder: Path, name: str) -> ts.TensorStore:
-    """Array ``name`` ("layers/attention/wq") of the tree that orbax saved in ``folder``, to be read region by region.
+    """Open array ``name`` ("layers/attention/wq") of the tree that orbax saved in ``folder``, to be read by region.
 
-    Raises ValueError or OSError where it is not there.
+    Raises ValueError or OSError if it is missing.
     """
     saved = json.loads((folder / "_METADATA").read_text())
     key = name.replace("/", ".")
@@ -54,10 +57,10 @@ def open_array(folder: Path, name: str) -> ts.TensorStore:
 
 
 class StoredArrayHandler(ocp.type_handlers.TypeHandler):
-    """Has orbax take StoredArrays into a checkpoint, from which it restores them as it does all other arrays."""
+    """Lets orbax save ArrayOnDisk leaves. They are restored like all other arrays."""
 
     def typestr(self) -> str:
-        """What the saved arrays are known as."""
+        """Return the type under which the arrays are saved."""
         return "jax.Array"
 
     async def serialize(self, values: Sequence[ArrayOnDisk], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
@@ -70,16 +73,16 @@ class StoredArrayHandler(ocp.type_handlers.TypeHandler):
             value.folder.rename(info.path)
 
     async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
-        """Not used: they are restored as plain arrays."""
+        """Not used; the arrays are restored as plain ones."""
         raise NotImplementedError
 
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
-        """Not used: they are restored as plain arrays."""
+        """Not used; the arrays are restored as plain ones."""
         raise NotImplementedError
 
 
 def saver_of_stored_arrays() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler for trees of arrays, some or all of them StoredArrays."""
+    """Return orbax's handler for trees with ArrayOnDisk leaves."""
     registry = ocp.type_handlers.create_type_handler_registry(
         (ArrayOnDisk, StoredArrayHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
     )

@@ -1,1 +1,1 @@
-"""What the commands share: flags, progress bars, and how a command stops."""
+"""Shared by the commands: flags, progress bars, and stopping on signals."""

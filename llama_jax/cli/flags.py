@@ -1,4 +1,4 @@
-"""Command lines: dataclass fields as flags, by tyro, with errors in one line."""
+"""Command lines: dataclass fields as flags, by tyro, with one-line errors."""
 
 import contextlib
 import dataclasses
@@ -15,33 +15,33 @@ T = TypeVar("T")
 
 
 def parse_flags(kind: type[T], argv: Sequence[str] | None, default: T, prog: str, description: str) -> T:
-    """Read command-line flags over ``default``, by tyro; ``--help`` prints the help and exits with status 0.
+    """Read command-line flags over ``default`` with tyro. ``--help`` prints the help and exits with status 0.
 
-    A flag of several values is read here, before tyro, which would take all words that follow: it may be given several times,
-    and takes no argument that belongs to no flag (``_take_lists``). Raises UserError, in one line, on an unknown flag or a value
-    of the wrong type.
+    Flags with several values are read here first (``_take_lists``), because tyro would let them take all words that
+    follow. They may be repeated, and they take no argument that belongs to no flag. Raises a one-line UserError on an
+    unknown flag or a value of the wrong type.
     """
     import tyro
 
     args = list(sys.argv[1:] if argv is None else argv)
     args, default = _take_lists(kind, args, default)
-    heard = io.StringIO()
+    panel = io.StringIO()
     try:
-        with contextlib.redirect_stderr(heard):
+        with contextlib.redirect_stderr(panel):
             return tyro.cli(kind, args=args, default=default, prog=prog, description=description)
     except SystemExit as stop:
         if not stop.code:
             raise
-        message = _one_line(heard.getvalue())
+        message = _one_line(panel.getvalue())
         if re.match("-[^-]", message) and _has_positional(kind):
             message += "; put -- before a text that begins with a hyphen"
         raise UserError(f"{message}; `{prog} --help` lists all flags") from None
 
 
 def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of ``--name FILE`` or ``--name=FILE``, None where it is not given, and the arguments without it.
+    """Return the value of ``--name FILE`` or ``--name=FILE``, or None, and the other arguments.
 
-    Raises UserError where it has no value, or is given twice.
+    Raises UserError if the value is missing or the option is given twice.
     """
     found, rest = None, []
     words = iter(argv)
@@ -63,26 +63,28 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def unescape(text: str) -> str:
-    r"""``text`` of a flag with what a shell cannot easily spell: ``\n``, ``\r``, ``\t`` and ``\\`` are taken for line feed, carriage
-    return, tab and one backslash. Any other backslash stays as it is."""
+    r"""Return ``text`` with the escapes ``\n``, ``\r``, ``\t`` and ``\\`` replaced, which are hard to type in a shell.
+
+    Any other backslash stays.
+    """
     return re.sub(r"\\([nrt\\])", lambda escape: _ESCAPES[escape[1]], text)
 
 
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
-# A field of a dataclass with this metadata is a flag whose text is unescaped; it is a plain string everywhere else.
+# The metadata of a dataclass field whose flag is unescaped. In TOML and Python it is a plain string.
 ESCAPED = {"escaped": True}
 
 
 class _Flag(NamedTuple):
     """A flag, and the field that it sets."""
 
-    path: tuple[str, ...]  # names of the field and of the sections that it is in
+    path: tuple[str, ...]  # names of the sections and of the field
     hint: Any
     escaped: bool
 
 
 def _flags_of(kind: Any, prefix: str = "", path: tuple[str, ...] = ()) -> Iterator[tuple[str, _Flag]]:
-    """All flags of a dataclass of dataclasses, by name."""
+    """Yield all flags of a dataclass of dataclasses with their names."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint, *notes = typing.get_args(hints[field.name]) if _is_annotated(hints[field.name]) else (hints[field.name],)
@@ -111,10 +113,10 @@ def _has_positional(kind: Any) -> bool:
 
 
 def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[str], T]:
-    """``argv`` without the flags of several values, and ``default`` with their values; texts that have escapes are unescaped.
+    """Return ``argv`` without flags of several values, and ``default`` with their values. Escapes are resolved.
 
-    Such a flag takes one group of values (one, or a key and its value) and then as many more as are of its type. Of a command
-    that has arguments without flags, one of plain texts takes one: ``--stop . --stop ! "Once upon a time"``.
+    Such a flag takes one group of values (a value, or a key and its value) and then as many more as have its type. In a
+    command with positional arguments, a flag of plain texts takes one: ``--stop . --stop ! "Once upon a time"``.
     """
     flags, one_text = dict(_flags_of(kind)), _has_positional(kind)
     lists: dict[str, list[tuple[Any, ...]]] = {}
@@ -151,7 +153,7 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
 def _take_groups(
     name: str, words: list[str], types: tuple[Any, ...], first_is_given: bool, one_text: bool
 ) -> Iterator[tuple[Any, ...]]:
-    """Take groups of values off the front of ``words``. Raises UserError where there is none."""
+    """Take groups of values from the front of ``words``. Raises UserError if there is none."""
     expected = " and ".join(_words_of(kind) for kind in types)
     group = _group(words, types, first_is_given)
     if group is None:
@@ -165,7 +167,10 @@ def _take_groups(
 
 
 def _group(words: Sequence[str], types: tuple[Any, ...], first_is_given: bool) -> tuple[Any, ...] | None:
-    """The values at the front of ``words``; None where they are not of these types. first_is_given: by ``--flag=value``."""
+    """Return the values at the front of ``words``, or None if they have other types.
+
+    ``first_is_given``: the first one was given as ``--flag=value``.
+    """
     if len(words) < len(types):
         return None
     values = []
@@ -185,7 +190,7 @@ def _group(words: Sequence[str], types: tuple[Any, ...], first_is_given: bool) -
 
 
 def _element_types(hint: Any) -> tuple[Any, ...] | None:
-    """The types of a group of values of a flag that takes several groups; None for other flags."""
+    """Return the types of a group of values if a flag takes several groups, else None."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is dict:
         return arguments
@@ -195,7 +200,7 @@ def _element_types(hint: Any) -> tuple[Any, ...] | None:
 
 
 def _is_flag(word: str) -> bool:
-    """Whether a word looks like a flag: it begins with a hyphen, and is neither a number nor a text of several words."""
+    """Return whether a word looks like a flag: it starts with a hyphen, and is neither a number nor several words."""
     if not word.startswith("-") or word == "-" or " " in word:
         return False
     try:
@@ -206,7 +211,7 @@ def _is_flag(word: str) -> bool:
 
 
 def _switch(name: str, value: str) -> str:
-    """``--name=true`` and ``--name=false`` as tyro spells them."""
+    """Return ``--name=true`` or ``--name=false`` in tyro's spelling. Raises UserError on another value."""
     if value.lower() not in ("true", "false"):
         raise UserError(f"{name}: expected no value, true or false, found {value!r}")
     section, dot, field = name.removeprefix("--").rpartition(".")
@@ -214,7 +219,7 @@ def _switch(name: str, value: str) -> str:
 
 
 def _with(section: Any, path: tuple[str, ...], value: Any) -> Any:
-    """A dataclass of dataclasses with another value at ``path``."""
+    """Return a dataclass of dataclasses with ``value`` at ``path``."""
     if len(path) > 1:
         value = _with(getattr(section, path[0]), path[1:], value)
     return dataclasses.replace(section, **{path[0]: value})
@@ -226,7 +231,7 @@ def _words_of(kind: Any) -> str:
     return {str: "a text", int: "a whole number", float: "a number"}.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
 
-# tyro's messages, and the same in the words of all others here.
+# tyro's messages, and our wording of them.
 _FLAG_ERRORS = (
     (r"Error parsing (\S+): .*?('.*'|\[.*\]).*", r"\1: expected {kind}, found \2"),
     (r"invalid choice ('.*') for argument '(\S+)'\. Expected one of \((.*?)\).*", r"\2: expected one of \3, found \1"),
@@ -243,13 +248,13 @@ _KINDS = {
 
 
 def _one_line(panel: str) -> str:
-    """The message of tyro's framed error panel, and the flag that it proposes, in one line."""
+    """Return the message of tyro's framed error panel, and the flag that it proposes, as one line."""
     lines = [line.strip("╭╮╰╯│─ ") for line in panel.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines[1:]:
         parts.append([]) if not line else parts[-1].append(line)
     message = " ".join(parts[0]) or " ".join(filter(None, lines))
-    # The second line of a hint is the flag with the kind of its value.
+    # The second line of a hint is the flag and the kind of its value.
     flags = {part[0].split(":")[0]: part[1] for part in parts[1:] if len(part) > 1}
     kind = flags.get("Argument helptext", "").partition(" ")[2]
     for pattern, words in _FLAG_ERRORS:

@@ -1,4 +1,4 @@
-"""How far long work has come, and how amounts and times are written."""
+"""Progress bars, and how times and sizes are written."""
 
 import math
 import time
@@ -7,10 +7,11 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar on standard error, where that is a terminal; elsewhere a line on standard output every so many seconds.
+    """A progress bar on standard error if that is a terminal, else a line on standard output every ``SECONDS``.
 
-    So standard error, where nobody watches it, holds errors alone.
+    So without a terminal, standard error holds only errors.
 
+    Example:
         with Progress("converting", total=size, unit="B") as progress:
             progress.update(len(block))
     """
@@ -34,12 +35,12 @@ class Progress:
         self._bar.close()
 
     def note(self, text: str) -> None:
-        """Show ``text`` beside the bar from now on."""
+        """Show ``text`` next to the bar from now on."""
         self._note = text
         self._bar.set_postfix_str(text, refresh=False)
 
     def update(self, count: int = 1) -> None:
-        """``count`` more units are done."""
+        """Count ``count`` more units as done."""
         self._done += count
         self._bar.update(count)
         now = time.monotonic()
@@ -59,14 +60,14 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """90 -> "1 min 30 s"."""
+    """Return seconds as text: 90 -> "1 min 30 s"."""
     minutes, seconds = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (f"{hours} h " if hours else "") + (f"{minutes} min " if minutes else "") + f"{seconds} s"
 
 
 def bytes_text(count: float) -> str:
-    """13476939616 -> "13.48 GB"."""
+    """Return a size as text: 13476939616 -> "13.48 GB"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:,.2f} {unit}"

@@ -1,7 +1,7 @@
-"""Ending a run on a signal: SIGTERM, SIGHUP (a closed terminal) and Ctrl-C, at any moment of a run, once or many times.
+"""Stops a run on SIGTERM, SIGHUP (a closed terminal) or Ctrl-C, at any moment and however often they arrive.
 
-A run that has nothing to save ends at once, even while its main thread waits for a compiler. From the first step on a signal
-is noted, and the training loop saves and leaves after the step under way. A second signal changes nothing.
+A run that has nothing to save ends at once, even while its main thread waits for a compiler. From the first step on, a
+signal is noted, and the training loop saves and exits after the current step. A second signal changes nothing.
 """
 
 import contextlib
@@ -15,29 +15,30 @@ from typing import IO, Any, Literal
 from llama_jax.errors import INTERRUPTED, STOPPED
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP", signal.SIGINT: "Ctrl-C"}
-# What a signal does now: end the process, as nothing would be lost; be noted; or nothing, as the run has ended.
+# What a signal does: end the process (leave), be noted for the training loop (note), or nothing (ignore).
 Mode = Literal["leave", "note", "ignore"]
 
 
 def status_of(number: int) -> int:
-    """The exit status of a run that a signal ended, saved."""
+    """Return the exit status of a run that a signal ended after saving."""
     return INTERRUPTED if number == signal.SIGINT else STOPPED
 
 
 class StopSignals:
     """Notes the signals that end a run.
 
-    with StopSignals() as signals:
-        ...                     # a signal ends the process here
-        signals.set_mode("note")
-        while not signals.received: ...
+    Signals that were ignored before, as under nohup, stay ignored. Outside the main thread nothing changes, because
+    Python handles signals only there.
 
-    Signals that were ignored before, as under nohup, stay so. Outside the main thread nothing is changed: Python lets no
-    other thread handle signals.
+    Example:
+        with StopSignals() as signals:
+            ...                     # a signal ends the process here
+            signals.set_mode("note")
+            while not signals.received: ...
     """
 
     def __init__(self, at_exit: bool = False) -> None:
-        """at_exit: the process ends behind the block, and signals are ignored from there on."""
+        """``at_exit``: the process ends after the block, and signals are ignored from then on."""
         self.received = 0
         self._at_exit = at_exit
         self.before_leaving: list[Callable[[], object]] = []
@@ -52,7 +53,7 @@ class StopSignals:
             return self
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
-        # The C handler writes the signal's number there at once, whatever the main thread is doing.
+        # The C handler writes the signal's number into the pipe at once, whatever the main thread is doing.
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True).start()
         for number in NAMES:
@@ -66,15 +67,15 @@ class StopSignals:
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_IGN if self._at_exit else handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._pipe[1])  # the thread reads the end, and closes its own side
+        os.close(self._pipe[1])  # the thread then reads the end of the pipe and closes its side
 
     @property
     def name(self) -> str:
-        """The signal that was received, in words; empty where there was none."""
+        """The name of the signal received, or ""."""
         return NAMES.get(self.received, "")  # type: ignore[call-overload]
 
     def set_mode(self, mode: Mode) -> None:
-        """Say what a signal does from now on."""
+        """Set what a signal does from now on."""
         with self._lock:
             self._mode = mode
 
@@ -96,11 +97,11 @@ class StopSignals:
                 _tell(f"{self.name}: the run saves after this step and ends")
 
     def _leave(self) -> None:
-        _tell(f"stopped by {self.name}, with nothing to save yet; the same command begins again where this one did")
+        _tell(f"stopped by {self.name} with nothing to save yet; rerun the same command to start again")
         for act in self.before_leaving:
             with contextlib.suppress(Exception):
                 act()
-        # Not sys.exit: the main thread may be deep in a compiler.
+        # Not sys.exit, because the main thread may be inside a compiler.
         os._exit(status_of(self.received))
 
 
@@ -111,7 +112,7 @@ def _tell(text: str) -> None:
 
 @contextlib.contextmanager
 def output_may_vanish() -> Iterator[None]:
-    """Within the block a terminal that was closed, or a reader that has gone, costs the output and not the run."""
+    """Let the block survive a closed terminal or a reader that is gone. Only the output is lost."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (None if stream is None else _Sturdy(stream) for stream in before)  # type: ignore[assignment]
     try:
@@ -121,7 +122,7 @@ def output_may_vanish() -> Iterator[None]:
 
 
 class _Sturdy:
-    """A stream that goes to nowhere from the moment that it cannot be written."""
+    """A stream that discards its output once it cannot be written."""
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
@@ -132,7 +133,7 @@ class _Sturdy:
         return len(text)
 
     def flush(self) -> None:
-        """Write what is held back."""
+        """Write buffered text."""
         self._try(self._stream.flush)
 
     def _try(self, act: Callable[[], object]) -> None:
@@ -140,7 +141,7 @@ class _Sturdy:
             act()
         except OSError:
             with contextlib.suppress(OSError, ValueError):
-                # The descriptor itself: libraries and the interpreter's own end write there too.
+                # Redirect the descriptor itself, because libraries and the exiting interpreter write there, too.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:

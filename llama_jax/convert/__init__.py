@@ -1,4 +1,4 @@
-"""Conversion between Meta's, Hugging Face's and our checkpoints: exact, in little memory, never running what is in a file."""
+"""Conversion between Meta's, Hugging Face's and our checkpoints: exact, in little memory, running no code of files."""
 
 import contextlib
 import time
@@ -25,26 +25,33 @@ Format = Literal["llama-jax", "huggingface", "meta"]
 
 @dataclass(frozen=True)
 class ConvertArgs:
-    """Convert a LLaMA between Meta's layout, Hugging Face's and the checkpoints of this project."""
+    """Convert a LLaMA model between Meta's layout, Hugging Face's layout and the checkpoints of this project."""
 
     input: str = ""
-    """A folder with params.json and consolidated.*.pth (Meta), with config.json and *.safetensors (Hugging Face), or a checkpoint of train.py or of this command."""
+    """Folder to read. It holds params.json and consolidated.*.pth (Meta), config.json and *.safetensors (Hugging Face),
+    or a checkpoint of train.py or of this command."""
     output: str = ""
-    """The folder to write; it must not exist."""
+    """Folder to write. It must not exist."""
     to: Format = "llama-jax"
-    """What to write."""
+    """Format to write."""
     weights: Weights = "auto"
-    """Matrices of a checkpoint of this project: auto, as they are; int8, with a scale an output; int4, a scale for 32 inputs of an output; int4-64, for 64."""
+    """Quantization of the matrices in a llama-jax checkpoint.
+    auto: none.
+    int8: one scale per output channel.
+    int4: one scale per group of 32 inputs.
+    int4-64: one scale per group of 64 inputs."""
     layout: Layout = "auto"
-    """Which of the models to read, where a folder holds several: auto, what transformers would load, or else Meta's; huggingface; meta; llama-jax."""
+    """Model to read if the folder holds several.
+    auto: the one that transformers would load, else Meta's."""
     tokenizer: str = ""
-    """The SentencePiece model. Empty: tokenizer.model beside the weights, or, where they have no other vocabulary, in the folder above."""
+    """Path of the SentencePiece model. Empty: tokenizer.model next to the weights.
+    If there is no vocabulary next to them, the one in the folder above."""
     max_seq_len: int = 0
-    """Context, in tokens. 0: what the input says, or 4096, where it says nothing."""
+    """Context length, in tokens. 0: use the input's value, else 4096."""
     shards: int = 1
-    """Files that Meta's layout is split into; its own code wants one a GPU."""
+    """Number of files to split Meta's layout into. Meta's own code wants one per GPU."""
     dry_run: bool = False
-    """Check the input and say what would be done; write nothing."""
+    """Check the input and print what would be done, but write nothing."""
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
@@ -62,7 +69,7 @@ class ConvertArgs:
 
 
 def convert(args: ConvertArgs) -> None:
-    """Convert as ``args`` say, and report. Raises UserError; then nothing is left that looks finished."""
+    """Convert as ``args`` say, and print a report. Raises UserError, leaving nothing that looks finished."""
     args.check()
     output = on_disk(args.output, "--output")
     if not args.dry_run:
@@ -89,7 +96,7 @@ def convert(args: ConvertArgs) -> None:
 
 
 def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) -> Source:
-    """The checkpoint in ``folder``, of whichever format. Raises UserError where there is none."""
+    """Open the checkpoint in ``folder``, in any format. Raises UserError if there is none."""
     if not is_remote(folder) and not folder.exists():
         raise UserError(f"--input: expected a folder, found nothing at {folder}{hub_hint(folder)}")
     if not is_remote(folder) and not folder.is_dir():
@@ -117,22 +124,22 @@ def _own(folder: Path, args: ConvertArgs) -> OwnSource:
 
 
 def _check_outside(output: Path, folder: Path) -> None:
-    """Raise UserError where ``output`` would lie in a run or in one of its checkpoints, and be taken for a part of it."""
+    """Raise UserError if ``output`` would be inside a run or checkpoint, and be taken for a part of it."""
     if not is_remote(folder) and folder.resolve() in output.resolve().parents:
         raise UserError(f"--output: expected a folder outside of --input, found {output} in {folder}; choose another")
 
 
 def _verify_checklists(source: Source) -> None:
-    """Compare files with the md5 lists beside them, where there are any."""
+    """Compare files with the md5 lists next to them, if there are any."""
     for path in source.checklists:
         size = sum(p.stat().st_size for p in path.parent.glob("consolidated.*.pth")) * (path.name == "checklist.chk")
         with Progress(f"checking {path.name}", size or None, "B") as progress:
             count = verify_checklist(path, progress.update)
-        print(f"{'checksums':>10}  {count} files are as {path} lists them")
+        print(f"{'checksums':>10}  {count} files match {path}")
 
 
 def _write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str]:
-    """Write into ``folder``; the reader through which all has passed, and what is to be said about what was written."""
+    """Write the model into ``folder``. Return the reader, which has seen all values, and a remark about the result."""
     with Progress("converting", summary.weight_bytes(source), "B") as progress, source.verified():
         reader = Reader(source, progress)
         remark = ""

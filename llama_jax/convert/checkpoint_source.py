@@ -1,4 +1,4 @@
-"""Our own checkpoints, as what a conversion reads and as what it writes."""
+"""Our own checkpoints, as source and as destination of a conversion."""
 
 import contextlib
 import functools
@@ -20,12 +20,12 @@ from llama_jax.convert.source import Block, ReadBlocks, Source
 from llama_jax.errors import UserError
 from llama_jax.ops.quantize import Matrix, quantize
 
-# Blocks that are still being written while the next one is prepared.
+# Number of blocks that are still being written while the next one is prepared.
 WRITE_BEHIND = 2
 
 
 class OwnSource:
-    """A checkpoint of ours: a run folder, a step folder, or a converted checkpoint."""
+    """A checkpoint of this project: a run folder, a step folder or a converted checkpoint."""
 
     def __init__(self, path: Path):
         self._checkpoint = Checkpoint.find(path)
@@ -44,7 +44,7 @@ class OwnSource:
         (self.dtype,) = dtypes
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
-        """See Source."""
+        """Read rows; see Source."""
         unit = tensor.unit(self.args)
         place = slice(start // unit, stop // unit)
         index = tuple(place if axis == tensor.rows[0] else slice(None) for axis in tensor.axes)
@@ -52,19 +52,19 @@ class OwnSource:
         return from_ours(tensor, array[(layer, *index) if tensor.layered else index].read().result())
 
     def origin(self, tensor: Tensor, layer: int) -> str:
-        """See Source."""
+        """Return the tensor's name; see Source."""
         return f"params/{tensor.name}" + (f"[{layer}]" if tensor.layered else "")
 
     def release(self) -> None:
-        """See Source."""
+        """Do nothing, since no file is mapped; see Source."""
 
     def verified(self) -> contextlib.AbstractContextManager[None]:
-        """See Source."""
+        """Verify checksums; see Source."""
         return self._checkpoint.verified()
 
 
 class Part(NamedTuple):
-    """An array of a checkpoint: a tensor, or the integers or the scales of a quantized one."""
+    """An array of a checkpoint: a tensor, or the integers or scales of a quantized one."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,10 +73,10 @@ class Part(NamedTuple):
 
 
 def write_own(source: Source, folder: Path, read_blocks: ReadBlocks, weights: Weights = "auto") -> None:
-    """Write a checkpoint: its arrays block by block, under temporary names, and then the rest by orbax.
+    """Write a checkpoint: first its arrays, block by block, under temporary names, then the rest with orbax.
 
-    weights: how matrices are quantized. They are stored as generation runs on them then (generation/serving.py), and each block
-    is quantized by itself: the inputs that share a scale stand in a row, and a block has whole rows.
+    ``weights`` is the quantization of matrices, which are stored as generation uses them (generation/serving.py).
+    Blocks are quantized independently, because inputs that share a scale are in one row and blocks have whole rows.
     """
     stores = {}
     tree: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def write_own(source: Source, folder: Path, read_blocks: ReadBlocks, weights: We
 
 
 def parts(source: Source, weights: Weights) -> Iterator[Part]:
-    """Every array of a checkpoint."""
+    """Yield every array of a checkpoint."""
     args, dtype = source.args, source.dtype
     for tensor in TABLE:
         layers, one = ((args.n_layers,), (1,)) if tensor.layered else ((), ())
@@ -116,7 +116,7 @@ def parts(source: Source, weights: Weights) -> Iterator[Part]:
 
 
 def _values(block: Block, args: ModelArgs, weights: Weights) -> Iterator[tuple[str, tuple[slice, ...], np.ndarray]]:
-    """What is written of a block: the array's name, the place (behind the layers' axis), the values."""
+    """Yield the arrays to write for a block: name, index (after the layer axis) and values."""
     tensor, start, rows = block.tensor, block.start, block.rows
     if not _quantized(tensor, weights):
         yield tensor.name, *to_ours(tensor, args, rows, start)
@@ -132,14 +132,14 @@ def _quantized(tensor: Tensor, weights: Weights) -> bool:
 
 
 def _flat(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Inputs and outputs of a matrix, or of a tile of it."""
+    """Return the numbers of inputs and outputs of a matrix or of a tile."""
     inputs = len(tensor.axes) - len(tensor.rows)
     return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
 
 @functools.partial(jax.jit, static_argnames="weights")
 def _quantize(rows: jax.Array, weights: Weights) -> Matrix:
-    """Rows (out, in) of a matrix, as they are served (in, out)."""
+    """Quantize rows (out, in) of a matrix, transposed to (in, out)."""
     return quantize(rows.T, 1, weights)
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's layout: config.json and safetensors, in one file or several with an index; read, checked and written."""
+"""Hugging Face's layout: config.json and safetensors, in one file or several with an index. Read, checked, written."""
 
 import contextlib
 import itertools
@@ -24,15 +24,15 @@ from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
 from llama_jax.storage.files import write_atomically
 
 SHARD_BYTES = 5_000_000_000
-# Functions of the configuration, which older files hold.
+# Older files contain this function of the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-# Names of quantized matrices: GPTQ's and AWQ's, bitsandbytes', those of 8-bit floats.
+# Suffixes of quantized matrices: GPTQ and AWQ, bitsandbytes, 8-bit floats.
 PACKED = (".qweight", ".qzeros", ".absmax", ".quant_state", ".SCB", ".weight_scale", ".weight_packed")
 
 
 class HuggingFaceSource:
-    """A folder as transformers writes it. Raises UserError with all that is wrong with it at once."""
+    """A folder in transformers' layout. Raises one UserError with all errors in it."""
 
     def __init__(self, folder: Path, decided: str, tokenizer: str, max_seq_len: int, stack: ExitStack):
         table = read_json(folder / CONFIG)
@@ -53,48 +53,51 @@ class HuggingFaceSource:
         self.checklists: list[Path] = []
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
-        """See Source."""
+        """Read rows; see Source."""
         name = self._name(tensor, layer)
         return self._files[self._places[name]].read(name, start, stop)
 
     def origin(self, tensor: Tensor, layer: int) -> str:
-        """See Source."""
+        """Return the tensor's name and file; see Source."""
         name = self._name(tensor, layer)
         return f"{name} in {self._places[name]}" if len(self._files) > 1 else name
 
     def release(self) -> None:
-        """See Source."""
+        """Free memory; see Source."""
         for file in self._files.values():
             file.release()
 
     def verified(self) -> contextlib.AbstractContextManager[None]:
-        """See Source."""
+        """Verify nothing here; see Source."""
         return contextlib.nullcontext()
 
     def _name(self, tensor: Tensor, layer: int) -> str:
-        """The tensor's name in the files; of tied ones, which are one matrix, the one that is there, as transformers has it."""
+        """Return the tensor's name in the files.
+
+        Of two tied tensors, it is the one that is stored, as in transformers.
+        """
         name = tensor.huggingface.format(layer)
         if self._tied and name not in self._places:
             return {EMBEDDINGS: OUTPUT, OUTPUT: EMBEDDINGS}.get(name, name)
         return name
 
     def _remarks(self, folder: Path, stored_type: str) -> Iterator[str]:
-        """What of the files is otherwise than config.json or the index say it."""
+        """Yield remarks about files that differ from what config.json or the index say."""
         if stored_type and stored_type != self.dtype.name:
-            yield f"config.json says {stored_type}, in which transformers loads the weights; they are kept as the {self.dtype.name} that they are"
+            yield f"config.json says {stored_type}, to which transformers converts the weights; they are kept as {self.dtype.name}"
         if self._tied and {EMBEDDINGS, OUTPUT} <= self._places.keys():
             yield f"config.json says tie_word_embeddings, and the files have both {EMBEDDINGS} and {OUTPUT}: both are read, as by transformers"
         elsewhere = [
             name for name, file in index_of(folder, list(self._files)).items() if self._places.get(name) != file
         ]
         if elsewhere:
-            yield f"{INDEX} is of other files: {quoted(elsewhere[0])}, and {len(elsewhere) - 1} more, are not where it says; the files themselves count"
+            yield f"{INDEX} belongs to other files: {quoted(elsewhere[0])} and {len(elsewhere) - 1} more are not where it says; the index is ignored"
 
     def _stored(self, name: str) -> Any:
         return self._files[self._places[name]].tensors[name]
 
     def _errors(self) -> Iterator[str]:
-        """All that is wrong with the tensors of all files."""
+        """Yield all errors in the tensors of all files."""
         if packed := [name for name in self._places if name.endswith(PACKED)]:
             yield f"{quoted(packed[0])}, of a quantized matrix; {QUANTIZED}"
             return
@@ -104,7 +107,7 @@ class HuggingFaceSource:
             yield f"{name} is missing"
         for name in self._places.keys() - expected.keys():
             if not IGNORED.fullmatch(name):
-                yield f"{quoted(name)} is no tensor of this model"
+                yield f"{quoted(name)} is not a tensor of this model"
         for name in expected.keys() & self._places.keys():
             stored = self._stored(name)
             dtypes.setdefault(stored.dtype.name, []).append(name)
@@ -118,7 +121,7 @@ class HuggingFaceSource:
 
 
 def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> str:
-    """Write a model as transformers reads it; returns what is to be said about its tokenizer."""
+    """Write a model in the layout that transformers reads. Return a remark about its tokenizer, or ""."""
     args = source.args
     shapes = {t.huggingface.format(layer): t.matrix(args) for t, layer in all_tensors(args)}
     files = _divide(shapes, source.dtype.itemsize, SHARD_BYTES)
@@ -152,14 +155,14 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
     write_atomically(folder / "tokenizer.model", tokenizer.model_bytes)
     if table is None:
         return (
-            f"tokenizer.json is not written, since none would encode as tokenizer.model does ({reason}): encode with sentencepiece; "
-            "transformers' AutoTokenizer makes one up that splits texts otherwise"
+            f"tokenizer.json is not written, since none would encode like tokenizer.model ({reason}): encode with sentencepiece; "
+            "transformers' AutoTokenizer would build one that splits texts differently"
         )
     return ""
 
 
 def _divide(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:
-    """File names, and the tensors of each: as many as fit."""
+    """Return file names with the tensors of each: as many as fit into ``limit`` bytes."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -202,7 +205,7 @@ def _config(source: Source) -> dict[str, Any]:
 
 
 def _tokenizer_config(source: Source, whole: bool) -> dict[str, Any]:
-    """``whole``: tokenizer.json says how to encode; transformers need not make that up from tokenizer.model."""
+    """Return tokenizer_config.json. ``whole``: tokenizer.json exists, so transformers need not build it."""
     tokenizer, pieces = source.tokenizer, source.tokenizer.piece
     return {
         "tokenizer_class": "PreTrainedTokenizerFast" if whole else "LlamaTokenizer",

@@ -1,7 +1,7 @@
 """The tensors of a LLaMA in three layouts: ours, Meta's and Hugging Face's.
 
-Letters as in model.py: D dim, N query heads, K KV heads, H head_dim, F hidden, V vocab. Meta and Hugging Face store a matrix as
-(out, in); ours is (in, out), with heads as an axis of their own. So a block of rows of theirs is a block of ours.
+Letters as in model.py: D dim, N query heads, K KV heads, H head_dim, F hidden, V vocab. Meta and Hugging Face store a
+matrix as (out, in). Ours is (in, out), with heads as a separate axis. A block of rows of theirs is a block of ours.
 """
 
 import math
@@ -13,8 +13,8 @@ import numpy as np
 
 from llama_jax.config import ModelArgs
 
-# A matrix is stored in tiles, at least this many along each of its sides, so that a device can read its own part alone;
-# and it is converted in blocks of rows of about this many bytes, so that little of it is in memory.
+# A matrix is stored in tiles, at least this many along each side, so that a device can read its own part alone. It is
+# converted in blocks of rows of about this many bytes, so that little of it is in memory.
 TILES = 4
 BLOCK_BYTES = 64 << 20
 
@@ -25,40 +25,40 @@ class Tensor:
 
     name: str
     axes: str
-    """Axes of ours, without the layer's."""
+    """The axes of our array, without the layer axis."""
     meta: str
     huggingface: str
     rows: str
-    """Which of the axes make up the rows of theirs; the others make up the columns."""
+    """The axes that form the rows of their matrix; the others form the columns."""
     shard_axis: int | None
-    """The axis of Meta's (out, in) that is split over shards. None: every shard has the whole."""
+    """The axis of Meta's (out, in) that is split over shards. None: every shard holds the whole tensor."""
     rotary: bool = False
-    """Whether heads are rotated, so that Meta's rows stand in another order."""
+    """Whether rotary embedding applies to the heads, so that Meta's rows have another order."""
 
     @property
     def layered(self) -> bool:
-        """Whether every layer has one."""
+        """Whether each layer has such a tensor."""
         return self.name.startswith("layers/")
 
     @property
     def multiplied(self) -> bool:
-        """Whether hidden states are multiplied by it: all but the embeddings and the norms."""
+        """Whether hidden states are multiplied by it, as by all tensors except embeddings and norms."""
         return self.name != "tok_embeddings" and self.rows != self.axes
 
     def sizes(self, args: ModelArgs) -> tuple[int, ...]:
-        """The shape of ours, without the layers' axis."""
+        """Return the shape of our array without the layer axis."""
         sizes = axis_sizes(args)
         return tuple(sizes[axis] for axis in self.axes)
 
     def matrix(self, args: ModelArgs) -> tuple[int, ...]:
-        """The shape of theirs: (out, in), or (dim,) of a norm."""
+        """Return the shape of their matrix: (out, in), or (dim,) for a norm."""
         sizes = axis_sizes(args)
         rows = math.prod(sizes[axis] for axis in self.rows)
         columns = [sizes[axis] for axis in self.axes if axis not in self.rows]
         return (rows, math.prod(columns)) if columns else (rows,)
 
     def unit(self, args: ModelArgs) -> int:
-        """Rows that belong together: those of a head, or one."""
+        """Return the number of rows that belong together: those of a head, or one."""
         sizes = axis_sizes(args)
         return math.prod(sizes[axis] for axis in self.rows[1:])
 
@@ -80,14 +80,14 @@ TABLE = (
 
 
 def axis_sizes(args: ModelArgs) -> dict[str, int]:
-    """Size of each axis, by its letter."""
+    """Return the size of each axis by its letter."""
     return {
         "D": args.dim, "N": args.n_heads, "K": args.kv_heads, "H": args.head_dim, "F": args.hidden_dim, "V": args.vocab_size
     }  # fmt: skip
 
 
 def all_tensors(args: ModelArgs) -> Iterator[tuple[Tensor, int]]:
-    """Every tensor of a model, with its layer (0 where there are no layers), in the order of a forward pass."""
+    """Yield every tensor of a model with its layer (0 if it has none), in the order of a forward pass."""
     layered = [tensor for tensor in TABLE if tensor.layered]
     first, last = TABLE.index(layered[0]), TABLE.index(layered[-1])
     yield from ((tensor, 0) for tensor in TABLE[:first])
@@ -96,7 +96,7 @@ def all_tensors(args: ModelArgs) -> Iterator[tuple[Tensor, int]]:
 
 
 def blocks(tensor: Tensor, args: ModelArgs, itemsize: int) -> list[tuple[int, int]]:
-    """Ranges of rows to convert at once: whole heads, and whole tiles of the stored array."""
+    """Return the ranges of rows to convert at once. They consist of whole heads and whole tiles."""
     rows, *columns = tensor.matrix(args)
     unit = tensor.unit(args)
     count = max(TILES if columns else 1, -(-rows * math.prod(columns) * itemsize // BLOCK_BYTES))
@@ -105,7 +105,7 @@ def blocks(tensor: Tensor, args: ModelArgs, itemsize: int) -> list[tuple[int, in
 
 
 def tile(tensor: Tensor, args: ModelArgs, itemsize: int) -> tuple[int, ...]:
-    """Shape of the tiles of ours, without the layers' axis."""
+    """Return the shape of the tiles of our array, without the layer axis."""
     start, stop = blocks(tensor, args, itemsize)[0]
     sizes = axis_sizes(args)
     split = next((axis for axis in tensor.axes if axis not in tensor.rows), "")
@@ -116,7 +116,7 @@ def tile(tensor: Tensor, args: ModelArgs, itemsize: int) -> tuple[int, ...]:
 
 
 def to_ours(tensor: Tensor, args: ModelArgs, rows: np.ndarray, start: int) -> tuple[tuple[slice, ...], np.ndarray]:
-    """A block of their rows as a block of ours, and its place."""
+    """Convert a block of their rows from row ``start``. Return the index of the block in our array, and the block."""
     sizes = axis_sizes(args)
     unit = tensor.unit(args)
     columns = "".join(axis for axis in tensor.axes if axis not in tensor.rows)
@@ -129,7 +129,7 @@ def to_ours(tensor: Tensor, args: ModelArgs, rows: np.ndarray, start: int) -> tu
 
 
 def from_ours(tensor: Tensor, block: np.ndarray) -> np.ndarray:
-    """The reverse of ``to_ours``: their rows, (out, in) or (dim,)."""
+    """Convert a block of ours to their rows, (out, in) or (dim,): the reverse of ``to_ours``."""
     columns = "".join(axis for axis in tensor.axes if axis not in tensor.rows)
     theirs = block.transpose([tensor.axes.index(axis) for axis in tensor.rows + columns])
     rows = math.prod(theirs.shape[: len(tensor.rows)])
@@ -138,15 +138,15 @@ def from_ours(tensor: Tensor, block: np.ndarray) -> np.ndarray:
 
 
 def contiguous(view: np.ndarray) -> np.ndarray:
-    """``np.ascontiguousarray``, which takes seven times as long for a transposed matrix as XLA, which goes by tiles."""
+    """Return a contiguous copy. For a transposed matrix XLA works by tiles and is seven times as fast as numpy."""
     return np.asarray(jax.device_put(view, jax.local_devices(backend="cpu")[0]))
 
 
 def interleaved_to_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows [n H, in] of whole heads from Meta's order, in which neighbours rotate together, to ours, in which halves do."""
+    """Reorder rows [n H, in] of whole heads from Meta's order (neighbours rotate together) to ours (halves do)."""
     return rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def halves_to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """The reverse of ``interleaved_to_halves``."""
+    """Reorder rows from our order to Meta's: the reverse of ``interleaved_to_halves``."""
     return rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

@@ -1,4 +1,4 @@
-"""Files that are mapped into memory, and what is told where one is cut short while it is read."""
+"""Memory-mapped files, with a clear error if one is truncated while it is read."""
 
 import contextlib
 import ctypes
@@ -11,13 +11,16 @@ from pathlib import Path
 
 from llama_jax.errors import WRONG
 
-# The files that are mapped now, with their sizes.
+# The files mapped now, with their sizes.
 _mapped: dict[Path, int] = {}
 
 
 @contextlib.contextmanager
 def mapped(path: Path) -> Iterator[mmap.mmap]:
-    """Map a file, which is not empty, for reading. Where it is cut short meanwhile, the process ends with one line and status 2."""
+    """Map a file that is not empty for reading.
+
+    If it is truncated meanwhile, the process ends with one line and status 2.
+    """
     with open(path, "rb") as raw:
         memory = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
     _mapped[path] = len(memory)
@@ -32,7 +35,7 @@ def mapped(path: Path) -> Iterator[mmap.mmap]:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _end(_: int) -> None:
-    """Name what can no longer be read. The read cannot be undone: the processor would try it again."""
+    """Name the file that can no longer be read, and exit. Returning would make the processor repeat the read."""
     cut = [path for path, size in _mapped.items() if not path.exists() or path.stat().st_size < size]
     found = (
         f"found {cut[0]} cut short"
@@ -48,7 +51,7 @@ def _end(_: int) -> None:
 
 
 def _catch_bus_errors() -> None:
-    """Have the kernel's signal end the process in words. A handler of Python's would run after the read, which never ends."""
+    """Handle SIGBUS through the C library. A Python handler would run only after the read, which never ends."""
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
     libc.signal(signal.SIGBUS, ctypes.cast(_end, ctypes.c_void_p))

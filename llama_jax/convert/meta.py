@@ -1,4 +1,4 @@
-"""Meta's layout: params.json and consolidated.NN.pth, a shard of every tensor in each; read, checked and written."""
+"""Meta's layout: params.json and consolidated.NN.pth, each with a shard of every tensor. Read, checked and written."""
 
 import contextlib
 import hashlib
@@ -21,12 +21,12 @@ from llama_jax.foreign.params_json import check_params, read_params, stated, wri
 from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
 from llama_jax.storage.files import write_atomically
 
-# Stored by Meta beside the weights; a function of the configuration.
+# Meta stores this next to the weights, but it is a function of the configuration.
 IGNORED = {"rope.freqs"}
 
 
 class MetaSource:
-    """A folder as Meta ships it. Raises UserError with all that is wrong with it at once."""
+    """A folder in Meta's layout. Raises one UserError with all errors in it."""
 
     def __init__(self, folder: Path, decided: str, tokenizer: str, max_seq_len: int, stack: ExitStack):
         self._paths = shard_files(folder)
@@ -47,7 +47,7 @@ class MetaSource:
         self.checklists = find_checklists(folder, self.tokenizer.model_path)
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
-        """See Source."""
+        """Read rows; see Source."""
         name = tensor.meta.format(layer)
         if tensor.shard_axis is None:
             return self._shards[0].read(name, start, stop)
@@ -63,19 +63,19 @@ class MetaSource:
         return interleaved_to_halves(rows, self.args.head_dim) if tensor.rotary else rows
 
     def origin(self, tensor: Tensor, layer: int) -> str:
-        """See Source."""
+        """Return the tensor's name; see Source."""
         split = {None: "copied", 0: "rows", 1: "columns"}[tensor.shard_axis]
         return tensor.meta.format(layer) + (
             f" ({split} of {len(self._shards)} shards)" if len(self._shards) > 1 else ""
         )
 
     def release(self) -> None:
-        """See Source."""
+        """Free memory; see Source."""
         for shard in self._shards:
             shard.release()
 
     def verified(self) -> contextlib.AbstractContextManager[None]:
-        """See Source."""
+        """Verify nothing here; see Source."""
         return contextlib.nullcontext()
 
     def _view(self, shard: int, name: str) -> Any:
@@ -89,7 +89,7 @@ class MetaSource:
         return self._view(0, name).shape[0]
 
     def _errors(self) -> Iterator[str]:
-        """All that is wrong with the tensors of all shards."""
+        """Yield all errors in the tensors of all shards."""
         count = len(self._shards)
         expected: dict[str, tuple[int, ...]] = {}
         for tensor, layer in all_tensors(self.args):
@@ -102,7 +102,7 @@ class MetaSource:
             for name in expected.keys() - shard.tensors.keys():
                 yield f"{path.name}: {name} is missing"
             for name in shard.tensors.keys() - expected.keys() - IGNORED:
-                yield f"{path.name}: {quoted(name)} is no tensor of this model"
+                yield f"{path.name}: {quoted(name)} is not a tensor of this model"
             for name in expected.keys() & shard.tensors.keys():
                 view = shard.tensors[name]
                 if view.shape != expected[name]:
@@ -124,7 +124,7 @@ class MetaSource:
 
 
 def shard_shape(tensor: Tensor, args: ModelArgs, shards: int) -> tuple[int, ...]:
-    """Shape of a tensor in each of so many shards."""
+    """Return the shape of a tensor in each of ``shards`` shards."""
     shape = list(tensor.matrix(args))
     if tensor.shard_axis is not None:
         shape[tensor.shard_axis] //= shards
@@ -132,7 +132,7 @@ def shard_shape(tensor: Tensor, args: ModelArgs, shards: int) -> tuple[int, ...]
 
 
 def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> None:
-    """Write a model in Meta's layout, in so many shards. Raises UserError where its sizes do not divide."""
+    """Write a model in Meta's layout, in ``shards`` files. Raises UserError if its sizes are not divisible."""
     args = source.args
     for tensor in TABLE:
         size = 0 if tensor.shard_axis is None else tensor.matrix(args)[tensor.shard_axis]
@@ -155,7 +155,7 @@ def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: in
 def _split(
     tensor: Tensor, args: ModelArgs, shards: int, start: int, rows: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """What each shard gets of a block of rows."""
+    """Yield each shard's number and its part of a block of rows."""
     if tensor.shard_axis is None:
         yield from ((i, rows) for i in range(shards))
     elif tensor.shard_axis == 1:
@@ -167,21 +167,21 @@ def _split(
 
 
 def find_checklists(folder: Path, tokenizer: Path) -> list[Path]:
-    """The md5 lists that Meta ships beside the shards and beside the tokenizer."""
+    """Return the md5 lists that Meta ships next to the shards and the tokenizer."""
     paths = folder / "checklist.chk", tokenizer.parent / "tokenizer_checklist.chk"
     return [path for path in paths if path.is_file()]
 
 
 def verify_checklist(path: Path, progress: Callable[[int], object]) -> int:
-    """Compare the files that a checklist names ("<md5>  <name>", as md5sum writes) with it; returns how many there are.
+    """Compare files with a checklist ("<md5>  <name>" per line, as md5sum writes). Return the number of files.
 
-    ``progress`` is called with the bytes read. Raises UserError where a file is missing or differs.
+    ``progress`` is called with the number of bytes read. Raises UserError if a file is missing or differs.
     """
     with open(path, "rb") as file:
         raw = file.read(1 << 20)
     if raw.lstrip()[:1] == b"<":
         raise UserError(
-            f"{path}: expected md5 sums, found an HTML page: the download of it failed, and perhaps others; download again"
+            f"{path}: expected md5 sums, found an HTML page: its download failed, and perhaps others; download again"
         )
     lines = raw.decode("latin-1").split("\n")
     entries = [re.fullmatch(r"([0-9a-fA-F]{32}) [ *]([^/\\\0]+)", line.rstrip("\r")) for line in lines if line.strip()]

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, written by one process at a time."""
+"""An output folder that appears complete or not at all, and is written by one process at a time."""
 
 import contextlib
 import os
@@ -15,17 +15,17 @@ ADVICE = "wait until it is done, or choose another folder"
 
 
 def check_new(output: Path) -> None:
-    """Raise UserError where there is something of the name ``output``, be it a link to nothing."""
+    """Raise UserError if ``output`` exists, even as a link to nothing."""
     if os.path.lexists(output):
         raise UserError(f"--output: expected a folder that does not exist, found {output}; choose another")
 
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write to, which is renamed to ``output`` at the end, and deleted if the block fails.
+    """Yield a folder to write to. It is renamed to ``output`` at the end, and deleted if the block fails.
 
-    It lies in .<name>.converting beside ``output``, which one process owns: a second one is refused by its name. What a process
-    that was killed left there is cleared away by the next. Raises UserError where ``output`` is or gets there meanwhile.
+    It is in .<name>.converting next to ``output``. One process owns that folder; a second one is refused. The next
+    process deletes what a killed one left there. Raises UserError if ``output`` exists, at the start or at the end.
     """
     work = output.with_name(f".{output.name}.converting")
     parents = [path for path in output.absolute().parents if not path.exists()]
@@ -43,27 +43,27 @@ def new_folder(output: Path) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
     finally:
-        for path in (work, *parents):  # only those that are empty go
+        for path in (work, *parents):  # removes only empty folders
             with contextlib.suppress(OSError):
                 path.rmdir()
 
 
 @contextlib.contextmanager
 def _owned(work: Path) -> Iterator[None]:
-    """Own the folder ``work``, made here unless it is there."""
+    """Own the folder ``work``, creating it if needed."""
     while True:
         work.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(owning(work, "--output", ADVICE))
-            except FileNotFoundError:  # the owner before removed it in between
+            except FileNotFoundError:  # the previous owner removed the folder in between
                 continue
             yield
             return
 
 
 def _clear(work: Path) -> None:
-    """Delete what a conversion that was killed left in ``work``, and say so."""
+    """Delete what a killed conversion left in ``work``, and print it."""
     left = [path for path in work.iterdir() if path.name.startswith("unfinished-")]
     if left:
         size = sum(path.stat().st_size for folder in left for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Reads a source block by block, a little ahead of the writer; counts and digests what passes."""
+"""Reads a source block by block, ahead of the writer, and computes a digest and statistics of the values."""
 
 import hashlib
 from collections import deque
@@ -12,14 +12,14 @@ from llama_jax.convert.layout import Tensor, all_tensors, blocks
 from llama_jax.convert.source import Block, Source
 from llama_jax.storage.files import raw_bytes
 
-# Blocks that are read ahead of the one being written.
+# Number of blocks to read ahead of the one being written.
 READ_AHEAD = 2
-# Values that are looked at together: few enough to stay in a core's cache.
+# Values to examine together, few enough to stay in a core's cache.
 LOOKED_AT = 1 << 17
 
 
 class Reader:
-    """Reads a source once. ``digest`` and ``not_finite`` are of what has passed."""
+    """Reads a source once. ``digest`` and ``not_finite`` describe the blocks read so far."""
 
     def __init__(self, source: Source, progress: Progress):
         self.source = source
@@ -28,7 +28,7 @@ class Reader:
         self._not_finite: dict[str, int] = {}
 
     def blocks(self) -> Iterator[Block]:
-        """Every block, tensor by tensor, in the order of a forward pass."""
+        """Yield every block, tensor by tensor, in the order of a forward pass."""
         waiting: deque[Future[Block]] = deque()
         with ThreadPoolExecutor(1) as thread:
             for tensor, layer in all_tensors(self.source.args):
@@ -40,7 +40,7 @@ class Reader:
                 yield from self._pass_on(waiting.popleft())
 
     def _read(self, tensor: Tensor, layer: int, start: int, stop: int) -> Block:
-        rows = np.array(self.source.rows(tensor, layer, start, stop))  # a copy: the mapped file is given back
+        rows = np.array(self.source.rows(tensor, layer, start, stop))  # a copy, because the mapped pages are freed
         self.source.release()
         name = f"{tensor.name}/{layer}"
         digest = self._digests.setdefault(name, hashlib.sha256())
@@ -55,12 +55,15 @@ class Reader:
         self._progress.update(block.result().rows.nbytes)
 
     def digest(self) -> str:
-        """sha256 over the tensors' names and sha256, sorted: the same for equal weights, whatever their layout."""
+        """Return the sha256 of the sorted names and sha256 of all tensors.
+
+        It is equal for equal weights in any layout.
+        """
         lines = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in sorted(self._digests.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def not_finite(self) -> str:
-        """What is to be said about NaN and infinities in the weights; empty where there are none."""
+        """Return a warning about NaN and infinities in the weights, or ""."""
         if not self._not_finite:
             return ""
         counts = sorted(self._not_finite.items(), key=lambda item: -item[1])
@@ -68,15 +71,15 @@ class Reader:
         rest = f"; and in {len(counts) - 8} more tensors" if len(counts) > 8 else ""
         total = sum(self._not_finite.values())
         return (
-            f"{total:,} values of the weights are NaN or infinite ({shown}{rest}): the model is damaged, and so is what was "
-            "written; its text means nothing"
+            f"{total:,} values of the weights are NaN or infinite ({shown}{rest}): the model is damaged, and so is the "
+            "converted one; its text will be meaningless"
         )
 
 
 def count_not_finite(values: np.ndarray) -> int:
-    """How many values are NaN or infinite: those whose exponent has all its bits set. For float32, float16 and bfloat16.
+    """Count NaN and infinite values, whose exponent bits are all set, in float32, float16 or bfloat16.
 
-    As signed integers they are the largest of the positive values, as unsigned ones the largest of all.
+    Viewed as signed integers they are the largest positive values, viewed as unsigned integers the largest of all.
     """
     exponent = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[values.dtype.name]
     sign = 1 << (8 * values.itemsize - 1)

@@ -1,7 +1,8 @@
-"""Safetensors files, read and written in pieces: a header of JSON, then the tensors' bytes, one behind the other.
+"""Safetensors files, read and written in pieces: a JSON header and then the tensors' bytes.
 
-The format (huggingface/safetensors, README, "Format"): 8 bytes of the header's length, little endian; the header, an object of
-{"dtype", "shape", "data_offsets"} a tensor and perhaps a "__metadata__" of strings; then the data, without holes.
+The format (huggingface/safetensors, README, "Format"): 8 bytes with the header's length, little endian; the header, an
+object with {"dtype", "shape", "data_offsets"} per tensor and perhaps a "__metadata__" of strings; the data without
+gaps.
 """
 
 import contextlib
@@ -24,13 +25,13 @@ from llama_jax.foreign.config_json import QUANTIZED
 from llama_jax.storage.files import raw_bytes
 
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
-# Hugging Face's LLaMA 2 70B has some 10 kB a file.
+# Hugging Face's LLaMA 2 70B has about 10 kB per file.
 MAX_HEADER = 10_000_000
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes lie in the file."""
+    """Type, shape and position of a tensor in the file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -39,7 +40,7 @@ class StoredTensor:
 
 @dataclass
 class SafetensorsFile:
-    """An open file: its tensors, by name, whose bytes are mapped and read on demand."""
+    """An open file. Its tensors are listed by name; their bytes are mapped and read on demand."""
 
     path: Path
     tensors: dict[str, StoredTensor]
@@ -48,7 +49,7 @@ class SafetensorsFile:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: str | Path) -> Iterator["SafetensorsFile"]:
-        """Map a file and check its header. Raises UserError where it is not a safetensors file of plain tensors."""
+        """Map a file and check its header. Raises UserError if it is not a safetensors file of plain tensors."""
         path = Path(path)
         if path.stat().st_size < 8:
             raise UserError(f"{path}: expected a safetensors file, found {path.stat().st_size} bytes")
@@ -56,13 +57,13 @@ class SafetensorsFile:
             yield cls(path, _read_header(memory, path), memory)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows ``start`` to ``stop`` of a tensor, as an array on the mapped file."""
+        """Return rows ``start`` to ``stop`` of a tensor as an array on the mapped file."""
         stored = self.tensors[name]
         whole: np.ndarray = np.ndarray(stored.shape, stored.dtype, buffer=self._map, offset=stored.offset)
         return whole[start:stop] if stored.shape else whole
 
     def release(self) -> None:
-        """Give the memory of what was read back to the system; arrays that are still in use read it again."""
+        """Free the memory of what was read. Arrays that are still in use read it again."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
@@ -98,7 +99,7 @@ def _read_header(mapped: mmap.mmap, path: Path) -> dict[str, StoredTensor]:
             refuse(f"{quoted(name)}: expected dtype, shape and data_offsets, found others")
         if type(dtype) is not str or dtype not in DTYPES:
             quantized = dtype in ("I8", "U8", "I16", "I32", "F8_E4M3", "F8_E5M2")
-            advice = f", as matrices that are quantized have; {QUANTIZED}" if quantized else ""
+            advice = f", a type of quantized matrices; {QUANTIZED}" if quantized else ""
             refuse(f"{quoted(name)}: expected BF16, F16 or F32, found {quoted(dtype)}{advice}")
         if (
             type(shape) is not list
@@ -107,7 +108,9 @@ def _read_header(mapped: mmap.mmap, path: Path) -> dict[str, StoredTensor]:
         ):
             refuse(f"{quoted(name)}: expected sizes and offsets of 0 or more, found others")
         if first != end or last - first != math.prod(shape) * DTYPES[dtype].itemsize or begin + last > len(mapped):
-            refuse(f"{quoted(name)}: expected its bytes right behind those before, as many as it has, found others")
+            refuse(
+                f"{quoted(name)}: expected its bytes directly after the previous ones, and of its size, found others"
+            )
         tensors[name] = StoredTensor(DTYPES[dtype], tuple(shape), begin + first)
         end = last
     if begin + end != len(mapped):
@@ -123,7 +126,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _sort_key(stored: Any) -> tuple[int, int]:
-    """By place; what is malformed is found out later."""
+    """Return the key to sort tensors by position. Malformed ones are found later."""
     offsets = stored.get("data_offsets") if isinstance(stored, dict) else None
     if type(offsets) is list and len(offsets) == 2 and all(type(n) is int for n in offsets):
         return offsets[0], offsets[1]
@@ -131,7 +134,7 @@ def _sort_key(stored: Any) -> tuple[int, int]:
 
 
 class SafetensorsWriter:
-    """Writes a file of tensors; ``shapes`` names all of them, which are then written whole and in this order, by rows."""
+    """Writes a file of tensors. ``shapes`` names all. They must be written by rows, completely and in this order."""
 
     def __init__(self, path: Path, dtype: np.dtype, shapes: dict[str, tuple[int, ...]]):
         self._path, self._dtype = path, dtype

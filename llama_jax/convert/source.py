@@ -1,4 +1,4 @@
-"""What a converter reads from: a checkpoint of any format, in blocks of rows."""
+"""The interface of checkpoints that a converter reads: any format, in blocks of rows."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,42 +14,48 @@ from llama_jax.tokenizer import Tokenizer
 
 
 class Source(Protocol):
-    """A checkpoint, its tensors all found and of the right shapes."""
+    """A checkpoint whose tensors have been found, with the right shapes."""
 
     args: ModelArgs
     dtype: np.dtype
     tokenizer: Tokenizer
     family: str
-    """Which model it is, in whose layout, for the report."""
+    """The model family and layout, for the report."""
     decided: str
-    """The files that say so, and those beside them that are not read."""
+    """The files that decide the family, and files that are ignored."""
     description: str
-    """Where it is and what it is."""
+    """The location and kind of the checkpoint."""
     unknown: list[str]
     """Keys of its configuration that were not read."""
     warnings: list[str]
     checklists: list[Path]
-    """Lists of md5 sums that came along."""
+    """Lists of md5 sums that belong to the files."""
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
-        """Rows of a tensor as (out, in) or (dim,), heads in the order in which halves rotate. Perhaps on a mapped file."""
+        """Return rows of a tensor, (out, in) or (dim,), with heads ordered for rotating halves.
+
+        They may be a mapped file.
+        """
         ...
 
     def origin(self, tensor: Tensor, layer: int) -> str:
-        """Where a tensor comes from."""
+        """Return the name of a tensor in the files."""
         ...
 
     def release(self) -> None:
-        """Give back the memory of what has been read."""
+        """Free the memory of what has been read."""
         ...
 
     def verified(self) -> contextlib.AbstractContextManager[None]:
-        """Verify checksums of whole files beside the block, which reads them all. Raises UserError at its end."""
+        """Verify checksums in parallel to the block, which reads all files.
+
+        Raises UserError at the end of the block.
+        """
         ...
 
 
 class Block(NamedTuple):
-    """Some rows of a tensor."""
+    """Consecutive rows of a tensor, from row ``start``."""
 
     tensor: Tensor
     layer: int
@@ -57,14 +63,14 @@ class Block(NamedTuple):
     rows: np.ndarray
 
 
-# Begins to read all of a source, tensor by tensor, in the order of a forward pass.
+# Starts to read all blocks of a source, tensor by tensor, in the order of a forward pass.
 ReadBlocks = Callable[[], Iterator[Block]]
 
 
 def raise_together(folder: Path, config: str, stated: str, errors: list[str]) -> None:
     """Raise one UserError for all ``errors`` in the tensors of ``folder``, if there are any.
 
-    config, stated: the file that describes the tensors, and the keys by which it does.
+    ``config`` is the file that describes the tensors, and ``stated`` shows the keys that do.
     """
     if errors:
         shown = "; ".join(sorted(errors)[:8]) + (f"; and {len(errors) - 8} more" if len(errors) > 8 else "")

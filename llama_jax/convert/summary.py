@@ -1,4 +1,4 @@
-"""What a conversion says: before it starts, as a table, and at the end."""
+"""The texts that a conversion prints: before it starts, the table of a dry run, and at the end."""
 
 import math
 import os
@@ -20,13 +20,13 @@ from llama_jax.errors import UserError, quoted
 from llama_jax.model import count_parameters
 from llama_jax.storage.files import raw_bytes
 
-# The process without any weights, and what it holds of them besides the blocks: measured, see docs/convert.md.
+# Memory of the process without weights, and in blocks what it holds of them: measured, see docs/convert.md.
 BASE_BYTES = 350_000_000
 BLOCKS_HELD = 8
 
 
 def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
-    """Say what was found and what will happen."""
+    """Print what was found and what will happen."""
     args, size = source.args, weight_bytes(source)
     rows = {
         "family": source.family,
@@ -50,24 +50,25 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
 
 
 def weight_bytes(source: Source) -> int:
-    """Bytes of all parameters."""
+    """Return the bytes of all parameters."""
     return count_parameters(source.args) * source.dtype.itemsize
 
 
 def stored_bytes(source: Source, weights: Weights) -> int:
-    """Bytes of all parameters as they will be written."""
+    """Return the bytes of all parameters in the form that will be written."""
     return bytes_of([jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts(source, weights)])
 
 
 def peak_bytes(source: Source) -> int:
-    """The most memory that a conversion needs."""
+    """Return the peak memory of a conversion, in bytes."""
     return BASE_BYTES + BLOCKS_HELD * min(2 * BLOCK_BYTES, weight_bytes(source))
 
 
 def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -> None:
-    """Say what the disk needs and has, and how long it will take.
+    """Print the disk space needed and free, and the time to expect.
 
-    Raises UserError where there is too little space, but for a dry run, which may be on another machine.
+    Raises UserError if there is too little space. A dry run only prints, since the conversion may be on another
+    machine.
     """
     place = output.absolute()
     while not place.exists():
@@ -80,11 +81,11 @@ def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -
         raise UserError(
             f"{output}: expected {bytes_text(need)} of free disk, found {bytes_text(free)}; free some, or choose another disk"
         )
-    print(f"{'time':>10}  about {duration(_probe_seconds(source, place))}, as a first block goes")
+    print(f"{'time':>10}  about {duration(_probe_seconds(source, place))}, estimated from one block")
 
 
 def _probe_seconds(source: Source, place: Path) -> float:
-    """Seconds to expect: a block is read and written, for the disks' sake, and thrown away."""
+    """Estimate the seconds of a conversion from reading and writing one block, which is discarded."""
     tensor = max(TABLE, key=lambda t: math.prod(t.matrix(source.args)))
     start, stop = blocks(tensor, source.args, source.dtype.itemsize)[0]
     began = time.perf_counter()
@@ -98,7 +99,7 @@ def _probe_seconds(source: Source, place: Path) -> float:
 
 
 def print_table(source: Source) -> None:
-    """Every tensor: our name, shape, type, and where it comes from."""
+    """Print every tensor: our name, shape, type, and its name in the files."""
     for tensor, layer in all_tensors(source.args):
         name = f"{tensor.name}[{layer}]" if tensor.layered else tensor.name
         shape = ", ".join(map(str, tensor.sizes(source.args)))
@@ -106,22 +107,22 @@ def print_table(source: Source) -> None:
 
 
 def close_dry_run() -> None:
-    """Say what has been checked."""
+    """Print what has been checked."""
     print(
-        "all tensors are there, with the right shapes; nothing was written, and no value was looked at: damage and numbers that "
-        "are not finite are found when they are copied"
+        "all tensors are there, with the right shapes; nothing was written and no value was read: a conversion also finds damage "
+        "and numbers that are not finite"
     )
 
 
 def close(
     source: Source, to: str, output: Path, weights: Weights, digest: str, seconds: float, warnings: list[str]
 ) -> None:
-    """Where things are, what to type next, and last what is wrong with the model."""
+    """Print where things are, what to type next, and finally what is wrong with the model."""
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(
         f"{output}: {bytes_text(size)} in {duration(seconds)}, {bytes_text(weight_bytes(source) / max(seconds, 1e-9))} a second"
     )
-    print(f"sha256 of the weights{', before they were quantized' if weights != 'auto' else ''}: {digest}")
+    print(f"sha256 of the weights{', before quantization' if weights != 'auto' else ''}: {digest}")
     commands = {
         "llama-jax": f'python sample.py --ckpt {shlex.quote(str(output))} "Once upon a time"',
         "huggingface": f"AutoModelForCausalLM.from_pretrained({str(output)!r})",

@@ -4,8 +4,9 @@
         file.tensors["norm.weight"].shape
         file.read("norm.weight")
 
-The layout (torch/serialization.py, caffe2/serialize/inline_container.cc): a zip of stored entries under one top folder, with
-``data.pkl`` (the object, see torch_pickle.py), ``data/<key>`` (a storage each), ``version`` and, since 2023, ``byteorder``.
+The layout (torch/serialization.py, caffe2/serialize/inline_container.cc) is a zip of stored entries under one top
+folder: ``data.pkl`` (the object, see torch_pickle.py), ``data/<key>`` (one per storage), ``version``, and since 2023
+``byteorder``.
 """
 
 import contextlib
@@ -28,16 +29,16 @@ from llama_jax.convert.torch_zip import Entry, central_header, check_crc, end_re
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import raw_bytes
 
-# Beside the storages. The newer ones are informative only.
+# Entries other than storages. The newer ones are only informative.
 SMALL_ENTRIES = {"data.pkl", "version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"}
 FOLDERS = {"", "data/", ".data/"}
-# Storages up to this many elements are looked at element by element where tensors interleave.
+# If tensors interleave, storages up to this many elements are checked element by element.
 MAX_INTERLEAVED = 1 << 29
 
 
 @dataclass
 class TorchFile:
-    """An open checkpoint: its tensors, by name, whose bytes are mapped and read on demand."""
+    """An open checkpoint. Its tensors are listed by name; their bytes are mapped and read on demand."""
 
     path: Path
     tensors: dict[str, TensorView]
@@ -48,10 +49,10 @@ class TorchFile:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: str | Path) -> Iterator["TorchFile"]:
-        """Map a file and check all of it but its tensors' bytes.
+        """Map a file and check everything except the bytes of its tensors.
 
-        Raises UserError where it is not a dict of plain tensors as torch.save writes; see the rules in the modules torch_zip
-        and torch_pickle, and below.
+        Raises UserError if it is not a dict of plain tensors as torch.save writes. The rules are in torch_zip,
+        torch_pickle and below.
         """
         path = Path(path)
         if not path.stat().st_size:
@@ -60,9 +61,9 @@ class TorchFile:
             yield _Opening(path, memory).file()
 
     def read(self, name: str, start: int = 0, stop: int | None = None, verify: bool = True) -> np.ndarray:
-        """Rows ``start`` to ``stop`` of a tensor (all, if it has no axes), as an array on the mapped file.
+        """Return rows ``start`` to ``stop`` of a tensor (all, if it has no axes) as an array on the mapped file.
 
-        verify: check a storage's checksum the first time that it is touched. Raises UserError where it is wrong.
+        ``verify`` checks a storage's checksum when it is first read. Raises UserError if it is wrong.
         """
         view = self.tensors[name]
         record = self._records[view.storage.key]
@@ -80,12 +81,12 @@ class TorchFile:
         return whole[start:stop] if view.shape else whole
 
     def release(self) -> None:
-        """Give the memory of what was read back to the system; arrays that are still in use read it again."""
+        """Free the memory of what was read. Arrays that are still in use read it again."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class _Opening:
-    """The checks that stand between a file and a TorchFile."""
+    """The checks before a file becomes a TorchFile."""
 
     def __init__(self, path: Path, mapped: mmap.mmap):
         self._path, self._map = path, mapped
@@ -116,7 +117,7 @@ class _Opening:
         return TorchFile(self._path, tensors, self._map, records)
 
     def _entries_below_top(self, entries: dict[str, Entry]) -> dict[str, Entry]:
-        """Entries by their name within the one top folder; folders themselves are left out."""
+        """Return entries by their name inside the top folder, without folders."""
         tops = {name.split("/")[0] for name in entries}
         if len(tops) != 1:
             self._refuse(f"expected one top folder in the archive, found {len(tops)}")
@@ -169,7 +170,7 @@ class _Opening:
             self._refuse(f"{label}: expected it within its {storage.numel} elements, found it to reach {_end(view)}")
 
     def _check_disjoint(self, tensors: dict[str, TensorView]) -> None:
-        """No byte belongs to two tensors, but where two are the very same view (tied weights)."""
+        """Check that no byte belongs to two tensors, unless they are the same view (tied weights)."""
         by_storage: dict[str, dict[tuple, tuple[str, TensorView]]] = {}
         for name, view in tensors.items():
             if 0 not in view.shape:
@@ -183,7 +184,7 @@ class _Opening:
                 self._check_elements(ordered)
 
     def _check_elements(self, views: list[tuple[str, TensorView]]) -> None:
-        """The same for tensors that interleave, as columns of one matrix do: each element is marked once."""
+        """Check the same for interleaved tensors, such as columns of one matrix, by marking each element."""
         numel = views[0][1].storage.numel
         elements = sum(math.prod(view.shape) for _, view in views)
         if elements > numel or numel > MAX_INTERLEAVED:
@@ -199,14 +200,14 @@ class _Opening:
 
 
 def _end(view: TensorView) -> int:
-    """The element behind a tensor's last."""
+    """Return the index after the last element of a tensor."""
     if 0 in view.shape:
         return view.offset
     return view.offset + 1 + sum((size - 1) * step for size, step in zip(view.shape, view.strides, strict=True))
 
 
 def _is_nested(view: TensorView) -> bool:
-    """Whether each axis steps over all that the axes of smaller steps reach, so that no element has two indices."""
+    """Return whether each axis steps over everything that axes with smaller steps reach, so that indices are unique."""
     reach = 0
     for step, size in sorted(zip(view.strides, view.shape, strict=True)):
         if size > 1 and step <= reach:
@@ -216,12 +217,12 @@ def _is_nested(view: TensorView) -> bool:
 
 
 class TorchFileWriter:
-    """Writes a dict of tensors as torch.save does; torch.load(path, weights_only=True) reads it.
+    """Writes a dict of tensors like torch.save. torch.load(path, weights_only=True) reads it.
 
-    ``shapes`` names all tensors, which are then written whole and in this order, each in one piece or in pieces of rows.
+    ``shapes`` names all tensors. They must be written completely and in this order, each at once or in pieces of rows.
     """
 
-    # Payloads begin at multiples of this, as torch's do.
+    # Bytes of entries begin at multiples of this, as in torch.
     ALIGNMENT = 64
 
     def __init__(self, path: Path, dtype: np.dtype, shapes: dict[str, tuple[int, ...]]):
@@ -230,7 +231,7 @@ class TorchFileWriter:
         self._shapes = shapes
         self._order = list(shapes)
         self._directory: list[bytes] = []
-        self._open_entry: tuple[str, int, int] | None = None  # name, header's offset, size
+        self._open_entry: tuple[str, int, int] | None = None  # name, offset of the header, size
         self._crc = self._written = 0
 
     def __enter__(self) -> "TorchFileWriter":

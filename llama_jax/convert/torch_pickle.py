@@ -1,9 +1,9 @@
-"""A small interpreter of the pickles inside torch checkpoints: tensors' places in, nothing else, nothing run.
+"""A small interpreter of the pickles in torch checkpoints. It extracts the tensors' places and runs nothing.
 
-Pickle is a stack machine whose programs call what they name. This one knows the 28 instructions that a dict of weights needs
-(CPython's pickletools.py documents them all) and calls nothing: a name is an inert constant, and the few "calls" that
-weights need are rules here. Whatever else a pickle holds is refused. Values are bounded: strings and integers by the file's
-own bytes, keys are strings, and nothing is ever hashed, compared or printed that could be nested.
+Pickle is a stack machine whose programs call the functions they name. This one implements the 28 instructions that a
+dict of weights needs (CPython's pickletools.py documents all) and calls nothing: a name is an inert constant, and the
+few "calls" that weights need are rules here. Anything else is refused. Values are bounded: strings and integers by the
+size of the file. Keys are strings, and nothing that may be nested is ever hashed, compared or printed.
 """
 
 import math
@@ -18,14 +18,14 @@ import numpy as np
 
 from llama_jax.errors import UserError, quoted
 
-# LLaMA 2 70B's pickles have some 200 kB.
+# LLaMA 2 70B's pickles have about 200 kB.
 MAX_BYTES = 2_000_000
 MAX_RANK = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Global:
-    """A name that a pickle refers to. It is only a name."""
+    """A name in a pickle. It stays a name."""
 
     name: str
 
@@ -43,7 +43,7 @@ GLOBALS = {g.name: g for g in (ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER, 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """A record of the archive: ``numel`` elements of ``dtype`` in the entry data/<key>."""
+    """An entry data/<key> of the archive, with ``numel`` elements of ``dtype``."""
 
     key: str
     dtype: np.dtype
@@ -52,7 +52,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class TensorView:
-    """A tensor: elements of a storage. Offset and strides are in elements, and are not checked here."""
+    """A tensor, which is a view of a storage. Offset and strides count elements and are not checked here."""
 
     storage: Storage
     offset: int
@@ -61,7 +61,7 @@ class TensorView:
 
 
 class _Mark:
-    """Marks the beginning of a collection on the stack."""
+    """The start of a collection on the stack."""
 
 
 _MARK = _Mark()
@@ -69,7 +69,7 @@ _INT32, _UINT16, _UINT32 = struct.Struct("<i"), struct.Struct("<H"), struct.Stru
 
 
 def read_pickle(data: bytes, path: Path) -> Any:
-    """The object that a pickle of protocol 2 describes: dicts, tuples, strings, numbers, None, and TensorViews.
+    """Return the object of a pickle of protocol 2: dicts, tuples, strings, numbers, None and TensorViews.
 
     ``path`` is for messages. Raises UserError on anything that a dict of weights does not need.
     """
@@ -79,7 +79,7 @@ def read_pickle(data: bytes, path: Path) -> Any:
 
 
 class _Machine:
-    """The stack, the memo, and one method an instruction."""
+    """The stack, the memo, and one method per instruction."""
 
     def __init__(self, data: bytes, path: Path):
         self._data, self._path = data, path
@@ -89,7 +89,7 @@ class _Machine:
         self._storages: dict[str, Storage] = {}
 
     def run(self) -> Any:
-        """Execute all instructions; STOP must be the last byte."""
+        """Execute all instructions. STOP must be the last byte."""
         if self._data[:2] != b"\x80\x02":
             self._refuse("expected a pickle of protocol 2, found another")
         self._at = 2
@@ -133,7 +133,7 @@ class _Machine:
         return values
 
     def _memoize(self, index: int) -> None:
-        # Picklers number what they remember from 0 on, so that the memo is a list and never larger than the file.
+        # Picklers number memo entries from 0, so the memo is a list and never larger than the file.
         if index != len(self._memo):
             self._refuse(f"expected memo entry {len(self._memo)} next, found {index}")
         if not self._stack or self._stack[-1] is _MARK:
@@ -145,7 +145,7 @@ class _Machine:
             self._refuse(f"expected a memo entry below {len(self._memo)}, found {index}")
         self._stack.append(self._memo[index])
 
-    # Instructions, in pickletools' names.
+    # Instructions, under pickletools' names.
 
     def _mark(self) -> None:
         self._stack.append(_MARK)
@@ -281,11 +281,11 @@ class _Machine:
     def _build(self) -> None:
         state = self._pop()
         target = self._stack[-1] if self._stack else None
-        # A state_dict carries versions of its modules, which weights do not need.
+        # A state_dict has versions of its modules, which weights do not need.
         if type(target) is not dict or type(state) is not dict or list(state) != ["_metadata"]:
             self._refuse("expected no state to be set but the _metadata of a state_dict, found another")
 
-    # What may be called.
+    # Functions that may be called.
 
     def _ordered_dict(self) -> dict[str, Any]:
         return {}
@@ -350,7 +350,7 @@ _CALLS: dict[Global, Callable[..., Any]] = {
 
 
 def write_pickle(dtype: np.dtype, shapes: dict[str, tuple[int, ...]]) -> bytes:
-    """The pickle of a dict of contiguous tensors, tensor number i in storage i, as torch.save makes it."""
+    """Return the pickle of a dict of contiguous tensors, with tensor i in storage i, as torch.save writes it."""
     kind = next(g.name for g, known in STORAGES.items() if known == dtype)
     parts = [b"\x80\x02}("]
     for i, (name, shape) in enumerate(shapes.items()):

@@ -1,8 +1,8 @@
-"""A strict reader of the zip archives that torch.save writes: where each entry's bytes lie in the file.
+"""A strict reader of the zip archives of torch.save. It finds where each entry's bytes are in the file.
 
-It is stricter than zipfile, and reads nothing twice in two ways. An archive is accepted only if it begins with its first
-entry and ends with its one directory; its entries are stored as they are (not compressed, not encrypted), lie one behind
-the other without gaps, and are called the same by the directory and by their own headers.
+It is stricter than zipfile, so that no archive can be read in two ways. An archive is accepted only if it begins with
+its first entry and ends with its only directory. Entries must be stored plainly (not compressed, not encrypted), follow
+each other without gaps, and have the same name in the directory and in their own headers.
 
 The format: PKWARE's APPNOTE.TXT, sections 4.3 (records) and 4.5.3 (zip64).
 """
@@ -23,19 +23,19 @@ CENTRAL_HEADER = struct.Struct("<4sHHHHHHIIIHHHHHII")
 END_RECORD = struct.Struct("<4sHHHHIIH")
 END64_RECORD = struct.Struct("<4sQHHIIQQQQ")
 END64_LOCATOR = struct.Struct("<4sIQI")
-# Bits of an entry's flags: its sizes follow it in a data descriptor; its name is UTF-8. All others are refused.
+# Flags of an entry: its sizes follow in a data descriptor; its name is UTF-8. All other flags are refused.
 DESCRIPTOR_FOLLOWS, UTF8_NAME = 1 << 3, 1 << 11
-FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF  # "see the zip64 field"
-_DATE = 1 | 1 << 5  # 1 January 1980: the same weights make the same file
-# LLaMA 2 70B has some 730 entries a file.
+FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF  # the value is in the zip64 field
+_DATE = 1 | 1 << 5  # 1 January 1980, so that the same weights give the same file
+# LLaMA 2 70B has about 730 entries per file.
 MAX_ENTRIES, MAX_NAME = 20_000, 255
-# Bytes that are checked at once.
+# Number of bytes to check at once.
 PIECE = 1 << 26
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an entry's bytes lie in the file."""
+    """The position of an entry's bytes in the file."""
 
     name: str
     offset: int
@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Listed:
-    """An entry as the directory tells it. offset: of its own header."""
+    """An entry of the directory. ``offset`` is that of its own header."""
 
     name: str
     flags: int
@@ -55,15 +55,15 @@ class _Listed:
 
 
 def read_directory(data: memoryview, path: Path) -> dict[str, Entry]:
-    """The entries of an archive, by name. ``data``: the whole file, mapped; only headers are read.
+    """Return the entries of an archive by name. ``data`` is the mapped file, of which only headers are read.
 
-    Raises UserError on anything but a plain archive of stored entries.
+    Raises UserError on anything except a plain archive of stored entries.
     """
     return _Archive(data, path).entries()
 
 
 def check_crc(data: memoryview, entry: Entry, path: Path, release: Callable[[], None] = lambda: None) -> None:
-    """Raise UserError where the bytes of ``entry`` are not those that were written; ``release`` is called between pieces."""
+    """Raise UserError if the bytes of ``entry`` do not have its checksum. ``release`` is called between pieces."""
     found, stop = 0, entry.offset + entry.size
     for start in range(entry.offset, stop, PIECE):
         found = zlib.crc32(data[start : min(start + PIECE, stop)], found)
@@ -80,7 +80,7 @@ class _Archive:
         self._data, self._path = data, path
 
     def entries(self) -> dict[str, Entry]:
-        """See ``read_directory``."""
+        """Return the entries by name; see ``read_directory``."""
         data = self._data
         if bytes(data[:4]) != LOCAL:
             self._refuse_other_formats()
@@ -101,7 +101,7 @@ class _Archive:
         return found
 
     def _find_directory(self) -> tuple[int, int, int]:
-        """Number of entries, and where the directory begins and ends."""
+        """Return the number of entries, and where the directory begins and ends."""
         data = self._data
         at = len(data) - END_RECORD.size
         if at < 0 or bytes(data[at : at + 4]) != END:
@@ -129,7 +129,7 @@ class _Archive:
         return count, start, end
 
     def _list(self, count: int, at: int, end: int) -> Iterator[_Listed]:
-        """The directory's entries."""
+        """Yield the entries of the directory."""
         data = self._data
         for _ in range(count):
             if at + CENTRAL_HEADER.size > end or bytes(data[at : at + 4]) != CENTRAL:
@@ -147,7 +147,7 @@ class _Archive:
                 self._refuse(f"{quoted(name)}: expected a plain entry, found flags {flags:#x} (encrypted, or patched)")
             if method or stored != size:
                 self._refuse(f"{quoted(name)}: expected an entry that is stored, found one that is compressed")
-            kind = stat.S_IFMT(mode >> 16) if made_by >> 8 == 3 else 0  # 3: made on Unix, with its file modes
+            kind = stat.S_IFMT(mode >> 16) if made_by >> 8 == 3 else 0  # 3 stands for Unix, with its file modes
             if disk or comment or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 self._refuse(f"{quoted(name)}: expected a plain file, found a link or another special entry")
             yield _Listed(name, flags, crc, size, offset)
@@ -155,7 +155,7 @@ class _Archive:
             self._refuse(f"expected {count} entries in the directory, found more")
 
     def _name(self, raw: bytes) -> str:
-        """A name that cannot lead outside a folder."""
+        """Return a name that cannot lead outside a folder, or refuse it."""
         name = raw.decode("ascii", errors="backslashreplace")
         parts = name.removesuffix("/").split("/")
         if (
@@ -169,12 +169,12 @@ class _Archive:
         return name
 
     def _zip64(self, name: str, extra: bytes, fields: tuple[int, ...]) -> tuple[int, ...]:
-        """The fields, those of them that are full replaced by the zip64 extra field (APPNOTE 4.5.3)."""
+        """Return the fields, with full ones replaced from the zip64 extra field (APPNOTE 4.5.3)."""
         at, wide = 0, b""
         while at + 4 <= len(extra):
             kind, length = struct.unpack_from("<HH", extra, at)
             if at + 4 + length > len(extra):
-                break  # what follows is padding
+                break  # the rest is padding
             if kind == 1:
                 if wide:
                     self._refuse(f"{quoted(name)}: expected one zip64 field, found two")
@@ -189,7 +189,10 @@ class _Archive:
         return tuple(next(values) if field == FULL32 else field for field in fields)
 
     def _locate(self, entry: _Listed, limit: int) -> tuple[Entry, int]:
-        """The entry's bytes, by its own header, and where the next entry begins. ``limit``: where the directory begins."""
+        """Return an entry, checked against its own header, and where the next one begins.
+
+        ``limit``: where the directory begins.
+        """
         data, at, name = self._data, entry.offset, quoted(entry.name)
         if at + LOCAL_HEADER.size > limit or bytes(data[at : at + 4]) != LOCAL:
             self._refuse(f"{name}: expected its header at byte {at}, found none")
@@ -209,7 +212,7 @@ class _Archive:
         return Entry(entry.name, start, entry.size, entry.crc), end + (self._descriptor(entry, end) if described else 0)
 
     def _descriptor(self, entry: _Listed, at: int) -> int:
-        """Length of the data descriptor at ``at``, which repeats checksum and sizes (APPNOTE 4.3.9)."""
+        """Return the length of the data descriptor at ``at``, which repeats checksum and sizes (APPNOTE 4.3.9)."""
         for signature in (DESCRIPTOR, b""):
             for width in "IQ":
                 record = signature + struct.pack("<I", entry.crc)
@@ -237,14 +240,14 @@ class _Archive:
         raise UserError(f"{self._path}: {message}")
 
 
-# Writing, in the same form: sizes and checksums in the headers, wide fields only where they are needed.
+# Writing uses the same form: sizes and checksums in the headers, wide fields only if they are needed.
 
-_VERSION, _VERSION64 = 20, 45  # of the format, needed to read an entry: plain, zip64
-_PADDING = 0x4246  # an extra field of torch's, "FB", that aligns what follows
+_VERSION, _VERSION64 = 20, 45  # version of the format needed to read an entry: plain, zip64
+_PADDING = 0x4246  # torch's extra field "FB", which aligns the bytes after it
 
 
 def local_header(name: str, offset: int, size: int, crc: int, alignment: int) -> bytes:
-    """The header in front of an entry's bytes; their first then stands at a multiple of ``alignment``."""
+    """Return the header of an entry, padded so that its bytes begin at a multiple of ``alignment``."""
     wide = size >= FULL32
     extra = struct.pack("<HHQQ", 1, 16, size, size) if wide else b""
     short = FULL32 if wide else size
@@ -257,7 +260,7 @@ def local_header(name: str, offset: int, size: int, crc: int, alignment: int) ->
 
 
 def central_header(name: str, offset: int, size: int, crc: int) -> bytes:
-    """The entry of the directory."""
+    """Return the directory's record of an entry."""
     wide = [field for field in (size, size, offset) if field >= FULL32]
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     version = _VERSION64 if wide else _VERSION
@@ -269,7 +272,7 @@ def central_header(name: str, offset: int, size: int, crc: int) -> bytes:
 
 
 def end_records(count: int, start: int, size: int) -> bytes:
-    """What stands behind the directory."""
+    """Return the records after the directory."""
     records = b""
     if count >= FULL16 or start >= FULL32 or size >= FULL32:
         records += END64_RECORD.pack(END64, 44, _VERSION64, _VERSION64, 0, 0, count, count, size, start)

@@ -1,6 +1,6 @@
 """Text to tokens, token files, batches, and the built-in stories.
 
-``load_data`` is the way in: it finds the text, gets or trains the tokenizer, and opens the tokens.
+Start with ``load_data``: it finds the text, loads or trains the tokenizer, and opens the tokens.
 """
 
 import itertools
@@ -25,7 +25,7 @@ __all__ = [
     "Data", "Origin", "Text", "difference", "encode_text", "find_text", "load_data", "open_data", "open_tokens", "write_stories",
 ]  # fmt: skip
 
-# A vocabulary is trained on at most this many bytes of text, spread over the whole.
+# A vocabulary is trained on at most this many bytes, spread evenly over the text.
 VOCABULARY_BYTES = 30_000_000
 STORY_SEPARATOR = "\n\n"
 STORIES_SEED = 0
@@ -33,10 +33,10 @@ STORIES_SEED = 0
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads.
+    """The data of a run.
 
-    floor: the text's own entropy, in bits per byte, where it is known (the built-in stories). notes: what was left out, and what
-    else the user did not ask for, a line each.
+    ``floor`` is the entropy of the text in bits per byte, if it is known (the built-in stories). ``notes`` are lines to
+    print about what was left out and other surprises.
     """
 
     tokens: TokenSet
@@ -48,7 +48,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Text:
-    """A text that was found, before it is read."""
+    """A text whose files were found and not yet read."""
 
     corpus: Corpus
     source: str
@@ -64,10 +64,17 @@ def load_data(
     begun: bool = False,
     began_with: Origin | None = None,
 ) -> Data:
-    """Tokens and tokenizer for a run whose files lie under ``folder``; the tokenizer is kept as ``tokenizer_path``.
+    """Return the tokens and the tokenizer of a run, which are made first if needed.
 
-    A run that has ``begun`` keeps its text and its tokenizer: ``began_with``, or else what the manifest in ``folder`` tells. Raises
-    UserError where these are others now, or where the text or the tokenizer cannot be had.
+    Arguments:
+        args: the text, its tokenizer and the split.
+        folder: where tokens are kept.
+        tokenizer_path: where the tokenizer is kept.
+        workers: number of encoding threads. None: one per core.
+        begun: whether the run has begun. Such a run keeps its text and its tokenizer.
+        began_with: what they were. None: as the manifest in ``folder`` says.
+
+    Raises UserError if the text or the tokenizer cannot be found, or has changed since the run began.
     """
     prepared = Path(args.filepath).expanduser()
     if args.filepath and read_manifest(prepared) is not None:
@@ -80,9 +87,11 @@ def load_data(
 
 
 def open_data(args: DataArgs, folder: Path, tokenizer_path: Path) -> Data:
-    """What another process's ``load_data`` made of the same arguments: nothing is written, nor the text read.
+    """Open the data that another process's ``load_data`` made from the same arguments.
 
-    Raises UserError where it is not there: ``folder`` is not on a disk that the processes share.
+    It writes nothing and reads no text.
+
+    Raises UserError if the data are missing because ``folder`` is not on a shared disk.
     """
     prepared = Path(args.filepath).expanduser()
     source = prepared if args.filepath and read_manifest(prepared) is not None else folder
@@ -90,9 +99,10 @@ def open_data(args: DataArgs, folder: Path, tokenizer_path: Path) -> Data:
 
 
 def find_text(args: DataArgs, folder: Path, begun: bool = False) -> Text:
-    """The text that ``args`` name; of built-in stories, in a file that is written under ``folder``.
+    """Return the text that ``args`` name. Built-in stories are first written to a file under ``folder``.
 
-    A run that has ``begun`` is given its text whatever that looks like. Raises UserError where there is none.
+    A run that has ``begun`` accepts its text even if it looks like something else. Raises UserError if there is no
+    text.
     """
     if not args.filepath:
         path, floor = write_stories(folder / "stories.txt", args.stories)
@@ -114,7 +124,7 @@ def encode_text(
     begun: bool = False,
     began_with: Origin | None = None,
 ) -> Data:
-    """Tokens of a text, in ``folder``, and their tokenizer, at ``tokenizer_path``; see ``load_data``."""
+    """Encode a text into ``folder``, with a tokenizer at ``tokenizer_path``; see ``load_data``."""
     known = _known(folder, begun, began_with)
     if begun and known is not None:
         text = _check_text(known, text, args)
@@ -129,7 +139,10 @@ def encode_text(
 
 
 def write_stories(path: Path, count: int) -> tuple[Path, float]:
-    """Write ``count`` built-in stories into a file beside ``path`` named for the count; returns it and their bits per byte."""
+    """Write ``count`` built-in stories to a file next to ``path`` named by the count.
+
+    Return it and their bits per byte.
+    """
     path = path.with_name(f"{path.stem}-{count}{path.suffix}")
     stories = [story(STORIES_SEED, i) for i in range(count)]
     text = STORY_SEPARATOR.join(s.text for s in stories).encode()
@@ -139,23 +152,23 @@ def write_stories(path: Path, count: int) -> tuple[Path, float]:
 
 
 def _check_finished(folder: Path) -> None:
-    """Raise UserError on a folder of tokens, and of no text, that lacks a manifest."""
+    """Raise UserError on a folder that holds tokens without a manifest, and no text."""
     unfinished = (folder / UNFINISHED).exists()
     if not (unfinished or any(folder.glob("train.bin*"))) or any(folder.rglob("*.txt")):
         return
     if unfinished:
         raise UserError(
-            f"data.filepath: expected a text or prepared tokens, found tokens that are not finished in {folder}: prepare is still "
-            "at work there, or was stopped; run it again"
+            f"data.filepath: expected a text or prepared tokens, found unfinished tokens in {folder}: prepare is still running "
+            "there, or was stopped; run it again"
         )
     raise UserError(
-        f"data.filepath: expected a text or prepared tokens, found token files without {MANIFEST} in {folder}: they are of another "
-        "program, or not finished; give the text that they were made of"
+        f"data.filepath: expected a text or prepared tokens, found token files without {MANIFEST} in {folder}: they are "
+        "unfinished, or another program made them; give the original text"
     )
 
 
 def _check_has_text(text: Text) -> None:
-    """Raise UserError where there is nothing but white space to train on."""
+    """Raise UserError if the training part holds nothing but white space."""
     parts = list(itertools.islice(text.corpus.parts("train"), 1))
     if not parts or not any(part.text.strip() for part in text.corpus.parts("train")):
         found = "nothing but white space" if parts else "none"
@@ -166,28 +179,28 @@ def _check_has_text(text: Text) -> None:
 
 
 def _known(folder: Path, begun: bool, began_with: Origin | None) -> Origin | None:
-    """What the tokens of an earlier start were made of."""
+    """Return the origin of the tokens of an earlier start, or None."""
     if begun and began_with is not None:
         return began_with
     try:
         manifest = read_manifest(folder)
     except UserError:
         if begun:
-            raise  # what the run was trained on cannot be told any more
+            raise  # the manifest was the only record of the run's text
         return None
     if manifest is not None:
         return manifest.origin
     if begun:
         print(
-            f"warning: {folder / MANIFEST}: expected what the run was trained on, found no such file: whether the text is still the "
-            "same cannot be told",
+            f"warning: {folder / MANIFEST}: expected a description of the run's text, found no such file; it is unknown whether "
+            "the text has changed",
             flush=True,
         )
     return None
 
 
 def _check_text(known: Origin, text: Text, args: DataArgs) -> Text:
-    """The text of a run that has begun. Raises UserError where it is another one now."""
+    """Return the text of a run that has begun. Raises UserError if it has changed."""
     corpus = text.corpus
     if not known.files and args.filepath and corpus.digest() != known.text_sha256:
         before = replace(corpus, paths=files_as_before(args.filepath))
@@ -202,7 +215,7 @@ def _check_text(known: Origin, text: Text, args: DataArgs) -> Text:
 
 
 def _refuse(found: str) -> None:
-    """Raise UserError where a run that has begun found its text changed."""
+    """Raise UserError if ``found``, a description of how the text has changed, is not empty."""
     if found:
         raise UserError(
             f"data.filepath: expected the text, separator and train_size that the run began with, found that {found}; choose "
@@ -211,7 +224,7 @@ def _refuse(found: str) -> None:
 
 
 def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, begun: bool) -> Tokenizer:
-    """The one that the user gives, the one at ``path`` if it is to be kept, or a new one."""
+    """Return the tokenizer that the user gives, the one at ``path`` if it still fits, or a new one."""
     given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
     if (begun or _is_vocabulary_of(args, text.corpus, known)) and path.exists():
         kept = Tokenizer(path)
@@ -224,8 +237,8 @@ def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, beg
             return kept
         if begun:
             raise UserError(
-                f"{path}: expected the tokenizer that the run began with, found another, or a damaged one; put it back: each "
-                "checkpoint has a copy"
+                f"{path}: expected the tokenizer that the run began with, found another, or a damaged one; restore it from a "
+                "checkpoint, each of which has a copy"
             )
         print(
             f"warning: {path}: expected the tokenizer that made these tokens, found another: trained again", flush=True
@@ -234,21 +247,21 @@ def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, beg
     if begun and known is not None and known.tokenizer_sha256 not in ("", sha256(made.model_bytes)):
         path.unlink()
         raise UserError(
-            f"{path}: expected the tokenizer that the run began with, found none, and a new one is another; put it back: each "
-            "checkpoint has a copy"
+            f"{path}: expected the tokenizer that the run began with, found none, and a newly trained one differs; restore it "
+            "from a checkpoint, each of which has a copy"
         )
     return made
 
 
 def _is_vocabulary_of(args: DataArgs, corpus: Corpus, known: Origin | None) -> bool:
-    """Whether an earlier start trained its vocabulary for just this text and size."""
+    """Return whether an earlier start trained its vocabulary on exactly this text and size."""
     return known is not None and (known.text_sha256, known.trained_vocab_size) == (corpus.digest(), args.vocab_size)
 
 
 def _load_prepared(
     args: DataArgs, prepared: Path, folder: Path, path: Path, begun: bool, began_with: Origin | None
 ) -> Data:
-    """Tokens that ``prepare`` made, with their own tokenizer; the run keeps a copy of it, and of the manifest."""
+    """Open tokens made by ``prepare``. The run gets copies of their tokenizer and manifest."""
     tokens, tokenizer = open_tokens(prepared), Tokenizer(prepared / "tokenizer.model")
     manifest = tokens.manifest
     if manifest.tokenizer_sha256 != sha256(tokenizer.model_bytes):
@@ -259,7 +272,7 @@ def _load_prepared(
         made = getattr(manifest, name)
         if asked not in (made, getattr(DataArgs(), name)):
             raise UserError(
-                f"data.{name}: expected {made!r}, as the tokens in {prepared} were prepared, found {asked!r}; prepare them again"
+                f"data.{name}: expected {made!r}, with which the tokens in {prepared} were prepared, found {asked!r}; prepare them again"
             )
     others = [Path(args.tokenizer_model_path)] if args.tokenizer_model_path else []
     for other in [*others, *([path] if begun and path.exists() else [])]:
@@ -281,7 +294,7 @@ def _save(tokenizer: Tokenizer, path: Path) -> Tokenizer:
 
 
 def _sentences(corpus: Corpus) -> Iterator[str]:
-    """Training text for a vocabulary: all of it, or evenly spread parts of a large one."""
+    """Yield the text to train a vocabulary on: all of it, or evenly spread parts if it is large."""
     stride = max(1, corpus.cut // VOCABULARY_BYTES)
     for i, part in enumerate(corpus.parts("train")):
         if i % stride == 0:

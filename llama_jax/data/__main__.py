@@ -1,4 +1,4 @@
-"""Prepare tokens ahead of training: ``python -m llama_jax.data prepare --filepath TEXT --tokenizer-model-path M --output DIR``."""
+"""Prepare tokens ahead: ``python -m llama_jax.data prepare --filepath TEXT --tokenizer-model-path M --output DIR``."""
 
 import contextlib
 import os
@@ -24,28 +24,33 @@ NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, "tokenizer.model")
 
 @dataclass(frozen=True)
 class PrepareArgs:
-    """Encode a text once; train.py then takes the output folder as --data.filepath."""
+    """Encode a text once. Then give the output folder to train.py as --data.filepath."""
 
     filepath: str = ""
-    """A text file, a folder (its *.txt files, at any depth) or a glob."""
+    """Text to encode: a file, a folder (all its *.txt, recursively) or a glob."""
     tokenizer_model_path: str = ""
-    """A SentencePiece model. Empty: a BPE vocabulary is trained on the text."""
+    """Path of a SentencePiece model. Empty: train a BPE vocabulary on the text."""
     output: str = ""
-    """The folder to write: train.bin, eval.bin, checksums.bin, tokenizer.model, manifest.json. Tokens of another text in it stay."""
+    """Folder to write: train.bin, eval.bin, checksums.bin, tokenizer.model, manifest.json.
+    Tokens of another text in it are never replaced."""
     vocab_size: int = DataArgs.vocab_size
-    """Size of the vocabulary when a tokenizer is trained, in tokens."""
+    """Vocabulary size, in tokens, when a tokenizer is trained."""
     separator: str = ""
-    r"""What stands between two documents in a file, for example '<|endoftext|>', '\n\n', or '\n' for a document a line. \n is any line end (LF, CRLF, CR), \t a tab, \\ a backslash; blank lines at a document's borders are left out. Empty: a file is a document."""
+    r"""Text between two documents in a file, for example '<|endoftext|>', '\n\n', or '\n' for one document per line.
+    The escape \n matches any line end (LF, CRLF, CR), \t a tab, \\ a backslash.
+    Blank lines at the start and end of a document are dropped.
+    Empty: each file is one document."""
     train_size: float = DataArgs.train_size
-    """Share of the text's bytes that trains."""
+    """Share of the text, in bytes, to train on. The rest, its end, is held out for evaluation. 1: hold out nothing."""
     as_text: bool = False
-    """Take the files as plain text whatever they hold: JSON lines, HTML, bytes that are not UTF-8 (each is read as U+FFFD)."""
+    """Read files as plain text even if they look like something else, such as JSON lines or HTML.
+    Bytes that are not UTF-8 become U+FFFD."""
     workers: int = os.cpu_count() or 1
-    """Threads that encode."""
+    """Number of encoding threads."""
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command."""
     argv = sys.argv[1:]
     if argv[:1] != ["prepare"] and argv[:1] != ["--help"]:
         raise UserError(f"llama_jax.data: expected the command prepare, found {' '.join(argv[:1]) or 'none'}")
@@ -64,7 +69,7 @@ def main() -> None:
 
 
 def prepare(args: PrepareArgs) -> None:
-    """Make the tokens, or say that they are there. Raises UserError, and touches nothing, where others are."""
+    """Make the tokens unless they exist. Raises UserError, and changes nothing, if the folder holds other tokens."""
     data_args = DataArgs(
         args.filepath, args.train_size, args.tokenizer_model_path, args.vocab_size, args.separator, as_text=args.as_text
     )
@@ -95,7 +100,7 @@ def prepare(args: PrepareArgs) -> None:
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make ``folder``; where the block fails, and nothing has come into it, it goes again."""
+    """Create ``folder``. Remove it again if the block fails and leaves it empty."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -108,7 +113,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def _holds(output: Path, text: Text, args: PrepareArgs, given: Tokenizer | None) -> bool:
-    """Whether the folder holds the tokens that are asked for, whole. Raises UserError where it holds others."""
+    """Return whether the folder holds the requested tokens, intact. Raises UserError if it holds others."""
     manifest = read_manifest(output)
     if manifest is None:
         return False
@@ -119,7 +124,7 @@ def _holds(output: Path, text: Text, args: PrepareArgs, given: Tokenizer | None)
     )  # fmt: skip
     if found := difference(manifest.origin, asked):
         raise UserError(
-            f"--output: expected a new folder, or one with the tokens that are asked for, found {manifest.origin} in {output}, and "
+            f"--output: expected a new folder, or one with the requested tokens, found {manifest.origin} in {output}, and "
             f"{found}; choose another --output, or delete {output}"
         )
     try:
@@ -133,7 +138,7 @@ def _holds(output: Path, text: Text, args: PrepareArgs, given: Tokenizer | None)
 
 
 def _check_free(output: Path, given: Tokenizer | None) -> None:
-    """Raise UserError where files that are to be written are there, and are not what a stopped ``prepare`` left."""
+    """Raise UserError if files to be written exist, unless a stopped ``prepare`` left them."""
     if (output / UNFINISHED).exists() or (output / MANIFEST).exists():
         return
     for name in NAMES:
@@ -152,7 +157,7 @@ def _check_free(output: Path, given: Tokenizer | None) -> None:
 
 @contextlib.contextmanager
 def _unfinished(output: Path) -> Iterator[None]:
-    """Mark the folder as one that this command is at work in. The mark stays where it fails with something in it."""
+    """Mark the folder as unfinished during the block. The mark stays if the block fails and leaves files."""
     mark = output / UNFINISHED
     mark.touch()
     try:

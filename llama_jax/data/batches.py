@@ -1,6 +1,6 @@
-"""Batches: what the training step reads at step s is a function of the seed and s, and of nothing else.
+"""Batches. The batch of step s depends only on the seed and s.
 
-Each process reads the rows alone that its devices hold.
+Each process reads only the rows that its devices hold.
 """
 
 from collections.abc import Iterator
@@ -12,22 +12,22 @@ import numpy as np
 
 from llama_jax.data.stream import TokenStream
 
-# A stream of tokens: an array of shape [tokens], or a token file, which slices like one.
+# A stream of tokens: an array of shape [tokens], or a token file, which can be sliced like one.
 Tokens = np.ndarray | TokenStream
-# Windows that an evaluation takes together from one place of the held-out text.
+# Evaluation reads windows in groups of this many consecutive ones.
 EVAL_ROWS = 16
 
 
 class Batch(NamedTuple):
-    """Next-token prediction: at each position, ``inputs`` up to there predict ``targets``. B rows of T tokens."""
+    """A batch for next-token prediction of B rows of T tokens: inputs up to a position predict its target."""
 
     inputs: np.ndarray  # int32 [B, T]
     targets: np.ndarray  # int32 [B, T]
-    weights: np.ndarray  # float32 [B, T]: 1 where the target counts in the loss, 0 at padding
+    weights: np.ndarray  # float32 [B, T]: 1 if the target counts in the loss, 0 at padding
 
 
 class OwnRows:
-    """The rows of a [B, T] batch that this process's devices hold, all or a part of each."""
+    """The rows of a [B, T] batch that this process's devices hold, in full or in part."""
 
     def __init__(self, sharding: jax.sharding.Sharding, batch_size: int, length: int):
         self._sharding, self._shape = sharding, (batch_size, length)
@@ -35,7 +35,7 @@ class OwnRows:
         self.rows = np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in held if index]))
 
     def assemble(self, batch: Batch) -> Batch:
-        """Arrays of the whole batch, over all devices, of this process's ``rows`` of it (shapes [rows, T] -> [B, T])."""
+        """Build the arrays of the whole batch, over all devices, from this process's rows: [rows, T] -> [B, T]."""
         return Batch(*map(self._assemble, batch))  # type: ignore[arg-type]
 
     def _assemble(self, array: np.ndarray) -> jax.Array:
@@ -46,10 +46,10 @@ class OwnRows:
 
 
 class Windows:
-    """The training stream in windows of ``length`` tokens, in an order that is new every epoch.
+    """The training stream in windows of ``length`` tokens, in a new order every epoch.
 
-    The stream is a ring: an epoch begins at an offset of its own and goes round once, so that no token is dropped, none
-    is padding, and a text shorter than a window works too.
+    The stream is a ring. Each epoch starts at its own random offset and goes around once, so no token is dropped or
+    padded, and a text shorter than a window works, too.
     """
 
     def __init__(self, stream: Tokens, length: int, seed: int):
@@ -57,12 +57,13 @@ class Windows:
         self.per_epoch = max(1, -(-len(stream) // length))
 
     def row(self, index: int, window: int) -> np.ndarray:
-        """The ``length`` + 1 tokens of a window in the epoch that row ``index`` of the run belongs to."""
+        """Return the ``length`` + 1 tokens of a window, int32, in the epoch of row ``index`` of the run."""
         epoch = index // self.per_epoch
         offset = int(np.random.default_rng((self._seed, epoch)).integers(len(self._stream)))
         start = (offset + window * self._length) % len(self._stream)
         row = self._stream[start : start + self._length + 1]
-        if len(row) <= self._length:  # round the ring, more than once where the text is shorter than a window
+        # Continue at the start of the ring, repeatedly if the text is shorter than a window.
+        if len(row) <= self._length:
             around = self._stream[: self._length + 1]
             row = np.concatenate([row, np.resize(around, self._length + 1 - len(row))])
         return row.astype(np.int32)
@@ -71,11 +72,14 @@ class Windows:
 def train_batches(
     stream: Tokens, batch_size: int, length: int, seed: int, start: int, stop: int, own: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """Batches of steps ``start`` to ``stop`` - 1, of each the rows ``own`` (None: all), read ahead by threads of grain."""
+    """Yield the batches of steps ``start`` to ``stop`` - 1, only rows ``own`` (None: all).
+
+    Threads of grain read ahead.
+    """
     own = np.arange(batch_size) if own is None else own
     windows = Windows(stream, length, seed)
     epochs = max(1, -(-stop * batch_size // windows.per_epoch))
-    # Grain orders epoch e of seed s as epoch e + 1 of seed s - 1: keep the seeds far from each other.
+    # Grain's order of epoch e with seed s is that of epoch e + 1 with seed s - 1, so hash the seed.
     order = int(np.random.SeedSequence(seed).generate_state(1)[0])
     rows = grain.MapDataset.range(windows.per_epoch).shuffle(seed=order).repeat(epochs).map_with_index(windows.row)
     steps = grain.MapDataset.range(start, stop).map(lambda s: np.stack([rows[s * batch_size + int(r)] for r in own]))
@@ -85,17 +89,17 @@ def train_batches(
 
 
 def steps_per_epoch(stream: Tokens, batch_size: int, length: int) -> int:
-    """Optimizer steps that read the whole stream once."""
+    """Return the number of optimizer steps that read the whole stream once."""
     return -(-Windows(stream, length, 0).per_epoch // batch_size)
 
 
 def eval_batches(
     stream: Tokens, batch_size: int, length: int, limit: int = 0, own: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """The stream in order, each token but the first predicted once; the last window and batch are filled with padding.
+    """Yield the stream in order, with each token but the first predicted once. The end is padded.
 
-    limit: how many groups of EVAL_ROWS windows are read at most, spread evenly over the stream: the same tokens for every
-    ``batch_size``. 0: all of them. own: the rows of each batch to read. None: all.
+    ``limit`` is the maximum number of groups of EVAL_ROWS windows, spread evenly over the stream; they are the same for
+    every ``batch_size``. 0: all groups. ``own`` are the rows of each batch to read. None: all.
     """
     own = np.arange(batch_size) if own is None else own
     count = len(stream) - 1
@@ -106,7 +110,7 @@ def eval_batches(
         windows = (chosen[:, None] * EVAL_ROWS + np.arange(EVAL_ROWS)).ravel()
     for first in range(0, len(windows), batch_size):
         rows = first + own
-        # A window behind the last one is padding.
+        # Windows after the last one are padding.
         starts = np.where(rows < len(windows), windows[np.minimum(rows, len(windows) - 1)] * length, count + 1)
         tokens = np.zeros((len(starts), length + 1), np.int32)
         for row, start in zip(tokens, starts.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""The bytes of a text file, read through a buffer, and the documents that a separator parts them into."""
+"""Buffered reading of text files, and their documents between separators."""
 
 import contextlib
 import hashlib
@@ -8,29 +8,29 @@ from pathlib import Path
 
 from llama_jax.errors import UserError
 
-# Files are read in stretches of this many bytes.
+# Files are read in blocks of this many bytes.
 BUFFER_BYTES = 1 << 20
-# White space at a document's borders is looked at in stretches of this many bytes.
+# White space at the start and end of a document is examined in blocks of this many bytes.
 LOOK_BYTES = 1 << 12
 LINE_END = re.compile(rb"\r\n|\n|\r")
 WHITE = b" \t\r\n"
 
 
 class Reader:
-    """A file's bytes, through a buffer.
+    """Reads the bytes of a file through a buffer.
 
-    The file is not mapped into memory: one that somebody cuts meanwhile would end the process with a bus error.
+    The file is not mapped into memory, because a mapped file that is truncated ends the process with a bus error.
     """
 
     def __init__(self, path: Path, size: int):
         self.path, self.size = path, size
         self._at, self._buffer = 0, b""
-        self.has_returns = False  # whether what ``window`` gave last holds a carriage return
-        with _told(path):
+        self.has_returns = False  # whether the last result of window() holds a carriage return
+        with _naming_the_file(path):
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
 
     def read(self, start: int, stop: int) -> bytes:
-        """The bytes from ``start`` to ``stop``, which is within the file. Raises UserError where they are not all there."""
+        """Return bytes ``start`` to ``stop``, a range within the file. Raises UserError if some are missing."""
         first, last = start - self._at, stop - self._at
         if first >= 0 and last <= len(self._buffer):
             return self._buffer[first:last]
@@ -38,21 +38,21 @@ class Reader:
         return buffer[start - at : stop - at]
 
     def starts_or_ends_in_white(self, start: int, stop: int) -> bool:
-        """Whether the first or the last of some bytes is white space."""
+        """Return whether the first or the last byte of a range is white space."""
         first, last = start - self._at, stop - 1 - self._at
         if first >= 0 and last < len(self._buffer):
             return self._buffer[first] in WHITE or self._buffer[last] in WHITE
         return self.read(start, start + 1) in WHITE or self.read(stop - 1, stop) in WHITE
 
     def window(self, start: int, stop: int) -> tuple[int, bytes]:
-        """Bytes in which those from ``start`` to ``stop`` lie, and the offset of their first."""
+        """Return a buffer that holds bytes ``start`` to ``stop``, after the offset of its first byte."""
         if not self._at <= start <= stop <= self._at + len(self._buffer):
             self._at, self._buffer = start, self._bytes(start, min(self.size, max(stop, start + BUFFER_BYTES)))
             self.has_returns = b"\r" in self._buffer
         return self._at, self._buffer
 
     def _bytes(self, start: int, stop: int) -> bytes:
-        with _told(self.path):
+        with _naming_the_file(self.path):
             self._file.seek(start)
             pieces, left = [], stop - start
             while left and (piece := self._read(left)):
@@ -70,7 +70,7 @@ class Reader:
 
 
 class Separator:
-    """What stands between two documents. A line end in it is any line end: LF, CRLF or CR."""
+    """Finds the text between two documents. A line end in it matches any line end: LF, CRLF or CR."""
 
     def __init__(self, separator: bytes):
         pieces = LINE_END.split(separator)
@@ -79,11 +79,14 @@ class Separator:
         self._longest = len(self._plain) + len(pieces) - 1
 
     def occurs(self, data: Reader) -> bool:
-        """Whether a file has one."""
+        """Return whether a file contains the separator."""
         return next(self._ranges(data, 0))[1] < data.size
 
     def documents(self, data: Reader, start: int) -> Iterator[tuple[int, int]]:
-        """Ranges of the documents behind ``start``, without the blank lines at their borders; empty ones are passed over."""
+        """Yield the ranges of the documents after ``start``, trimmed of blank lines at both ends.
+
+        Empty ones are skipped.
+        """
         for first, last in self._ranges(data, start):
             if first < last and data.starts_or_ends_in_white(first, last):
                 first, last = _without_blank_lines(data, first, last)
@@ -91,7 +94,7 @@ class Separator:
                 yield first, last
 
     def _ranges(self, data: Reader, start: int) -> Iterator[tuple[int, int]]:
-        """What lies between the separators behind ``start``."""
+        """Yield the ranges between the separators after ``start``."""
         look = start
         while look < data.size:
             at, buffer = data.window(look, min(data.size, look + 2 * self._longest))
@@ -100,16 +103,17 @@ class Separator:
             for found, end in self._within(buffer, look, data.has_returns):
                 look = found
                 if end == len(buffer) and not last:
-                    break  # it may be longer: a CR at the buffer's end may have an LF behind it
+                    break  # the match may be longer: an LF may follow a CR at the end of the buffer
                 yield start, at + found
                 start, look = at + end, end
             if last:
                 break
-            look = at + max(look, len(buffer) - self._longest)  # one that the buffer cuts begins within its last bytes
+            # A separator that the buffer's end cuts begins in its last bytes.
+            look = at + max(look, len(buffer) - self._longest)
         yield start, data.size
 
     def _within(self, buffer: bytes, start: int, has_returns: bool) -> Iterator[tuple[int, int]]:
-        """Where the separators in ``buffer`` begin and end."""
+        """Yield where the separators in ``buffer`` begin and end."""
         if has_returns:
             yield from (match.span() for match in self._pattern.finditer(buffer, start))
             return
@@ -120,9 +124,9 @@ class Separator:
 
 
 def _without_blank_lines(data: Reader, start: int, end: int) -> tuple[int, int]:
-    """The range of a document without the blank lines that it begins and ends with; nothing, where all of it is white space.
+    """Return a document's range without blank lines at its start and end. It is empty if all is white space.
 
-    The first line keeps its indentation, and the last one the white space that it ends with.
+    The first line keeps its indentation, and the last one its trailing white space.
     """
     first, last = start, end
     while first < end and not (text := data.read(first, min(end, first + LOOK_BYTES)).lstrip(WHITE)):
@@ -137,7 +141,7 @@ def _without_blank_lines(data: Reader, start: int, end: int) -> tuple[int, int]:
 
 
 def _line_start(data: Reader, start: int, at: int) -> int:
-    """Where the line of ``at`` begins, behind ``start``."""
+    """Return where the line that contains ``at`` begins, not before ``start``."""
     while at > start:
         before = data.read(max(start, at - LOOK_BYTES), at)
         if (found := max(before.rfind(b"\n"), before.rfind(b"\r"))) >= 0:
@@ -147,7 +151,7 @@ def _line_start(data: Reader, start: int, at: int) -> int:
 
 
 def _line_end(data: Reader, at: int, end: int) -> int:
-    """Where the line of ``at`` ends, before ``end``."""
+    """Return where the line that contains ``at`` ends, not after ``end``."""
     while at < end:
         behind = data.read(at, min(end, at + LOOK_BYTES))
         if found := LINE_END.search(behind):
@@ -157,7 +161,7 @@ def _line_end(data: Reader, at: int, end: int) -> int:
 
 
 def sha256_of(path: Path, size: int) -> str:
-    """The digest of a file's first ``size`` bytes. Raises UserError where it has fewer."""
+    """Return the digest of a file's first ``size`` bytes. Raises UserError if it has fewer."""
     sha, data = hashlib.sha256(), Reader(path, size)
     for start in range(0, size, BUFFER_BYTES):
         sha.update(data.read(start, min(size, start + BUFFER_BYTES)))
@@ -165,8 +169,8 @@ def sha256_of(path: Path, size: int) -> str:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Name the file that the system cannot read."""
+def _naming_the_file(path: Path) -> Iterator[None]:
+    """Turn an OSError in the block into a UserError that names the file."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""From documents to a token folder: encoded in bounded memory, counted on the way, and put in place when all of it is there."""
+"""Encodes documents into a token folder in bounded memory, with counts. Files get their names when all are complete."""
 
 import collections
 import contextlib
@@ -36,9 +36,9 @@ from llama_jax.errors import UserError
 from llama_jax.storage.files import replacing
 from llama_jax.tokenizer import Tokenizer
 
-# Parts, and bytes, that are encoded at once, by as many threads as there are workers.
+# Limits of a batch, which is encoded by all workers at once: parts and bytes.
 PARTS_AT_ONCE, BYTES_AT_ONCE = 2048, 1 << 22
-# Documents of which a digest is kept, to find copies; of more, a sample.
+# At most this many digests of documents are kept to find copies; beyond it, a sample.
 DIGESTS = 1 << 22
 
 
@@ -51,10 +51,10 @@ def prepare(
     source: str = "",
     expected: Origin | None = None,
 ) -> TokenSet:
-    """The tokens of ``corpus``: taken from ``folder`` if it holds just these, else made there.
+    """Return the tokens of ``corpus``, from ``folder`` if it holds exactly these, else newly made there.
 
-    Memory is bounded whatever the text's length; nothing unfinished ever looks finished, and what was there stays until the new
-    tokens are whole. expected: what the tokens have to be. Raises UserError where they come out otherwise.
+    Memory is bounded for any length of text. Unfinished tokens never look finished, and old files stay until the new
+    tokens are complete. ``expected`` is what the tokens must be; raises UserError if they are not.
     """
     text_sha256, tokenizer_sha256 = corpus.digest(), sha256(tokenizer.model_bytes)
     if (kept := _kept(folder, corpus, tokenizer_sha256, expected)) is not None:
@@ -64,7 +64,7 @@ def prepare(
     corpus.replaced = 0
     writers = {split: _Writer(tokenizer, dtype, corpus.bytes, workers) for split in SPLITS}
     with contextlib.ExitStack() as files:
-        # Entered in the order in which they are put in place, from the last to the first.
+        # Files are moved into place in reverse order of this list.
         paths = {name: files.enter_context(replacing(folder / name)) for name in (SUMS, "eval.bin", "train.bin")}
         for split in SPLITS:
             writers[split].write(corpus.parts(split), paths[f"{split}.bin"], split)
@@ -108,15 +108,15 @@ def _check_expected(folder: Path, expected: Origin | None, manifest: Manifest) -
 
 
 def _kept(folder: Path, corpus: Corpus, tokenizer_sha256: str, expected: Origin | None) -> TokenSet | None:
-    """The tokens in ``folder``, if they are whole and those of the corpus and the tokenizer."""
+    """Return the tokens in ``folder`` if they are intact and belong to the corpus and the tokenizer, else None."""
     try:
         manifest = read_manifest(folder)
         if manifest is None or (manifest.text_sha256, manifest.tokenizer_sha256) != (corpus.digest(), tokenizer_sha256):
             return None
         if manifest.version < VERSION and corpus.separator and expected is None:
-            return None  # that version left line ends around markers in the documents
+            return None  # earlier versions left line ends around separators in the documents
         if not any((folder / f"{split}.bin").exists() for split in SPLITS):
-            return None  # a run of tokens that were prepared elsewhere keeps their manifest alone
+            return None  # a run on prepared tokens has only a copy of their manifest
         return open_tokens(folder)
     except UserError as error:
         print(f"warning: {error}: made again from the text", flush=True)
@@ -147,7 +147,7 @@ class _Writer:
         self._length = 0
 
     def write(self, parts: Iterator[Part], path: Path, split: str) -> None:
-        """Encode ``parts`` into a file."""
+        """Encode ``parts`` into the file ``path``."""
         rest = b""
         with open(path, "wb") as file, Progress(f"tokens ({split})", None, "B") as progress:
             for batch in _batches(parts):
@@ -170,7 +170,7 @@ class _Writer:
         self.sums.extend(checksums(raw))
 
     def _joined(self, parts: Sequence[Part], rows: Sequence[list[int]]) -> np.ndarray:
-        """Tokens of consecutive parts, each document between BOS and EOS."""
+        """Return the tokens of consecutive parts, with BOS and EOS around each document."""
         ids: list[int] = []
         for part, row in zip(parts, rows, strict=True):
             ids += [self.tokenizer.bos_id] * part.starts + row + [self.tokenizer.eos_id] * part.ends
@@ -193,7 +193,7 @@ class _Writer:
 
     @property
     def median(self) -> int:
-        """Tokens of the document in the middle."""
+        """The median number of tokens of a document."""
         left = sum(self.lengths.values()) // 2
         for length in sorted(self.lengths):
             left -= self.lengths[length]
@@ -203,7 +203,7 @@ class _Writer:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document."""
+        """The number of tokens of the longest document."""
         return max(self.lengths, default=0)
 
 
@@ -221,7 +221,10 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 class Digests:
-    """Digests of 8 bytes of documents; where there are many, a sample of them: those that end in so many zeros."""
+    """8-byte digests of documents.
+
+    If there are too many, only those that end in some zero bits are kept, as a sample.
+    """
 
     def __init__(self, limit: int = DIGESTS):
         self._limit, self._zeros = limit, 0
@@ -229,7 +232,7 @@ class Digests:
         self._hash = hashlib.blake2b(digest_size=8)
 
     def add(self, part: Part) -> None:
-        """Take the next part of a document. One that is cut off, at the end of a split, has no digest."""
+        """Add the next part of a document. A document cut at the end of a split gets no digest."""
         if part.starts:
             self._hash = hashlib.blake2b(part.text.encode(), digest_size=8)
         else:
@@ -244,7 +247,7 @@ class Digests:
                 self._kept = bytearray(self._sample(self._zeros).tobytes())
 
     def copies_in(self, others: "Digests") -> int:
-        """How many documents of ``others`` are here too: an estimate, where either is a sample."""
+        """Return how many documents of ``others`` are also here, estimated if either is a sample."""
         zeros = max(self._zeros, others._zeros)
         return int(np.isin(others._sample(zeros), self._sample(zeros)).sum()) << zeros
 

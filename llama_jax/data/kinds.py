@@ -1,4 +1,4 @@
-"""What a file is, told by its bytes: plain text in UTF-8, or something that would be trained on as if it were."""
+"""Recognizes by their bytes files that are not plain text in UTF-8, so that nobody trains on them by accident."""
 
 import codecs
 import csv
@@ -9,20 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-# Files up to WHOLE bytes are looked at whole, larger ones in WINDOWS stretches of WINDOW bytes, spread from start to end.
+# Files up to WHOLE bytes are examined in full, larger ones in WINDOWS windows of WINDOW bytes, spread evenly.
 WHOLE, WINDOWS, WINDOW = 1 << 20, 16, 1 << 16
-# Plain text: at most this share of bytes that are not UTF-8, or so few; and of control characters, or so few.
+# Plain text has at most this share, or at most so few, bytes that are not UTF-8, and likewise control characters.
 MOST_BAD, FEW_BAD = 0.005, 2
 MOST_CONTROLS, FEW_CONTROLS = 0.1, 8
-# From this share of NULs on it may be UTF-16.
+# From this share of NUL bytes a file may be UTF-16.
 MANY_NULS = 0.02
-# Lines of JSON lines, and rows of a table, that are looked at.
+# Number of lines of JSON lines, and rows of a table, to examine.
 LINES = 200
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Something else than plain text, and what to do with it."""
+    """A kind of file that is not plain text, and what to do about it."""
 
     name: str
     advice: str
@@ -31,7 +31,7 @@ class Kind:
 UNPACK = "decompress it first"
 EXTRACT = "write its text to a .txt file first"
 TEXT_FIRST = "give the text itself"
-# The first bytes of files, and what they are.
+# Kinds of files by their first bytes.
 MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"\x1f\x8b", "a gzip file", UNPACK),
     (b"\x28\xb5\x2f\xfd", "a zstd file", UNPACK),
@@ -82,10 +82,10 @@ MAGIC: tuple[tuple[bytes, str, str], ...] = (
     ((20240520).to_bytes(4, "little"), "a token file of llm.c", TEXT_FIRST),
     ((20240801).to_bytes(4, "little"), "a token file of llm.c", TEXT_FIRST),
 )
-# Encodings, by their mark and by their bytes; of two that fit, the first.
+# Encodings by byte order mark, and by trying to decode. The first that fits wins.
 MARKS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
-# All that a server says when it does not give the file.
+# Short texts that servers send in place of a file.
 NO_FILE = re.compile(
     r"(4\d\d[: ].{0,40}|not found|(entry|repository|revision) not found\W*|access denied\W*|accessdenied|forbidden|unauthorized|"
     r"invalid username or password\W*|too many requests\W*|moved permanently\W*|found\. redirecting to .*)",
@@ -94,7 +94,7 @@ NO_FILE = re.compile(
 
 
 def kind_of(path: Path, size: int) -> Kind | None:
-    """What the file at ``path``, of ``size`` bytes, is. None: plain text. Raises OSError where it cannot be read."""
+    """Return the kind of a file of ``size`` bytes, None for plain text. Raises OSError if it cannot be read."""
     with open(path, "rb") as file:
         if size <= WHOLE:
             windows = [file.read(size)]
@@ -108,18 +108,18 @@ def kind_of(path: Path, size: int) -> Kind | None:
 
 
 def is_too_odd(bad: int, size: int) -> bool:
-    """Whether ``bad`` bytes of ``size`` that are not UTF-8 are more than a text has by accident."""
+    """Return whether ``bad`` of ``size`` bytes are more invalid UTF-8 than a text has by accident."""
     return bad > max(FEW_BAD, size * MOST_BAD)
 
 
 def bad_bytes(raw: bytes) -> int:
-    """How many bytes are not part of a character in UTF-8."""
+    """Return how many bytes are not part of a UTF-8 character."""
     return len(raw) - len(raw.decode("utf-8", "ignore").encode())
 
 
 def _by_first_bytes(head: bytes, size: int) -> Kind | None:
     for magic, name, advice in MAGIC:
-        # Some begin as a text may: BZh, ORC, MZ, RIFF.
+        # Some marks (BZh, ORC, MZ, RIFF) may also begin a text.
         if head.startswith(magic) and (not magic.isalnum() or _controls(head[:4096]) or bad_bytes(head[:4096]) > 3):
             return Kind(name, advice)
     if head[257:262] == b"ustar":
@@ -144,7 +144,7 @@ def _by_first_bytes(head: bytes, size: int) -> Kind | None:
 
 
 def _by_encoding(windows: list[bytes]) -> Kind | None:
-    """What bytes that are not UTF-8, and control characters, speak of."""
+    """Recognize files by bytes that are not UTF-8, and by control characters."""
     head = windows[0]
     for mark, name in MARKS:
         if head.startswith(mark):
@@ -173,22 +173,22 @@ def _encoded(name: str) -> Kind:
 
 
 def _bad_in_window(window: bytes) -> int:
-    """The bad bytes of a stretch, whose first and last character may be cut."""
+    """Return the number of bytes of a window that are not UTF-8, ignoring characters cut at its ends."""
     start = next((i for i, byte in enumerate(window[:3]) if byte & 0xC0 != 0x80), 3)
     text, read = codecs.utf_8_decode(window[start:], "ignore", False)
     return read - len(text.encode())
 
 
 def _controls(raw: bytes) -> int:
-    """How many control characters, which texts do not hold; NUL among them."""
+    """Return the number of control characters that texts do not contain, including NUL."""
     texts = bytes(c for c in range(256) if c >= 32 and c != 127) + b"\t\n\v\f\r\b\x1b"
     return len(raw.translate(None, texts))
 
 
 def _is_text_in(codec: str, head: bytes) -> bool:
-    """Whether bytes are a text in one of UTF-16's and UTF-32's forms, without a mark."""
+    """Return whether bytes are text in UTF-16 or UTF-32 without a byte order mark."""
     try:
-        text = codecs.getincrementaldecoder(codec)().decode(head[:WINDOW])  # the last character may be cut
+        text = codecs.getincrementaldecoder(codec)().decode(head[:WINDOW])  # ignores a cut last character
     except UnicodeDecodeError:
         return False
     codes = np.array(list(map(ord, text)), np.int32)
@@ -199,19 +199,19 @@ def _is_text_in(codec: str, head: bytes) -> bool:
         return False
     if ascii_text.mean() > 0.95:
         return True
-    # A script has its letters within 256 codes, or it is one of the large ones. Token ids lie everywhere.
+    # A script has its letters within 256 codes, or is one of the large Asian ones. Token ids are spread everywhere.
     script = max(int(np.bincount(codes[~ascii_text] >> 8).max()), int(asian.sum()))
     spaced = np.isin(codes, (10, 32, 0x3000, 0x3001, 0x3002, 0xFF0C)).mean() > 0.02
     return bool(spaced and ascii_text.sum() + script > 0.9 * len(codes))
 
 
 def _are_token_ids(head: bytes) -> bool:
-    """Whether numbers of two bytes stay within what the usual vocabularies have."""
+    """Return whether 16-bit numbers stay below the size of usual vocabularies."""
     return len(head) >= 64 and len(head) % 2 == 0 and int(np.frombuffer(head, "<u2").max()) < 50_400
 
 
 def _by_structure(head: bytes, whole: bool, path: Path) -> Kind | None:
-    """What is text, and not the text that is meant."""
+    """Recognize files that are text, but not the text that a person means."""
     text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     if re.match(r"<!doctype html|<html\b", text, re.IGNORECASE):
         return Kind("a page of HTML", "see whether a download failed; " + EXTRACT)
@@ -236,7 +236,7 @@ def _json(text: str, whole: bool) -> Kind | None:
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError) as error:
-        # A text cut at the end of what was read.
+        # The JSON is cut where the sample ends.
         at = error.pos if isinstance(error, json.JSONDecodeError) else len(text)
         cut = not whole and (at > len(text) - 32 or "Unterminated string" in str(error))
         return Kind("JSON", EXTRACT) if cut else None
@@ -254,7 +254,7 @@ def _is_record(line: str) -> bool:
 
 
 def _table(text: str, whole: bool, delimiter: str) -> Kind | None:
-    """A table, where a file that is named as one has rows of one length, or quoted fields."""
+    """Recognize a table: a .csv or .tsv file with rows of one length or quoted fields."""
     lines = (text if whole else text.rpartition("\n")[0]).splitlines()[:LINES]
     try:
         widths = {len(row) for row in csv.reader(lines, delimiter=delimiter) if row}

@@ -1,4 +1,4 @@
-"""What a tokenizer does not give back of a text: unknown characters, collapsed white space, letters that it normalizes."""
+"""Measures the text that a tokenizer loses: unknown characters, collapsed white space, normalized letters."""
 
 import collections
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from llama_jax.data.text import PART_BYTES, Part
 from llama_jax.tokenizer import SPACE_MARK, Tokenizer
 
-# Of a text so many bytes are compared, spread over it; all of one that is less than twice as long.
+# About this many bytes of a text are compared, spread evenly. A text of less than twice the size is compared in full.
 COMPARED_BYTES = 1_000_000
-# SentencePiece gives U+2581, its own mark of a space, back as a space. Up to this share of the bytes that is no loss.
+# U+2581, SentencePiece's character for a space, decodes to a space. Up to this share of bytes that is not a loss.
 FEW_MARKS = 0.001
 EXAMPLES = 4
 NAMES = {" ": "spaces", "\n": "line ends", "\r": "carriage returns", "\t": "tabs"}
@@ -17,21 +17,21 @@ NAMES = {" ": "spaces", "\n": "line ends", "\r": "carriage returns", "\t": "tabs
 
 @dataclass
 class Losses:
-    """Compares parts of a text of ``text_bytes`` bytes with what their tokens decode to."""
+    """Compares parts of a text of ``text_bytes`` bytes with their decoded tokens."""
 
     tokenizer: Tokenizer
     text_bytes: int
     read: int = 0
-    """Bytes of text so far."""
+    """Bytes of text read so far."""
     compared: int = 0
-    """Bytes of those that were compared."""
+    """Bytes of text compared so far."""
     unknown: int = 0
-    """Tokens so far of characters that the tokenizer does not know."""
+    """Tokens so far that stand for unknown characters."""
     chars: collections.Counter[str] = field(default_factory=collections.Counter)
-    """The characters that did not come back."""
+    """Characters that decoding did not restore, with their counts."""
 
     def add(self, parts: Sequence[Part], rows: Sequence[list[int]]) -> None:
-        """Take the next parts of the text, and their tokens."""
+        """Add the next parts of the text and their tokens."""
         stride = max(1, self.text_bytes // COMPARED_BYTES)
         for part, row in zip(parts, rows, strict=True):
             self.unknown += row.count(self.tokenizer.unk_id)
@@ -44,7 +44,7 @@ class Losses:
 
     @property
     def lost(self) -> int:
-        """Bytes, of those compared, of characters that did not come back."""
+        """Bytes of the compared text that decoding did not restore."""
         lost = {char: count * len(char.encode()) for char, count in self.chars.items()}
         if lost.get(SPACE_MARK, 0) <= FEW_MARKS * self.compared:
             lost.pop(SPACE_MARK, None)
@@ -52,7 +52,7 @@ class Losses:
 
 
 def examples(chars: collections.Counter[str]) -> list[str]:
-    """The most frequent characters, in words."""
+    """Return the most frequent characters, in words."""
     return [
         f"{NAMES.get(char, char if char.isprintable() else ascii(char))} ({count:,})"
         for char, count in chars.most_common(EXAMPLES)
@@ -60,18 +60,18 @@ def examples(chars: collections.Counter[str]) -> list[str]:
 
 
 def loss_warning(lost: int, compared: int, unknown: int, most: Sequence[str]) -> str:
-    """What to tell where tokens do not hold the text; nothing, where they do."""
+    """Return a warning if the tokenizer loses text, else an empty text."""
     if not lost and not unknown:
         return ""
-    unknowns = f" and {unknown:,} tokens are of unknown characters" if unknown else ""
-    chars = f", most of all {', '.join(most)}" if most else ""
+    unknowns = f" and {unknown:,} tokens are unknown" if unknown else ""
+    chars = f", mostly {', '.join(most)}" if most else ""
     return (
-        f"warning: the tokenizer does not hold this text: {share(lost, compared)} of its bytes do not come back{unknowns}{chars}; "
-        "bits per byte are not told; use a tokenizer with byte fallback that keeps white space, or leave it out to train one"
+        f"warning: the tokenizer loses text: decoding does not restore {share(lost, compared)} of its bytes{unknowns}{chars}; "
+        "bits per byte are not reported; use a tokenizer with byte fallback that keeps white space, or leave it out to train one"
     )
 
 
 def share(part: int, whole: int) -> str:
-    """A share in per cent, never 0% of something."""
+    """Return a share in percent. A share above 0 is never shown as 0%."""
     value = part / max(1, whole)
     return "0%" if not part else f"{value:.2%}" if value >= 0.0001 else "less than 0.01%"

@@ -1,4 +1,4 @@
-"""What tokens were made of: the text, how it was read, and the tokenizer. Two of these are compared in words."""
+"""The origin of tokens (text, settings, tokenizer), and a description of how two origins differ."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,42 +12,42 @@ from llama_jax.errors import UserError, quoted
 
 @dataclass(frozen=True)
 class Origin:
-    """What a set of tokens was made of, and how much it came to. Fields that are empty or 0 are not known.
+    """The text, settings and tokenizer that tokens were made from, and their number. Empty and 0 mean unknown.
 
-    Small enough to be part of a run's own record: ``to_dict`` and ``from_dict`` are for JSON.
+    It is small enough to be part of a run's record. ``to_dict`` and ``from_dict`` convert it for JSON.
     """
 
     source: str = ""
     """The text, as the user named it."""
     files: tuple[TextFile, ...] = ()
     text_sha256: str = ""
-    """Digest of the files' contents and borders, the separator and the place of the cut."""
+    """Digest of the files' contents and sizes, the separator and the cut."""
     train_size: float = 0.0
     separator: str = ""
     tokenizer_sha256: str = ""
     trained_vocab_size: int = 0
-    """The size that was asked for, where the tokenizer was trained on this text."""
+    """The requested vocabulary size, if the tokenizer was trained on this text."""
     tokens: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Of train and of eval."""
+    """Number of tokens of train and eval."""
     tokens_sha256: str = ""
-    """Digest of the checksums of the tokens themselves."""
+    """Digest of the checksums of the tokens."""
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``from_dict`` reads."""
+        """Return a dict for JSON, which ``from_dict`` reads."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> "Origin":
-        """Read what ``to_dict`` wrote. Raises TypeError or KeyError on anything else."""
+        """Build an origin from the result of ``to_dict``. Raises TypeError or KeyError on anything else."""
         return cls(**{**table, "files": tuple(TextFile(**file) for file in table["files"])})
 
     @property
     def bytes(self) -> int:
-        """Bytes of all files."""
+        """The size of all files in bytes."""
         return sum(file.bytes for file in self.files)
 
     def __str__(self) -> str:
-        """In words: "tokens of my.txt (1 file, 1,115,394 bytes, separator '', train_size 0.9)"."""
+        """Describe it: "tokens of my.txt (1 file, 1,115,394 bytes, separator '', train_size 0.9)"."""
         text = f"{len(self.files):,} file{'s' * (len(self.files) != 1)}, {self.bytes:,} bytes, " if self.files else ""
         return (
             f"{sum(self.tokens.values()):,} tokens of {self.source or 'a text'} "
@@ -56,9 +56,9 @@ class Origin:
 
 
 def difference(before: Origin, now: Origin) -> str:
-    """What tells ``now`` from ``before``, in words that follow "found that"; empty, where nothing does.
+    """Describe how ``now`` differs from ``before``, in words that follow "found that". Empty if they are equal.
 
-    Files of ``now`` are read, where that is needed to say whether a text has grown.
+    Files of ``now`` are read if needed to tell whether a text has grown.
     """
     found = []
     if before.text_sha256 != now.text_sha256:
@@ -84,7 +84,7 @@ def difference(before: Origin, now: Origin) -> str:
 
 
 def _differ(before: Any, now: Any) -> bool:
-    """Whether two values that are both known differ."""
+    """Return whether two values are both known and differ."""
     return bool(before and now and before != now)
 
 
@@ -93,7 +93,7 @@ def _content(file: TextFile) -> tuple[int, str]:
 
 
 def _text_difference(before: Origin, now: Origin) -> str:
-    """How the files differ."""
+    """Describe how the files differ."""
     if sorted(map(_content, before.files)) == sorted(map(_content, now.files)):
         return f"the files of {now.source} are the same in another order"
     if now.bytes > before.bytes and _has_grown(before, now):
@@ -105,7 +105,7 @@ def _text_difference(before: Origin, now: Origin) -> str:
 
 
 def _has_grown(before: Origin, now: Origin) -> bool:
-    """Whether each old file is the beginning of a new one: of the one of its name, or of its place."""
+    """Return whether each old file is the beginning of a new file with the same name or in the same place."""
     by_path = {file.path: file for file in now.files}
     contents = set(map(_content, now.files))
     for i, old in enumerate(before.files):

@@ -1,4 +1,4 @@
-"""Which files a path stands for: a file, a folder or a glob. Each file is read once, and what is left out is told."""
+"""Finds the files of a path: a file, a folder or a glob. Each file is read once, and what is left out is reported."""
 
 import collections
 import errno
@@ -15,22 +15,22 @@ from llama_jax.data.kinds import kind_of
 from llama_jax.errors import UserError
 from llama_jax.storage.files import is_address
 
-# Names that a note shows, of those it counts.
+# A note shows this many names.
 SHOWN = 3
 
 
 class Found(NamedTuple):
-    """The files of a text, sorted by path, and a line about each sort of thing that was left out."""
+    """The files of a text, sorted by path, and a line about each kind of thing left out."""
 
     paths: list[Path]
     notes: list[str]
 
 
 def find_files(filepath: str, key: str = "data.filepath", as_text: bool = False) -> Found:
-    """The text files that ``filepath`` (a file, a folder, a glob) stands for.
+    """Find the text files of ``filepath`` (a file, a folder or a glob).
 
-    as_text: take files whatever they hold. Raises UserError, which speaks of the option ``key``, where there are no files, where
-    one cannot be read, and where one holds something else than plain text.
+    ``as_text`` accepts files that do not look like text. Raises a UserError that names the option ``key`` if there are
+    no files, if one cannot be read, or if one is not plain text.
     """
     if is_address(filepath):
         raise UserError(f"{key}: expected a text on disk, found the address {filepath}; copy it to a disk first")
@@ -48,9 +48,9 @@ def find_files(filepath: str, key: str = "data.filepath", as_text: bool = False)
 
 
 def files_as_before(filepath: str) -> list[Path]:
-    """The files that earlier versions read: hidden ones too, no linked folders, and a file once for each of its names.
+    """Return the files that earlier versions read, for runs that began with them.
 
-    For runs that began with them.
+    They include hidden files and duplicates under several names, and exclude linked folders.
     """
     path = Path(filepath).expanduser()
     if path.is_dir():
@@ -62,7 +62,7 @@ def files_as_before(filepath: str) -> list[Path]:
 
 @dataclass
 class _Search:
-    """One search, and what it left out on the way."""
+    """A search, and what it left out."""
 
     key: str
     expected: str = "a text file, a folder or a glob"
@@ -72,7 +72,7 @@ class _Search:
     again: list[str] = field(default_factory=list)
 
     def find(self, path: Path, filepath: str) -> Iterator[Path]:
-        """The candidates, sorted; some may be the same file."""
+        """Return the candidates, sorted. Several may be the same file."""
         if path.is_dir():
             self.expected = "*.txt files in the folder"
             return iter(sorted(self._in_folder(path)))
@@ -83,7 +83,7 @@ class _Search:
         return iter(sorted(self._files(map(Path, glob.glob(os.fspath(path))))))
 
     def once(self, paths: Iterable[Path]) -> Iterator[Path]:
-        """``paths`` without those that lead to a file that an earlier one leads to."""
+        """Yield ``paths`` without those that lead to the same file as an earlier one."""
         seen: set[tuple[int, int]] = set()
         for path in paths:
             status = path.stat()
@@ -94,7 +94,7 @@ class _Search:
                 yield path
 
     def notes(self) -> list[str]:
-        """What was left out, a line for each sort."""
+        """Return a line for each kind of thing left out."""
         told = {
             "not read, as they are hidden: ": _names(self.hidden),
             "not read, as their names do not end in .txt: ": self._others(),
@@ -104,7 +104,7 @@ class _Search:
         return [words + names for words, names in told.items() if names]
 
     def left_out(self) -> str:
-        """The same, where nothing else was found."""
+        """Return what was left out, for an error if nothing was found."""
         parts = {"hidden ones": _names(self.hidden), "others": self._others(), "folders": _names(self.folders)}
         found = [f"{words} ({names})" for words, names in parts.items() if names]
         return "only " + " and ".join(found) if found else ""
@@ -120,7 +120,7 @@ class _Search:
                 self.others[f"*{path.suffix}" if path.suffix else "without a suffix"] += 1
 
     def _deep(self, pattern: Path) -> Iterator[Path]:
-        """The files that match a glob with ** in it."""
+        """Yield the files that match a glob with **."""
         parts = pattern.parts
         first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         root, rest = Path(*parts[:first]), parts[first:]
@@ -138,7 +138,7 @@ class _Search:
                 yield path
 
     def _walk(self, root: Path, with_hidden: bool) -> Iterator[Path]:
-        """All files under ``root``, those in linked folders too; each folder once, through its own name where it has one here."""
+        """Yield all files under ``root``, including linked folders. A folder with several names is visited once."""
         waiting, seen = collections.deque([root]), set()
         while waiting:
             for folder, names, files in os.walk(waiting.popleft(), onerror=self._raise):
@@ -165,7 +165,7 @@ class _Search:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path matches a glob, both in parts; as in a shell, a name that begins with a dot is matched by a dot alone."""
+    """Return whether a path matches a glob, both given in parts. As in a shell, * does not match a leading dot."""
     if not pattern or not parts:
         return not pattern and not parts
     hidden = parts[0].startswith(".")
@@ -178,13 +178,13 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _names(names: list[str]) -> str:
-    """ "3 (a, b, c)"; empty, where there are none."""
+    """Return "3 (a, b, c)", or an empty text if there are none."""
     shown = ", ".join(ascii(name)[1:-1] for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     return f"{len(names):,} ({shown})" if names else ""
 
 
 def _size(path: Path, key: str) -> int:
-    """A file's size. Raises UserError where it is none."""
+    """Return a file's size. Raises UserError if it is not a file."""
     try:
         status = path.stat()
     except OSError as error:
@@ -200,7 +200,7 @@ def _size(path: Path, key: str) -> int:
 
 
 def _check_readable(path: Path, size: int, key: str, as_text: bool) -> None:
-    """Raise UserError where a file cannot be read, or holds no plain text."""
+    """Raise UserError if a file cannot be read or is not plain text."""
     try:
         kind = kind_of(path, size)
     except OSError as error:

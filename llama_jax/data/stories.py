@@ -1,21 +1,21 @@
-"""The built-in training text: small children's stories out of a grammar, endless, and of a known entropy.
+"""The built-in training text: an endless supply of children's stories from a grammar with known entropy.
 
-The grammar is data. A story is OPENING, one of PLOTS and ENDING. These are made of steps, each marked by a dash; the
-lines of a step are alternatives, of which one is told. All alternatives are equally likely. In a line stand
+The grammar is data. A story is OPENING, one of PLOTS, and ENDING. Each of these is a list of steps, marked by dashes.
+The lines of a step are alternatives, all equally likely. A line may contain
 
-    {colour}     a word of the rule "colour", drawn where the story first meets it and remembered from there on
-    {colour2}    another word of that rule, never the same as {colour}; the numbers only tell such words apart
+    {colour}     a word of the rule "colour", drawn at its first use in a story and then remembered
+    {colour2}    another word of that rule, always different from {colour}; the number only names the variable
     {a colour}   the word in another form (FORMS), here "an orange"; {he}, {his} and {him} are forms of {name}
-    [colour]     a word of the rule, drawn afresh and forgotten; [a colour] is such a word in another form
-    [rain|snow]  one of the alternatives written out
+    [colour]     a word of the rule, drawn each time and not remembered; [a colour] is such a word in another form
+    [rain|snow]  one of the alternatives given
 
-and a capital letter asks for one: {His}. So names, animals, colours and places stay the same from sentence to sentence,
-which a model has to learn, and what a choice costs is plain: log2 of the number of its alternatives, in bits.
+A form that begins with a capital letter gives one: {His}. Names, animals, colours and places stay the same from
+sentence to sentence, which a model has to learn. A choice costs log2 of the number of its alternatives, in bits.
 
-The sum of these costs is the information in a *text* only if no text can be told in two ways. So no two alternatives,
-with whatever may follow them, come to the same letters (as "old oak" + "tree" and "old" + "oak tree" would), and a word
-that is drawn is also spelled out, not only hinted at by "he": whoever knows the whole text can name every choice that
-was made. The tests prove this for the grammar as it stands, and fail where a new word or line breaks it.
+The sum of these costs is the information of a text only if no text can be produced in two ways. So no two alternatives
+and their continuations give the same letters (as "old oak" + "tree" and "old" + "oak tree" would), and a drawn word is
+always spelled out, not only referred to as "he". The whole text then determines every choice. The tests prove this for
+the grammar as it is, and fail if a new word or line breaks it.
 """
 
 import functools
@@ -262,7 +262,7 @@ class Slot:
     rule: str
     variable: str
     forms: Mapping[str, str]
-    """How each word of the rule is spelled here."""
+    """The spelling of each word of the rule in this place."""
 
 
 @dataclass(frozen=True)
@@ -312,29 +312,29 @@ GRAMMAR = Choice(tuple(_parse_steps(OPENING + plot + ENDING) for plot in PLOTS.v
 
 @dataclass(frozen=True)
 class Story:
-    """A story and what it takes to tell it."""
+    """A story and its information content."""
 
     text: str
-    """One paragraph of ASCII, without a newline at its end."""
+    """One paragraph of ASCII, without a final newline."""
     bits: float
-    """Information content: -log2 of the probability that the grammar tells this very text."""
+    """Information content: -log2 of the probability of this text under the grammar."""
 
 
 @dataclass(frozen=True)
 class Entropy:
-    """Means over all stories of the grammar."""
+    """Exact means over all stories of the grammar."""
 
     bits_per_story: float
     bytes_per_story: float
 
     @property
     def bits_per_byte(self) -> float:
-        """The floor of a language model's loss on stories read one by one, in bits per byte of their text."""
+        """The lowest possible loss of a language model on single stories, in bits per byte."""
         return self.bits_per_story / self.bytes_per_story
 
 
 def story(seed: int, index: int) -> Story:
-    """Story number ``index`` of ``seed``: always the same, on every machine and version of Python."""
+    """Return story ``index`` of ``seed``, which is the same on every machine and Python version."""
     digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=16).digest()
     pieces: list[str] = []
     ways = _tell((GRAMMAR,), random.Random(int.from_bytes(digest, "big")), {}, pieces)
@@ -342,14 +342,14 @@ def story(seed: int, index: int) -> Story:
 
 
 def stories(seed: int, start: int = 0) -> Iterator[Story]:
-    """The endless stories of ``seed``, from number ``start`` on."""
+    """Return an endless iterator over the stories of ``seed``, from number ``start``."""
     return (story(seed, index) for index in itertools.count(start))
 
 
 def _tell(parts: Sequence[Node], rng: random.Random, memory: dict[str, dict[str, str]], pieces: list[str]) -> int:
-    """Append the text of ``parts`` to ``pieces``; return among how many equally likely tellings it was chosen.
+    """Append the text of ``parts`` to ``pieces``. Return the number of equally likely texts it was chosen from.
 
-    ``memory``: by rule, the variables told so far and their words.
+    ``memory`` maps each rule to its variables drawn so far and their words.
     """
     ways = 1
     for part in parts:
@@ -368,32 +368,32 @@ def _tell(parts: Sequence[Node], rng: random.Random, memory: dict[str, dict[str,
 
 
 def _draw(number: int, rng: random.Random) -> int:
-    # Of random.Random's methods only random() is promised to stay the same from one version of Python to the next.
+    # random() is the only method of random.Random whose results stay the same across Python versions.
     return int(rng.random() * number)
 
 
-# The variables told so far, and the probability to be in that state.
+# Sets of variables drawn so far, with their probabilities.
 _States = dict[frozenset[str], float]
 
 
 @functools.cache
 def entropy() -> Entropy:
-    """Exact means over all stories, by recursion over the grammar."""
+    """Compute the exact means over all stories by recursion over the grammar."""
     _, bits, length = _expect((GRAMMAR,), {frozenset(): 1.0})
     return Entropy(bits, length)
 
 
 def _expect(parts: Sequence[Node], states: _States) -> tuple[_States, float, float]:
-    """Go through ``parts`` from all ``states`` at once: the states behind them, the mean bits and the mean bytes.
+    """Process ``parts`` from all ``states`` at once. Return the states after them, the mean bits and the mean bytes.
 
-    Which words were drawn need not be known, only which variables: by symmetry every word of a rule is as likely as any
-    other wherever a variable stands, the second of a rule as well as the first, and no choice depends on a word.
+    It is enough to know which variables were drawn. By symmetry, every word of a rule is equally likely for every
+    variable, and no choice depends on a word.
     """
     bits = length = 0.0
     for part in parts:
         weight = sum(states.values())
         if isinstance(part, str):
-            length += weight * len(part)  # All is ASCII: a letter is a byte.
+            length += weight * len(part)  # all text is ASCII, so a letter is a byte
         elif isinstance(part, Choice):
             bits += weight * math.log2(len(part.options))
             share = {state: p / len(part.options) for state, p in states.items()}
@@ -418,7 +418,7 @@ def _expect(parts: Sequence[Node], states: _States) -> tuple[_States, float, flo
 
 @functools.cache
 def vocabulary() -> frozenset[str]:
-    """All words, in lower case, that stories are made of."""
+    """Return all words of the stories, in lower case."""
     return frozenset(re.findall(r"[a-z-]+", " ".join(_texts((GRAMMAR,))).lower()))
 
 

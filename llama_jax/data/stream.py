@@ -1,4 +1,4 @@
-"""The tokens of one file, read as an array is sliced, and checked against their checksums before they are used."""
+"""A token file that can be sliced like an array, and is checked against its checksums before use."""
 
 import os
 import threading
@@ -13,25 +13,26 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from llama_jax.errors import UserError
 
-# Each stretch of so many bytes of a token file has a checksum.
+# Each block of this many bytes of a token file has a checksum.
 BLOCK_BYTES = 1 << 16
-# Blocks that the thread in the background checks between two rests.
+# The background thread checks this many blocks between two pauses.
 REST_BLOCKS = 16
 
 
 class TokenStream(NDArrayOperatorsMixin):
     """A token file as an array of shape [tokens], uint16 or uint32.
 
-    ``stream[a:b]`` reads from the file, and checks what it reads the first time. All else that arrays can do goes through
-    ``np.asarray(stream)``, which checks the whole file and maps it.
+    ``stream[a:b]`` reads from the file, and checks each block the first time. Everything else that arrays do goes
+    through ``np.asarray(stream)``, which checks the whole file and maps it.
 
-    The file is not mapped for slices: one that somebody cuts, or a disk that fails, would end the process with a bus error.
+    Slices do not map the file, because a mapped file that is truncated, or on a failing disk, ends the process with a
+    bus error.
     """
 
     ndim = 1
 
     def __init__(self, path: Path, dtype: np.dtype, count: int, vocab_size: int = 0, sums: np.ndarray | None = None):
-        """sums: the checksum of each block, uint32. None: there are none, and nothing is checked. Ids are below ``vocab_size``."""
+        """``sums`` are the uint32 checksums of the blocks. None: do not check. Ids are below ``vocab_size``."""
         self.path, self.dtype, self.size, self.shape = path, dtype, count, (count,)
         self._bytes, self._sums, self._vocab_size = count * dtype.itemsize, sums, vocab_size
         self._checked = bytearray(0 if sums is None else len(sums))
@@ -71,11 +72,11 @@ class TokenStream(NDArrayOperatorsMixin):
 
     @property
     def blocks(self) -> int:
-        """Blocks that have checksums."""
+        """The number of blocks that have checksums."""
         return len(self._checked)
 
     def check_block(self, block: int) -> None:
-        """Compare a block with its checksum, if that has not been done. Raises UserError, from then on at every read, where it differs."""
+        """Compare a block with its checksum, once. Raises UserError if it differs, now and at every later read."""
         if self._checked[block]:
             return
         start = block * BLOCK_BYTES
@@ -95,12 +96,12 @@ class TokenStream(NDArrayOperatorsMixin):
         self._all_checked = self._checked.find(0) < 0
 
     def _condemn(self, damage: str) -> NoReturn:
-        """Raise UserError, which tells of ``damage``, now and at every later read."""
+        """Raise UserError with the message ``damage``, now and at every later read."""
         self.damage = damage
         raise UserError(damage)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens from ``start`` to ``stop``, checked."""
+        """Return tokens ``start`` to ``stop``, checked."""
         if self.damage:
             raise UserError(self.damage)
         size = self.dtype.itemsize
@@ -111,7 +112,7 @@ class TokenStream(NDArrayOperatorsMixin):
         return np.frombuffer(self._pread(start * size, (stop - start) * size), self.dtype)
 
     def _pread(self, start: int, count: int) -> bytes:
-        """Bytes of the file. Raises UserError where they are not there."""
+        """Read bytes of the file. Raises UserError if some are missing."""
         try:
             raw = os.pread(self._file.fileno(), count, start)
             while len(raw) < count and (more := os.pread(self._file.fileno(), count - len(raw), start + len(raw))):
@@ -129,14 +130,14 @@ class TokenStream(NDArrayOperatorsMixin):
 
 
 def checksums(raw: bytes) -> list[int]:
-    """The checksum of each block of ``raw``, which begins at a block's start."""
+    """Return the checksum of each block of ``raw``, which begins at the start of a block."""
     return [zlib.crc32(raw[start : start + BLOCK_BYTES]) for start in range(0, len(raw), BLOCK_BYTES)]
 
 
 def check_in_background(streams: list[TokenStream], share: float = 0.25) -> threading.Thread:
-    """Check all that is not checked yet in a thread, which takes this share of a core at most.
+    """Check all unchecked blocks in a thread that uses at most this share of a core.
 
-    Where a block is damaged, each of ``streams`` raises UserError at its next read.
+    If a block is damaged, each of ``streams`` raises UserError at its next read.
     """
     thread = threading.Thread(target=_check, args=(streams, share), name="checksums", daemon=True)
     thread.start()

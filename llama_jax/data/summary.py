@@ -1,18 +1,18 @@
-"""What is told of a text before it is trained on: its documents, and what a person would want to know at once."""
+"""The report about a text before training: its documents, and anything surprising about it."""
 
 from llama_jax.data import Data
 from llama_jax.data.lost import loss_warning, share
 from llama_jax.data.text import replacement_warning
 from llama_jax.data.tokens import SPLITS, Manifest
 
-# A run that reads its text more often than this learns it by heart.
+# A run with more epochs than this memorizes its text.
 MANY_EPOCHS = 100
-# A held-out part of fewer tokens is no measure of a model.
+# A held-out part with fewer tokens does not measure a model.
 FEW_TOKENS = 200
 
 
 def documents_text(manifest: Manifest) -> str:
-    """Documents, their lengths, and the shares of tokens that stand for no piece of text."""
+    """Describe the documents, their lengths, and the shares of unknown tokens and byte tokens."""
     text = f"{manifest.documents['train']:,} to train on, {manifest.documents['eval']:,} held out"
     if (counts := manifest.counts) is None:
         return text
@@ -25,7 +25,7 @@ def documents_text(manifest: Manifest) -> str:
 
 
 def remarks(data: Data) -> list[str]:
-    """What else there is to tell of a text, a line each: what was left out, and what may not be as it was meant."""
+    """Return further lines about a text: what was left out, and what may be unintended."""
     manifest = data.tokens.manifest
     lines = [*data.notes, replacement_warning(manifest.replaced_sequences)]
     if manifest.trained_vocab_size > data.tokenizer.vocab_size:
@@ -54,12 +54,12 @@ def remarks(data: Data) -> list[str]:
 
 
 def repeats_warning(tokens: int, epochs: float, length: int) -> str:
-    """What to tell of a text of so many tokens that is read so often, in sequences of ``length``; nothing, if that is usual."""
+    """Return a warning if ``tokens`` are few for ``epochs`` passes or sequences of ``length``, else an empty text."""
     lines = []
     if tokens < length:
         lines.append(f"the text has {tokens:,} tokens, fewer than a sequence of {length:,}, which repeats it")
     if epochs >= MANY_EPOCHS:
         lines.append(
-            f"{tokens:,} tokens are read {epochs:,.0f} times: they will be learnt by heart; give more text, or fewer steps"
+            f"{tokens:,} tokens are read {epochs:,.0f} times: the model will memorize them; give more text, or fewer steps"
         )
     return f"warning: {'; '.join(lines)}" if lines else ""

@@ -1,6 +1,6 @@
-"""From files to documents: how they are split into train and eval, and read in bounded memory.
+"""Splits files into train and eval, finds their documents and reads them in bounded memory.
 
-Offsets count bytes of the files as they lie on disk, one after the other in order of their paths.
+Offsets count the bytes of all files on disk, in order of their paths.
 """
 
 import functools
@@ -19,12 +19,15 @@ from llama_jax.errors import UserError, quoted
 # A document is read in parts of about this many bytes.
 PART_BYTES = 1 << 16
 BOM = b"\xef\xbb\xbf"
-# What stands between documents in the corpora that people have, for a hint.
+# Separators in common corpora, to suggest in an error.
 MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>", "<EOS>", "\\n\\n", "\\n")
 
 
 class Part(NamedTuple):
-    """A stretch of a document's text, out of so many bytes; ``starts`` and ``ends``: it holds the document's beginning and its end."""
+    """A part of a document's text, from ``size`` bytes.
+
+    ``starts`` and ``ends`` tell whether it is the first or last part.
+    """
 
     text: str
     size: int
@@ -34,7 +37,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of a text, as it was."""
+    """A file of a text, at the time it was read."""
 
     path: str
     bytes: int
@@ -43,10 +46,10 @@ class TextFile:
 
 @dataclass
 class Corpus:
-    """Text files and the place of the cut between the training part and the held-out part.
+    """Text files and the position of the cut between the training part and the held-out part.
 
-    any_bytes: take files whose bytes are not UTF-8. replaced: how many byte sequences that are not UTF-8 have been read as U+FFFD
-    so far.
+    ``any_bytes`` accepts files that are not UTF-8. ``replaced`` counts the byte sequences so far that were not UTF-8
+    and were read as U+FFFD.
     """
 
     paths: list[Path]
@@ -66,7 +69,7 @@ class Corpus:
 
     @functools.cached_property
     def files(self) -> tuple[TextFile, ...]:
-        """The files and their contents' digests, as they were when this was first asked for."""
+        """The files with the digests of their contents, at the time of first use."""
         self._stamps = [_stamp(path) for path in self.paths]
         return tuple(
             TextFile(str(path.absolute()), size, sha256_of(path, size))
@@ -74,14 +77,14 @@ class Corpus:
         )
 
     def digest(self) -> str:
-        """sha256 over the files' contents and borders, the separator and the cut."""
+        """Return the sha256 of the files' contents and sizes, the separator and the cut."""
         sha = hashlib.sha256(repr((self._sizes, self.separator, self.cut)).encode())
         for file in self.files:
             sha.update(bytes.fromhex(file.sha256))
         return sha.hexdigest()
 
     def check_unchanged(self) -> None:
-        """Raise UserError where a file is another one than ``files`` tells: somebody wrote it meanwhile."""
+        """Raise UserError if a file has changed since ``files`` was computed."""
         for path, file, stamp in zip(self.paths, self.files, self._stamps, strict=True):
             if _stamp(path) != stamp and sha256_of(path, file.bytes) != file.sha256:
                 raise UserError(
@@ -89,9 +92,10 @@ class Corpus:
                 )
 
     def parts(self, split: str) -> Iterator[Part]:
-        """All text of a split ("train" or "eval"), document by document, cut as ``tokenizer.split_text`` asks.
+        """Yield the text of a split ("train" or "eval"), document by document.
 
-        Raises UserError where a file cannot be read to its end, or is no text.
+        Parts are cut as in ``tokenizer.split_text``. Raises UserError if a file cannot be read to its end or is not
+        text.
         """
         offset = 0
         for path, size in zip(self.paths, self._sizes, strict=True):
@@ -100,19 +104,19 @@ class Corpus:
             if size == 0 or (cut == 0 if split == "train" else cut == size):
                 continue
             data = Reader(path, size)
-            while 0 < cut < size and data.read(cut, cut + 1)[0] & 0xC0 == 0x80:  # not in the middle of a character
+            while 0 < cut < size and data.read(cut, cut + 1)[0] & 0xC0 == 0x80:  # do not cut inside a character
                 cut -= 1
             start, end = (0, cut) if split == "train" else (cut, size)
             read = bad = 0
             for doc_start, doc_end in self._documents(data, self._begins.get(path, 0) if split == "eval" else 0):
                 if doc_end > cut:
-                    self._begins.setdefault(path, doc_start)  # where evaluation finds its first document
+                    self._begins.setdefault(path, doc_start)  # lets evaluation start at its first document
                 if doc_start >= end:
                     break
                 first, last = max(doc_start, start), min(doc_end, end)
                 if first >= last:
                     continue
-                # The document that the cut goes through stays open in training, and begins anew in evaluation.
+                # A document that the cut goes through has no end in training, and starts again in evaluation.
                 ends = last == doc_end
                 if last - first <= PART_BYTES:
                     text, odd = self._decode(data.read(first, last))
@@ -129,14 +133,14 @@ class Corpus:
                 )
 
     def separates(self) -> bool:
-        """Whether the separator occurs in a file; without one, there is nothing to occur."""
+        """Return whether the separator occurs in a file. True without a separator."""
         return not self.separator or any(
             Separator(self.separator).occurs(Reader(path, size))
             for path, size in zip(self.paths, self._sizes, strict=True)
         )
 
     def _documents(self, data: Reader, start: int) -> Iterator[tuple[int, int]]:
-        """Ranges of a file's documents from ``start`` on. Without a separator it is one, byte for byte."""
+        """Yield the ranges of a file's documents from ``start``. Without a separator, the whole file is one."""
         if start == 0 and data.read(0, min(3, data.size)) == BOM:
             start = len(BOM)
         if not self.separator:
@@ -145,7 +149,7 @@ class Corpus:
         yield from Separator(self.separator).documents(data, start)
 
     def _document(self, data: Reader, start: int, end: int, ends: bool) -> Iterator[tuple[Part, int]]:
-        """The parts of a document, and of each the bytes that are not UTF-8."""
+        """Yield the parts of a document, each with its number of bytes that are not UTF-8."""
         first = start
         while start < end:
             raw = data.read(start, min(end, start + 4 * PART_BYTES + 1))
@@ -166,7 +170,7 @@ class Corpus:
 
 
 def _border(raw: bytes) -> int:
-    """How much of a document's next bytes a part takes: up to a newline or a space, where no token reaches across."""
+    """Return how many bytes the next part takes: up to a newline or space that no token crosses."""
     if len(raw) <= PART_BYTES:
         return len(raw)
     reach = min(len(raw), 4 * PART_BYTES)
@@ -185,23 +189,23 @@ def _border(raw: bytes) -> int:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written."""
+    """Return values that change when a file is written."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def replacement_warning(replaced: int) -> str:
-    """What to tell of so many byte sequences that are not UTF-8; nothing, if there are none."""
+    """Return a warning if bytes were replaced, else an empty text."""
     return f"warning: {replaced:,} byte sequences are not UTF-8; each was read as U+FFFD" if replaced else ""
 
 
 def separator_bytes(separator: str) -> bytes:
-    r"""The separator as UTF-8; \n, \r, \t and \\ may be spelled with a backslash, as a shell hands them over."""
+    r"""Return the separator as UTF-8, with the escapes \n, \r, \t and \\ resolved."""
     return unescape(separator).encode()
 
 
 def check_separator(corpus: Corpus, source: str) -> None:
-    """Raise UserError where the separator occurs nowhere, with those that do."""
+    """Raise UserError if the separator occurs nowhere. The message names separators that do occur."""
     if corpus.separates():
         return
     sample = "".join(
@@ -211,7 +215,7 @@ def check_separator(corpus: Corpus, source: str) -> None:
     )
     wanted = corpus.separator.decode()
     likely = [*map(unescape, MARKERS), wanted.strip(), unescape(wanted)]
-    if wanted.strip():  # the same in other letters
+    if wanted.strip():  # the same separator in other letter case
         likely += re.findall(re.escape(wanted.strip()), sample, re.IGNORECASE)[:1]
     there = [
         f"{quoted(text)} ({sample.count(text):,} times)" for text in dict.fromkeys(likely) if text and text in sample

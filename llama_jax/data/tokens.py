@@ -1,8 +1,8 @@
-"""Token folders: a text encoded once, and what was noted about it.
+"""Token folders: a text encoded once, with a description.
 
-A folder holds train.bin and eval.bin (uint16, or uint32 where the vocabulary needs it, little endian), checksums.bin (crc32 of each
-stretch of both, uint32) and manifest.json, written last, which says of what text and tokenizer they are and has a digest of each
-file and of itself. ``prepare`` puts tokenizer.model there too.
+A folder holds train.bin and eval.bin (uint16, or uint32 for large vocabularies, little endian), checksums.bin (a uint32
+crc32 for each block of both) and manifest.json. The manifest is written last; it describes the text and the tokenizer
+and has a digest of each file and of itself. ``prepare`` also puts tokenizer.model there.
 """
 
 import dataclasses
@@ -25,86 +25,88 @@ from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import write_atomically
 
 VERSION = 3
-# Had no checksums, and read documents otherwise where there is a separator.
+# This version had no checksums, and found other documents if there was a separator.
 FIRST_VERSION = 2
 SPLITS = ("train", "eval")
 DTYPES = ("<u2", "<u4")
 SUMS = "checksums.bin"
 MANIFEST = "manifest.json"
-# Lies in a folder while ``prepare`` makes tokens there.
+# This file exists while ``prepare`` makes tokens in the folder.
 UNFINISHED = ".unfinished"
-# The key of a manifest's digest of itself.
+# The key of the manifest's digest of itself.
 SEAL = "manifest_sha256"
-# What is checked when tokens are opened takes this many seconds at most.
+# The check on opening takes at most this many seconds.
 OPENING_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
 class TextCounts:
-    """What was counted while a text was encoded; of train and of eval each, where there are two."""
+    """Counts made while a text was encoded, by split (train, eval) or for both."""
 
     median: dict[str, int]
-    """Tokens of a document, BOS and EOS aside."""
+    """Tokens of a document, without BOS and EOS."""
     longest: dict[str, int]
     unknown: dict[str, int]
-    """Tokens of characters that the tokenizer does not know."""
+    """Tokens for characters that the tokenizer does not know."""
     byte_tokens: dict[str, int]
     compared_bytes: dict[str, int]
-    """Bytes of text that were compared with what their tokens decode to."""
+    """Bytes of text that were compared with the decoded tokens."""
     lost_bytes: dict[str, int]
-    """Bytes of those that did not come back."""
+    """Bytes that were compared and differ."""
     lost_examples: list[str]
     copies: int
-    """Held-out documents that are exact copies of documents to train on; an estimate, where there are many documents."""
+    """Held-out documents that are exact copies of training documents, estimated if there are many documents."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a token folder holds. Lengths are tokens and bytes of text, each of train and eval."""
+    """The content of manifest.json. Dicts are by split (train, eval); text is counted in bytes."""
 
     version: int
     text_sha256: str
     train_size: float
     separator: str
     tokenizer_sha256: str
-    trained_vocab_size: int  # that was asked for, where the tokenizer was trained for this text; else 0
+    trained_vocab_size: int  # the requested size if the tokenizer was trained on this text, else 0
     dtype: str
     tokens: dict[str, int]
     text_bytes: dict[str, int]
     documents: dict[str, int]
     replaced_sequences: int
-    # From version 3 on:
+    # Since version 3:
     source: str = ""
     text_files: tuple[TextFile, ...] = ()
     vocab_size: int = 0
     largest_id: dict[str, int] = dataclasses.field(default_factory=dict)
     counts: TextCounts | None = None
-    block_bytes: int = 0  # each has a checksum; 0: there are none
-    sha256: dict[str, str] = dataclasses.field(default_factory=dict)  # of each file of the folder
+    block_bytes: int = 0  # size of a block with a checksum; 0: no checksums
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)  # digests of the folder's files
 
     @property
     def origin(self) -> Origin:
-        """What the tokens were made of."""
+        """The origin of the tokens."""
         return Origin(
             self.source, self.text_files, self.text_sha256, self.train_size, self.separator, self.tokenizer_sha256,
             self.trained_vocab_size, self.tokens, self.sha256.get(SUMS, ""),
         )  # fmt: skip
 
     def lossy(self, split: str) -> bool:
-        """Whether the tokens of a split do not hold its text."""
+        """Return whether decoding the tokens of a split loses some of its text."""
         return self.counts is not None and bool(self.counts.lost_bytes[split] or self.counts.unknown[split])
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """The two token streams of a text: documents one after the other, each from BOS to EOS."""
+    """The two token streams of a text. Documents follow each other, each from BOS to EOS."""
 
     train: TokenStream
     eval: TokenStream
     manifest: Manifest
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """The held-out text's loss, in nats a token, in bits per byte. None: its tokens do not hold it, so that this says nothing.
+        """Convert a held-out loss in nats per token to bits per byte.
+
+        None if the tokens lose text, since it would be wrong.
 
         The first token of a stream is never predicted.
         """
@@ -114,9 +116,9 @@ class TokenSet:
         return loss / math.log(2) / bytes_per_token
 
     def check(self, seconds: float = math.inf) -> None:
-        """Compare the tokens with their checksums: all of them, or as many as there is time for, spread over them.
+        """Compare the tokens with their checksums: all of them, or a spread sample if ``seconds`` run out.
 
-        Raises UserError where a stretch differs.
+        Raises UserError if a block differs.
         """
         end = time.monotonic() + seconds
         for i in spread(self.eval.blocks + self.train.blocks):
@@ -128,26 +130,29 @@ class TokenSet:
                 self.train.check_block(i - self.eval.blocks)
 
     def check_in_background(self) -> None:
-        """Check the rest while the tokens are used: damage is an error at the next read, which names the file."""
+        """Check the rest in a thread while the tokens are used.
+
+        After damage, the next read raises an error with the file.
+        """
         check_in_background([self.train, self.eval])
 
 
 def spread(count: int) -> Iterator[int]:
-    """0 to ``count`` - 1, each once, in an order whose beginnings lie far apart: by their digits in binary, read backwards."""
+    """Return 0 to ``count`` - 1 in an order whose first elements are spread out (by bit reversal)."""
     bits = max(1, (count - 1).bit_length())
     order = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
     return (i for i in order if i < count)
 
 
 def sha256(content: bytes) -> str:
-    """Hex digest."""
+    """Return the hex digest of ``content``."""
     return hashlib.sha256(content).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a finished token folder. None where there is none.
+    """Return the manifest of a finished token folder, or None if there is none.
 
-    Raises UserError where it is damaged, or of a version that this one does not read.
+    Raises UserError if it is damaged or of an unknown version.
     """
     path = folder / MANIFEST
     try:
@@ -160,7 +165,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         table = None
     ours = {"text_sha256", "tokenizer_sha256", "text_bytes"}
     if not (ours & table.keys() if isinstance(table, dict) else (folder / "train.bin").exists()):
-        return None  # another program's
+        return None  # another program's manifest
     try:
         if table["version"] not in (FIRST_VERSION, VERSION):
             raise UserError(
@@ -182,14 +187,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _sealed(table: dict[str, Any]) -> bytes:
-    """A manifest as JSON, with a digest of all the rest as its last key."""
+    """Return a manifest as JSON, with a digest of the rest as its last key."""
     table = {key: value for key, value in table.items() if key != SEAL}
     digest = sha256(json.dumps(table).encode())
     return json.dumps(table | {SEAL: digest}, indent=1).encode() + b"\n"
 
 
 def _parse(table: dict[str, Any]) -> Manifest:
-    """A manifest out of JSON. Raises ValueError, TypeError or KeyError where it is none."""
+    """Parse a manifest from JSON. Raises ValueError, TypeError or KeyError if it is invalid."""
     fields = [field.name for field in dataclasses.fields(Manifest)]
     if table["version"] == FIRST_VERSION:
         if table.keys() != set(fields[: fields.index("source")]):
@@ -211,9 +216,14 @@ def _parse(table: dict[str, Any]) -> Manifest:
 
 
 def open_tokens(folder: str | Path) -> TokenSet:
-    """Open a token folder: a small one is checked whole, a large one for a moment, and the rest of it as it is read.
+    """Open a token folder. A small one is checked completely, a large one in part, and the rest as it is read.
 
-    Raises UserError, which names the file, where it is no token folder, or is damaged.
+    Returns a TokenSet whose ``train`` and ``eval`` can be sliced like arrays of shape [tokens]. Raises a UserError that
+    names the file if something is missing or damaged.
+
+    Example:
+        tokens = open_tokens("tokens")
+        tokens.train[:8]
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -223,7 +233,7 @@ def open_tokens(folder: str | Path) -> TokenSet:
     tokenizer = folder / "tokenizer.model"
     if manifest.block_bytes and tokenizer.exists() and sha256(tokenizer.read_bytes()) != manifest.tokenizer_sha256:
         raise UserError(
-            f"{tokenizer}: expected the tokenizer that made these tokens, found another, or a damaged one; put it back, or delete "
+            f"{tokenizer}: expected the tokenizer that made these tokens, found another, or a damaged one; restore it, or delete "
             f"{folder} and prepare them again"
         )
     sums = _read_sums(folder, manifest)
@@ -242,7 +252,7 @@ def open_tokens(folder: str | Path) -> TokenSet:
 
 
 def _read_sums(folder: Path, manifest: Manifest) -> dict[str, np.ndarray | None]:
-    """The checksums of the blocks of each split; None, where a folder of an early version has none."""
+    """Return the uint32 checksums of the blocks of each split. Old folders have None."""
     if not manifest.block_bytes:
         return dict.fromkeys(SPLITS)
     path = folder / SUMS

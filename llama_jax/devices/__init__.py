@@ -1,1 +1,1 @@
-"""Devices: how arrays lie on them, how their processes meet, what they can do, and how programs are compiled for them."""
+"""Devices: sharding of arrays, processes of a job, hardware data, memory, and compilation."""

@@ -1,4 +1,4 @@
-"""What accelerators can do, from their makers' data sheets."""
+"""Performance of accelerators, from their makers' data sheets."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,15 @@ GiB = 1 << 30
 
 @dataclass(frozen=True)
 class Chip:
-    """One TPU chip, by Google Cloud's pages on TPU versions; memory is what the compiler leaves to a program."""
+    """One TPU chip, by Google Cloud's pages on TPU versions. Memory is what the compiler leaves to a program."""
 
     peak_flops: float  # bfloat16
     hbm_bytes: float
-    hbm_bandwidth: float  # bytes a second
-    clock: float  # Hz, of the compiler's cycles
-    link_bytes: float  # bytes a second of the links along one axis of the torus, both directions together
+    hbm_bandwidth: float  # bytes per second
+    clock: float  # Hz, of the compiler's cycle counts
+    link_bytes: float  # bytes per second of the links along one torus axis, sum of both directions
     torus_axes: int
-    slice_bytes: float | None  # bytes a second to other slices, by the data centre's network; None: not published
+    slice_bytes: float | None  # bytes per second to other slices over the data centre's network; None: not published
 
 
 TPUS = {
@@ -24,7 +24,7 @@ TPUS = {
     "v5p": Chip(459e12, 95.73 * GiB, 2.765e12, 1.75e9, 1.8e11, 3, 6.25e9),
     "v6e": Chip(918e12, 31.24 * GiB, 1.64e12, 1.75e9, 1.8e11, 2, 12.5e9),
 }
-# The TPUs above by the device_kind that JAX reports.
+# Names of the TPUs above by the device_kind that JAX reports.
 TPU_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -34,7 +34,7 @@ TPU_KINDS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
-# Of one device, by its device_kind: dense bfloat16 FLOP/s, and bytes a second of its memory.
+# Per device_kind: dense bfloat16 FLOP/s, and memory bandwidth in bytes per second.
 PEAK_FLOPS = {kind: TPUS[name].peak_flops for kind, name in TPU_KINDS.items()} | {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,

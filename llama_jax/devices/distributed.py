@@ -1,6 +1,6 @@
-"""A job of several processes: how they find each other, agree, and end together. One process is a job of one.
+"""A job of several processes: how they connect, agree and end together. A single process is a job of one.
 
-jax.distributed does the work; here is when it is started, how long it may take, and what is said where it fails.
+jax.distributed does the work. This module decides when to start it and how long to wait, and explains its failures.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ from llama_jax.errors import LOST, UserError, is_lost_process, lost_process
 
 T = TypeVar("T")
 
-# JAX's client aborts the process at its own limit; ours, which says why, comes first by so many seconds.
+# JAX's client aborts the process at its own limit. Ours comes this many seconds earlier, with an explanation.
 MARGIN_SECONDS = 3600
 PROBE_SECONDS = 2
-# What process 0 tells the others where it refused.
+# The value that process 0 sends to the others if it refused.
 FAILED = -1
 
 
 def start_job(args: DistributedArgs) -> None:
-    """Join the other processes of the job, if there are any; call it before JAX starts its backend.
+    """Join the other processes of the job, if there are any. Call it before JAX starts its backend.
 
-    Returns at once where neither ``args`` nor a cluster's environment (Slurm, Open MPI, Cloud TPU, GKE) tells of others, and
-    when it is called again.
-    From then on only process 0 prints, and an error that ends one process ends it at once, so that the others notice.
-    Raises UserError where ``args`` are incomplete, or not all processes come within ``args.timeout_seconds``.
+    Returns at once if neither ``args`` nor a cluster's environment (Slurm, Open MPI, Cloud TPU, GKE) names other
+    processes, and on repeated calls. From then on only process 0 prints, and an error ends its process at once, so that
+    the others notice. Raises UserError if ``args`` are incomplete, or if some process is missing after
+    ``args.timeout_seconds``.
     """
     address, count, index = _find(args)
     if count == 1 or jax.distributed.is_initialized():
         return
-    # Orbax asks that service about old steps, which confuses it; stopping.py takes its place.
+    # Orbax's questions about old steps confuse this service; cli/stopping.py replaces it.
     jax.config.update("jax_enable_preemption_service", False)
     failures: list[Exception] = []
 
@@ -54,7 +54,7 @@ def start_job(args: DistributedArgs) -> None:
             jax.distributed.initialize(
                 address, count, index, initialization_timeout=args.timeout_seconds + MARGIN_SECONDS
             )
-        except Exception as error:  # a port that is taken, for one
+        except Exception as error:  # for example a port in use
             failures.append(error)
 
     thread = threading.Thread(target=join, name="join", daemon=True)
@@ -71,11 +71,11 @@ def start_job(args: DistributedArgs) -> None:
     sys.excepthook = _end_at_once
     _catch_abort()
     if index:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries' prints too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # silences libraries, too
 
 
 def _find(args: DistributedArgs) -> tuple[str, int, int]:
-    """Address, number of processes, and which one this is: as given, or else as the cluster says."""
+    """Return address, number of processes and index of this one, from ``args`` or else from the cluster."""
     found = {
         "coordinator_address": args.coordinator_address or None,
         "num_processes": args.num_processes,
@@ -91,7 +91,7 @@ def _find(args: DistributedArgs) -> tuple[str, int, int]:
                 found["coordinator_address"] = args.coordinator_address or cluster.get_coordinator_address(
                     timeout_secs=args.timeout_seconds, override_coordinator_port=port
                 )
-        except Exception as error:  # each cluster has its own
+        except Exception as error:  # each cluster has its own errors
             raise UserError(
                 f"distributed.coordinator_address: expected to find process 0 through {cluster.__name__}, "
                 f"found: {type(error).__name__} {error}; give the address, and num_processes and process_id if they are not known"
@@ -109,11 +109,11 @@ def _find(args: DistributedArgs) -> tuple[str, int, int]:
 
 
 def _cluster() -> type[ClusterEnv] | None:
-    """The cluster that this process was started in, as JAX knows them."""
+    """Return the cluster that this process was started in, of those that JAX knows, or None."""
     for kind in ClusterEnv._cluster_types:
-        # A pod that is not one of an indexed Job stands alone, and JAX's look at it would warn or fail.
+        # A pod outside an indexed Job is alone, and JAX's check would warn or fail.
         alone = kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
-        # Open MPI 5 no longer says where process 0 is, which JAX takes for its absence.
+        # Open MPI 5 no longer says where process 0 is, from which JAX concludes that there is no MPI.
         mpi = kind.name == "ompi" and "OMPI_COMM_WORLD_SIZE" in os.environ
         if not kind.opt_in_only_method and not alone and (mpi or kind.is_env_present()):
             return kind
@@ -121,7 +121,7 @@ def _cluster() -> type[ClusterEnv] | None:
 
 
 def _raise_late(address: str, count: int, index: int, seconds: int) -> None:
-    """Say who was waited for."""
+    """Raise a UserError that says which process is missing."""
     host, _, port = address.rpartition(":")
     if index == 0:
         found, advice = "not all of them", "start the others, or see what they say"
@@ -140,7 +140,7 @@ def _raise_late(address: str, count: int, index: int, seconds: int) -> None:
 
 
 def _end_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End without JAX's wait, at exit, for processes that wait for this one."""
+    """Print the error and exit without JAX's wait, at exit, for processes that wait for this one."""
     traceback.print_exception(kind, error, trace)
     sys.stderr.flush()
     os._exit(1)
@@ -150,7 +150,7 @@ def _end_at_once(kind: type[BaseException], error: BaseException, trace: Traceba
 def _end_as_lost(_: int) -> None:
     print(
         "error: distributed: expected all processes of the job to go on, found that JAX, which lost another, aborts this one "
-        "(its own lines stand above); start all again: the run goes on from its last checkpoint",
+        "(see its own lines above); restart the job, which resumes from its last checkpoint",
         file=sys.stderr,
         flush=True,
     )
@@ -158,10 +158,10 @@ def _end_as_lost(_: int) -> None:
 
 
 def _catch_abort() -> None:
-    """Have JAX's abort, where it hears nothing more of another process, end this one with the status LOST.
+    """Make JAX's abort, on losing contact to another process, end this one with status LOST.
 
-    The abort comes on a thread of JAX's own. A handler by the signal module would run on the main thread, which waits for a
-    collective that never ends, so this one is set by the C library.
+    The abort comes in a thread of JAX. A handler of the signal module would run in the main thread, which waits for a
+    collective that never ends, so the handler is set through the C library.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -169,24 +169,24 @@ def _catch_abort() -> None:
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which prints and writes."""
+    """Return whether this is process 0, which prints and writes."""
     return jax.process_index() == 0
 
 
 def from_main(value: int) -> int:
-    """Process 0's ``value``, on all; none goes on before all have come here."""
+    """Return process 0's ``value`` on all processes. All wait until each has called this."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def main_first(make: Callable[[], T], then: Callable[[], T]) -> T:
-    """``make()`` on process 0; when it is done, ``then()`` on the others, where they find what it has written."""
+    """Run ``make()`` on process 0, then ``then()`` on the others, which find what it has written. Return the result."""
     made = make() if is_main() else None
     from_main(0)
     return then() if made is None else made
 
 
 def on_main(make: Callable[[], int]) -> int:
-    """What ``make()`` returns on process 0, on all. Where it raises UserError there, all raise one."""
+    """Return on all processes what ``make()`` returns on process 0. If it raises UserError there, all raise one."""
     made, error = 0, None
     if is_main():
         try:
@@ -203,10 +203,10 @@ def on_main(make: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def lost_processes_told() -> Iterator[None]:
-    """Turn what a collective raises when another process has gone into a LostProcess.
+    """Turn the error of a collective whose other process is gone into a LostProcess.
 
-    On a CPU a collective raises. On TPU and GPU it hangs, until JAX, which hears nothing of that process for 100 seconds,
-    aborts this one: see ``_end_as_lost``.
+    On a CPU a collective raises. On TPU and GPU it hangs until JAX, which has not heard from that process for 100
+    seconds, aborts this one; see ``_end_as_lost``.
     """
     try:
         yield
@@ -219,14 +219,16 @@ def lost_processes_told() -> Iterator[None]:
 
 
 class Consensus:
-    """Whole numbers on which all processes agree, without waiting for the devices: the largest of each.
+    """Lets all processes agree on integers, the largest of each, without waiting for the devices.
 
-    consensus = Consensus(2)
-    for ...:
-        step(...)
-        stop, save = consensus(stop_here, save_here)
+    With several processes, a call returns the result of the previous call, so that it need not wait for the devices,
+    which are busy with a step.
 
-    With several processes an answer is that of the call before, so that the devices, busy with a step, are not waited for.
+    Example:
+        consensus = Consensus(2)
+        for ...:
+            step(...)
+            stop, save = consensus(stop_here, save_here)
     """
 
     def __init__(self, count: int) -> None:
@@ -239,7 +241,7 @@ class Consensus:
             self._largest = jax.jit(lambda x: jnp.max(x, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, *mine: int) -> tuple[int, ...]:
-        """The largest of each of ``mine`` over all processes, which call this equally often."""
+        """Return the largest of each of ``mine`` over all processes, which must call this equally often."""
         if jax.process_count() == 1:
             return mine
         told = self._largest(jax.make_array_from_process_local_data(self._sharding, np.array([mine], np.int32)))
@@ -247,5 +249,5 @@ class Consensus:
         return self._nothing if before is None else tuple(np.asarray(before).tolist())
 
     def forget(self) -> None:
-        """Leave out the answer that is under way: what it asks for has been done."""
+        """Drop the pending result, because what it asks for has been done."""
         self._under_way = None

@@ -1,4 +1,4 @@
-"""Memory: what a device has, what arrays take, and how a process on a CPU keeps what it frees."""
+"""Memory: how much a device has, how much arrays take, and how a process on a CPU reuses freed memory."""
 
 import contextlib
 import ctypes
@@ -14,20 +14,20 @@ import jax.numpy as jnp
 
 from llama_jax.errors import UserError
 
-# Parameters of mallopt, from glibc's malloc.h, and what they are set to.
+# Parameters of mallopt, from glibc's malloc.h, and their values.
 KEEP_FREED_MEMORY = {
-    -8: 1,  # M_ARENA_MAX: one heap, from which all threads allocate
-    -4: 0,  # M_MMAP_MAX: large blocks too lie on the heap
-    -2: 64 << 20,  # M_TOP_PAD, bytes: the heap grows in large strides
-    -1: -1,  # M_TRIM_THRESHOLD: and never shrinks
+    -8: 1,  # M_ARENA_MAX: one heap for all threads
+    -4: 0,  # M_MMAP_MAX: large blocks are on the heap, too
+    -2: 64 << 20,  # M_TOP_PAD, bytes: the heap grows in large steps
+    -1: -1,  # M_TRIM_THRESHOLD: the heap never shrinks
 }
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse the memory that a step frees; call it before JAX starts its backend, and with that its threads.
+    """Make glibc reuse the memory that a step frees. Call it before JAX starts its backend and threads.
 
-    XLA on a CPU allocates a program's temporaries at every call. By default glibc gives such blocks back to the kernel,
-    which clears their pages anew each time: a quarter of a small model's step. Does nothing where there is no glibc.
+    XLA on a CPU allocates a program's temporaries at every call. By default glibc returns such blocks to the kernel,
+    which clears their pages each time. That costs a quarter of a small model's step. Without glibc, nothing happens.
     """
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
 
 
 def check_memory(need: float, devices: Sequence[jax.Device], what: str, hint: str) -> None:
-    """Raise UserError where ``what`` takes more bytes a device than one of ``devices`` has."""
+    """Raise UserError if ``what`` takes more bytes per device than ``devices`` have."""
     limit = memory_of(devices)
     if need > limit:
         raise UserError(
@@ -45,14 +45,14 @@ def check_memory(need: float, devices: Sequence[jax.Device], what: str, hint: st
 
 
 def memory_of(devices: Sequence[jax.Device]) -> float:
-    """Bytes of memory that one of the devices has; infinite where that is not known. CPU devices share the machine's."""
+    """Return the bytes of memory of one device, infinite if unknown. CPU devices share the machine's memory."""
     if devices[0].platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
     return (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def memory_in_use(devices: Sequence[jax.Device]) -> int | None:
-    """The most bytes that were in use on one of the devices; on CPUs, in the whole process. None where it is not known."""
+    """Return the peak bytes in use on one device, or in the whole process on CPUs. None if unknown."""
     if devices[0].platform == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
@@ -60,7 +60,7 @@ def memory_in_use(devices: Sequence[jax.Device]) -> int | None:
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes that a tree of arrays takes in memory."""
+    """Return the bytes that a tree of arrays takes in memory."""
     return sum(
         math.ceil(x.size * (4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize) / 8) for x in jax.tree.leaves(tree)
     )

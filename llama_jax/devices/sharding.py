@@ -1,7 +1,7 @@
-"""The device mesh, and one table that lays the model's logical axes over it.
+"""The device mesh, and one table that maps the model's logical axes to its axes.
 
-XLA's partitioner places the collectives of what is written for one device. Where it would place them badly, a function runs
-shard by shard instead (``shard_by_shard``) and says itself what is gathered and what is summed.
+XLA's partitioner inserts collectives into code written for one device. Where it would place them badly, a function runs
+per shard instead (``shard_by_shard``) and says explicitly what is gathered and what is summed.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
 
-# Logical axis -> the mesh axes that it is spread over (None: whole on every device).
+# Logical axis -> the mesh axes that it is split over (None: every device holds all of it).
 RULES: dict[str, tuple[str, ...] | str | None] = {
     "batch": ("data", "fsdp"),
     "length": "sequence",
@@ -37,7 +37,10 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
 
 
 def make_mesh(args: MeshArgs, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of all devices (one device: a mesh of ones). Raises UserError where the sizes do not make up the devices."""
+    """Return the mesh of all devices. One device is a mesh of ones.
+
+    Raises UserError if the sizes do not fit the devices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(args)
     known = math.prod(size for size in sizes.values() if size != -1)
@@ -46,7 +49,7 @@ def make_mesh(args: MeshArgs, devices: list[jax.Device] | None = None) -> Mesh:
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         raise UserError(
-            f"mesh: expected sizes that make up {len(devices)} devices, found {describe(sizes)}; change [mesh]"
+            f"mesh: expected sizes whose product is {len(devices)} devices, found {describe(sizes)}; change [mesh]"
         )
     return Mesh(
         _grid(list(sizes.values()), devices), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes)
@@ -54,26 +57,29 @@ def make_mesh(args: MeshArgs, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def _grid(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
-    """The devices in an array of ``sizes``: slices (or hosts) lie along the outermost axes that they divide, data before fsdp."""
+    """Return the devices as an array of ``sizes``.
+
+    Slices (or hosts) are laid along the outermost axes that they divide: data before fsdp.
+    """
     left = slices = len({getattr(device, "slice_index", None) for device in devices})
     across = []
     for size in sizes:
         across.append(math.gcd(size, left))
         left //= across[-1]
     within = [size // part for size, part in zip(sizes, across, strict=True)]
-    # An axis may be a part of a TPU's ring, or a plane of its torus.
+    # An axis may be part of a ring of the TPU's torus, or a plane of it.
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def describe(sizes: dict[str, int]) -> str:
-    """Mesh sizes as text: "data 2 x fsdp 4"; axes of one device are left out."""
+    """Return mesh sizes as text: "data 2 x fsdp 4". Axes of one device are left out."""
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
 
 
 def check_divisible(mesh: Mesh, model: ModelArgs, train: TrainArgs | None = None) -> None:
-    """Raise UserError where a size of the model, or of its training, cannot be laid evenly over its mesh axes."""
+    """Raise UserError if a size of the model, or of its batches, is not divisible by its mesh axes."""
     sizes = {
         "model.max_seq_len": ("length", model.max_seq_len),
         "model.vocab_size": ("vocab", model.vocab_size),
@@ -94,7 +100,7 @@ def check_divisible(mesh: Mesh, model: ModelArgs, train: TrainArgs | None = None
 
 
 def mesh_axes_of(axis: str) -> tuple[str, ...]:
-    """Mesh axes of a logical axis. Raises UserError for one that the table does not know."""
+    """Return the mesh axes of a logical axis. Raises UserError if the table does not have it."""
     if axis not in RULES:
         raise UserError(f"logical axis: expected one of {', '.join(RULES)}, found {axis}")
     rule = RULES[axis]
@@ -102,7 +108,7 @@ def mesh_axes_of(axis: str) -> tuple[str, ...]:
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """Partition of an array with these logical axes. Raises UserError where a mesh axis would be used twice."""
+    """Return the partition of an array with these logical axes. Raises UserError if a mesh axis would be used twice."""
     parts = [() if axis is None else mesh_axes_of(axis) for axis in axes]
     used = [a for part in parts for a in part]
     if len(used) != len(set(used)):
@@ -111,31 +117,31 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of int [B, T] batches."""
+    """Return the sharding of int [B, T] batches."""
     return NamedSharding(mesh, spec("batch", "length"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of what every device holds whole."""
+    """Return the sharding of arrays that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 @functools.cache
 def _boxed_shapes(model: nn.Module) -> Any:
-    """The parameters' shapes, each with the names of its axes. Remembered, since many ask, and tracing takes a tenth of a second.
+    """Return the parameters' shapes with their logical axes. It makes no arrays and does not start JAX's backends.
 
-    Nothing is made: JAX's backends are not started.
+    Cached, because tracing takes a tenth of a second and many functions call this.
     """
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
 def parameter_shapes(model: nn.Module) -> Any:
-    """The parameters' shapes, float32."""
+    """Return the parameters' shapes, float32."""
     return nn.unbox(_boxed_shapes(model))
 
 
 def parameter_shardings(model: nn.Module, mesh: Mesh) -> Any:
-    """A NamedSharding a parameter, in the tree of the parameters."""
+    """Return the NamedSharding of each parameter, in a tree like the parameters."""
     return jax.tree.map(
         lambda leaf: NamedSharding(mesh, spec(*leaf.names)),
         _boxed_shapes(model),
@@ -144,7 +150,7 @@ def parameter_shardings(model: nn.Module, mesh: Mesh) -> Any:
 
 
 def mesh_of(tree: Any) -> Mesh:
-    """The mesh that arrays lie on; of arrays on one device, or of numpy's, a mesh of ones."""
+    """Return the mesh of a tree of arrays. For arrays on one device, and numpy arrays, it is a mesh of ones."""
     sharding = getattr(jax.tree.leaves(tree)[0], "sharding", None)
     if isinstance(sharding, NamedSharding):
         return cast(Mesh, sharding.mesh)
@@ -152,10 +158,13 @@ def mesh_of(tree: Any) -> Mesh:
 
 
 def shard_by_shard(f: Callable, over: tuple[str, ...], in_axes: tuple, out_axes: Any) -> Callable:
-    """``f``, run on the shards of its arguments along the logical axes ``over``; the partitioner keeps the other axes.
+    """Return ``f`` run per shard of its arguments along the logical axes ``over``.
 
-    in_axes: the logical axes of each argument; out_axes: the same of the result, or of each of a tuple of results. Without
-    a mesh (see ``on_mesh``), or with sizes that it does not divide (a single prompt), ``f`` itself, left to the partitioner.
+    Other axes stay with the partitioner.
+
+    ``in_axes`` are the logical axes of each argument, ``out_axes`` those of the result or of each in a tuple of
+    results. Without a mesh (see ``on_mesh``), or if the mesh does not divide the sizes (a single prompt), ``f`` runs as
+    it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = {name for axis in over for name in mesh_axes_of(axis)}
@@ -176,7 +185,7 @@ def shard_by_shard(f: Callable, over: tuple[str, ...], in_axes: tuple, out_axes:
 
 
 def _divides(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> bool:
-    """Whether the mesh divides each size of an array with these logical axes."""
+    """Return whether the mesh divides each size of an array with these logical axes."""
     return all(
         size % math.prod(mesh.shape[name] for name in mesh_axes_of(axis)) == 0
         for axis, size in zip(axes, shape, strict=True)
@@ -185,13 +194,13 @@ def _divides(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) ->
 
 
 def shard_axes(*axes: str) -> tuple[str, ...]:
-    """Mesh axes of the logical ``axes`` that the running function sees one shard of; none outside ``shard_by_shard``."""
+    """Return the mesh axes of ``axes`` that the running function sees one shard of: none outside shard_by_shard."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(name for axis in axes for name in mesh_axes_of(axis) if name in manual)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """``x`` with these logical axes, where there is a mesh and it divides them."""
+    """Constrain the sharding of ``x`` to these logical axes, if there is a mesh and it divides them."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not _divides(mesh, axes, x.shape):
         return x
@@ -199,18 +208,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def on_every_device(x: jax.Array) -> jax.Array:
-    """``x``, whole on every device of the mesh, if there is one."""
+    """Constrain ``x`` to be held in full by every device of the mesh, if there is one."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def gather_shards(x: jax.Array, logical: str, axis: int) -> jax.Array:
-    """The whole of an array of which each shard holds a part along ``axis``."""
+    """Gather an array of which each shard holds a part along ``axis``."""
     names = shard_axes(logical)
     return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
 
 
 def sum_shards(x: jax.Array, logical: str, axis: int, *others: str) -> jax.Array:
-    """The shard along ``axis`` of the sum over the shards of ``logical`` and ``others`` (a reduce-scatter)."""
+    """Sum over the shards of ``logical`` and ``others``; return this shard's part along ``axis`` (a reduce-scatter)."""
     names = shard_axes(logical)
     if names:
         x = jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True)
@@ -220,13 +229,13 @@ def sum_shards(x: jax.Array, logical: str, axis: int, *others: str) -> jax.Array
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[None]:
-    """Trace under the mesh: what is said of shards and axes takes effect."""
+    """Trace the block under the mesh, so that shards and constraints take effect."""
     with jax.set_mesh(mesh):
         yield
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """A tree of shapes with the sharding that each array is to be restored into."""
+    """Return a tree of shapes with the shardings to restore the arrays into."""
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
     )

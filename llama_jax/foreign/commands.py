@@ -1,4 +1,4 @@
-"""What to type to go on: the commands that errors end with."""
+"""The commands that errors tell the user to type."""
 
 import os
 import re
@@ -9,11 +9,11 @@ from llama_jax.storage.locations import is_remote
 
 
 def convert_command(path: Path, name: str = "", tokenizer: Path | None = None) -> str:
-    """What to type to convert the model in ``path``, into a new folder of the name ``name`` or of its own."""
+    """Return the command that converts the model in ``path`` into a new folder named ``name`` or like ``path``."""
     if is_remote(path):
         return f"copy it to a disk (gcloud storage cp -r {path} .), and convert it there with convert_torch_weights.py"
     place = path.absolute()
-    # In Hugging Face's cache a folder has the name of a commit; the model's name is further up.
+    # In Hugging Face's cache a folder is named by a commit. The model's name is further up.
     own = place.parent.parent.name.rpartition("--")[2] if place.parent.name == "snapshots" else place.name
     output = Path("checkpoints") / (name or own or "model")
     while os.path.lexists(output):
@@ -25,14 +25,14 @@ def convert_command(path: Path, name: str = "", tokenizer: Path | None = None) -
 
 
 def resave_commands(path: Path) -> str:
-    """What to type to have transformers write what it reads of ``path`` as safetensors, and then to convert that."""
+    """Return the commands that save ``path`` as safetensors with transformers and then convert that."""
     again = path.with_name(path.name + "-safetensors")
     program = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(path)!r}).save_pretrained({str(again)!r})"
     return f"{_python(program)} && {convert_command(again, path.name, path / 'tokenizer.model')}"
 
 
 def merge_commands(path: Path) -> str:
-    """What to type to have peft merge the adapter in ``path`` into its base, and then to convert that."""
+    """Return the commands that merge the adapter in ``path`` into its base with peft and then convert the result."""
     merged = path.with_name(path.name + "-merged")
     program = (
         f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(path)!r}).merge_and_unload()"

@@ -1,8 +1,9 @@
-"""Hugging Face's config.json of a LLaMA, key by key.
+"""Hugging Face's config.json of a LLaMA, read key by key.
 
-What transformers computes decides (LlamaConfig, LlamaForCausalLM, PreTrainedConfig, RotaryEmbeddingConfigMixin): a key that it
-reads and this project does not support is refused by name unless it is neutral. So are keys by which other models of
-transformers change the mathematics, though its LLaMA passes them over: in such a file one of the two is wrong.
+The mathematics is what transformers computes (LlamaConfig, LlamaForCausalLM, PreTrainedConfig,
+RotaryEmbeddingConfigMixin). A key that transformers reads and this project does not support is refused by name unless
+its value is neutral. So are keys by which other models of transformers change the mathematics, although its LLaMA
+ignores them, because such a file contradicts itself.
 """
 
 import dataclasses
@@ -82,32 +83,33 @@ IGNORED = names(
     assistant_confidence_threshold assistant_lookbehind num_assistant_tokens num_assistant_tokens_schedule target_lookbehind"""
 )
 KEYS = Keys(READ, NEUTRAL, IGNORED)
-# Meta's own values, and then any power of two: which of them give a feed-forward layer of the width that is asked for.
+# Values to try for Meta's rule of the feed-forward width: Meta's own first, then powers of two.
 MULTIPLIERS = (None, 1.3)
 MULTIPLES = (256, 4096, *(1 << i for i in reversed(range(13))))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What config.json says."""
+    """The content of config.json."""
 
     args: ModelArgs
     tied: bool
-    """Whether the output is the embeddings' matrix, where the files hold one of the two alone."""
+    """Whether the output matrix is the embedding matrix, if the files hold only one of the two."""
     warnings: tuple[str, ...]
     unknown: tuple[str, ...]
-    """Keys that were not read, and might mean something."""
+    """Keys that were not read and may have a meaning."""
 
 
 def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
-    """The model in config.json, ``table`` out of ``path``. ``max_seq_len``: 0, or a context that is to be its own.
+    """Read the model from ``table``, the config.json at ``path``.
 
-    Raises UserError, which names the key, where the model is no LLaMA as model.py has it.
+    ``max_seq_len`` replaces the file's context length unless it is 0. Raises a UserError that names the key if model.py
+    cannot express the model.
     """
     kind = table.get("model_type", "llama")
     if kind != "llama":
         raise UserError(
-            f"{path}: model_type: expected 'llama', found {quoted(kind)}; this project runs LLaMA models alone"
+            f"{path}: model_type: expected 'llama', found {quoted(kind)}; this project runs only LLaMA models"
         )
     KEYS.check(table, path)
     theta, warnings, unused = _rope_theta(table, path)
@@ -134,14 +136,14 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
         )
     if table.get("auto_map"):
         warnings.append(
-            "config.json names code of the model's own (auto_map): it is not run; transformers' LLaMA decides"
+            "config.json names the model's own code (auto_map): it is not run, and transformers' LLaMA is assumed"
         )
     tied = take(table, "tie_word_embeddings", bool, path, False)
     return Config(args, tied, tuple(warnings), tuple(KEYS.unknown(table) + unused))
 
 
 def stated(table: dict[str, Any]) -> str:
-    """The keys that shapes depend on, with their values, for an error about shapes."""
+    """Return the keys that determine shapes, with their values, for an error about shapes."""
     keys = (
         "hidden_size",
         "intermediate_size",
@@ -154,27 +156,27 @@ def stated(table: dict[str, Any]) -> str:
 
 
 def stored_type(table: dict[str, Any]) -> str:
-    """The type that transformers loads the weights in, as config.json says; empty where it says none."""
+    """Return the type in which transformers loads the weights by config.json, or "" if it names none."""
     found = table.get("dtype") or table.get("torch_dtype")
     return found.removeprefix("torch.") if isinstance(found, str) else ""
 
 
 def feed_forward_rule(dim: int, hidden: int, path: Path) -> tuple[int, float | None]:
-    """multiple_of and ffn_dim_multiplier that make the feed-forward layer ``hidden`` wide, by Meta's rule."""
+    """Return multiple_of and ffn_dim_multiplier for which Meta's rule gives a feed-forward width of ``hidden``."""
     if not 0 < dim < 1 << 24 or not 0 < hidden < 1 << 24:
         raise UserError(f"{path}: expected sizes of a model, found hidden_size {dim} and intermediate_size {hidden}")
     for multiplier, multiple in itertools.product(MULTIPLIERS, MULTIPLES):
         if ModelArgs(dim=dim, n_heads=1, multiple_of=multiple, ffn_dim_multiplier=multiplier).hidden_dim == hidden:
             return multiple, multiplier
-    # Half a unit above, so that the rule's rounding down meets it.
+    # Half a unit more, because the rule rounds down.
     return 1, (hidden + 0.5) / int(2 * (4 * dim) / 3)
 
 
 def _rope_theta(table: dict[str, Any], path: Path) -> tuple[float, list[str], list[str]]:
-    """The rotary embedding's theta by transformers' rules; warnings; keys that have no meaning.
+    """Return the rotary embedding's theta by transformers' rules, warnings, and keys without a meaning.
 
-    ``rope_scaling``, where it is not empty, takes the place of ``rope_parameters``; a theta in it takes the place of
-    ``rope_theta`` at the top. Raises UserError where the embedding is not the plain one.
+    ``rope_scaling``, unless empty, replaces ``rope_parameters``. A theta in it replaces ``rope_theta`` at the top
+    level. Raises UserError if the embedding is not the plain one.
     """
     key = "rope_scaling" if table.get("rope_scaling") else "rope_parameters"
     chosen = table.get(key) or {}
@@ -201,19 +203,19 @@ def _rope_theta(table: dict[str, Any], path: Path) -> tuple[float, list[str], li
     warnings = []
     if None not in (inner, top) and inner != top:
         warnings.append(
-            f"config.json has rope_theta {top:g}, and {inner:g} in {key}: the second counts, as in transformers"
+            f"config.json has rope_theta {top:g}, and {inner:g} in {key}: the second is used, as in transformers"
         )
     other = table.get("rope_parameters")
     if key == "rope_scaling" and other and other != chosen:
         warnings.append(
-            "config.json has rope_parameters and another rope_scaling: the second counts, as in transformers"
+            "config.json has rope_parameters and another rope_scaling: the second is used, as in transformers"
         )
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | ({"factor"} if kind == "linear" else set())
     return theta, warnings, sorted(f"{key}.{name}" for name in chosen.keys() - known)
 
 
 def _check_heads(table: dict[str, Any], args: ModelArgs, path: Path) -> None:
-    """Raise UserError where a key about heads or about what they see is not neutral for this model."""
+    """Raise UserError if a key about heads or their attention window is not neutral for this model."""
     for key in ("head_dim", "query_pre_attn_scalar"):
         found = take(table, key, float, path, args.head_dim)
         if found != args.head_dim:

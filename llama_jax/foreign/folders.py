@@ -1,4 +1,4 @@
-"""What a folder or a file is that is no checkpoint of ours, and the command that goes on from there."""
+"""Explains a folder or file that is not a checkpoint of ours, and names the next command."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from llama_jax.storage.locations import children, is_remote
 
 OTHER_FRAMEWORK = "load it with transformers, and save_pretrained it as safetensors"
 ORIGINAL = "take the model that it was made from, as safetensors"
-# A name in a folder of another project; what that folder is; what to do.
+# A name in a folder of another project, what the folder is, and what to do.
 MARKS = (
     (r"quantize_config\.json", "a model of quantized matrices (GPTQ)", QUANTIZED),
     (r".*\.gguf", "a model in GGUF", ORIGINAL),
@@ -30,7 +30,7 @@ MARKS = (
     (r"config\.toml", "a run with no checkpoint in it", "start its training again"),
     (r"manifest\.json", "a folder of prepared tokens", "give it as --data.filepath of train.py"),
 )  # fmt: skip
-# What a file begins with; what it is; what to do.
+# The first bytes of a file, what it is, and what to do.
 MAGIC = (
     (b"GGUF", "in GGUF", ORIGINAL),
     (LFS_POINTER, "of Git LFS, a pointer", "fetch the file itself with git lfs pull"),
@@ -40,7 +40,7 @@ MAGIC = (
 
 
 def found_in(path: Path) -> str:
-    """The end of an error about ``path``, which is no checkpoint of ours: what was found there, and what to do."""
+    """Return the end of an error about ``path``, which is not a checkpoint: what was found there, and what to do."""
     names = sorted(child.name for child in children(path))
     if not names and not path.is_dir():
         return f"found {_file(path) if path.exists() else 'nothing' + hub_hint(path)}"
@@ -62,14 +62,14 @@ def found_in(path: Path) -> str:
 
 
 def hub_hint(path: Path) -> str:
-    """What to do where there is nothing at ``path``, if that looks like a name on Hugging Face's hub; else nothing."""
+    """Return how to download ``path`` if it does not exist and looks like a name on Hugging Face's hub, else ""."""
     if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
         return f"; a model of Hugging Face's hub is fetched with: hf download {path} --local-dir {path.name}"
     return ""
 
 
 def _model(path: Path, found: Found) -> str:
-    """What to do about a model in another layout, which may be one that cannot be converted."""
+    """Say what to do about a model in another layout. Raises UserError if it cannot be converted."""
     if not is_remote(path):
         if found.layout == "huggingface":
             config = read_json(path / CONFIG)
@@ -86,7 +86,7 @@ def _model(path: Path, found: Found) -> str:
 
 
 def _base(path: Path) -> str:
-    """The model that the adapter in ``path`` belongs to."""
+    """Return the name of the model that the adapter in ``path`` belongs to."""
     try:
         return quoted(read_json(path / ADAPTER).get("base_model_name_or_path"))
     except UserError:
@@ -94,7 +94,7 @@ def _base(path: Path) -> str:
 
 
 def _is_model(path: Path) -> bool:
-    """Whether a folder looks like a model of any kind; no, where it may not be read."""
+    """Return whether a folder looks like a model of any kind. False if it cannot be read."""
     try:
         names = set() if is_remote(path) else {child.name for child in children(path)}
     except UserError:
@@ -104,7 +104,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _file(path: Path) -> str:
-    """What a file is, and what to do."""
+    """Say what a file is and what to do."""
     if not path.is_file():
         return "a file that holds nothing by itself; give a folder"
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Keys of a configuration: read by type, refused by name where they would change the mathematics, listed where they are unknown."""
+"""Reads the keys of a configuration by type. Unsupported keys are refused by name, unknown ones are listed."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ MAX_LAYERS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Neutral:
-    """A key that this project does not support: the values under which it changes nothing, and what to do about others."""
+    """A key that this project does not support: the values at which it changes nothing, and advice on others."""
 
     values: tuple[Any, ...]
     advice: str = "this project has no such model"
@@ -23,15 +23,15 @@ class Neutral:
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """What becomes of every known key of a file. To support a key is to move it to ``read``."""
+    """All known keys of a file, by their treatment. To support a key, move it to ``read``."""
 
     read: frozenset[str]
     neutral: Mapping[str, Neutral]
     ignored: frozenset[str]
-    """Keys that do not change a logit."""
+    """Keys that do not change the logits."""
 
     def check(self, table: dict[str, Any], path: Path) -> None:
-        """Raise UserError where a key has a value that is not neutral; null is, as the key's absence."""
+        """Raise UserError if an unsupported key has a value that is not neutral. null is as good as no key."""
         for key in sorted(table.keys() & self.neutral.keys()):
             found, neutral = table[key], self.neutral[key]
             if found is not None and not any(is_same(found, value) for value in neutral.values):
@@ -39,22 +39,25 @@ class Keys:
                 raise UserError(f"{path}: {key}: expected {expected}, found {quoted(found)}; {neutral.advice}")
 
     def unknown(self, table: dict[str, Any]) -> list[str]:
-        """The keys that are in none of the lists."""
+        """Return the keys that are in none of the lists."""
         return sorted(table.keys() - self.read - self.neutral.keys() - self.ignored)
 
 
 def names(text: str) -> frozenset[str]:
-    """The words of ``text``."""
+    """Return the words of ``text``."""
     return frozenset(text.split())
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Whether two values of a JSON file are equal; true is not 1."""
+    """Return whether two JSON values are equal. true is not 1."""
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
 
 
 def read_json(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
-    """A JSON object out of a file of up to ``limit`` bytes. Raises UserError where there is none, or a key has two values."""
+    """Read a JSON object from a file of up to ``limit`` bytes.
+
+    Raises UserError if it has none, or a key has two values.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(limit + 1)
@@ -95,7 +98,10 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def take(table: dict[str, Any], key: str, kind: type, path: Path | str, default: Any = ...) -> Any:
-    """``table[key]``, of type int, float, str or bool; None and a missing key mean ``default``. Raises UserError, which names ``path``."""
+    """Return ``table[key]`` as int, float, str or bool. ``default`` replaces null and a missing key.
+
+    Raises a UserError that names ``path``.
+    """
     value = table.get(key)
     if value is None:
         if default is ...:
@@ -109,7 +115,7 @@ def take(table: dict[str, Any], key: str, kind: type, path: Path | str, default:
 
 
 def check_arguments(args: ModelArgs, path: Path, names: Mapping[str, str]) -> ModelArgs:
-    """``args``, if a model can be like that. Raises UserError, which names the file ``path`` and its key for an argument."""
+    """Return ``args`` if such a model can exist. Raises a UserError that names the file ``path`` and its key."""
 
     def named(argument: str) -> str:
         return f"{names[argument]} ({argument})" if argument in names else argument

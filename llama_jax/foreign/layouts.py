@@ -1,7 +1,7 @@
-"""Which of a folder's files are the model: what transformers would load, where the folder is one of its; else Meta's shards.
+"""Finds the model among a folder's files: the one that transformers would load, else Meta's shards.
 
-Of a folder's weights transformers takes the first of these that is there (modeling_utils.py, ``_get_resolved_checkpoint_files``):
-the file that config.json names, model.safetensors, the shards of model.safetensors.index.json, pytorch_model.bin and its shards.
+Transformers loads the first of these that exists (modeling_utils.py, ``_get_resolved_checkpoint_files``): the file that
+config.json names, model.safetensors, the shards of model.safetensors.index.json, pytorch_model.bin and its shards.
 """
 
 import re
@@ -19,29 +19,29 @@ CONFIG, PARAMS, ADAPTER = "config.json", "params.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD = re.compile(r"consolidated\.\d+\.pth", re.ASCII)
-# Names that weights are given, of any project.
+# Names of weights in any project.
 WEIGHTS = re.compile(
     r"((model|pytorch_model|consolidated|adapter_model|tf_model|flax_model|lit_model)\b.*"
     r"\.(safetensors|bin|pth|pt|h5|msgpack|index\.json)|.*\.gguf|params\.json|config\.json|adapter_config\.json)"
 )
-# Up to 70B has some 60 kB.
+# Models of up to 70B have about 60 kB.
 MAX_INDEX = 10_000_000
-# More shards than any release of Meta's has.
+# No release of Meta's has more shards.
 MAX_SHARDS = 64
 
 
 @dataclass(frozen=True)
 class Found:
-    """The layout of a folder, what decides it, and which other models' files lie beside it."""
+    """The layout of a folder, the files that decide it, and files of other models next to them."""
 
     layout: Literal["huggingface", "meta"]
     decided: str
 
 
 def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
-    """What lies in ``folder``, whole or not; None where it is neither Hugging Face's nor Meta's, or ``wanted`` is another.
+    """Return the layout of ``folder``, complete or not. None if it is neither layout, or not the ``wanted`` one.
 
-    Raises UserError where two models lie there and nothing decides between them.
+    Raises UserError if the folder holds two models and nothing decides between them.
     """
     names = sorted(path.name for path in children(folder))
     shards = [name for name in names if SHARD.fullmatch(name)]
@@ -51,7 +51,7 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
         if wanted == "auto" and ADAPTER in names:
             raise UserError(
                 f"{folder}: expected one model, found an adapter ({ADAPTER}) beside {read[0]}, which peft would add to it; "
-                "convert the model without it by --layout huggingface, or merge it first (peft's merge_and_unload)"
+                "convert the model without it with --layout huggingface, or merge it first (peft's merge_and_unload)"
             )
         decided = f"{CONFIG} and {_some(read or [SINGLE])}, which transformers would load"
         return Found("huggingface", decided + _not_read(names, [CONFIG, *read]))
@@ -60,7 +60,7 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
         if wanted == "auto" and config and pickled and not (folder / INDEX).is_file():
             raise UserError(
                 f"{folder}: expected one model, found Meta's {shards[0]} and Hugging Face's {pickled}, which transformers would "
-                f"load and this project does not read; convert Meta's by --layout meta"
+                f"load and this project does not read; convert Meta's with --layout meta"
             )
         return Found(
             "meta", f"{PARAMS} and {_some(shards or ['consolidated.00.pth'])}{_not_read(names, [PARAMS, *shards])}"
@@ -71,7 +71,10 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
 
 
 def weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
-    """The safetensors files in ``folder`` that transformers would load. Raises UserError where they are not all there."""
+    """Return the safetensors files that transformers would load from ``folder``.
+
+    Raises UserError if some are missing.
+    """
     distributed = [path.name for path in children(folder) if re.match(r"shard-\d{5}-model-", path.name)]
     if distributed:
         raise UserError(
@@ -95,7 +98,7 @@ def weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Meta's consolidated.00.pth, .01.pth, and so on. Raises UserError where there is none or one is missing."""
+    """Return Meta's consolidated.00.pth, .01.pth and so on. Raises UserError if there is none or one is missing."""
     paths = sorted(path for path in children(folder) if re.fullmatch(r"consolidated\..*\.pth", path.name))
     if not paths:
         mistral = (folder / "consolidated.safetensors").is_file()
@@ -112,14 +115,17 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def index_of(folder: Path, files: list[str]) -> dict[str, str]:
-    """Where the index that lists ``files`` says that each tensor is; nothing where there is no such index."""
+    """Return the file of each tensor by the index that lists ``files``, or {} if there is no such index."""
     if not (folder / INDEX).is_file() or files == [SINGLE]:
         return {}
     return read_json(folder / INDEX, MAX_INDEX).get("weight_map") or {}
 
 
 def _there(folder: Path, name: str, by: Path) -> str:
-    """``name``, which the file ``by`` asks for, if it is a safetensors file in ``folder``."""
+    """Return ``name``, which the file ``by`` names, if it is a safetensors file in ``folder``.
+
+    Raises UserError if not.
+    """
     if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII) or not (folder / name).is_file():
         link = (
             ", but a link to nothing: its download was not finished" if (folder / Path(name).name).is_symlink() else ""
@@ -129,7 +135,7 @@ def _there(folder: Path, name: str, by: Path) -> str:
 
 
 def _read_by_transformers(folder: Path) -> list[str]:
-    """The safetensors files that transformers would load; none where they are not all there."""
+    """Return the safetensors files that transformers would load, or [] if some are missing."""
     try:
         return weight_files(folder, read_json(folder / CONFIG))
     except UserError:
@@ -137,7 +143,7 @@ def _read_by_transformers(folder: Path) -> list[str]:
 
 
 def _instead(folder: Path) -> str:
-    """What there is in place of safetensors files of transformers' names."""
+    """Describe what the folder holds instead of safetensors files that transformers would load."""
     names = [path.name for path in children(folder)]
     if ADAPTER in names:
         return f"an adapter (LoRA); merge it into its base: {merge_commands(folder)}"

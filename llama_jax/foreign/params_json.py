@@ -1,4 +1,4 @@
-"""Meta's params.json, key by key, as Meta's model code reads it (ModelArgs in llama/model.py), and as this project writes it."""
+"""Meta's params.json, read key by key as Meta's model code does (ModelArgs in llama/model.py), and written."""
 
 import dataclasses
 import json
@@ -38,23 +38,24 @@ KEYS = Keys(READ, NEUTRAL, IGNORED)
 
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """What params.json says."""
+    """The content of params.json."""
 
     args: ModelArgs
     warnings: tuple[str, ...]
     unknown: tuple[str, ...]
-    """Keys that were not read, and might mean something."""
+    """Keys that were not read and may have a meaning."""
 
 
 def check_params(table: dict[str, Any], path: Path) -> None:
-    """Raise UserError, which names the key, where params.json is of no LLaMA 2, whatever lies beside it."""
+    """Raise a UserError that names the key if params.json does not describe a LLaMA 2."""
     KEYS.check(_inner(table), path)
 
 
 def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len: int) -> Params:
-    """The model in params.json, ``table`` out of ``path``; the vocabulary's size is that of the embeddings.
+    """Read the model arguments from ``table``, the params.json at ``path``.
 
-    max_seq_len: 0, or a context that is to be its own. Raises UserError, which names the key, where the model is no LLaMA 2.
+    ``vocab_size`` is that of the embeddings. ``max_seq_len`` replaces the file's context length unless it is 0. Raises
+    a UserError that names the key if the model is not a LLaMA 2.
     """
     check_params(table, path)
     outer, table = table, _inner(table)
@@ -78,14 +79,14 @@ def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len:
 
 
 def stated(table: dict[str, Any]) -> str:
-    """The keys that shapes depend on, with their values, for an error about shapes."""
+    """Return the keys that determine shapes, with their values, for an error about shapes."""
     table = _inner(table)
     keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier")
     return ", ".join(f"{key} {quoted(table[key], 20)}" if key in table else f"no {key}" for key in keys)
 
 
 def write_params(args: ModelArgs) -> str:
-    """params.json of a model; what Meta leaves out at its default is left out."""
+    """Return params.json of a model. Meta's defaults are left out as in Meta's files."""
     table: dict[str, Any] = {
         "dim": args.dim,
         "n_layers": args.n_layers,
@@ -104,13 +105,13 @@ def write_params(args: ModelArgs) -> str:
 
 
 def _inner(table: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, which some files wrap in {"model": ...}."""
+    """Return the arguments, which some files wrap in {"model": ...}."""
     inner = table.get("model")
     return inner if isinstance(inner, dict) else table
 
 
 def _check_sizes(table: dict[str, Any], args: ModelArgs, path: Path) -> None:
-    """Raise UserError where a size that other LLaMAs give outright is not the one that LLaMA 2 has."""
+    """Raise UserError if a size that other LLaMAs state directly differs from that of LLaMA 2."""
     rules = {
         "head_dim": (args.head_dim, "dim / n_heads"),
         "hidden_dim": (args.hidden_dim, "by multiple_of and ffn_dim_multiplier"),

@@ -1,8 +1,8 @@
-"""tokenizer.json, the file of Hugging Face's tokenizers, for a SentencePiece BPE model: written so that it encodes as SentencePiece.
+"""Hugging Face's tokenizer.json for a SentencePiece BPE model, written so that it encodes like SentencePiece.
 
-The pieces of the pipeline are documented in huggingface/tokenizers (Normalizers, Models, Decoders), SentencePiece's settings in its
-sentencepiece_model.proto. Only settings that the tests have proven against the library itself are written; what is written
-is checked on hard texts besides, by ``encode``, a second reading of the table.
+The parts of the pipeline are documented in huggingface/tokenizers (Normalizers, Models, Decoders), SentencePiece's
+settings in its sentencepiece_model.proto. Only settings that the tests compare with the library itself are written.
+Each file is also checked on hard texts by ``Reader``, a second implementation that reads the table.
 
 Special tokens are not listed as added tokens, because the library would then take "<s>" in a text for the token.
 """
@@ -19,7 +19,7 @@ from llama_jax.tokenizer import Tokenizer
 SPACE = "\u2581"  # SentencePiece's mark of a space
 BPE = 2  # TrainerSpec.ModelType
 USER_DEFINED, UNUSED = 4, 5  # ModelProto.SentencePiece.Type
-# Patterns by which SentencePiece's remove_extra_whitespaces is said: spaces at the start, within, and marks at the end.
+# Patterns for SentencePiece's remove_extra_whitespaces: leading spaces, repeated spaces, trailing marks.
 LEADING, REPEATED, TRAILING = r"\A +", " {2,}", SPACE + r"+\z"
 ACROSS = re.compile(rf"[^\s{SPACE}]{SPACE}|\n[^\s{SPACE}]")
 HARD_TEXTS = (
@@ -32,23 +32,23 @@ HARD_TEXTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a SentencePiece model does besides looking pieces up."""
+    """The settings of a SentencePiece model besides its pieces."""
 
     model_type: int = 1
     byte_fallback: bool = False
     suffix: bool = False
-    """Whether the mark of a space stands behind a word."""
+    """Whether a word's space mark follows it."""
     charsmap: bool = False
-    """Whether characters are normalized, as by nmt_nfkc."""
+    """Whether characters are normalized, for example by nmt_nfkc."""
     dummy_prefix: bool = True
     collapse: bool = True
-    """Whether spaces at both ends, and repeated ones, are dropped."""
+    """Whether spaces at both ends and repeated spaces are dropped."""
     escape: bool = True
     piece_types: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, model: bytes) -> "Settings":
-        """The settings in the bytes of a tokenizer.model."""
+        """Read the settings from the bytes of a tokenizer.model."""
         parts: dict[int, list[bytes]] = {1: [], 2: [], 3: []}
         for number, value in _fields(model):
             parts.setdefault(number, []).append(value)
@@ -66,7 +66,7 @@ class Settings:
 
 
 def why_not_written(tokenizer: Tokenizer) -> str:
-    """Why no tokenizer.json encodes as ``tokenizer`` does, in words; empty where one does."""
+    """Say why no tokenizer.json encodes like ``tokenizer``. Empty if one does."""
     settings = Settings.of(tokenizer.model_bytes)
     pieces = {i: tokenizer.piece(i) for i in range(tokenizer.vocab_size)}
     merged = [i for i, piece in pieces.items() if tokenizer.is_text(i) and len(piece) > 1 and piece.strip(SPACE)]
@@ -77,7 +77,7 @@ def why_not_written(tokenizer: Tokenizer) -> str:
         "it marks spaces behind words, or not at all": settings.suffix or not settings.escape,
         "it has user-defined symbols": USER_DEFINED in settings.piece_types,
         "it has unused pieces": UNUSED in settings.piece_types,
-        # Long texts are encoded in parts here, cut where such a piece may stand (tokenizer.py, split_text).
+        # tokenizer.py encodes long texts in parts, cut where such a piece may be (split_text).
         "it has pieces across spaces or lines": any(ACROSS.search(pieces[i]) for i in merged),
         "pieces of it have equal scores": len({tokenizer.score(i) for i in merged}) != len(merged),
         "it has no unknown token": tokenizer.unk_id < 0,
@@ -88,7 +88,7 @@ def why_not_written(tokenizer: Tokenizer) -> str:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> tuple[dict[str, Any] | None, str]:
-    """The table of tokenizer.json; or None, and why there is none that encodes as ``tokenizer`` does."""
+    """Return the table of tokenizer.json, or None and the reason why none encodes like ``tokenizer``."""
     reason = why_not_written(tokenizer)
     if reason:
         return None, reason
@@ -96,12 +96,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[dict[str, Any] | None, str]:
     reader = Reader(table)
     for text in itertools.chain(HARD_TEXTS, _own_texts(tokenizer)):
         if reader.encode(text) != tokenizer.encode(text, bos=False):
-            return None, f"it reads {quoted(text, 40)} otherwise"
+            return None, f"it encodes {quoted(text, 40)} differently"
     return table, ""
 
 
 def pipeline(settings: Settings) -> dict[str, Any]:
-    """What the table does with a text before it looks pieces up."""
+    """Return the part of the table that preprocesses text."""
     collapse = [
         {"type": "Replace", "pattern": {"Regex": LEADING}, "content": ""},
         {"type": "Replace", "pattern": {"Regex": REPEATED}, "content": " "},
@@ -116,9 +116,10 @@ def pipeline(settings: Settings) -> dict[str, Any]:
 
 
 def merges(tokenizer: Tokenizer) -> list[list[str]]:
-    """All pairs of pieces that make up a piece, the best piece first: SentencePiece merges whatever pair makes the best one.
+    """Return all pairs of pieces that form a piece, the best piece first, as SentencePiece merges them.
 
-    Of equal ones it merges the leftmost. LLaMA 2's runs of spaces are such, and so grow from the left: the longest left first.
+    SentencePiece merges the leftmost of equal ones. LLaMA 2's runs of spaces are equal, so they grow from the left, and
+    the longest left part comes first.
     """
     scores = {tokenizer.piece(i): tokenizer.score(i) for i in range(tokenizer.vocab_size) if tokenizer.is_text(i)}
     found = []
@@ -131,7 +132,7 @@ def merges(tokenizer: Tokenizer) -> list[list[str]]:
 
 
 class Reader:
-    """Encodes by such a table, as the tokenizers library does."""
+    """Encodes text by a tokenizer.json table, like the tokenizers library."""
 
     def __init__(self, table: dict[str, Any]):
         model = table["model"]
@@ -142,7 +143,7 @@ class Reader:
         self._bytes: bool = model["byte_fallback"]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, without BOS."""
+        """Return the token ids of ``text``, without BOS."""
         for step in self._steps:
             text = _normalized(text, step)
         symbols = list(self._symbols(text))
@@ -154,7 +155,7 @@ class Reader:
         return [self._ids[symbol] for symbol in symbols]
 
     def _symbols(self, text: str) -> Iterator[str]:
-        """Characters of the vocabulary; others as their bytes, or a run of them as one unknown token."""
+        """Yield characters of the vocabulary, and others as bytes or, for a run of them, as one unknown token."""
         was_unknown = False
         for char in text:
             is_unknown = char not in self._ids and not self._bytes
@@ -177,7 +178,7 @@ def _normalized(text: str, step: dict[str, Any]) -> str:
 
 
 def _own_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """Texts out of the vocabulary: pieces side by side, in order and in another, with and without spaces; and the controls'."""
+    """Yield texts made of the vocabulary: pieces in several orders, with and without spaces, and control tokens."""
     pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
     step = max(len(pieces) // 300, 1)
     some = pieces[::step]
@@ -235,10 +236,10 @@ def _table(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol buffer, one after the other: integers, and the bytes of texts and of messages.
+    """Yield the fields of a protocol buffer: integers, and the bytes of texts and messages.
 
-    sentencepiece reads the model itself, but does not tell its settings. Its own protocol buffer would need another library, and
-    clash in one process with the copy of it that transformers has.
+    sentencepiece reads the model but does not expose its settings. Its own protocol buffer would need another library,
+    and clash with transformers' copy of it in the same process.
     """
     at = 0
 
@@ -259,5 +260,5 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
             size = varint() if kind == 2 else 8 if kind == 1 else 4
             yield number, message[at : at + size]
             at += size
-        else:  # a group, which nothing of SentencePiece's is
+        else:  # a group, which SentencePiece does not use
             return

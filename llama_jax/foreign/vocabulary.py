@@ -1,7 +1,8 @@
-"""Which tokenizer belongs to a folder's weights, and what the files beside it say otherwise.
+"""Finds the tokenizer that belongs to a folder's weights, and reports files that contradict it.
 
-The folder's own tokenizer.model counts, if a tokenizer.json beside it holds the same pieces. Without one, tokenizer.model in the
-folder above is taken, where Meta's downloads have it, unless the weights have another vocabulary of their own.
+The folder's own tokenizer.model is used if the tokenizer.json next to it holds the same pieces. Without one,
+tokenizer.model is taken from the folder above, where Meta's downloads have it, unless the weights have another
+vocabulary.
 """
 
 from collections.abc import Iterator
@@ -15,16 +16,16 @@ from llama_jax.foreign.tokenizer_json import BPE, SPACE, Settings, merges, pipel
 from llama_jax.tokenizer import Tokenizer
 
 MODEL, TABLE, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-# Vocabularies of other kinds.
+# Files of other kinds of vocabularies.
 OTHERS = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model")
-# LLaMA 3's has 9 MB.
+# LLaMA 3's file has 9 MB.
 MAX_TABLE = 200_000_000
 
 
 def find_tokenizer(given: str, folder: Path) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer that ``given`` names, or else that of the weights in ``folder``; and what is to be said about it.
+    """Return the tokenizer that ``given`` names, or else that of the weights in ``folder``, and warnings about it.
 
-    Raises UserError where there is none, or none that is known to be the model's.
+    Raises UserError if there is none, or none that is known to be the model's.
     """
     own, beside = folder / MODEL, folder / TABLE
     if not given and not own.is_file():
@@ -43,20 +44,20 @@ def find_tokenizer(given: str, folder: Path) -> tuple[Tokenizer, list[str]]:
             f"delete the wrong one, or give the path of one for sentencepiece with --tokenizer"
         )
     if pieces or rules:
-        warnings.append(f"{beside} says otherwise than {given or MODEL}, which counts here: {pieces or rules}")
+        warnings.append(f"{beside} differs from {given or MODEL}, which is used: {pieces or rules}")
     return tokenizer, warnings
 
 
 def check_vocabulary(args: ModelArgs, tokenizer: Tokenizer, folder: Path) -> None:
-    """Raise UserError where the tokenizer has not as many pieces as the model has embeddings."""
+    """Raise UserError if the tokenizer and the model's embeddings differ in size."""
     if args.vocab_size == tokenizer.vocab_size:
         return
     advice = "give the model's own tokenizer with --tokenizer"
     added = sorted({(i, text) for i, text in _added_tokens(folder) if i >= tokenizer.vocab_size})
     if args.vocab_size > tokenizer.vocab_size and added:
         advice = (
-            f"the rows behind are of added tokens ({', '.join(quoted(text, 30) for _, text in added[:4])}), which this project does "
-            f"not have: take them away with transformers' model.resize_token_embeddings({tokenizer.vocab_size}), and save it"
+            f"the other rows are of added tokens ({', '.join(quoted(text, 30) for _, text in added[:4])}), which this project does "
+            f"not support: remove them with transformers' model.resize_token_embeddings({tokenizer.vocab_size}), and save it"
         )
     raise UserError(
         f"{folder}: expected the {tokenizer.vocab_size:,} rows of {tokenizer.model_path}, found {args.vocab_size:,} "
@@ -65,9 +66,11 @@ def check_vocabulary(args: ModelArgs, tokenizer: Tokenizer, folder: Path) -> Non
 
 
 def difference(table: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, str]:
-    """Which pieces a tokenizer.json and ``tokenizer`` number differently, and by which rule they split texts differently.
+    """Compare a tokenizer.json with ``tokenizer``.
 
-    Each in words, empty where there is no such difference. Tokens that are added behind the vocabulary do not count.
+    Return the pieces that differ and the splitting rule that differs, in words.
+
+    A text is empty if there is no such difference. Tokens added after the vocabulary are ignored.
     """
     model = _dict(table.get("model"))
     numbered = {i: piece for piece, i in _dict(model.get("vocab")).items() if isinstance(i, int)}
@@ -85,30 +88,30 @@ def difference(table: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def _rules(table: dict[str, Any], model: dict[str, Any], tokenizer: Tokenizer) -> Iterator[str]:
-    """What a tokenizer.json of the same pieces does otherwise."""
+    """Yield how a tokenizer.json with the same pieces splits text differently."""
     settings = Settings.of(tokenizer.model_bytes)
     kind = model.get("type", "BPE")
     if kind != {1: "Unigram", BPE: "BPE"}.get(settings.model_type):
         yield f"it is a {quoted(kind, 30)} model"
     elif not why_not_written(tokenizer):
         if bool(model.get("byte_fallback")) != settings.byte_fallback or model.get("ignore_merges"):
-            yield "it spells what it does not know otherwise"
+            yield "it encodes unknown characters differently"
         found = [
             pair if isinstance(pair, str) else " ".join(map(str, pair))
             for pair in _list(model.get("merges"), (str, list))
         ]
         expected = [" ".join(pair) for pair in merges(tokenizer)]
         scores = {tokenizer.piece(i): tokenizer.score(i) for i in range(tokenizer.vocab_size)}
-        # Of runs of spaces, which have equal scores, transformers puts the merges first.
+        # For runs of spaces, which have equal scores, transformers lists the merges first.
         ranked = [scores.get(pair.replace(" ", ""), 0.0) for pair in found if pair.strip(f" {SPACE}")]
         if set(found) != set(expected) or ranked != sorted(ranked, reverse=True):
-            yield "it merges pieces otherwise"
+            yield "it merges pieces differently"
         if not _same_pipeline(table, settings):
-            yield "it treats spaces or characters otherwise before it looks pieces up"
+            yield "it preprocesses spaces or characters differently"
 
 
 def _same_pipeline(table: dict[str, Any], settings: Settings) -> bool:
-    """Whether what is done to a text first is what SentencePiece does; transformers has two ways to write the plain case."""
+    """Return whether text is preprocessed as in SentencePiece. Transformers has two ways to write the plain case."""
     ours = pipeline(settings)
     first, then = table.get("normalizer"), table.get("pre_tokenizer")
     if first == ours["normalizer"] and then is None:
@@ -124,7 +127,7 @@ def _same_pipeline(table: dict[str, Any], settings: Settings) -> bool:
 
 
 def _above(folder: Path) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of the folder above, of weights without a tokenizer.model. Raises UserError where it is another model's."""
+    """Return the tokenizer of the folder above and warnings. Raises UserError if it belongs to another model."""
     places = dict.fromkeys((folder.absolute().parent, folder.resolve().parent))
     found = [place / MODEL for place in places if (place / MODEL).is_file()]
     beside = folder / TABLE
@@ -140,9 +143,9 @@ def _above(folder: Path) -> tuple[Tokenizer, list[str]]:
             tokenizer = Tokenizer(found[0])
             pieces, rules = difference(table, tokenizer)
             if not pieces and not rules:
-                note = f"{found[0]} is taken, of the folder above: {TABLE} beside the weights says the same"
+                note = f"{found[0]}, in the folder above, is used: it agrees with {TABLE} beside the weights"
                 return tokenizer, [note, *_contradictions(folder, tokenizer)]
-            reason = f"{found[0]}, of the folder above, to be another: {pieces or rules}"
+            reason = f"{found[0]}, in the folder above, to differ: {pieces or rules}"
         raise UserError(
             f"{folder}: expected {MODEL} beside the weights, found {TABLE} alone, {_kind(table)}, and {reason}; {_way_on(table)}"
         )
@@ -153,7 +156,7 @@ def _above(folder: Path) -> tuple[Tokenizer, list[str]]:
     if others:
         raise UserError(
             f"{folder}: expected {MODEL}, found another kind of vocabulary ({', '.join(others)}); this project reads "
-            "SentencePiece's alone: if the model has one, give its path with --tokenizer"
+            "only SentencePiece's: if the model has one, give its path with --tokenizer"
         )
     if not found:
         raise UserError(
@@ -174,12 +177,12 @@ def _kind(table: dict[str, Any]) -> str:
 
 def _way_on(table: dict[str, Any]) -> str:
     if _is_bytewise(table):
-        return "this project reads SentencePiece's vocabularies alone: take a model that has one, such as LLaMA 2"
+        return "this project reads only SentencePiece's vocabularies: use a model that has one, such as LLaMA 2"
     return f"give the path of the model's own {MODEL} with --tokenizer: often it is in the model that this one was tuned from"
 
 
 def _contradictions(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
-    """What the small files beside the weights say about BOS and EOS that the tokenizer does not do."""
+    """Yield what the small files next to the weights say about BOS and EOS that the tokenizer does not do."""
     tables, errors = _small_files(folder)
     yield from errors
     settings = tables.get(CONFIG, {})
@@ -192,13 +195,13 @@ def _contradictions(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
             text, number = _text(table.get(f"{token}_token")), table.get(f"{token}_token_id")
             ids = number if isinstance(number, list) else [] if number is None else [number]
             if text is not None and text != tokenizer.piece(ours):
-                yield f"{name} has {token}_token {quoted(text, 30)}, the tokenizer {quoted(tokenizer.piece(ours), 30)}, which counts here"
+                yield f"{name} has {token}_token {quoted(text, 30)}, the tokenizer {quoted(tokenizer.piece(ours), 30)}, which is used"
             if ids and ids != [ours]:
-                yield f"{name} has {token}_token_id {quoted(number, 40)}, the tokenizer {ours}, which alone counts here"
+                yield f"{name} has {token}_token_id {quoted(number, 40)}, the tokenizer {ours}, which is used"
 
 
 def _small_files(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The files beside the weights that speak of tokens, by name, and what is wrong with those that cannot be read."""
+    """Return the files next to the weights that mention tokens, by name, and errors of those that cannot be read."""
     tables, errors = {}, []
     for name in (CONFIG, "special_tokens_map.json", "generation_config.json", "config.json"):
         if (folder / name).is_file():
@@ -223,7 +226,7 @@ def _list(value: Any, kinds: type | tuple[type, ...] = dict) -> list[Any]:
 
 
 def _added_tokens(folder: Path) -> Iterator[tuple[int, str]]:
-    """Tokens with their ids that the files of ``folder`` add to a vocabulary."""
+    """Yield the tokens, with ids, that the files of ``folder`` add to a vocabulary."""
     for name in (TABLE, CONFIG, "added_tokens.json"):
         try:
             table = read_json(folder / name, MAX_TABLE)

@@ -31,25 +31,25 @@ from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES
 from llama_jax.tokenizer import Tokenizer
 
-# The draft that needs no second model, and the most tokens that are guessed at a time.
+# The draft that needs no second model, and the maximum number of tokens to draft at a time.
 LOOKUP, MOST_GUESSES = "lookup", 64
 
 
 @dataclass(frozen=True)
 class Model:
-    """A LLaMA with its parameters and its tokenizer."""
+    """A LLaMA with its parameters and its tokenizer. ``Model.load`` or ``llama_jax.load`` makes one."""
 
     args: ModelArgs
     params: Any
-    """As in a checkpoint; of a model that was loaded quantized, or on an accelerator, as generation runs on them (serving.py)."""
+    """The parameters, as in a checkpoint or, if quantized or on an accelerator, in the form for generation (serving.py)."""
     tokenizer: Tokenizer
     module: Llama
     cache_dtype: Any = None
-    """Of keys and values: jnp.int8, or None for the type that is computed in."""
+    """The data type of keys and values: jnp.int8, or None for that of activations."""
     draft: Draft | None = None
-    """Who guesses tokens ahead (speculative.py)."""
+    """The source of drafted tokens (speculative.py)."""
     source: str = "the model"
-    """The checkpoint that it was loaded from, for errors."""
+    """The checkpoint that it was loaded from, for error messages."""
 
     @classmethod
     def load(
@@ -63,7 +63,7 @@ class Model:
         draft_tokens: int = 4,
         exact: bool = False,
     ) -> "Model":
-        """See ``llama_jax.load``. Matrices are kept in the type that is computed in, or quantized."""
+        """Load a model; see ``llama_jax.load``. Matrices are kept in compute_dtype or quantized."""
         use_compilation_cache()
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
@@ -80,10 +80,10 @@ class Model:
         return cls(checkpoint.args, params, checkpoint.tokenizer, module, CACHE_DTYPES[cache], guesser, source)
 
     def logits(self, token_ids: Any) -> jax.Array:
-        """Logits of the token after each position: int [B, T] -> float32 [B, T, V].
+        """Return the logits of the token after each position: int [B, T] -> float32 [B, T, V].
 
-        They are those that generation samples from: with a cache of int8, keys and values are read as it holds them. Raises
-        UserError where T is longer than the context, an id is outside the vocabulary, or a logit is not finite.
+        They are the logits that generation samples from; an int8 cache affects them, too. Raises UserError if T exceeds
+        the context, an id is outside the vocabulary, or a logit is not finite.
         """
         try:
             token_ids = np.asarray(token_ids)
@@ -109,10 +109,18 @@ class Model:
         args: SampleArgs | Sequence[SampleArgs] = SampleArgs(),
         on_progress: OnProgress | None = None,
     ) -> list[Completion]:
-        """Completions of prompts, in order: ``args.n`` a prompt, the first prompt's first.
+        """Return ``args.n`` completions of each prompt, in the order of the prompts.
 
-        args: for all prompts, or a sequence with those of each. on_progress: told when a pass begins, and of every chunk.
+        Arguments:
+            prompts: texts to complete.
+            args: settings for all prompts, or a sequence with those of each prompt.
+            on_progress: is called with a Step when a pass begins and after every chunk.
+
         Raises UserError on a prompt that fills the context, or impossible ``args``.
+
+        Example:
+            (completion,) = model.generate(["Once upon a time"], llama_jax.SampleArgs(max_new_tokens=64))
+            completion.text
         """
         if isinstance(prompts, str):
             raise UserError("prompts: expected a list of strings, found one string; put it in a list")
@@ -121,7 +129,11 @@ class Model:
     def chat(
         self, messages: Sequence[Message], args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
     ) -> Completion:
-        """The answer to a conversation, in the format of Meta's chat models. Raises UserError, as ``encode_dialog`` does."""
+        """Return the answer to a conversation in the format of Meta's chat models.
+
+        ``messages`` are an optional system message, then user and assistant in turn, the last one from the user. Raises
+        UserError if they are not.
+        """
         check_one(args, "an answer")
         (completion,) = self.generate_ids([encode_dialog(self.tokenizer, messages)], args, on_progress)
         return stripped(completion)
@@ -132,16 +144,19 @@ class Model:
         args: SampleArgs | Sequence[SampleArgs] = SampleArgs(),
         on_progress: OnProgress | None = None,
     ) -> list[Completion]:
-        """``generate`` for prompts that are token ids."""
+        """Run ``generate`` for prompts that are token ids."""
         return list(self.completions(self.rows(prompts, args), on_progress))
 
     def rows(self, prompts: Sequence[Sequence[int]], args: SampleArgs | Sequence[SampleArgs]) -> list[Row]:
-        """A row (prompt, settings, number among the prompt's n) for each completion. Raises UserError as ``generate`` does."""
+        """Return a row (prompt, settings, number among the prompt's n) per completion.
+
+        Raises UserError as ``generate`` does.
+        """
         settings = [args] * len(prompts) if isinstance(args, SampleArgs) else list(args)
         if len(settings) != len(prompts):
             raise UserError(f"args: expected one SampleArgs, or {len(prompts)}, one a prompt; found {len(settings)}")
         alone = isinstance(args, SampleArgs)
-        checked: set[int] = set()  # settings, which many prompts may share
+        checked: set[int] = set()  # ids of settings, because many prompts may share one
         for number, (ids, given) in enumerate(zip(prompts, settings, strict=True), 1):
             if id(given) not in checked:
                 prefix = "" if alone else f"prompt {number}: "
@@ -152,25 +167,28 @@ class Model:
         return [(ids, given, i) for ids, given in zip(prompts, settings, strict=True) for i in range(given.n)]
 
     def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
-        """A completion for each of ``rows``, in order, as soon as it is there; in as many passes as memory asks for."""
+        """Yield a completion of each row, in order, as soon as it is done.
+
+        The rows are split into passes that fit memory.
+        """
         return self._engine.completions(rows, on_progress)
 
     def stream(
         self, prompt: str, args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
     ) -> Iterator[str]:
-        """The text of ``generate([prompt])``, piece by piece as it comes: a token at a time."""
+        """Yield the text of ``generate([prompt])`` piece by piece, one token at a time."""
         return self.stream_ids(self.encode(prompt), args, on_progress)
 
     def stream_ids(
         self, prompt_ids: Sequence[int], args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
     ) -> Iterator[str]:
-        """``stream`` for a prompt of token ids."""
+        """Run ``stream`` for a prompt of token ids."""
         check_one(args, "a stream")
         (row,) = self.rows([prompt_ids], args)
         return self._engine.stream(row, on_progress)
 
     def encode(self, prompt: str) -> list[int]:
-        """A prompt's token ids. Warns of controls and tags in it, which are text like all else."""
+        """Return a prompt's token ids. Warns of control tokens and chat tags in it, which are read as plain text."""
         if not isinstance(prompt, str):
             raise UserError(f"prompts: expected strings, found {quoted(prompt)}")
         if found := pasted(self.tokenizer, [prompt]):
@@ -178,7 +196,7 @@ class Model:
         return self.tokenizer.encode(prompt)
 
     def _check_prompt(self, ids: Sequence[int], number: int) -> None:
-        """Raise UserError where the ``number``-th prompt is not made of token ids, or fills the context."""
+        """Raise UserError if the ``number``-th prompt is not a list of token ids, or fills the context."""
         if not len(ids):
             raise UserError(
                 f"prompt {number}: expected one or more token ids, found none; an empty text is [{self.tokenizer.bos_id}], BOS"
@@ -196,7 +214,7 @@ class Model:
 
     @functools.cached_property
     def serving(self) -> Any:
-        """The parameters in the form that generation runs on."""
+        """The parameters in the form that generation uses."""
         return for_generation(self.params)
 
     @property
@@ -205,7 +223,10 @@ class Model:
 
 
 def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint, mesh: jax.sharding.Mesh) -> Draft:
-    """``lookup``, or a checkpoint whose tokenizer is the target's, on the target's mesh. Raises UserError where it is neither."""
+    """Return ``lookup`` or a model as draft, on the mesh of the target.
+
+    Raises UserError if ``draft`` is neither "lookup" nor a checkpoint with the target's tokenizer.
+    """
     if not 1 <= tokens <= MOST_GUESSES:
         raise UserError(f"draft_tokens: expected 1 to {MOST_GUESSES}, found {tokens}")
     if draft == LOOKUP:
@@ -230,11 +251,11 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
 
 
 def stripped(answer: Completion) -> Completion:
-    """An answer without the white space around it."""
+    """Return an answer without the white space around it."""
     return replace(answer, text=answer.text.strip())
 
 
 def check_one(args: SampleArgs, what: str) -> None:
-    """Raise UserError where more than one completion is asked for of ``what``, which has one."""
+    """Raise UserError if ``args`` ask for more than one completion of ``what``, which has one."""
     if args.n != 1:
         raise UserError(f"n: expected 1 for {what}, found {args.n}")

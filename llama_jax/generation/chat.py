@@ -17,17 +17,17 @@ TAGS = (INSTRUCTION, END_INSTRUCTION, SYSTEM, END_SYSTEM)
 
 
 class Message(NamedTuple):
-    """What one side says."""
+    """A message of one side of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
 def encode_dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation that the model is to answer: perhaps a system prompt, then user and assistant in turn.
+    """Return the token ids of a conversation to answer: an optional system prompt, then user and assistant in turn.
 
-    Every pair of a user's message and its answer stands between BOS and EOS. Raises UserError where the roles do not take
-    turns, where the user has not the last word, or where a message contains the format's tags.
+    Each pair of a user's message and its answer is between BOS and EOS. Raises UserError if the roles do not alternate,
+    if the last message is not the user's, or if a message contains the format's tags.
     """
     system = messages[0].content if messages and messages[0].role == "system" else None
     turns = list(messages[system is not None :])
@@ -55,9 +55,11 @@ def encode_dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 
 def fit_dialog(tokenizer: Tokenizer, messages: Sequence[Message], most: int) -> tuple[list[Message], int]:
-    """The conversation without its oldest turns, so that it takes up to ``most`` tokens, and how many turns those were.
+    """Drop the oldest turns until the conversation has at most ``most`` tokens.
 
-    The system prompt and the last message stay, even where they alone take more.
+    Return it and the number of turns dropped.
+
+    The system prompt and the last message stay, even if they alone are longer.
     """
     start = int(bool(messages) and messages[0].role == "system")
     kept, dropped = list(messages), 0
@@ -68,7 +70,7 @@ def fit_dialog(tokenizer: Tokenizer, messages: Sequence[Message], most: int) -> 
 
 
 def without_tags(text: str) -> str:
-    """An answer without the format's tags, so that it can stand in the conversation."""
+    """Return an answer without the format's tags, so that it can be part of the conversation."""
     while any(tag in text for tag in TAGS):
         for tag in TAGS:
             text = text.replace(tag, "")
@@ -76,7 +78,10 @@ def without_tags(text: str) -> str:
 
 
 def read_messages(path: Path) -> list[Message]:
-    """A conversation out of a JSON file: a list of {"role": ..., "content": ...}. Raises UserError where it is none."""
+    """Read a conversation from a JSON file: a list of {"role": ..., "content": ...}.
+
+    Raises UserError if it is not one.
+    """
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):

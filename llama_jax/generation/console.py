@@ -1,4 +1,4 @@
-"""Generation at a terminal: completions, and conversations."""
+"""Generation in a terminal: completions and conversations."""
 
 import contextlib
 import io
@@ -22,32 +22,32 @@ from llama_jax.generation.results import SKIPPED, Results, result
 from llama_jax.generation.stats import Meter
 from llama_jax.tokenizer import clean
 
-# Is given each prompt with its completion.
+# A function that takes each prompt with its completion.
 Take = Callable[[Asked, Completion], None]
 
 HELP = (
     "a line is a message; /reset forgets the conversation, /help prints this, /quit ends the program; "
     "Ctrl-C ends an answer, Ctrl-D the program"
 )
-# Of the context, what is kept free for an answer, where max_new_tokens asks for more.
+# At most 1 / ANSWER_SHARE of the context is kept free for an answer.
 ANSWER_SHARE = 4
 
 
 class Console:
-    """Prints what a model says. Texts and results go to standard output, all else to standard error."""
+    """Prints a model's output. Texts and results go to standard output, everything else to standard error."""
 
     def __init__(self, model: Model, as_json: bool = False, quiet: bool = False):
         self._model, self._as_json, self._quiet = model, as_json, quiet
         self._meter = Meter(model)
 
     def close(self) -> None:
-        """Say how fast it went."""
+        """Print how fast it went."""
         if sys.stdout is not None:
-            sys.stdout.flush()  # where its reader has gone, that comes first
+            sys.stdout.flush()  # raises first if the reader is gone
         self._say(self._meter.line())
 
     def complete(self, asked: Sequence[Asked]) -> None:
-        """Print the completions of prompts; a single one as it comes."""
+        """Print the completions of prompts. A single one is printed as it is generated."""
         if self._is_one_text(asked):
             self._meter.begin()
             pieces = self._model.stream_ids(asked[0].ids, asked[0].job.args, self._meter)
@@ -56,14 +56,17 @@ class Console:
         self._run(asked, self._printer(show_prompt=True))
 
     def answer(self, asked: Sequence[Asked]) -> None:
-        """Print the answers to conversations; a single one as it comes."""
+        """Print the answers to conversations. A single one is printed as it is generated."""
         if self._is_one_text(asked):
             _print_stream(self._answer_pieces(asked[0].ids, asked[0].job.args))
             return
         self._run(asked, self._printer(show_prompt=False))
 
     def save(self, asked: Sequence[Asked], results: Results, strip: bool) -> None:
-        """Add the completions that ``results`` lacks to them, each as soon as it is there. strip: of outer white space."""
+        """Add the missing completions to ``results``, each as soon as it is done.
+
+        ``strip``: remove outer white space.
+        """
 
         def take(_: Asked, completion: Completion) -> None:
             results.add(stripped(completion) if strip else completion)
@@ -74,7 +77,7 @@ class Console:
         return len(asked) == 1 and asked[0].job.args.n == 1 and not asked[0].skipped and not self._as_json
 
     def converse(self, system: str, args: SampleArgs) -> None:
-        """Answer the lines of standard input, one after the other, in one conversation; see HELP."""
+        """Answer the lines of standard input as one conversation; see HELP."""
         check_one(args, "a conversation")
         start = [Message("system", system)] if system else []
         messages = list(start)
@@ -96,7 +99,7 @@ class Console:
                     messages = self._answered([*messages, Message("user", line)], args, interrupted)
 
     def _answered(self, asked: list[Message], args: SampleArgs, interrupted: Callable[[], bool]) -> list[Message]:
-        """The conversation with the answer; without the last message where that cannot be answered."""
+        """Return the conversation with the answer, or without the last message if it cannot be answered."""
         try:
             context = self._model.args.max_seq_len
             room = min(args.max_new_tokens, context // ANSWER_SHARE)
@@ -105,13 +108,13 @@ class Console:
                 turns = "turn is" if dropped == 1 else f"{dropped} turns are"
                 _tell(f"the conversation has outgrown the context of {context} tokens: the oldest {turns} forgotten")
             text = self._answer(fitting, args, interrupted)
-        except UserError as error:  # of this message: the conversation goes on without it
+        except UserError as error:  # about this message; the conversation continues without it
             _tell(f"error: {error}")
             return asked[:-1]
         return [*fitting, Message("assistant", without_tags(text))]
 
     def _answer(self, messages: list[Message], args: SampleArgs, interrupted: Callable[[], bool]) -> str:
-        """Print the answer to a conversation; its text."""
+        """Print the answer to a conversation. Return its text."""
         ids = encode_dialog(self._model.tokenizer, messages)
         if not self._as_json:
             return _print_stream(self._answer_pieces(ids, args), until=interrupted)
@@ -121,12 +124,12 @@ class Console:
         return completion.text
 
     def _answer_pieces(self, prompt: Sequence[int], args: SampleArgs) -> Iterator[str]:
-        """The answer as it comes, without the space that it begins with. Raises UserError at once."""
+        """Yield the answer piece by piece, without leading white space. Raises UserError before the first piece."""
         self._meter.begin()
         return _stripped(self._model.stream_ids(prompt, args, self._meter))
 
     def _run(self, asked: Sequence[Asked], take: Take, done: int = 0, with_bar: bool = False) -> None:
-        """Give every completion of ``asked`` behind the first ``done`` to ``take``, in order, as soon as it is there."""
+        """Pass the completions of ``asked`` after the first ``done`` to ``take``, in order, as they are done."""
         wanted = [(one, number) for one in asked for number in range(one.job.args.n)][done:]
         rows = [(one.ids, one.job.args, number) for one, number in wanted if not one.skipped]
         total = done + len(wanted)
@@ -143,7 +146,7 @@ class Console:
         def watch(step: Step) -> None:
             self._meter(step)
             if step.passes > 1 and step.number == 1 and not step.steps:
-                self._say(f"{step.passes} passes, the first of {step.rows} completions: more do not go into one")
+                self._say(f"{step.passes} passes, the first of {step.rows} completions: memory holds no more")
             if progress is not None and step.finished:
                 progress.update(step.finished)
 
@@ -156,7 +159,7 @@ class Console:
             nonlocal printed
             completion = completion if show_prompt else stripped(completion)
             if self._as_json:
-                # Of what the terminal does not have, JSON has a spelling of its own.
+                # JSON can escape characters that the terminal lacks.
                 ascii_only = not _is_utf8(sys.stdout)
                 print(json.dumps(result(asked, completion), ensure_ascii=ascii_only, allow_nan=False), flush=True)
             else:
@@ -176,19 +179,19 @@ def _is_utf8(stream: TextIO | None) -> bool:
 
 
 def _tell(text: str) -> None:
-    if sys.stderr is not None:  # closed: print would take standard output instead
+    if sys.stderr is not None:  # if it is closed, print would use standard output instead
         tqdm.write(text, file=sys.stderr)  # above the bar, if there is one
 
 
 def _lines(interactive: bool) -> Iterator[str]:
-    """Lines of standard input that are not blank, up to its end, or to Ctrl-C where somebody types them."""
+    """Yield the lines of standard input that are not blank. In a terminal, Ctrl-C ends them."""
     for line in _typed() if interactive else standard_input():
         if line.strip():
             yield line.strip()
 
 
 def _typed() -> Iterator[str]:
-    """Lines that somebody types at a prompt; what is no text becomes U+FFFD."""
+    """Yield lines typed at a prompt. Bytes that are not text become U+FFFD."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() its arrow keys
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -211,9 +214,9 @@ def _stripped(pieces: Iterable[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _noting_interrupts() -> Iterator[Callable[[], bool]]:
-    """Here a first Ctrl-C is noted, and raises nothing in the middle of a library's work; yields whether there was one.
+    """Note the first Ctrl-C instead of raising it inside a library. Yield a function that tells whether there was one.
 
-    A second one raises KeyboardInterrupt: who presses it again does not want to wait for the token that is being made.
+    A second Ctrl-C raises KeyboardInterrupt, because the user does not want to wait for the current token.
     """
     noted = False
 
@@ -231,9 +234,10 @@ def _noting_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _print_stream(pieces: Iterable[str], start: str = "", until: Callable[[], bool] | None = None) -> str:
-    """Print ``start`` and pieces as they come, and a line end. Returns what the pieces were.
+    """Print ``start``, the pieces as they come, and a line end. Return the joined pieces.
 
-    until: says, behind each piece, whether it was the last; then KeyboardInterrupt ends the text as well.
+    ``until`` is called after each piece and says whether it was the last one. With it, KeyboardInterrupt also ends the
+    text.
     """
     text = ""
     try:

@@ -1,4 +1,4 @@
-"""Which model a checkpoint holds, in a few characters: copies have the same name, another model another one."""
+"""A short id of the model in a checkpoint. Copies have the same id, other models have others."""
 
 import hashlib
 import json
@@ -8,16 +8,16 @@ from pathlib import Path
 from llama_jax.storage import checksums
 from llama_jax.storage.locations import children, user_errors
 
-# What makes the model; the optimizer's state and the losses do not.
+# The parts of a checkpoint that make the model, without the optimizer's state and the losses.
 PARTS = ("model", "params")
-# Of a checkpoint without a table: bytes that are read at both ends of a file, and of how many files, spread evenly.
+# Without a table of checksums: bytes to read at both ends of a file, and how many files to read, spread evenly.
 ENDS, MOST_READ = 1 << 16, 256
 
 
 def identity(folder: Path) -> str:
-    """A digest of the checkpoint in ``folder``: of its table of checksums, or else of its files' names, sizes and ends.
+    """Return a digest of the checkpoint in ``folder``, from its checksums or else its files' names, sizes and ends.
 
-    Compressed arrays differ throughout where their values do, so that their ends tell two trainings, or two steps, apart.
+    If values differ, compressed arrays differ throughout, so their ends distinguish two trainings or steps.
     """
     with user_errors(folder, "read"):
         if (table := folder / checksums.NAME).exists():

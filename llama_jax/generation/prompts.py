@@ -1,4 +1,4 @@
-"""Prompts on their way in: from arguments, standard input and files; what is said of them, and what is done with too long ones."""
+"""Prompts from arguments, standard input and files: reading, warnings, and treatment of those that are too long."""
 
 import codecs
 import dataclasses
@@ -19,42 +19,44 @@ from llama_jax.tokenizer import Tokenizer, clean
 TooLong = Literal["refuse", "skip", "cut"]
 
 STANDARD_INPUT = "standard input"
-# Of the context, what a prompt that is cut leaves free for its completion, where max_new_tokens asks for more.
+# A prompt that is cut leaves at most 1 / FREE_SHARE of the context for its completion.
 FREE_SHARE = 4
-# Prompts that a line names, of those that it counts.
+# A message names at most this many prompts.
 NAMED = 5
 
 
 class Job(NamedTuple):
-    """A prompt and how it is to be gone on from: ``args.n`` results."""
+    """A prompt with its settings, for ``args.n`` results."""
 
     prompt: str
     args: SampleArgs
     where: str = ""
-    """What errors call it: "prompt 2", "prompts.txt: line 7"."""
+    """Its name in errors: "prompt 2", "prompts.txt: line 7"."""
 
 
 class Asked(NamedTuple):
-    """A job as the model is asked it."""
+    """A job in the form that the model gets."""
 
     job: Job
     ids: Sequence[int]
-    """Token ids of the prompt; of one that is skipped, all that it has."""
+    """Token ids of the prompt. If it is skipped, all of them."""
     cut: int = 0
-    """Tokens of the prompt that were left out, so that it fits into the context."""
+    """Number of tokens left out at the beginning of the prompt so that it fits the context."""
     skipped: bool = False
-    """Whether it is too long and was left out."""
+    """Whether it is too long and is skipped."""
 
 
 def given_prompts(prompts: Iterable[str], args: SampleArgs) -> list[Job]:
-    """Jobs of prompts that stand on the command line."""
+    """Return the jobs of prompts from the command line."""
     return [Job(clean(prompt), args, f"prompt {i}") for i, prompt in enumerate(prompts, 1)]
 
 
 def read_prompts(path: str, args: SampleArgs) -> list[Job]:
-    """A prompt a line; blank lines are passed over. In a .jsonl file {"prompt": ...} and fields that replace those of ``args``.
+    """Read one prompt per line, skipping blank lines.
 
-    path: a file; "-" or "" for standard input. Raises UserError where a line is something else.
+    A .jsonl file has {"prompt": ...} with fields that override ``args``.
+
+    ``path`` is a file, or "-" or "" for standard input. Raises UserError if a line is something else.
     """
     if path in ("-", ""):
         return _jobs_of_lines(standard_input(), args, STANDARD_INPUT)
@@ -72,16 +74,16 @@ def read_prompts(path: str, args: SampleArgs) -> list[Job]:
 
 
 def standard_input() -> Iterator[str]:
-    """Lines of standard input: as a terminal encodes them, or, from a file or a pipe, in UTF-8 as files of prompts are.
+    """Yield the lines of standard input, in the terminal's encoding, or UTF-8 from a file or pipe.
 
-    Raises UserError where they are something else.
+    Raises UserError if they are something else.
     """
     if sys.stdin is None:  # closed
         return
     buffer = getattr(sys.stdin, "buffer", None)
     if buffer is None or sys.stdin.isatty():
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # what is no text becomes U+FFFD
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not text become U+FFFD
         yield from map(clean, sys.stdin)
         return
     for number, line in enumerate(buffer, 1):
@@ -89,7 +91,10 @@ def standard_input() -> Iterator[str]:
 
 
 def text_of(content: bytes, name: str, line: int = 1) -> str:
-    """``content`` as text, without a byte order mark. Raises UserError where it is not UTF-8; ``line``: of its first byte."""
+    """Decode UTF-8 without a byte order mark. Raises UserError if it is not UTF-8.
+
+    ``line``: number of the first line.
+    """
     for mark, encoding in _MARKS.items():
         if content.startswith(mark):
             raise UserError(
@@ -169,7 +174,7 @@ def _job(line: str, args: SampleArgs, where: str) -> Job:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object, with all of its keys."""
+    """The pairs of a JSON object, including repeated keys."""
 
 
 def ask(
@@ -179,10 +184,11 @@ def ask(
     too_long: TooLong,
     dialogs: Sequence[Sequence[Message]] = (),
 ) -> list[Asked]:
-    """Each job as the model, of so many tokens of ``context``, is asked it.
+    """Encode the jobs for a model with a context of ``context`` tokens.
 
-    dialogs: the conversation that a job's answer continues; none: prompts are completed. too_long: what is done with a prompt
-    that fills the context. Raises UserError, which names the prompt, where it is refused or its settings are impossible.
+    ``dialogs`` are the conversations to answer; if there are none, prompts are completed. ``too_long`` says what to do
+    with a prompt that fills the context. Raises a UserError that names the prompt if it is refused or its settings are
+    impossible.
     """
     rows = [] if dialogs else tokenizer.encode_all([job.prompt for job in jobs])
     for job, messages in zip(jobs, dialogs, strict=False):
@@ -217,19 +223,19 @@ def ask(
 
 
 def _named(asked: Asked, index: int) -> str:
-    """A prompt in an error: where it stands, its number, and how it begins."""
+    """Return the name of a prompt in an error: its place, its number, and how it begins."""
     where, number = asked.job.where, f"prompt {index + 1}"
     start = quoted(asked.job.prompt[:40] + "...")
     return f"{number} ({start})" if where in ("", number) else f"{where} ({number}, {start})"
 
 
 def _cut(ids: Sequence[int], most: int) -> list[int]:
-    """BOS and the end of a prompt."""
+    """Return BOS and the end of a prompt, ``most`` tokens in all."""
     return [ids[0], *ids[len(ids) - most + 1 :]] if most > 1 else [ids[0]]
 
 
 def _cut_dialog(tokenizer: Tokenizer, messages: Sequence[Message], most: int) -> list[int]:
-    """A conversation without its oldest turns, and without the beginning of its last message where that is not enough."""
+    """Encode a conversation without its oldest turns and, if needed, without the beginning of its last message."""
     messages, _ = fit_dialog(tokenizer, messages, most)
     *before, last = messages
 
@@ -247,7 +253,7 @@ def _cut_dialog(tokenizer: Tokenizer, messages: Sequence[Message], most: int) ->
 
 
 def told_of(asked: Sequence[Asked], context: int) -> list[str]:
-    """Lines that say which prompts were skipped or cut."""
+    """Return lines that say which prompts were skipped or cut."""
     lines = []
     for what, those in (
         ("skipped", [one for one in asked if one.skipped]),
@@ -262,7 +268,7 @@ def told_of(asked: Sequence[Asked], context: int) -> list[str]:
 
 
 def pasted(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
-    """A line that says which controls of the model and tags of the chat format ``texts`` hold as plain text; "" where none."""
+    """Return a line that names control tokens and chat tags that ``texts`` contain as plain text, or ""."""
     controls = (tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id))
     marks = [mark for mark in dict.fromkeys((*controls, *TAGS)) if mark.strip()]
     joined = "\0".join(texts)
@@ -270,13 +276,13 @@ def pasted(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
     if not found:
         return ""
     return (
-        f"{' and '.join(found[:2])} in a prompt {'is' if len(found) == 1 else 'are'} read as plain text: the model's BOS is added "
-        "by itself, and --chat writes the chat format"
+        f"{' and '.join(found[:2])} in a prompt {'is' if len(found) == 1 else 'are'} read as plain text: BOS is added "
+        "automatically, and --chat writes the chat format"
     )
 
 
 def names_of_files(prompts: Sequence[str]) -> str:
-    """A line that says which prompts of the command line are also the name of a file or folder; "" where none is."""
+    """Return a line about a prompt on the command line that is also the name of a file or folder, or ""."""
     found = next((prompt for prompt in prompts if prompt and os.path.exists(prompt)), "")
     if not found:
         return ""
@@ -285,13 +291,13 @@ def names_of_files(prompts: Sequence[str]) -> str:
 
 
 def idle_settings(jobs: Sequence[Job]) -> str:
-    """A line that names settings which change nothing because all jobs take the likeliest token; "" where there are none."""
+    """Return a line about settings without effect because all jobs have temperature 0, or ""."""
     if not jobs or any(job.args.temperature > 0 for job in jobs):
         return ""
     default, args = SampleArgs(), jobs[0].args
     idle = [name for name in ("top_p", "top_k", "min_p", "seed") if getattr(args, name) != getattr(default, name)]
     names = ", ".join("--" + name.replace("_", "-") for name in idle)
-    line = f"{names}: no effect at temperature 0, which takes the likeliest token always" if idle else ""
+    line = f"{names}: no effect at temperature 0, which always takes the likeliest token" if idle else ""
     if any(job.args.n > 1 for job in jobs):
         line += ("; " if line else "") + "--n: all completions of a prompt are the same at temperature 0"
     return line

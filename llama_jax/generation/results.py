@@ -1,4 +1,4 @@
-"""Files of results, a JSON line each, that grow as results come: a stopped job goes on, and two do not write at once."""
+"""Result files with one JSON object per line, which can be resumed and are written by one process at a time."""
 
 import contextlib
 import dataclasses
@@ -15,15 +15,15 @@ from llama_jax.generation.prompts import Asked
 from llama_jax.generation.rows import Completion
 from llama_jax.tokenizer import clean
 
-# Of a prompt that is too long and was skipped.
+# The result of a prompt that was skipped because it is too long.
 SKIPPED = Completion("", [], [], "too_long")
-# Files that are another name for standard output.
+# Other names for standard output.
 STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 _ANOTHER = "go on with the same flags, or give another --output"
 
 
 def result(asked: Asked, completion: Completion) -> dict[str, Any]:
-    """A completion as --json prints it."""
+    """Return a completion as the object that --json prints."""
     record = {
         "prompt": asked.job.prompt,
         "completion": completion.text,
@@ -36,18 +36,18 @@ def result(asked: Asked, completion: Completion) -> dict[str, Any]:
 
 
 class Results:
-    """A file of results in order, and who writes it: ``with results:``. Each says what it was made with.
+    """A file of results in order. ``with results:`` opens it for writing. Each result records its settings.
 
-    A file that is none of a disk (a pipe, a terminal, /dev/null) is written to, and nothing is gone on with.
-    Raises UserError where the file holds results of other prompts or settings, or its folder is missing; at ``with``, where
-    another process writes it.
+    A path that is not a file on disk (a pipe, a terminal, /dev/null) is written without resuming. Raises UserError if
+    the file holds results of other prompts or settings, or if its folder is missing. ``with`` raises UserError if
+    another process writes the file.
     """
 
     def __init__(self, path: str, asked: Sequence[Asked], settings: dict[str, Any]):
-        """settings: what results are made with besides the prompts' settings; of these "model" names the weights."""
+        """``settings`` besides those of the prompts. Among them, "model" identifies the weights."""
         self._path, self._settings = Path(path), settings
         self._asked = [one for one in asked for _ in range(one.job.args.n)]
-        self._made: dict[int, dict[str, Any]] = {}  # by the identity of settings that many prompts share
+        self._made: dict[int, dict[str, Any]] = {}  # by the id of settings, which many prompts may share
         self._descriptor = 1 if path in STANDARD_OUTPUT else None
         self._is_stream = self._descriptor is not None or (self._path.exists() and not self._path.is_file())
         if self._path.is_dir():
@@ -61,7 +61,7 @@ class Results:
 
     @property
     def all_done(self) -> bool:
-        """Whether the file holds all results already."""
+        """Whether the file already holds all results."""
         return not self._is_stream and self.done == len(self._asked)
 
     def __enter__(self) -> "Results":
@@ -71,19 +71,19 @@ class Results:
             return self
         self._is_new = not self._path.exists()
         self._file = self._locked()
-        self.done, self._whole = self._read()  # once more: nobody else writes it any longer
+        self.done, self._whole = self._read()  # again, now that nobody else writes to it
         if os.fstat(self._file.fileno()).st_size > self._whole:
-            os.truncate(self._path, self._whole)  # a line that a stop has torn
+            os.truncate(self._path, self._whole)  # drops a line that was cut by a kill
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._file is not None
         if not self._is_stream and self._is_new and os.fstat(self._file.fileno()).st_size == 0:
-            self._path.unlink(missing_ok=True)  # nothing came of it
+            self._path.unlink(missing_ok=True)  # no result was written
         self._file.close()
 
     def add(self, completion: Completion) -> None:
-        """Write the next result; it is in the file when this returns."""
+        """Write the next result. It is in the file when this returns."""
         assert self._file is not None
         asked = self._asked[self.done]
         record = result(asked, completion) | {"made_with": self._made_with(asked)}
@@ -92,7 +92,7 @@ class Results:
         self.done += 1
 
     def _locked(self) -> TextIO:
-        """The open file, which no other process locks; the lock ends with this process at the latest."""
+        """Return the open and locked file. The lock ends with this process at the latest."""
         while True:
             file = self._path.open("a", encoding="utf-8", newline="\n")
             try:
@@ -110,13 +110,13 @@ class Results:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
                     return file
-            file.close()  # it was removed by who had the lock before
+            file.close()  # the previous owner of the lock removed the file
 
     def _made_with(self, asked: Asked) -> dict[str, Any]:
         args = asked.job.args
         if id(args) not in self._made:
             sample = dataclasses.asdict(args)
-            # As JSON gives it back; an infinite bias, which JSON lacks, as text.
+            # As in JSON, except that an infinite bias, which JSON lacks, becomes text.
             bias = {str(token): value if abs(value) < 1e300 else str(value) for token, value in args.logit_bias.items()}
             made = self._settings | sample | {"logit_bias": bias, "stop": list(args.stop)}
             self._made[id(args)] = {name: clean(x) if isinstance(x, str) else x for name, x in made.items()}
@@ -124,7 +124,7 @@ class Results:
         return made | ({"too_long": "skip" if asked.skipped else "cut"} if asked.skipped or asked.cut else {})
 
     def _read(self) -> tuple[int, int]:
-        """The number of results in the file, and the bytes that they take."""
+        """Return the number of results in the file and their size in bytes."""
         content = b"" if self._is_stream or not self._path.exists() else self._path.read_bytes()
         end = content.rfind(b"\n") + 1
         lines = content[:end].split(b"\n")[:-1]
@@ -160,7 +160,7 @@ class Results:
                     f"{where}: expected a result of the model that is in {quoted(expected['ckpt'])} now, found one of another "
                     f"model in {quoted(made_with.get('ckpt'))}; go on with that one, or give another --output"
                 )
-            expected = expected | {"ckpt": made_with.get("ckpt")}  # a copy is as good
+            expected = expected | {"ckpt": made_with.get("ckpt")}  # the checkpoint may be a copy
         for name in (*expected, *(made_with.keys() & _LATER.keys())):
             wanted, found = expected.get(name, _LATER.get(name)), made_with.get(name, _LATER.get(name))
             if name != "model" and wanted != found:
@@ -169,5 +169,5 @@ class Results:
                 )
 
 
-# What files of earlier versions do not say, and what they were made with.
+# Settings that files of earlier versions lack, with the values they were made with.
 _LATER: dict[str, Any] = {"exact": False, "too_long": "refuse"}

@@ -1,4 +1,4 @@
-"""Completions while they grow: where they end, and which of their text is certain."""
+"""Completions while they grow: where they end, and which part of their text is final."""
 
 import math
 from collections.abc import Sequence
@@ -13,29 +13,29 @@ from llama_jax.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Completion:
-    """What follows a prompt. ``token_ids`` and ``logprobs`` are as long as each other; EOS is in neither."""
+    """The continuation of a prompt. ``token_ids`` and ``logprobs`` have the same length and do not include EOS."""
 
     text: str
-    """The text after the prompt; cut before a stop string."""
+    """The text after the prompt, without a stop string and what follows it."""
     token_ids: list[int]
-    """Its tokens. Before a stop string, those that begin before it: the last one's text may reach into it."""
+    """Its tokens. With a stop string, those that begin before it; the text of the last one may reach into it."""
     logprobs: list[float]
-    """Natural logarithm of each token's probability under the model, before temperature and all else that changes it."""
+    """Natural logarithm of each token's probability under the model, before temperature and other changes."""
     finish_reason: str
     """"stop": the model ended with EOS, or came to a stop string; "length": max_new_tokens or the context came first;
     "too_long": the prompt filled the context and was skipped (sample.py --too-long skip)."""
 
 
 def not_finite(source: str, where: str) -> UserError:
-    """The error for a model, loaded from ``source``, that makes NaN or infinity."""
+    """Return the error for a model, loaded from ``source``, that produces NaN or infinity."""
     return UserError(
-        f"{source}: expected finite logits, found NaN or infinity {where}; the weights hold such values, or are too large for the "
-        "type that is computed in (--compute-dtype float32): take another checkpoint, or convert it anew from sound weights"
+        f"{source}: expected finite logits, found NaN or infinity {where}; the weights hold such values, or overflow the compute "
+        "type (try --compute-dtype float32): use another checkpoint, or convert it again from intact weights"
     )
 
 
 class PartialCompletion:
-    """The completion of one prompt while it grows."""
+    """The completion of a prompt while it grows."""
 
     def __init__(
         self,
@@ -51,13 +51,13 @@ class PartialCompletion:
         self._tokenizer, self._prompt_ids, self._stop, self._source = tokenizer, prompt_ids, args.stop, source
         self._limit = min(args.max_new_tokens, context - len(prompt_ids))
         self._stream = tokenizer.stream(prompt_ids)
-        self._text = ""  # of the first ``_read`` tokens, as far as it is certain
+        self._text = ""  # the final text of the first _read tokens
         self._read = self._taken = 0
 
     def push(self, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Take the tokens of a chunk, up to EOS, the limit, or a stop string.
+        """Add the tokens of a chunk, up to EOS, the limit, or a stop string.
 
-        Raises UserError where the logits that one was taken from were not finite.
+        Raises UserError if a token was sampled from logits that are not finite.
         """
         for token, logprob in zip(ids.tolist(), logprobs.tolist(), strict=True):
             if self.finish_reason:
@@ -76,14 +76,14 @@ class PartialCompletion:
             self._cut(first_end(self._text, self._stop))
 
     def take(self) -> str:
-        """The text that has become certain since the last call, without what may be the beginning of a stop string."""
+        """Return the text that has become final since the last call, without a possible beginning of a stop string."""
         self._read_text()
         end = len(self._text) - (0 if self.finish_reason else held_back(self._text, self._stop))
         taken, self._taken = self._text[self._taken : end], max(self._taken, end)
         return taken
 
     def completion(self) -> Completion:
-        """What has been made, once it has a ``finish_reason``."""
+        """Return the completion, once it has a ``finish_reason``."""
         self._read_text()
         return Completion(self._text, self.ids, self._logprobs, self.finish_reason)
 
@@ -98,25 +98,25 @@ class PartialCompletion:
             return
         self.finish_reason, self._text = "stop", self._text[:end]
         before = len(self._tokenizer.decode(self._prompt_ids))
-        # From behind: the few tokens without which the text that stays is whole.
+        # Drop tokens from the end that the remaining text does not need.
         while self.ids and self._decoded(self.ids[:-1], before).startswith(self._text):
             del self.ids[-1], self._logprobs[-1]
         self._read = len(self.ids)
-        self._stream = self._tokenizer.stream([*self._prompt_ids, *self.ids])  # nothing more comes of it
+        self._stream = self._tokenizer.stream([*self._prompt_ids, *self.ids])  # yields nothing more
 
     def _decoded(self, ids: Sequence[int], before: int) -> str:
         return self._tokenizer.decode([*self._prompt_ids, *ids])[before:]
 
 
 def first_end(text: str, stop: Sequence[str]) -> int | None:
-    """Where the stop string begins that is whole first; None where there is none.
+    """Return where the stop string begins that is complete first, or None.
 
-    First to be whole, not first to begin: so the same one ends a completion, however many tokens are looked at at once.
+    Completeness decides, not the beginning, so that the result does not depend on the size of chunks.
     """
     found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
     return min(found)[1] if found else None
 
 
 def held_back(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end of ``text`` that may be the beginning of a stop string."""
+    """Return how many characters at the end of ``text`` may be the beginning of a stop string."""
     return max((n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)

@@ -1,6 +1,6 @@
-"""The next token from its logits, row by row: penalties, bias, temperature, top-k, Meta's top-p rule, min-p.
+"""Chooses the next token from logits, row by row: penalties, bias, temperature, top-k, Meta's top-p rule, min-p.
 
-Every row has its own settings and its own random key, and nothing here looks across rows. B rows, V vocab.
+Each row has its own settings and random key, and rows never affect each other. B rows, V vocab.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,9 +17,11 @@ from llama_jax.ops.exact import rounded
 
 
 class Sampler(flax.struct.PyTreeNode):
-    """How each row's tokens are chosen. What no row asks for is None, and costs nothing."""
+    """The sampling settings of each row. A setting that no row uses is None and costs nothing."""
 
-    keys: jax.Array  # random keys [B]; a token's randomness is its row's key and its number in the completion
+    keys: (
+        jax.Array
+    )  # random keys [B]; a token's random number depends on its row's key and its number in the completion
     temperature: jax.Array  # float32 [B]
     top_p: jax.Array | None  # float32 [B]
     top_k: jax.Array | None  # int32 [B]
@@ -29,17 +31,17 @@ class Sampler(flax.struct.PyTreeNode):
 
 
 class Penalties(flax.struct.PyTreeNode):
-    """Penalties of each row, and what they count."""
+    """The penalties of each row, and the counts they depend on."""
 
     repetition: jax.Array  # float32 [B]
     presence: jax.Array  # float32 [B]
     frequency: jax.Array  # float32 [B]
-    prompt: jax.Array  # bool [B, V]: whether the prompt holds a token
-    counts: jax.Array  # int32 [B, V]: how often the completion does
+    prompt: jax.Array  # bool [B, V]: whether the prompt contains a token
+    counts: jax.Array  # int32 [B, V]: how often the completion contains a token
 
 
 def check_bias(args: SampleArgs, vocab_size: int, prefix: str = "") -> None:
-    """Raise UserError, with ``prefix``, where logit_bias names a token that there is not, or forbids all that there are."""
+    """Raise UserError, after ``prefix``, if logit_bias names a token that does not exist, or forbids all tokens."""
     for token in args.logit_bias:
         if not 0 <= token < vocab_size:
             raise UserError(f"{prefix}logit_bias: expected ids from 0 to {vocab_size - 1}, found {token}")
@@ -51,7 +53,7 @@ def check_bias(args: SampleArgs, vocab_size: int, prefix: str = "") -> None:
 
 
 def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int) -> Sampler:
-    """The sampler of rows of (prompt, settings, number of the row among the prompt's ``n``)."""
+    """Return the sampler of rows of (prompt, settings, number of the row among the prompt's ``n``)."""
     settings = [args for _, args, _ in rows]
 
     def column(name: str, off: float, dtype: type = np.float32) -> jax.Array | None:
@@ -67,7 +69,7 @@ def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_si
             row[list(args.logit_bias)] = _float32(args.logit_bias.values())
     seeds = np.array([args.seed for args in settings], np.uint32)
     keys = _row_keys(seeds, np.array([number for _, _, number in rows], np.uint32))
-    # Greedy rows have no use for what follows the temperature. One that float32 cannot divide by is as good as 0.
+    # Greedy rows ignore what follows the temperature. A temperature too small to divide by in float32 counts as 0.
     temperature = np.array([args.temperature for args in settings], np.float32)
     temperature[temperature < np.finfo(np.float32).tiny] = 0
     return Sampler(
@@ -82,7 +84,7 @@ def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_si
 
 
 def _float32(values: Iterable[float]) -> np.ndarray:
-    """Numbers in float32; what is too far below 0 for it is -inf."""
+    """Return numbers as float32. Those below its range become -inf."""
     with np.errstate(over="ignore"):
         return np.array(list(values), np.float64).astype(np.float32)
 
@@ -110,10 +112,12 @@ def _make_penalties(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab
 def sample(
     sampler: Sampler, logits: jax.Array, number: jax.Array, one_by_one: bool = False
 ) -> tuple[jax.Array, jax.Array, Sampler]:
-    """Each row's next token, the ``number``-th (int32 [B]) of its completion: logits float32 [B, V] -> int32 [B].
+    """Choose each row's next token, the ``number``-th of its completion: logits float32 [B, V], number int32 [B] ->
+    int32 [B].
 
-    At temperature 0 the likeliest. Returns its log-probability under the model too (before penalties and all else; NaN where a
-    logit is not finite), and the sampler that has counted it. one_by_one: row after row, so that the sums of each are the same whatever stands beside it.
+    At temperature 0 it is the likeliest token. Also returns the token's log-probability under the model, before
+    penalties and other changes (NaN if a logit is not finite), and the sampler with updated counts. ``one_by_one``
+    processes rows one after the other, so that a row's sums do not depend on the other rows.
     """
     if one_by_one:
 
@@ -123,7 +127,7 @@ def sample(
         return jax.lax.map(one, (sampler, logits, number))
     changed = _penalised(sampler, logits)
     likeliest = jnp.argmax(changed, axis=-1).astype(jnp.int32)
-    # Rows that all take the likeliest need no random numbers, and none of the sums that top-p needs.
+    # If all rows take the likeliest token, no random numbers are needed, and none of the sums for top-p.
     ids = jax.lax.cond(jnp.any(sampler.temperature > 0), _draw, lambda *_: likeliest, sampler, changed, number)
     ids = jnp.where(sampler.temperature > 0, ids, likeliest)
     logprobs = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
@@ -136,8 +140,11 @@ def sample(
 
 
 def _penalised(sampler: Sampler, logits: jax.Array) -> jax.Array:
-    """Logits after penalties and bias. Repetition as in CTRL (Keskar et al., 2019, section 4.1), for negative logits turned round;
-    presence and frequency as in OpenAI's API."""
+    """Return the logits after penalties and bias.
+
+    Repetition is penalised as in CTRL (Keskar et al., 2019, section 4.1), with multiplication for negative logits.
+    Presence and frequency are penalised as in OpenAI's API.
+    """
     if (p := sampler.penalties) is not None:
         repetition = jnp.where(p.prompt | (p.counts > 0), p.repetition[:, None], 1.0)
         logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
@@ -147,9 +154,9 @@ def _penalised(sampler: Sampler, logits: jax.Array) -> jax.Array:
 
 
 def _draw(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Array:
-    """A token a row by its tempered probabilities, among those that top-k, top-p and min-p leave."""
+    """Draw a token per row by tempered probability among those that top-k, top-p and min-p keep: int32 [B]."""
     temperature = jnp.where(sampler.temperature > 0, sampler.temperature, 1.0)[:, None]
-    # From the largest logit: as temperature goes to 0 all others go to -inf, and nothing overflows.
+    # Subtract the largest logit first: as temperature goes to 0, all others go to -inf, and nothing overflows.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     probs = jax.nn.softmax(logits)
     if sampler.top_k is not None:
@@ -159,9 +166,10 @@ def _draw(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Array:
         probs = jnp.where(keep_top(probs, probs, sampler.top_p), probs, 0.0)
     if sampler.min_p is not None:
         probs = jnp.where(probs >= sampler.min_p[:, None] * jnp.max(probs, axis=-1, keepdims=True), probs, 0.0)
-    # The token at which the sum of probabilities passes a random number: one a row, where Gumbel's trick needs V.
+    # Take the token where the cumulative probability passes a random number. Gumbel's trick would need V random
+    # numbers.
     uniform = jax.vmap(lambda key, number: jax.random.uniform(jax.random.fold_in(key, number)))(sampler.keys, number)
-    # Sums in parallel are not quite in order: of tokens without a probability none is taken, wherever rounding puts the sum.
+    # Parallel sums are not exactly monotonic. Setting sums of zero-probability tokens to 0 prevents choosing one.
     passed = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), 0.0)
     border = uniform[:, None] * jnp.max(passed, axis=-1, keepdims=True)
     return jnp.min(
@@ -174,13 +182,14 @@ def _normalised(probs: jax.Array) -> jax.Array:
 
 
 def keep_top(probs: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
-    """Mask of the likeliest tokens: those for which the likelier ones weigh no more than ``limit`` together.
+    """Return the mask of the likeliest tokens: those whose likelier tokens weigh at most ``limit`` together.
 
-    probs, weights: float32 [B, V], not negative; limit [B]. With the probabilities as weights this is Meta's top-p rule
-    (llama/generation.py, sample_top_p): a token goes when those before it hold more than top_p, so the one that crosses the
-    border stays, and the first always. With weights of 1 it is top-k. Of equal tokens those with lower ids come first.
+    probs, weights: float32 [B, V], not negative; limit [B]. With probabilities as weights this is Meta's top-p rule
+    (llama/generation.py, sample_top_p): a token is dropped if those before it have more than top_p, so the token that
+    crosses the border stays, and so does the first. With weights of 1 it is top-k. Equal tokens are ordered by id.
 
-    Nothing is sorted: the border is a probability, found by halving. Not negative floats are ordered as their bits are.
+    Nothing is sorted. The border is a probability, found by bisection on its bits, since floats that are not negative
+    are ordered like their bits.
     """
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
     limit = limit[:, None]
@@ -189,14 +198,14 @@ def keep_top(probs: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Arra
         return jnp.sum(jnp.where(bits > border, weights, 0.0), axis=-1, keepdims=True)
 
     def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = ends  # tokens at ``high`` stay, those at ``low`` go
+        low, high = ends  # tokens at ``high`` stay, those at ``low`` are dropped
         middle = low + (high - low) // 2
         stays = before(middle) <= limit
         return jnp.where(stays, low, middle), jnp.where(stays, middle, high)
 
     ends = jnp.full_like(bits[:, :1], -1), jnp.max(bits, axis=-1, keepdims=True)
     _, border = jax.lax.fori_loop(0, 31, halve, ends)
-    # Tokens just at the border are equal; they stay in turn while there is room.
+    # Tokens exactly at the border are equal. They stay in order of their ids while there is room.
     at_border = bits == border
     earlier = jnp.cumsum(jnp.where(at_border, weights, 0.0), axis=-1) - jnp.where(at_border, weights, 0.0)
     return (bits > border) | at_border & (before(border) + earlier <= limit)

@@ -1,9 +1,9 @@
-"""Speculative decoding: guessed tokens are checked together in one pass, which reads the weights once for all of them.
+"""Speculative decoding: drafted tokens are checked together in one pass, which reads the weights only once.
 
-A guess is kept where it is the very token that would have been sampled there: a token's random number belongs to its row and its
-place in the completion, so that text does not depend on how it was guessed, and is what decoding without guesses makes. The
-same random numbers make a draft model guess what the model itself draws, more often than numbers of its own would (Leviathan
-et al., 2023, correct the distribution of independent guesses instead).
+A drafted token is kept if it is the token that would have been sampled. A token's random number depends on its row and
+its place in the completion, so the text does not depend on the draft and equals that of plain decoding. A draft model
+samples with the same random numbers and so agrees more often than with its own. (Leviathan et al., 2023, correct the
+distribution of independent guesses instead.)
 
 B rows, T tokens that are checked together, V vocab.
 """
@@ -34,13 +34,16 @@ from llama_jax.generation.sampling import Sampler, sample
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
 
-# Longest run of tokens that is looked up in what came before.
+# The longest run of tokens to look up in earlier text.
 LONGEST_RUN = 3
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Who guesses, and how many tokens at a time. Without a model they are looked up in the prompt and the completion."""
+    """The source of drafted tokens, and how many are drafted at a time.
+
+    Without a model, they are looked up in earlier text.
+    """
 
     tokens: int
     model: Llama | None = None
@@ -48,10 +51,13 @@ class Draft:
 
 
 class Guesser(Protocol):
-    """Guesses the tokens that follow."""
+    """Guesses the next tokens."""
 
     def guess(self, rows: list[list[int]], state: DecodeState) -> np.ndarray:
-        """int32 [B, tokens] to follow ``rows``, prompts and completions so far, the last token of which is not in the cache."""
+        """Return int32 [B, tokens] to follow ``rows``, prompts and completions so far.
+
+        The cache lacks each row's last token.
+        """
         ...
 
 
@@ -64,9 +70,9 @@ def generate_speculatively(
     eos_id: int,
     cache_dtype: Any = None,
 ) -> Iterator[Sampled]:
-    """What ``generate_chunks`` yields, in chunks as long as guesses were right; all rows go on by as many tokens.
+    """Yield what ``generate_chunks`` yields, in chunks as long as the guesses were right. All rows advance equally.
 
-    Rows that have said EOS are not waited for.
+    Rows that have produced EOS do not limit the chunk.
     """
     mesh, count = mesh_of(params), len(rows)
     rows = pad_rows(rows, mesh)
@@ -99,7 +105,7 @@ def generate_speculatively(
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
 def _first(model: Llama, state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """The first token of each row, which is in no cache yet: ids and log-probabilities [B, 1]."""
+    """Sample the first token of each row, which no cache holds yet. Return ids and log-probabilities, each [B, 1]."""
     ids, logprobs, sampler = sample(state.sampler, state.logits, state.made, bool(model.exact_rows))
     state = state.replace(sampler=sampler, made=state.made + 1)
     return state, on_every_device(ids[:, None]), on_every_device(logprobs[:, None])
@@ -109,13 +115,16 @@ def _first(model: Llama, state: DecodeState) -> tuple[DecodeState, jax.Array, ja
 def _check(
     model: Llama, params: Any, state: DecodeState, fed: jax.Array, waited_for: jax.Array, end: int
 ) -> tuple[DecodeState, jax.Array, jax.Array, jax.Array]:
-    """Sample behind each of ``fed`` [B, T], a row's last token and guesses. Ids and log-probabilities [B, T], of which as many
-    are kept as the guesses of the rows ``waited_for`` [B] were right, and one more."""
+    """Sample after each of ``fed`` [B, T], a row's last token and its guesses.
+
+    Return the state, ids and log-probabilities [B, T], and how many of them to keep: one more than the guesses that
+    were right in all rows ``waited_for`` [B].
+    """
     logits, cache = next_logits(model, params, fed, state.cache, end)
 
-    def one(carry: tuple[Sampler, jax.Array], behind: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    def one(carry: tuple[Sampler, jax.Array], now: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         sampler, number = carry
-        ids, logprobs, sampler = sample(sampler, behind, number, bool(model.exact_rows))
+        ids, logprobs, sampler = sample(sampler, now, number, bool(model.exact_rows))
         return (sampler, number + 1), (ids, logprobs)
 
     _, (ids, logprobs) = jax.lax.scan(one, (state.sampler, state.made), logits.swapaxes(0, 1))
@@ -127,14 +136,14 @@ def _check(
         counted = (jnp.arange(fed.shape[1]) < kept).astype(jnp.int32)
         counts = p.counts.at[jnp.arange(len(fed))[:, None], ids].add(counted)
         sampler = sampler.replace(penalties=p.replace(counts=counts))
-    # What was written behind the last right guess is written over.
+    # The slots after the last right guess are overwritten later.
     cache = cache.replace(slot=state.cache.slot + kept)
     state = DecodeState(cache, state.logits, sampler, state.made + kept)
     return state, on_every_device(ids), on_every_device(logprobs), on_every_device(kept)
 
 
 class Lookup:
-    """Guesses that what followed the last tokens before will follow them again (prompt lookup)."""
+    """Guesses that the tokens which followed the last ones before follow them again (prompt lookup)."""
 
     def __init__(self, tokens: int):
         self._tokens = tokens
@@ -146,18 +155,19 @@ class Lookup:
 
 
 class Runs:
-    """The runs of tokens in a row that grows, each with where its latest occurrence ends."""
+    """The runs of tokens in a growing row, each with the position where its latest occurrence ends."""
 
     def __init__(self) -> None:
         self._ends: dict[tuple[int, ...], int] = {}
-        self._seen = 0  # tokens whose runs are known
+        self._seen = 0  # number of tokens whose runs are known
 
     def look_up(self, row: Sequence[int], tokens: int) -> list[int]:
-        """What followed the latest earlier occurrence of the longest run, up to LONGEST_RUN tokens, that ends ``row``.
+        """Return the tokens after the latest earlier occurrence of the longest run, up to LONGEST_RUN, that ends
+        ``row``.
 
-        Where there is none, or it stands at the end, the last token again. ``row`` is that of the last call, grown.
+        Missing tokens are filled with the last one. ``row`` is that of the previous call with tokens appended.
         """
-        for end in range(self._seen + 1, len(row)):  # the runs at the very end have not come before
+        for end in range(self._seen + 1, len(row)):  # runs at the very end have no earlier occurrence yet
             for length in range(1, min(LONGEST_RUN, end) + 1):
                 self._ends[tuple(row[end - length : end])] = end
         self._seen = len(row) - 1
@@ -170,22 +180,22 @@ class Runs:
 
 
 def look_up(row: Sequence[int], tokens: int) -> list[int]:
-    """``Runs.look_up`` of a row by itself."""
+    """Return ``Runs.look_up`` of a single row."""
     return Runs().look_up(row, tokens)
 
 
 class DraftModel:
-    """Guesses by a smaller model of the same vocabulary, which samples with the same settings and random numbers."""
+    """Guesses with a smaller model of the same vocabulary, which samples with the same settings and random numbers."""
 
     def __init__(self, draft: Draft, rows: Sequence[Row], longest: int, slots: int):
         assert draft.model is not None
-        # A guess need not be exact: a wrong one costs time alone.
+        # A guess need not be exact, since a wrong one only costs time.
         self._draft, self._model, self._read = draft, draft.model.clone(exact_rows=0), longest
         self._cache: KVCache = read_prompts(self._model, draft.params, rows, longest, slots, self._model.dtype).cache
 
     def guess(self, rows: list[list[int]], state: DecodeState) -> np.ndarray:
         last = np.array([[row[-1]] for row in rows], np.int32)
-        slot = self._read + int(state.made[0]) - 1  # the last token is in no cache yet
+        slot = self._read + int(state.made[0]) - 1  # the last token is not in the cache yet
         count = self._draft.tokens
         end = slots_read(slot + count + 1)
         cache = ensure_slots(self._cache, end).replace(slot=np.int32(slot))
@@ -197,7 +207,7 @@ class DraftModel:
 def _propose(
     model: Llama, params: Any, cache: KVCache, last: jax.Array, sampler: Sampler, made: jax.Array, count: int, end: int
 ) -> tuple[jax.Array, KVCache]:
-    """``count`` tokens behind ``last`` [B, 1]: int32 [B, count]. All of them are in the cache then."""
+    """Draft ``count`` tokens after ``last`` [B, 1]: int32 [B, count]. The returned cache holds all of them."""
 
     def step(carry: Any, _: Any) -> tuple[Any, jax.Array]:
         cache, fed, sampler, number = carry

@@ -1,4 +1,4 @@
-"""How fast text was made, and how much memory was read for it."""
+"""Statistics of generation: tokens per second, and memory read per second."""
 
 import time
 from collections.abc import Callable
@@ -14,36 +14,37 @@ from llama_jax.generation.passes import Step, slot_bytes
 
 
 def step_bytes(params: Any, cached_bytes: int) -> int:
-    """Bytes that a decoding step reads, however many rows it has: the parameters, and the cache as far as it is filled.
+    """Return the bytes that a decoding step reads, for any number of rows: the parameters and the filled part of the
+    cache.
 
-    Of the embedding table a row a token is read, which is as good as nothing.
+    The embedding table is left out, because only one row per token is read from it.
     """
     return bytes_of({name: part for name, part in params.items() if name != "tok_embeddings"}) + cached_bytes
 
 
 class Meter:
-    """Counts what generation says to ``on_progress``: call ``begin``, then have it called with every Step.
+    """Counts the tokens and times of generation. Call ``begin``, and pass the meter as ``on_progress``.
 
-    Several generations after each other are counted as one, without the time between them.
+    Several generations are counted together, without the time between them.
     """
 
     def __init__(self, model: Model, clock: Callable[[], float] = time.monotonic):
         self.tokens, self.seconds = 0, 0.0
-        self.first: float | None = None  # seconds until there was a first token
+        self.first: float | None = None  # seconds until the first token
         self._clock = clock
         self._step_bytes, self._slot_bytes = step_bytes(model.params, 0), slot_bytes(model.module, model.cache_dtype)
         devices = sorted(jax.tree.leaves(model.params)[0].sharding.device_set, key=lambda device: device.id)
         self._bandwidth = BANDWIDTH.get(devices[0].device_kind, 0.0) * len(devices)
-        # Of what comes behind the first chunk of each generation, whose programs were compiled first.
+        # These exclude the first chunk of each generation, in which programs are compiled.
         self._later_tokens, self._later_seconds, self._later_bytes = 0, 0.0, 0
 
     def begin(self) -> None:
-        """A generation begins."""
+        """Start to count a generation."""
         self._began = self._last = self._clock()
         self._warm = False
 
     def __call__(self, step: Step) -> None:
-        """A chunk is done."""
+        """Count a chunk."""
         if not step.steps:
             return
         now = self._clock()
@@ -58,7 +59,8 @@ class Meter:
         self._last, self._warm = now, True
 
     def line(self) -> str:
-        """All of it in one line: "128 tokens in 3.1 s: first after 0.21 s, then 41.2 tokens/s, 18.00 GB/s of memory read"."""
+        """Return all in a line: "128 tokens in 3.1 s: first after 0.21 s, then 41.2 tokens/s, 18.00 GB/s of memory
+        read"."""
         text = f"{self.tokens:,} token{'s' * (self.tokens != 1)} in {self.seconds:,.1f} s"
         if self.first is None or not self.tokens:
             return text
@@ -67,4 +69,4 @@ class Meter:
             return text
         rate = self._later_bytes / self._later_seconds
         text += f", then {self._later_tokens / self._later_seconds:,.1f} tokens/s, {bytes_text(rate)}/s of memory read"
-        return text + (f" ({rate / self._bandwidth:.0%} of what the device can)" if self._bandwidth else "")
+        return text + (f" ({rate / self._bandwidth:.0%} of the device's bandwidth)" if self._bandwidth else "")

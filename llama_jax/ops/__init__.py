@@ -1,1 +1,1 @@
-"""What the model computes with: attention, matrix products, embeddings, the loss, the cache, quantized weights."""
+"""The operations of the model: attention, matrix products, embeddings, the loss, the cache, quantized weights."""

@@ -1,7 +1,8 @@
-"""Causal attention with grouped queries, over a sequence or over a KV cache.
+"""Causal grouped-query attention, over a sequence or over a KV cache.
 
-Over a sequence there are three ways to the same numbers: ``xla``, written here, for every platform; ``splash``, JAX's kernel
-for TPUs; ``cudnn``, for NVIDIA's GPUs. The two kernels never hold the scores [T, S]. ``choose_kernel`` says which one runs.
+Over a sequence there are three implementations with the same result: ``xla``, written here, for every platform;
+``splash``, JAX's TPU kernel; ``cudnn``, for NVIDIA GPUs. The two kernels never store the scores [T, S].
+``choose_kernel`` picks one.
 
 B batch, T query positions, S key positions, N query heads, K KV heads, G = N/K, H head_dim.
 """
@@ -17,15 +18,15 @@ from llama_jax.ops import exact
 from llama_jax.ops.cache import KVArray, KVPair, LayerCache
 from llama_jax.ops.linear import MATRIX_ROWS
 
-# Queries a block. A block sees only the keys before its end, which halves the work of a causal mask over the whole square
-# and keeps the scores small enough for a core's cache.
+# Queries per block. A block sees only the keys before its end, which halves the work compared to the whole square and
+# keeps the scores small enough for a core's cache.
 BLOCK = 64
-# Longer sequences have larger blocks instead of more: the program's length stays bounded.
+# Longer sequences have larger blocks instead of more, so that the program's length stays bounded.
 MAX_BLOCKS = 16
-# Splash takes the largest of these that divides the length, and heads of whole lanes of a TPU's vector unit.
+# Splash uses the largest of these that divides the length. Its heads are padded to whole lanes of the vector unit.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
 LANES = 128
-# Names by which rematerialisation policies know the operands and the results (remat.py).
+# Names of the operands and the result for rematerialisation policies (remat.py).
 OPERANDS = ("query", "key", "value")
 ATTENTION = "attention"
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
@@ -36,9 +37,10 @@ QUERIES, KEYS = ("batch", "length", "heads", None), ("batch", "length", "kv_head
 def choose_kernel(
     asked: AttentionKernel, platform: str, args: ModelArgs, dtype: jnp.dtype, sequence_shards: int = 1
 ) -> AttentionKernel:
-    """``asked`` itself; for ``auto`` the fastest that the platform ("cpu", "tpu", "cuda") and the model's shape allow.
+    """Return ``asked``, or for ``auto`` the fastest kernel that the platform ("cpu", "tpu", "cuda") and the shape
+    allow.
 
-    Raises UserError where the one that is asked for is not available.
+    Raises UserError if the requested kernel is not available.
     """
     length = args.max_seq_len // sequence_shards
     needs: dict[AttentionKernel, dict[str, bool]] = {
@@ -72,16 +74,16 @@ def attention(
     v: jax.Array,
     kernel: AttentionKernel = "xla",
 ) -> jax.Array:
-    """Softmax attention over a sequence: query t sees keys 0 to t.
+    """Compute softmax attention over a sequence, in which query t sees keys 0 to t.
 
     q: [B, T, N, H]; k, v: [B, T, K, H]. Keys and values are not repeated: query head n reads KV head n // G.
-    Returns [B, T, N, H] of q's dtype; scores and softmax are float32.
+    Returns [B, T, N, H] of q's dtype. Scores and softmax are float32.
     """
-    # Scores are scaled at the query, before it is kept for the backward pass.
+    # Scale the query instead of the scores, before it is kept for the backward pass.
     q, k, v = (checkpoint_name(x, name) for x, name in zip((q * q.shape[-1] ** -0.5, k, v), OPERANDS, strict=True))
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Of a device's queries. Where a sequence is spread over devices, each gathers the keys and values of all of it."""
+        """Attend from a device's queries. If the sequence is sharded, each device gathers all keys and values."""
         T = q.shape[1]
         k, v = gather_shards(k, "length", axis=1), gather_shards(v, "length", axis=1)
         start = jax.lax.axis_index(shard_axes("length")) * T if k.shape[1] > T else None
@@ -97,15 +99,18 @@ def attention(
 def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None, segments: jax.Array | None = None
 ) -> jax.Array:
-    """``attention`` by the TPU kernel, of scaled queries from position ``start`` on; among tokens of one segment [B, T] alone."""
-    # Imported where it is needed: Pallas takes as long to import as all else.
+    """Run the TPU kernel on scaled queries from position ``start``.
+
+    Tokens see only their own segment [B, T], if given.
+    """
+    # Imported here, because Pallas takes as long to import as everything else.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, N, H = q.shape[1:]
     S = k.shape[1]
     block = next(b for b in SPLASH_BLOCKS if T % b == 0)
-    # The queries' sizes for the forward pass and the gradients of q and of k and v, the keys' likewise.
+    # Block sizes of queries and keys for the forward pass, the gradients of k and v, and that of q.
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
@@ -125,17 +130,18 @@ def _splash(
 
 
 def _rows_of(of_blocks: jax.Array, start: jax.Array, T: int, S: int) -> jax.Array:
-    """What the kernel knows of the mask, [heads, blocks of S queries, blocks of keys] or [S], for T queries from ``start`` on."""
+    """Slice the kernel's data about the mask, [heads, query blocks, key blocks] or [S], for T queries from
+    ``start``."""
     axis = 0 if of_blocks.ndim == 1 else 1
     rows = of_blocks.shape[axis] * T // S
     return jax.lax.dynamic_slice_in_dim(of_blocks, start // T * rows, rows, axis)
 
 
 def _attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None) -> jax.Array:
-    """``attention`` of scaled queries, from position ``start`` on (None: 0)."""
+    """Compute ``attention`` of scaled queries from position ``start`` (None: 0)."""
     B, T, N, H = q.shape
     K = k.shape[2]
-    # Heads before positions: a CPU multiplies each head's matrices where they lie.
+    # Heads before positions, so that a CPU multiplies each head's matrices without copies.
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     block = max(BLOCK, -(-T // MAX_BLOCKS))
@@ -176,11 +182,11 @@ def cached_attention(
     first: jax.Array,
     kernel: AttentionKernel = "xla",
 ) -> jax.Array:
-    """Attention of new tokens over those in a cache and over themselves.
+    """Attend from new tokens to those in a cache and to themselves.
 
-    q [B, T, N, H]; k, v [B, T, K, H], as they will lie in the slots from ``slot`` on; cached [B, K, S, H], of which the slots from
-    the row's ``first`` [B] to slot - 1 are seen. A query before its row's first slot is padding, and sees itself alone, so that
-    its softmax, which nobody reads, stays finite. Returns [B, T, N, H] of q's dtype.
+    q [B, T, N, H]; k, v [B, T, K, H], as the cache will store them from ``slot`` on; cached [B, K, S, H], of which
+    slots from the row's ``first`` [B] to slot - 1 are visible. A query before its row's first slot is padding. It sees
+    only itself, so that its unused softmax stays finite. Returns [B, T, N, H] of q's dtype.
     """
     B, T, N, H = q.shape
     K, S = cached_k.values.shape[1:3]
@@ -191,7 +197,7 @@ def cached_attention(
         whole_length = (("batch", None, heads, None) for heads in ("heads", "kv_heads", "kv_heads"))
         local = shard_by_shard(
             lambda q, k, v, tokens: _splash(q, k, v, None, tokens),
-            ("batch", "length", "heads"),  # a kernel wants all of the mesh's axes by hand
+            ("batch", "length", "heads"),  # a kernel needs all axes of the mesh to be manual
             (*whole_length, ("batch", None)),
             ("batch", None, "heads", None),
         )
@@ -203,7 +209,7 @@ def cached_attention(
     of_new = ((new <= new[:, None]) & (new + slot >= first[:, None, None])) | (new == new[:, None])
     of_new = jnp.where(of_new, 0.0, -jnp.inf)[:, None, None]
 
-    # All heads' rows on one axis: where a head has few queries, an axis of them would fill a TPU's vector registers badly.
+    # Put all heads' rows on one axis, because an axis of few queries per head would use a TPU's vector registers badly.
     own = _float32("BKGTH,BSKH->BKGTS", q, k.values)
     if k.scales is not None:
         own *= _by_head(k.scales)
@@ -228,14 +234,14 @@ def cached_attention(
 
 
 def _by_head(scales: jax.Array) -> jax.Array:
-    """Scales of new tokens [B, T, K], for scores [B, K, G, T, S]."""
+    """Reshape scales of new tokens [B, T, K] to multiply scores [B, K, G, T, S]."""
     return scales.swapaxes(1, 2)[:, :, None, None]
 
 
 def _few_rows(equation: str, x: jax.Array, stored: jax.Array) -> jax.Array:
-    """einsum in float32 of x [B, K, R, ...], whose rows may be few, and of a cache [B, K, S, H].
+    """Compute einsum in float32 of x [B, K, R, ...], where R may be small, and a cache [B, K, S, H].
 
-    A TPU multiplies few of them on its matrix unit like more: element by element, they would take four times as long.
+    The trick is to pad R to MATRIX_ROWS on a TPU, so that it uses its matrix unit. Otherwise it is four times slower.
     """
     R = x.shape[2]
 
@@ -249,16 +255,17 @@ def _few_rows(equation: str, x: jax.Array, stored: jax.Array) -> jax.Array:
 
 
 def _float32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """einsum in float32, with y converted to x's type."""
+    """Compute einsum in float32, with y converted to x's type."""
     return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
 def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-    """softmax(q k + bias) v: q [B, K, G, T, H]; k, v [B, K, S, H]; bias float32 [T, S] or [B, 1, 1, T, S], not differentiated.
+    """Compute softmax(q k + bias) v: q [B, K, G, T, H]; k, v [B, K, S, H]; bias float32 [T, S] or [B, 1, 1, T, S].
 
-    What is divided and summed is [T, H] and never [T, S] where that can be: the softmax is normalised behind its product
-    with v, and its gradient needs the sum of dy y and not of dw w (FlashAttention-2, section 3.1).
+    The bias is not differentiated. Divisions and sums are over [T, H] instead of [T, S] if possible: the softmax is
+    normalised after its product with v, and its gradient uses the sum of dy y instead of dw w (FlashAttention-2,
+    section 3.1).
     """
     return _forward(q, k, v, bias)[0]
 

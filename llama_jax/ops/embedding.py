@@ -1,4 +1,4 @@
-"""Token embeddings: rows of a table that is spread over the devices.
+"""Token embeddings: lookup of rows in a table that is sharded over devices.
 
 B batch, T positions, D dim, V vocab.
 """
@@ -16,10 +16,10 @@ TABLE, TOKENS, VECTORS = ("vocab", "embed"), ("batch", "length"), ("batch", "len
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 @jax.named_scope("embedding")
 def embed(table: jax.Array, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of ``table``: float [V, D], int [B, T] -> [B, T, D] of ``dtype``. The gradient is added up in the table's type.
+    """Look up rows of ``table``: float [V, D], int [B, T] -> [B, T, D] of ``dtype``. The gradient has the table's type.
 
-    Each device gathers the table, in ``dtype`` already, and looks its own tokens up. The partitioner alone would look every
-    device's tokens up in each device's columns, and exchange the results.
+    Each device gathers the table, already in ``dtype``, and looks up its own tokens. The partitioner alone would look
+    up all devices' tokens in each device's columns and exchange the results.
     """
 
     def lookup(table: jax.Array, token_ids: jax.Array) -> jax.Array:

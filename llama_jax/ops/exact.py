@@ -1,14 +1,15 @@
-"""Exact generation: a token's numbers depend on the tokens before it, and to the bit on nothing else.
+"""Exact generation: a token's numbers depend, to the bit, only on the tokens before it.
 
-Libraries and compilers add a sum's terms up in an order that depends on the shapes of arrays: on how many rows are computed
-together, how many tokens are fed at a time, how far a cache is filled. In float32 that changes the last digits; in bfloat16, or
-with a cache of int8, a last digit decides how a number is rounded, and at times which token comes next. Here every sum has an
-order of its own:
+Libraries and compilers add the terms of a sum in an order that depends on array shapes: how many rows are computed
+together, how many tokens are fed at a time, how far a cache is filled. In float32 this changes the last digits. In
+bfloat16 or with an int8 cache, a last digit decides how a number is rounded, and sometimes which token comes next. Here
+the order of
+every sum is fixed:
 
-- A product has a fixed number of rows at a time (``product_in_blocks``), and a sum is a product with ones (``sums``).
-- A product that something is added to is rounded first (``rounded``).
-- Each row's tokens stand in the cache from slot 0 on, the new ones among them before attention reads it, and attention's sums go
-  over tiles of slots in their order (``attention``).
+- A product has a fixed number of rows (``product_in_blocks``), and a sum is a product with ones (``sums``).
+- A product is rounded before something is added to it (``rounded``).
+- Each row's tokens are in the cache from slot 0 on. New tokens are written before attention reads the cache, and
+  attention sums over tiles of slots in order (``attention``).
 
 B rows, T new tokens, N query heads, K KV heads, G = N/K, H head_dim, S slots.
 """
@@ -18,16 +19,17 @@ import jax.numpy as jnp
 
 from llama_jax.ops.cache import KVArray
 
-# Rows of each product: where memory is what limits it, they cost little more than one.
+# Rows of each product. If memory bandwidth is the limit, they cost little more than one row.
 ROWS, CPU_ROWS = 64, 16
-# Queries and slots of each of attention's products.
+# Queries and slots of each product of attention.
 QUERIES, TILE = 8, 256
 
 
 def product_in_blocks(x: jax.Array, values: jax.Array, rows: int) -> jax.Array:
-    """x @ values in float32, [R, D], [D, F] -> [R, F], as products of so many ``rows`` each; the last is filled up with zeros.
+    """Return x @ values in float32, [R, D], [D, F] -> [R, F], as products of ``rows`` rows, the last one padded with
+    zeros.
 
-    A row's result depends on the shape of its product, but not on where in it the row stands.
+    The result of a row depends on the shape of its product, but not on the row's place in it.
     """
     blocks = jnp.pad(x, [(0, -len(x) % rows), (0, 0)]).reshape(-1, rows, x.shape[1])
 
@@ -35,22 +37,22 @@ def product_in_blocks(x: jax.Array, values: jax.Array, rows: int) -> jax.Array:
         return jnp.einsum("RD,DF->RF", block, values.astype(x.dtype), preferred_element_type=jnp.float32)
 
     result = jax.lax.map(product, blocks).reshape(-1, values.shape[1])[: len(x)]
-    # What follows is compiled by itself, and so alike in every program.
+    # A trick: the barrier keeps the compiler from fusing this with what follows, which would then differ between programs.
     return jax.lax.optimization_barrier(result)
 
 
 def means(x: jax.Array, rows: int) -> jax.Array:
-    """Means over the last axis, float32 [..., D] -> [..., 1]."""
+    """Return means over the last axis, float32 [..., D] -> [..., 1]."""
     D = x.shape[-1]
     with jax.default_matmul_precision("highest"):
         return product_in_blocks(x.reshape(-1, D), jnp.full((D, 1), 1 / D, jnp.float32), rows).reshape(*x.shape[:-1], 1)
 
 
 def rounded(x: jax.Array) -> jax.Array:
-    """float32 ``x``, out of which no compiler makes a part of a fused multiply-add, which is rounded once and not twice.
+    """Return float32 ``x`` in a form that no compiler fuses into a multiply-add, which rounds once instead of twice.
 
-    Whether it would depends on what else it puts into the same loop. Adding 0 to the bits of what is no NaN is something that it
-    cannot look through.
+    Whether a compiler fuses depends on the other operations in the loop. The trick is to add 0 to the bits (x != x is 0
+    unless x is NaN), which it cannot simplify.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return jax.lax.bitcast_convert_type(bits + (x != x), jnp.float32)
@@ -58,15 +60,16 @@ def rounded(x: jax.Array) -> jax.Array:
 
 @jax.named_scope("attention")
 def attention(q: jax.Array, k: KVArray, v: KVArray, slot: jax.Array) -> jax.Array:
-    """Causal attention of new tokens over a cache that holds them: q [B, T, N, H]; k, v [B, K, S, H] -> [B, T, N, H] of q's dtype.
+    """Attend causally over a cache that holds the new tokens: q [B, T, N, H]; k, v [B, K, S, H] -> [B, T, N, H] of q's
+    dtype.
 
-    Each row's tokens stand in slots 0 and following, the new ones from ``slot`` [B] on; S is a multiple of TILE. Slots that a
-    query does not see add zeros behind what it sees, which changes no sum.
+    Each row's tokens are in slots 0 and following, the new ones from ``slot`` [B] on. S is a multiple of TILE. Slots
+    that a query does not see add zeros after those it sees, which changes no sum.
     """
     B, T, N, H = q.shape
     K, S = k.values.shape[1:3]
     G, Q, tiles = N // K, QUERIES, S // TILE
-    # C blocks of Q queries, one after the other; of each, R = G Q rows a head, over I tiles of slots.
+    # C blocks of Q queries are processed in sequence. Each has R = G Q rows per head, over I tiles of slots.
     q = jnp.pad(q * H**-0.5, [(0, 0), (0, -T % Q), (0, 0), (0, 0)])
     C = q.shape[1] // Q
     q = q.reshape(B, C, Q, K, G, H).transpose(1, 0, 3, 4, 2, 5).reshape(C, B, K, 1, G * Q, H)
@@ -92,14 +95,15 @@ def attention(q: jax.Array, k: KVArray, v: KVArray, slot: jax.Array) -> jax.Arra
 
     y = jax.lax.map(attend, (q, position))  # [C, K, B, R, H]
     y = y.reshape(C, K, B, G, Q, H).transpose(2, 0, 4, 1, 3, 5).reshape(B, C * Q, N, H)[:, :T]
+    # The same trick as in product_in_blocks.
     return jax.lax.optimization_barrier(y)
 
 
 def _added_up(parts: jax.Array) -> jax.Array:
-    """The sum over the first axis, from its beginning on."""
+    """Return the sum over the first axis, in order."""
     return jax.lax.scan(lambda total, part: (total + part, None), jnp.zeros_like(parts[0]), parts)[0]
 
 
 def _float32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """einsum in float32, with y converted to x's type."""
+    """Compute einsum in float32, with y converted to x's type."""
     return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)

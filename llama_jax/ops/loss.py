@@ -1,6 +1,6 @@
-"""Next-token cross entropy from hidden states, in chunks of positions: [B, T, V] never exists.
+"""Next-token cross entropy from hidden states, in chunks of positions, so that [B, T, V] logits never exist.
 
-B batch, T positions, D dim, V vocab, C positions a chunk.
+B batch, T positions, D dim, V vocab, C positions per chunk.
 """
 
 import functools
@@ -22,12 +22,11 @@ TOKENS, HIDDEN, OUTPUT = ("batch", "length"), ("batch", "length", None), ("embed
 def cross_entropy(
     hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int = 512
 ) -> jax.Array:
-    """Sum over all positions of weights x -log softmax(hidden @ output)[targets], in nats, float32.
+    """Return the sum over all positions of weights x -log softmax(hidden @ output)[targets], in nats, float32 [].
 
-    hidden: [B, T, D]; output: [D, V]; targets: int [B, T]; weights: float32 [B, T], not differentiated. Its gradient is
-    computed along with the loss, chunk by chunk of ``chunk_tokens``, while the chunk's logits are at hand. Each device
-    gathers the output matrix once and takes the chunks from its own positions; the matrix's gradient is summed over devices
-    once, at the end.
+    hidden: [B, T, D]; output: [D, V]; targets: int [B, T]; weights: float32 [B, T], not differentiated. The gradient is
+    computed along with the loss in chunks of ``chunk_tokens``, while the chunk's logits exist. Each device gathers the
+    output matrix once and processes its own positions; the matrix's gradient is summed over devices once, at the end.
     """
 
     def local(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
@@ -44,13 +43,13 @@ def cross_entropy(
 
 
 def loss_sum(model: Any, params: Any, inputs: ArrayLike, targets: ArrayLike, weights: ArrayLike) -> jax.Array:
-    """``cross_entropy`` of what a Llama says of a batch: int [B, T], int [B, T], float32 [B, T] -> float32 []."""
+    """Return ``cross_entropy`` of a Llama on a batch: int [B, T], int [B, T], float32 [B, T] -> float32 []."""
     hidden = cast(jax.Array, model.apply({"params": params}, inputs, method="hidden"))
     return cross_entropy(hidden, as_array(params["output"]), targets, weights, model.loss_chunk)
 
 
 def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log softmax(logits)[targets] in nats: float32 [..., V] and int [...] -> float32 [...]."""
+    """Return -log softmax(logits)[targets] in nats: float32 [..., V] and int [...] -> float32 [...]."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
@@ -64,7 +63,7 @@ def _logits(x: jax.Array, output: jax.Array) -> jax.Array:
 
 
 def _chunks(tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Each [B, T, ...] as [T/C, B, C, ...], with zeros behind the end (of no weight) where C does not divide T."""
+    """Reshape each [B, T, ...] to [T/C, B, C, ...], padded with zeros (of weight 0) if C does not divide T."""
     B, T = arrays[0].shape[:2]
     C = min(T, max(1, tokens // B))
     count = -(-T // C)

@@ -1,4 +1,4 @@
-"""Rematerialisation: what the backward pass finds kept of a block, by the names that the forward pass gives its values."""
+"""Rematerialisation: the activations of a block that the backward pass keeps, by their names in the forward pass."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ AFTER_ATTENTION = "after_attention"
 
 
 def _keeping(*names: str) -> Any:
-    """Keep what has one of these names, and what cuDNN's attention kernel returns, which cannot be named."""
+    """Keep values with one of these names, and the result of cuDNN's attention kernel, which cannot be named."""
     return jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names(*names),
         lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD,
     )
 
 
-# What is not kept is computed again.
+# Values that are not kept are recomputed.
 POLICIES: dict[Remat, Any] = {
     "dots": _keeping(PROJECTION, ATTENTION),
     "attention": _keeping(*OPERANDS, ATTENTION, AFTER_ATTENTION),

@@ -1,7 +1,7 @@
-"""Plan a run for a TPU slice, on a machine without one: does it fit, how fast can it be.
+"""Plans a run for a TPU slice on a machine without one: whether it fits, and how fast it can be.
 
-The step that training or generation runs is compiled for the slice by the TPU's own compiler (libtpu). Its memory is exact; its
-time is read off its schedule (cost.py).
+The step of training or generation is compiled for the slice by the TPU's own compiler (libtpu). Its memory use is
+exact; its time is read from its schedule (cost.py).
 """
 
 import math
@@ -37,7 +37,7 @@ from llama_jax.training.step import batch_shapes, compile_train_step, make_optim
 
 @dataclass(frozen=True)
 class Decoding:
-    """What a decoding step makes a token of: ``batch`` sequences, over a cache of ``slots`` tokens each."""
+    """A decoding step for ``batch`` sequences, each with a cache of ``slots`` tokens."""
 
     batch: int
     slots: int
@@ -47,14 +47,14 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Plan:
-    """A step, compiled for a slice. Bytes are a chip's; ``schedule`` and ``text`` are missing where it does not fit."""
+    """A step compiled for a slice. Bytes are per chip. Without a fit, ``schedule`` is None and ``text`` is empty."""
 
     config: Config
     topology: Topology
     mesh: dict[str, int]
-    dtype: str  # that is computed in
+    dtype: str  # of activations and matmuls
     kernel: str  # of attention
-    bytes: int  # at the fullest moment; 0 where it does not fit and the compiler does not say
+    bytes: int  # peak memory; 0 if it does not fit and the compiler does not say
     bytes_by_part: dict[str, int]
     schedule: Schedule | None
     text: str  # of the compiled program
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """The number of chips in all slices."""
         return math.prod(self.mesh.values())
 
     @property
@@ -73,26 +73,32 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step, by the schedule; infinite where there is none."""
+        """Seconds per step by the schedule, infinite without one."""
         return self.schedule.seconds if self.schedule else float("inf")
 
     @property
     def tokens(self) -> int:
-        """Of a step, over the whole job."""
+        """Tokens per step over the whole job."""
         if self.decoding is not None:
             return self.decoding.batch
         return self.config.train.batch_size * self.config.model.max_seq_len
 
 
 def resolve(config: Config) -> Config:
-    """The configuration with a vocabulary: its tokenizer's, where it names one, or LLaMA 2's. Raises UserError where it is impossible."""
+    """Return the configuration with a vocabulary size: its tokenizer's, else LLaMA 2's.
+
+    Raises UserError if the configuration is impossible.
+    """
     config = with_vocabulary(config, int(vocabulary(config).value or 0))
     config.check()
     return config
 
 
 def probe(topology: Topology) -> None:
-    """Compile a small sum over all chips. Raises CompilerError, or ends the process, where the compiler does not know the slice."""
+    """Compile a small sum over all chips.
+
+    If the compiler does not know the slice, raise CompilerError or end the process.
+    """
     devices = topology.devices()
     sharding = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), ("all",)), PartitionSpec("all"))
     numbers = jax.ShapeDtypeStruct((8 * len(devices), 128), jnp.float32, sharding=sharding)
@@ -103,9 +109,9 @@ def probe(topology: Topology) -> None:
 
 
 def plan_training(config: Config, topology: Topology, begun: Callable[[], None] = lambda: None) -> Plan:
-    """Compile the training step; ``begun`` is called when all is checked and compiling begins.
+    """Compile the training step. ``begun`` is called when all checks have passed and compilation begins.
 
-    Raises UserError where the configuration cannot be laid over the slice, CompilerError where the compiler fails.
+    Raises UserError if the slice cannot hold such a mesh, CompilerError if the compiler fails.
     """
     config = resolve(config)
     mesh = _mesh(config, topology)
@@ -127,7 +133,7 @@ def plan_training(config: Config, topology: Topology, begun: Callable[[], None] 
 def plan_decoding(
     config: Config, topology: Topology, decoding: Decoding, begun: Callable[[], None] = lambda: None
 ) -> Plan:
-    """Compile a decoding step, as plan_training does a training step, and raise what it raises."""
+    """Compile a decoding step. Arguments and errors are those of ``plan_training``."""
     config = resolve(config)
     mesh = _mesh(config, topology)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -152,7 +158,7 @@ def plan_decoding(
 
 
 def _mesh(config: Config, topology: Topology) -> jax.sharding.Mesh:
-    """The mesh of the described devices. Raises UserError where the slice's grid cannot be cut like that."""
+    """Return the mesh of the described devices. Raises UserError if the slice's grid cannot be divided like that."""
     devices = topology.devices()
     try:
         return make_mesh(config.mesh, devices)
@@ -164,7 +170,7 @@ def _mesh(config: Config, topology: Topology) -> jax.sharding.Mesh:
 
 
 def _decode_state(module: Llama, mesh: jax.sharding.Mesh, decoding: Decoding) -> DecodeState:
-    """The shapes of what a decoding step hands to the next, each with its sharding."""
+    """Return the shapes, with shardings, of the state that a decoding step passes to the next."""
 
     def state() -> DecodeState:
         sampler = make_sampler([([], SampleArgs(), 0)] * decoding.batch, module.args.vocab_size)
@@ -206,14 +212,14 @@ def _plan(
 
 
 def _needed_bytes(refusal: str) -> int:
-    """Bytes a chip, the state's among them, that the compiler says it needs; 0 where it does not say."""
+    """Return the bytes per chip, including the state, that the compiler says it needs, or 0 if it does not say."""
     found = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT]?)", refusal)
     return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else 0
 
 
 def _kept_bytes(program: Program, layers: int) -> int:
-    """Bytes that the first of two loops over the layers, the forward pass, stacks up layer by layer."""
-    for instructions in program.computations.values():  # the loops may lie in one over parts of the batch
+    """Return the bytes that the first of two loops over the layers, the forward pass, stores for each layer."""
+    for instructions in program.computations.values():  # the loops may be inside one over parts of the batch
         loops = [i for i in instructions if i.opcode == "while" and program.trips(i) == layers]
         if len(loops) > 1:
             return sum(a.size for a in program.changed(loops[0]) if a.dims[:1] == (layers,) and a.memory == HBM)
@@ -221,6 +227,6 @@ def _kept_bytes(program: Program, layers: int) -> int:
 
 
 def _bytes(shapes: Any) -> int:
-    """Bytes of a tree of shapes on one device."""
+    """Return the bytes of a tree of shapes on one device."""
     shards = [jax.ShapeDtypeStruct(s.sharding.shard_shape(s.shape), s.dtype) for s in jax.tree.leaves(shapes)]
     return bytes_of(shards)

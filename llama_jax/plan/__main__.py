@@ -1,4 +1,4 @@
-"""Plan a run for a TPU slice that need not be there: ``python -m llama_jax.plan --config FILE.toml --topology v5e:16x16``."""
+"""Plan a run for any TPU slice: ``python -m llama_jax.plan --config FILE.toml --topology v5e:16x16``."""
 
 import os
 import sys
@@ -7,12 +7,12 @@ import traceback
 from llama_jax.errors import UserError, run_command
 from llama_jax.plan.topology import ENVIRONMENT
 
-# A fault of plan's own, as sysexits.h has it. Python would take 1, which is a step that does not fit.
+# The status of an internal error in sysexits.h. Python's 1 would mean a step that does not fit.
 EX_SOFTWARE = 70
 
 
 def main() -> None:
-    """Read the command line, then plan."""
+    """Read the command line and plan."""
     os.environ.update(ENVIRONMENT)
     from llama_jax.plan.arguments import read_request
     from llama_jax.plan.command import run

@@ -1,4 +1,4 @@
-"""Settings that fit, where those that were asked for do not: the cheapest ones by a count, compiled before they are advised."""
+"""Finds settings that fit if the requested ones do not: the cheapest by estimate, compiled before they are advised."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,24 +10,25 @@ from llama_jax.plan import Decoding, Plan, decoding
 from llama_jax.plan.estimate import Candidate, candidate, candidates
 from llama_jax.plan.topology import Topology
 
-# A candidate may be this much larger than a chip by the count and be compiled all the same: what does not fit is told in seconds.
+# Candidates up to this many times a chip's memory by the estimate are compiled, since the compiler refuses them in
+# seconds.
 MARGIN = 1.05
-# What nobody compiles must fit by the count with room to spare.
+# Settings that are not compiled must take at most this share of a chip's memory by the estimate.
 CERTAIN = 0.9
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Flags that make a step fit. verified: it was compiled; otherwise its numbers are estimates."""
+    """Flags that make a step fit. If ``verified``, they were compiled; otherwise the numbers are estimates."""
 
     flags: str
     topology: str
     verified: bool
-    bytes: int  # a chip
-    seconds: float | None  # a step; None where it was not compiled
+    bytes: int  # per chip
+    seconds: float | None  # per step; None if it was not compiled
 
     def summary(self) -> dict[str, Any]:
-        """As ``--json`` has it."""
+        """Return the object that ``--json`` prints."""
         found = dataclasses.asdict(self)
         return found | {"bytes_per_device": found.pop("bytes"), "step_seconds": found.pop("seconds")}
 
@@ -35,11 +36,15 @@ class Advice:
 def advise_training(
     asked: Config, plan: Plan, compiles: int, compile_: Callable[[str, Config], Plan | None]
 ) -> Iterator[Advice]:
-    """What makes a training step fit that does not: other settings on the same slice, the cheapest that at most ``compiles``
-    compiles find; where there are none, the smallest slice that holds it, by estimate.
+    """Yield settings that make a training step fit, on the same slice or (estimated) on a larger one.
 
-    asked: the configuration as it was given, whose mesh may have a -1. compile_: is told the flags and the configuration that they
-    make. Nothing is yielded where even the largest slice is too small.
+    Arguments:
+        asked: the user's configuration, whose mesh may have a -1.
+        plan: the plan that does not fit.
+        compiles: the maximum number of settings to compile, the cheapest first.
+        compile_: compiles a configuration. Its first argument is the flags that make it.
+
+    Yields nothing if even the largest slice is too small.
     """
     room = plan.topology.chip.hbm_bytes
     config = dataclasses.replace(plan.config, mesh=MeshArgs(**plan.mesh))
@@ -67,9 +72,9 @@ def advise_training(
 
 
 def smallest_slice(asked: Config, topology: Topology, ratio: float = 1.0) -> Advice | None:
-    """The fastest way on the smallest slice that holds the step by the count, whose bytes the compiler has ``ratio`` times.
+    """Return the fastest settings on the smallest slice that holds the step by the estimate, or None.
 
-    None where none is large enough.
+    ``ratio`` is the factor between the compiler's bytes and the estimate.
     """
     for slice_ in topology.larger():
         fitting = [c for c in candidates(asked, slice_) if c.bytes * ratio <= CERTAIN * slice_.chip.hbm_bytes]
@@ -86,10 +91,10 @@ def advise_decoding(
     fixed: bool,
     compile_: Callable[[str, Config, Topology, Decoding], Plan | None],
 ) -> Iterator[Advice]:
-    """What makes a decoding step fit: another mesh, smaller numbers, fewer sequences, fewer slots; or a larger slice.
+    """Yield settings that make a decoding step fit: a mesh, smaller numbers, fewer sequences or slots, a larger slice.
 
-    on: the slice that was asked for, of which the plan may use a part. fixed: flags gave its mesh, and others take their place.
-    The first ``compiles`` settings are compiled, and left out where they do not fit after all.
+    ``on`` is the user's slice, of which the plan may use a part. ``fixed``: flags give the mesh, so advice is other
+    flags. The first ``compiles`` settings are compiled, and left out if they do not fit.
     """
     wanted = plan.decoding
     assert wanted is not None
@@ -113,7 +118,7 @@ def advise_decoding(
 
 
 def _cheapest_first(asked: Config, config: Config, topology: Topology) -> Iterator[Candidate]:
-    """Ways to run the step: those on the mesh that was asked for first, then the fastest by the count, then the least change."""
+    """Return ways to run the step: those on the requested mesh first, then by estimated speed and number of changes."""
 
     def cost(option: Candidate) -> tuple[bool, float, int, int]:
         changes = option.changes(asked)

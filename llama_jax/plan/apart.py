@@ -1,6 +1,6 @@
-"""Runs a function in a process of its own, which the TPU's compiler may end.
+"""Runs a function in a separate process, which the TPU's compiler may abort.
 
-libtpu aborts its process on a slice that it does not know, and hears no Ctrl-C while it compiles.
+libtpu aborts its process on a slice that it does not know, and ignores Ctrl-C while it compiles.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from llama_jax.errors import UserError
 
 T = TypeVar("T")
 
-# The only way for what is compiled to be a closure, and not to import JAX again. Nothing may have started JAX's backends before.
+# Only a fork can run a closure without importing JAX again. JAX's backends must not have been started before.
 _FORK = multiprocessing.get_context("fork")
-_PR_SET_PDEATHSIG = 1  # from linux/prctl.h: a signal that the kernel sends a process when its parent dies
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h: the kernel sends a process this signal when its parent dies
 _SECONDS = 0.5
 
 
 class CompilerError(Exception):
-    """The TPU's compiler failed, or ended its process; the message is what it said."""
+    """The TPU's compiler failed or aborted its process. The message is what it said."""
 
 
 class Bug(Exception):
-    """Something that should not happen happened in the other process; the message is its traceback."""
+    """An unexpected error in the other process. The message is its traceback."""
 
 
 def run_apart(
@@ -42,11 +42,15 @@ def run_apart(
     begun: Callable[[], None] = lambda: None,
     beat: Callable[[float], None] = lambda _: None,
 ) -> T:
-    """The result of ``function``, which runs in a fork of this process.
+    """Run ``function`` in a fork of this process and return its result.
 
-    function: called with what it calls when all is checked and the long work begins; ``begun`` is called here then, and ``beat``,
-    now and then, with the seconds so far. Raises UserError and CompilerError as ``function`` does, CompilerError where its process
-    dies, UserError where memory is too small, and Bug for all else.
+    Arguments:
+        function: is called with a function that it calls when all is checked and the long work begins.
+        begun: is called here at that moment.
+        beat: is called here repeatedly with the seconds so far.
+
+    Raises UserError and CompilerError like ``function``, CompilerError if its process dies, UserError if memory runs
+    out, and Bug on any other error.
     """
     reader, writer = _FORK.Pipe(duplex=False)
     began = time.monotonic()
@@ -79,9 +83,9 @@ def run_apart(
 
 
 def _flush() -> None:
-    """Empty the buffers that a fork would have a copy of."""
+    """Empty the buffers that a fork would copy."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # None: closed at the start
+        if stream is not None:  # None if it was closed at the start
             stream.flush()
 
 
@@ -91,7 +95,7 @@ def _error(kind: str, value: Any, words: str) -> BaseException:
     if kind == "memory" or (kind == "died" and value == -signal.SIGKILL):
         return UserError(
             "plan: expected memory for the compiler, up to 4 GB for a large model, found too little: its process was killed; "
-            "end other programs, or plan on another machine"
+            "close other programs, or plan on another machine"
         )
     if kind == "bug":
         return Bug(value)
@@ -99,28 +103,28 @@ def _error(kind: str, value: Any, words: str) -> BaseException:
 
 
 def _last_words(words: str, status: int) -> str:
-    """Why the compiler ended its process: the check that failed, or how the process ended."""
+    """Return why the compiler aborted: the check that failed, or the exit status."""
     checks = re.findall(r"Check failed: .*", words)
     return checks[0] if checks else f"its process ended with status {status}"
 
 
 def _run(function: Callable[[Callable[[], None]], Any], writer: Connection, said: IO[bytes], parent: int) -> None:
-    """The other process: hand over what ``function`` returns or raises; what is printed goes into the file ``said``."""
+    """Send the result or error of ``function``, in the other process. Its output goes to the file ``said``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before
+    if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
     for stream in (1, 2):
         os.dup2(said.fileno(), stream)
-    with contextlib.suppress(ValueError, OSError):  # an abort of the compiler need leave no core file
+    with contextlib.suppress(ValueError, OSError):  # no core file if the compiler aborts
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     writer.send_bytes(_outcome(lambda: function(lambda: writer.send(("begun", None)))))
-    os._exit(0)  # libtpu's threads would be waited for
+    os._exit(0)  # a normal exit would wait for libtpu's threads
 
 
 def _outcome(function: Callable[[], Any]) -> bytes:
-    """What ``_error`` and ``run_apart`` read: a kind and a value, pickled."""
+    """Return a pickled kind and value, which ``run_apart`` and ``_error`` interpret."""
     try:
         return pickle.dumps(("made", function()))
     except UserError as error:

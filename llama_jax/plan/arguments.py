@@ -1,4 +1,4 @@
-"""The command line of plan: flags over a TOML file, the file over the defaults, and what of a training run counts."""
+"""The command line of plan: flags override a TOML file, which overrides the defaults."""
 
 import dataclasses
 import tomllib
@@ -10,13 +10,13 @@ from llama_jax.config import Cache, Config, MeshArgs, Weights, load_toml
 from llama_jax.errors import UserError
 from llama_jax.plan.topology import EXAMPLES, Topology
 
-DESCRIPTION = """Plan a run for a TPU slice that need not be there: does it fit, how fast can it be.
+DESCRIPTION = """Plan a run for a TPU slice that you need not have: does it fit, and how fast can it be?
 
-Ends with status 0 where the step fits, with 1 where it does not, and with 2 where the command is to be changed.
+The exit status is 0 if the step fits, 1 if it does not, and 2 if the command must be changed.
 
---config FILE.toml supplies what flags do not."""
+--config FILE.toml gives settings; flags override them."""
 PROGRAM = "python -m llama_jax.plan"
-# Flags that count in one way of planning alone.
+# Flags that matter in only one way of planning.
 OF_DECODING = {"batch", "slots", "weights", "cache"}
 OF_SEARCH = {"compiles"}
 OF_TRAINING = {"tokens"}
@@ -25,58 +25,59 @@ NOT_OF_SEARCH = {"decode", "hlo", "output", "advice"}
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig(Config):
-    """A training run, and what to plan of it."""
+    """The arguments of plan: a training run, and what to plan of it."""
 
     topology: str = ""
-    """The slice: version and grid, such as v5e:16x16, v5p:4x4x4 or v6e:8x8; 2xv5e:16x16 is two slices."""
+    """TPU slice: version and grid, such as v5e:16x16, v5p:4x4x4 or v6e:8x8. 2xv5e:16x16 stands for two slices."""
     json: bool = False
-    """Print one JSON object instead of text; what else is said goes to standard error."""
+    """Print one JSON object instead of text. Other messages go to standard error."""
     hlo: str = ""
-    """A file to write the compiled program's text to. Empty: none is written."""
+    """File for the compiled program's text. Empty: do not write it."""
     output: str = "plan.png"
-    """A file for the picture of memory and time. Empty: none is drawn."""
+    """File for the picture of memory and time. Empty: do not draw it."""
     tokens: float | None = None
-    """Tokens of the whole run, for days and chip-hours. None: as many as the configuration says."""
+    """Tokens of the whole run, to compute days and chip-hours. None: as the configuration says."""
     advice: int = 3
-    """Most compilations that look for settings that fit, where those that were asked for do not. 0: advice is estimated."""
+    """If the step does not fit, compile up to this many other settings to find some that do. 0: only estimate them."""
     search: bool = False
-    """Try meshes, sequences a chip and remat policies, and rank them."""
+    """Try meshes, sequences per chip and remat policies, and rank them."""
     compiles: int = 6
-    """With --search: candidates that are compiled, the most promising first."""
+    """With --search: number of candidates to compile, the most promising first."""
     decode: bool = False
-    """Plan decoding steps instead of training. The configuration's mesh and type are those of training and do not count; flags do."""
+    """Plan decoding steps instead of training.
+    The file's [mesh] and train.compute_dtype are for training and are ignored. Flags are not."""
     batch: int = 8
-    """With --decode: sequences that are decoded together."""
+    """With --decode: number of sequences decoded together."""
     slots: int = 2048
-    """With --decode: tokens of a sequence's cache. By default at most the model's context."""
+    """With --decode: cache size per sequence, in tokens. Default: at most the model's context."""
     weights: Weights = "auto"
-    """With --decode: auto, the type that is computed in; int8, int4 or int4-64."""
+    """With --decode: quantization of the matrices: int8, int4 or int4-64. auto: none."""
     cache: Cache = "auto"
-    """With --decode: keys and values: auto, the type that is computed in; int8."""
+    """With --decode: quantization of keys and values: int8. auto: none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A command line, read."""
+    """A parsed command line."""
 
     args: PlanConfig
-    config: Config  # of args, without what only plan knows
+    config: Config  # the part of args that is not only plan's
     topology: Topology
     given: set[str]  # the flags on the command line
-    stated: set[str]  # these, and the keys of the file
-    file: Config | None  # None: no file was given
+    stated: set[str]  # the flags and the keys of the file
+    file: Config | None  # None if no file was given
 
 
 def read_request(argv: Sequence[str]) -> Request:
-    """Read a command line. Raises UserError where it is wrong."""
+    """Read a command line. Raises UserError if it is wrong."""
     path, rest = take_option(list(argv), "--config")
     file = load_toml(path) if path else None
     base, given = file or Config(), given_flags(rest)
     args = _parse(rest, base, given)
     if args.train.init_from:
-        from llama_jax.checkpoint import Checkpoint  # orbax takes seconds
+        from llama_jax.checkpoint import Checkpoint  # imported here, because orbax takes seconds
 
-        # As in train.py: the checkpoint brings the model's shape.
+        # As in train.py, the model's shape comes from the checkpoint.
         args = _parse(rest, dataclasses.replace(base, model=Checkpoint.find(args.train.init_from).args), given)
     if not args.topology.strip():
         raise UserError(f"--topology: expected a slice such as {EXAMPLES}, found none")
@@ -86,12 +87,12 @@ def read_request(argv: Sequence[str]) -> Request:
 
 
 def given_flags(argv: Sequence[str]) -> set[str]:
-    """Names of the flags on a command line, spelled as fields: {"mesh.tensor", "hlo"}."""
+    """Return the names of the flags on a command line, spelled as fields: {"mesh.tensor", "hlo"}."""
     return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
 
 
 def stated_keys(path: str | None) -> set[str]:
-    """Names of the keys that a TOML file states: {"data.vocab_size"}."""
+    """Return the names of the keys in a TOML file: {"data.vocab_size"}."""
     if path is None:
         return set()
     table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -99,7 +100,10 @@ def stated_keys(path: str | None) -> set[str]:
 
 
 def _parse(argv: list[str], base: Config, given: set[str]) -> PlanConfig:
-    """Flags over ``base``, of which does not count: for decoding, the mesh and the type; and what a flag decides otherwise."""
+    """Read flags over ``base``, without the settings of ``base`` that do not apply.
+
+    For decoding these are the mesh and the data type; otherwise, settings that a flag overrides.
+    """
     default = PlanConfig(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
     args = parse_flags(PlanConfig, argv, default, PROGRAM, DESCRIPTION)
     data, train, mesh = base.data, base.train, base.mesh
@@ -114,7 +118,7 @@ def _parse(argv: list[str], base: Config, given: set[str]) -> PlanConfig:
 
 
 def _check(args: PlanConfig, given: set[str]) -> None:
-    """Raise UserError on impossible values, and on flags that would be read by nobody."""
+    """Raise UserError on impossible values, and on flags that have no effect."""
     for name in ("batch", "slots", "tokens", "compiles"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):

@@ -1,4 +1,4 @@
-"""What ``python -m llama_jax.plan`` does: say what is planned, compile it, say what was found, and advise."""
+"""The command ``python -m llama_jax.plan``: print what is planned, compile it, print the result, and advise."""
 
 import contextlib
 import dataclasses
@@ -24,13 +24,13 @@ from llama_jax.plan.tables import Rows
 from llama_jax.plan.topology import HOST_CHIPS, Topology
 
 FITS, DOES_NOT_FIT = 0, 1
-# Seconds between two lines that say that the compiler is still at work.
+# Seconds between two lines that say that the compiler is still running.
 BEAT = 30
 HOW_LONG = "compiling: seconds for a small model, 1 to 5 minutes for a large one"
 
 
 class Console:
-    """Says what happens: on standard output, or, where that carries JSON, on standard error."""
+    """Prints progress on standard output, or on standard error if standard output carries JSON."""
 
     def __init__(self, as_json: bool):
         self._stream = sys.stderr if as_json else sys.stdout
@@ -45,7 +45,7 @@ class Console:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Callable[[float], None]]:
-        """Yields what is to be told, now and then, for how many seconds the compiler has been at work."""
+        """Yield a function to call repeatedly with the seconds that the compiler has been running."""
         terminal, told = self._stream.isatty(), 0.0
 
         def beat(seconds: float) -> None:
@@ -64,7 +64,7 @@ class Console:
 
 @dataclass(frozen=True)
 class Task:
-    """A step to plan, with what is said before it is compiled, and how it is told and mended."""
+    """A step to plan, with the lines printed before it is compiled, and functions to report and advise."""
 
     config: Config
     topology: Topology
@@ -76,17 +76,17 @@ class Task:
 
 
 def run(request: Request) -> int:
-    """Plan what was asked for; returns the exit status. Raises UserError where it cannot be planned."""
+    """Plan the requested step. Return the exit status. Raises UserError if it cannot be planned."""
     args, topology = request.args, request.topology
     found = vocabulary(request.config, "data.vocab_size" in request.stated)
     request = dataclasses.replace(request, config=with_vocabulary(request.config, int(found.value or 0)))
     request.config.check()
     console, before = Console(args.json), tables.model_rows(request.config, found)
     if request.file is None:
-        before.append(("", "no --config: settings are the defaults and what flags say"))
+        before.append(("", "no --config: settings are the defaults and the flags"))
     if not topology.is_offered:
         _check_slice(topology)
-        before.append(("slice", f"{topology.name} is none that Google's tables list; the nearest: {topology.nearest}"))
+        before.append(("slice", f"{topology.name} is not in Google's tables; the nearest: {topology.nearest}"))
     if args.search:
         return _search(request, console, before)
     outputs = Outputs.check(args.hlo, args.output, "output" in request.given)
@@ -95,7 +95,7 @@ def run(request: Request) -> int:
 
 
 def _check_slice(topology: Topology) -> None:
-    """Raise UserError where the compiler does not know a slice that is in no table."""
+    """Raise UserError if the compiler does not know a slice that is in no table."""
     try:
         run_apart(lambda _: probe(topology))
     except CompilerError as error:
@@ -103,7 +103,7 @@ def _check_slice(topology: Topology) -> None:
 
 
 def _plan(task: Task, request: Request, console: Console, before: Rows, outputs: Outputs) -> int:
-    """Compile a step, tell what was found, advise where it does not fit, and write the files."""
+    """Compile a step, print the result, advise if it does not fit, and write the files."""
     args = request.args
     plan = _compiled(task.config, task.topology, task.decoding, console, [*before, ("", HOW_LONG)])
     if not args.json:
@@ -140,7 +140,7 @@ def _training(request: Request, console: Console) -> Task:
 
 
 def _decoding(request: Request, console: Console) -> Task:
-    """Decoding as sample.py does it: on a mesh for the slice, not on that of the training configuration, unless flags give one."""
+    """Return the task of a decoding step, on a mesh chosen for the slice as in sample.py unless flags give one."""
     config, topology, args = request.config, request.topology, request.args
     context, fixed = config.model.max_seq_len, any(flag.startswith("mesh.") for flag in request.given)
     slots = args.slots if "slots" in request.given else min(args.slots, context)
@@ -169,23 +169,21 @@ def _decoding(request: Request, console: Console) -> Task:
 
 
 def _mesh_rows(request: Request, layout: Layout) -> Rows:
-    """Why the mesh is none that was asked for, and how sample.py is told to take it."""
+    """Return lines that say why this mesh was chosen, and how to give it to sample.py."""
     file, topology = request.file, request.topology
     sizes = {name: size for name, size in dataclasses.asdict(layout.mesh).items() if size != 1 or name == "data"}
-    why = (
-        "the fastest that holds it by the bytes of each chip"
-        if layout.fits
-        else "the one that comes nearest to holding it"
-    )
+    why = "the fastest that fits by estimate" if layout.fits else "the one that needs the least memory"
     rows = [("mesh", f"{describe(sizes)}, {why}; --mesh.* flags give another")]
     if file is not None and file.mesh != MeshArgs():
-        rows.append(("", "[mesh] in the file is for training and does not count"))
+        rows.append(("", "[mesh] in the file is for training and is ignored"))
     if file is not None and file.train.compute_dtype != request.config.train.compute_dtype:
-        rows.append(("", "train.compute_dtype in the file is for training and does not count"))
+        rows.append(("", "train.compute_dtype in the file is for training and is ignored"))
     flags = " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
     fewest = fewest_chips(request.config, topology, request.args.weights)
     where = "" if layout.topology == topology else f", on {layout.topology.name}"
-    rows.append(("sample.py", f"{flags} lays it like this{where}; without them it takes {tables.chips_text(fewest)}"))
+    rows.append(
+        ("sample.py", f"{flags} gives this mesh{where}; without these flags it uses {tables.chips_text(fewest)}")
+    )
     return rows
 
 
@@ -221,16 +219,16 @@ def _search(request: Request, console: Console, before: Rows) -> int:
 
 
 def _tried(flags: str, config: Config, topology: Topology, decoding: Decoding | None, console: Console) -> Plan | None:
-    """A plan of settings that nobody asked for; None where the compiler fails."""
+    """Return a plan of settings that the user did not ask for, or None if the compiler fails."""
     with contextlib.suppress(UserError):
         return _compiled(config, topology, decoding, console, [("", f"trying {flags}")])
     return None
 
 
 def _compiled(config: Config, topology: Topology, decoding: Decoding | None, console: Console, before: Rows) -> Plan:
-    """The plan of a step, compiled in a process of its own; ``before`` is said when all is checked.
+    """Compile a step in a separate process and return its plan. ``before`` is printed after all checks.
 
-    Raises UserError where it cannot be planned, or the compiler fails.
+    Raises UserError if the step cannot be planned, or if the compiler fails.
     """
 
     def make(begun: Callable[[], None]) -> Plan:
@@ -243,6 +241,6 @@ def _compiled(config: Config, topology: Topology, decoding: Decoding | None, con
             return run_apart(make, lambda: console.say(before) if before else None, beat)
     except CompilerError as error:
         raise UserError(
-            f"plan: expected a step that the TPU compiler takes, found that it fails: {str(error)[:300]}; "
+            f"plan: expected a step that the TPU compiler accepts, found that it fails: {str(error)[:300]}; "
             "change [mesh] or the model's sizes, or take another slice"
         ) from None

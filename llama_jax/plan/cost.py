@@ -1,8 +1,8 @@
-"""What one run of a compiled TPU program costs a chip, by its own schedule.
+"""The cost of one run of a compiled TPU program on a chip, by its own schedule.
 
-Fusions carry the compiler's estimate of their cycles; what a loop runs counts as often as it runs. Collectives are timed by
-their bytes and the links', Pallas kernels by their FLOPs. Times are lower bounds of a sort: nothing waits for anything but a
-collective that blocks.
+The compiler estimates the cycles of each fusion. The body of a loop counts as often as it runs. Collectives are timed
+by their bytes and the links' bandwidth, Pallas kernels by their FLOPs. The times are lower bounds, because nothing is
+assumed to wait except for blocking collectives.
 """
 
 import math
@@ -17,15 +17,16 @@ from llama_jax.devices.chips import Chip
 from llama_jax.plan.hlo import HBM, HOST, Instruction, Program
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Parts of a transfer to the host or to other slices, whose bytes are counted at the send, or of a copy, at its start.
+# Parts of a transfer to the host or other slices, whose bytes are counted at the send, and of a copy, counted at its
+# start.
 TRANSFERS = ("send", "send-done", "recv", "recv-done", "after-all", "copy-done", "slice-done")
-# How often the bytes of a collective's result pass a link (a ring's, in both directions).
+# How often the bytes of a collective's result cross a link (of a ring, in both directions).
 PASSES = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-all": 0.25}
-# Matrix products of [T, S] scores in the parts of flash attention: scores, values; gradients of q; of k and v.
+# Matrix products of [T, S] scores in flash attention kernels: forward (scores, values), gradient of q, of k and v.
 KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-# The share of the matrix units' peak that a flash attention kernel is taken to reach; the compiler estimates no cycles for it.
+# The share of the peak FLOP/s assumed for flash attention kernels, for which the compiler estimates no cycles.
 KERNEL_EFFICIENCY = 0.5
-# Parts of the model, by what stands in the path of an operation's name; the first that is found counts.
+# Parts of the model, by a word in the path of an operation's name. The first match counts.
 PARTS = {
     "attention": "attention",
     "feed-forward": "feed_forward",
@@ -34,7 +35,7 @@ PARTS = {
     "optimizer": "optimizer",
 }
 RECOMPUTED = "rematted_computation"
-# Kinds of collectives that leave the slice end so.
+# The suffix of collectives between slices.
 BETWEEN_SLICES = " between slices"
 
 
@@ -51,26 +52,26 @@ class Collective:
 
 
 def _none_yet() -> list[float]:
-    """Number and bytes of collectives."""
+    """Return zero for the number and the bytes of collectives."""
     return [0.0, 0.0]
 
 
 @dataclass
 class Cost:
-    """Of one chip and one run."""
+    """The cost of one run on one chip."""
 
     matrix: float = 0.0  # seconds in fusions with matrix products
-    other: float = 0.0  # seconds in all else that the compiler estimates
-    flops: float = 0.0  # of matrix products, kernels aside
+    other: float = 0.0  # seconds in everything else that the compiler estimates
+    flops: float = 0.0  # of matrix products, without kernels
     hbm_bytes: float = 0.0
     host_bytes: float = 0.0
     kernel_flops: float = 0.0
-    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds of matrix and other, by part
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # matrix + other seconds by part
     kernels: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # runs, by name
     transfers: dict[tuple[str, bool, int], list[float]] = field(default_factory=lambda: defaultdict(_none_yet))
 
     def add(self, part: "Cost", times: int) -> None:
-        """Count ``part`` as often as it runs."""
+        """Add ``part`` as often as it runs."""
         for name in ("matrix", "other", "flops", "hbm_bytes", "host_bytes", "kernel_flops"):
             setattr(self, name, getattr(self, name) + times * getattr(part, name))
         for name, seconds in part.parts.items():
@@ -84,14 +85,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A program's cost on a chip, in seconds."""
+    """The cost of a program on a chip, in seconds."""
 
     cost: Cost
     chip: Chip
 
     @property
     def collectives(self) -> list[Collective]:
-        """The longest first."""
+        """All collectives, the longest first."""
         found = [
             Collective(kind, blocking, group, int(count), size, _link_seconds(kind, size, group, self.chip))
             for (kind, blocking, group), (count, size) in self.cost.transfers.items()
@@ -100,17 +101,17 @@ class Schedule:
 
     @property
     def by_part(self) -> list[tuple[str, float]]:
-        """Seconds of matrix and other, by part of the model, the longest first."""
+        """Seconds of matrix products and other fusions by part of the model, the longest first."""
         return sorted(self.cost.parts.items(), key=lambda part: -part[1])
 
     @property
     def blocking(self) -> float:
-        """Seconds in collectives beside which nothing runs."""
+        """Seconds in collectives during which nothing else runs."""
         return sum(c.seconds for c in self.collectives if c.blocking)
 
     @property
     def overlapped(self) -> float:
-        """Seconds in collectives that run beside other work."""
+        """Seconds in collectives that overlap with other work."""
         return sum(c.seconds for c in self.collectives if not c.blocking)
 
     @property
@@ -120,18 +121,18 @@ class Schedule:
 
     @property
     def waiting(self) -> float:
-        """Seconds by which the network between slices needs longer than all else, beside which it works."""
+        """Seconds that the network between slices takes beyond the work that it overlaps with."""
         between = sum(c.seconds for c in self.collectives if c.kind.endswith(BETWEEN_SLICES))
         return max(0.0, between - self._busy)
 
     @property
     def waiting_for_memory(self) -> float:
-        """Seconds by which the memory needs longer than all else, beside which it is read ahead."""
+        """Seconds that memory takes beyond the work that overlaps with prefetching."""
         return max(0.0, self.cost.hbm_bytes / self.chip.hbm_bandwidth - self._busy - self.waiting)
 
     @property
     def seconds(self) -> float:
-        """Of one run."""
+        """Seconds of one run."""
         return self._busy + self.waiting + self.waiting_for_memory
 
     @property
@@ -140,12 +141,12 @@ class Schedule:
 
 
 def schedule_of(program: Program, chip: Chip) -> Schedule:
-    """What one run of a program costs."""
+    """Return the cost of one run of a program."""
     return Schedule(_Reader(program, chip).cost_of_entry(), chip)
 
 
 class _Reader:
-    """Adds up the cost of a program's computations, each once."""
+    """Sums the cost of a program's computations, each computed once."""
 
     def __init__(self, program: Program, chip: Chip):
         self._program, self._chip = program, chip
@@ -164,7 +165,7 @@ class _Reader:
         return self._done[computation]
 
     def _count(self, i: Instruction, names: dict[str, Instruction], cost: Cost, seen: set[str]) -> None:
-        """Add one instruction of a computation, whose collectives on the channels ``seen`` are counted already."""
+        """Add the cost of an instruction. Collectives on channels in ``seen`` are already counted."""
         if i.opcode == "while":
             cost.add(self._cost(i.body), self._program.trips(i))
         elif i.opcode in ("call", "conditional", "async-start"):
@@ -217,7 +218,7 @@ class _Reader:
     ) -> None:
         if i.channel not in seen and not i.opcode.endswith("-done"):
             seen.add(i.channel)
-            # The start of an asynchronous collective returns its operand beside its result.
+            # The start of an asynchronous collective returns its operand next to its result.
             size = max(a.size for a in i.results) if i.opcode.endswith("-start") else i.size
             key = kind or _collective(i.opcode) or "", not asynchronous, i.group_size(self._program.devices)
             cost.transfers[key][0] += 1
@@ -227,15 +228,18 @@ class _Reader:
         name = re.sub(r"\.\d+$", "", i.name)
         cost.kernels[name] += 1
         cost.hbm_bytes += self._bytes(i, names)
-        # Queries [B, N, T, H] come first, then keys [B, K, S, H]; B is left out where it is 1.
+        # Queries [B, N, T, H] come first, then keys [B, K, S, H]. B is left out if it is 1.
         heads = [a for o in i.operands if o in names for a in names[o].results if len(a.dims) >= 3 and "f" in a.dtype]
         products = next((n for part, n in KERNEL_PRODUCTS.items() if f"_{part}" in name), 0)
         if products and len(heads) > 1:
-            # A causal mask halves the 2 FLOPs a pair.
+            # A causal mask halves the 2 FLOPs per pair.
             cost.kernel_flops += products * math.prod(heads[0].dims) * heads[1].dims[-2]
 
     def _bytes(self, i: Instruction, names: dict[str, Instruction]) -> float:
-        """Bytes that an instruction reads from and writes to HBM; of what it only slices, the slices."""
+        """Return the bytes that an instruction reads from and writes to HBM.
+
+        Of an array that it slices, only slices count.
+        """
         if i.opcode == "fusion":
             body = self._program.computations[i.called[0]]
             parameters = {int(j.arguments): j for j in body if j.opcode == "parameter"}
@@ -254,7 +258,7 @@ class _Reader:
         return float(sum(a.size for a in (*operands, *i.results) if a.memory == HBM))
 
     def _read(self, body: list[Instruction], name: str, whole: int) -> tuple[float, bool]:
-        """Bytes that a fusion reads of the value ``name`` of ``whole`` bytes, and whether it hands the value on as its result."""
+        """Return how many of ``whole`` bytes of value ``name`` a fusion reads, and whether it also returns it."""
         total, handed_on = 0.0, any(j.root and j.name == name for j in body)
         for user in (j for j in body if name in j.operands):
             if user.opcode in ("dynamic-slice", "slice"):
@@ -301,7 +305,7 @@ def _part(origin: str) -> str:
 
 
 def _link_seconds(kind: str, size: float, group: int, chip: Chip) -> float:
-    """Seconds that a collective of ``group`` chips takes on rings along the axes of the torus that it spans."""
+    """Return the seconds of a collective of ``group`` chips on rings along the torus axes that it spans."""
     if group <= 1:
         return 0.0
     if kind.endswith(BETWEEN_SLICES):
@@ -316,7 +320,7 @@ def _link_seconds(kind: str, size: float, group: int, chip: Chip) -> float:
 
 
 def _matrix_flops(i: Instruction, names: dict[str, Instruction]) -> float:
-    """2 a multiplication and addition, of a dot or of the convolution that XLA makes of it."""
+    """Return the FLOPs, 2 per multiply-add, of a dot or of the convolution that XLA makes of it."""
     x, w, y = (a.results[0].dims for a in (names[i.operands[0]], names[i.operands[1]], i))
     if i.opcode == "dot":
         contracted = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)

@@ -1,4 +1,4 @@
-"""How a model is laid over a slice for decoding, and which settings let it fit; counted, not compiled."""
+"""Estimates how to lay a model over a slice for decoding, and which settings make it fit, without compiling."""
 
 import contextlib
 import functools
@@ -19,17 +19,17 @@ from llama_jax.plan import Decoding
 from llama_jax.plan.estimate import divisors
 from llama_jax.plan.topology import HOST_CHIPS, Topology
 
-# Seconds that a message takes from a chip to the next one, whatever its size; the compiler's schedule does not count them.
+# Seconds of latency per message between neighbouring chips. The compiler's schedule does not include it.
 HOP = 1e-6
-# The share of a chip's memory that parameters and cache may take; the rest of a step is small.
+# The share of a chip's memory for parameters and cache. The rest of a step is small.
 USABLE = 0.98
-# From the largest numbers to the smallest, and what is tried in their place, from the least loss of quality on.
+# Options from the largest numbers to the smallest, and replacements to try, those with the least loss of quality first.
 WEIGHTS: tuple[Weights, ...] = ("auto", "int8", "int4")
 CACHES: tuple[Cache, ...] = ("auto", "int8")
 SMALLER: tuple[tuple[Weights, Cache], ...] = (
     ("auto", "int8"), ("int8", "auto"), ("int8", "int8"), ("int4", "auto"), ("int4", "int8"),
 )  # fmt: skip
-# Fewer sequences are advised in multiples of this, where they are more.
+# Above this number, sequences are advised in multiples of it.
 ROUND = 8
 # Slots are halved down to this number.
 FEWEST_SLOTS = 256
@@ -37,7 +37,7 @@ FEWEST_SLOTS = 256
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh on a slice, or on a part of it, with what a decoding step takes there: bytes a chip, seconds; rough."""
+    """A mesh on a slice, or on a part of it, with estimates for a decoding step: bytes per chip and seconds."""
 
     topology: Topology
     mesh: MeshArgs
@@ -46,16 +46,16 @@ class Layout:
 
     @property
     def fits(self) -> bool:
-        """Whether it does by this count."""
+        """Whether it fits by the estimate."""
         return self.bytes <= USABLE * self.topology.chip.hbm_bytes
 
 
 def lay_out(config: Config, topology: Topology, decoding: Decoding, whole: bool = False) -> Layout:
-    """The fastest layout that fits, or else the one that comes nearest to it; of all chips, where it is to be the ``whole`` slice.
+    """Return the fastest layout that fits, or else the one that needs the least memory.
 
-    Heads, hidden units and vocabulary are spread over chips, as sample.py spreads them; where sequences and chips are many,
-    several copies of the model take a part of the sequences each. Chips that neither can use are left idle. Raises UserError
-    where there is no layout.
+    Heads, hidden units and vocabulary are sharded over chips as in sample.py. With many sequences and chips, several
+    copies of the model share the sequences. Chips that neither can use stay idle, unless ``whole`` requires all chips
+    of the slice. Raises UserError if there is no layout.
     """
     found = [layout for layout in _layouts(config, topology, decoding) if layout.topology == topology or not whole]
     if not found:
@@ -71,7 +71,7 @@ def lay_out(config: Config, topology: Topology, decoding: Decoding, whole: bool 
 
 
 def fewest_chips(config: Config, topology: Topology, weights: Weights) -> int:
-    """Chips that sample.py spreads the model over where it is not told: the fewest of a host that hold its parameters."""
+    """Return the number of chips that sample.py uses by default: the fewest of a host that hold the parameters."""
     need, most = parameter_bytes(config, weights), min(topology.chips, HOST_CHIPS[topology.version])
     counts = [n for n in range(1, most + 1) if _spreads(config, n)]
     return next((n for n in counts if need / n <= topology.chip.hbm_bytes), counts[-1])
@@ -80,17 +80,17 @@ def fewest_chips(config: Config, topology: Topology, weights: Weights) -> int:
 def fewer(
     config: Config, topology: Topology, decoding: Decoding, whole: bool = False
 ) -> Iterator[tuple[str, Decoding, Layout]]:
-    """What fits in place of ``decoding`` on the same slice: flags, settings and layout.
+    """Yield what fits in place of ``decoding`` on the same slice: flags, settings and layout.
 
-    One of each kind: smaller numbers for weights and cache, fewer sequences, fewer slots. whole: all chips are used, and the
-    layout of the same settings comes first.
+    There is one of each kind: smaller numbers for weights and cache, fewer sequences, fewer slots. ``whole``: use all
+    chips, and first try another layout of the same settings.
     """
     found = False
 
     def first(options: Iterable[tuple[str, Decoding]]) -> Iterator[tuple[str, Decoding, Layout]]:
         nonlocal found
         for flags, smaller in options:
-            with contextlib.suppress(UserError):  # so many sequences cannot be laid over so many chips
+            with contextlib.suppress(UserError):  # this many sequences cannot be divided over the chips
                 layout = lay_out(config, topology, smaller, whole)
                 if layout.fits:
                     found = True
@@ -104,7 +104,7 @@ def fewer(
                 yield f"{flags} --batch {batch}".strip(), replace(settings, batch=batch)
 
     smaller_numbers = list(_with_smaller_numbers(decoding))
-    if whole:  # another mesh may do
+    if whole:  # another mesh may suffice
         yield from first([("", decoding)])
     yield from first(smaller_numbers)
     yield from first(fewer_sequences("", decoding))
@@ -115,7 +115,7 @@ def fewer(
 
 
 def larger(config: Config, topology: Topology, decoding: Decoding) -> Layout | None:
-    """On the first of the larger slices that holds ``decoding``; None where there is none."""
+    """Return the layout on the first larger slice that holds ``decoding``, or None."""
     for slice_ in topology.larger():
         with contextlib.suppress(UserError):
             if (layout := lay_out(config, slice_, decoding)).fits:
@@ -124,12 +124,12 @@ def larger(config: Config, topology: Topology, decoding: Decoding) -> Layout | N
 
 
 def parameter_bytes(config: Config, weights: Weights) -> int:
-    """Bytes of all parameters in the form for generation (serving.py)."""
+    """Return the bytes of all parameters in the form for generation."""
     return _parameter_bytes(_module(config), weights)
 
 
 def slot_bytes(config: Config, cache: Cache) -> int:
-    """Bytes of the cache that a token of a sequence takes."""
+    """Return the bytes of cache per token of a sequence."""
     return _slot_bytes(_module(config), cache)
 
 
@@ -146,13 +146,13 @@ def _slot_bytes(module: Llama, cache: Cache) -> int:
 
 
 def _module(config: Config) -> Llama:
-    """As TPUs run it. Not by make_model, which starts JAX's backends."""
+    """Return the model as TPUs run it, without make_model, which would start JAX's backends."""
     name = config.train.compute_dtype
     return Llama(config.model, jnp.dtype("bfloat16" if name == "auto" else name))
 
 
 def _layouts(config: Config, topology: Topology, decoding: Decoding) -> Iterator[Layout]:
-    """All that the sizes and the number of sequences divide."""
+    """Yield the layouts that divide the sizes and the number of sequences."""
     parameters = parameter_bytes(config, decoding.weights)
     cache = decoding.batch * decoding.slots * slot_bytes(config, decoding.cache)
     m, chip = config.model, topology.chip
@@ -165,7 +165,7 @@ def _layouts(config: Config, topology: Topology, decoding: Decoding) -> Iterator
 
 
 def _cuts(config: Config, topology: Topology) -> Iterator[tuple[Topology, int, int]]:
-    """Every part of the slice, with the chips that a copy of the model may be spread over and the number of copies."""
+    """Yield every part of the slice, with the number of chips per copy of the model and the number of copies."""
     for part in topology.parts():
         for tensor in divisors(part.chips // part.slices):
             if _spreads(config, tensor):
@@ -178,7 +178,7 @@ def _spreads(config: Config, chips: int) -> bool:
 
 
 def _most_sequences(config: Config, topology: Topology, decoding: Decoding, whole: bool) -> int:
-    """The most sequences that fit with settings that are else those of ``decoding``; 0 where not one does."""
+    """Return the largest number of sequences that fits with the other settings of ``decoding``, or 0."""
     parameters, room = parameter_bytes(config, decoding.weights), USABLE * topology.chip.hbm_bytes
     a_sequence = decoding.slots * slot_bytes(config, decoding.cache)
     most = max(

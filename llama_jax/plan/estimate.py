@@ -1,7 +1,7 @@
-"""A rough count of a training step's bytes and seconds, and the ways to lay it out that a slice allows.
+"""A rough estimate of a training step's bytes and seconds, and the layouts that a slice allows.
 
-Thousands of combinations cannot be compiled, at minutes each. The count says which are worth it: its bytes come within a tenth
-of the compiler's for the shapes of LLaMA 2, its seconds are for comparing one with another. The compiler has the last word.
+Thousands of combinations cannot be compiled, since each takes minutes. The estimate selects those worth compiling. For
+shapes of LLaMA 2 its bytes are within a tenth of the compiler's; its seconds only compare one layout with another.
 """
 
 import dataclasses
@@ -17,9 +17,10 @@ from llama_jax.training.flops import train_flops_per_token
 POLICIES: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 TENSOR = (1, 2, 4, 8)
 SEQUENCE = (1, 2, 4, 8)
-# Fewest positions of a sequence that a device is given a part of.
+# A device gets a part of a sequence of at least this many positions.
 FEWEST_POSITIONS = 4096
-# Features a token and layer that a policy keeps besides the residual stream: of D, keys and values, F, over t tensor shards.
+# Features per token and layer that a policy keeps besides the residual stream, as a function of D, keys and values, F,
+# and t tensor shards.
 KEPT = {
     "none": lambda D, KV, F, t: 9 * D + (3 * D + KV + 6 * F) / t,
     "dots": lambda D, KV, F, t: D + (2 * D + KV + 2 * F) / t,
@@ -31,7 +32,7 @@ KEPT = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run the step, with all sizes of its mesh, and a rough idea of what it needs: bytes a chip, seconds a step."""
+    """A way to run the step, with a mesh without -1, and estimates of its bytes per chip and seconds per step."""
 
     config: Config
     topology: Topology
@@ -40,11 +41,11 @@ class Candidate:
 
     @property
     def rows(self) -> int:
-        """Sequences that a device of the batch axes works on at once."""
+        """Number of sequences that a device on the batch axes processes at once."""
         return rows_of(self.config)
 
     def changes(self, asked: Config) -> str:
-        """Flags that make the settings of ``asked``, whose mesh may have a -1, into these."""
+        """Return the flags that change the settings of ``asked``, whose mesh may have a -1, into these."""
         train, flags = self.config.train, []
         sizes, before = dataclasses.asdict(self.config.mesh), dataclasses.asdict(asked.mesh)
         if any(before[axis] not in (size, -1) for axis, size in sizes.items()):
@@ -56,7 +57,7 @@ class Candidate:
         return " ".join(flags)
 
     def flags(self, asked: Config) -> str:
-        """All its settings as flags, over those of ``asked``."""
+        """Return all settings as flags, on top of those of ``asked``."""
         sizes, before = dataclasses.asdict(self.config.mesh), dataclasses.asdict(asked.mesh)
         mesh = [f"--mesh.{axis} {size}" for axis, size in sizes.items() if size != 1 or before[axis] != 1]
         train = self.config.train
@@ -65,18 +66,18 @@ class Candidate:
 
 
 def rows_of(config: Config) -> int:
-    """Sequences that a device of the batch axes works on at once."""
+    """Return the number of sequences that a device on the batch axes processes at once."""
     train, mesh = config.train, config.mesh
     return train.batch_size // (train.gradient_accumulation_steps * mesh.data * mesh.fsdp)
 
 
 def candidate(config: Config, topology: Topology) -> Candidate:
-    """A configuration whose mesh has sizes, with its rough count."""
+    """Return a configuration, whose mesh has no -1, with its estimates."""
     return Candidate(config, topology, training_bytes(config), training_seconds(config, topology))
 
 
 def candidates(config: Config, topology: Topology, most_rows: int | None = None) -> Iterator[Candidate]:
-    """Every mesh, number of sequences at once (up to ``most_rows``) and policy that divide evenly."""
+    """Yield every divisible combination of mesh, sequences at once (up to ``most_rows``) and remat policy."""
     train = config.train
     for mesh in meshes(config, topology.chips):
         parts, left = divmod(train.batch_size, mesh.data * mesh.fsdp)
@@ -89,7 +90,10 @@ def candidates(config: Config, topology: Topology, most_rows: int | None = None)
 
 
 def meshes(config: Config, chips: int) -> Iterator[MeshArgs]:
-    """Every mesh of so many chips that the model's sizes divide; its tensor and sequence axes may be as large as they are now."""
+    """Yield every mesh of ``chips`` chips that divides the model's sizes.
+
+    Its tensor and sequence axes may be as large as the current ones.
+    """
     m, now = config.model, config.mesh
     widths = (chips, m.n_heads, m.kv_heads, m.hidden_dim, m.vocab_size)
     for tensor in sorted({*TENSOR, max(1, now.tensor)}):
@@ -106,7 +110,7 @@ def meshes(config: Config, chips: int) -> Iterator[MeshArgs]:
 
 
 def training_bytes(config: Config) -> float:
-    """State, gradients, what the backward pass keeps, and what a layer and the logits work on; of a chip, rough."""
+    """Estimate the bytes per chip: state, gradients, kept activations, working memory of a layer and of the logits."""
     m, mesh, train = config.model, config.mesh, config.train
     rows, t = rows_of(config), mesh.tensor
     tokens = rows * m.max_seq_len / mesh.sequence
@@ -124,7 +128,7 @@ def training_bytes(config: Config) -> float:
 
 
 def training_seconds(config: Config, topology: Topology) -> float:
-    """FLOPs, computed again where the policy says so; gathers where they are longer than that; sums over the other axes. Rough."""
+    """Estimate the seconds of a step: FLOPs with recomputation (or gathers, if longer) and sums over other axes."""
     m, mesh, train, chip = config.model, config.mesh, config.train, topology.chip
     rows, parameters = rows_of(config), count_parameters(m)
     tokens = rows * m.max_seq_len / mesh.sequence
@@ -142,7 +146,7 @@ def training_seconds(config: Config, topology: Topology) -> float:
     across = 2 * 4 * parameters / (mesh.fsdp * mesh.tensor) / links if copies else 0.0
     if topology.slices > 1:
         exchanged = parameters * (topology.slices - 1) / topology.chips / (chip.slice_bytes or 1.0)
-        if mesh.data % topology.slices:  # parameters are spread over slices
+        if mesh.data % topology.slices:  # parameters are sharded across slices
             gathers += 4 * 2 * exchanged
         else:
             across += 2 * 4 * exchanged
@@ -150,7 +154,7 @@ def training_seconds(config: Config, topology: Topology) -> float:
 
 
 def divisors(n: int) -> Iterable[int]:
-    """Of ``n``, smallest first."""
+    """Return the divisors of ``n``, smallest first."""
     return [d for d in range(1, math.isqrt(n) + 1) if n % d == 0] + [
         n // d for d in range(math.isqrt(n), 0, -1) if n % d == 0 and d * d != n
     ]

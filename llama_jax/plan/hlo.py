@@ -1,8 +1,8 @@
-"""The text of a compiled program, read into instructions: XLA's HLO, after scheduling.
+"""Parses the text of a compiled program into instructions: XLA's HLO after scheduling.
 
     %fusion.3 = bf16[2,64]{1,0:T(8,128)S(1)} fusion(%a, %b), kind=kOutput, calls=%computation, backend_config={...}
 
-A result is an array or a tuple of arrays; ``S(n)`` in its layout is the memory it lies in: 0 (not written) is the chip's main
+A result is an array or a tuple of arrays. ``S(n)`` in its layout is its memory space: 0 (left out) is the chip's main
 memory, HBM, and 5 the host's.
 """
 
@@ -27,7 +27,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclass(frozen=True)
 class Array:
-    """An array's type, sizes, and the memory that it lies in."""
+    """An array's type, sizes and memory space."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -35,67 +35,67 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return math.prod(self.dims) * ITEM_BITS.get(self.dtype, 8) // 8
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """A line of a computation."""
 
     name: str
     opcode: str
     results: tuple[Array, ...]
-    arguments: str  # what stands in its parentheses
-    attributes: str  # what stands behind them
+    arguments: str  # the text in its parentheses
+    attributes: str  # the text after them
     root: bool
 
     @cached_property
     def operands(self) -> list[str]:
-        """Names of the instructions whose results it reads."""
+        """The names of the instructions whose results it reads."""
         return re.findall(r"%([\w.\-]+)", self.arguments)
 
     @cached_property
     def called(self) -> list[str]:
-        """Names of the computations that it runs, a loop's condition aside."""
+        """The names of the computations that it runs, except a loop's condition."""
         branches = _BRANCHES.search(self.attributes)
         more = re.findall(r"[\w.\-]+", branches[1].replace("%", "")) if branches else []
         return _CALLED.findall(self.attributes) + more
 
     @property
     def size(self) -> int:
-        """Bytes of all results."""
+        """The bytes of all results."""
         return sum(array.size for array in self.results)
 
     @property
     def body(self) -> str:
-        """Name of the computation that a loop runs again and again."""
+        """The name of the computation that a loop repeats, or ""."""
         return self._attribute(r"body=%?([\w.\-]+)") or ""
 
     @property
     def cycles(self) -> int:
-        """The compiler's own estimate; 0 where it makes none."""
+        """The compiler's estimate of its cycles, or 0."""
         return int(self._attribute(r'"estimated_cycles":"(\d+)"') or 0)
 
     @property
     def trips(self) -> int | None:
-        """How often a loop runs, where the compiler knows it."""
+        """The number of iterations of a loop, if the compiler knows it."""
         found = self._attribute(r'"known_trip_count":\{"n":"(\d+)"')
         return int(found) if found else None
 
     @property
     def origin(self) -> str:
-        """Where in the model's code it comes from: "jit(train_step)/.../layers/attention/BTD,DNH->BTNH/dot_general"."""
+        """Its place in the model's code: "jit(train_step)/.../layers/attention/BTD,DNH->BTNH/dot_general"."""
         return self._attribute(r'op_name="([^"]*)"') or ""
 
     @property
     def target(self) -> str:
-        """What a custom call calls."""
+        """The target of a custom call, or ""."""
         return self._attribute(r'custom_call_target="([^"]*)"') or ""
 
     @property
     def between_slices(self) -> tuple[str, int] | None:
-        """Of a send to other slices: the collective that it is a part of, such as "all-reduce", and the slices that take part."""
+        """The collective of a send to other slices, such as "all-reduce", and the number of slices; else None."""
         kind = self._attribute(r'_xla_megascale_transfer_type="(\w+)"')
         target = self._attribute(r'_xla_megascale_target="\{([\d,:]+)\}')
         if self.opcode != "send" or not kind or not target:
@@ -105,11 +105,11 @@ class Instruction:
 
     @property
     def channel(self) -> str:
-        """What tells a collective from others, in whatever pieces it appears."""
+        """An id that all pieces of the same collective share."""
         return self._attribute(r"channel_id=(\d+)") or self.name
 
     def group_size(self, devices: int) -> int:
-        """Devices that a collective connects."""
+        """Return the number of devices that a collective connects."""
         if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", self.attributes):
             sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
             return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2]))
@@ -126,7 +126,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program: its computations by name, each a list of instructions in the order in which they run."""
+    """A compiled program: its computations by name, each a list of instructions in the order of execution."""
 
     computations: dict[str, list[Instruction]]
     entry: str
@@ -134,7 +134,7 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> "Program":
-        """Read the text of a compiled program. Raises ValueError where it has no entry."""
+        """Parse the text of a compiled program. Raises ValueError if it has no entry."""
         computations: dict[str, list[Instruction]] = {}
         entry, current = None, None
         for line in text.splitlines():
@@ -149,14 +149,14 @@ class Program:
         return cls(computations, entry, int(devices[1]) if devices else 1)
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as the compiler says, or else the constant that its condition compares with."""
+        """Return the number of iterations of a loop, from the compiler or else the constant in its condition."""
         if loop.trips is not None:
             return loop.trips
         condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
         return max(self._constants(condition[1]), default=1) if condition else 1
 
     def changed(self, loop: Instruction) -> list[Array]:
-        """The arrays that a loop's iterations change: its results, but for those that it hands on as they came."""
+        """Return the arrays that a loop's iterations change: its results, except those passed through."""
         body = self.computations[loop.body]
         by_name = {i.name: i for i in body}
         root = next(i for i in body if i.root)
@@ -181,7 +181,7 @@ class Program:
 
 
 def _instruction(name: str, root: bool, text: str) -> Instruction:
-    """``text``: what stands behind the equals sign."""
+    """Parse an instruction. ``text`` is what follows the equals sign."""
     end = _closing(text, 0) + 1 if text[0] == "(" else text.index(" ")
     results = tuple(
         Array(dtype, tuple(map(int, filter(None, dims.split(",")))), _memory(layout))
@@ -200,7 +200,7 @@ def _memory(layout: str) -> int:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Index of the parenthesis that closes the one at ``opening``."""
+    """Return the index of the parenthesis that closes the one at ``opening``."""
     depth = 0
     for i in range(opening, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")

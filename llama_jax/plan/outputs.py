@@ -1,4 +1,4 @@
-"""The files that plan writes: checked before anything is compiled, and never in place of a file that plan did not write."""
+"""The files that plan writes. They are checked before anything is compiled, and never replace a file of anyone else."""
 
 import os
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from llama_jax.plan import Plan
 from llama_jax.plan.picture import draw, is_picture
 from llama_jax.storage.files import is_address, write_atomically
 
-# Bytes at the beginning of a file that tell what it is.
+# Number of bytes at the beginning of a file that show what it is.
 BEGINNING = 4096
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where the program's text and the picture go; None: nowhere. note: why there is no picture, where nobody said so."""
+    """The files for the program's text and the picture. None: none. ``note`` says why there is no picture."""
 
     hlo: Path | None = None
     picture: Path | None = None
@@ -24,9 +24,9 @@ class Outputs:
 
     @classmethod
     def check(cls, hlo: str, picture: str, asked: bool) -> "Outputs":
-        """asked: the picture's name was given, and is not the default.
+        """Check the files before compilation. ``asked``: the name of the picture was given and is not the default.
 
-        Raises UserError where a file cannot be written, or is there already and is not one of plan's.
+        Raises UserError if a file cannot be written, or exists and was not written by plan.
         """
         if hlo and hlo == picture:
             raise UserError(f"--output: expected another file than --hlo, found {picture} twice")
@@ -41,7 +41,7 @@ class Outputs:
             return cls(text, None, f"none is drawn ({error}), or --output ''")
 
     def write(self, plan: Plan) -> list[tuple[str, str]]:
-        """Write what was asked for; returns what there is to say of it."""
+        """Write the files. Return lines to print about them."""
         said = []
         if self.hlo is not None and plan.schedule is None:
             said.append(("text", f"{self.hlo} is not written: there is no program, as the step does not fit"))
@@ -57,7 +57,10 @@ class Outputs:
 
 
 def _writable(flag: str, name: str, is_ours: Callable[[bytes], bool]) -> Path | None:
-    """The path that ``name`` is, None where it is empty. Raises UserError where it cannot be written, or holds what is not ours."""
+    """Return ``name`` as a path, or None if it is empty.
+
+    Raises UserError if it cannot be written, or holds something that plan did not write.
+    """
     if not name:
         return None
     path = Path(name).expanduser()

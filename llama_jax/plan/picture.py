@@ -1,4 +1,4 @@
-"""A plan as a picture: a chip's memory and a step's time, as bars."""
+"""Draws a plan: a chip's memory and a step's time, as bars."""
 
 from pathlib import Path
 from typing import Any
@@ -8,21 +8,21 @@ from llama_jax.devices.sharding import describe
 from llama_jax.plan import Plan
 from llama_jax.storage.files import replacing
 
-# Of neighbouring bars that can be told apart, also in grey.
+# Neighbouring colours differ, also in grey.
 COLOURS = ("#1b4f72", "#5dade2", "#b9770e", "#f5cba7", "#1e8449", "#abebc6", "#6c3483", "#d2b4de", "#922b21", "#f5b7b1")
 
 
-# What a picture of plan's says of itself.
+# The metadata by which a picture of plan is recognized.
 MARK = "llama_jax.plan"
 
 
 def is_picture(content: bytes) -> bool:
-    """Whether the beginning of a file is that of a picture which ``draw`` made."""
+    """Return whether the beginning of a file is that of a picture made by ``draw``."""
     return content.startswith(b"\x89PNG") and MARK.encode() in content
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write the picture, as PNG."""
+    """Write the picture as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,7 +52,7 @@ def draw(plan: Plan, path: Path) -> None:
 
 
 def _bar(axes: Any, parts: dict[str, float], title: str, limit: float | None = None) -> None:
-    """One bar of ``parts`` side by side, with a line at the ``limit``."""
+    """Draw one bar of ``parts`` side by side, with a line at ``limit``."""
     left = 0.0
     for colour, (name, size) in zip(COLOURS * 2, parts.items(), strict=False):
         axes.barh(0, size, left=left, color=colour, label=f"{name}  {size:,.2f}")

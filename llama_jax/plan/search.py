@@ -1,4 +1,4 @@
-"""Which mesh, how many sequences at once and what to keep for the backward pass: the likeliest are compiled and ranked."""
+"""Searches for the best mesh, sequences at once and remat policy: promising candidates are compiled and ranked."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from llama_jax.plan.advice import MARGIN
 from llama_jax.plan.estimate import Candidate, candidates
 from llama_jax.plan.topology import Topology
 
-# Most sequences that a device of the batch axes is given at once.
+# A device on the batch axes gets at most this many sequences at once.
 MOST_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Search:
-    """The ways to run a step that are possible, and those that are worth compiling, the fastest by the count first."""
+    """The possible ways to run a step, and those worth compiling, the fastest by the estimate first."""
 
     config: Config
     topology: Topology
     possible: int
-    fitting: int  # by the count
+    fitting: int  # by the estimate
     promising: list[Candidate]
 
     @classmethod
     def begin(cls, config: Config, topology: Topology) -> "Search":
-        """Count them all. Where none fits by the count, the smallest one is worth compiling.
+        """Estimate all candidates. If none fits by the estimate, only the smallest one is worth compiling.
 
-        Raises UserError where no mesh divides the model and the batch.
+        Raises UserError if no mesh divides the model and the batch.
         """
         found = list(candidates(config, topology, MOST_ROWS))
         if not found:
@@ -43,9 +43,9 @@ class Search:
         return cls(config, topology, len(found), len(fitting), sorted(fitting, key=lambda c: c.seconds) or smallest)
 
     def run(self, compiles: int, compile_: Callable[[Candidate], Plan | None]) -> Iterator[tuple[Candidate, Plan]]:
-        """Compile at most ``compiles`` of them; what the compiler says of one decides which of the others are worth it.
+        """Compile at most ``compiles`` candidates. Each result decides which of the others are still worth compiling.
 
-        Where none of them fits, the smallest one is compiled too: it tells whether anything does.
+        If none fits, the smallest candidate is compiled as well, to tell whether anything fits.
         """
         found: list[tuple[Candidate, Plan]] = []
         tried: list[Candidate] = []
@@ -63,17 +63,17 @@ class Search:
 
 
 def ratio(found: list[tuple[Candidate, Plan]]) -> float:
-    """How many times the counted bytes the compiler finds, at most, of what does not fit; 1 where all does."""
+    """Return by how much the compiler's bytes exceed the estimate, at most, among plans that do not fit; else 1."""
     return max((plan.bytes / candidate.bytes for candidate, plan in found if not plan.fits), default=1.0)
 
 
 def ranked(found: list[tuple[Candidate, Plan]]) -> list[tuple[Candidate, Plan]]:
-    """The fastest first; what does not fit last."""
+    """Sort candidates by speed. Those that do not fit come last."""
     return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].seconds))
 
 
 def row_text(candidate: Candidate, plan: Plan, asked: Config) -> str:
-    """A line about a candidate that was compiled. asked: the configuration as it was given."""
+    """Return a line about a compiled candidate. ``asked`` is the user's configuration."""
     where, flags = describe(dict(plan.mesh)), candidate.flags(asked)
     if not plan.fits:
         needed = f"{plan.bytes / GiB:6.2f} GiB" if plan.bytes else "too large "

@@ -1,4 +1,4 @@
-"""What plan takes for a run's vocabulary and length where flags and file leave them open, and where it found them."""
+"""The vocabulary and the length of a run to plan, if flags and file do not state them, and their sources."""
 
 import dataclasses
 from pathlib import Path
@@ -15,16 +15,16 @@ VOCAB_SIZE = 32000
 
 
 class Found(NamedTuple):
-    """A number, None where it cannot be known, and where it comes from."""
+    """A number, or None if it is unknown, and its source."""
 
     value: float | None
     source: str
 
 
 def vocabulary(config: Config, stated: bool = False) -> Found:
-    """The vocabulary that ``train.py`` would have. stated: data.vocab_size was given, by a flag or by the file.
+    """Return the vocabulary size that ``train.py`` would use.
 
-    Raises UserError where a tokenizer that the configuration names cannot be read.
+    ``stated``: a flag or the file gives data.vocab_size. Raises UserError if the configured tokenizer cannot be read.
     """
     model, data = config.model, config.data
     if model.vocab_size != -1:
@@ -39,30 +39,30 @@ def vocabulary(config: Config, stated: bool = False) -> Found:
         return Found(data.vocab_size, "data.vocab_size, of the tokenizer that the run will train")
     return Found(
         VOCAB_SIZE,
-        "LLaMA 2's, taken because the configuration names no tokenizer; --data.tokenizer-model-path names one",
+        "LLaMA 2's, because the configuration names no tokenizer; set --data.tokenizer-model-path to change it",
     )
 
 
 def run_tokens(config: Config, given: float | None = None) -> Found:
-    """Tokens that the whole run trains on: those ``given``, those of its steps, or those of its epochs where its text is prepared."""
+    """Return the tokens of the whole run: ``given``, or from its steps, or from its epochs if its text is prepared."""
     train = config.train
     if given is not None:
         return Found(given, "--tokens")
     a_step = train.batch_size * config.model.max_seq_len
     if train.max_steps is not None:
         return Found(train.max_steps * a_step, f"train.max_steps, {train.max_steps:,}")
-    from llama_jax.data.batches import steps_per_epoch  # grain takes a second
+    from llama_jax.data.batches import steps_per_epoch  # imported here, because grain takes a second
 
     folders = [Path(config.data.filepath).expanduser()] if config.data.filepath else []
     folders += [Path(train.save_dir).expanduser() / "tokens"] if train.save_dir else []
     for folder in folders:
         if (manifest := read_manifest(folder)) is not None:
-            stream = np.broadcast_to(np.uint8(0), manifest.tokens["train"])  # its length is what counts
+            stream = np.broadcast_to(np.uint8(0), manifest.tokens["train"])  # only its length matters
             steps = train.n_epochs * steps_per_epoch(stream, train.batch_size, config.model.max_seq_len)
             return Found(steps * a_step, f"{train.n_epochs} epochs of {folder}, {steps:,} steps")
-    return Found(None, "neither train.max_steps nor prepared tokens say how long the run is; --tokens does")
+    return Found(None, "neither train.max_steps nor prepared tokens give the length of the run; set --tokens")
 
 
 def with_vocabulary(config: Config, size: int) -> Config:
-    """The configuration with a vocabulary of ``size``."""
+    """Return the configuration with a vocabulary of ``size``."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))

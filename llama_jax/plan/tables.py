@@ -19,7 +19,10 @@ Rows = list[tuple[str, str]]
 
 
 def summary(plan: Plan, length: Found) -> dict[str, Any]:
-    """What ``--json`` prints of a training step. length: tokens of the whole run."""
+    """Return the object that ``--json`` prints of a training step.
+
+    ``length`` is the number of tokens of the whole run.
+    """
     flops = plan.tokens * train_flops_per_token(plan.config.model)
     chips, chip = plan.chips, plan.topology.chip
     found = {
@@ -54,7 +57,7 @@ def summary(plan: Plan, length: Found) -> dict[str, Any]:
 
 
 def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
-    """What ``--decode --json`` prints of a decoding step. on: the slice that was asked for."""
+    """Return the object that ``--decode --json`` prints. ``on`` is the slice that the user named."""
     assert plan.decoding is not None
     found = {
         "fits": plan.fits,
@@ -78,12 +81,12 @@ def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
 
 
 def _memory_seconds(plan: Plan) -> float:
-    """Seconds to read parameters and cache once."""
+    """Return the seconds to read parameters and cache once."""
     return (plan.bytes_by_part["parameters"] + plan.bytes_by_part["cache"]) / plan.topology.chip.hbm_bandwidth
 
 
 def _common(plan: Plan) -> dict[str, Any]:
-    """Where the step runs, and its parts."""
+    """Return the keys about where the step runs and its parts."""
     parts: dict[str, Any] = {"bytes": plan.bytes_by_part}
     if (schedule := plan.schedule) is not None:
         parts |= {
@@ -120,7 +123,7 @@ def _common(plan: Plan) -> dict[str, Any]:
 
 
 def model_rows(config: Config, vocabulary: Found) -> Rows:
-    """What is planned, said before it is compiled."""
+    """Return the lines about the model, which are printed before it is compiled."""
     m = config.model
     return [
         (
@@ -133,7 +136,7 @@ def model_rows(config: Config, vocabulary: Found) -> Rows:
 
 
 def training_text(plan: Plan, length: Found) -> str:
-    """What ``plan`` prints of a training step."""
+    """Return the text that ``plan`` prints of a training step."""
     train, model = plan.config.train, plan.config.model
     rows = [
         ("slice", f"{plan.topology.name}, {chips_text(plan.chips)}, mesh: {describe(plan.mesh)}"),
@@ -169,17 +172,17 @@ def _length_text(found: dict[str, Any], length: Found) -> str:
 
 
 def chips_text(count: int) -> str:
-    """ "1 chip", "4 chips"."""
+    """Return "1 chip" or "4 chips"."""
     return f"{count:,} chip{'s'[: count != 1]}"
 
 
 def _number(value: float) -> str:
-    """Whole where it is large."""
+    """Return a number, without decimals if it is large."""
     return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
 
 
 def decoding_text(plan: Plan, on: Topology) -> str:
-    """What ``plan --decode`` prints. on: the slice that was asked for."""
+    """Return the text that ``plan --decode`` prints. ``on`` is the slice that the user named."""
     decoding = plan.decoding
     assert decoding is not None
     idle = f" of {on.chips}; {on.chips - plan.chips} are idle" if on.chips > plan.chips else ""
@@ -214,7 +217,7 @@ def _memory(plan: Plan) -> Rows:
 
 
 def advice_rows(on: Topology, advice: Sequence[Advice]) -> Rows:
-    """What to change where a step does not fit, on the slice ``on``."""
+    """Return lines about what to change if a step does not fit on the slice ``on``."""
     room = on.chip.hbm_bytes / GiB
     rows = []
     if not any(a.topology == on.name for a in advice):
@@ -229,7 +232,7 @@ def advice_rows(on: Topology, advice: Sequence[Advice]) -> Rows:
             rows.append(f"{a.flags}: about {size} GiB a chip (estimated, not compiled)")
     if not advice:
         rows.append(
-            "no slice holds it, by estimate: make the model, the context or the batch smaller, or the batch a multiple of more chips"
+            "no slice holds it, by estimate: reduce the model, the context or the batch, or make the batch a multiple of more chips"
         )
     return [("change" if i == 0 else "", row) for i, row in enumerate(rows)]
 
@@ -254,7 +257,7 @@ def _time(plan: Plan) -> Rows:
         rows.append(
             (
                 "",
-                f"       ? ms   {cost.host_bytes / 1e9:,.1f} GB to and from the host's memory, whose time is not counted",
+                f"       ? ms   {cost.host_bytes / 1e9:,.1f} GB to and from the host's memory (time not counted)",
             )
         )
     if schedule.waiting:
@@ -275,5 +278,5 @@ def _time(plan: Plan) -> Rows:
 
 
 def table(rows: Rows) -> str:
-    """Names and texts in two columns."""
+    """Return rows of names and texts as two columns."""
     return "\n".join(f"{name:>10}  {text}".rstrip() for name, text in rows)

@@ -1,4 +1,4 @@
-"""TPU slices that are not there: their chips, and JAX devices that describe them."""
+"""TPU slices, described without hardware: their chips, and JAX devices to compile for."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from llama_jax.devices.chips import TPUS, Chip
 from llama_jax.errors import UserError, quoted
 
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, or 2 slices as 2xv5e:16x16"
-# What libtpu asks of its surroundings, where there is neither a TPU nor a server that describes one.
+# Environment variables for libtpu without a TPU or a metadata server.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
-# The slices that Google's page of each version lists, smallest first. Of v4 and v5p, larger ones are made of cubes of 4x4x4.
+# The slices on Google's page of each version, smallest first. Larger ones of v4 and v5p consist of cubes of 4x4x4.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _CUBES = (
     (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16),
@@ -37,12 +37,12 @@ SLICES: dict[str, tuple[tuple[int, ...], ...]] = {
     "v6e": _FLAT,
 }
 CUBE = 4
-# Chips of one host.
+# Number of chips of a host.
 HOST_CHIPS = {"v4": 4, "v5e": 8, "v5p": 4, "v6e": 8}
-# Google's names of slices, "v5p-16", count the cores of the older versions, of which a chip has two.
+# Google's slice names, such as "v5p-16", count cores for the older versions, whose chips have two.
 CORES = {"v4": 2, "v5p": 2}
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
-# More chips than anybody has had in one job; to describe more takes minutes.
+# More chips than any job has had; describing more takes minutes.
 MOST_CHIPS = 100_000
 
 _GRID = re.compile(r"(?:([0-9]{1,9})x)?(v[0-9]+[a-z]*):([0-9]{1,9}(?:x[0-9]{1,9})*)")
@@ -60,7 +60,7 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str) -> "Topology":
-        """The topology that ``text`` names, in whatever case and with whatever spaces. Raises UserError where it names none."""
+        """Parse the name of a topology, in any case and spacing. Raises UserError if it is not one."""
         plain = re.sub(r"\s+", "", text).lower().replace("\N{MULTIPLICATION SIGN}", "x")
         found = _GRID.fullmatch(plain)
         version = ALIASES.get(found[2], found[2]) if found else ""
@@ -82,23 +82,23 @@ class Topology:
 
     @classmethod
     def of(cls, version: str, grid: tuple[int, ...], slices: int = 1) -> "Topology":
-        """The topology with its usual name."""
+        """Return the topology with its usual name."""
         name = f"{version}:{'x'.join(map(str, grid))}"
         return cls(name if slices == 1 else f"{slices}x{name}", version, grid, slices)
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """The number of chips in all slices."""
         return math.prod(self.grid) * self.slices
 
     @property
     def chip(self) -> Chip:
-        """What one of its chips can do."""
+        """The performance of one chip."""
         return TPUS[self.version]
 
     @property
     def is_offered(self) -> bool:
-        """Whether Google's tables have such a slice, in any orientation."""
+        """Whether Google's tables list such a slice, in any orientation."""
         grid = tuple(sorted(self.grid))
         listed = {tuple(sorted(slice_)) for slice_ in SLICES[self.version]}
         cubes = self.chip.torus_axes == 3 and not any(size % CUBE for size in grid)
@@ -106,11 +106,11 @@ class Topology:
 
     @property
     def nearest(self) -> str:
-        """Names of the offered slices that have about as many chips."""
+        """The names of the offered slices with about as many chips."""
         return _names(self.version, math.prod(self.grid))
 
     def parts(self) -> list["Topology"]:
-        """Itself, and the slices and parts of a host that an offered one can be cut into, smallest first."""
+        """Return this topology and the smaller slices or parts of a host that it divides into, smallest first."""
         if self.slices > 1 or not self.is_offered:
             return [self]
         room, chips = sorted(self.grid), self.chips
@@ -125,7 +125,7 @@ class Topology:
         return [*smaller, self]
 
     def larger(self) -> Iterator["Topology"]:
-        """Offered slices that hold more: of the same version, as many slices of more chips; then of versions with more memory a chip."""
+        """Yield larger offered slices: first of the same version, then of versions with more memory per chip."""
         for grid in SLICES[self.version]:
             if math.prod(grid) > math.prod(self.grid):
                 yield Topology.of(self.version, grid, self.slices)
@@ -135,13 +135,13 @@ class Topology:
                 yield Topology.of(version, grid)
 
     def devices(self) -> list[Any]:
-        """JAX devices to compile for, in the order in which make_mesh wants them.
+        """Return JAX devices to compile for, in the order that make_mesh needs.
 
-        Raises UserError where libtpu is not installed, or knows no such slice. ``ENVIRONMENT`` must be set.
+        ``ENVIRONMENT`` must be set. Raises UserError if libtpu is not installed or does not know the slice.
         """
         from jax.experimental import topologies
 
-        # A full ring closes: every side of 16 of a flat slice, every side of 4 or its multiples of a cube.
+        # A full ring is closed: a side of 16 in a flat slice, a side that is a multiple of 4 in a 3-D slice.
         full = 16 if self.chip.torus_axes == 2 else CUBE
         options: dict[str, Any] = {
             "wrap": tuple(size % full == 0 for size in self.grid) + (False,) * (3 - len(self.grid))
@@ -154,7 +154,7 @@ class Topology:
             described = topologies.get_topology_desc(
                 platform="tpu", topology_name=name, chips_per_host_bounds=bounds, num_slices=self.slices, **options
             )
-        except Exception as error:  # JAX raises what its plugin raises
+        except Exception as error:  # JAX raises whatever its plugin raises
             if not _has_libtpu():
                 raise UserError(
                     "plan: expected the TPU compiler, found no libtpu; install it with: pip install -e '.[tpu]'"
@@ -163,7 +163,7 @@ class Topology:
         return list(described.devices)
 
     def refused(self, reason: str) -> UserError:
-        """The error to raise where the TPU's compiler does not take the slice."""
+        """Return the error to raise if the TPU's compiler refuses the slice."""
         return UserError(
             f"--topology: expected a slice that the TPU compiler knows, such as {self.nearest}, found {self.name}: "
             f"{' '.join(reason.split())[:200]}"
@@ -186,7 +186,7 @@ class Topology:
 
 
 def _expected(plain: str) -> str:
-    """What is expected instead of ``plain``, which is no version with a grid: the grid, where it counts chips or cores."""
+    """Return what is expected instead of ``plain``: a grid, computed if it counts chips or cores."""
     usual = f"expected a version and a grid such as {EXAMPLES}"
     found = _TYPE.fullmatch(plain.removeprefix("tpu-"))
     version = ALIASES.get(found[1], found[1]) if found else ""
@@ -199,7 +199,7 @@ def _expected(plain: str) -> str:
 
 
 def _names(version: str, chips: int) -> str:
-    """Names of the offered slices with this many chips, or else of the next smaller and the next larger one."""
+    """Return the offered slices with this many chips, or else the next smaller and the next larger one."""
     sizes = {math.prod(grid): Topology.of(version, grid).name for grid in SLICES[version]}
     if chips in sizes:
         return sizes[chips]

@@ -1,9 +1,10 @@
-"""Checksums of the files in a folder: written when the folder is finished, verified before what it holds is used.
+"""Checksums of a folder's files: written when the folder is complete, verified before its content is used.
 
     checksums.json    {"files": {"params/d/1f3a": {"size": 4096, "crc32": "0a1b2c3d"}, ...}, "sha256": ...}
 
-``sha256`` is of the table itself. On disk every file has a CRC-32, as in a zip. In Google's object storage it has the MD5 that
-the service keeps of each object, which a listing returns: nothing is downloaded to write or to verify the table.
+``sha256`` is the digest of the table. On disk every file has a CRC-32, as in a zip. In Google's object storage it has
+the MD5 that the service keeps of each object and returns in a listing, so nothing is downloaded to write or verify the
+table.
 """
 
 import contextlib
@@ -24,23 +25,23 @@ NAME = "checksums.json"
 PIECE_BYTES = 1 << 22
 MOST_THREADS = 16
 
-# What is known of each file, by its path below the folder.
+# File attributes (size, crc32 or md5) by path relative to the folder.
 Table = dict[str, dict[str, Any]]
 
 
 def write_checksums(folder: Path) -> None:
-    """Write ``checksums.json`` for all files below ``folder``, which do not change any more."""
+    """Write ``checksums.json`` for all files below ``folder``. They must not change after this."""
     table = _objects(folder) if is_remote(folder) else _files(folder, dict.fromkeys(_names(folder), "crc32"))
     if is_remote(folder):
-        (folder / NAME).write_text(_text(table))  # an object appears whole
+        (folder / NAME).write_text(_text(table))  # object storage writes are atomic
     else:
         write_atomically(folder / NAME, _text(table))
 
 
 def verify(folder: Path, advice: str) -> None:
-    """Compare the files below ``folder`` with its table. Does nothing where there is no table.
+    """Compare the files below ``folder`` with its table. Without a table, do nothing.
 
-    Raises UserError, with ``advice``, which names the files that are missing or damaged.
+    Raises a UserError that names missing or damaged files and ends with ``advice``.
     """
     with user_errors(folder, "read"):
         table = read_table(folder, advice)
@@ -53,7 +54,7 @@ def verify(folder: Path, advice: str) -> None:
             found = _files(folder, {name: kind for name, kind in kinds.items() if (folder / name).is_file()})
     wrong = [f"{name} is missing" for name in sorted(table.keys() - found.keys())]
     for name in sorted(table.keys() & found.keys()):
-        # A copy in a bucket of what was written on a disk is compared by its sizes alone.
+        # A copy in a bucket of files that were written on disk is compared by size only.
         both = table[name].keys() & found[name].keys()
         if any(table[name][key] != found[name][key] for key in both):
             wrong.append(f"{name} is damaged")
@@ -66,19 +67,19 @@ def verify(folder: Path, advice: str) -> None:
 
 @contextlib.contextmanager
 def verified(folder: Path, advice: str) -> Iterator[None]:
-    """``verify``, beside the block, which reads the files too; raises at the block's end."""
+    """Run ``verify`` in parallel to the block, which reads the files, too. Its error is raised at the block's end."""
     with ThreadPoolExecutor(1) as executor:
         verification = executor.submit(verify, folder, advice)
         try:
             yield
         except Exception:
-            verification.result()  # where a file is damaged, that is the reason to tell
+            verification.result()  # a damaged file is the better explanation
             raise
         verification.result()
 
 
 def read_table(folder: Path, advice: str) -> Table | None:
-    """The table of ``folder``, None where it has none. Raises UserError, with ``advice``, where the table is damaged."""
+    """Return the table of ``folder``, or None. Raises a UserError that ends with ``advice`` if it is damaged."""
     try:
         text = (folder / NAME).read_text()
     except FileNotFoundError:
@@ -93,7 +94,7 @@ def read_table(folder: Path, advice: str) -> Table | None:
 
 
 def _text(table: Table) -> str:
-    """What ``checksums.json`` holds: any other byte in it is damage."""
+    """Return the content of ``checksums.json``. A file that differs from it in any byte is damaged."""
     digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
     return json.dumps({"files": table, "sha256": digest}, indent=1)
 
@@ -103,7 +104,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _files(folder: Path, kinds: dict[str, str]) -> Table:
-    """Size and checksum, of the kind "crc32" or "md5", of each file; several at a time."""
+    """Return size and checksum ("crc32" or "md5") of each file. Several files are read in parallel."""
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as executor:
         made: dict[str, Future[dict[str, Any]]] = {
             name: executor.submit(_file, folder / name, kind) for name, kind in kinds.items() if name != NAME

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, the bytes that go into them, and what is no file's path."""
+"""Atomic file writes, the raw bytes of arrays, and the test for an address."""
 
 import contextlib
 import os
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def is_address(path: str) -> bool:
-    """Whether ``path`` is an address, such as gs://bucket/folder, and not a path on disk."""
+    """Return whether ``path`` is an address such as gs://bucket/folder, not a path on disk."""
     return "://" in path or re.match(r"\w{2,}:/", path) is not None
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to: renamed to ``path`` at the end, deleted if the block fails.
+    """Yield a temporary path next to ``path``. It is renamed to ``path`` at the end, and deleted if the block fails.
 
-    The name is one that no other process has, so that two that write the same file at once do not mix their bytes.
+    The temporary name is unique, so that two processes that write the same file do not mix their bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -36,20 +36,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that killed processes left in ``folder``. For its owner alone: no other process writes there."""
+    """Delete temporary files that killed processes left in ``folder``. Only its owner may call this."""
     for path in folder.iterdir():
         if re.fullmatch(r".+\.[0-9a-f]{12}\.tmp", path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write ``content`` (text as UTF-8) to ``path``, replacing what was there."""
+    """Write ``content`` (text as UTF-8) to ``path``, replacing the old content."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def raw_bytes(array: "np.ndarray") -> memoryview:
-    """The bytes of an array in row-major order; a view, where the array lies like that."""
-    import numpy as np  # here, so that a command can say what is wrong with its flags without it
+    """Return the bytes of an array in row-major order, without a copy if it is stored in that order."""
+    import numpy as np  # imported here, so that a command can check its flags without it
 
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

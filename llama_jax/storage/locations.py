@@ -1,4 +1,4 @@
-"""Where checkpoints lie: in a folder on disk, or in Google's object storage (gs://bucket/folder), by etils.epath and gcsfs."""
+"""Locations of checkpoints: a folder on disk, or in Google's object storage (gs://bucket/folder, by gcsfs)."""
 
 import base64
 import contextlib
@@ -17,18 +17,18 @@ from etils import epath
 from llama_jax.errors import UserError, is_lost_process, lost_process
 from llama_jax.storage.files import is_address
 
-# gcsfs would remember what a folder held, and so miss the arrays, which tensorstore writes past it, and what other processes do.
+# gcsfs's cache of listings would miss arrays, which tensorstore writes without it, and files of other processes.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-# It logs what it raises as well, and at every call that it was not told what kind of bucket it is, which does not matter.
+# gcsfs also logs the errors that it raises, and warns on every call that it does not know the kind of the bucket.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-# TensorFlow, where it is installed, would take the place of gcsfs, and the accelerator's memory with it.
+# If TensorFlow is installed, epath would use it in place of gcsfs, and it takes the accelerator's memory.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
 PROBE = ".writable"
 
 
 def location(path: str | Path) -> Path:
-    """A path on disk, or in object storage. Raises UserError on an address of any other kind, or where gcsfs is not installed."""
+    """Return a path on disk or in object storage. Raises UserError on other addresses, or if gcsfs is not installed."""
     text = os.fspath(path)
     if not is_address(text):
         return _expanded(text)
@@ -43,12 +43,12 @@ def location(path: str | Path) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether ``path`` lies in object storage."""
+    """Return whether ``path`` is in object storage."""
     return str(path).startswith("gs://")
 
 
 def on_disk(path: str, key: str) -> Path:
-    """A path on disk. Raises UserError, which names ``key``, on an address in object storage."""
+    """Return a path on disk. Raises a UserError that names ``key`` on an address in object storage."""
     if is_address(path):
         raise UserError(
             f"{key}: expected a folder on disk, found {path}; write to one, then copy it (gcloud storage cp -r)"
@@ -57,25 +57,25 @@ def on_disk(path: str, key: str) -> Path:
 
 
 def _expanded(path: str) -> Path:
-    """``path`` with a leading ~ taken for a home folder, where that is somebody's."""
+    """Expand a leading ~ in ``path`` if it stands for a user's home folder."""
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # there is no such user; a folder may have the name
+    except RuntimeError:  # there is no such user, but a folder may have that name
         return Path(path)
 
 
 def real_name(path: Path) -> str:
-    """The name of a folder behind all links: two that name the same folder are equal."""
+    """Return the name of a folder with all links resolved. It is equal for two names of the same folder."""
     return str(path) if is_remote(path) else os.path.realpath(path)
 
 
 def absolute(path: Path) -> Path:
-    """As orbax wants it."""
+    """Return an absolute path, as orbax requires. An address stays as it is."""
     return path if is_remote(path) else path.absolute()
 
 
 def kvstore(folder: Path) -> dict[str, Any]:
-    """``folder`` as tensorstore names it."""
+    """Return tensorstore's specification of ``folder``."""
     if not is_remote(folder):
         return {"driver": "file", "path": f"{folder.absolute()}/"}
     bucket, _, inside = str(folder).removeprefix("gs://").partition("/")
@@ -83,21 +83,22 @@ def kvstore(folder: Path) -> dict[str, Any]:
 
 
 def children(folder: Path) -> list[Path]:
-    """What lies in ``folder``, nothing where it is no folder. Raises UserError where that cannot be found out.
+    """Return the content of ``folder``, empty if it is not a folder. Raises UserError if it cannot be listed.
 
-    Of object storage, ``is_dir`` says no as well where it was not allowed to look: a run would begin anew, over the old one.
+    In object storage, ``is_dir`` is also False without permission to look. Relying on it, a run would start over and
+    overwrite the old one.
     """
     with user_errors(folder, "read"):
         try:
             found = dict.fromkeys(folder.iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
-        # In object storage a file, and a folder's own placeholder, are listed as if they lay within themselves.
+        # Object storage lists a file, and the placeholder of a folder, as their own children.
         return [path for path in found if path.name != folder.name or path.exists()]
 
 
 def objects_below(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size, and MD5 where the service keeps one, of each object below ``folder`` of object storage, by its path from there."""
+    """Return size, and MD5 if known, of each object below ``folder`` in object storage, by relative path."""
     prefix = str(folder).removeprefix("gs://").rstrip("/") + "/"
     found = fsspec.filesystem("gcs", finalize_on_close=True).find(prefix, detail=True)
     return {
@@ -109,9 +110,10 @@ def objects_below(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Raise UserError, which names ``key``, where ``folder``, of object storage, cannot be written to.
+    """Raise a UserError that names ``key`` if ``folder``, in object storage, cannot be written.
 
-    A file goes there as small files do, and comes back as arrays do, which find their credentials in their own way.
+    A test file is written the way of small files and read the way of arrays, since the two find credentials
+    differently.
     """
     bucket = kvstore(folder)["bucket"]
     probe = folder / PROBE
@@ -131,21 +133,21 @@ def check_writable(folder: Path, key: str) -> None:
 
 @contextlib.contextmanager
 def user_errors(folder: Path, verb: Literal["read", "write"], key: str = "") -> Iterator[None]:
-    """Turn what orbax, tensorstore and gcsfs raise, for a disk that is full or a file that is cut, into a UserError."""
+    """Turn errors of orbax, tensorstore and gcsfs, such as a full disk or a truncated file, into a UserError."""
     try:
         yield
     except (UserError, NameError, AttributeError, AssertionError):
         raise
-    except Exception as error:  # orbax raises Exception itself, too
+    except Exception as error:  # orbax raises plain Exception, too
         if is_lost_process(error):
             raise lost_process(error) from error
         reason = " ".join(str(error).split()).split(". See full")[0][:200] or type(error).__name__
         what, hint = {
-            "read": ("files that are whole", "use another copy of it, or another step"),
-            "write": ("room and permission to write", "make room, or choose another folder"),
+            "read": ("intact files", "use another copy of it, or another step"),
+            "write": ("space and permission to write", "free some disk, or choose another folder"),
         }[verb]
         if is_remote(folder):
-            what = f"to be allowed to {verb} there" + (", and files that are whole" if verb == "read" else "")
+            what = f"permission to {verb} there" + (", and intact files" if verb == "read" else "")
             hint = (
                 "check the address, who you are (gcloud auth application-default login), and that this account has the roles "
                 "storage.objectUser and storage.legacyBucketReader on the bucket"

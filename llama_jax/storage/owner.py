@@ -1,9 +1,9 @@
-"""The owner of a folder: the one process that may write it. A second one is refused at once, and a dead one never blocks.
+"""The owner of a folder: the only process that may write there. A second one is refused, and a dead one never blocks.
 
-The owner locks the file ``.owner`` (flock, which the kernel drops when a process dies) and writes into it who it is. Some
-network disks do not carry locks from machine to machine, so the owner also touches the file every few seconds: a start that
-gets the lock but finds the record of another machine waits to see whether the file is still touched. In object storage the
-record alone counts. It is written under a precondition, so that one of two starts wins.
+The owner locks the file ``.owner`` (with flock, which the kernel releases when a process dies) and writes into it who
+it is. On some network disks locks do not work across machines. So the owner also touches the file every few seconds,
+and a start that gets the lock but finds another machine's record waits to see whether the file is still touched. Object
+storage has only the record. It is written with a precondition, so that one of two simultaneous starts wins.
 """
 
 import contextlib
@@ -26,13 +26,14 @@ from llama_jax.errors import UserError
 from llama_jax.storage.files import is_address
 
 NAME = ".owner"
-# Seconds between two signs of life, and seconds without one after which an owner on another machine counts as dead.
+# Seconds between touches, seconds without a touch after which an owner on another machine counts as dead, and seconds
+# between looks.
 BEAT_SECONDS, DEAD_SECONDS, LOOK_SECONDS = 10.0, 60.0, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Who owns a folder. ``boot``, ``namespace`` and ``started`` tell a process from a later one of the same number."""
+    """The owner of a folder. ``boot``, ``namespace`` and ``started`` distinguish processes with the same number."""
 
     host: str = "an unknown host"
     pid: int = 0
@@ -45,7 +46,7 @@ class Record:
 
     @classmethod
     def of_this_process(cls) -> "Record":
-        """A new record, with a token that no other one has."""
+        """Return a new record of this process with a unique token."""
         pid = os.getpid()
         return cls(
             host=socket.gethostname(),
@@ -60,7 +61,7 @@ class Record:
 
     @classmethod
     def parse(cls, content: bytes) -> "Record | None":
-        """The record in the bytes of a file. None where the file is empty; a damaged one is of an unknown owner."""
+        """Parse the content of a record file. None if it is empty; a damaged one is of an unknown owner."""
         if not content.strip(b"\0"):
             return None
         try:
@@ -69,7 +70,7 @@ class Record:
             return cls()
 
     def to_bytes(self) -> bytes:
-        """What ``parse`` reads."""
+        """Return the record as bytes, which ``parse`` reads."""
         return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
 
     @property
@@ -80,26 +81,26 @@ class Record:
 
     @property
     def of_this_machine(self) -> bool:
-        """Whether the owner runs, or ran, under the kernel that runs now."""
+        """Whether the owner runs, or ran, on this machine since its last boot."""
         return self.boot == _boot()
 
     @property
     def lives(self) -> bool | None:
-        """Whether the owner is alive. None where that cannot be seen from here."""
+        """Whether the owner is alive, or None if that is unknown here."""
         if not self.of_this_machine or self.namespace != _namespace():
             return None
         return bool(self.started) and _started(self.pid) == self.started
 
 
 class Owner:
-    """This process as the owner of a folder, from ``owning``."""
+    """This process as the owner of a folder. ``owning`` returns it."""
 
     def __init__(self, folder: Path, place: "_Place", record: Record):
         self._folder, self._place, self._record = folder, place, record
         self._released = threading.Event()
 
     def check(self) -> None:
-        """Raise UserError where another process has taken the folder over, as it may while this one was suspended."""
+        """Raise UserError if another process has taken over the folder while this one was suspended."""
         found = self._place.read()
         if found is None:  # somebody deleted the record
             found = self._place.acquire(self._record) or self._record
@@ -112,22 +113,22 @@ class Owner:
     def show_signs_of_life(self) -> None:
         """Touch the record until the folder is released."""
         while not self._released.wait(BEAT_SECONDS):
-            with contextlib.suppress(Exception):  # a disk that is away for a moment; ``check`` has the last word
+            with contextlib.suppress(Exception):  # the disk may be away for a moment; check() decides
                 self._place.touch()
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Release the folder."""
         self._released.set()
-        with contextlib.suppress(Exception):  # what is left behind blocks nobody
+        with contextlib.suppress(Exception):  # a record that is left behind blocks nobody
             self._place.release()
 
 
 @contextlib.contextmanager
 def owning(folder: Path, key: str, advice: str) -> Iterator[Owner]:
-    """Own ``folder``, which exists, until the block ends.
+    """Own the existing ``folder`` during the block.
 
-    key: the setting that names the folder. advice: what to do while another process owns it.
-    Raises UserError, which says "in use" and names the owner, where another process does.
+    ``key`` is the setting that names the folder, and ``advice`` says what to do if another process owns it. In that
+    case a UserError is raised that says "in use" and names the owner.
     """
     place: _Place = _Bucket(folder) if is_address(str(folder)) else _Disk(folder)
     record = Record.of_this_process()
@@ -144,10 +145,10 @@ def owning(folder: Path, key: str, advice: str) -> Iterator[Owner]:
 
 
 class _Place(Protocol):
-    """Where the record of an owner stands."""
+    """A place that stores the record of an owner."""
 
     def acquire(self, record: Record) -> Record | None:
-        """Write ``record`` and return None; or return that of the owner there is."""
+        """Write ``record`` and return None, or return the record of the current owner."""
 
     def read(self) -> Record | None: ...
     def touch(self) -> None: ...
@@ -165,7 +166,7 @@ class _Disk:
         until = time.monotonic() + LOOK_SECONDS
         while (locks := self._open_and_lock()) is None:
             holder = self.read() or Record()
-            # A process that was killed is dead before the last of its threads has let go of its files.
+            # A killed process is already dead while the last of its threads still holds its files.
             if holder.lives is not False or time.monotonic() > until:
                 return holder
             time.sleep(LOOK_SECONDS / 100)
@@ -176,7 +177,7 @@ class _Disk:
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, record.to_bytes(), 0)
         os.fsync(self._file)
-        if not locks:  # of two that wrote here at once, the one that wrote last is the owner
+        if not locks:  # if two processes wrote at once, the later one is the owner
             time.sleep(LOOK_SECONDS)
             if (last := self.read()) != record:
                 self.close()
@@ -197,13 +198,13 @@ class _Disk:
         self.close()
 
     def close(self) -> None:
-        """Let go of the lock, once: the number of a closed file is soon another file's."""
+        """Release the lock, once, because the number of a closed file is soon that of another file."""
         file, self._file = self._file, -1
         if file != -1:
             os.close(file)
 
     def _open_and_lock(self) -> bool | None:
-        """Open the file; whether it is locked, which some disks cannot do. None where another process has the lock."""
+        """Open the file. Return whether it is locked (not all disks can), or None if another process holds the lock."""
         while True:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             locks = True
@@ -217,18 +218,18 @@ class _Disk:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._file), self._path.stat()):
                     return locks
-            self.close()  # the owner before removed it in between
+            self.close()  # the previous owner removed the file in between
 
     def _is_alive(self, found: Record, locks: bool) -> bool:
         if locks and found.of_this_machine:
-            return False  # it would hold the lock
+            return False  # a living owner would hold the lock
         return found.lives if found.lives is not None else _moves(found, self._folder, self._age, self._stamp)
 
     def _stamp(self) -> float:
         return self._path.stat().st_mtime
 
     def _age(self) -> float:
-        """Seconds since the last touch, both ends by the clock of the disk's server."""
+        """Return the seconds since the last touch, both times by the clock of the disk's server."""
         probe = self._folder / f"{NAME}.{uuid.uuid4().hex}"
         probe.touch()
         now = probe.stat().st_mtime
@@ -236,7 +237,7 @@ class _Disk:
         return now - self._stamp()
 
 
-# A child that outlives this process must not hold its locks.
+# A child process that outlives this one must not hold its locks.
 _HELD: weakref.WeakSet[_Disk] = weakref.WeakSet()
 
 
@@ -252,7 +253,7 @@ class _Bucket:
     """An object in a folder of object storage."""
 
     def __init__(self, folder: Path):
-        # Imported here: a command that writes to a disk need not wait for these.
+        # Imported here, because commands that write to a disk do not need these slow imports.
         import tensorstore as ts
 
         from llama_jax.storage.locations import kvstore
@@ -285,7 +286,7 @@ class _Bucket:
         self._store.write(NAME, None, if_equal=self._generation).result()
 
     def _write(self, content: bytes, before: bytes) -> bool:
-        """Write, if nobody has since ``before``."""
+        """Write unless somebody has written since the generation ``before``. Return whether it was written."""
         written = self._store.write(NAME, content, if_equal=before).result().generation
         self._generation = written or self._generation
         return bool(written)
@@ -298,7 +299,7 @@ class _Bucket:
 
 
 def _moves(found: Record, folder: Path, age: Callable[[], float], stamp: Callable[[], object]) -> bool:
-    """Whether the owner, on another machine, shows a sign of life before it counts as dead."""
+    """Return whether an owner on another machine shows a sign of life before it counts as dead."""
     left = DEAD_SECONDS - age()
     before = stamp()
     end = time.monotonic() + left
@@ -310,28 +311,29 @@ def _moves(found: Record, folder: Path, age: Callable[[], float], stamp: Callabl
             if stamp() != before:
                 return True
         except FileNotFoundError:
-            return False  # it ended
+            return False  # the owner ended
     return False
 
 
 def _boot() -> str:
-    """A name of the running kernel: of this machine, since it was started."""
+    """Return an id of the running kernel: this machine since its last boot."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
 
 
 def _namespace() -> str:
-    """A name of the space in which process numbers are unique, such as a container."""
+    """Return an id of the namespace in which process numbers are unique, such as a container."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""
 
 
 def _started(pid: int) -> str:
-    """When a process started, in the kernel's own count; empty where there is no such process."""
+    """Return when a process started, as the kernel counts, or "" if there is no such process."""
     with contextlib.suppress(OSError):
-        # Fields 3 and 22 of proc(5), behind the name in brackets, which may hold anything. Z and X: it is dead already.
+        # Fields 3 and 22 of proc(5), after the name in brackets, which may contain anything. State Z or X: already
+        # dead.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]
     if not Path("/proc/self/stat").exists():

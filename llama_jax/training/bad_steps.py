@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is not finite, or whose loss is a spike: found on the device, skipped, counted or told.
+"""Bad steps, whose loss or gradient is not finite or whose loss is a spike: detected on the device, then handled.
 
-What is remembered of earlier losses is a part of the optimizer's state, and so of every checkpoint: a run that goes on
-judges its steps as if it had never stopped.
+The statistics of earlier losses are part of the optimizer's state, and so of every checkpoint. A resumed run judges its
+steps as if it had never stopped.
 """
 
 import math
@@ -14,30 +14,30 @@ import optax
 from llama_jax.config import TrainArgs
 from llama_jax.errors import UserError
 
-# The mean of the losses goes back over about as many steps.
+# The mean of the losses covers about this many steps.
 MEAN_STEPS = 100
-# So many skipped steps in a row end a run, which learns nothing any more.
+# This many skipped steps in a row end a run, because it no longer learns.
 MOST_SKIPPED = 20
 
 
 class LossHistory(NamedTuple):
-    """What earlier steps' losses were like: scalars on the device, float32 the mean, int32 the counts."""
+    """Statistics of earlier losses, as scalars on the device: the mean is float32, the counts are int32."""
 
-    mean: jax.Array  # nats a token, over good steps: plain up to MEAN_STEPS of them, exponential after
+    mean: jax.Array  # nats per token, over good steps: the mean of the first MEAN_STEPS, then an exponential one
     good_steps: jax.Array
     bad_steps: jax.Array
     skipped_steps: jax.Array
     skipped_in_a_row: jax.Array
-    is_bad: jax.Array  # 1 where the newest step is bad
+    is_bad: jax.Array  # 1 if the newest step is bad
 
     @classmethod
     def empty(cls) -> "LossHistory":
-        """Before the first step."""
+        """Return the statistics before the first step."""
         return cls(jnp.zeros((), jnp.float32), *(jnp.zeros((), jnp.int32) for _ in range(5)))
 
 
 class Metrics(Protocol):
-    """What is known of a step, on the host."""
+    """Results of a step, on the host."""
 
     @property
     def loss(self) -> Any: ...
@@ -48,11 +48,11 @@ class Metrics(Protocol):
 
 
 def watched(optimizer: optax.GradientTransformation, args: TrainArgs) -> optax.GradientTransformationExtraArgs:
-    """``optimizer``, a chain, which leaves out the updates of bad steps as train.bad_steps asks.
+    """Return the chain ``optimizer`` with the updates of bad steps dropped as train.bad_steps says.
 
-    Its update takes the step's ``loss`` and ``grad_norm`` too. Its state is the chain's and a LossHistory. A step that is
-    skipped changes neither parameters nor moments, nor the count that corrects the moments' bias; the count of the learning
-    rate's schedule goes on, as the rate belongs to the number of the step, and so does the order of the batches.
+    Its update also takes the step's ``loss`` and ``grad_norm``. Its state is the chain's plus a LossHistory. A skipped
+    step changes neither parameters nor moments nor the count of bias correction. The learning rate's count and the
+    order of the batches advance, since both belong to the number of the step.
     """
 
     def init(params: Any) -> Any:
@@ -96,9 +96,10 @@ def _after(history: LossHistory, loss: jax.Array, bad: jax.Array, skipped: jax.A
 
 
 def judge(args: TrainArgs, metrics: list[Any], first: int, saved_at: int, best: int = 0) -> list[str]:
-    """A line about each bad step of ``metrics``, of steps ``first`` onwards, on the host.
+    """Return a line about each bad step. ``metrics`` are on the host and begin with step ``first``.
 
-    saved_at, best: the steps of the last checkpoint and of the best, 0 where there is none. Raises UserError where a bad step, or too many that were skipped, end the run.
+    ``saved_at`` and ``best`` are the steps of the last and the best checkpoint, or 0. Raises UserError if a bad step,
+    or too many skipped ones, end the run.
     """
     lines = []
     for step, found in enumerate(metrics, first):
@@ -125,13 +126,13 @@ def _numbers(found: Metrics) -> str:
 
 
 def advice(saved_at: int, best: int, remedy: str = REMEDY) -> str:
-    """Which checkpoints there are, and how to go on from them."""
+    """Say which checkpoints there are and how to resume from them."""
     if not saved_at:
-        return f"no checkpoint was saved yet: begin again with {remedy}"
-    text = f"the last checkpoint is of step {saved_at:,}, from which the same settings lead to the same end: go on with {remedy}"
+        return f"no checkpoint was saved yet: start again with {remedy}"
+    text = f"the same settings would fail again from the last checkpoint, step {saved_at:,}: resume with {remedy}"
     if best and best != saved_at:
-        return f"{text}; where it is too late there, --train.resume-step {best} goes back to the best one"
-    return f"{text}; where it is too late there, --train.resume-step goes back to one before it"
+        return f"{text}; if that fails too, --train.resume-step {best} goes back to the best checkpoint"
+    return f"{text}; if that fails too, --train.resume-step goes back to an earlier checkpoint"
 
 
 def _raise_bad(args: TrainArgs, found: Metrics, step: int, saved_at: int, best: int) -> NoReturn:
@@ -146,5 +147,5 @@ def _raise_bad(args: TrainArgs, found: Metrics, step: int, saved_at: int, best: 
 
 
 def raise_not_finite(name: str, value: float, step: int, saved_at: int, best: int = 0) -> NoReturn:
-    """Raise the UserError that names a value which is not finite."""
+    """Raise a UserError about a value that is not finite."""
     raise UserError(f"train: expected a finite {name}, found {value} at step {step:,}; {advice(saved_at, best)}")

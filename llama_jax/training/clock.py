@@ -1,4 +1,4 @@
-"""Where a run's time goes, and the records of metrics.jsonl that say so."""
+"""Measures where a run's time goes and makes the records of metrics.jsonl."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ from llama_jax.training.step import StepMetrics, learning_rate
 T = TypeVar("T")
 Activity = Literal["start", "step", "data", "evaluation", "saving", "sample"]
 ACTIVITIES: tuple[Activity, ...] = ("start", "step", "data", "evaluation", "saving", "sample")
-# The values of a record that time decides; all others are the same whenever a run is made.
+# The values of a record that depend on timing. All others are the same in every run.
 TIMES = (
     "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "memory_bytes", "goodput",
     "run_seconds", "run_step_seconds",
@@ -27,24 +27,24 @@ TIMES = (
 
 
 class Clock:
-    """Every second from the start on belongs to one activity: steps, waiting for data, evaluation, and so on.
+    """Assigns every second since the start to one activity: steps, waiting for data, evaluation and so on.
 
-    Steps are dispatched long before they are done: a thread waits for each one's result, and notes when it came. Waiting
-    for data counts only while the devices have nothing to do.
+    Steps are dispatched long before they finish, so a thread waits for each result and notes the time. Waiting for data
+    is counted only while the devices are idle.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[Activity, float] = dict.fromkeys(ACTIVITIES, 0.0)
         self.activity: Activity = "start"
-        self.finished = 0  # the newest step whose result is there
-        self.alive_at = time.perf_counter()  # when a step finished last, or an activity began or ended
+        self.finished = 0  # the newest step whose result has arrived
+        self.alive_at = time.perf_counter()  # when a step last finished, or an activity began or ended
         self._since = self._finished_at = self.alive_at
         self._dispatched = 0
         self._results: queue.SimpleQueue[tuple[int, jax.Array] | None] = queue.SimpleQueue()
 
     @contextlib.contextmanager
     def spent_on(self, activity: Activity) -> Iterator[None]:
-        """The block's time belongs to ``activity``."""
+        """Count the time of the block as ``activity``."""
         before = self.activity
         self._turn_to(activity)
         try:
@@ -53,7 +53,7 @@ class Clock:
             self._turn_to(before)
 
     def waiting_for(self, activity: Activity, items: Iterable[T]) -> Iterator[T]:
-        """The items; the time that each takes to come belongs to ``activity``."""
+        """Yield the items, and count the time spent waiting for each as ``activity``."""
         iterator = iter(items)
         while True:
             with self.spent_on(activity):
@@ -65,7 +65,10 @@ class Clock:
 
     @contextlib.contextmanager
     def steps(self, start: int) -> Iterator[None]:
-        """The block's time belongs to steps, after step ``start``, where it is not spent on something else."""
+        """Count the time of the block as steps, unless it is spent on something else.
+
+        ``start`` is the last step done.
+        """
         self.finished = self._dispatched = start
         thread = threading.Thread(target=self._note_results, name="results", daemon=True)
         thread.start()
@@ -76,7 +79,7 @@ class Clock:
                 self._results.put(None)
 
     def dispatched(self, step: int, result: jax.Array) -> None:
-        """Step ``step`` was given to the devices; it is finished when ``result`` is there."""
+        """Note that step ``step`` was dispatched to the devices. It is finished when ``result`` arrives."""
         self._dispatched = step
         self._results.put((step, result))
 
@@ -87,13 +90,13 @@ class Clock:
 
     @property
     def goodput(self) -> float:
-        """Share of the time since the start that steps took."""
+        """The share of the time since the start that was spent on steps."""
         running = time.perf_counter() - self._since if self.activity == "step" else 0.0
         return (self.seconds["step"] + running) / self.total
 
     def _note_results(self) -> None:
         while (result := self._results.get()) is not None:
-            with contextlib.suppress(Exception):  # a step that failed is raised where its metrics are read
+            with contextlib.suppress(Exception):  # the error of a failed step is raised where its metrics are read
                 result[1].block_until_ready()
             self._finished_at = self.alive_at = time.perf_counter()
             self.finished = result[0]
@@ -123,7 +126,7 @@ class Recorder:
         spent_in_steps: float = 0.0,
         held: float | None = None,
     ):
-        # Seconds of earlier starts, and of steps of theirs that count.
+        # Seconds of earlier starts: in all, and on steps that were not lost.
         self._spent, self._spent_in_steps = spent, spent_in_steps
         self._clock, self._schedule = clock, learning_rate(config.train, steps, held)
         self._tokens = config.train.batch_size * config.model.max_seq_len
@@ -134,8 +137,11 @@ class Recorder:
         self._before: dict[Activity, float] = dict.fromkeys(ACTIVITIES, 0.0)
 
     def record(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
-        """The record of ``step``, whose ``metrics`` are on the host; seconds are those since the record before it."""
-        with self._clock.spent_on("step"):  # up to here
+        """Return the record of ``step``. ``metrics`` are on the host.
+
+        Its seconds count from the previous record.
+        """
+        with self._clock.spent_on("step"):  # brings the clock's seconds up to date
             now = dict(self._clock.seconds)
         since = {activity: now[activity] - self._before[activity] for activity in ACTIVITIES}
         seconds = (since["step"] + since["data"]) / (step - self._step)
@@ -165,5 +171,5 @@ class Recorder:
 
 
 def _finite(value: Any) -> float | None:
-    """A number that JSON has: that of a bad step may be none."""
+    """Return a number, or None if it is not finite, as JSON has no such numbers."""
     return float(value) if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The command line of train.py: flags over a TOML file, the file over the defaults, and which of two settings counts."""
+"""The command line of train.py: flags override a TOML file, which overrides the defaults."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from llama_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEFAULT, FINE_TUNING = CONFIGS / "tiny.toml", CONFIGS / "finetune.toml"
-# Pairs of settings that decide the same thing. Where both are given the second one counts.
+# Pairs of settings that decide the same thing. If both are given, the second one wins.
 PAIRS = (
     ("train.n_epochs", "train.max_steps"),
     ("data.vocab_size", "data.tokenizer_model_path"),
@@ -23,17 +23,17 @@ PAIRS = (
 
 @dataclasses.dataclass(frozen=True)
 class Command(Config):
-    """A training run."""
+    """The arguments of train.py."""
 
     text: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """What to train on, a file, a folder or a quoted glob: the same as --data.filepath."""
+    """Text to train on: a file, a folder or a quoted glob. The same as --data.filepath."""
 
 
 def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
-    """The configuration of a command line, and what was decided where it said two things.
+    """Return the configuration of a command line, and a note for each conflict between two settings.
 
-    Without --config the built-in stories' configuration supplies what flags do not, or, for --train.init-from, that of
-    fine-tuning. Raises UserError where the command line is wrong.
+    Without --config, defaults come from tiny.toml, or from finetune.toml with --train.init-from. Raises UserError if
+    the command line is wrong.
     """
     path, rest = take_option(list(argv), "--config")
     source = DEFAULT if path is None else Path(path)
@@ -46,11 +46,11 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
             source = FINE_TUNING
             file = load_toml(source)
             notes.append(
-                f"settings of {source.stem}: learning rate {file.train.lr:g}, {file.train.n_epochs} epochs, unless flags say otherwise"
+                f"settings of {source.stem}: learning rate {file.train.lr:g}, {file.train.n_epochs} epochs; flags override them"
             )
         config, more = _parse(rest, file)
         train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
-        # The checkpoint brings the model's shape; flags may still change what does not alter its parameters.
+        # The model's shape comes from the checkpoint. Flags may only change what leaves its parameters as they are.
         config, notes = _parse(rest, dataclasses.replace(file, model=starting_model(train)))[0], notes + more
     train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
     config = dataclasses.replace(config, train=train)
@@ -60,7 +60,7 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
 
 def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
     sections = {field.name: getattr(file, field.name) for field in dataclasses.fields(Config)}
-    description = "Pretrain a LLaMA 2 model on the built-in stories, or on a text.\n\n--config FILE.toml supplies what flags do not."
+    description = "Pretrain a LLaMA 2 model on the built-in stories or on your text.\n\n--config FILE.toml gives settings; flags override them."
     command = parse_flags(Command, argv, Command(**sections), "python train.py", description)
     config = Config(**{name: getattr(command, name) for name in sections})
     given = {name.lstrip("-").partition("=")[0].replace("-", "_") for name in argv if name.startswith("--")}
@@ -77,7 +77,10 @@ def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
 
 
 def _decide(config: Config, given: set[str]) -> tuple[Config, list[str]]:
-    """Where two settings decide the same thing, have the one count that a flag gives, and say which does not."""
+    """Resolve conflicts between two settings that decide the same thing: a flag wins.
+
+    Return a note for each conflict.
+    """
     notes = []
     for first, second in PAIRS:
         if first in given and _get(config, second):

@@ -1,4 +1,4 @@
-"""Model FLOPs, and the peak of the chips that they are measured against."""
+"""Model FLOPs per token, and the peak FLOP/s of devices."""
 
 import jax
 
@@ -8,14 +8,15 @@ from llama_jax.model import count_parameters
 
 
 def train_flops_per_token(args: ModelArgs) -> float:
-    """FLOPs of forward and backward a token: 6 x (parameters without the embedding) + 6 x L x T x D of causal attention.
+    """Return the FLOPs of the forward and backward pass per token.
 
-    Attention is counted once a visible pair, half the square; recomputation is not counted. 7B at 4096: 42.9e9.
+    6 x (parameters without the embedding) + 6 x L x T x D for causal attention. Attention counts visible pairs only,
+    half of the square; recomputation is not counted. For 7B at 4096 this is 42.9e9.
     """
     matrices = count_parameters(args) - args.vocab_size * args.dim
     return 6.0 * matrices + 6.0 * args.n_layers * args.max_seq_len * args.dim
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak FLOP/s of a device, None where it is not known (a CPU, say)."""
+    """Return the peak FLOP/s of a device, or None if it is not known (a CPU, for example)."""
     return PEAK_FLOPS.get(device.device_kind)

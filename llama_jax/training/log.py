@@ -1,4 +1,4 @@
-"""What a run says: before it starts, at evaluations, and at the end."""
+"""The texts that a run prints: at its start, at evaluations and at its end."""
 
 import shlex
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.start import Settled
 from llama_jax.training.step import warmup_steps
 
-# What the command that is proposed at the end generates: a whole story.
+# Tokens for the sample command that is printed at the end: a whole story.
 NEXT_TOKENS = 256
 
 
 def announce(settled: Settled, data: Data, mesh: jax.sharding.Mesh, module: Llama, opened: Opened) -> None:
-    """Say what will happen."""
+    """Print what the run will do."""
     config, steps = settled.config, settled.steps
     model, train, manifest = config.model, config.train, data.tokens.manifest
     tokens = train.batch_size * model.max_seq_len
@@ -63,7 +63,7 @@ def announce(settled: Settled, data: Data, mesh: jax.sharding.Mesh, module: Llam
 
 
 def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:
-    """The learning rate over the run's steps."""
+    """Describe the learning rate over the run's steps."""
     if held is not None:
         return f"learning rate {held:.3g}, held"
     warmup = warmup_steps(train, steps)
@@ -72,12 +72,12 @@ def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:
 
 
 def nothing_to_do_text(steps: int) -> str:
-    """What a start of a finished run says."""
+    """Return what the start of a finished run prints."""
     return f"Run already complete: it has its {steps:,} steps. Raise --train.max-steps to go on, or choose a new --train.save-dir"
 
 
 def check_state_fits(args: ModelArgs, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError where parameters, gradients and AdamW's two moments alone, float32 all, do not fit."""
+    """Raise UserError if the float32 parameters, gradients and AdamW moments alone do not fit on the devices."""
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
     need = 16 * count_parameters(args) / shards
     hint = "make the model smaller, or mesh.fsdp larger"
@@ -85,7 +85,7 @@ def check_state_fits(args: ModelArgs, mesh: jax.sharding.Mesh) -> None:
 
 
 def announce_cost(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float) -> None:
-    """Say what the compiled step needs. Raises UserError where the devices have less."""
+    """Print what the compiled step needs. Raises UserError if the devices have less memory."""
     analysis = compiled.memory_analysis()
     if analysis is not None:
         need = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
@@ -95,12 +95,12 @@ def announce_cost(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, second
 
 
 def printable(text: str) -> str:
-    """``text`` without what a terminal would obey: control characters, but for line ends and tabs, as escapes."""
+    """Return ``text`` with control characters, which a terminal would obey, escaped. Line ends and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def progress_text(record: dict[str, Any], devices: int) -> str:
-    """The loss, the speed and the memory of a record; and what held it up, where that is worth mention."""
+    """Return loss, speed and memory of a record, and delays of a second or more."""
     loss = "loss not finite" if record["train_loss"] is None else f"loss {record['train_loss']:.3f}"
     parts = [loss, f"{record['tokens_per_second_per_device']:,.0f} tokens/s" + (" a device" if devices > 1 else "")]
     if "mfu" in record:
@@ -116,12 +116,12 @@ def progress_text(record: dict[str, Any], devices: int) -> str:
 
 
 def expected_time_text(steps: int, step_seconds: float) -> str:
-    """How long the rest of the steps will take, evaluations aside."""
+    """Return a line with the time that the remaining steps will take, without evaluations."""
     return f"{'time':>10}  about {duration(steps * step_seconds)} to go, evaluations aside"
 
 
 def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> str:
-    """One line about an evaluation."""
+    """Return a line about an evaluation."""
     bits = record["eval_bits_per_byte"]
     text = f"step {record['step']:,}: eval loss {loss_text(record)}"
     if floor is not None and bits is not None:
@@ -130,7 +130,7 @@ def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> 
 
 
 def loss_text(record: dict[str, Any]) -> str:
-    """The held-out loss of a record, in bits per byte too, where its tokens hold the text."""
+    """Return a record's held-out loss, also in bits per byte if the tokenizer loses no text."""
     bits = record["eval_bits_per_byte"]
     return f"{record['eval_loss']:.4f} nats a token" + ("" if bits is None else f", {bits:.3f} bits per byte")
 
@@ -142,12 +142,16 @@ def say(text: str) -> None:
 
 
 def trace_text(first: int, last: int, folder: Path) -> str:
-    """Where a trace is."""
+    """Return a line that says where a trace is."""
     return f"trace of steps {first:,} to {last:,}: {folder} (for xprof; the perfetto_trace.json.gz in it for Perfetto)"
 
 
 def time_text(clock: Clock, spent: float, record: dict[str, Any]) -> str:
-    """Where the time went; with the ``spent`` seconds of earlier starts, whose share of steps the last record tells."""
+    """Return where the time went.
+
+    ``spent`` are the seconds of earlier starts. If there are any, the last record gives the share of steps in all
+    starts.
+    """
     names: dict[str, Activity] = {
         "start": "start", "waiting for data": "data", "evaluation": "evaluation", "saving": "saving", "samples": "sample"
     }  # fmt: skip
@@ -155,19 +159,19 @@ def time_text(clock: Clock, spent: float, record: dict[str, Any]) -> str:
     text = f"goodput: {clock.goodput:.1%} of {clock.total:,.0f} s were spent in steps; {rest}"
     if spent:
         share = record["run_step_seconds"] / record["run_seconds"]
-        text += f"\nof all starts: {share:.1%} of {record['run_seconds']:,.0f} s, steps that were made again aside"
+        text += f"\nover all starts: {share:.1%} of {record['run_seconds']:,.0f} s, not counting repeated steps"
     return text
 
 
 def bad_steps_text(record: dict[str, Any]) -> str:
-    """How many steps were bad, up to the record's."""
+    """Return the number of bad steps up to the record."""
     return (
         f"bad steps: {record['bad_steps']:,} of {record['step']:,}, of which {record['skipped_steps']:,} were skipped"
     )
 
 
 def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str, changed: Sequence[str] = ()) -> str:
-    """How it went, where things are, and what to type next."""
+    """Return the last lines of a run: how it went, where the files are, and what to type next."""
     lines = [f"at step {step:,} after {clock.total - clock.seconds['start']:.0f} s"]
     if (best := folder.best()) is not None:
         lines[0] += f"; best: step {best['step']:,}, {loss_text(best)}"

@@ -1,4 +1,4 @@
-"""Training, from a configuration to a run folder: read ``train`` top to bottom."""
+"""Training, from a configuration to a run folder. Read ``train`` from top to bottom."""
 
 import contextlib
 import math
@@ -53,13 +53,13 @@ from llama_jax.training.tensorboard import check_installed
 from llama_jax.training.watchdog import Watchdog
 
 SAMPLE_TOKENS = 48
-# losses.png is drawn again at an evaluation when it is older than this many seconds.
+# At an evaluation, losses.png is drawn again if it is older than this many seconds.
 PLOT_SECONDS = 30
 
 
 @dataclass
 class Run:
-    """What stays the same over a run's steps."""
+    """Everything that stays the same over a run's steps."""
 
     config: Config
     folder: RunFolder
@@ -74,32 +74,32 @@ class Run:
     signals: StopSignals
     consensus: Consensus
     timer: "Timer"
-    evaluate: Callable[..., Any] | None = None  # the compiled eval_step; None where nothing is held out
+    evaluate: Callable[..., Any] | None = None  # the compiled eval_step; None if nothing is held out
 
     @property
     def steps(self) -> int:
-        """How many steps the run takes in all."""
+        """The total number of steps of the run."""
         return self.settled.steps
 
     def stop_asked(self) -> int:
-        """The signal that all processes stop for, 0: none. All of them call this equally often."""
+        """Return the signal that all processes stop for, or 0. All processes must call this equally often."""
         return self.consensus(self.signals.received, 0, 0)[0]
 
 
 @dataclass
 class Timer:
-    """Says, on process 0, when the minutes are over after which a checkpoint or an evaluation is made."""
+    """Says on process 0 when a checkpoint or an evaluation is due by time."""
 
     args: TrainArgs
     saved: float = field(default_factory=time.monotonic)
     evaluated: float = field(default_factory=time.monotonic)
 
     def save_is_due(self) -> bool:
-        """Whether the last checkpoint is train.save_minutes old."""
+        """Return whether the last checkpoint is train.save_minutes old."""
         return self._over(self.args.save_minutes, self.saved)
 
     def evaluation_is_due(self) -> bool:
-        """Whether the last evaluation is train.eval_minutes old."""
+        """Return whether the last evaluation is train.eval_minutes old."""
         return self._over(self.args.eval_minutes, self.evaluated)
 
     def _over(self, minutes: float, since: float) -> bool:
@@ -107,16 +107,21 @@ class Timer:
 
 
 class StopAsked(Exception):
-    """A signal came in the middle of a sample."""
+    """A signal arrived while a sample was generated."""
 
 
 def train(config: Config, signals: StopSignals | None = None, notes: Sequence[str] = ()) -> RunFolder:
-    """Train as configured, or go on where the run in train.save_dir stopped; returns its folder.
+    """Train as configured, or resume the run in train.save_dir. Return its folder.
 
-    All processes of a job call this. signals: those that are noted already; None: they are noted from here on.
-    notes: what was decided before, to be told with what is decided here.
-    Raises UserError on what the user can put right, a non-finite loss included, and SystemExit, with the status STOPPED or
-    INTERRUPTED, where a signal ended the run early, saved.
+    All processes of a job call this.
+
+    Arguments:
+        config: the configuration.
+        signals: signals that are already being noted. None: note them from here on.
+        notes: earlier decisions, to print with those made here.
+
+    Raises UserError on errors that the user can fix, including a loss that is not finite. Raises SystemExit with status
+    STOPPED or INTERRUPTED if a signal ended the run early, after saving.
     """
     clock = Clock()
     config.check()
@@ -141,7 +146,7 @@ def train(config: Config, signals: StopSignals | None = None, notes: Sequence[st
 
 
 def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -> int:
-    """Train the run that was opened; returns the signal that ended it early, saved, or 0."""
+    """Train the opened run. Return the signal that ended it early, after saving, or 0."""
     folder, start = opened.folder, opened.start
     mesh = make_mesh(config.mesh)
     base = base_of(config.train) if config.train.init_from and not start else None
@@ -186,7 +191,10 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -
 
 
 def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int) -> tuple[int, int]:
-    """Steps, with their records, evaluations and checkpoints; returns the last, and the signal that ended it early, saved."""
+    """Take the steps, with their records, evaluations and checkpoints.
+
+    Return the last step, and the signal that ended the loop early, after saving, or 0.
+    """
     args, clock, folder = run.config.train, run.clock, run.folder.path
     length = run.config.model.max_seq_len
     own = OwnRows(batch_sharding(run.mesh), args.batch_size, length)
@@ -260,14 +268,17 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     if unread:
         raise unread[0]
     if stop and step == run.steps and (run.evaluate is None or "eval_loss" in run.folder.records[-1]):
-        stop = 0  # the signal came too late to end it early
+        stop = 0  # the signal came too late to end the run early
     if stop:
-        print(f"stopped by {NAMES[stop]} at step {step:,}, saved; the same command goes on from here")  # type: ignore[index]
+        print(f"stopped by {NAMES[stop]} at step {step:,}, saved; rerun the same command to resume")  # type: ignore[index]
     return step, stop
 
 
 def _readable(batches: Iterable[Batch], unread: list[UserError]) -> Iterator[Batch]:
-    """The batches up to one that cannot be read, for a reason that is put into ``unread``: what was learnt is saved first."""
+    """Yield batches up to one that cannot be read.
+
+    Put its error into ``unread``, to be raised after the run is saved.
+    """
     try:
         yield from batches
     except UserError as error:
@@ -275,9 +286,9 @@ def _readable(batches: Iterable[Batch], unread: list[UserError]) -> Iterator[Bat
 
 
 def _evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dict[str, Any], int]:
-    """The held-out loss as values of a record, and the signal that came in between, for which there are none.
+    """Return the held-out loss as values for a record, or none and the signal that arrived meanwhile.
 
-    Raises UserError where the loss is not finite.
+    Raises UserError if the loss is not finite.
     """
     args = run.config.train
     total = weight = 0.0
@@ -286,7 +297,7 @@ def _evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[di
         rows, length = args.batch_size // args.gradient_accumulation_steps, run.config.model.max_seq_len
         own = OwnRows(batch_sharding(run.mesh), rows, length)
         batches = eval_batches(run.data.tokens.eval, rows, length, args.eval_iters, own.rows)
-        for batch in run.clock.waiting_for("evaluation", batches):  # so that each batch is a sign of life
+        for batch in run.clock.waiting_for("evaluation", batches):  # tells the watchdog of each batch
             sums = run.evaluate(state.params, own.assemble(batch))
             total, weight = total + float(sums[0]), weight + float(sums[1])
             if stop := run.stop_asked():
@@ -300,16 +311,16 @@ def _evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[di
 
 
 def _is_best(run: Run, record: dict[str, Any]) -> bool:
-    """Whether an evaluation, which it says, is the best so far."""
+    """Print an evaluation. Return whether it is the best so far."""
     best = run.folder.best()
-    # All save, or none: process 0 alone knows the records of earlier starts.
+    # Process 0 decides for all, since only it knows the records of earlier starts.
     improved = bool(from_main(best is None or record["eval_loss"] < best["eval_loss"]))
     log.say(log.evaluation_text(record, run.data.floor, improved))
     return improved
 
 
 def _make_up_evaluation(run: Run, state: TrainState, step: int) -> None:
-    """Evaluate the step that the run goes on from, which a signal kept the start before from."""
+    """Evaluate the step that the run resumes from, because a signal kept the previous start from it."""
     with run.clock.spent_on("evaluation"):
         values, stop = _evaluate(run, state, step, step)
     if stop:
@@ -339,7 +350,7 @@ def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> No
 
 
 def _note_saved(run: Run) -> None:
-    """Say in run.json and best.json which checkpoints there are, once they are whole. Raises UserError where a save failed."""
+    """Write to run.json and best.json which checkpoints are complete. Raises UserError if a save failed."""
     run.writer.check()
     steps = run.writer.steps
     if is_main() and steps and steps[-1] != run.opened.record.saved:
@@ -349,15 +360,15 @@ def _note_saved(run: Run) -> None:
 
 
 def _best_saved(run: Run) -> int:
-    """The step of the best checkpoint, 0 where there is none."""
+    """Return the step of the best checkpoint, or 0 if there is none."""
     saved = [record for record in run.folder.records if "eval_loss" in record and record["step"] in run.writer.steps]
     return min(saved, key=lambda record: record["eval_loss"])["step"] if saved else 0
 
 
 def _draw(run: Run, sample: Any) -> int:
-    """Show a sample of the model, and draw the losses if the plot is old. Training goes on where that fails.
+    """Print a sample of the model, and draw the losses if the plot is old. If that fails, training continues.
 
-    Returns the signal that came in between, or 0.
+    Return the signal that arrived meanwhile, or 0.
     """
     stop = 0
 
@@ -395,7 +406,7 @@ def _finish(run: Run, step: int) -> None:
 
 
 def _check_profile_steps(args: TrainArgs, steps: int) -> None:
-    """Raise UserError where the run ends before the steps that are to be traced."""
+    """Raise UserError if the run ends before the steps to profile."""
     if args.profile_range and args.profile_range[0] > steps:
         raise UserError(
             f"train.profile_steps: expected steps of the run, which has {steps:,}, found {args.profile_steps}; choose others"

@@ -1,7 +1,7 @@
-"""Opening a run: what lies in its folder is read once, and decides once what this start is.
+"""Opens a run: reads what is in its folder once, and decides once whether to begin or where to resume.
 
-A start is refused where another process writes the folder, where checkpoints that the run has saved are out of sight, or
-where they belong to another run. Else it begins a run, or goes on from the newest checkpoint whose files are whole.
+A start is refused if another process writes to the folder, if saved checkpoints cannot be found, or if they belong to
+another run. Otherwise it begins a run, or resumes from the newest checkpoint whose files are intact.
 """
 
 import contextlib
@@ -44,31 +44,31 @@ ELSEWHERE = "choose another --train.save-dir"
 
 @dataclass
 class Opened:
-    """A run that this job owns. Process 0 has read all of it; the others know the folder and the step."""
+    """A run that this job owns. Process 0 has read all of it; the other processes know only the folder and the step."""
 
     folder: RunFolder
     start: int = 0
-    """The step to go on from; 0: the run begins."""
+    """The step to resume from. 0: a new run."""
     record: RunRecord = RunRecord()
     stored: Config | None = None
-    """The settings of the start before."""
+    """The settings of the previous start."""
     text: Origin | None = None
-    """What the run has been trained on so far."""
+    """The text that the run has been trained on so far."""
     later: list[int] = field(default_factory=list)
-    """Steps behind ``start`` whose checkpoints are to be set aside."""
+    """Steps after ``start`` whose checkpoints are to be set aside."""
     notes: list[str] = field(default_factory=list)
-    """What was decided, for the person who started the run to read."""
+    """Decisions to print for the person who started the run."""
     owners: list[Owner] = field(default_factory=list)
 
     def aside(self, store: Path) -> tuple[Path, Path]:
-        """A new folder for checkpoints that are set aside, and a file for the records with them."""
+        """Return an unused folder for checkpoints that are set aside, and a file for their records."""
         number = 1
         while (store / f"set-aside-{number}").exists():
             number += 1
         return store / f"set-aside-{number}", self.folder.path / f"metrics-set-aside-{number}.jsonl"
 
     def set_aside(self) -> None:
-        """Move the checkpoints of ``later`` out of the way, with a copy of all records; on process 0."""
+        """Move the checkpoints of ``later`` away, with a copy of all records. Process 0 calls this."""
         store = self.folder.checkpoints
         aside, records = self.aside(store)
         with user_errors(store, "write"):
@@ -79,16 +79,16 @@ class Opened:
             write_atomically(records, self.folder.metrics_path.read_bytes())
 
     def check_owned(self) -> None:
-        """Raise UserError where another process has taken the run over."""
+        """Raise UserError if another process has taken over the run."""
         for held in self.owners:
             held.check()
 
 
 @contextlib.contextmanager
 def opening(train: TrainArgs) -> Iterator[Opened]:
-    """Own the run in ``train.save_dir`` for the block, and find out where it goes on.
+    """Own the run in ``train.save_dir`` for the block, and decide where it resumes.
 
-    All processes call this. Raises UserError on all of them where the run cannot be opened.
+    All processes call this. Raises UserError on all of them if the run cannot be opened.
     """
     run = Opened(RunFolder(train.save_dir))
     with contextlib.ExitStack() as stack:
@@ -98,9 +98,9 @@ def opening(train: TrainArgs) -> Iterator[Opened]:
 
 
 def starting_model(train: TrainArgs) -> ModelArgs:
-    """The model arguments of a run with ``init_from``: those that it began with, or those of the checkpoint that it begins with.
+    """Return the model arguments of a run with ``init_from``: those it began with, else those of the checkpoint.
 
-    Raises UserError where there is no such checkpoint.
+    Raises UserError if there is no such checkpoint.
     """
     folder = RunFolder(train.save_dir)
     begun = children(folder.checkpoints) or folder.read_record().saved
@@ -109,14 +109,14 @@ def starting_model(train: TrainArgs) -> ModelArgs:
 
 
 def base_of(train: TrainArgs) -> Checkpoint:
-    """The checkpoint that ``init_from`` names. Raises UserError where there is none, or its matrices are quantized."""
+    """Return the checkpoint of ``init_from``. Raises UserError if there is none or its matrices are quantized."""
     checkpoint = Checkpoint.find(train.init_from)
     checkpoint.check_plain("train.init_from")
     return checkpoint
 
 
 def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
-    """Fill in ``run`` on process 0; returns the step to go on from."""
+    """Fill in ``run`` on process 0. Return the step to resume from."""
     folder = run.folder
     if not folder.path.exists():
         stack.callback(_remove_empty, folder.path)
@@ -152,14 +152,17 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Remove a run folder in which a start that was refused left nothing."""
+    """Remove a run folder that a refused start created and left empty."""
     for place in (folder / "tokens", folder):
         with contextlib.suppress(OSError):
             place.rmdir()
 
 
 def _store(folder: RunFolder, record: RunRecord, asked: str) -> Path:
-    """Where the run's checkpoints lie, or will lie. Raises UserError where another place is asked for than they are in."""
+    """Return the folder of the run's checkpoints.
+
+    Raises UserError if they are in another one than the user asks for.
+    """
     here = folder.path / "checkpoints"
     if not asked:
         known = folder.checkpoints
@@ -187,14 +190,14 @@ def _lies_within(store: Path, folder: Path) -> bool:
 
 
 def _point_to(folder: RunFolder, store: Path) -> None:
-    """Have the run folder say where its checkpoints lie."""
+    """Write into the run folder where its checkpoints are."""
     here = folder.path / "checkpoints"
     if not here.is_dir():
         write_atomically(here, f"{absolute(store)}\n")
 
 
 def _check_in_sight(run: Opened, store: Path, steps: list[int]) -> None:
-    """Raise UserError where the run has saved checkpoints and none is there."""
+    """Raise UserError if the run has saved checkpoints and none can be found."""
     saved = run.record.saved
     if not saved and not steps and run.folder.best_path.exists():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -212,7 +215,7 @@ def _check_in_sight(run: Opened, store: Path, steps: list[int]) -> None:
 
 
 def _origin(store: Path, step: int) -> dict[str, Any]:
-    """What a checkpoint says of the run that made it; nothing where an earlier version made it."""
+    """Return what a checkpoint says about the run that made it. It is empty for checkpoints of earlier versions."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads((store / str(step) / "model" / ORIGIN).read_text())
         return found if isinstance(found, dict) else {}
@@ -220,23 +223,23 @@ def _origin(store: Path, step: int) -> dict[str, Any]:
 
 
 def _text(run: Opened, table: dict[str, Any] | None) -> Origin | None:
-    """What the run was trained on, out of a record. Raises UserError where that is damaged."""
+    """Return a record's description of the training text. Raises UserError if it is damaged."""
     try:
         return None if table is None else Origin.from_dict(table)
     except (TypeError, KeyError):
         raise UserError(
-            f"{run.folder.record_path}: expected under text what the run is trained on, found something else; restore the file "
-            f"from a copy, or {ELSEWHERE}"
+            f"{run.folder.record_path}: expected a description of the training text under text, found something else; restore "
+            f"the file from a copy, or {ELSEWHERE}"
         ) from None
 
 
 def _check_store_is_ours(run: Opened, store: Path, steps: list[int]) -> None:
-    """Raise UserError where the checkpoints belong to another run, or to the run of which this folder is a copy."""
+    """Raise UserError if the checkpoints belong to another run or to the run that this folder is a copy of."""
     origin = _origin(store, steps[-1])
     maker, place = origin.get("run"), str(origin.get("folder", ""))
     if not maker:
         return
-    remedy = f"copy them to a place of this run's own, and name it with --train.checkpoint-dir, or {ELSEWHERE}"
+    remedy = f"copy them to another folder and name it with --train.checkpoint-dir, or {ELSEWHERE}"
     if run.record.id and maker != run.record.id:
         raise UserError(
             f"train.checkpoint_dir: expected the checkpoints of the run in {run.folder.path}, found those of the run in {place} "
@@ -245,14 +248,14 @@ def _check_store_is_ours(run: Opened, store: Path, steps: list[int]) -> None:
     if _lies_within(store, run.folder.path) or not place or _same_folder(place, run.folder.path):
         return
     if origin.get("store") != real_name(store):
-        return  # a copy of them, or they were moved: no other run has its checkpoints here
+        return  # the checkpoints were copied or moved, so no other run has its checkpoints here
     here = origin.get("host") == socket.gethostname()
     there = RunFolder(place)
     if (here or there.path.exists()) and there.read_record().id != maker:
         run.notes.append(f"the run has moved here from {place}")
         return
     raise UserError(
-        f"train.checkpoint_dir: expected checkpoints of this run alone in {store}, found that they are those of the run in "
+        f"train.checkpoint_dir: expected checkpoints of this run alone in {store}, found those of the run in "
         f"{place}{'' if here else ' on host ' + str(origin.get('host'))}, of which {run.folder.path} is a copy; {remedy}"
     )
 
@@ -262,15 +265,15 @@ def _same_folder(place: str, folder: Path) -> bool:
 
 
 def _start(run: Opened, store: Path, steps: list[int], asked: int) -> int:
-    """The step to go on from, 0 where the run begins; what lies behind it is noted to be set aside."""
+    """Return the step to resume from, or 0 for a new run. Note which later steps are to be set aside."""
     if not steps and asked:
         raise UserError(
-            f"train.resume_step: expected a step that {run.folder.path} has a checkpoint of, found {asked:,} and no "
-            "checkpoints; leave it out"
+            f"train.resume_step: expected a step with a checkpoint in {run.folder.path}, found {asked:,} and no checkpoints; "
+            "leave it out"
         )
     if not steps:
         if run.folder.metrics_path.exists() and run.folder.metrics_path.stat().st_size:
-            run.notes.append("the start before ended before it saved a checkpoint: the run begins anew")
+            run.notes.append("the previous start saved no checkpoint, so the run starts again from step 0")
         return 0
     start = _newest_whole(run, store, _candidates(run, store, steps, asked))
     run.later = [step for step in steps if step > start]
@@ -278,34 +281,34 @@ def _start(run: Opened, store: Path, steps: list[int], asked: int) -> int:
         what = f"step {run.later[0]:,} is" if len(run.later) == 1 else f"steps {', '.join(map(str, run.later))} are"
         aside, records = run.aside(store)
         run.notes.append(
-            f"{what} set aside in {aside}, and all records in {records}; delete them when you need them no more"
+            f"{what} set aside in {aside}, with all records in {records}; delete both when you no longer need them"
         )
     return start
 
 
 def _candidates(run: Opened, store: Path, steps: list[int], asked: int) -> list[int]:
-    """The steps to go on from, the last of them if it is whole."""
+    """Return the steps to try to resume from, the last one first."""
     again = asked and asked == run.record.went_back_to
     run.record = dataclasses.replace(run.record, went_back_to=asked)
     if not asked:
         return steps
     if again:
-        # The same command again, as a scheduler gives it, must not throw away what was done since.
+        # A scheduler repeats the same command, which must not discard the steps taken since.
         run.notes.append(
-            f"the run went back to step {asked:,} at an earlier start, and goes on from its newest step; to go back once more, "
-            "start it once without --train.resume-step"
+            f"the run went back to step {asked:,} at an earlier start, so it resumes from its newest step; to go back again, "
+            "start it once without --train.resume-step first"
         )
         return steps
     if asked not in steps:
         raise UserError(
-            f"train.resume_step: expected one of the steps {', '.join(map(str, steps))}, of which there are checkpoints in "
-            f"{store}, found {asked:,}; choose one of these"
+            f"train.resume_step: expected a step with a checkpoint in {store} ({', '.join(map(str, steps))}), found {asked:,}; "
+            "choose one of these"
         )
     return [asked]
 
 
 def _newest_whole(run: Opened, store: Path, steps: list[int]) -> int:
-    """The newest of ``steps`` whose files are as they were saved. Raises UserError where there is none."""
+    """Return the newest of ``steps`` whose files are intact. Raises UserError if there is none."""
     for step in reversed(steps):
         try:
             verify(store / str(step), DAMAGED)
@@ -314,13 +317,13 @@ def _newest_whole(run: Opened, store: Path, steps: list[int]) -> int:
         except UserError as error:
             run.notes.append(f"warning: the checkpoint of step {step:,} is not used: {error}")
     raise UserError(
-        f"{store}: expected a checkpoint whose files are whole, found none among the steps {', '.join(map(str, steps))}: "
+        f"{store}: expected an intact checkpoint, found none among the steps {', '.join(map(str, steps))}: "
         f"{run.notes[-1].partition(': ')[2]}"
     )
 
 
 def _check_shared(run: Opened) -> None:
-    """Raise UserError where a process does not see the folder, or the checkpoint to go on from."""
+    """Raise UserError if a process does not see the run folder or the checkpoint to resume from."""
     needed = run.folder.checkpoints / str(run.start) if run.start else run.folder.path
     if not needed.is_dir():
         raise UserError(

@@ -1,4 +1,4 @@
-"""losses.png: the losses of a run over the tokens that it has read."""
+"""Draws losses.png: the losses of a run over the tokens it has read."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,15 @@ TRAIN, EVAL, FAINT = "tab:blue", "tab:orange", "gray"
 
 
 def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: float | None = None) -> None:
-    """Draw training loss (each logged step, and a running mean) and evaluations over tokens, with bits per byte at the right.
+    """Plot the training loss (each logged step and a running mean) and the evaluations over tokens.
 
-    floor: the text's own entropy in bits per byte, drawn as a line. Does nothing before the first record whose loss is finite.
+    ``floor`` is the entropy of the text in bits per byte, drawn as a line. Without a record with a finite loss, nothing
+    is drawn.
     """
     finite = [r for r in records if r["train_loss"] is not None]
     if not finite:
         return
-    # Imported here: drawing is rare, and the library slow to load.
+    # Imported here, because matplotlib is slow to import and plots are rare.
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -24,7 +25,7 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
     evals = [r for r in records if "eval_loss" in r]
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    # The first half of a loss's way takes the first hundredth of a run: only a logarithmic scale shows the rest.
+    # The first hundredth of a run brings half of the loss's descent. Only a logarithmic scale shows the rest.
     axes.set_yscale("log")
     axes.plot(tokens, losses, color=TRAIN, alpha=0.3, linewidth=0.8, label="train, each logged step")
     axes.plot(tokens, _running_mean(losses), color=TRAIN, linewidth=1.6, label="train, running mean")
@@ -40,9 +41,9 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
 
 
 def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | None) -> None:
-    """Held-out losses, the best of them in words, the scale in bits a byte, and the floor."""
+    """Draw held-out losses, a label at the best one, the scale in bits per byte, and the floor."""
     best = min(evals, key=lambda r: r["eval_loss"])
-    bits = best["eval_bits_per_byte"]  # None, where the tokens do not hold the text
+    bits = best["eval_bits_per_byte"]  # None if the tokenizer loses text
     axes.plot(
         [r["tokens"] for r in evals],
         [r["eval_loss"] for r in evals],
@@ -69,7 +70,7 @@ def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | Non
 
 
 def _write_numbers(axis: Any, span: float) -> None:
-    """Plain numbers on a logarithmic axis, between the powers of ten as well where it does not span many."""
+    """Label a logarithmic axis with plain numbers, also between powers of ten if it spans few of them."""
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -77,7 +78,7 @@ def _write_numbers(axis: Any, span: float) -> None:
 
 
 def _running_mean(values: list[float]) -> list[float]:
-    """Means over about a fiftieth of the points around each, fewer near the ends."""
+    """Return running means over about a fiftieth of the points, fewer near the ends."""
     width = max(2, len(values) // 100)
     means = []
     for i in range(len(values)):

@@ -16,7 +16,7 @@ from llama_jax.training.clock import Clock
 
 
 def check_profiler() -> None:
-    """Raise UserError where a trace would crash the process: with another libtpu than the one that this jax was made for."""
+    """Raise UserError if a trace would crash the process, because libtpu is not the version that jax requires."""
     if "tpu" not in (jax.config.jax_platforms or "tpu"):  # type: ignore[attr-defined]
         return
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -24,18 +24,19 @@ def check_profiler() -> None:
         made_for = re.search(r"libtpu==([0-9.]+)\.\*", " ".join(importlib.metadata.requires("jax") or []))
         if made_for and not found.startswith(made_for[1] + "."):
             raise UserError(
-                f"train.profile_steps: expected libtpu {made_for[1]}, as jax {jax.__version__} has it, found {found}; "
-                f"pip install 'libtpu=={made_for[1]}.*', or, where there is no TPU, set JAX_PLATFORMS=cpu or cuda"
+                f"train.profile_steps: expected libtpu {made_for[1]}, which jax {jax.__version__} requires, found {found}; "
+                f"pip install 'libtpu=={made_for[1]}.*', or, without a TPU, set JAX_PLATFORMS=cpu or cuda"
             )
 
 
 class Profile:
-    """Traces the steps of train.profile_steps into ``folder``, from process 0; steps that the run has behind it are left out.
+    """Traces the steps of train.profile_steps into ``folder``, on process 0. Steps already taken are left out.
 
-    with Profile(args.profile_range, folder, clock) as profile:
-        with profile.step(step, pending):
-            state, metrics = compiled(state, batch)
-        profile.stop_after(step, metrics)
+    Example:
+        with Profile(args.profile_range, folder, clock) as profile:
+            with profile.step(step, pending):
+                state, metrics = compiled(state, batch)
+            profile.stop_after(step, metrics)
     """
 
     def __init__(self, steps: range, folder: Path, clock: Clock):
@@ -44,7 +45,10 @@ class Profile:
 
     @contextlib.contextmanager
     def step(self, step: int, before: Any) -> Iterator[None]:
-        """The dispatch of a step; ``before``: results of the steps before it, which a trace waits for."""
+        """Trace the dispatch of a step in the block, if it is to be traced.
+
+        ``before`` are results of earlier steps. The first traced step waits for them.
+        """
         if step not in self._steps:
             yield
             return
@@ -57,7 +61,7 @@ class Profile:
             yield
 
     def stop_after(self, step: int, results: Any) -> None:
-        """Write the trace if ``step`` is its last, when ``results`` are there."""
+        """Write the trace if ``step`` is its last one, after waiting for ``results``."""
         if self._traced and step == self._steps[-1]:
             jax.block_until_ready(results)
             self._write()
@@ -73,6 +77,6 @@ class Profile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """A run that ends before the last of the steps leaves the trace of those that it made."""
+        """Write the trace of the steps taken, if the run ends before the last step to trace."""
         if self._traced:
             self._write()

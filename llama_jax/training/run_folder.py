@@ -16,26 +16,26 @@ from llama_jax.training.tensorboard import Events
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run knows of itself, in run.json; defaults where an earlier version made the folder."""
+    """The content of run.json. Folders of earlier versions have the defaults."""
 
     id: str = ""
-    """Its own for every run; a copy of the folder has it too."""
+    """A unique id of the run. A copy of the folder has the same one."""
     store: str = ""
-    """Where its checkpoints lie."""
+    """The folder of the run's checkpoints."""
     saved: int = 0
     """The newest step that was saved."""
     text: dict[str, Any] | None = None
-    """What it is trained on."""
+    """A description of the text that the run is trained on."""
     went_back_to: int = 0
-    """The step of train.resume_step, once the run went back to it."""
+    """The train.resume_step that the run has already gone back to."""
     held_lr: float | None = None
-    """The learning rate at which train.hold_lr goes on."""
+    """The learning rate that train.hold_lr keeps."""
     starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """When, where and at which step it was started, and with which changed settings."""
+    """The time, host, step and changed settings of every start."""
 
 
 class RunFolder:
-    """Paths and records of a run; every record appears whole or not at all. Process 0 reads and writes them."""
+    """The paths and records of a run. A record is written whole or not at all. Process 0 reads and writes."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
@@ -46,16 +46,16 @@ class RunFolder:
         self.config_path = self.path / "config.toml"
         self.record_path = self.path / "run.json"
         self.records: list[dict[str, Any]] = []
-        self.spent, self.spent_in_steps = 0.0, 0.0  # seconds of earlier starts; in steps of which a checkpoint tells
+        self.spent, self.spent_in_steps = 0.0, 0.0  # seconds of earlier starts: in all, and on steps that were not lost
         self._events: Events | None = None
 
     @property
     def checkpoints(self) -> Path:
-        """Where its checkpoints lie."""
+        """The folder of the run's checkpoints."""
         return checkpoints_of(self.path)
 
     def make(self) -> None:
-        """Make the folder. Raises UserError where it cannot be written."""
+        """Create the folder. Raises UserError if it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
@@ -65,7 +65,7 @@ class RunFolder:
             raise UserError(f"train.save_dir: expected a folder to write to, found {self.path}: {reason}") from None
 
     def read_record(self) -> RunRecord:
-        """What run.json says. Raises UserError where it is damaged."""
+        """Return the content of run.json. Raises UserError if it is damaged."""
         try:
             found = json.loads(self.record_path.read_text())
             known = {field.name for field in dataclasses.fields(RunRecord)}
@@ -84,18 +84,19 @@ class RunFolder:
             write_atomically(self.record_path, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
 
     def stored_config(self) -> Config | None:
-        """The settings of the start before; None where there was none."""
+        """Return the settings of the previous start, or None if there was none."""
         return load_toml(self.config_path) if self.config_path.exists() else None
 
     def write_config(self, config: Config) -> None:
-        """Write config.toml, all values resolved."""
+        """Write config.toml with all values resolved."""
         if is_main():
             write_atomically(self.config_path, to_toml(config))
 
     def read_metrics(self, step: int) -> list[str]:
-        """Read the records up to ``step``, from which training goes on, and the time that all of them took.
+        """Read the records up to ``step``, from which training resumes, and the time that all records took.
 
-        Returns a warning for each line that is no record; the last line of a killed run may be one, and is left out.
+        Return a warning for each line that is not a record. If the last line is not one, a kill cut it; it is dropped
+        silently.
         """
         self.records, self.spent, warnings = [], 0.0, []
         lines = self.metrics_path.read_text(errors="replace").split("\n") if self.metrics_path.exists() else []
@@ -109,21 +110,21 @@ class RunFolder:
                 self.spent = record.get("run_seconds", 0.0)
             except (ValueError, TypeError, KeyError, AttributeError):
                 if number < len(lines):
-                    warnings.append(f"{self.metrics_path}: line {number} is no record, and is left out")
+                    warnings.append(f"{self.metrics_path}: line {number} is not a record and is left out")
         self.spent_in_steps = self.records[-1].get("run_step_seconds", 0.0) if self.records else 0.0
         return warnings
 
     def write_metrics(self) -> None:
-        """Write the records anew."""
+        """Rewrite metrics.jsonl with the current records."""
         if is_main():
             write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def write_events(self, start: int) -> None:
-        """From now on records, of steps after ``start``, are TensorBoard events as well."""
+        """Write records as TensorBoard events, too, from now on. The first step is ``start`` + 1."""
         self._events = Events(self.path / "tensorboard", start)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl, whole or not at all. Raises UserError where the disk does not take it."""
+        """Append a record to metrics.jsonl, whole or not at all. Raises UserError if the disk is full."""
         self.records.append(record)
         if not is_main():
             return
@@ -140,7 +141,7 @@ class RunFolder:
         self._write_event(record)
 
     def add_to_last(self, values: dict[str, Any]) -> None:
-        """Add to the last record what an evaluation found that the start before had no time for."""
+        """Add to the last record the results of an evaluation that the previous start did not get to."""
         self.records[-1] = self.records[-1] | values
         self.write_metrics()
         self._write_event({"step": self.records[-1]["step"]} | values)
@@ -150,17 +151,17 @@ class RunFolder:
             self._events.write(record)
 
     def close(self) -> None:
-        """No more records come."""
+        """Close the event file. No more records follow."""
         if self._events is not None:
             self._events.close()
 
     def best(self) -> dict[str, Any] | None:
-        """The record with the lowest eval_loss so far."""
+        """Return the record with the lowest eval_loss so far, or None."""
         evaluated = [r for r in self.records if "eval_loss" in r]
         return min(evaluated, key=lambda r: r["eval_loss"]) if evaluated else None
 
     def write_best(self, steps: list[int]) -> None:
-        """Point best.json at the best evaluation whose checkpoint (one of ``steps``) is on disk."""
+        """Write to best.json the best evaluation whose checkpoint is on disk, which is to say in ``steps``."""
         saved = [r for r in self.records if "eval_loss" in r and r["step"] in steps]
         if saved and is_main():
             best = min(saved, key=lambda r: r["eval_loss"])

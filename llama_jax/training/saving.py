@@ -1,4 +1,4 @@
-"""Saving a run's checkpoints while training goes on, and deleting those that need not be kept."""
+"""Saves a run's checkpoints while training continues, and deletes old ones."""
 
 import contextlib
 import json
@@ -17,15 +17,19 @@ from llama_jax.storage.checksums import write_checksums
 from llama_jax.storage.locations import absolute, children, is_remote, user_errors
 from llama_jax.tokenizer import Tokenizer
 
-# Seconds after which orbax gives a save up. The largest models take minutes.
+# Seconds after which orbax gives up a save. The largest models take minutes.
 SAVE_SECONDS = 2 * 3600
 
 
 class CheckpointWriter:
-    """Saves checkpoints into a folder of steps; of those there it keeps the last, the best, and every so many steps.
+    """Saves checkpoints into a folder of steps. It keeps the newest ones, the best one and those at regular steps.
 
-    keep: how many of the last. keep_every: the steps that are a multiple of it are kept; 0: none for that reason.
-    All processes of a job have one; process 0 writes the small files and deletes.
+    Arguments:
+        store: the folder.
+        keep: number of newest checkpoints to keep.
+        keep_every: keep checkpoints at multiples of this step. 0: none.
+
+    Every process of a job has a writer. Process 0 writes the small files and deletes.
     """
 
     def __init__(self, store: Path, keep: int = 3, keep_every: int = 0):
@@ -57,7 +61,7 @@ class CheckpointWriter:
         eval_loss: float | None = None,
         origin: dict[str, Any] | None = None,
     ) -> None:
-        """Begin to save; returns when the arrays may change again. Raises UserError where an earlier save failed."""
+        """Start to save. Returns once the arrays may change again. Raises UserError if an earlier save failed."""
         self.wait()
         items = {
             "params": ocp.args.StandardSave(params),
@@ -73,7 +77,7 @@ class CheckpointWriter:
         self._under_way = self._thread.submit(self._finish, step)
 
     def add_loss(self, step: int, eval_loss: float) -> None:
-        """Add the held-out loss to a checkpoint that was saved without one; on process 0."""
+        """Add the held-out loss to a checkpoint that was saved without one. Process 0 calls this."""
         self._losses[step] = eval_loss
         folder = self._store / str(step)
         with user_errors(folder, "write"):
@@ -82,24 +86,24 @@ class CheckpointWriter:
             write_checksums(folder)
 
     def check(self) -> bool:
-        """Whether all that was saved is on disk. Raises UserError where a save has failed."""
+        """Return whether everything saved is on disk. Raises UserError if a save failed."""
         if self._under_way is not None and self._under_way.done():
             self.wait()
         return self._under_way is None
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk. Raises UserError where that failed."""
+        """Wait until everything saved is on disk. Raises UserError if a save failed."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.result()
 
     @property
     def steps(self) -> list[int]:
-        """The steps that are on disk, ascending; process 0 knows them."""
+        """The steps on disk, in ascending order, as process 0 knows them."""
         return list(self._steps)
 
     def _finish(self, step: int) -> None:
-        """Wait for orbax, then add the checksums and delete what need not be kept."""
+        """Wait for orbax, add the checksums and delete checkpoints that are no longer needed."""
         with user_errors(self._store / str(step), "write"):
             self._checkpointer.wait_until_finished()
             if self._is_main:
@@ -110,7 +114,7 @@ class CheckpointWriter:
                     delete_step(self._store / str(old))
 
     def _clear_unfinished(self) -> None:
-        """Delete what a killed save or a killed deletion left."""
+        """Delete what a killed save or a killed deletion left behind."""
         for path in children(self._store):
             if TEMPORARY in path.name or (path.name.isdecimal() and not is_whole(path)):
                 epath.Path(path).rmtree()
@@ -119,25 +123,25 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait, end the threads, and clear away what a failed save left. Raises UserError where a save failed."""
+        """Wait, stop the threads and delete what a failed save left behind. Raises UserError if a save failed."""
         if kind is not None and jax.process_count() > 1:
-            return  # the others may never come to where they would be waited for
+            return  # the other processes may never reach the point where this one would wait for them
         try:
             if kind is None:
                 self.wait()
-            else:  # the exception under way says what is wrong
+            else:  # the exception that is being raised already says what is wrong
                 with contextlib.suppress(Exception):
                     self.wait()
             self._checkpointer.close()
         finally:
             self._thread.shutdown()
             if self._is_main:
-                with contextlib.suppress(Exception):  # the next start clears it away, too
+                with contextlib.suppress(Exception):  # the next start deletes it, too
                     self._clear_unfinished()
 
 
 def kept(steps: Iterable[int], losses: Mapping[int, float], keep: int, keep_every: int) -> set[int]:
-    """Which of ``steps`` to keep: the last ``keep``, that of the lowest loss, and the multiples of ``keep_every``."""
+    """Return the steps to keep: the last ``keep``, the one with the lowest loss, and multiples of ``keep_every``."""
     steps = sorted(steps)
     evaluated = [step for step in steps if step in losses]
     best = [min(evaluated, key=lambda step: losses[step])] if evaluated else []
@@ -146,7 +150,7 @@ def kept(steps: Iterable[int], losses: Mapping[int, float], keep: int, keep_ever
 
 
 def delete_step(folder: Path) -> None:
-    """Delete a checkpoint, first what makes it whole: a kill in between leaves nothing that looks like one."""
+    """Delete a checkpoint. Its marker of completeness goes first, so that a kill leaves nothing that looks complete."""
     if is_remote(folder):
         (folder / COMMITTED).unlink(missing_ok=True)
         epath.Path(folder).rmtree()

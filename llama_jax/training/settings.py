@@ -1,4 +1,4 @@
-"""What a start changes of a run's settings: refused, or told with the old value and the new one."""
+"""Settings that change when a run is resumed: some are refused, the others are printed with the old and new value."""
 
 import dataclasses
 from pathlib import Path
@@ -8,18 +8,19 @@ from llama_jax.config import Config, ModelArgs
 from llama_jax.errors import UserError
 from llama_jax.training.step import learning_rate
 
-# What a run cannot change between two starts: its model, and which tokens a step reads.
+# Settings that a run cannot change: its model, and those that decide which tokens a step reads.
 FIXED = {
     "model": tuple(field.name for field in dataclasses.fields(ModelArgs)),
-    "data": ("train_size", "separator", "vocab_size", "stories"),  # and the text and tokenizer themselves, see data/
+    # data/ compares the text and the tokenizer themselves.
+    "data": ("train_size", "separator", "vocab_size", "stories"),
     "train": ("batch_size", "seed"),
 }
-# Where things are, and how processes meet: they change nothing of the run.
+# Settings of places, which do not affect the results.
 PLACES = {"train.save_dir", "train.checkpoint_dir", "train.resume_step"}
 
 
 class Change(NamedTuple):
-    """A setting that is another one than at the start before."""
+    """A setting that differs from the previous start."""
 
     name: str
     old: object
@@ -30,7 +31,7 @@ class Change(NamedTuple):
 
 
 def changes(stored: Config, now: Config, folder: Path) -> list[Change]:
-    """The settings that this start changes. Raises UserError where the run in ``folder`` cannot change one."""
+    """Return the settings that this start changes. Raises UserError if the run in ``folder`` cannot change one."""
     found = []
     for section in ("model", "data", "train", "mesh"):
         before, after = getattr(stored, section), getattr(now, section)
@@ -41,7 +42,7 @@ def changes(stored: Config, now: Config, folder: Path) -> list[Change]:
                 continue
             if field.name in FIXED.get(section, ()):
                 raise UserError(
-                    f"{name}: expected {old!r}, as the run in {folder} began with, found {new!r}; "
+                    f"{name}: expected {old!r}, with which the run in {folder} began, found {new!r}; "
                     f"choose another --train.save-dir, or delete {folder}"
                 )
             found.append(Change(name, old, new))
@@ -49,7 +50,10 @@ def changes(stored: Config, now: Config, folder: Path) -> list[Change]:
 
 
 def rate_text(stored: Config, before: int, now: Config, steps: int, held: float | None, step: int) -> str:
-    """The learning rate of ``step`` as the start before would have had it, of ``before`` steps, and as this one has it."""
+    """Return the learning rate of ``step`` by the previous start's schedule (of ``before`` steps) and by this one's.
+
+    The text is empty if they are equal.
+    """
     old = float(learning_rate(stored.train, before)(step))
     new = float(learning_rate(now.train, steps, held)(step))
     return f"learning rate at step {step:,}: {old:.3g} as it was, {new:.3g} now" if old != new else ""

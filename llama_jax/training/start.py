@@ -1,4 +1,4 @@
-"""What a start makes of a configuration: its text, its settings, the state that training begins with."""
+"""Prepares a start: opens the text, settles the settings and makes the state that training begins with."""
 
 import socket
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from llama_jax.training.step import TrainState, init_state, learning_rate, shard
 
 @dataclass(frozen=True)
 class Settled:
-    """A configuration with all that the text decides, and what a start changes of it."""
+    """A configuration with everything that the text decides, and the settings that this start changes."""
 
     config: Config
     steps: int
@@ -31,7 +31,10 @@ class Settled:
 
 
 def open_text(args: DataArgs, base: Checkpoint | None, opened: Opened) -> Data:
-    """The tokens of the run. Process 0 makes them where they are not there. Raises UserError where the run had others."""
+    """Open the tokens of the run. Process 0 makes them first if needed.
+
+    Raises UserError if the run had other tokens.
+    """
     args = args if base is None else _with_tokenizer_of(base, args)
     folder = opened.folder
     tokens = folder.path / "tokens"
@@ -42,15 +45,15 @@ def open_text(args: DataArgs, base: Checkpoint | None, opened: Opened) -> Data:
 
 
 def settle(config: Config, data: Data, opened: Opened) -> Settled:
-    """Resolve the configuration, and compare it with that of the start before.
+    """Resolve the configuration and compare it with that of the previous start.
 
-    Raises UserError where the run cannot go on with it.
+    Raises UserError if the run cannot be resumed with it.
     """
     config = _resolve(config, data)
     steps = steps_of_run(config, data)
     if not opened.start:
         if config.train.hold_lr:
-            raise UserError("train.hold_lr: expected a run that goes on, found a new one; leave it out")
+            raise UserError("train.hold_lr: expected a run to resume, found a new one; leave it out")
         return Settled(config, steps)
     stored = opened.stored
     if stored is None:
@@ -67,7 +70,7 @@ def settle(config: Config, data: Data, opened: Opened) -> Settled:
 
 
 def write_start(opened: Opened, settled: Settled, text: Origin) -> None:
-    """Write what this start has decided: the only place that changes the folder before the first step."""
+    """Write what this start has decided. Nothing else changes the run folder before the first step."""
     folder = opened.folder
     if opened.later and is_main():
         opened.set_aside()
@@ -90,14 +93,14 @@ def write_start(opened: Opened, settled: Settled, text: Origin) -> None:
 
 
 def steps_of_run(config: Config, data: Data) -> int:
-    """How many steps a run takes in all."""
+    """Return the total number of steps of a run."""
     train = config.train
     per_epoch = steps_per_epoch(data.tokens.train, train.batch_size, config.model.max_seq_len)
     return train.max_steps or train.n_epochs * per_epoch
 
 
 def evaluation_is_missing(opened: Opened, settled: Settled, data: Data) -> bool:
-    """Whether a signal kept the start before from evaluating the step that this one goes on from."""
+    """Return whether a signal kept the previous start from evaluating the step that this one resumes from."""
     records, args, start = opened.folder.records, settled.config.train, opened.start
     if not is_main() or not start or not records or data.tokens.eval.size < 2:
         return False
@@ -108,7 +111,7 @@ def evaluation_is_missing(opened: Opened, settled: Settled, data: Data) -> bool:
 def first_state(
     module: Any, optimizer: Any, mesh: jax.sharding.Mesh, seed: int, opened: Opened, base: Checkpoint | None
 ) -> TrainState:
-    """The state to begin with: the checkpoint that the run goes on from, the one to fine-tune, or a random one."""
+    """Return the first state, from the checkpoint to resume from, the one to fine-tune, or random parameters."""
     shapes = state_shapes(module, optimizer, mesh)
     if opened.start:
         checkpoint = Checkpoint.find(opened.folder.checkpoints / str(opened.start))
@@ -121,20 +124,20 @@ def first_state(
 
 
 def first_words(config: Config, data: Data) -> str:
-    """How samples begin: as the stories do, or with the first whole words of a line of the held-out text."""
+    """Return the prompt of samples: the opening of the stories, or the first words of a line of the held-out text."""
     stream = data.tokens.eval if data.tokens.eval.size else data.tokens.train
     text = data.tokenizer.decode(stream[:256].tolist())
     lines = [line.split() for line in text.splitlines()[1:] if line.isprintable()]
     words = next((line for line in lines if len(line) > 4), None) or [w for w in text.split() if w.isprintable()]
     words = words[:4] if config.data.filepath else ["Once", "upon", "a", "time"]
-    # Half of the context is left to go on in.
+    # Leave half of the context for the completion.
     while words and len(data.tokenizer.encode(" ".join(words))) > config.model.max_seq_len // 2:
         words.pop()
     return " ".join(words)
 
 
 def _held_lr(now: TrainArgs, before: TrainArgs, steps_before: int, opened: Opened) -> float | None:
-    """The learning rate at which the run goes on, where it is to be held: that of the last step."""
+    """Return the learning rate to hold, which is that of the last step, or None."""
     if not now.hold_lr:
         return None
     if before.hold_lr and opened.record.held_lr is not None:
@@ -143,7 +146,7 @@ def _held_lr(now: TrainArgs, before: TrainArgs, steps_before: int, opened: Opene
 
 
 def _with_tokenizer_of(source: Checkpoint, args: DataArgs) -> DataArgs:
-    """Data arguments with the tokenizer of a checkpoint. Raises UserError where another one is asked for."""
+    """Return data arguments with the tokenizer of a checkpoint. Raises UserError if the user asks for another one."""
     asked = args.tokenizer_model_path
     if asked and Tokenizer(asked).model_bytes != source.tokenizer.model_bytes:
         raise UserError(
@@ -153,18 +156,18 @@ def _with_tokenizer_of(source: Checkpoint, args: DataArgs) -> DataArgs:
 
 
 def _resolve(config: Config, data: Data) -> Config:
-    """The configuration with all that the data decide. Raises UserError where another vocabulary was asked for."""
+    """Return the configuration with all that the data decide. Raises UserError if the vocabulary size differs."""
     size, manifest = data.tokenizer.vocab_size, data.tokens.manifest
     if config.model.vocab_size not in (-1, size):
         raise UserError(
-            f"model.vocab_size: expected {size}, as the tokenizer has, or -1, found {config.model.vocab_size}"
+            f"model.vocab_size: expected {size}, the size of the tokenizer, or -1, found {config.model.vocab_size}"
         )
     data_args = replace(config.data, train_size=manifest.train_size, separator=manifest.separator.replace("\\", "\\\\"))
     return replace(config, model=replace(config.model, vocab_size=size), data=data_args)
 
 
 def _restore_optimizer(checkpoint: Checkpoint, shapes: TrainState) -> Any:
-    """The optimizer's state; checkpoints of before losses were remembered go on with an empty LossHistory."""
+    """Restore the optimizer's state. Checkpoints of earlier versions lack a LossHistory and get an empty one."""
     *inner, history = shapes.opt_state
     if any(name.startswith(f"{len(inner)}/") for name in checkpoint.arrays("state")):
         return checkpoint.restore("state", shapes.opt_state)

@@ -1,6 +1,6 @@
 """The optimizer and the jitted training step.
 
-A gradient-accumulation parts, B rows a part, T positions.
+Letters: A parts of gradient accumulation, B rows of a part, T positions.
 """
 
 import functools
@@ -33,24 +33,25 @@ from llama_jax.training.bad_steps import LossHistory, watched
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step changes. Its number of steps is in the optimizer's state."""
+    """All values that a step changes. The number of steps is in the optimizer's state."""
 
     params: Any
     opt_state: Any
 
 
 class StepMetrics(NamedTuple):
-    """Of one step, on the device: float32 scalars, and what is remembered of the losses up to this one."""
+    """Results of one step, on the device. Loss and gradient norm are float32 scalars."""
 
-    loss: jax.Array  # nats a token
+    loss: jax.Array  # nats per token
     grad_norm: jax.Array  # before clipping
     history: LossHistory
 
 
 def learning_rate(args: TrainArgs, steps: int, held: float | None = None) -> optax.Schedule:
-    """Linear warm-up to lr, then a cosine to min_lr_ratio x lr at ``steps`` (LLaMA 2 paper, section 2.1).
+    """Return the learning rate schedule: linear warm-up to lr, then cosine decay to min_lr_ratio x lr at ``steps``.
 
-    held: the rate of every step in place of that.
+    This is the schedule of the LLaMA 2 paper (section 2.1). ``held``, if given, is the constant rate of every step
+    instead.
     """
     if held is not None:
         return optax.constant_schedule(held)
@@ -58,7 +59,7 @@ def learning_rate(args: TrainArgs, steps: int, held: float | None = None) -> opt
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else args.lr,
         peak_value=args.lr,
-        # The first of the steps already moves: step s is taken at the rate of s + 1.
+        # Step s uses the rate of s + 1, so that the first step already updates the parameters.
         warmup_steps=warmup,
         decay_steps=max(steps, 1),
         end_value=args.lr * args.min_lr_ratio,
@@ -66,14 +67,14 @@ def learning_rate(args: TrainArgs, steps: int, held: float | None = None) -> opt
 
 
 def warmup_steps(args: TrainArgs, steps: int) -> int:
-    """Steps of the warm-up: as many as are asked for, but for a run that has no more than these."""
+    """Return the number of warm-up steps, at most one less than the run has."""
     return min(args.warmup_steps, max(0, steps - 1))
 
 
 def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> optax.GradientTransformationExtraArgs:
-    """AdamW with clipping and decoupled weight decay on matrices only (all but the norms' weights); bad steps are watched for.
+    """Return AdamW with gradient clipping, weight decay on all parameters but norm weights, and handling of bad steps.
 
-    steps, held: see ``learning_rate``.
+    ``steps`` and ``held`` are those of ``learning_rate``.
     """
     schedule = learning_rate(args, steps, held)
     adamw = optax.chain(
@@ -91,7 +92,7 @@ def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> op
 
 
 def state_shapes(model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> TrainState:
-    """The state's shapes, each with its sharding: the optimizer's moments are laid out as their parameters."""
+    """Return the state's shapes with their shardings. The optimizer's moments are sharded like their parameters."""
     shapes, shardings = parameter_shapes(model), parameter_shardings(model, mesh)
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
     opt_shardings = optax.tree_map_params(
@@ -101,14 +102,14 @@ def state_shapes(model: Llama, optimizer: optax.GradientTransformationExtraArgs,
 
 
 def shardings_of(shapes: Any) -> Any:
-    """The shardings in a tree of shapes."""
+    """Return the shardings of a tree of shapes."""
     return jax.tree.map(lambda s: s.sharding, shapes)
 
 
 def init_state(
     model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, seed: int, params: Any = None
 ) -> TrainState:
-    """A new state, born sharded; ``params``: start from these."""
+    """Create the initial state directly in its shards, from ``params`` or, if None, from random parameters."""
     shapes = state_shapes(model, optimizer, mesh)
 
     def init_params() -> Any:
@@ -124,10 +125,10 @@ def init_state(
 def make_train_step(
     model: Llama, optimizer: optax.GradientTransformationExtraArgs, accumulation: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The step, to be jitted: gradients of the mean loss over the batch's tokens, and one update.
+    """Return the training step: gradients of the mean loss over the batch's tokens, and one update. Jit it.
 
-    The batch is split into ``accumulation`` parts, whose gradients are added up; each part counts by its tokens, so that
-    the result is that of the whole batch.
+    The batch is split into ``accumulation`` parts whose gradients are summed. Each part is weighted by its tokens, so
+    the result equals that of the whole batch.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -140,7 +141,7 @@ def make_train_step(
         if accumulation == 1:
             loss, grads = gradient(state.params, batch)
         else:
-            # Parts take every A-th row, so that each is spread over the devices as the batch is.
+            # Each part takes every A-th row, so that it is spread over the devices like the batch.
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, x.shape[-1]).swapaxes(0, 1), batch)
 
             def add(so_far: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
@@ -158,7 +159,7 @@ def make_train_step(
 
 
 def batch_shapes(train: TrainArgs, model: ModelArgs, mesh: Mesh) -> Batch:
-    """The shapes of a step's batch, each with its sharding."""
+    """Return the shapes of a step's batch with their shardings: int32 and float32 [batch_size, max_seq_len]."""
     shape, sharding = (train.batch_size, model.max_seq_len), batch_sharding(mesh)
     ids = cast(Any, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
     return Batch(ids, ids, cast(Any, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)))
@@ -167,7 +168,7 @@ def batch_shapes(train: TrainArgs, model: ModelArgs, mesh: Mesh) -> Batch:
 def trace_train_step(
     model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, accumulation: int, batch: Batch
 ) -> jax.stages.Traced:
-    """The step for a mesh and the shapes of ``batch``, to be lowered and compiled; the state's buffers are donated."""
+    """Trace the step for a mesh and the shapes of ``batch``. The state's buffers are donated."""
     shapes = state_shapes(model, optimizer, mesh)
     step = jax.jit(
         make_train_step(model, optimizer, accumulation),
@@ -181,18 +182,18 @@ def trace_train_step(
 def compile_train_step(
     model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, accumulation: int, batch: Batch
 ) -> jax.stages.Compiled:
-    """The step, compiled for the devices of ``mesh``, which may be only described (plan)."""
+    """Compile the step for the devices of ``mesh``, which may be only described (as in plan)."""
     options = compiler_options(mesh.devices.flat[0])
     return trace_train_step(model, optimizer, mesh, accumulation, batch).lower().compile(compiler_options=options)
 
 
 def eval_step(model: Llama, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Summed loss in nats and summed weights of a batch: float32 scalars."""
+    """Return the summed loss in nats and the summed weights of a batch: two float32 scalars."""
     return loss_sum(model, params, *batch), jnp.sum(batch.weights)
 
 
 def compile_eval_step(model: Llama, mesh: Mesh, train: TrainArgs, args: ModelArgs) -> jax.stages.Compiled:
-    """``eval_step``, of parameters and a batch, compiled for as many rows as a part of a training batch has."""
+    """Compile ``eval_step`` of (parameters, batch) for batches as large as one part of a training batch."""
     part = replace(train, batch_size=train.batch_size // train.gradient_accumulation_steps)
     params = with_shardings(parameter_shapes(model), parameter_shardings(model, mesh))
     step = jax.jit(functools.partial(eval_step, model), out_shardings=replicated(mesh))

@@ -1,4 +1,4 @@
-"""The records of metrics.jsonl as TensorBoard events."""
+"""Writes the records of metrics.jsonl as TensorBoard events."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from llama_jax.errors import UserError
 
 
 def check_installed() -> None:
-    """Raise UserError where the library that writes events is absent."""
+    """Raise UserError if tensorboardX is not installed."""
     try:
         import tensorboardX  # noqa: F401
     except ImportError:
@@ -18,7 +18,7 @@ def check_installed() -> None:
 
 
 class Events:
-    """Writes records into ``folder``; those of an earlier start after step ``start`` are hidden."""
+    """Writes records into ``folder``. Events of an earlier start after step ``start`` are hidden."""
 
     def __init__(self, folder: Path, start: int):
         from tensorboardX import SummaryWriter
@@ -26,11 +26,11 @@ class Events:
         self._writer = SummaryWriter(str(folder), purge_step=start + 1, flush_secs=10)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Every number of a record, at its step; on disk within ten seconds."""
+        """Write every number of a record at its step. It is on disk within ten seconds."""
         for name, value in record.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        """What was written is on disk."""
+        """Close the file, with all records on disk."""
         self._writer.close()

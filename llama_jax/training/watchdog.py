@@ -1,4 +1,4 @@
-"""A watchdog: ends a run that hangs, and says where it hung."""
+"""A watchdog that ends a run that hangs, and says where it hung."""
 
 import contextlib
 import faulthandler
@@ -21,16 +21,16 @@ DOING: dict[Activity, str] = {
     "saving": "saving",
     "sample": "making a sample and the plot",
 }
-LOOKS = 20  # within the seconds that are allowed
+LOOKS = 20  # in the allowed seconds
 WRITING_SECONDS = 10
 
 
 class Watchdog:
-    """Ends the process, with status LOST, when no step has finished and nothing else has begun or ended for so many seconds.
+    """Ends the process with status LOST if for ``seconds`` no step finishes and no other activity begins or ends.
 
-    It ends it, since a collective that one process waits for in vain never returns, and a run that is started again goes on
-    from its last checkpoint. One line on stderr says which step hung and in what; the stacks of all threads are in the run
-    folder. 0 seconds: it does nothing.
+    A hung collective never returns if a process is missing, and a restarted run resumes from its last checkpoint. So
+    ending the process is the remedy. One line on stderr names the step and the activity; the stacks of all threads go
+    to the run folder. With 0 seconds the watchdog does nothing.
     """
 
     def __init__(self, clock: Clock, seconds: float, folder: Path, end: Callable[[int], object] = os._exit):
@@ -47,7 +47,7 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
-        # Looks are counted, not seconds: a process that was suspended for an hour has not hung.
+        # Count looks, not seconds: a process that was suspended for an hour has not hung.
         seen, idle = self._clock.alive_at, 0
         while not self._over.wait(self._seconds / LOOKS):
             idle = idle + 1 if self._clock.alive_at == seen else 0
@@ -56,7 +56,7 @@ class Watchdog:
                 self._stop()
 
     def _stop(self) -> None:
-        # On a thread: the disk itself may be what hangs.
+        # In a thread, because the disk itself may be what hangs.
         writer = threading.Thread(target=self._write_stacks, daemon=True)
         writer.start()
         writer.join(WRITING_SECONDS)
@@ -64,7 +64,7 @@ class Watchdog:
         text = (
             f"error: train: {process}step {self._clock.finished + 1:,}: expected progress within "
             f"{self._seconds:g} s (train.watchdog_seconds), found none while {DOING[self._clock.activity]}; "
-            f"see {self._stacks}, then start the same command, which goes on from the last checkpoint"
+            f"see {self._stacks}, then rerun the command, which resumes from the last checkpoint"
         )
         print(text, file=sys.stderr, flush=True)
         self._end(LOST)

@@ -377,7 +377,7 @@ def test_all_errors_in_tensors_are_reported_together(
     source = write_meta_folder(tmp_path / "meta", args, weights, 1, small_tokenizer)
     with pytest.raises(UserError) as refused:
         run(input=source, output=tmp_path / "ours")
-    for words in ("layers.1.attention.wq.weight is missing", "w2.weight has shape", "'surprise' is no tensor"):
+    for words in ("layers.1.attention.wq.weight is missing", "w2.weight has shape", "'surprise' is not a tensor"):
         assert words in str(refused.value)
 
 
@@ -439,7 +439,7 @@ def test_a_checklist_that_holds_is_verified_and_told(
     lines = [f"{hashlib.md5((source / n).read_bytes()).hexdigest()}  {n}" for n in names]
     (source / "checklist.chk").write_text("\n".join(lines) + "\n")
     run(input=source, output=tmp_path / "ours")
-    assert "3 files are as" in capsys.readouterr().out
+    assert "3 files match" in capsys.readouterr().out
 
 
 def test_a_dry_run_lists_every_tensor_and_writes_nothing(

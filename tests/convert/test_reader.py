@@ -88,4 +88,4 @@ def test_a_sound_model_is_not_warned_about_and_a_dry_run_says_that_it_did_not_lo
     convert(ConvertArgs(input=str(source), output=str(tmp_path / "out")))
     assert "warning" not in capsys.readouterr().out
     convert(ConvertArgs(input=str(source), dry_run=True))
-    assert "no value was looked at" in capsys.readouterr().out.splitlines()[-1]
+    assert "no value was read" in capsys.readouterr().out.splitlines()[-1]

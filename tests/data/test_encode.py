@@ -177,8 +177,8 @@ def test_of_a_long_text_parts_are_compared_that_are_spread_over_it(
 def test_the_warning_tells_the_share_and_examples() -> None:
     assert loss_warning(0, 100, 0, []) == ""
     text = loss_warning(25, 100, 7, ["家 (10)", "spaces (3)"])
-    assert "25.00% of its bytes do not come back" in text and "7 tokens are of unknown characters" in text
-    assert "most of all 家 (10), spaces (3)" in text and "\n" not in text
+    assert "does not restore 25.00% of its bytes" in text and "7 tokens are unknown" in text
+    assert "mostly 家 (10), spaces (3)" in text and "\n" not in text
 
 
 def test_shares_are_never_rounded_to_nothing() -> None:

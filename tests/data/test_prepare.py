@@ -379,7 +379,7 @@ def test_what_a_killed_prepare_left_is_gone_on_from(tmp_path, kept):
             path.write_bytes(path.read_bytes()[:100])
     (tmp_path / "out" / ".unfinished").touch()
     (tmp_path / "out" / "train.bin.0123456789ab.tmp").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"data\.filepath: .* found tokens that are not finished in .*out"):
+    with pytest.raises(UserError, match=r"data\.filepath: .* found unfinished tokens in .*out"):
         load(tmp_path, filepath=str(tmp_path / "out"))
     told(tmp_path, *flags, "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -388,7 +388,7 @@ def test_what_a_killed_prepare_left_is_gone_on_from(tmp_path, kept):
 def test_token_files_of_another_program_are_not_taken_for_ours(tmp_path):
     for name in ("train.bin", "val.bin", "meta.pkl"):
         (tmp_path / name).write_bytes(bytes(100))
-    with pytest.raises(UserError, match=r"found token files without manifest\.json .* of another program"):
+    with pytest.raises(UserError, match=r"found token files without manifest\.json .* another program made them"):
         load(tmp_path, filepath=str(tmp_path))
     (tmp_path / "input.txt").write_text(TEXT)
     assert text_of(load(tmp_path, filepath=str(tmp_path), vocab_size=300)) == TEXT
@@ -504,7 +504,7 @@ def test_a_run_that_has_begun_tells_a_text_that_grew_from_another(tmp_path, caps
         load(tmp_path, begun=True, **args)
     shutil.rmtree(tmp_path / "run" / "tokens")
     load(tmp_path, begun=True, **args)
-    assert "manifest.json: expected what the run was trained on, found no such file" in capsys.readouterr().out
+    assert "manifest.json: expected a description of the run's text, found no such file" in capsys.readouterr().out
     # What the run was trained on may be known elsewhere.
     for text, words in ((TEXT + "more", "has grown by 4 bytes since"), (TEXT.upper(), "is another text")):
         (tmp_path / "a.txt").write_text(text)
@@ -614,7 +614,7 @@ def test_what_is_odd_about_a_text_is_told_at_every_start(tmp_path, content, opti
 
 def test_a_run_that_repeats_a_tiny_text_is_warned():
     assert repeats_warning(1_000_000, 3, 256) == ""
-    assert "3 tokens are read 477,866 times: they will be learnt by heart" in repeats_warning(3, 477_866.1, 256)
+    assert "3 tokens are read 477,866 times: the model will memorize them" in repeats_warning(3, 477_866.1, 256)
     assert "fewer than a sequence of 256" in repeats_warning(100, 2, 256)
 
 

@@ -121,11 +121,11 @@ def test_the_one_above_is_refused_where_a_tokenizer_json_says_otherwise(
     change(table)
     put_table(folder, table)
     with pytest.raises(
-        UserError, match=r"found tokenizer\.json alone, .* of the folder above, to be another: .*--tokenizer"
+        UserError, match=r"found tokenizer\.json alone, .* in the folder above, to differ: .*--tokenizer"
     ):
         find_tokenizer("", folder)
     found, said = find_tokenizer(str(folder.parent / "tokenizer.model"), folder)
-    assert found.model_bytes == small_tokenizer.model_bytes and "says otherwise" in said[0]
+    assert found.model_bytes == small_tokenizer.model_bytes and "differs from" in said[0]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -139,7 +139,7 @@ def test_two_vocabularies_side_by_side_are_refused_and_other_rules_are_told(
         with pytest.raises(UserError, match=r"expected one vocabulary, found two: .* pieces differ"):
             find_tokenizer("", folder)
     else:
-        assert "says otherwise than tokenizer.model, which counts here" in find_tokenizer("", folder)[1][0]
+        assert "differs from tokenizer.model, which is used" in find_tokenizer("", folder)[1][0]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_llama_3s_is_told_by_its_kind(shared: Path, folder: Path, small_tokenize
         find_tokenizer("", folder)
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
-    with pytest.raises(UserError, match=r"a vocabulary of tiktoken, as LLaMA 3 has"):
+    with pytest.raises(UserError, match=r"a tiktoken vocabulary, as LLaMA 3 has"):
         find_tokenizer("", folder)
 
 

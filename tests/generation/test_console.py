@@ -195,7 +195,7 @@ def test_a_split_is_told_in_one_line(
 ) -> None:
     monkeypatch.setattr(passes, "CPU_MOST_ROWS", 2)
     Console(model).complete(ask([Job(text, ARGS) for text in "abc"], model.tokenizer, 128, "refuse"))
-    assert capsys.readouterr().err == "2 passes, the first of 2 completions: more do not go into one\n"
+    assert capsys.readouterr().err == "2 passes, the first of 2 completions: memory holds no more\n"
 
 
 def test_questions_of_a_file_are_answered_each_by_itself(folder: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_share_of_the_bandwidth_is_said_where_it_is_known(model: Model, monk
     meter.begin()
     meter(Step(1, 1, 1, 16, 16, 0, 0))
     meter(Step(1, 1, 1, 16, 16, 0, 1))
-    assert meter.line().endswith(" of memory read (50% of what the device can)")
+    assert meter.line().endswith(" of memory read (50% of the device's bandwidth)")
 
 
 def test_the_time_between_generations_is_not_counted(model: Model) -> None:

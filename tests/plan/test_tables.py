@@ -40,9 +40,7 @@ def test_no_days_are_told_of_a_run_whose_length_is_not_known() -> None:
 
 def test_what_goes_to_the_host_is_told_and_said_not_to_be_timed() -> None:
     offloading = replace(PLAN, schedule=Schedule(Cost(matrix=0.25, host_bytes=3e9), TOPOLOGY.chip))
-    assert "3.0 GB to and from the host's memory, whose time is not counted" in training_text(
-        offloading, Found(1.0, "")
-    )
+    assert "3.0 GB to and from the host's memory (time not counted)" in training_text(offloading, Found(1.0, ""))
     assert "host" not in training_text(PLAN, Found(1.0, ""))
 
 

@@ -96,7 +96,7 @@ def test_a_run_that_is_killed_while_it_saves_and_stopped_ends_as_one_on_disk_tha
     fork = forked.Fork(argv, tmp_path)
     stored.before_write = stop
     out, _ = fork.communicate(timeout=60)
-    assert fork.returncode == STOPPED and "saved; the same command goes on from here" in out
+    assert fork.returncode == STOPPED and "saved; rerun the same command to resume" in out
     train(run, "--train.checkpoint-dir", "gs://bucket/run")
     assert (run / "checkpoints").read_text() == "gs://bucket/run\n"
 

@@ -198,7 +198,7 @@ def test_a_run_skips_the_bad_step_says_so_and_goes_on(tmp_path: Path, spoilt: An
 
 def test_a_run_that_stops_at_a_bad_step_leaves_the_checkpoint_before_it(tmp_path: Path, spoilt: Any) -> None:
     spoilt(not_finite_at(3))
-    with pytest.raises(UserError, match=r"finite loss, found nan at step 3; the last checkpoint is of step 2"):
+    with pytest.raises(UserError, match=r"finite loss, found nan at step 3; .* the last checkpoint, step 2"):
         train(tmp_path / "run")
     spoilt(lambda step, batch: batch)
     train(tmp_path / "run")  # with what was wrong put right, it goes on

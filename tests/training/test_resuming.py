@@ -234,7 +234,7 @@ def test_more_steps_at_the_rate_that_the_run_stopped_with(run: Path, tmp_path: P
     train(run, max_steps=14, hold_lr=True)
     assert {record["lr"] for record in records(run)[7:]} == {rate}, "a later start holds the same rate"
     assert records(run)[-1]["step"] == 14
-    with pytest.raises(UserError, match=r"train\.hold_lr: expected a run that goes on"):
+    with pytest.raises(UserError, match=r"train\.hold_lr: expected a run to resume"):
         train(tmp_path / "new", hold_lr=True)
 
 
@@ -314,7 +314,7 @@ def test_a_line_that_is_no_record_costs_itself_alone(line: str, run: Path, whole
     (run / "metrics.jsonl").write_text("\n".join([*lines[:3], line, *lines[3:], '{"step": 9, "tra']))
     out = train(run)
     assert records(run) == records(whole)
-    assert ("line 4 is no record" in out) == bool(line.strip()) and "line 10" not in out
+    assert ("line 4 is not a record" in out) == bool(line.strip()) and "line 10" not in out
 
 
 def test_a_run_of_before_there_were_checksums_and_run_json_goes_on(run: Path, whole: Path, tmp_path: Path) -> None:
