@@ -3,8 +3,8 @@
 Every row has its own settings and its own random key, and nothing here looks across rows. B rows, V vocab.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -21,9 +21,7 @@ class Sampler(flax.struct.PyTreeNode):
 
     keys: jax.Array  # random keys [B]; a token's randomness is its row's key and its number in the completion
     temperature: jax.Array  # float32 [B]
-    top_p: jax.Array | None  # float32 [B]
-    top_k: jax.Array | None  # int32 [B]
-    min_p: jax.Array | None  # float32 [B]
+    filters: dict[str, jax.Array]  # by its name in FILTERS, each row's value [B]
     bias: jax.Array | None  # float32 [B, V]
     penalties: "Penalties | None"
 
@@ -53,11 +51,11 @@ def check_bias(args: SampleArgs, vocab_size: int, prefix: str = "") -> None:
 def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int) -> Sampler:
     """The sampler of rows of (prompt, settings, number of the row among the prompt's ``n``)."""
     settings = [args for _, args, _ in rows]
-
-    def column(name: str, off: float, dtype: type = np.float32) -> jax.Array | None:
-        values = [getattr(args, name) for args in settings]
-        return None if all(value == off for value in values) else jnp.array(values, dtype)
-
+    filters = {
+        name: jnp.array([getattr(args, name) for args in settings], rule.dtype)
+        for name, rule in FILTERS.items()
+        if any(getattr(args, name) != rule.off for args in settings)
+    }
     penalties = bias = None
     if any(a.repetition_penalty != 1 or a.presence_penalty or a.frequency_penalty for a in settings):
         penalties = _make_penalties(rows, vocab_size)
@@ -73,9 +71,7 @@ def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_si
     return Sampler(
         keys,
         jnp.asarray(temperature),
-        column("top_p", 1.0),
-        column("top_k", 0, np.int32),
-        column("min_p", 0.0),
+        filters,
         None if bias is None else jnp.asarray(bias),
         penalties,
     )
@@ -152,13 +148,9 @@ def _draw(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Array:
     # From the largest logit: as temperature goes to 0 all others go to -inf, and nothing overflows.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     probs = jax.nn.softmax(logits)
-    if sampler.top_k is not None:
-        limit = jnp.where(sampler.top_k > 0, sampler.top_k - 1, logits.shape[-1]).astype(jnp.float32)
-        probs = _normalised(jnp.where(keep_top(probs, jnp.ones_like(probs), limit), probs, 0.0))
-    if sampler.top_p is not None:
-        probs = jnp.where(keep_top(probs, probs, sampler.top_p), probs, 0.0)
-    if sampler.min_p is not None:
-        probs = jnp.where(probs >= sampler.min_p[:, None] * jnp.max(probs, axis=-1, keepdims=True), probs, 0.0)
+    for name, rule in FILTERS.items():
+        if name in sampler.filters:
+            probs = rule.apply(probs, sampler.filters[name])
     # The token at which the sum of probabilities passes a random number: one a row, where Gumbel's trick needs V.
     uniform = jax.vmap(lambda key, number: jax.random.uniform(jax.random.fold_in(key, number)))(sampler.keys, number)
     # Sums in parallel are not quite in order: of tokens without a probability none is taken, wherever rounding puts the sum.
@@ -169,8 +161,18 @@ def _draw(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Array:
     )
 
 
-def _normalised(probs: jax.Array) -> jax.Array:
-    return probs / jnp.sum(probs, axis=-1, keepdims=True)
+def _top_k(probs: jax.Array, top_k: jax.Array) -> jax.Array:
+    limit = jnp.where(top_k > 0, top_k - 1, probs.shape[-1]).astype(jnp.float32)
+    kept = jnp.where(keep_top(probs, jnp.ones_like(probs), limit), probs, 0.0)
+    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+
+
+def _top_p(probs: jax.Array, top_p: jax.Array) -> jax.Array:
+    return jnp.where(keep_top(probs, probs, top_p), probs, 0.0)
+
+
+def _min_p(probs: jax.Array, min_p: jax.Array) -> jax.Array:
+    return jnp.where(probs >= min_p[:, None] * jnp.max(probs, axis=-1, keepdims=True), probs, 0.0)
 
 
 def keep_top(probs: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
@@ -200,3 +202,22 @@ def keep_top(probs: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Arra
     at_border = bits == border
     earlier = jnp.cumsum(jnp.where(at_border, weights, 0.0), axis=-1) - jnp.where(at_border, weights, 0.0)
     return (bits > border) | at_border & (before(border) + earlier <= limit)
+
+
+class Filter(NamedTuple):
+    """A rule that leaves out tokens by their probabilities; the field of SampleArgs that has its name sets it."""
+
+    off: float
+    """The value with which the rule leaves out nothing."""
+    apply: Callable[[jax.Array, jax.Array], jax.Array]
+    """Probabilities float32 [B, V] and each row's value [B] -> probabilities, 0 for what is left out; they need not sum to 1."""
+    dtype: type = np.float32
+    """Type of the rows' values."""
+
+
+# Applied in this order. docs/design.md has the steps to add one.
+FILTERS: dict[str, Filter] = {
+    "top_k": Filter(0, _top_k, np.int32),
+    "top_p": Filter(1.0, _top_p),
+    "min_p": Filter(0.0, _min_p),
+}
