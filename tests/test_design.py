@@ -125,7 +125,9 @@ def test_the_step_lists_name_files_and_names_that_exist() -> None:
 def test_every_room_is_described_and_imports_point_the_way_that_the_page_says() -> None:
     text = (ROOT / "docs" / "design.md").read_text()
     order = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text.split("## The rooms")[1], re.MULTILINE)
-    rooms = {path.stem for path in (ROOT / "llama_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    rooms = {
+        path.stem for path in (ROOT / "llama_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert sorted(order) == sorted(rooms - {"__init__", "__main__"})
     for path in (ROOT / "llama_jax").rglob("*.py"):
         room = room_of(path)

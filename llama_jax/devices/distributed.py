@@ -39,7 +39,7 @@ def start_job(args: DistributedArgs) -> None:
 
     Returns at once where neither ``args`` nor a cluster's environment (Slurm, Open MPI, Cloud TPU, GKE) tells of others, and
     when it is called again.
-    From then on only process 0 prints, and an error that ends one process ends it at once, so that the others notice.
+    From then on an error that ends one process ends it at once, so that the others notice.
     Raises UserError where ``args`` are incomplete, or not all processes come within ``args.timeout_seconds``.
     """
     address, count, index = _find(args)
@@ -70,8 +70,6 @@ def start_job(args: DistributedArgs) -> None:
         _raise_late(address, count, index, args.timeout_seconds)
     sys.excepthook = _end_at_once
     _catch_abort()
-    if index:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries' prints too
 
 
 def _find(args: DistributedArgs) -> tuple[str, int, int]:
@@ -171,6 +169,16 @@ def _catch_abort() -> None:
 def is_main() -> bool:
     """Whether this is process 0, which prints and writes."""
     return jax.process_index() == 0
+
+
+def only_main_prints() -> None:
+    """Close the standard output of the job's other processes, libraries' prints included.
+
+    On TPUs JAX numbers processes by their place in the slice, whatever number they joined with. So this asks JAX, which starts
+    its backend.
+    """
+    if jax.distributed.is_initialized() and not is_main():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def from_main(value: int) -> int:
