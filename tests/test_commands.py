@@ -30,11 +30,15 @@ def test_the_first_minute_says_what_it_does_what_it_needs_and_what_to_type_next(
 
 
 def documented_commands() -> list[str]:
-    """The python commands of the README and of docs/, in their order, without repetitions."""
+    """The python commands of the README and of docs/, in their order, without repetitions.
+
+    Blocks that name a language are of another place: a cluster's, or another program's.
+    """
     texts = [(ROOT / "README.md").read_text(), *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
     found: dict[str, None] = {}
     for text in texts:
-        parts = [*re.findall(r"```\n(.*?)```", text, re.DOTALL), *re.findall(r"`(python [^`]+)`", text)]
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        parts = [*(block for language, block in blocks if not language), *re.findall(r"`(python [^`]+)`", text)]
         for line in "\n".join(parts).replace("\\\n", " ").splitlines():
             line = re.sub(r"\s*(\[.*?\]|#.*)", "", line).strip()
             if re.match(r"(echo .*\| )?python (-m llama_jax|train|sample|convert)", line):

@@ -38,9 +38,8 @@ def start_job(args: DistributedArgs) -> None:
     """Join the other processes of the job, if there are any. Call it before JAX starts its backend.
 
     Returns at once if neither ``args`` nor a cluster's environment (Slurm, Open MPI, Cloud TPU, GKE) names other
-    processes, and on repeated calls. From then on only process 0 prints, and an error ends its process at once, so that
-    the others notice. Raises UserError if ``args`` are incomplete, or if some process is missing after
-    ``args.timeout_seconds``.
+    processes, and on repeated calls. From then on an error ends its process at once, so that the others notice. Raises
+    UserError if ``args`` are incomplete, or if some process is missing after ``args.timeout_seconds``.
     """
     address, count, index = _find(args)
     if count == 1 or jax.distributed.is_initialized():
@@ -70,8 +69,6 @@ def start_job(args: DistributedArgs) -> None:
         _raise_late(address, count, index, args.timeout_seconds)
     sys.excepthook = _end_at_once
     _catch_abort()
-    if index:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # silences libraries, too
 
 
 def _find(args: DistributedArgs) -> tuple[str, int, int]:
@@ -171,6 +168,16 @@ def _catch_abort() -> None:
 def is_main() -> bool:
     """Return whether this is process 0, which prints and writes."""
     return jax.process_index() == 0
+
+
+def only_main_prints() -> None:
+    """Close the standard output of the job's other processes, libraries' prints included.
+
+    On TPUs JAX numbers processes by their place in the slice, whatever number they joined with. So this asks JAX, which
+    starts its backend.
+    """
+    if jax.distributed.is_initialized() and not is_main():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def from_main(value: int) -> int:

@@ -61,6 +61,9 @@ def memory_in_use(devices: Sequence[jax.Device]) -> int | None:
 
 def bytes_of(tree: Any) -> int:
     """Return the bytes that a tree of arrays takes in memory."""
-    return sum(
-        math.ceil(x.size * (4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize) / 8) for x in jax.tree.leaves(tree)
-    )
+    return sum(math.ceil(x.size * _bits(x.dtype) / 8) for x in jax.tree.leaves(tree))
+
+
+def _bits(dtype: Any) -> int:
+    """Return the bits of a number. numpy counts a whole byte for an integer of 4 bits, of which memory holds two."""
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize

@@ -41,7 +41,9 @@ class Model:
 
     args: ModelArgs
     params: Any
-    """The parameters, as in a checkpoint or, if quantized or on an accelerator, in the form for generation (serving.py)."""
+    """The parameters, as in a checkpoint or, if quantized or on an accelerator, in the form for generation.
+
+    See generation/serving.py."""
     tokenizer: Tokenizer
     module: Llama
     cache_dtype: Any = None

@@ -3,8 +3,8 @@
 Each row has its own settings and random key, and rows never affect each other. B rows, V vocab.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -23,9 +23,7 @@ class Sampler(flax.struct.PyTreeNode):
         jax.Array
     )  # random keys [B]; a token's random number depends on its row's key and its number in the completion
     temperature: jax.Array  # float32 [B]
-    top_p: jax.Array | None  # float32 [B]
-    top_k: jax.Array | None  # int32 [B]
-    min_p: jax.Array | None  # float32 [B]
+    filters: dict[str, jax.Array]  # by its name in FILTERS, each row's value [B]
     bias: jax.Array | None  # float32 [B, V]
     penalties: "Penalties | None"
 
@@ -55,11 +53,11 @@ def check_bias(args: SampleArgs, vocab_size: int, prefix: str = "") -> None:
 def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int) -> Sampler:
     """Return the sampler of rows of (prompt, settings, number of the row among the prompt's ``n``)."""
     settings = [args for _, args, _ in rows]
-
-    def column(name: str, off: float, dtype: type = np.float32) -> jax.Array | None:
-        values = [getattr(args, name) for args in settings]
-        return None if all(value == off for value in values) else jnp.array(values, dtype)
-
+    filters = {
+        name: jnp.array([getattr(args, name) for args in settings], rule.dtype)
+        for name, rule in FILTERS.items()
+        if any(getattr(args, name) != rule.off for args in settings)
+    }
     penalties = bias = None
     if any(a.repetition_penalty != 1 or a.presence_penalty or a.frequency_penalty for a in settings):
         penalties = _make_penalties(rows, vocab_size)
@@ -75,9 +73,7 @@ def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_si
     return Sampler(
         keys,
         jnp.asarray(temperature),
-        column("top_p", 1.0),
-        column("top_k", 0, np.int32),
-        column("min_p", 0.0),
+        filters,
         None if bias is None else jnp.asarray(bias),
         penalties,
     )
@@ -159,13 +155,9 @@ def _draw(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Array:
     # Subtract the largest logit first: as temperature goes to 0, all others go to -inf, and nothing overflows.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     probs = jax.nn.softmax(logits)
-    if sampler.top_k is not None:
-        limit = jnp.where(sampler.top_k > 0, sampler.top_k - 1, logits.shape[-1]).astype(jnp.float32)
-        probs = _normalised(jnp.where(keep_top(probs, jnp.ones_like(probs), limit), probs, 0.0))
-    if sampler.top_p is not None:
-        probs = jnp.where(keep_top(probs, probs, sampler.top_p), probs, 0.0)
-    if sampler.min_p is not None:
-        probs = jnp.where(probs >= sampler.min_p[:, None] * jnp.max(probs, axis=-1, keepdims=True), probs, 0.0)
+    for name, rule in FILTERS.items():
+        if name in sampler.filters:
+            probs = rule.apply(probs, sampler.filters[name])
     # Take the token where the cumulative probability passes a random number. Gumbel's trick would need V random
     # numbers.
     uniform = jax.vmap(lambda key, number: jax.random.uniform(jax.random.fold_in(key, number)))(sampler.keys, number)
@@ -177,8 +169,18 @@ def _draw(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Array:
     )
 
 
-def _normalised(probs: jax.Array) -> jax.Array:
-    return probs / jnp.sum(probs, axis=-1, keepdims=True)
+def _top_k(probs: jax.Array, top_k: jax.Array) -> jax.Array:
+    limit = jnp.where(top_k > 0, top_k - 1, probs.shape[-1]).astype(jnp.float32)
+    kept = jnp.where(keep_top(probs, jnp.ones_like(probs), limit), probs, 0.0)
+    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+
+
+def _top_p(probs: jax.Array, top_p: jax.Array) -> jax.Array:
+    return jnp.where(keep_top(probs, probs, top_p), probs, 0.0)
+
+
+def _min_p(probs: jax.Array, min_p: jax.Array) -> jax.Array:
+    return jnp.where(probs >= min_p[:, None] * jnp.max(probs, axis=-1, keepdims=True), probs, 0.0)
 
 
 def keep_top(probs: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
@@ -209,3 +211,25 @@ def keep_top(probs: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Arra
     at_border = bits == border
     earlier = jnp.cumsum(jnp.where(at_border, weights, 0.0), axis=-1) - jnp.where(at_border, weights, 0.0)
     return (bits > border) | at_border & (before(border) + earlier <= limit)
+
+
+class Filter(NamedTuple):
+    """A rule that leaves out tokens by their probabilities; the field of SampleArgs that has its name sets it."""
+
+    off: float
+    """The value with which the rule leaves out nothing."""
+    apply: Callable[[jax.Array, jax.Array], jax.Array]
+    """Takes probabilities float32 [B, V] and each row's value [B]. Returns probabilities, 0 for tokens that are left out.
+
+    They need not sum to 1.
+    """
+    dtype: type = np.float32
+    """Type of the rows' values."""
+
+
+# Applied in this order. docs/design.md has the steps to add one.
+FILTERS: dict[str, Filter] = {
+    "top_k": Filter(0, _top_k, np.int32),
+    "top_p": Filter(1.0, _top_p),
+    "min_p": Filter(0.0, _min_p),
+}

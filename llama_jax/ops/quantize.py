@@ -5,17 +5,25 @@ without an offset, and the scale is the largest magnitude's, as in LLM.int8 (Det
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.config import Weights
 
-# Inputs that share a scale with int4.
-GROUPS = {"int4": 32, "int4-64": 64}
+class Kind(NamedTuple):
+    """How a kind of quantized matrix is made."""
+
+    dtype: Any
+    """The type of its integers."""
+    group: int | None = None
+    """The most inputs of an output that share a scale. None: all of them."""
+
+
+# Every kind of quantized matrix, by its name.
+KINDS: dict[str, Kind] = {"int8": Kind(jnp.int8), "int4": Kind(jnp.int4, 32), "int4-64": Kind(jnp.int4, 64)}
 
 
 class Matrix(flax.struct.PyTreeNode):
@@ -54,12 +62,15 @@ def flat(w: jax.Array, inputs: int) -> Matrix:
     return Matrix(w.reshape(math.prod(w.shape[:inputs]), -1), None, w.shape)
 
 
-def quantize(w: jax.Array, inputs: int, kind: Weights) -> Matrix:
+def quantize(w: jax.Array, inputs: int, kind: str) -> Matrix:
     """Return ``w``, whose first ``inputs`` axes are summed over in products, as ``kind``: "int8", "int4", "int4-64"."""
     D = math.prod(w.shape[:inputs])
-    groups = D // _group(D, kind)
+    dtype, most = KINDS[kind]
+    # The largest divisor of D up to the group's size.
+    group = D if most is None else max(size for size in range(1, most + 1) if D % size == 0)
+    groups = D // group
     by_group = w.reshape(groups, D // groups, -1)
-    values, scales = to_integers(by_group, axis=1, dtype=jnp.int8 if kind == "int8" else jnp.int4)
+    values, scales = to_integers(by_group, axis=1, dtype=dtype)
     return Matrix(values.reshape(D, -1), scales, w.shape)
 
 
@@ -74,8 +85,3 @@ def to_integers(x: jax.Array, axis: int, dtype: Any, most: int | None = None) ->
     scales = jnp.maximum(jnp.max(jnp.abs(x), axis=axis), 1e-12) * np.float32(1 / (most or jnp.iinfo(dtype).max))
     scales = jnp.where(jnp.all(jnp.isfinite(x), axis=axis), scales, jnp.nan)
     return jnp.round(x / jnp.expand_dims(scales, axis)).astype(dtype), scales
-
-
-def _group(inputs: int, kind: Weights) -> int:
-    """Inputs a scale: all of them for int8, or else the largest divisor up to the kind's size."""
-    return inputs if kind == "int8" else max(size for size in range(1, GROUPS[kind] + 1) if inputs % size == 0)

@@ -18,7 +18,14 @@ from llama_jax.config import Config, SampleArgs, TrainArgs
 from llama_jax.data import Data
 from llama_jax.data.batches import Batch, OwnRows, eval_batches, train_batches
 from llama_jax.devices.compiling import use_compilation_cache
-from llama_jax.devices.distributed import Consensus, from_main, is_main, lost_processes_told, start_job
+from llama_jax.devices.distributed import (
+    Consensus,
+    from_main,
+    is_main,
+    lost_processes_told,
+    only_main_prints,
+    start_job,
+)
 from llama_jax.devices.memory import keep_freed_memory
 from llama_jax.devices.sharding import batch_sharding, check_divisible, make_mesh, on_mesh
 from llama_jax.errors import UserError
@@ -136,6 +143,7 @@ def train(config: Config, signals: StopSignals | None = None, notes: Sequence[st
             check_profiler()
         start_job(config.distributed)
         stack.enter_context(lost_processes_told())
+        only_main_prints()
         opened = stack.enter_context(opening(config.train))
         opened.notes[:0] = notes
         signals.before_leaving += [held.release for held in opened.owners]

@@ -268,7 +268,7 @@ def test_a_token_that_was_cut_is_not_drawn_where_sums_in_parallel_are_out_of_ord
     monkeypatch.setattr(jax.random, "uniform", lambda number: numbers[number])
     B = len(numbers)
     temperature, top_k = jnp.ones(B), jnp.full(B, 50, jnp.int32)
-    sampler = Sampler(jnp.zeros(B), temperature, None, top_k, None, None, None)
+    sampler = Sampler(jnp.zeros(B), temperature, {"top_k": top_k}, None, None)
     ids = np.asarray(sampling._draw(sampler, jnp.broadcast_to(logits, (B, V)), jnp.arange(B)))
     assert B > 100
     assert (np.asarray(logits)[0, ids] >= top[0]).all()
@@ -318,4 +318,4 @@ def test_samples_of_a_prompt_are_independent_of_each_other() -> None:
 
 def test_what_no_row_asks_for_is_not_computed() -> None:
     sampler = make_sampler([([1], GREEDY, 0), ([2], OPEN, 0)], 5)
-    assert (sampler.top_p, sampler.top_k, sampler.min_p, sampler.bias, sampler.penalties) == (None,) * 5
+    assert (sampler.filters, sampler.bias, sampler.penalties) == ({}, None, None)

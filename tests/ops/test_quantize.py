@@ -16,7 +16,8 @@ from llama_jax.devices.memory import bytes_of
 from llama_jax.generation import Model
 from llama_jax.generation.serving import for_generation
 from llama_jax.ops.linear import linear
-from llama_jax.ops.quantize import GROUPS, Matrix, as_array, quantize
+from llama_jax.ops.quantize import KINDS as TABLE
+from llama_jax.ops.quantize import Matrix, as_array, quantize
 from llama_jax.tokenizer import Tokenizer
 from tests.generation.models import decode, full_log_probs, never_ending, prompts_of_lengths
 
@@ -53,7 +54,7 @@ def test_values_are_within_half_a_step_of_their_groups_scale(
     D = int(np.prod(shape[:inputs]))
     group = D if kind == "int8" else D // q.scales.shape[0]
     if kind != "int8":
-        assert group <= GROUPS[kind] and D % group == 0
+        assert group <= TABLE[kind].group and D % group == 0
     assert q.shape == shape and q.values.shape[0] == D and q.values.dtype == (jnp.int8 if kind == "int8" else jnp.int4)
     found = q.dequantized()
     assert found.shape == shape and found.dtype == jnp.float32
