@@ -160,12 +160,14 @@ def _ask(args: Arguments, jobs: "list[Job]", checkpoint: "Checkpoint") -> "list[
 def _generate(args: Arguments, asked: "list[Asked]", results: "Results | None" = None) -> None:
     """Load the model; complete, answer, save, or, where nothing is asked, converse."""
     import llama_jax
+    from llama_jax.cli.progress import working
     from llama_jax.generation.console import Console
 
     mesh = None if args.mesh == ONE_DEVICE else args.mesh
-    model = llama_jax.load(
-        args.ckpt, args.compute_dtype, args.weights, args.cache, mesh, args.draft, args.draft_tokens, args.exact
-    )
+    with working(f"loading {args.ckpt}", sys.stderr, shown=not args.quiet):
+        model = llama_jax.load(
+            args.ckpt, args.compute_dtype, args.weights, args.cache, mesh, args.draft, args.draft_tokens, args.exact
+        )
     console = Console(model, args.json, args.quiet)
     if not asked:
         console.converse(clean(args.system), args.sample)

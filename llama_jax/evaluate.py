@@ -1,5 +1,6 @@
 """Loss, perplexity and bits per byte of a text: ``python -m llama_jax.evaluate --ckpt runs/x --text held_out.txt``."""
 
+import contextlib
 import functools
 import json
 import math
@@ -13,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from tqdm import tqdm
 
 from llama_jax.cli.flags import parse_flags
+from llama_jax.cli.progress import Progress, working
 from llama_jax.config import Cache, DType, Weights
 from llama_jax.data.lost import Losses, examples, loss_warning
 from llama_jax.data.sources import find_files
@@ -89,7 +90,8 @@ def evaluate(
         raise UserError(f"--stride: expected 1 to the window of {window}, found {stride}")
     if batch_size < 1:
         raise UserError(f"--batch-size: expected 1 or more, found {batch_size}")
-    stream, scored, losses = _read(str(text), model.tokenizer, as_text)
+    with working(f"reading {text}", sys.stderr):
+        stream, scored, losses = _read(str(text), model.tokenizer, as_text)
     total, tokens = 0.0, int(scored[1:].sum())
     if not tokens:
         raise UserError(f"--text: expected text, found none in {text}")
@@ -99,16 +101,19 @@ def evaluate(
         score = functools.partial(_loss_sum, model.module, model.params)
     else:
         score = functools.partial(_loss_sum_over_cache, model.module, model.serving, cache_dtype=model.cache_dtype)
-    for i in tqdm(range(0, len(rows), batch_size), desc="evaluate", unit="batch", delay=2, disable=None):
-        batch = rows[i : i + batch_size] + [(0, 0, 0)] * (batch_size - len(rows[i : i + batch_size]))
-        starts, first, last = (np.array(column)[:, None] for column in zip(*batch, strict=True))
-        at = np.minimum(starts + positions, len(stream) - 2)
-        counts = (starts + positions >= first) & (starts + positions < last)
-        weights = (counts & scored[at + 1]).astype(np.float32)
-        nats = float(score(stream[at], stream[at + 1], weights))
-        if not math.isfinite(nats):
-            raise not_finite(model.source, f"in the window from token {int(starts[0, 0])} of the text on")
-        total += nats
+    with Progress("evaluating", -(-len(rows) // batch_size), "batch", stream=sys.stderr) as progress:
+        for i in range(0, len(rows), batch_size):
+            batch = rows[i : i + batch_size] + [(0, 0, 0)] * (batch_size - len(rows[i : i + batch_size]))
+            starts, first, last = (np.array(column)[:, None] for column in zip(*batch, strict=True))
+            at = np.minimum(starts + positions, len(stream) - 2)
+            counts = (starts + positions >= first) & (starts + positions < last)
+            weights = (counts & scored[at + 1]).astype(np.float32)
+            with progress.busy("compiling") if i == 0 else contextlib.nullcontext():
+                nats = float(score(stream[at], stream[at + 1], weights))
+            if not math.isfinite(nats):
+                raise not_finite(model.source, f"in the window from token {int(starts[0, 0])} of the text on")
+            total += nats
+            progress.update()
     loss = total / tokens
     return {
         "loss": loss,
@@ -181,7 +186,8 @@ def main() -> None:
     for name in ("ckpt", "text"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
-    model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache)
+    with working(f"loading {args.ckpt}", sys.stderr):
+        model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache)
     try:
         found = evaluate(model, args.text, args.window, args.stride, args.batch_size, args.as_text)
     except UserError as error:

@@ -44,6 +44,7 @@ Où est le hibou? Là-bas, près de l'arbre. Schön wär's, sagte der Fuchs übe
 # Begun first, in this order: a long file that came last would leave the other processes idle.
 LONGEST = [
     "test_programs.py",
+    "test_notebooks.py",
     "test_commands.py",
     "test_decoding.py",
     "test_distributed.py",

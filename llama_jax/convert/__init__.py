@@ -15,6 +15,7 @@ from llama_jax.convert.meta import MetaSource, verify_checklist, write_meta
 from llama_jax.convert.output import check_new, new_folder
 from llama_jax.convert.reader import Reader
 from llama_jax.convert.source import Source
+from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
 from llama_jax.foreign.folders import found_in, hub_hint
 from llama_jax.foreign.layouts import Layout, find_layout
@@ -75,11 +76,14 @@ def convert(args: ConvertArgs) -> None:
     if not args.dry_run:
         check_new(output)
     folder = location(args.input)
+    note = skip_absent_tpu("converting")
     with contextlib.ExitStack() as stack:
         source = open_source(folder, args, stack)
         if isinstance(source, OwnSource) and not args.dry_run:
             _check_outside(output, folder)
         summary.announce(source, args.to, output, args.weights)
+        if note:
+            print(f"{'note':>10}  {note}")
         summary.check_space(source, output, args.weights, args.dry_run)
         if args.dry_run:
             summary.print_table(source)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama_jax.cli.flags import unescape
+from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
 from llama_jax.data.encode import prepare
 from llama_jax.data.origin import Origin, difference
@@ -105,7 +106,8 @@ def find_text(args: DataArgs, folder: Path, begun: bool = False) -> Text:
     text.
     """
     if not args.filepath:
-        path, floor = write_stories(folder / "stories.txt", args.stories)
+        with working(f"writing {args.stories:,} stories"):
+            path, floor = write_stories(folder / "stories.txt", args.stories)
         corpus = Corpus([path], separator_bytes(STORY_SEPARATOR), args.train_size)
         return Text(corpus, f"{args.stories:,} built-in stories", floor)
     as_text = args.as_text or begun
@@ -126,11 +128,13 @@ def encode_text(
 ) -> Data:
     """Encode a text into ``folder``, with a tokenizer at ``tokenizer_path``; see ``load_data``."""
     known = _known(folder, begun, began_with)
-    if begun and known is not None:
-        text = _check_text(known, text, args)
-    else:
-        _check_has_text(text)
-        check_separator(text.corpus, text.source)
+    with working(f"reading {text.source}, {bytes_text(text.corpus.bytes)}"):
+        text.corpus.digest()
+        if begun and known is not None:
+            text = _check_text(known, text, args)
+        else:
+            _check_has_text(text)
+            check_separator(text.corpus, text.source)
     tokenizer = _tokenizer(args, text, tokenizer_path, known, begun)
     trained = 0 if args.tokenizer_model_path else args.vocab_size
     expected = known if begun else None
@@ -243,7 +247,11 @@ def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, beg
         print(
             f"warning: {path}: expected the tokenizer that made these tokens, found another: trained again", flush=True
         )
-    made = _save(given, path) if given is not None else train_tokenizer(_sentences(text.corpus), args.vocab_size, path)
+    if given is not None:
+        made = _save(given, path)
+    else:
+        with working(f"training a vocabulary of {args.vocab_size:,} tokens"):
+            made = train_tokenizer(_sentences(text.corpus), args.vocab_size, path)
     if begun and known is not None and known.tokenizer_sha256 not in ("", sha256(made.model_bytes)):
         path.unlink()
         raise UserError(

@@ -1,6 +1,7 @@
 """Generation: a loaded model, its logits, and completions of prompts."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 from llama_jax.build import make_model
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
+from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.sharding import make_mesh
 from llama_jax.errors import UserError, quoted
@@ -67,6 +69,8 @@ class Model:
     ) -> "Model":
         """Load a model; see ``llama_jax.load``. Matrices are kept in compute_dtype or quantized."""
         use_compilation_cache()
+        if note := skip_absent_tpu("computing"):
+            print(note, file=sys.stderr, flush=True)
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import signal
 import sys
@@ -11,7 +12,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from llama_jax.cli.progress import Progress
+from llama_jax.cli.progress import Progress, working
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, check_one, stripped
@@ -31,6 +32,8 @@ HELP = (
 )
 # At most 1 / ANSWER_SHARE of the context is kept free for an answer.
 ANSWER_SHARE = 4
+# What goes on before the first token is there.
+FIRST_TOKEN = "reading the prompt; the first time, programs are compiled"
 
 
 class Console:
@@ -51,14 +54,14 @@ class Console:
         if self._is_one_text(asked):
             self._meter.begin()
             pieces = self._model.stream_ids(asked[0].ids, asked[0].job.args, self._meter)
-            _print_stream(pieces, start=asked[0].job.prompt)
+            self._print_stream(pieces, start=asked[0].job.prompt)
             return
         self._run(asked, self._printer(show_prompt=True))
 
     def answer(self, asked: Sequence[Asked]) -> None:
         """Print the answers to conversations. A single one is printed as it is generated."""
         if self._is_one_text(asked):
-            _print_stream(self._answer_pieces(asked[0].ids, asked[0].job.args))
+            self._print_stream(self._answer_pieces(asked[0].ids, asked[0].job.args))
             return
         self._run(asked, self._printer(show_prompt=False))
 
@@ -117,7 +120,7 @@ class Console:
         """Print the answer to a conversation. Return its text."""
         ids = encode_dialog(self._model.tokenizer, messages)
         if not self._as_json:
-            return _print_stream(self._answer_pieces(ids, args), until=interrupted)
+            return self._print_stream(self._answer_pieces(ids, args), until=interrupted)
         self._meter.begin()
         (completion,) = self._model.generate_ids([ids], args, self._meter)
         self._printer(show_prompt=False)(Asked(Job(messages[-1].content, args), ids), completion)
@@ -140,7 +143,35 @@ class Console:
             for one, _ in wanted:
                 if one.skipped and progress is not None:
                     progress.update(1)
-                take(one, SKIPPED if one.skipped else next(made))
+                take(one, SKIPPED if one.skipped else self._next(made, with_bar))
+
+    def _next(self, made: Iterator[Completion], with_bar: bool) -> Completion:
+        """Return the next completion. Without a bar, say that it is being made."""
+        with working("generating", sys.stderr, shown=not (with_bar or self._quiet)):
+            return next(made)
+
+    def _print_stream(self, pieces: Iterable[str], start: str = "", until: Callable[[], bool] | None = None) -> str:
+        """Print ``start`` and pieces as they come, and a line end. Returns what the pieces were.
+
+        until: says, behind each piece, whether it was the last; then KeyboardInterrupt ends the text as well.
+        """
+        text, pieces = "", iter(pieces)
+        try:
+            # Before anything is printed: what is said meanwhile has a line of its own.
+            with working(FIRST_TOKEN, sys.stderr, shown=not self._quiet):
+                first = next(pieces, "")
+            print(start, end="", flush=True)
+            for piece in itertools.chain([first], pieces):
+                print(piece, end="", flush=True)
+                text += piece
+                if until is not None and until():
+                    break
+        except KeyboardInterrupt:
+            if until is None:
+                raise
+        finally:
+            print(flush=True)
+        return text
 
     def _watching(self, progress: Progress | None) -> OnProgress:
         def watch(step: Step) -> None:
@@ -231,25 +262,3 @@ def _noting_interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: noted
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _print_stream(pieces: Iterable[str], start: str = "", until: Callable[[], bool] | None = None) -> str:
-    """Print ``start``, the pieces as they come, and a line end. Return the joined pieces.
-
-    ``until`` is called after each piece and says whether it was the last one. With it, KeyboardInterrupt also ends the
-    text.
-    """
-    text = ""
-    try:
-        print(start, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-            text += piece
-            if until is not None and until():
-                break
-    except KeyboardInterrupt:
-        if until is None:
-            raise
-    finally:
-        print(flush=True)
-    return text

@@ -219,7 +219,7 @@ class Filter(NamedTuple):
     off: float
     """The value with which the rule leaves out nothing."""
     apply: Callable[[jax.Array, jax.Array], jax.Array]
-    """Takes probabilities float32 [B, V] and each row's value [B]. Returns probabilities, 0 for tokens that are left out.
+    """Takes probabilities float32 [B, V] and each row's value [B]. Returns probabilities, 0 for tokens it leaves out.
 
     They need not sum to 1.
     """

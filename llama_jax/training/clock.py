@@ -37,6 +37,7 @@ class Clock:
         self.seconds: dict[Activity, float] = dict.fromkeys(ACTIVITIES, 0.0)
         self.activity: Activity = "start"
         self.finished = 0  # the newest step whose result has arrived
+        self.recorded = 0, 0.0  # steps of this start that records count, and the seconds that they took
         self.alive_at = time.perf_counter()  # when a step last finished, or an activity began or ended
         self._since = self._finished_at = self.alive_at
         self._dispatched = 0
@@ -145,6 +146,8 @@ class Recorder:
             now = dict(self._clock.seconds)
         since = {activity: now[activity] - self._before[activity] for activity in ACTIVITIES}
         seconds = (since["step"] + since["data"]) / (step - self._step)
+        steps, so_far = self._clock.recorded
+        self._clock.recorded = steps + step - self._step, so_far + since["step"] + since["data"]
         self._before, self._step = now, step
         rate = self._tokens / seconds
         record = {

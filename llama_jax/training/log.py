@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from llama_jax.checkpoint import Checkpoint
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import ModelArgs, TrainArgs
 from llama_jax.data import Data
@@ -71,6 +72,13 @@ def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:
     return f"learning rate {train.lr:g} after a warm-up of {warmup:,} steps{cut}, then a cosine to {train.lr * train.min_lr_ratio:g}"
 
 
+def first_state_text(opened: Opened, base: Checkpoint | None) -> str:
+    """Return a line about what happens before the first step: parameters are read, or made."""
+    if opened.start:
+        return f"reading the checkpoint of step {opened.start:,}"
+    return "making random parameters" if base is None else f"reading {base.folder}"
+
+
 def nothing_to_do_text(steps: int) -> str:
     """Return what the start of a finished run prints."""
     return f"Run already complete: it has its {steps:,} steps. Raise --train.max-steps to go on, or choose a new --train.save-dir"
@@ -100,18 +108,21 @@ def printable(text: str) -> str:
 
 
 def progress_text(record: dict[str, Any], devices: int) -> str:
-    """Return loss, speed and memory of a record, and delays of a second or more."""
+    """Return loss, speed and memory of a record, and delays of a second or more.
+
+    The most important comes first: a narrow terminal shows only what fits.
+    """
     loss = "loss not finite" if record["train_loss"] is None else f"loss {record['train_loss']:.3f}"
     parts = [loss, f"{record['tokens_per_second_per_device']:,.0f} tokens/s" + (" a device" if devices > 1 else "")]
+    if record["bad_steps"]:
+        parts.append(f"{record['bad_steps']:,} bad")
+    parts += [
+        f"{what} {record[f'{what}_seconds']:.0f} s" for what in ("data", "saving") if record[f"{what}_seconds"] >= 1
+    ]
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.0%}")
     if "memory_bytes" in record:
         parts.append(bytes_text(record["memory_bytes"]))
-    parts += [
-        f"{what} {record[f'{what}_seconds']:.0f} s" for what in ("data", "saving") if record[f"{what}_seconds"] >= 1
-    ]
-    if record["bad_steps"]:
-        parts.append(f"{record['bad_steps']:,} bad")
     return ", ".join(parts)
 
 
@@ -146,8 +157,8 @@ def trace_text(first: int, last: int, folder: Path) -> str:
     return f"trace of steps {first:,} to {last:,}: {folder} (for xprof; the perfetto_trace.json.gz in it for Perfetto)"
 
 
-def time_text(clock: Clock, spent: float, record: dict[str, Any]) -> str:
-    """Return where the time went.
+def time_text(clock: Clock, total: float, spent: float, record: dict[str, Any]) -> str:
+    """Return where the ``total`` seconds went.
 
     ``spent`` are the seconds of earlier starts. If there are any, the last record gives the share of steps in all
     starts.
@@ -156,11 +167,20 @@ def time_text(clock: Clock, spent: float, record: dict[str, Any]) -> str:
         "start": "start", "waiting for data": "data", "evaluation": "evaluation", "saving": "saving", "samples": "sample"
     }  # fmt: skip
     rest = ", ".join(f"{name} {clock.seconds[activity]:.1f} s" for name, activity in names.items())
-    text = f"goodput: {clock.goodput:.1%} of {clock.total:,.0f} s were spent in steps; {rest}"
+    text = f"goodput: {clock.seconds['step'] / total:.1%} of {total:,.0f} s were spent in steps; {rest}"
     if spent:
         share = record["run_step_seconds"] / record["run_seconds"]
         text += f"\nover all starts: {share:.1%} of {record['run_seconds']:,.0f} s, not counting repeated steps"
     return text
+
+
+def speed_text(clock: Clock, records: list[dict[str, Any]]) -> str:
+    """Return the mean of the speeds in this start's records."""
+    steps, seconds = clock.recorded
+    if not seconds or not records:
+        return ""
+    tokens = steps * records[-1]["tokens"] / records[-1]["step"]
+    return f", {tokens / seconds:,.0f} tokens/s in steps on average"
 
 
 def bad_steps_text(record: dict[str, Any]) -> str:
@@ -172,11 +192,12 @@ def bad_steps_text(record: dict[str, Any]) -> str:
 
 def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str, changed: Sequence[str] = ()) -> str:
     """Return the last lines of a run: how it went, where the files are, and what to type next."""
-    lines = [f"at step {step:,} after {clock.total - clock.seconds['start']:.0f} s"]
+    total = clock.total
+    lines = [f"at step {step:,} after {total:,.0f} s" + speed_text(clock, folder.records)]
     if (best := folder.best()) is not None:
         lines[0] += f"; best: step {best['step']:,}, {loss_text(best)}"
     if clock.seconds["step"] and folder.records:
-        lines.append(time_text(clock, folder.spent, folder.records[-1]))
+        lines.append(time_text(clock, total, folder.spent, folder.records[-1]))
     if folder.records and folder.records[-1].get("bad_steps"):
         lines.append(bad_steps_text(folder.records[-1]))
     lines += [f"changed at this start: {change}" for change in changed]

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 
 from llama_jax.build import make_model
-from llama_jax.cli.progress import Progress
+from llama_jax.cli.progress import Progress, working
 from llama_jax.cli.stopping import NAMES, StopSignals, output_may_vanish, status_of
 from llama_jax.config import Config, SampleArgs, TrainArgs
 from llama_jax.data import Data
 from llama_jax.data.batches import Batch, OwnRows, eval_batches, train_batches
+from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.distributed import (
     Consensus,
@@ -137,6 +138,7 @@ def train(config: Config, signals: StopSignals | None = None, notes: Sequence[st
         stack.enter_context(output_may_vanish())
         keep_freed_memory()
         use_compilation_cache()
+        notes = [*notes, *filter(None, [skip_absent_tpu("training")])]
         if config.train.tensorboard:
             check_installed()
         if config.train.profile_steps:
@@ -183,13 +185,16 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -
             print(log.nothing_to_do_text(settled.steps))
             _finish(run, start)
             return 0
-        state = first_state(module, optimizer, mesh, config.train.seed, opened, base)
+        with working(log.first_state_text(opened, base), shown=is_main()):
+            state = first_state(module, optimizer, mesh, config.train.seed, opened, base)
         began = time.perf_counter()
         batch = batch_shapes(config.train, config.model, mesh)
-        compiled = compile_train_step(module, optimizer, mesh, config.train.gradient_accumulation_steps, batch)
+        with working("compiling the training step", shown=is_main()):
+            compiled = compile_train_step(module, optimizer, mesh, config.train.gradient_accumulation_steps, batch)
         log.announce_cost(compiled, mesh, time.perf_counter() - began)
         if data.tokens.eval.size > 1:
-            run.evaluate = compile_eval_step(module, mesh, config.train, config.model)
+            with working("compiling the evaluation", shown=is_main()):
+                run.evaluate = compile_eval_step(module, mesh, config.train, config.model)
         if owed:
             _make_up_evaluation(run, state, start)
         end, stopped = _loop(run, compiled, state, start)
@@ -242,24 +247,24 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                 for line in judge(args, found, step - len(found) + 1, saved_at, _best_saved(run)):
                     log.say(line)
                 record = recorder.record(step, found[-1])
-                progress.note(log.progress_text(record, run.mesh.devices.size))
+                progress.note(log.progress_text(record, run.mesh.devices.size), record["step_seconds"])
                 if not announced:
                     announced = True
                     log.say(log.expected_time_text(run.steps - step, record["step_seconds"]))
                 improved = False
                 if evaluating:
-                    with clock.spent_on("evaluation"):
+                    with clock.spent_on("evaluation"), progress.busy(f"evaluating step {step:,}"):
                         values, stop = _evaluate(run, state, step, saved_at)
                     record |= values
                     improved = bool(values) and _is_best(run, record)
                 if evaluating or logging:
                     run.folder.log(record)
                 if saving or improved or stop:
-                    with clock.spent_on("saving"):
+                    with clock.spent_on("saving"), progress.busy(f"saving step {step:,}"):
                         _save(run, state, step, record.get("eval_loss"))
                     saved_at = step
                 if evaluating and not stop:
-                    with clock.spent_on("sample"):
+                    with clock.spent_on("sample"), progress.busy("making a sample"):
                         stop = _draw(run, state.params)
                     if stop and saved_at < step:
                         with clock.spent_on("saving"):
@@ -270,7 +275,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
         if unread and saved_at < step and jax.process_count() == 1:
             with clock.spent_on("saving"):
                 _save(run, state, step, None)
-        with clock.spent_on("saving"):
+        with clock.spent_on("saving"), progress.busy("saving"):
             run.writer.wait()
     _note_saved(run)
     if unread:
@@ -329,7 +334,7 @@ def _is_best(run: Run, record: dict[str, Any]) -> bool:
 
 def _make_up_evaluation(run: Run, state: TrainState, step: int) -> None:
     """Evaluate the step that the run resumes from, because a signal kept the previous start from it."""
-    with run.clock.spent_on("evaluation"):
+    with run.clock.spent_on("evaluation"), working(f"evaluating step {step:,}", shown=is_main()):
         values, stop = _evaluate(run, state, step, step)
     if stop:
         return

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from llama_jax.checkpoint import DAMAGED, ORIGIN, Checkpoint, steps_in
+from llama_jax.cli.progress import working
 from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.data import Origin
 from llama_jax.devices.distributed import on_main
@@ -311,7 +312,8 @@ def _newest_whole(run: Opened, store: Path, steps: list[int]) -> int:
     """Return the newest of ``steps`` whose files are intact. Raises UserError if there is none."""
     for step in reversed(steps):
         try:
-            verify(store / str(step), DAMAGED)
+            with working(f"verifying the checkpoint of step {step:,}"):
+                verify(store / str(step), DAMAGED)
             Checkpoint.find(store / str(step))
             return step
         except UserError as error:

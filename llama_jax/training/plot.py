@@ -29,7 +29,7 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
     axes.set_yscale("log")
     axes.plot(tokens, losses, color=TRAIN, alpha=0.3, linewidth=0.8, label="train, each logged step")
     axes.plot(tokens, _running_mean(losses), color=TRAIN, linewidth=1.6, label="train, running mean")
-    axes.set(xlabel="tokens trained on", ylabel="loss, nats a token", title=title)
+    axes.set(xlabel="tokens trained on", ylabel="loss, nats a token (log scale)", title=title)
     axes.xaxis.set_major_formatter(EngFormatter())
     if evals:
         _draw_evaluations(axes, evals, floor)
@@ -62,7 +62,7 @@ def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | Non
         return
     bits_per_nat = bits / best["eval_loss"]
     secondary = axes.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))
-    secondary.set_ylabel("bits a byte")
+    secondary.set_ylabel("bits a byte (log scale)")
     _write_numbers(secondary.yaxis, 1)
     if floor is not None:
         label = f"entropy of the text, {floor:.3f} bits a byte"
@@ -78,10 +78,16 @@ def _write_numbers(axis: Any, span: float) -> None:
 
 
 def _running_mean(values: list[float]) -> list[float]:
-    """Return running means over about a fiftieth of the points, fewer near the ends."""
-    width = max(2, len(values) // 100)
+    """Return running means over about a twentieth of the points, at least nine, as many before each as after it.
+
+    Near the beginning, where losses fall steeply, fewer are taken. Near the end the number stays the same: all that
+    come after, and more of those before. A mean of the last few would show the luck of the last batches.
+    """
+    reach = min(max(4, len(values) // 40), len(values) // 8)
     means = []
     for i in range(len(values)):
-        reach = min(width, i, len(values) - 1 - i)
-        means.append(sum(values[i - reach : i + reach + 1]) / (2 * reach + 1))
+        before = min(reach, i)
+        behind = min(before, len(values) - 1 - i)
+        before = min(i, 2 * before - behind)
+        means.append(sum(values[i - before : i + behind + 1]) / (before + behind + 1))
     return means

@@ -144,7 +144,7 @@ def test_the_text_beside_the_bar_is_short_and_speaks_of_trouble_only_where_there
     assert log.progress_text(record, 256) == "loss 10.123, 13,457 tokens/s a device, MFU 51%, 15.10 GB"
     assert "a device" not in log.progress_text(record, 1)
     late = log.progress_text(record | {"data_seconds": 4.0, "saving_seconds": 3.0, "bad_steps": 2}, 1)
-    assert late.endswith("data 4 s, saving 3 s, 2 bad") and len(late) < 80
+    assert late.endswith("2 bad, data 4 s, saving 3 s, MFU 51%, 15.10 GB") and len(late) < 80
     assert log.progress_text(record | {"train_loss": None}, 1).startswith("loss not finite")
 
 

@@ -1,12 +1,14 @@
 """What a run says of its losses, where bits per byte are known and where the tokens do not hold the text."""
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama_jax.training.log import evaluation_text, loss_text
-from llama_jax.training.plot import plot_losses
+from llama_jax.training.clock import Clock
+from llama_jax.training.log import evaluation_text, loss_text, speed_text
+from llama_jax.training.plot import _running_mean, plot_losses
 
 RECORDS: list[dict[str, Any]] = [
     {"step": step, "tokens": 64 * step, "train_loss": 3.0 / step, "eval_loss": 3.5 / step, "eval_bits_per_byte": 1.75 / step}
@@ -28,3 +30,45 @@ def test_bits_per_byte_are_told_where_they_are_known() -> None:
 def test_losses_are_drawn_with_and_without_bits_per_byte(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     plot_losses(tmp_path / "losses.png", records, "a run")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_mean_of_the_losses_does_not_follow_the_last_batch() -> None:
+    rng = random.Random(0)
+    for count in (40, 70, 700):
+        losses = [1.0 + rng.gauss(0, 0.03) for _ in range(count)]
+        losses[-1] = 0.5  # an easy batch
+        assert _running_mean(losses)[-1] > 0.88, count
+        assert max(_running_mean(losses[::-1])[9:]) < 1.05
+
+
+def test_the_mean_keeps_the_fall_at_the_beginning_and_the_length() -> None:
+    losses = [10.0 / (i + 1) for i in range(70)]
+    means = _running_mean(losses)
+    assert len(means) == 70 and means[0] == 10.0 and means[1] == pytest.approx(sum(losses[:3]) / 3)
+    for count in range(1, 8):
+        assert _running_mean(losses[:count]) == losses[:count], "too few for a mean"
+
+
+def test_axes_say_that_they_are_logarithmic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    seen: list[tuple[str, str]] = []
+    original = Figure.savefig
+
+    def savefig(figure: Figure, *args: Any, **options: Any) -> None:
+        for axes in (figure.axes[0], *figure.axes[0].child_axes):
+            seen.append((axes.get_yscale(), axes.get_ylabel()))
+            assert "log" not in axes.get_xlabel() and axes.get_xscale() == "linear"
+        original(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    plot_losses(tmp_path / "losses.png", RECORDS, "a run")
+    assert len(seen) == 2 and all("(log scale)" in label for _, label in seen) and seen[0][0] == "log"
+
+
+def test_the_mean_speed_at_the_end_is_that_of_the_records() -> None:
+    """Two records of 3 and 1 steps of 64 tokens, at 96 and 32 tokens/s: 4 steps in 4 seconds."""
+    clock = Clock()
+    assert speed_text(clock, []) == ""
+    clock.recorded = 4, 4.0
+    assert speed_text(clock, RECORDS) == ", 64 tokens/s in steps on average"
