@@ -17,7 +17,7 @@ import llama_jax
 from llama_jax.checkpoint import steps_of
 from llama_jax.errors import STOPPED
 from llama_jax.training.clock import TIMES
-from tests import forked
+from tests import inside
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -81,13 +81,13 @@ def run(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(argv, capture_output=True, text=True, timeout=300, **kwargs)
 
 
-def run_forked(argv: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """What ``command`` gives, in a fork. Runs that are to be stopped or killed are started."""
-    return forked.run(["train.py", *argv[2:]], cwd)
+def run_inside(argv: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """What ``command`` gives, in this process. Runs that are to be stopped or killed are started."""
+    return inside.run(["train.py", *argv[2:]], cwd)
 
 
 def train(text: Path, save_dir: Path, **changes) -> subprocess.CompletedProcess:
-    result = run_forked(command(text, save_dir, **changes))
+    result = run_inside(command(text, save_dir, **changes))
     assert result.returncode == 0, result.stderr
     return result
 
@@ -203,7 +203,7 @@ def test_fine_tuning_starts_from_the_checkpoint(text, reference, tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_run_with_a_message(text, tmp_path):
-    result = run_forked(
+    result = run_inside(
         command(text, tmp_path / "run", **{"train.lr": 1e30, "train.grad_clip": 0, "train.warmup_steps": 0})
     )
     assert result.returncode == 2
@@ -245,7 +245,7 @@ def test_bad_input_ends_in_one_line_and_status_2(changes, named, text, tmp_path)
     (tmp_path / "text.txt").write_bytes(text.read_bytes())
     (tmp_path / "unknown.toml").write_text("[model]\ndepth = 3\n")
     (tmp_path / "wrong.toml").write_text('[model]\ndim = "wide"\n')
-    result = run_forked(command("text.txt", Path("run"), **changes), tmp_path)
+    result = run_inside(command("text.txt", Path("run"), **changes), tmp_path)
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
@@ -253,7 +253,7 @@ def test_bad_input_ends_in_one_line_and_status_2(changes, named, text, tmp_path)
 
 
 def test_a_run_of_another_model_in_the_folder_is_refused(text, reference):
-    result = run_forked(command(text, reference, **{"model.dim": 64}))
+    result = run_inside(command(text, reference, **{"model.dim": 64}))
     assert result.returncode == 2
     assert "model.dim" in result.stderr and "save-dir" in result.stderr
 
@@ -291,6 +291,6 @@ def test_a_place_for_checkpoints_that_is_in_use_is_refused(text, reference, tmp_
         (other / "7").mkdir(parents=True)
     else:
         (run / "checkpoints" / "3").mkdir(parents=True)
-    done = run_forked(command(text, run, **{"train.checkpoint_dir": other}))
+    done = run_inside(command(text, run, **{"train.checkpoint_dir": other}))
     assert done.returncode == 2
     assert done.stderr.startswith("error: train.checkpoint_dir: expected") and done.stderr.count("\n") == 1
