@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests import forked
+
 ROOT = Path(__file__).parents[1]
 SMALL_MODEL = [
     "--model.dim=32", "--model.n-layers=1", "--model.n-heads=2", "--model.n-kv-heads=2", "--model.max-seq-len=32",
@@ -24,8 +26,7 @@ def run(
     command = [sys.executable, *argv]
     if argv[0].endswith(".py"):
         command[1] = str(ROOT / argv[0])
-    # As users have it: tests/conftest.py.
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **(environment or {})}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
     return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300, env=env)
 
 
@@ -42,7 +43,7 @@ def make_place(folder: Path) -> Path:
     text = "The fox went to the river.\nThe owl said: 12 boats!\n\n" * 60
     for name in ("my.txt", "input.txt", "held_out.txt", "stories.txt", "texts/a.txt", "texts/deep/b.txt"):
         (folder / name).write_text(text)
-    result = run(["train.py", *SMALL, *STORIES], folder)
+    result = forked.run(["train.py", *SMALL, *STORIES], folder)
     assert result.returncode == 0, result.stderr
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "tokenizer.model").write_bytes((folder / "runs" / "tiny" / "tokenizer.model").read_bytes())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import forked
+from tests import forked, inside
 from tests.commands import SMALL, STORIES, run, told
 
 
@@ -58,7 +58,7 @@ from tests.commands import SMALL, STORIES, run, told
 def test_sample_refuses_in_one_line(argv: list[str], stdin: str | None, words: str, place: Path) -> None:
     (place / "typo.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "temprature": 1}\n')
     (place / "latin.txt").write_bytes(b"a\ncaf\xe9\n")
-    result = forked.run(["sample.py", *argv], place, stdin)
+    result = inside.run(["sample.py", *argv], place, stdin)
     line = told(result)
     assert line.startswith("error: ") and words in line
     assert result.stdout == ""
@@ -75,7 +75,7 @@ def test_sample_refuses_in_one_line(argv: list[str], stdin: str | None, words: s
     ],
 )
 def test_evaluate_refuses_in_one_line(argv: list[str], words: str, place: Path) -> None:
-    assert words in told(forked.run(["-m", "llama_jax.evaluate", *argv], place))
+    assert words in told(inside.run(["-m", "llama_jax.evaluate", *argv], place))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from llama_jax.convert.safetensors import SafetensorsFile
 from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
-from tests import forked, numpy_llama
+from tests import inside, numpy_llama
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, multiple_of=16, max_seq_len=128)
@@ -491,7 +491,7 @@ def test_a_damaged_storage_ends_the_conversion_without_a_trace(
     ],
 )
 def test_bad_arguments_end_in_one_line_and_status_2(argv: Sequence[str], words: str, tmp_path: Path) -> None:
-    result = forked.run(["convert_torch_weights.py", *argv], tmp_path)
+    result = inside.run(["convert_torch_weights.py", *argv], tmp_path)
     assert result.returncode == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and words in line

@@ -17,7 +17,7 @@ from llama_jax.errors import UserError
 from llama_jax.evaluate import evaluate
 from llama_jax.generation import Model
 from llama_jax.tokenizer import Tokenizer
-from tests import forked
+from tests import inside
 from tests.commands import SMALL, STORIES, told
 from tests.generation.models import never_ending
 
@@ -146,6 +146,6 @@ def test_unknown_weights_in_a_file_are_refused_by_its_name(int8: Path, tmp_path:
     ids=["huggingface", "meta", "another", "train"],
 )
 def test_what_needs_the_original_says_so_in_one_line(argv: list[str], named: str, int8: Path, tmp_path: Path) -> None:
-    line = told(forked.run([*argv, str(int8)], tmp_path))
+    line = told(inside.run([*argv, str(int8)], tmp_path))
     assert line.startswith(f"error: {named}: expected a checkpoint that is not quantized, found int8 in {int8}; ")
     assert not list(tmp_path.iterdir())

@@ -330,7 +330,8 @@ def test_a_second_prepare_of_a_folder_is_refused_and_touches_nothing(tmp_path):
     )
 
 
-def test_several_starts_in_one_folder_some_of_them_killed_end_in_the_tokens_of_an_undisturbed_one(tmp_path):
+@pytest.mark.parametrize("rounds", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_several_starts_in_one_folder_some_of_them_killed_end_in_the_tokens_of_an_undisturbed_one(rounds, tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{i} {TEXT}" for i in range(60)))
     flags = [
         "-m",
@@ -346,7 +347,7 @@ def test_several_starts_in_one_folder_some_of_them_killed_end_in_the_tokens_of_a
     ]
     assert forked.run([*flags, "undisturbed"], tmp_path).returncode == 0
     rng = random.Random(0)
-    for round in range(4):
+    for round in range(rounds):
         started, killed = [], []
         for _ in range(rng.randint(2, 4)):
             started.append(forked.Fork([*flags, f"out{round}"], tmp_path))

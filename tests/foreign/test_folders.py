@@ -13,7 +13,7 @@ from llama_jax.convert import ConvertArgs, convert
 from llama_jax.errors import UserError
 from llama_jax.foreign.commands import convert_command
 from llama_jax.tokenizer import Tokenizer
-from tests import forked
+from tests import inside
 from tests.commands import SMALL, told
 from tests.foreign.test_layouts import CONFIG, config, meta, mistral, original, params, pickled, stale, whole
 
@@ -150,7 +150,7 @@ def test_commands_say_it_in_one_line_and_leave_nothing(
 ) -> None:
     make(tmp_path, [config, whole], small_tokenizer)
     (tmp_path / "text").write_text("The fox went to the river.\n" * 50)
-    line = told(forked.run(argv, tmp_path))
+    line = told(inside.run(argv, tmp_path))
     assert line.endswith("python convert_torch_weights.py --input model --output checkpoints/model")
     shutil.rmtree(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["text"]

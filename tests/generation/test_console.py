@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from llama_jax.generation.chat import Message, encode_dialog
 from llama_jax.generation.console import Console
 from llama_jax.generation.prompts import Job, ask, given_prompts
 from llama_jax.tokenizer import Tokenizer
-from tests.commands import ROOT, run
+from tests.commands import ROOT
+from tests.forked import Fork
 from tests.generation.models import build, speaking
+from tests.inside import run
 
 ARGS = SampleArgs(temperature=0.0, max_new_tokens=8)
 
@@ -108,10 +111,19 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def interrupt(self) -> None:
-        # Behind a prompt, readline takes a moment until it listens; a signal before that waits for a key.
-        time.sleep(0.5)
+    def interrupt(self, at_prompt: bool = False) -> None:
+        """Ctrl-C; behind a prompt as soon as readline listens: a signal before that waits for a key."""
+        end = time.monotonic() + 60
+        while at_prompt and not self._listens():
+            assert time.monotonic() < end
+            time.sleep(0.01)
         self._process.send_signal(signal.SIGINT)
+
+    def _listens(self) -> bool:
+        """Whether the terminal gives single keys, which readline asks for, and the process sleeps until one comes."""
+        flags = termios.tcgetattr(self._master)[3]
+        state = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return not flags & termios.ICANON and state == "S"
 
     def status(self) -> int:
         return self._process.wait(60)
@@ -127,7 +139,7 @@ def test_ctrl_c_ends_an_answer_then_at_the_prompt_the_program(folder: Path) -> N
     terminal.until("\n> ")
     terminal.type("/help\n")
     assert "Ctrl-C ends an answer" in terminal.until("\n> ")
-    terminal.interrupt()
+    terminal.interrupt(at_prompt=True)
     assert " in " in terminal.until("s: first after")
     assert terminal.status() == 0
 
@@ -252,17 +264,20 @@ def test_a_second_command_with_the_same_output_ends_and_a_killed_one_is_gone_on_
     argv = ["sample.py", "--ckpt", "model", "--prompts-file", "many.txt", "--output", "many.jsonl", "--quiet"]
     argv += ["--max-new-tokens", "40"]
     output = folder / "many.jsonl"
-    first = subprocess.Popen([sys.executable, str(ROOT / argv[0]), *argv[1:]], cwd=folder, stderr=subprocess.PIPE)
+    first = Fork(argv, folder)
     while not output.exists():
         assert first.poll() is None
         time.sleep(0.01)
+    os.kill(first.pid, signal.SIGSTOP)  # it is not done before the second has been refused
     second = run(argv, folder)
-    if first.poll() is None:  # else it was done before the second began
-        assert second.returncode == 2 and "many.jsonl in use" in second.stderr and second.stderr.count("\n") == 1
-    while output.stat().st_size == 0 and first.poll() is None:
-        time.sleep(0.01)
+    assert second.returncode == 2 and "many.jsonl in use" in second.stderr and second.stderr.count("\n") == 1
+    os.kill(first.pid, signal.SIGCONT)
+    while output.stat().st_size == 0:
+        assert first.poll() is None
+        time.sleep(0.001)
     first.kill()
     first.communicate()
+    assert 0 < len(output.read_bytes().splitlines()) < 70
     assert run(argv, folder).returncode == 0
     assert [json.loads(line)["prompt"] for line in output.read_bytes().splitlines()] == [f"fox {i}" for i in range(70)]
 

@@ -19,7 +19,10 @@ MODEL = ["--model.dim", "4096", "--model.n-heads", "32", "--model.vocab-size", "
 LAYERS = {1: 4, 4: 8, 8: 16}
 SLOTS = 2048
 # Sequences, chips that share them, weights.
-CASES = [(1, 1, "auto"), (1, 1, "int8"), (8, 8, "auto"), (32, 4, "auto")]
+CASES = [
+    (1, 1, "auto"),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in [(1, 1, "int8"), (8, 8, "auto"), (32, 4, "auto")]),
+]
 SLICES = {1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4"}
 
 pytestmark = needs_libtpu

@@ -17,7 +17,7 @@ from llama_jax.convert import ConvertArgs, convert
 from llama_jax.errors import STOPPED, UserError
 from llama_jax.storage import owner
 from llama_jax.storage.locations import children, kvstore, location
-from tests import bucket, forked
+from tests import bucket, forked, inside
 from tests.commands import SMALL_MODEL, STORIES, told
 from tests.survival import outcome, same
 
@@ -43,7 +43,7 @@ def served(stored: bucket.Bucket) -> Iterator[None]:
 
 
 def train(run: Path, *flags: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = forked.run(["train.py", *FLAGS, "--train.save-dir", str(run), *flags], run.parent)
+    done = inside.run(["train.py", *FLAGS, "--train.save-dir", str(run), *flags], run.parent)
     assert done.returncode == status, done.stderr
     return done
 
@@ -199,7 +199,7 @@ def test_what_cannot_be_is_one_line(
         stored.write(name, b"1", {})
     stored.refusal = refusal
     flags = FLAGS + ([] if "save-dir" in argv[1] else ["--train.save-dir=run"])
-    line = told(forked.run([*argv, *(flags if argv[0] == "train.py" else [])], tmp_path))
+    line = told(inside.run([*argv, *(flags if argv[0] == "train.py" else [])], tmp_path))
     assert line.startswith("error: ") and words in line
     assert not (tmp_path / "run" / "checkpoints").exists(), "the next try may name another place"
 

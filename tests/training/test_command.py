@@ -8,7 +8,7 @@ import pytest
 from llama_jax.config import Config, to_toml
 from llama_jax.errors import UserError
 from llama_jax.training.command import read_command
-from tests import forked
+from tests import inside
 from tests.commands import SMALL_MODEL, STORIES
 
 
@@ -51,14 +51,14 @@ def test_of_two_flags_that_decide_the_same_the_one_that_does_not_count_is_told()
 
 def test_fine_tuning_has_settings_of_its_own(tmp_path: Path) -> None:
     small = [*SMALL_MODEL, *STORIES, "--train.max-steps=2", "--train.eval-iters=1", "--train.batch-size=2"]
-    done = forked.run(["train.py", *small, "--train.save-dir=base"], tmp_path)
+    done = inside.run(["train.py", *small, "--train.save-dir=base"], tmp_path)
     assert done.returncode == 0, done.stderr
     (tmp_path / "my.txt").write_text("the cat sat on the mat and the dog ran to the sea\n" * 100)
-    done = forked.run(["train.py", "my.txt", "--train.init-from=base", "--train.max-steps=2"], tmp_path)
+    done = inside.run(["train.py", "my.txt", "--train.init-from=base", "--train.max-steps=2"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "learning rate 2e-05" in done.stdout and "settings of finetune" in done.stdout
     assert (tmp_path / "runs" / "finetune" / "config.toml").exists()
-    again = forked.run(
+    again = inside.run(
         ["train.py", "my.txt", "--train.init-from=base", "--train.max-steps=3", "--train.lr=1e-4"], tmp_path
     )
     assert again.returncode == 0 and "train.lr 2e-05 -> 0.0001" in again.stdout, again.stderr

@@ -22,7 +22,8 @@ from llama_jax.data.batches import Batch
 from llama_jax.devices.sharding import make_mesh
 from llama_jax.training import loop
 from llama_jax.training.clock import TIMES
-from llama_jax.training.step import compile_train_step, make_optimizer
+from llama_jax.training.step import compile_train_step, learning_rate, make_optimizer
+from tests.training import test_step
 
 MODEL = ModelArgs(dim=16, n_layers=1, n_heads=2, multiple_of=16, max_seq_len=16)
 TRAIN = TrainArgs(
@@ -99,12 +100,13 @@ CHANGED: dict[str, dict[str, Any]] = {
         "separator": "\n", "stories": 30,
     },
     "train": {
-        "lr": 5e-3, "min_lr_ratio": 0.5, "warmup_steps": 3, "n_epochs": 2, "max_steps": 3, "batch_size": 2, "weight_decay": 0.9,
-        "beta1": 0.5, "beta2": 0.5, "eps": 1e-2, "grad_clip": 0.1, "compute_dtype": "bfloat16", "eval_interval": 1,
-        "eval_iters": 2, "log_interval": 2, "save_interval": 1, "save_dir": "elsewhere", "init_from": "base", "seed": 1,
-        "bad_steps": "skip", "spike_factor": 1.001, "profile_steps": "2", "tensorboard": True, "keep": 1,
+        "n_epochs": 2, "max_steps": 3, "batch_size": 2, "compute_dtype": "bfloat16", "eval_interval": 1, "eval_iters": 2,
+        "log_interval": 2, "save_interval": 1, "save_dir": "elsewhere", "init_from": "base", "seed": 1, "bad_steps": "skip",
+        "spike_factor": 1.001, "profile_steps": "2", "tensorboard": True, "keep": 1,
     },
 }  # fmt: skip
+# What the optimizer alone reads, and what that changes: test_step.py.
+OPTIMIZER = set(test_step.PERTURBED) - {"max_steps"}
 # Values that change the program and not what it computes.
 SAME_NUMBERS = {"gradient_accumulation_steps": 2, "remat": "full"}
 # A run that does not hang is the same under any watchdog: see test_watchdog.py.
@@ -119,7 +121,7 @@ def test_every_field_is_covered() -> None:
         name: {f.name for f in dataclasses.fields(kind)} for name, kind in (("data", DataArgs), ("train", TrainArgs))
     }
     assert fields["data"] == set(CHANGED["data"]) | {"as_text"}  # what is read at all: tests/data/test_prepare.py
-    assert fields["train"] == set(CHANGED["train"]) | set(SAME_NUMBERS) | ELSEWHERE
+    assert fields["train"] == set(CHANGED["train"]) | OPTIMIZER | set(SAME_NUMBERS) | ELSEWHERE
     assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING)
     # ModelArgs: tests/test_model.py; MeshArgs: tests/devices/test_sharding.py; DistributedArgs: tests/devices/test_distributed.py.
     assert {f.name for f in dataclasses.fields(Config)} == {"model", "data", "train", "mesh", "distributed"}
@@ -142,8 +144,9 @@ def test_a_changed_field_changes_the_run(section: str, field: str, folder: Path,
         compared = outcome(folder, "fewer stories", "data", filepath="", stories=20)
         changes["filepath"] = ""
     if field == "n_epochs":
-        compared = outcome(folder, "one epoch", "train", max_steps=None)
-        changes["max_steps"] = None
+        changes |= {"max_steps": None, "batch_size": 64}
+        compared = outcome(folder, "one epoch", "train", **changes | {"n_epochs": 1})
+        assert 1 < compared["records"][-1]["step"] < 40
     if field in ("bad_steps", "spike_factor"):  # a loss that rises at all is a spike
         changes = {"spike_factor": 1.001, "bad_steps": "skip", "lr": 20.0}
         given = changes | ({"bad_steps": "count"} if field == "bad_steps" else {"spike_factor": 1e6})
@@ -152,6 +155,24 @@ def test_a_changed_field_changes_the_run(section: str, field: str, folder: Path,
     if field != "save_dir":
         assert found | {"folder": ""} != compared | {"folder": ""}
     assert (found["folder"] == str(folder / "elsewhere")) == (field == "save_dir")
+
+
+def test_the_optimizer_and_its_rates_are_made_of_the_runs_settings(folder: Path) -> None:
+    """With all of them changed, so that none is the default."""
+
+    def note(args: TrainArgs, steps: int, held: float | None = None) -> Any:
+        given.append((args, steps, held))
+        return original(args, steps, held)
+
+    changes = {name: value for name, value in test_step.PERTURBED.items() if name != "max_steps"}
+    given, original = list[Any](), loop.make_optimizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_optimizer", note)
+        records = outcome(folder, "optimizer", "train", **changes)["records"]
+    ((args, steps, held),) = given
+    assert {name: getattr(args, name) for name in changes} == changes and (steps, held) == (TRAIN.max_steps, None)
+    rates = learning_rate(args, steps)
+    assert [r["lr"] for r in records] == pytest.approx([float(rates(r["step"])) for r in records])
 
 
 @pytest.mark.parametrize("field", SAME_NUMBERS)
