@@ -176,7 +176,7 @@ def working(what: str, stream: TextIO | None = None, shown: bool = True) -> Iter
 
 @contextlib.contextmanager
 def _ticking(tell: Callable[[float], None], every: float) -> Iterator[None]:
-    """Run the block, and meanwhile call ``tell`` with the seconds so far every ``every`` seconds, on a thread of its own."""
+    """Call ``tell`` with the seconds so far every ``every`` seconds while the block runs, on a thread of its own."""
     done, began = threading.Event(), time.monotonic()
 
     def tick() -> None:

@@ -38,7 +38,7 @@ def skip_absent_tpu(doing: str) -> str:
 
 
 def tells_of_tpu(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether files under ``root`` or variables in ``environment`` indicate a TPU: a chip, its driver, a setting."""
+    """Return whether files under ``root`` or variables indicate a TPU: a chip, its driver, a setting."""
     if any(name.startswith("TPU_") and name not in OTHER_VARIABLES for name in environment):
         return True
     if any(any((root / "dev").glob(pattern)) for pattern in NODES):
