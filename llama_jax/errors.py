@@ -2,11 +2,14 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
+
+from llama_jax.cli.programs import install_command
 
 # How a command ends, besides 0 (done) and 1 (a plan that does not fit).
 WRONG = 2  # the user can put it right; one line on stderr says how
@@ -62,9 +65,11 @@ def quoted(value: object, limit: int = 80) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; a UserError ends it with one line on stderr and exit status 2.
 
-    ``LLAMA_JAX_DEBUG=1`` in the environment shows the traceback before it.
+    ``LLAMA_JAX_DEBUG=1`` in the environment shows the traceback before it. The process is the command's own: it says how
+    libraries log in it.
     """
     sys.unraisablehook = _on_unraisable
+    _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None, where the command was started with it closed
             stream.reconfigure(errors="backslashreplace")
@@ -90,12 +95,24 @@ def run_command(main: Callable[[], None]) -> None:
         package = (error.name or "").partition(".")[0]
         if package in ("", "llama_jax"):
             raise
-        _stop(error, f"error: {package}: expected to be installed, found none; pip install -e . installs all", WRONG)
+        _stop(error, f"error: {package}: expected to be installed, found none; {install_command()} installs all", WRONG)
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _stop(error, f"error: {where}{error.strerror}; check the path, its permissions and the free disk space", WRONG)
+
+
+def _quiet_libraries() -> None:
+    """Have libraries not log what they raise as well, as the command tells it in one line."""
+    # orbax logs the first error of a save, traceback and all, by absl; the futures that it leaves unread, asyncio would log as
+    # the process ends. gcsfs also logs at every call that it was not told what kind of bucket it is, which does not matter.
+    with contextlib.suppress(ImportError):
+        import absl.logging  # noqa: F401  # whose logger is of a class of its own
+    for name in ("absl", "asyncio", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Read once, at the first path: TensorFlow, where it is installed, would take the place of gcsfs (storage/locations.py).
+    os.environ.setdefault("EPATH_USE_TF", "false")
 
 
 def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

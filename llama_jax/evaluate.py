@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from tqdm import tqdm
 
 from llama_jax.cli.flags import parse_flags
+from llama_jax.cli.programs import typed
 from llama_jax.config import Cache, DType, Weights
 from llama_jax.data.lost import Losses, examples, loss_warning
 from llama_jax.data.sources import find_files
@@ -159,9 +160,11 @@ def _loss_sum_over_cache(
     return jnp.sum(jax.lax.scan(step, empty, by_position)[1])
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the command line."""
-    args = parse_flags(EvaluateArgs, sys.argv[1:], EvaluateArgs(), "python -m llama_jax.evaluate", __doc__ or "")
+    program = typed("evaluate")
+    description = f"Loss, perplexity and bits per byte of a text: {program} --ckpt runs/x --text held_out.txt"
+    args = parse_flags(EvaluateArgs, argv, EvaluateArgs(), program, description)
     for name in ("ckpt", "text"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
@@ -175,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: main(sys.argv[1:]))

@@ -16,7 +16,6 @@ commit_success.txt instead. Checkpoints from before there were checksums are who
 import contextlib
 import dataclasses
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -34,11 +33,6 @@ from llama_jax.foreign.folders import found_in
 from llama_jax.storage import checksums
 from llama_jax.storage.locations import absolute, children, is_remote, location, user_errors
 from llama_jax.tokenizer import Tokenizer
-
-# When a save fails, orbax raises the first error, which is told (see storage.py), and logs it as well, traceback and all; and it
-# leaves its other futures unread, which asyncio would log as the process ends.
-for name in ("asyncio", "absl"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 COMMITTED = "commit_success.txt"

@@ -55,7 +55,7 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
             continue
         value = value if equals else next(words, "")
         if not value or value.startswith("--"):
-            raise UserError(f"{name}: expected a TOML file, found {value or 'none'}; see configs/ for examples")
+            raise UserError(f"{name}: expected a TOML file or the name of a configuration, found {value or 'none'}")
         if found is not None:
             raise UserError(f"{name}: expected one file, found {found} and {value}; leave one out")
         found = value

@@ -28,7 +28,7 @@ class ConvertArgs:
     """Convert a LLaMA between Meta's layout, Hugging Face's and the checkpoints of this project."""
 
     input: str = ""
-    """A folder with params.json and consolidated.*.pth (Meta), with config.json and *.safetensors (Hugging Face), or a checkpoint of train.py or of this command."""
+    """A folder with params.json and consolidated.*.pth (Meta), with config.json and *.safetensors (Hugging Face), or a checkpoint of training or of this command."""
     output: str = ""
     """The folder to write; it must not exist."""
     to: Format = "llama-jax"

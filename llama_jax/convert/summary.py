@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from llama_jax.cli.programs import typed
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Weights
 from llama_jax.convert.checkpoint_source import parts
@@ -123,7 +124,7 @@ def close(
     )
     print(f"sha256 of the weights{', before they were quantized' if weights != 'auto' else ''}: {digest}")
     commands = {
-        "llama-jax": f'python sample.py --ckpt {shlex.quote(str(output))} "Once upon a time"',
+        "llama-jax": f'{typed("sample")} --ckpt {shlex.quote(str(output))} "Once upon a time"',
         "huggingface": f"AutoModelForCausalLM.from_pretrained({str(output)!r})",
         "meta": f"torch.load({str(output / 'consolidated.00.pth')!r}, weights_only=True)",
     }

@@ -3,11 +3,12 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama_jax.cli.flags import parse_flags
+from llama_jax.cli.programs import typed
 from llama_jax.config import DataArgs
 from llama_jax.data import Data, Text, encode_text, find_text
 from llama_jax.data.origin import Origin, difference
@@ -24,7 +25,7 @@ NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, "tokenizer.model")
 
 @dataclass(frozen=True)
 class PrepareArgs:
-    """Encode a text once; train.py then takes the output folder as --data.filepath."""
+    """Encode a text once; training then takes the output folder as --data.filepath."""
 
     filepath: str = ""
     """A text file, a folder (its *.txt files, at any depth) or a glob."""
@@ -44,14 +45,14 @@ class PrepareArgs:
     """Threads that encode."""
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the command line."""
-    argv = sys.argv[1:]
+    program = f"{typed('data')} prepare"
+    description = f"Prepare tokens ahead of training: {program} --filepath TEXT --tokenizer-model-path M --output DIR"
     if argv[:1] != ["prepare"] and argv[:1] != ["--help"]:
         raise UserError(f"llama_jax.data: expected the command prepare, found {' '.join(argv[:1]) or 'none'}")
-    args = parse_flags(
-        PrepareArgs, argv[argv[:1] == ["prepare"] :], PrepareArgs(), "python -m llama_jax.data prepare", __doc__ or ""
-    )
+    argv = argv[argv[:1] == ["prepare"] :]
+    args = parse_flags(PrepareArgs, argv, PrepareArgs(), program, description)
     for name in ("filepath", "output"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
@@ -165,4 +166,4 @@ def _unfinished(output: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 from llama_jax.errors import UserError, run_command
 from llama_jax.plan.topology import ENVIRONMENT
@@ -11,14 +12,14 @@ from llama_jax.plan.topology import ENVIRONMENT
 EX_SOFTWARE = 70
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Read the command line, then plan."""
     os.environ.update(ENVIRONMENT)
     from llama_jax.plan.arguments import read_request
     from llama_jax.plan.command import run
 
     try:
-        status = run(read_request(sys.argv[1:]))
+        status = run(read_request(argv))
     except (UserError, OSError, MemoryError):
         raise
     except Exception:
@@ -30,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: main(sys.argv[1:]))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llama_jax.cli.programs import named
 from llama_jax.cli.progress import duration
 from llama_jax.config import Config, MeshArgs
 from llama_jax.devices.sharding import describe
@@ -82,6 +83,7 @@ def run(request: Request) -> int:
     request = dataclasses.replace(request, config=with_vocabulary(request.config, int(found.value or 0)))
     request.config.check()
     console, before = Console(args.json), tables.model_rows(request.config, found)
+    before += [("", note) for note in request.notes]
     if request.file is None:
         before.append(("", "no --config: settings are the defaults and what flags say"))
     if not topology.is_offered:
@@ -154,7 +156,9 @@ def _decoding(request: Request, console: Console) -> Task:
         before += _mesh_rows(request, layout)
     most = HOST_CHIPS[topology.version]
     if part.chips > most:
-        before.append(("", f"sample.py is one process, on the chips of one host, {most} of {topology.version} at most"))
+        before.append(
+            ("", f"{named('sample')} is one process, on the chips of one host, {most} of {topology.version} at most")
+        )
 
     def compile_(flags: str, other: Config, part: Topology, decoding: Decoding) -> Plan | None:
         return _tried(flags, other, part, decoding, console)
@@ -185,7 +189,9 @@ def _mesh_rows(request: Request, layout: Layout) -> Rows:
     flags = " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
     fewest = fewest_chips(request.config, topology, request.args.weights)
     where = "" if layout.topology == topology else f", on {layout.topology.name}"
-    rows.append(("sample.py", f"{flags} lays it like this{where}; without them it takes {tables.chips_text(fewest)}"))
+    rows.append(
+        (named("sample"), f"{flags} lays it like this{where}; without them it takes {tables.chips_text(fewest)}")
+    )
     return rows
 
 

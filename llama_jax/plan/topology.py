@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llama_jax.cli.programs import install_command
 from llama_jax.devices.chips import TPUS, Chip
 from llama_jax.errors import UserError, quoted
 
@@ -157,7 +158,7 @@ class Topology:
         except Exception as error:  # JAX raises what its plugin raises
             if not _has_libtpu():
                 raise UserError(
-                    "plan: expected the TPU compiler, found no libtpu; install it with: pip install -e '.[tpu]'"
+                    f"plan: expected the TPU compiler, found no libtpu; install it with: {install_command('tpu')}"
                 ) from None
             raise self.refused(str(error)) from None
         return list(described.devices)

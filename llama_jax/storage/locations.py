@@ -2,8 +2,8 @@
 
 import base64
 import contextlib
+import functools
 import importlib.util
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -14,15 +14,9 @@ import fsspec
 import tensorstore as ts
 from etils import epath
 
+from llama_jax.cli.programs import install_command
 from llama_jax.errors import UserError, is_lost_process, lost_process
 from llama_jax.storage.files import is_address
-
-# gcsfs would remember what a folder held, and so miss the arrays, which tensorstore writes past it, and what other processes do.
-fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-# It logs what it raises as well, and at every call that it was not told what kind of bucket it is, which does not matter.
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-# TensorFlow, where it is installed, would take the place of gcsfs, and the accelerator's memory with it.
-os.environ.setdefault("EPATH_USE_TF", "false")
 
 PROBE = ".writable"
 
@@ -38,8 +32,19 @@ def location(path: str | Path) -> Path:
             "mount it as a folder"
         )
     if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{text}: expected gcsfs, which reads gs://, found it not installed; pip install -e '.[gcs]'")
+        raise UserError(f"{text}: expected gcsfs, which reads gs://, found it not installed; {install_command('gcs')}")
+    _prepare_gcsfs()
     return epath.Path(text)
+
+
+@functools.cache
+def _prepare_gcsfs() -> None:
+    """Set up etils.epath and gcsfs for this process, once an address in object storage is used."""
+    # TensorFlow, where it is installed, would take the place of gcsfs, and the accelerator's memory with it.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    # gcsfs would remember what a folder held, and so miss the arrays, which tensorstore writes past it, and what other
+    # processes do.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
 def is_remote(path: Path) -> bool:

@@ -9,10 +9,10 @@ record alone counts. It is written under a precondition, so that one of two star
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from llama_jax.cli.programs import started_as
 from llama_jax.errors import UserError
 from llama_jax.storage.files import is_address
 
@@ -51,7 +52,7 @@ class Record:
             host=socket.gethostname(),
             pid=pid,
             since=datetime.now().astimezone().isoformat(" ", "seconds"),
-            command=os.path.basename(sys.argv[0]),
+            command=started_as(),
             boot=_boot(),
             namespace=_namespace(),
             started=_started(pid),
@@ -181,6 +182,7 @@ class _Disk:
             if (last := self.read()) != record:
                 self.close()
                 return last
+        _close_in_children()
         _HELD.add(self)
         return None
 
@@ -240,12 +242,15 @@ class _Disk:
 _HELD: weakref.WeakSet[_Disk] = weakref.WeakSet()
 
 
+@functools.cache
+def _close_in_children() -> None:
+    """Have children of this process that are forked from now on close the locks of ``_HELD``."""
+    os.register_at_fork(after_in_child=_let_go)
+
+
 def _let_go() -> None:
     for place in list(_HELD):
         place.close()
-
-
-os.register_at_fork(after_in_child=_let_go)
 
 
 class _Bucket:

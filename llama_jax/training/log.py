@@ -9,6 +9,7 @@ import jax
 from tqdm import tqdm
 
 from llama_jax.cli.progress import bytes_text, duration
+from llama_jax.cli.programs import typed
 from llama_jax.config import ModelArgs, TrainArgs
 from llama_jax.data import Data
 from llama_jax.data.summary import documents_text, remarks, repeats_warning
@@ -182,6 +183,6 @@ def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str, change
     )
     lines.append("now try:")
     lines.append(
-        f"  python sample.py --ckpt {shlex.quote(str(path))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}"
+        f"  {typed('sample')} --ckpt {shlex.quote(str(path))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}"
     )
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from llama_jax.cli.programs import install_command
 from llama_jax.errors import UserError
 
 
@@ -13,7 +14,7 @@ def check_installed() -> None:
     except ImportError:
         raise UserError(
             "train.tensorboard: expected the package tensorboardX, found none; "
-            "pip install 'llama-jax[tensorboard]', or leave the flag out"
+            f"{install_command('tensorboard')}, or leave the flag out"
         ) from None
 
 
