@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from llama_jax.cli.programs import install_command
+from llama_jax.compat import jax_internals, orbax_internals
 
 # How a command ends, besides 0 (done) and 1 (a plan that does not fit).
 WRONG = 2  # the user can put it right; one line on stderr says how
@@ -33,15 +34,12 @@ class LostProcess(UserError):
     status = LOST
 
 
-# Words in what JAX, Gloo and orbax raise on a process that waits for another one in vain.
-_LOST = ("Gloo", "oordination service", "CoordinationService", "heartbeat", " barrier.")
-
-
 def is_lost_process(error: BaseException) -> bool:
     """Whether an error, or what it was raised from, says that another process of the job has gone."""
+    lost = jax_internals.LOST_PROCESS + orbax_internals.LOST_PROCESS
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, LostProcess) or any(words in str(seen) for words in _LOST):
+        if isinstance(seen, LostProcess) or any(words in str(seen) for words in lost):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
@@ -119,7 +117,7 @@ def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Heed a Ctrl-C within a callback of the garbage collector, where Python would only mention it; not the echo of errors."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _stop(None, "stopped by Ctrl-C", INTERRUPTED)
-    if "Event loop is closed" not in str(unraisable.exc_value):  # orbax's readers, behind one of them that failed
+    if not orbax_internals.is_echo(str(unraisable.exc_value)):
         sys.__unraisablehook__(unraisable)
 
 

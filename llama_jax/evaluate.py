@@ -160,8 +160,8 @@ def _loss_sum_over_cache(
     return jnp.sum(jax.lax.scan(step, empty, by_position)[1])
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line ``argv``; None: this process's."""
     program = typed("evaluate")
     description = f"Loss, perplexity and bits per byte of a text: {program} --ckpt runs/x --text held_out.txt"
     args = parse_flags(EvaluateArgs, argv, EvaluateArgs(), program, description)
@@ -178,4 +178,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(main)

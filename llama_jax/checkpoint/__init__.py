@@ -27,6 +27,7 @@ from jax.tree_util import KeyPath, tree_leaves_with_path
 from tensorstore import TensorStore
 
 from llama_jax.checkpoint.stored_array import open_array, saver_of_stored_arrays
+from llama_jax.compat.orbax_internals import COMMITTED
 from llama_jax.config import ModelArgs, Weights, from_dict
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.folders import found_in
@@ -34,8 +35,6 @@ from llama_jax.storage import checksums
 from llama_jax.storage.locations import absolute, children, is_remote, location, user_errors
 from llama_jax.tokenizer import Tokenizer
 
-TEMPORARY = ".orbax-checkpoint-tmp"
-COMMITTED = "commit_success.txt"
 ORIGIN = "origin.json"
 # The key of model.json that says that checksums.json is written last.
 PROMISE = "checksums"

@@ -45,14 +45,14 @@ class PrepareArgs:
     """Threads that encode."""
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line ``argv``; None: this process's."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     program = f"{typed('data')} prepare"
     description = f"Prepare tokens ahead of training: {program} --filepath TEXT --tokenizer-model-path M --output DIR"
     if argv[:1] != ["prepare"] and argv[:1] != ["--help"]:
         raise UserError(f"llama_jax.data: expected the command prepare, found {' '.join(argv[:1]) or 'none'}")
-    argv = argv[argv[:1] == ["prepare"] :]
-    args = parse_flags(PrepareArgs, argv, PrepareArgs(), program, description)
+    args = parse_flags(PrepareArgs, argv[argv[:1] == ["prepare"] :], PrepareArgs(), program, description)
     for name in ("filepath", "output"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
@@ -166,4 +166,4 @@ def _unfinished(output: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(main)

@@ -18,10 +18,10 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.compat import jax_internals
 from llama_jax.config import DistributedArgs
 from llama_jax.errors import LOST, UserError, is_lost_process, lost_process
 
@@ -81,7 +81,7 @@ def _find(args: DistributedArgs) -> tuple[str, int, int]:
         "num_processes": args.num_processes,
         "process_id": args.process_id,
     }
-    if None in found.values() and (cluster := _cluster()) is not None:
+    if None in found.values() and (cluster := jax_internals.cluster()) is not None:
         try:
             found["num_processes"] = args.num_processes or cluster.get_process_count()
             if found["num_processes"] != 1:
@@ -106,18 +106,6 @@ def _find(args: DistributedArgs) -> tuple[str, int, int]:
                 "found none; give it too"
             )
     return tuple(found.values())  # type: ignore[return-value]
-
-
-def _cluster() -> type[ClusterEnv] | None:
-    """The cluster that this process was started in, as JAX knows them."""
-    for kind in ClusterEnv._cluster_types:
-        # A pod that is not one of an indexed Job stands alone, and JAX's look at it would warn or fail.
-        alone = kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
-        # Open MPI 5 no longer says where process 0 is, which JAX takes for its absence.
-        mpi = kind.name == "ompi" and "OMPI_COMM_WORLD_SIZE" in os.environ
-        if not kind.opt_in_only_method and not alone and (mpi or kind.is_env_present()):
-            return kind
-    return None
 
 
 def _raise_late(address: str, count: int, index: int, seconds: int) -> None:

@@ -12,14 +12,14 @@ from llama_jax.plan.topology import ENVIRONMENT
 EX_SOFTWARE = 70
 
 
-def main(argv: Sequence[str]) -> None:
-    """Read the command line, then plan."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line ``argv``, then plan; None: this process's."""
     os.environ.update(ENVIRONMENT)
     from llama_jax.plan.arguments import read_request
     from llama_jax.plan.command import run
 
     try:
-        status = run(read_request(argv))
+        status = run(read_request(sys.argv[1:] if argv is None else argv))
     except (UserError, OSError, MemoryError):
         raise
     except Exception:
@@ -31,4 +31,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(main)

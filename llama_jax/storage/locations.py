@@ -15,6 +15,7 @@ import tensorstore as ts
 from etils import epath
 
 from llama_jax.cli.programs import install_command
+from llama_jax.compat import orbax_internals
 from llama_jax.errors import UserError, is_lost_process, lost_process
 from llama_jax.storage.files import is_address
 
@@ -144,7 +145,7 @@ def user_errors(folder: Path, verb: Literal["read", "write"], key: str = "") -> 
     except Exception as error:  # orbax raises Exception itself, too
         if is_lost_process(error):
             raise lost_process(error) from error
-        reason = " ".join(str(error).split()).split(". See full")[0][:200] or type(error).__name__
+        reason = orbax_internals.reason_of(str(error))[:200] or type(error).__name__
         what, hint = {
             "read": ("files that are whole", "use another copy of it, or another step"),
             "write": ("room and permission to write", "make room, or choose another folder"),

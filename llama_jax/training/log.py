@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.cli.programs import typed
+from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import ModelArgs, TrainArgs
 from llama_jax.data import Data
 from llama_jax.data.summary import documents_text, remarks, repeats_warning

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="parity needs torch, which the test extra brings for Python 3.11")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers, which the test extra brings")
 
+from llama_jax.convert.checkpoint_source import to_ours  # noqa: E402
 from llama_jax.convert.huggingface import HuggingFaceSource  # noqa: E402
 from llama_jax.convert.layout import TABLE  # noqa: E402
-from llama_jax.convert.checkpoint_source import to_ours  # noqa: E402
 from llama_jax.errors import UserError  # noqa: E402
 from llama_jax.foreign.config_json import KEYS, read_config  # noqa: E402
 from llama_jax.foreign.keys import read_json  # noqa: E402
