@@ -15,7 +15,9 @@ if _typing.TYPE_CHECKING:
     from llama_jax import tokenizer as tokenizer
     from llama_jax.generation import Model as _Model
 
-__all__ = ["DataArgs", "ModelArgs", "SampleArgs", "TrainArgs", "load"]
+# The one place of the version; pyproject.toml reads it here.
+__version__ = "0.1.0"
+__all__ = ["DataArgs", "ModelArgs", "SampleArgs", "TrainArgs", "__version__", "load"]
 
 
 def __getattr__(name: str) -> _typing.Any:

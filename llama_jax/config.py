@@ -403,9 +403,7 @@ def load_toml(path: str | Path) -> Config:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(
-            f"{path}: expected a TOML configuration, found no such file; see configs/ for examples"
-        ) from None
+        raise UserError(f"{path}: expected a TOML configuration, found no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected TOML, found: {error}") from None
     return from_dict(Config, table, source=str(path))

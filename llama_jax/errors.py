@@ -2,11 +2,15 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
+
+from llama_jax.compat import jax_internals, orbax_internals
+from llama_jax.programs import install_command
 
 # Exit statuses besides 0 (done) and 1 (a plan that does not fit).
 WRONG = 2  # the user can fix it; one line on stderr says how
@@ -30,15 +34,12 @@ class LostProcess(UserError):
     status = LOST
 
 
-# Text in the errors of JAX, Gloo and orbax when a process waits in vain for another one.
-_LOST = ("Gloo", "oordination service", "CoordinationService", "heartbeat", " barrier.")
-
-
 def is_lost_process(error: BaseException) -> bool:
     """Return whether an error, or any error that caused it, says that another process of the job is gone."""
+    lost = jax_internals.LOST_PROCESS + orbax_internals.LOST_PROCESS
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, LostProcess) or any(words in str(seen) for words in _LOST):
+        if isinstance(seen, LostProcess) or any(words in str(seen) for words in lost):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
@@ -63,8 +64,10 @@ def run_command(main: Callable[[], None]) -> None:
     """Run the ``main`` function of a command. On an error that the user can fix, print one line to stderr and exit.
 
     The exit status is the error's (2 for most). Set ``LLAMA_JAX_DEBUG=1`` in the environment to see the traceback.
+    It decides how libraries log in the process.
     """
     sys.unraisablehook = _on_unraisable
+    _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None if the command was started with the stream closed
             stream.reconfigure(errors="backslashreplace")
@@ -90,12 +93,24 @@ def run_command(main: Callable[[], None]) -> None:
         package = (error.name or "").partition(".")[0]
         if package in ("", "llama_jax"):
             raise
-        _stop(error, f"error: {package}: expected to be installed, found none; pip install -e . installs all", WRONG)
+        _stop(error, f"error: {package}: expected to be installed, found none; {install_command()} installs all", WRONG)
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _stop(error, f"error: {where}{error.strerror}; check the path, its permissions and the free disk space", WRONG)
+
+
+def _quiet_libraries() -> None:
+    """Have libraries not log what they raise as well, as the command tells it in one line."""
+    # orbax logs the first error of a save, traceback and all, by absl; the futures that it leaves unread, asyncio would log as
+    # the process ends. gcsfs also logs at every call that it was not told what kind of bucket it is, which does not matter.
+    with contextlib.suppress(ImportError):
+        import absl.logging  # noqa: F401  # whose logger is of a class of its own
+    for name in ("absl", "asyncio", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Read once, at the first path: TensorFlow, where it is installed, would take the place of gcsfs (storage/locations.py).
+    os.environ.setdefault("EPATH_USE_TF", "false")
 
 
 def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -105,7 +120,7 @@ def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _stop(None, "stopped by Ctrl-C", INTERRUPTED)
-    if "Event loop is closed" not in str(unraisable.exc_value):  # orbax's readers, after one of them failed
+    if not orbax_internals.is_echo(str(unraisable.exc_value)):
         sys.__unraisablehook__(unraisable)
 
 

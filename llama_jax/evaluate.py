@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from llama_jax.generation.rows import not_finite
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
 from llama_jax.ops.loss import loss_sum, negative_log_likelihood
+from llama_jax.programs import typed
 from llama_jax.tokenizer import Tokenizer
 
 
@@ -180,9 +181,11 @@ def _loss_sum_over_cache(
     return jnp.sum(jax.lax.scan(step, empty, by_position)[1])
 
 
-def main() -> None:
-    """Run the command."""
-    args = parse_flags(EvaluateArgs, sys.argv[1:], EvaluateArgs(), "python -m llama_jax.evaluate", __doc__ or "")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line ``argv``. None: that of this process."""
+    program = typed("evaluate")
+    description = f"Loss, perplexity and bits per byte of a text: {program} --ckpt runs/x --text held_out.txt"
+    args = parse_flags(EvaluateArgs, argv, EvaluateArgs(), program, description)
     for name in ("ckpt", "text"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")

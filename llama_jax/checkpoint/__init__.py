@@ -16,7 +16,6 @@ adds the file commit_success.txt instead. Checkpoints of earlier versions are co
 import contextlib
 import dataclasses
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +27,7 @@ from jax.tree_util import KeyPath, tree_leaves_with_path
 from tensorstore import TensorStore
 
 from llama_jax.checkpoint.stored_array import open_array, saver_of_stored_arrays
+from llama_jax.compat.orbax_internals import COMMITTED
 from llama_jax.config import ModelArgs, Weights, from_dict
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.folders import found_in
@@ -35,13 +35,6 @@ from llama_jax.storage import checksums
 from llama_jax.storage.locations import absolute, children, is_remote, location, user_errors
 from llama_jax.tokenizer import Tokenizer
 
-# If a save fails, orbax raises the first error, which is reported (see locations.py), and also logs it with a
-# traceback. It never reads its other futures, which asyncio would log when the process ends.
-for name in ("asyncio", "absl"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-
-TEMPORARY = ".orbax-checkpoint-tmp"
-COMMITTED = "commit_success.txt"
 ORIGIN = "origin.json"
 # The key of model.json which says that checksums.json is written last.
 PROMISE = "checksums"

@@ -1,7 +1,6 @@
 """Arrays of a checkpoint that are read and written by region, so that large ones need little memory."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from llama_jax.compat.orbax_internals import storage_format
 from llama_jax.storage.locations import kvstore
 
 
@@ -45,13 +45,13 @@ def open_array(folder: Path, name: str) -> ts.TensorStore:
 
     Raises ValueError or OSError if it is missing.
     """
-    saved = json.loads((folder / "_METADATA").read_text())
+    is_ocdbt, is_zarr3 = storage_format(folder)
     key = name.replace("/", ".")
-    if saved["use_ocdbt"]:
+    if is_ocdbt:
         store = {"driver": "ocdbt", "base": kvstore(folder), "path": key + "/"}
     else:
         store = kvstore(folder / key)
-    driver = "zarr3" if saved["use_zarr3"] else "zarr"
+    driver = "zarr3" if is_zarr3 else "zarr"
     spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
     return ts.open(spec, open=True, read=True).result()
 

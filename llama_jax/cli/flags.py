@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from llama_jax.compat.tyro_internals import one_line
 from llama_jax.errors import UserError
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ def parse_flags(kind: type[T], argv: Sequence[str] | None, default: T, prog: str
     except SystemExit as stop:
         if not stop.code:
             raise
-        message = _one_line(panel.getvalue())
+        message = one_line(panel.getvalue())
         if re.match("-[^-]", message) and _has_positional(kind):
             message += "; put -- before a text that begins with a hyphen"
         raise UserError(f"{message}; `{prog} --help` lists all flags") from None
@@ -55,7 +56,7 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
             continue
         value = value if equals else next(words, "")
         if not value or value.startswith("--"):
-            raise UserError(f"{name}: expected a TOML file, found {value or 'none'}; see configs/ for examples")
+            raise UserError(f"{name}: expected a TOML file or the name of a configuration, found {value or 'none'}")
         if found is not None:
             raise UserError(f"{name}: expected one file, found {found} and {value}; leave one out")
         found = value
@@ -229,37 +230,3 @@ def _words_of(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
     return {str: "a text", int: "a whole number", float: "a number"}.get(kind, f"a {getattr(kind, '__name__', kind)}")
-
-
-# tyro's messages, and our wording of them.
-_FLAG_ERRORS = (
-    (r"Error parsing (\S+): .*?('.*'|\[.*\]).*", r"\1: expected {kind}, found \2"),
-    (r"invalid choice ('.*') for argument '(\S+)'\. Expected one of \((.*?)\).*", r"\2: expected one of \3, found \1"),
-    (r"Missing value for argument '(\S+)'.*", r"\1: expected a value, found none"),
-    (r"Unrecognized options: (-\S*?),?( .*)?", r"\1: expected a flag of this command, found another"),
-    (r"Unrecognized options: (\S+?),?( .*)?", r"\1: expected a flag before it, found none that takes it"),
-)
-_KINDS = {
-    "INT": "a whole number",
-    "FLOAT": "a number",
-    "{None}|INT": "a whole number or None",
-    "{None}|FLOAT": "a number or None",
-}
-
-
-def _one_line(panel: str) -> str:
-    """Return the message of tyro's framed error panel, and the flag that it proposes, as one line."""
-    lines = [line.strip("╭╮╰╯│─ ") for line in panel.splitlines()]
-    parts: list[list[str]] = [[]]
-    for line in lines[1:]:
-        parts.append([]) if not line else parts[-1].append(line)
-    message = " ".join(parts[0]) or " ".join(filter(None, lines))
-    # The second line of a hint is the flag and the kind of its value.
-    flags = {part[0].split(":")[0]: part[1] for part in parts[1:] if len(part) > 1}
-    kind = flags.get("Argument helptext", "").partition(" ")[2]
-    for pattern, words in _FLAG_ERRORS:
-        if match := re.fullmatch(pattern, message):
-            message = match.expand(words).replace("{kind}", _KINDS.get(kind, kind))
-            break
-    proposed = next((flag for title, flag in flags.items() if title.startswith("Perhaps you meant")), "")
-    return message + (f"; perhaps you meant {proposed.split(' ')[0].rstrip(',')}" if proposed else "")

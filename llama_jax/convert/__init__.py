@@ -30,7 +30,7 @@ class ConvertArgs:
 
     input: str = ""
     """Folder to read. It holds params.json and consolidated.*.pth (Meta), config.json and *.safetensors (Hugging Face),
-    or a checkpoint of train.py or of this command."""
+    or a checkpoint of training or of this command."""
     output: str = ""
     """Folder to write. It must not exist."""
     to: Format = "llama-jax"

@@ -18,6 +18,7 @@ from llama_jax.convert.source import Source
 from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError, quoted
 from llama_jax.model import count_parameters
+from llama_jax.programs import typed
 from llama_jax.storage.files import raw_bytes
 
 # Memory of the process without weights, and in blocks what it holds of them: measured, see docs/convert.md.
@@ -124,7 +125,7 @@ def close(
     )
     print(f"sha256 of the weights{', before quantization' if weights != 'auto' else ''}: {digest}")
     commands = {
-        "llama-jax": f'python sample.py --ckpt {shlex.quote(str(output))} "Once upon a time"',
+        "llama-jax": f'{typed("sample")} --ckpt {shlex.quote(str(output))} "Once upon a time"',
         "huggingface": f"AutoModelForCausalLM.from_pretrained({str(output)!r})",
         "meta": f"torch.load({str(output / 'consolidated.00.pth')!r}, weights_only=True)",
     }

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from llama_jax.data.origin import Origin, difference
 from llama_jax.data.summary import documents_text, remarks
 from llama_jax.data.tokens import MANIFEST, SPLITS, SUMS, UNFINISHED, open_tokens, read_manifest, sha256
 from llama_jax.errors import UserError, run_command
+from llama_jax.programs import typed
 from llama_jax.storage.files import remove_leftovers
 from llama_jax.storage.locations import on_disk
 from llama_jax.storage.owner import owning
@@ -24,7 +25,7 @@ NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, "tokenizer.model")
 
 @dataclass(frozen=True)
 class PrepareArgs:
-    """Encode a text once. Then give the output folder to train.py as --data.filepath."""
+    """Encode a text once. Training then takes the output folder as --data.filepath."""
 
     filepath: str = ""
     """Text to encode: a file, a folder (all its *.txt, recursively) or a glob."""
@@ -49,14 +50,14 @@ class PrepareArgs:
     """Number of encoding threads."""
 
 
-def main() -> None:
-    """Run the command."""
-    argv = sys.argv[1:]
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line ``argv``. None: that of this process."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    program = f"{typed('data')} prepare"
+    description = f"Prepare tokens ahead of training: {program} --filepath TEXT --tokenizer-model-path M --output DIR"
     if argv[:1] != ["prepare"] and argv[:1] != ["--help"]:
         raise UserError(f"llama_jax.data: expected the command prepare, found {' '.join(argv[:1]) or 'none'}")
-    args = parse_flags(
-        PrepareArgs, argv[argv[:1] == ["prepare"] :], PrepareArgs(), "python -m llama_jax.data prepare", __doc__ or ""
-    )
+    args = parse_flags(PrepareArgs, argv[argv[:1] == ["prepare"] :], PrepareArgs(), program, description)
     for name in ("filepath", "output"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")

@@ -18,10 +18,10 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.compat import jax_internals
 from llama_jax.config import DistributedArgs
 from llama_jax.errors import LOST, UserError, is_lost_process, lost_process
 
@@ -78,7 +78,7 @@ def _find(args: DistributedArgs) -> tuple[str, int, int]:
         "num_processes": args.num_processes,
         "process_id": args.process_id,
     }
-    if None in found.values() and (cluster := _cluster()) is not None:
+    if None in found.values() and (cluster := jax_internals.cluster()) is not None:
         try:
             found["num_processes"] = args.num_processes or cluster.get_process_count()
             if found["num_processes"] != 1:
@@ -103,18 +103,6 @@ def _find(args: DistributedArgs) -> tuple[str, int, int]:
                 "found none; give it too"
             )
     return tuple(found.values())  # type: ignore[return-value]
-
-
-def _cluster() -> type[ClusterEnv] | None:
-    """Return the cluster that this process was started in, of those that JAX knows, or None."""
-    for kind in ClusterEnv._cluster_types:
-        # A pod outside an indexed Job is alone, and JAX's check would warn or fail.
-        alone = kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
-        # Open MPI 5 no longer says where process 0 is, from which JAX concludes that there is no MPI.
-        mpi = kind.name == "ompi" and "OMPI_COMM_WORLD_SIZE" in os.environ
-        if not kind.opt_in_only_method and not alone and (mpi or kind.is_env_present()):
-            return kind
-    return None
 
 
 def _raise_late(address: str, count: int, index: int, seconds: int) -> None:

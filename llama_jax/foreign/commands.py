@@ -5,13 +5,14 @@ import re
 import shlex
 from pathlib import Path
 
+from llama_jax.programs import typed
 from llama_jax.storage.locations import is_remote
 
 
 def convert_command(path: Path, name: str = "", tokenizer: Path | None = None) -> str:
     """Return the command that converts the model in ``path`` into a new folder named ``name`` or like ``path``."""
     if is_remote(path):
-        return f"copy it to a disk (gcloud storage cp -r {path} .), and convert it there with convert_torch_weights.py"
+        return f"copy it to a disk (gcloud storage cp -r {path} .), and convert it there with {typed('convert')}"
     place = path.absolute()
     # In Hugging Face's cache a folder is named by a commit. The model's name is further up.
     own = place.parent.parent.name.rpartition("--")[2] if place.parent.name == "snapshots" else place.name
@@ -19,9 +20,7 @@ def convert_command(path: Path, name: str = "", tokenizer: Path | None = None) -
     while os.path.lexists(output):
         output = output.with_name(output.name + "-converted")
     given = f" --tokenizer {shlex.quote(str(tokenizer))}" if tokenizer else ""
-    return (
-        f"python convert_torch_weights.py --input {shlex.quote(str(path))} --output {shlex.quote(str(output))}{given}"
-    )
+    return f"{typed('convert')} --input {shlex.quote(str(path))} --output {shlex.quote(str(output))}{given}"
 
 
 def resave_commands(path: Path) -> str:

@@ -20,8 +20,7 @@ NO_ROPE = "this project has no scaled or partial rotary embeddings"
 NO_WINDOW = "this project attends to the whole context"
 NO_EXPERTS = "this project has no mixtures of experts"
 QUANTIZED = (
-    "take the model that it was quantized from, and quantize it here with --weights int8 or int4 of "
-    "convert_torch_weights.py"
+    "take the model that it was quantized from, and quantize it here with --weights int8 or int4 of the converter"
 )
 NAMES = {
     "dim": "hidden_size",

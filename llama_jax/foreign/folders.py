@@ -28,7 +28,7 @@ MARKS = (
     (r".*\.onnx", "a model in ONNX", ORIGINAL),
     (r".*\.(safetensors|bin|pth|pt)", "weights without a config.json or params.json", "fetch those too: they say what model it is"),
     (r"config\.toml", "a run with no checkpoint in it", "start its training again"),
-    (r"manifest\.json", "a folder of prepared tokens", "give it as --data.filepath of train.py"),
+    (r"manifest\.json", "a folder of prepared tokens", "give it to training, as --data.filepath"),
 )  # fmt: skip
 # The first bytes of a file, what it is, and what to do.
 MAGIC = (

@@ -5,7 +5,6 @@ exact; its time is read from its schedule (cost.py).
 """
 
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from llama_jax.build import make_model
+from llama_jax.compat.jax_internals import needed_bytes, says_memory_is_too_small
 from llama_jax.config import Cache, Config, SampleArgs, Weights
 from llama_jax.devices.compiling import generation_options
 from llama_jax.devices.memory import bytes_of
@@ -196,10 +196,10 @@ def _plan(
         compiled = compile_step()
         ended = time.perf_counter()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
+        if not says_memory_is_too_small(str(error)):
             raise CompilerError(" ".join(str(error).split())) from None
         ended = time.perf_counter()
-        needed = _needed_bytes(str(error))
+        needed = needed_bytes(str(error))
         rest = {"all else": needed - sum(parts.values())} if needed > sum(parts.values()) else {}
         return plan(needed, parts | rest, None, "")
     text, memory = cast(str, compiled.as_text()), cast(Any, compiled.memory_analysis())
@@ -209,12 +209,6 @@ def _plan(
         parts |= {"kept for the backward pass": kept}
     parts |= {"temporaries": max(0, peak - sum(parts.values()))}
     return plan(peak, parts, schedule_of(program, topology.chip), text)
-
-
-def _needed_bytes(refusal: str) -> int:
-    """Return the bytes per chip, including the state, that the compiler says it needs, or 0 if it does not say."""
-    found = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT]?)", refusal)
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else 0
 
 
 def _kept_bytes(program: Program, layers: int) -> int:

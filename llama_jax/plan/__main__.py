@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 from llama_jax.errors import UserError, run_command
 from llama_jax.plan.topology import ENVIRONMENT
@@ -11,14 +12,14 @@ from llama_jax.plan.topology import ENVIRONMENT
 EX_SOFTWARE = 70
 
 
-def main() -> None:
-    """Read the command line and plan."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line ``argv`` and plan. None: that of this process."""
     os.environ.update(ENVIRONMENT)
     from llama_jax.plan.arguments import read_request
     from llama_jax.plan.command import run
 
     try:
-        status = run(read_request(sys.argv[1:]))
+        status = run(read_request(sys.argv[1:] if argv is None else argv))
     except (UserError, OSError, MemoryError):
         raise
     except Exception:

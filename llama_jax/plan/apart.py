@@ -8,7 +8,6 @@ import ctypes
 import multiprocessing
 import os
 import pickle
-import re
 import resource
 import signal
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import IO, Any, TypeVar, cast
 
+from llama_jax.compat.jax_internals import failed_check
 from llama_jax.errors import UserError
 
 T = TypeVar("T")
@@ -104,8 +104,7 @@ def _error(kind: str, value: Any, words: str) -> BaseException:
 
 def _last_words(words: str, status: int) -> str:
     """Return why the compiler aborted: the check that failed, or the exit status."""
-    checks = re.findall(r"Check failed: .*", words)
-    return checks[0] if checks else f"its process ended with status {status}"
+    return failed_check(words) or f"its process ended with status {status}"
 
 
 def _run(function: Callable[[Callable[[], None]], Any], writer: Connection, said: IO[bytes], parent: int) -> None:

@@ -5,17 +5,18 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+from llama_jax.cli.configurations import find_config
 from llama_jax.cli.flags import parse_flags, take_option
 from llama_jax.config import Cache, Config, MeshArgs, Weights, load_toml
 from llama_jax.errors import UserError
 from llama_jax.plan.topology import EXAMPLES, Topology
+from llama_jax.programs import typed
 
 DESCRIPTION = """Plan a run for a TPU slice that you need not have: does it fit, and how fast can it be?
 
 The exit status is 0 if the step fits, 1 if it does not, and 2 if the command must be changed.
 
---config FILE.toml gives settings; flags override them."""
-PROGRAM = "python -m llama_jax.plan"
+--config gives settings; flags override them. It is a TOML file, or the name of a configuration in the package."""
 # Flags that matter in only one way of planning.
 OF_DECODING = {"batch", "slots", "weights", "cache"}
 OF_SEARCH = {"compiles"}
@@ -66,11 +67,13 @@ class Request:
     given: set[str]  # the flags on the command line
     stated: set[str]  # the flags and the keys of the file
     file: Config | None  # None if no file was given
+    notes: list[str]  # what was decided
 
 
 def read_request(argv: Sequence[str]) -> Request:
     """Read a command line. Raises UserError if it is wrong."""
-    path, rest = take_option(list(argv), "--config")
+    named, rest = take_option(list(argv), "--config")
+    path, notes = find_config(named) if named else (None, [])
     file = load_toml(path) if path else None
     base, given = file or Config(), given_flags(rest)
     args = _parse(rest, base, given)
@@ -83,7 +86,7 @@ def read_request(argv: Sequence[str]) -> Request:
         raise UserError(f"--topology: expected a slice such as {EXAMPLES}, found none")
     _check(args, given)
     config = Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
-    return Request(args, config, Topology.parse(args.topology), given, given | stated_keys(path), file)
+    return Request(args, config, Topology.parse(args.topology), given, given | stated_keys(path), file, notes)
 
 
 def given_flags(argv: Sequence[str]) -> set[str]:
@@ -91,11 +94,11 @@ def given_flags(argv: Sequence[str]) -> set[str]:
     return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
 
 
-def stated_keys(path: str | None) -> set[str]:
+def stated_keys(path: Path | None) -> set[str]:
     """Return the names of the keys in a TOML file: {"data.vocab_size"}."""
     if path is None:
         return set()
-    table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     return {f"{section}.{key}".replace("-", "_") for section, keys in table.items() for key in keys}
 
 
@@ -105,7 +108,7 @@ def _parse(argv: list[str], base: Config, given: set[str]) -> PlanConfig:
     For decoding these are the mesh and the data type; otherwise, settings that a flag overrides.
     """
     default = PlanConfig(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
-    args = parse_flags(PlanConfig, argv, default, PROGRAM, DESCRIPTION)
+    args = parse_flags(PlanConfig, argv, default, typed("plan"), DESCRIPTION)
     data, train, mesh = base.data, base.train, base.mesh
     if args.decode:
         train, mesh = dataclasses.replace(train, compute_dtype="auto"), MeshArgs()
@@ -114,7 +117,7 @@ def _parse(argv: list[str], base: Config, given: set[str]) -> PlanConfig:
     if "data.vocab_size" in given:
         data = dataclasses.replace(data, tokenizer_model_path="")
     counts = dataclasses.replace(default, data=data, train=train, mesh=mesh)
-    return args if counts == default else parse_flags(PlanConfig, argv, counts, PROGRAM, DESCRIPTION)
+    return args if counts == default else parse_flags(PlanConfig, argv, counts, typed("plan"), DESCRIPTION)
 
 
 def _check(args: PlanConfig, given: set[str]) -> None:

@@ -22,6 +22,7 @@ from llama_jax.plan.search import Search, ranked, ratio, row_text
 from llama_jax.plan.settings import run_tokens, vocabulary, with_vocabulary
 from llama_jax.plan.tables import Rows
 from llama_jax.plan.topology import HOST_CHIPS, Topology
+from llama_jax.programs import named
 
 FITS, DOES_NOT_FIT = 0, 1
 # Seconds between two lines that say that the compiler is still running.
@@ -82,6 +83,7 @@ def run(request: Request) -> int:
     request = dataclasses.replace(request, config=with_vocabulary(request.config, int(found.value or 0)))
     request.config.check()
     console, before = Console(args.json), tables.model_rows(request.config, found)
+    before += [("", note) for note in request.notes]
     if request.file is None:
         before.append(("", "no --config: settings are the defaults and the flags"))
     if not topology.is_offered:
@@ -154,7 +156,9 @@ def _decoding(request: Request, console: Console) -> Task:
         before += _mesh_rows(request, layout)
     most = HOST_CHIPS[topology.version]
     if part.chips > most:
-        before.append(("", f"sample.py is one process, on the chips of one host, {most} of {topology.version} at most"))
+        before.append(
+            ("", f"{named('sample')} is one process, on the chips of one host, {most} of {topology.version} at most")
+        )
 
     def compile_(flags: str, other: Config, part: Topology, decoding: Decoding) -> Plan | None:
         return _tried(flags, other, part, decoding, console)
@@ -182,7 +186,7 @@ def _mesh_rows(request: Request, layout: Layout) -> Rows:
     fewest = fewest_chips(request.config, topology, request.args.weights)
     where = "" if layout.topology == topology else f", on {layout.topology.name}"
     rows.append(
-        ("sample.py", f"{flags} gives this mesh{where}; without these flags it uses {tables.chips_text(fewest)}")
+        (named("sample"), f"{flags} gives this mesh{where}; without these flags it uses {tables.chips_text(fewest)}")
     )
     return rows
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from llama_jax.devices.chips import TPUS, Chip
 from llama_jax.errors import UserError, quoted
+from llama_jax.programs import install_command
 
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, or 2 slices as 2xv5e:16x16"
 # Environment variables for libtpu without a TPU or a metadata server.
@@ -157,7 +158,7 @@ class Topology:
         except Exception as error:  # JAX raises whatever its plugin raises
             if not _has_libtpu():
                 raise UserError(
-                    "plan: expected the TPU compiler, found no libtpu; install it with: pip install -e '.[tpu]'"
+                    f"plan: expected the TPU compiler, found no libtpu; install it with: {install_command('tpu')}"
                 ) from None
             raise self.refused(str(error)) from None
         return list(described.devices)

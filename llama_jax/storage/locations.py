@@ -2,8 +2,8 @@
 
 import base64
 import contextlib
+import functools
 import importlib.util
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -14,15 +14,10 @@ import fsspec
 import tensorstore as ts
 from etils import epath
 
+from llama_jax.compat import orbax_internals
 from llama_jax.errors import UserError, is_lost_process, lost_process
+from llama_jax.programs import install_command
 from llama_jax.storage.files import is_address
-
-# gcsfs's cache of listings would miss arrays, which tensorstore writes without it, and files of other processes.
-fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-# gcsfs also logs the errors that it raises, and warns on every call that it does not know the kind of the bucket.
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-# If TensorFlow is installed, epath would use it in place of gcsfs, and it takes the accelerator's memory.
-os.environ.setdefault("EPATH_USE_TF", "false")
 
 PROBE = ".writable"
 
@@ -38,8 +33,19 @@ def location(path: str | Path) -> Path:
             "mount it as a folder"
         )
     if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{text}: expected gcsfs, which reads gs://, found it not installed; pip install -e '.[gcs]'")
+        raise UserError(f"{text}: expected gcsfs, which reads gs://, found it not installed; {install_command('gcs')}")
+    _prepare_gcsfs()
     return epath.Path(text)
+
+
+@functools.cache
+def _prepare_gcsfs() -> None:
+    """Set up etils.epath and gcsfs for this process, once an address in object storage is used."""
+    # TensorFlow, where it is installed, would take the place of gcsfs, and the accelerator's memory with it.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    # gcsfs would remember what a folder held, and so miss the arrays, which tensorstore writes past it, and what other
+    # processes do.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
 def is_remote(path: Path) -> bool:
@@ -141,7 +147,7 @@ def user_errors(folder: Path, verb: Literal["read", "write"], key: str = "") -> 
     except Exception as error:  # orbax raises plain Exception, too
         if is_lost_process(error):
             raise lost_process(error) from error
-        reason = " ".join(str(error).split()).split(". See full")[0][:200] or type(error).__name__
+        reason = orbax_internals.reason_of(str(error))[:200] or type(error).__name__
         what, hint = {
             "read": ("intact files", "use another copy of it, or another step"),
             "write": ("space and permission to write", "free some disk, or choose another folder"),

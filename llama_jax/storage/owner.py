@@ -9,10 +9,10 @@ storage has only the record. It is written with a precondition, so that one of t
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llama_jax.errors import UserError
+from llama_jax.programs import started_as
 from llama_jax.storage.files import is_address
 
 NAME = ".owner"
@@ -52,7 +53,7 @@ class Record:
             host=socket.gethostname(),
             pid=pid,
             since=datetime.now().astimezone().isoformat(" ", "seconds"),
-            command=os.path.basename(sys.argv[0]),
+            command=started_as(),
             boot=_boot(),
             namespace=_namespace(),
             started=_started(pid),
@@ -182,6 +183,7 @@ class _Disk:
             if (last := self.read()) != record:
                 self.close()
                 return last
+        _close_in_children()
         _HELD.add(self)
         return None
 
@@ -241,12 +243,15 @@ class _Disk:
 _HELD: weakref.WeakSet[_Disk] = weakref.WeakSet()
 
 
+@functools.cache
+def _close_in_children() -> None:
+    """Have children of this process that are forked from now on close the locks of ``_HELD``."""
+    os.register_at_fork(after_in_child=_let_go)
+
+
 def _let_go() -> None:
     for place in list(_HELD):
         place.close()
-
-
-os.register_at_fork(after_in_child=_let_go)
 
 
 class _Bucket:

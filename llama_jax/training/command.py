@@ -2,17 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from llama_jax.cli.configurations import find_config, shipped
 from llama_jax.cli.flags import parse_flags, take_option
 from llama_jax.config import Config, load_toml
 from llama_jax.errors import UserError
+from llama_jax.programs import typed
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-DEFAULT, FINE_TUNING = CONFIGS / "tiny.toml", CONFIGS / "finetune.toml"
+# The shipped configurations that give the settings of a run without --config, and of one that starts from a checkpoint.
+DEFAULT, FINE_TUNING = "tiny", "finetune"
 # Pairs of settings that decide the same thing. If both are given, the second one wins.
 PAIRS = (
     ("train.n_epochs", "train.max_steps"),
@@ -35,15 +36,15 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     Without --config, defaults come from tiny.toml, or from finetune.toml with --train.init-from. Raises UserError if
     the command line is wrong.
     """
-    path, rest = take_option(list(argv), "--config")
-    source = DEFAULT if path is None else Path(path)
+    named, rest = take_option(list(argv), "--config")
+    source, found = (shipped(DEFAULT), []) if named is None else find_config(named)
     file = load_toml(source)
     config, notes = _parse(rest, file)
     if config.train.init_from:
         from llama_jax.training.opening import starting_model
 
-        if path is None:
-            source = FINE_TUNING
+        if named is None:
+            source = shipped(FINE_TUNING)
             file = load_toml(source)
             notes.append(
                 f"settings of {source.stem}: learning rate {file.train.lr:g}, {file.train.n_epochs} epochs; flags override them"
@@ -55,13 +56,16 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
     config = dataclasses.replace(config, train=train)
     config.check()
-    return config, notes
+    return config, found + notes
 
 
 def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
     sections = {field.name: getattr(file, field.name) for field in dataclasses.fields(Config)}
-    description = "Pretrain a LLaMA 2 model on the built-in stories or on your text.\n\n--config FILE.toml gives settings; flags override them."
-    command = parse_flags(Command, argv, Command(**sections), "python train.py", description)
+    description = (
+        "Pretrain a LLaMA 2 model on the built-in stories or on your text.\n\n--config gives settings; flags override them. It is "
+        "a TOML file, or the name of a configuration in the package."
+    )
+    command = parse_flags(Command, argv, Command(**sections), typed("train"), description)
     config = Config(**{name: getattr(command, name) for name in sections})
     given = {name.lstrip("-").partition("=")[0].replace("-", "_") for name in argv if name.startswith("--")}
     texts = list(command.text)

@@ -16,6 +16,7 @@ from llama_jax.data.summary import documents_text, remarks, repeats_warning
 from llama_jax.devices.memory import check_memory
 from llama_jax.devices.sharding import describe
 from llama_jax.model import Llama, count_parameters
+from llama_jax.programs import typed
 from llama_jax.training.clock import Activity, Clock
 from llama_jax.training.flops import train_flops_per_token
 from llama_jax.training.opening import Opened
@@ -207,6 +208,6 @@ def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str, change
     )
     lines.append("now try:")
     lines.append(
-        f"  python sample.py --ckpt {shlex.quote(str(path))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}"
+        f"  {typed('sample')} --ckpt {shlex.quote(str(path))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}"
     )
     return "\n".join(lines)

@@ -2,13 +2,13 @@
 
 import contextlib
 import importlib.metadata
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from llama_jax.compat.jax_internals import libtpu_version
 from llama_jax.devices.distributed import is_main
 from llama_jax.errors import UserError
 from llama_jax.training import log
@@ -21,11 +21,11 @@ def check_profiler() -> None:
         return
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found = importlib.metadata.version("libtpu")
-        made_for = re.search(r"libtpu==([0-9.]+)\.\*", " ".join(importlib.metadata.requires("jax") or []))
-        if made_for and not found.startswith(made_for[1] + "."):
+        made_for = libtpu_version()
+        if made_for and not found.startswith(made_for + "."):
             raise UserError(
-                f"train.profile_steps: expected libtpu {made_for[1]}, which jax {jax.__version__} requires, found {found}; "
-                f"pip install 'libtpu=={made_for[1]}.*', or, without a TPU, set JAX_PLATFORMS=cpu or cuda"
+                f"train.profile_steps: expected libtpu {made_for}, which jax {jax.__version__} requires, found {found}; "
+                f"pip install 'libtpu=={made_for}.*', or, without a TPU, set JAX_PLATFORMS=cpu or cuda"
             )
 
 

@@ -11,7 +11,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llama_jax.checkpoint import COMMITTED, TEMPORARY, ModelFiles, ModelFilesHandler, is_whole, losses_of
+from llama_jax.checkpoint import ModelFiles, ModelFilesHandler, is_whole, losses_of
+from llama_jax.compat.orbax_internals import COMMITTED, TEMPORARY
 from llama_jax.config import ModelArgs
 from llama_jax.storage.checksums import write_checksums
 from llama_jax.storage.locations import absolute, children, is_remote, user_errors

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import UserError
+from llama_jax.programs import install_command
 
 
 def check_installed() -> None:
@@ -13,7 +14,7 @@ def check_installed() -> None:
     except ImportError:
         raise UserError(
             "train.tensorboard: expected the package tensorboardX, found none; "
-            "pip install 'llama-jax[tensorboard]', or leave the flag out"
+            f"{install_command('tensorboard')}, or leave the flag out"
         ) from None
 
 

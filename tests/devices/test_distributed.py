@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jax._src.clusters import cloud_tpu_cluster
 
 from llama_jax.checkpoint import steps_of
 from llama_jax.config import DistributedArgs
@@ -21,6 +20,7 @@ from llama_jax.devices.distributed import start_job
 from llama_jax.devices.sharding import _grid
 from llama_jax.errors import UserError
 from tests import processes
+from tests.jax_internals import cloud_tpu_cluster
 from tests.processes import end, flags, start
 from tests.survival import KILLED, same, survive, survived
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from llama_jax.config import AttentionKernel, MeshArgs, ModelArgs, TrainArgs
@@ -25,6 +24,7 @@ from llama_jax.ops.attention import attention, choose_kernel
 from llama_jax.ops.cache import KVCache
 from llama_jax.training.step import make_optimizer, trace_train_step
 from tests.eight_devices import run_on_eight_devices
+from tests.jax_internals import cudnn
 
 ARGS = ModelArgs(dim=4096, n_heads=32, max_seq_len=4096)
 MESHES = {

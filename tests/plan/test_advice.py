@@ -156,11 +156,11 @@ def test_chips_that_neither_heads_nor_sequences_divide_are_idle() -> None:
 def test_counting_leaves_jax_in_a_state_that_can_be_forked() -> None:
     """The compiler runs in a fork, which no thread of JAX's backends may be missing from."""
     program = """
-from jax._src import xla_bridge
+from tests.jax_internals import backends_are_initialized
 from tests.plan.test_advice import *
 lay_out(SEVEN_SERVED, Topology.parse("v5e:2x2"), Decoding(8, 256))
 training_bytes(Config(SEVEN, mesh=MeshArgs(1, 4)))
-print(xla_bridge.backends_are_initialized())
+print(backends_are_initialized())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "False\n"

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from llama_jax.compat.jax_internals import needed_bytes
 from llama_jax.config import Config, MeshArgs, ModelArgs, TrainArgs, to_toml
 from llama_jax.devices.chips import TPUS
 from llama_jax.errors import UserError
-from llama_jax.plan import Decoding, __main__, _needed_bytes, command, plan_decoding
+from llama_jax.plan import Decoding, __main__, command, plan_decoding
 from llama_jax.plan.cost import schedule_of
 from llama_jax.plan.hlo import Program
 from llama_jax.plan.topology import Topology
@@ -268,7 +269,7 @@ def test_a_search_that_finds_nothing_ends_with_status_1_and_the_smallest_slice(t
     ],
 )
 def test_what_the_compiler_needs_is_read_from_its_refusal(refusal: str, needed: float) -> None:
-    assert _needed_bytes(refusal) == int(needed * (1 << 30))
+    assert needed_bytes(refusal) == int(needed * (1 << 30))
 
 
 @needs_libtpu

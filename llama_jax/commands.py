@@ -1,0 +1,106 @@
+"""The commands: ``llama-jax train``, ``python -m llama_jax train``, and the scripts of a clone, such as ``python train.py``.
+
+This imports nothing that takes a while. So a signal, a missing package and a wrong command are answered at once.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Sequence
+
+import llama_jax
+from llama_jax.cli.stopping import StopSignals
+from llama_jax.errors import UserError, run_command
+from llama_jax.programs import CONSOLE, typed
+
+
+def train(argv: Sequence[str]) -> None:
+    """Pretrain a model on the built-in stories or on a text, or fine-tune one"""
+    with StopSignals(at_exit=True) as signals:  # from here on, before anything is imported that takes a while
+        from llama_jax.training.command import read_command
+        from llama_jax.training.loop import train
+
+        config, notes = read_command(argv)
+        train(config, signals, notes)
+
+
+def sample(argv: Sequence[str]) -> None:
+    """Complete prompts with a trained model, or talk to a chat model"""
+    importlib.import_module("llama_jax.sample").main(argv)
+
+
+def convert(argv: Sequence[str]) -> None:
+    """Convert weights from and to Meta's and Hugging Face's files, or quantize them"""
+    importlib.import_module("llama_jax.convert.command").main(argv)
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Print the loss, the perplexity and the bits per byte of a text"""
+    importlib.import_module("llama_jax.evaluate").main(argv)
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Say whether a run fits a TPU slice, and how fast it can be"""
+    importlib.import_module("llama_jax.plan.__main__").main(argv)
+
+
+def data(argv: Sequence[str]) -> None:
+    """Prepare the tokens of a text ahead of training"""
+    importlib.import_module("llama_jax.data.__main__").main(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    function.__name__: function for function in (train, sample, convert, evaluate, plan, data)
+}
+
+
+def run(command: str) -> None:
+    """Run a command with this process's arguments, and end the process as ``run_command`` says."""
+    run_command(lambda: COMMANDS[command](sys.argv[1:]))
+
+
+def main() -> None:
+    """Run the console command ``llama-jax``, whose first argument names a command."""
+    run_command(lambda: _dispatch(sys.argv[1:]))
+
+
+def _dispatch(argv: Sequence[str]) -> None:
+    """Run the command that ``argv`` begins with. Raises UserError where it begins with none."""
+    first = argv[0] if argv else "none"
+    if first in COMMANDS:
+        COMMANDS[first](argv[1:])
+    elif first in ("--help", "-h"):
+        print(_help())
+    elif first == "--version":
+        print(_version())
+    else:
+        close = difflib.get_close_matches(first, COMMANDS, 1)
+        proposed = f"perhaps you meant {close[0]}" if close else f"`{_program()} --help` says what each does"
+        raise UserError(f"{_program()}: expected a command, one of {', '.join(COMMANDS)}, found {first}; {proposed}")
+
+
+def _program() -> str:
+    """What this process was started as: "llama-jax", "python -m llama_jax"."""
+    return typed("train").removesuffix(" train")
+
+
+def _help() -> str:
+    lines = [f"{typed(name):<{len(typed('evaluate'))}}  {function.__doc__}" for name, function in COMMANDS.items()]
+    return "\n".join([
+        "LLaMA 2 in JAX and Flax: pretrain on any text, load official weights, generate.",
+        "",
+        *lines,
+        "",
+        f"`{typed('train')} --help` lists the flags of a command, `{_program()} --version` the versions.",
+    ])  # fmt: skip
+
+
+def _version() -> str:
+    """The versions of the package and of what it computes with."""
+    try:
+        jax = importlib.metadata.version("jax")
+    except importlib.metadata.PackageNotFoundError:
+        jax = "is not installed"
+    return f"{CONSOLE} {llama_jax.__version__}, jax {jax}, Python {platform.python_version()}"

@@ -1,0 +1,196 @@
+"""The command line of generation: prompts completed, results saved, a chat.
+
+It reads and checks all flags before it imports what takes a while.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from llama_jax.cli.flags import ESCAPED, parse_flags
+from llama_jax.config import Cache, DType, MeshArgs, SampleArgs, Weights
+from llama_jax.errors import UserError
+from llama_jax.programs import typed
+from llama_jax.tokenizer import clean
+
+if TYPE_CHECKING:
+    from llama_jax.checkpoint import Checkpoint
+    from llama_jax.generation.prompts import Asked, Job
+    from llama_jax.generation.results import Results
+
+# The mesh that nobody asked for: the model lies on as few devices as hold it.
+ONE_DEVICE = MeshArgs(data=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Complete prompts with a trained model, or talk to a chat model."""
+
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Texts to go on from, taken as they are: backslashes stay backslashes. None: read from standard input, one a line."""
+    ckpt: str = ""
+    """A run folder (its best step), a step folder, or a converted checkpoint."""
+    chat: bool = False
+    """Answer in the format of Meta's chat models: each prompt by itself, or, without prompts, a conversation of the lines of standard input."""
+    system: str = dataclasses.field(default="", metadata=ESCAPED)
+    r"""With --chat: what the model is told before the conversation. \n, \r, \t and \\ stand for line feed, carriage return, tab and backslash."""
+    messages: str = ""
+    """With --chat: a JSON file of a conversation to answer, a list of {"role": "system", "user" or "assistant", "content": "..."}."""
+    prompts_file: str = ""
+    """A file of prompts, one a line (-: standard input); or, where it ends in .jsonl, an object a line with "prompt" and flags of its own, such as "top_p"."""
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"
+    """What is done with a prompt that fills the context: refuse ends the command; skip leaves it out, its result says too_long; cut leaves out its beginning (of a conversation, the oldest turns)."""
+    output: str = ""
+    """Save results to this file, one JSON object a line, as they come. The same command again goes on where a stopped one was."""
+    json: bool = False
+    """Print one JSON object a completion."""
+    quiet: bool = False
+    """Print neither progress nor, at the end, how fast it went."""
+    exact: bool = False
+    """Make every completion the same to the bit whatever stands beside it, and with --draft as without, in every type and cache; slower. Without it, they are the same up to rounding: in bfloat16, now and then another token."""
+    compute_dtype: DType = "auto"
+    """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU."""
+    weights: Weights = "auto"
+    """Matrices: auto, as the checkpoint has them; int8, with a scale an output; int4, a scale for 32 inputs of an output; int4-64, for 64."""
+    cache: Cache = "auto"
+    """Keys and values: auto, in the type that is computed in; int8."""
+    draft: str = ""
+    """Guess tokens ahead, which one pass checks; the text stays the same, as far as --exact says. lookup: from what came before; else a checkpoint of a smaller model with the same tokenizer."""
+    draft_tokens: int = 4
+    """Tokens guessed at a time."""
+    mesh: MeshArgs = ONE_DEVICE
+    sample: Annotated[SampleArgs, tyro.conf.arg(name=""), tyro.conf.UseAppendAction] = SampleArgs()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, load, generate, print."""
+    program = typed("sample")
+    description = f'Generate text: {program} --ckpt runs/tiny "Once upon a time"'
+    args = parse_flags(Arguments, argv, Arguments(), program, description)
+    _check(args)
+    conversing = args.chat and not (args.prompts or args.prompts_file or args.messages)
+    if not (conversing or args.prompts or args.messages) and args.prompts_file in ("", "-") and _is_terminal():
+        _tell("reading prompts from standard input, one a line; Ctrl-D ends them, Ctrl-C the program")
+
+    from llama_jax.checkpoint import Checkpoint
+    from llama_jax.generation.identity import identity
+    from llama_jax.generation.results import Results
+
+    jobs = [] if conversing else _jobs(args)
+    checkpoint = Checkpoint.find(args.ckpt)
+    asked = _ask(args, argv, jobs, checkpoint)
+    if not args.output:
+        _generate(args, asked)
+        return
+    names = ("ckpt", "compute_dtype", "weights", "cache", "exact", "chat", "system")
+    made_with = {name: getattr(args, name) for name in names} | {"model": identity(checkpoint.folder)}
+    results = Results(args.output, asked, made_with)
+    if results.all_done:
+        _tell(f"{args.output} holds all {results.done} results already")
+        return
+    with results:
+        _generate(args, asked, results)
+
+
+def _check(args: Arguments) -> None:
+    args.sample.check()
+    args.mesh.check()
+    if not args.ckpt:
+        raise UserError(f"--ckpt: expected a checkpoint folder, found none; {typed('train')} makes one in runs/tiny")
+    if not args.chat and (args.system or args.messages):
+        raise UserError("--system and --messages: expected --chat beside them, found none")
+    if args.messages and (args.prompts or args.prompts_file or args.system):
+        raise UserError("--messages: expected the whole conversation in the file, found prompts or --system as well")
+    if args.prompts and args.prompts_file:
+        raise UserError(
+            f"--prompts-file: expected all prompts in the file, found others as arguments, {args.prompts[0]!r} first; leave one "
+            "out, and give each --stop one text"
+        )
+    conversing = args.chat and not (args.prompts or args.prompts_file)
+    if args.output and conversing:
+        raise UserError("--output: expected prompts, found a conversation; leave it out")
+    if conversing and not args.messages and args.sample.n != 1:
+        raise UserError(f"n: expected 1 for a conversation, found {args.sample.n}")
+
+
+def _jobs(args: Arguments) -> "list[Job]":
+    """What is asked: of the command line, of a file, or of standard input."""
+    from llama_jax.generation import chat
+    from llama_jax.generation.prompts import Job, given_prompts, read_prompts
+
+    if args.messages:
+        return [Job(chat.read_messages(Path(args.messages))[-1].content, args.sample, args.messages)]
+    if args.prompts:
+        return given_prompts(args.prompts, args.sample)
+    return read_prompts(args.prompts_file, args.sample)
+
+
+def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "Checkpoint") -> "list[Asked]":
+    """The jobs as the model is asked them. Says what somebody may not expect of them."""
+    from llama_jax.generation import chat
+    from llama_jax.generation.prompts import Job, ask, idle_settings, names_of_files, pasted, told_of
+
+    context, tokenizer = checkpoint.args.max_seq_len, checkpoint.tokenizer
+    dialogs: list[list[chat.Message]] = []
+    if args.messages:
+        dialogs = [chat.read_messages(Path(args.messages))]
+    elif args.chat:
+        start = [chat.Message("system", clean(args.system))] if args.system else []
+        dialogs = [[*start, chat.Message("user", job.prompt)] for job in jobs]
+    asked = ask(jobs, tokenizer, context, args.too_long, dialogs)
+    lines = [
+        *told_of(asked, context),
+        pasted(tokenizer, (job.prompt for job in jobs)),
+        idle_settings(jobs or [Job("", args.sample)]),
+    ]
+    lines.append(names_of_files(args.prompts))
+    # What used to be a second stop string.
+    behind = [argv[i + 2] for i, word in enumerate(argv[:-2]) if word == "--stop"]
+    lines += [
+        f"--stop takes one text: {word!r} is a prompt" for word in behind if word in args.prompts and not args.quiet
+    ]
+    if args.draft_tokens != Arguments.draft_tokens and not args.draft:
+        lines.append("--draft-tokens: no effect without --draft")
+    if args.json and args.output:
+        lines.append("--json: no effect beside --output, which is JSON always")
+    if args.too_long != "refuse" and not jobs:
+        lines.append("--too-long: no effect on a conversation, which forgets its oldest turns")
+    for line in filter(None, lines):
+        _tell(line)
+    return asked
+
+
+def _generate(args: Arguments, asked: "list[Asked]", results: "Results | None" = None) -> None:
+    """Load the model; complete, answer, save, or, where nothing is asked, converse."""
+    import llama_jax
+    from llama_jax.cli.progress import working
+    from llama_jax.generation.console import Console
+
+    mesh = None if args.mesh == ONE_DEVICE else args.mesh
+    with working(f"loading {args.ckpt}", sys.stderr, shown=not args.quiet):
+        model = llama_jax.load(
+            args.ckpt, args.compute_dtype, args.weights, args.cache, mesh, args.draft, args.draft_tokens, args.exact
+        )
+    console = Console(model, args.json, args.quiet)
+    if not asked:
+        console.converse(clean(args.system), args.sample)
+    elif results is not None:
+        console.save(asked, results, strip=args.chat)
+    elif args.chat:
+        console.answer(asked)
+    else:
+        console.complete(asked)
+    console.close()
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _tell(line: str) -> None:
+    if sys.stderr is not None:  # closed: print would take standard output instead
+        print(line, file=sys.stderr, flush=True)
