@@ -173,8 +173,8 @@ class TrainArgs:
     offload: as attention, but in host memory.
     full: keep only the input of each block."""
     attention: AttentionKernel = "auto"
-    """Attention implementation: xla (everywhere), splash (TPU), cudnn (NVIDIA GPUs), plain (the formula in model.py), or
-    auto, the fastest available."""
+    """Attention implementation: xla (everywhere), splash (TPU), cudnn (NVIDIA GPUs), plain (the formula in model.py),
+    or auto, the fastest available."""
     compute_dtype: DType = "auto"
     """Data type of activations and matmuls. auto: bfloat16 on TPU and GPU, float32 on CPU.
     Parameters are always float32."""

@@ -1,12 +1,13 @@
-"""LLaMA 2 (Touvron et al., 2023): RMSNorm, rotary embedding, grouped-query attention, SwiGLU, as Flax modules.
+"""LLaMA 2 (Touvron et al., 2023): RMSNorm, rotary embedding, grouped-query attention and SwiGLU as Flax modules.
 
-This is the whole model, for training and for generation. Training runs it over whole sequences; generation runs it over the next
-tokens and a cache of the keys and values of those before.
+This is the whole model, for training and for generation. Training runs it on whole sequences. Generation runs it on the
+next tokens and a cache of the keys and values of the tokens before them.
 
-Letters in every einsum and shape: B batch, T query positions, S key positions, D dim, N query heads, K KV heads, G = N/K,
-H head_dim, F hidden, V vocab, L layers. Parameters have Meta's names and are float32. They stand in one tree, the layers stacked on
-a leading axis, or one after the other in a tuple. Activations have the model's ``dtype``; norms, rotary angles, softmax and logits
-are float32.
+Every einsum and shape uses these letters: B batch, T query positions, S key positions, D dim, N query heads,
+K KV heads, G = N/K, H head_dim, F hidden, V vocab, L layers.
+
+Parameters have Meta's names and are float32 in training. They form one tree, whose layers are stacked on a leading axis
+or stand in a tuple. Activations have the model's ``dtype``. Norms, rotary angles, softmax and logits are float32.
 """
 
 import functools
@@ -30,12 +31,12 @@ from llama_jax.ops.parameters import norm_weight, one_by_one, weight
 from llama_jax.ops.remat import AFTER_ATTENTION, POLICIES
 from llama_jax.ops.rotary import quarter_turn
 
-# Cosines and sines: two arrays float32 [B or 1, T, 1, H].
+# The cosines and sines of rotation angles: two float32 arrays [B or 1, T, 1, H].
 Angles = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, exact_rows: int = 0) -> jax.Array:
-    """RMSNorm (Zhang and Sennrich, 2019), x / rms(x) * weight in float32: [..., D], [D] -> [..., D] of x's dtype."""
+    """Compute x / rms(x) * weight in float32 (Zhang and Sennrich, 2019): [..., D], [D] -> [..., D] of x's dtype."""
     x32 = x.astype(jnp.float32)
     squares = x32 * x32
     mean = exact.means(squares, exact_rows) if exact_rows else jnp.mean(squares, axis=-1, keepdims=True)
@@ -43,9 +44,10 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, exact_rows: int = 0) -
 
 
 def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of position x frequency (RoFormer, section 3.2.2), for both halves: two float32 [positions, 1, H].
+    """Return cos and sin of position * frequency (RoFormer, section 3.2.2): two float32 arrays [positions, 1, H].
 
-    A constant of the program: computed on the device, XLA would compute it again wherever it is used.
+    The H/2 frequencies are repeated for the second half of a head. The arrays are NumPy's, so that the program holds
+    them as constants. XLA would recompute arrays of the device wherever they are used.
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     angles = np.tile(np.arange(positions)[:, None, None] * frequencies, 2)
@@ -53,10 +55,10 @@ def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[np.ndarra
 
 
 def rotary(x: jax.Array, angles: Angles, exact_rows: int = 0) -> jax.Array:
-    """Rotate feature i of each head with feature i + H/2, by the position's angles: [B, T, N, H] -> the same.
+    """Rotate features i and i + H/2 of each head by the angles of its position: [B, T, N, H] -> the same.
 
-    That is x cos + quarter_turn(x) sin, where a quarter turn takes halves (a, b) to (-b, a).
-    Meta rotates neighbours (2i, 2i + 1) instead; its weights are permuted to these halves when they are imported.
+    The result is x cos + quarter_turn(x) sin, where a quarter turn maps the halves (a, b) to (-b, a).
+    Meta rotates neighbours (2i, 2i + 1) instead. The converter permutes Meta's weights to this order.
     """
     cos, sin = angles
     a, b = x.astype(jnp.float32) * cos, quarter_turn(x).astype(jnp.float32) * sin
@@ -65,10 +67,10 @@ def rotary(x: jax.Array, angles: Angles, exact_rows: int = 0) -> jax.Array:
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention, softmax(q k / sqrt(H)) v, in which position t sees positions 0 to t (Vaswani et al., 2017, section 3.2.1).
+    """Compute softmax(q k / sqrt(H)) v, where position t sees positions 0 to t (Vaswani et al., 2017, section 3.2.1).
 
-    q: [B, T, N, H]; k, v: [B, S, K, H], S = T. Each KV head serves G = N/K query heads. Returns [B, T, N, H] of v's dtype.
-    The kernels of ops/attention.py compute the same in less memory.
+    q: [B, T, N, H]; k, v: [B, S, K, H], S = T. Each KV head serves G = N/K query heads. Returns [B, T, N, H] of v's
+    dtype. The kernels in ops/attention.py compute the same in less memory.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -80,7 +82,10 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions (LLaMA 2 paper, section 2.2): [B, T, D] -> [B, T, D]."""
+    """Grouped-query self-attention with rotary positions (LLaMA 2 paper, section 2.2): [B, T, D] -> [B, T, D].
+
+    With a cache, tokens also attend to the cached ones, and the module also returns their own keys and values.
+    """
 
     args: ModelArgs
     kernel: AttentionKernel
@@ -127,9 +132,9 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on the norm of the residual stream and added to it: [B, T, D] -> [B, T, D].
+    """Attention, then feed-forward. Each reads the normed residual stream and adds to it: [B, T, D] -> [B, T, D].
 
-    With a cache it also returns the new tokens' keys and values, as the cache will hold them.
+    With a cache, it also returns the new tokens' keys and values in the type that the cache stores.
     """
 
     args: ModelArgs
@@ -152,9 +157,11 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The whole model.
 
-    remat: what the backward pass finds kept (ops/remat.py). kernel: attention's implementation (ops/attention.py; build.py chooses
-    it for a platform). loss_chunk: tokens whose logits training holds at once (ops/loss.py). ``unroll`` stacked layers are compiled
-    one after the other before the scan repeats. exact_rows: rows of each product in exact generation (ops/exact.py); 0: not exact.
+    remat: the activations that the backward pass keeps (ops/remat.py).
+    kernel: the implementation of attention (ops/attention.py). build.py chooses it for a platform.
+    loss_chunk: the number of tokens whose logits training holds at once (ops/loss.py).
+    unroll: the number of layers in the compiled body of the loop over stacked layers.
+    exact_rows: the number of rows of each product in exact generation (ops/exact.py). 0: generation is not exact.
     """
 
     args: ModelArgs
@@ -178,13 +185,13 @@ class Llama(nn.Module):
         return self.logits(self.hidden(token_ids))
 
     def hidden(self, token_ids: jax.Array) -> jax.Array:
-        """Return the normed hidden states that the output matrix turns into logits: int [B, T] -> [B, T, D] of ``dtype``."""
+        """Return the normed hidden states, from which logits are computed: int [B, T] -> [B, T, D] of ``dtype``."""
         return self._forward(token_ids, None, 0)[0]
 
     def next_hidden(self, token_ids: jax.Array, cache: KVCache, end: int) -> tuple[jax.Array, KVCache]:
-        """Return ``hidden`` for tokens that follow those in the cache, [B, T] -> [B, T, D], and the cache with them in it.
+        """Return ``hidden`` of tokens [B, T] that follow the cached ones, and the cache with these tokens added.
 
-        end: the number of the cache's slots that are read. It is at least the number of slots that are filled.
+        end: the number of the cache's slots to read. It is at least the number of slots that are filled.
         """
         x, new = self._forward(token_ids, cache, end)
         return x, cache.with_new(new, x)
@@ -217,14 +224,14 @@ class Llama(nn.Module):
                 next_layer = jax.checkpoint(next_layer, policy=POLICIES[self.remat], prevent_cse=False)
             x, _ = jax.lax.scan(next_layer, x, self.layers, unroll=self.unroll)
         else:
-            layer = jax.jit(layer)  # A layer is traced once, and not L times.
+            layer = jax.jit(layer)  # Traces a layer once instead of L times.
             for i, weights in enumerate(one_by_one(self.layers)):
                 x, made = layer(x, weights, angles, None if cache is None else cache.layer(i, end))
                 new.append(made)
         return rms_norm(x, self.norm, a.norm_eps, self.exact_rows), new
 
     def _init_layers(self, key: jax.Array) -> Any:
-        """The layers' initial parameters, stacked."""
+        """Return the initial parameters of the layers, stacked."""
         a = self.args
         x, angle = jnp.zeros((1, 1, a.dim)), jnp.zeros((1, 1, 1, a.head_dim))
         init = jax.vmap(lambda key: Block(a, parent=None).init(key, x, (angle, angle))["params"])
@@ -232,5 +239,5 @@ class Llama(nn.Module):
 
 
 def count_parameters(args: ModelArgs) -> int:
-    """The exact number of parameters, without making any."""
+    """Count the parameters exactly, without creating any."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(Llama(args))))

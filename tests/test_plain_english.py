@@ -9,12 +9,6 @@ import pytest
 from tests.commands import ROOT
 
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "llama_jax").rglob("*.py"))
-# Files whose docstrings are still to be rewritten. A file that passes must be taken off this list.
-TO_DO = {
-    *(f"llama_jax/generation/{name}.py" for name in ("decode", "forward", "loading", "serving")),
-    *(f"llama_jax/ops/{name}.py" for name in ("cache", "linear", "quantize")),
-    "llama_jax/model.py",
-}
 # A docstring that opens with one of these words lacks a subject, as "Of int [B, T] batches." does.
 FRAGMENTS = {"As", "By", "From", "Like", "Likewise", "Of", "Same", "To", "What", "Where", "Which", "Who"}
 # A function's docstring opens with what it does: "Return the sharding of int [B, T] batches." Add a verb that is missing.
@@ -66,9 +60,7 @@ def faults(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_every_docstring_is_a_sentence(path: Path, request: pytest.FixtureRequest) -> None:
-    if str(path) in TO_DO:
-        request.applymarker(pytest.mark.xfail(reason="to be rewritten", strict=True))
+def test_every_docstring_is_a_sentence(path: Path) -> None:
     assert not faults((ROOT / path).read_text())
 
 

@@ -43,9 +43,7 @@ class Model:
 
     args: ModelArgs
     params: Any
-    """The parameters, as in a checkpoint or, if quantized or on an accelerator, in the form for generation.
-
-    See generation/serving.py."""
+    """The parameters as in a checkpoint. If quantized or on an accelerator, they are in the form for generation."""
     tokenizer: Tokenizer
     module: Llama
     cache_dtype: Any = None

@@ -1,4 +1,4 @@
-"""Parameters out of a checkpoint: quantized there, or here, and laid over as few devices as hold them."""
+"""Loads parameters from a checkpoint, quantizes them if asked, and places them on the fewest devices that hold them."""
 
 from typing import Any
 
@@ -14,11 +14,12 @@ from llama_jax.model import Llama
 
 
 def load_parameters(checkpoint: Checkpoint, model: Llama, mesh: jax.sharding.Mesh, weights: Weights) -> Any:
-    """Return the parameters over a mesh, each device reading its own part; matrices quantized, or in the type that is computed in.
+    """Load the parameters onto a mesh, in the form for generation (serving.py). Each device reads its own part.
 
-    They are in the form for generation (serving.py). On a CPU, where both forms are the same memory, parameters that are not
-    quantized are stacked as in the checkpoint. Raises UserError where the mesh does not divide the model, or a file of the
-    checkpoint is damaged.
+    weights: the quantization of matrices, unless the checkpoint is already quantized. Other arrays have the model's
+    dtype. On a CPU, parameters that are not quantized stay stacked as in the checkpoint, because both forms share the
+    same memory there. Raises UserError if the mesh does not divide the model, or if a file of the checkpoint is
+    damaged.
     """
     check_divisible(mesh, checkpoint.args)
     shapes = _read_shapes(checkpoint, model, weights)
@@ -33,14 +34,15 @@ def load_parameters(checkpoint: Checkpoint, model: Llama, mesh: jax.sharding.Mes
 
 
 def fitting_mesh(checkpoint: Checkpoint, model: Llama, weights: Weights) -> jax.sharding.Mesh:
-    """The fewest of this process's devices that hold the parameters, heads, hidden units and vocabulary spread over them.
+    """Return a mesh of the fewest of this process's devices that hold the parameters.
 
-    Raises UserError where all of them are too few.
+    Heads, hidden units and vocabulary are sharded over the devices, whose number divides them. Raises UserError if the
+    parameters do not fit on any such number of devices.
     """
     args, dtype, devices = checkpoint.args, jnp.dtype(model.dtype), jax.local_devices()
     need = bytes_of(_read_shapes(checkpoint, model, weights))
     if weights == "auto" and jax.default_backend() == "cpu" and dtype.itemsize < 4:
-        need *= 3  # XLA on a CPU computes in float32: what is narrower, it keeps twice
+        need *= 3  # XLA on a CPU computes in float32, and keeps a float32 copy of narrower parameters.
     spread = args.kv_heads, args.hidden_dim, args.vocab_size
     counts = [n for n in range(1, len(devices) + 1) if not any(size % n for size in spread)]
     count = next((n for n in counts if need / n <= memory_of(devices[:n])), counts[-1])
@@ -50,10 +52,10 @@ def fitting_mesh(checkpoint: Checkpoint, model: Llama, weights: Weights) -> jax.
 
 
 def _read_shapes(checkpoint: Checkpoint, model: Llama, weights: Weights) -> Any:
-    """Shapes and types of the parameters as they are read.
+    """Return the shapes and types in which the parameters are read.
 
-    What is quantized here is read in the type in which it is stored, as the converter does: its integers are the same then,
-    whatever is computed in.
+    Matrices to be quantized are read in the type that they are stored in, as the converter reads them. So their
+    integers do not depend on the model's dtype.
     """
     if checkpoint.weights != "auto":
         return checkpoint_shapes(model, checkpoint.weights)

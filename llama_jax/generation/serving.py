@@ -1,4 +1,4 @@
-"""Parameters as generation runs on them: each layer's matrices, flat, plain or quantized, laid over the mesh.
+"""Converts parameters to the form for generation: separate layers, flat matrices, plain or quantized, on the mesh.
 
 L layers, D dim, N query heads, K KV heads, H head_dim, F hidden, V vocab.
 """
@@ -18,7 +18,7 @@ from llama_jax.model import Llama
 from llama_jax.ops.parameters import is_norm
 from llama_jax.ops.quantize import Matrix, flat, quantize
 
-# Logical axes (devices/sharding.py) of the matrices' inputs and outputs. A token's row is read out of the embeddings.
+# Logical axes (devices/sharding.py) of the inputs and outputs of matrices. The embeddings have a row per token.
 AXES = {
     "wq": ("embed", "heads"),
     "wk": ("embed", "kv_heads"),
@@ -33,10 +33,10 @@ AXES = {
 
 
 def for_generation(params: Any, weights: Weights = "auto") -> Any:
-    """Return parameters as generation runs on them, on the mesh that they lie on: the layers one by one, matrices as Matrix.
+    """Convert parameters to the form for generation: a tree per layer, with matrices as Matrix, on the same mesh.
 
-    params: stacked as in a checkpoint; parameters that are in this form already are returned as they are. weights: how matrices
-    are quantized. On one CPU, matrices that are not quantized share the memory of ``params``.
+    params: stacked as in a checkpoint. Parameters that are already converted are returned unchanged.
+    weights: the quantization of matrices. On one CPU, matrices that are not quantized share the memory of ``params``.
     """
     if isinstance(params["layers"], tuple):
         return params
@@ -46,25 +46,29 @@ def for_generation(params: Any, weights: Weights = "auto") -> Any:
 def layer_by_layer(
     arrays: Iterable[tuple[KeyPath, jax.Array]], like: Any, weights: Weights, mesh: jax.sharding.Mesh
 ) -> Any:
-    """Return the form for generation of arrays that come with their paths, out of a checkpoint, each as soon as it is there.
+    """Convert the arrays of a checkpoint to the form for generation, each as soon as it is read.
 
-    like: a tree with the structure of the checkpoint's, which may be quantized.
+    arrays: each with its path in the checkpoint's tree. like: a tree of the same structure, which may be quantized.
+    weights: the quantization of matrices. Returns the tree of converted arrays, on the mesh.
     """
     return _in_trees({path: _unstacked(path, w, weights, mesh) for path, w in arrays}, like)
 
 
 def _in_trees(made: dict[KeyPath, Any], like: Any) -> Any:
-    """What was made of each path, in the structure of ``like``, with a tree a layer."""
+    """Return converted arrays in the structure of ``like``, but with a tree per layer.
+
+    made: the converted array of each path. An array of all layers is a tuple with one per layer.
+    """
     params = tree_map_with_path(lambda path, _: made[path], like)
     trees, structure = jax.tree.flatten(params["layers"], is_leaf=lambda x: isinstance(x, tuple))
     return params | {"layers": tuple(jax.tree.unflatten(structure, layer) for layer in zip(*trees, strict=True))}
 
 
 def _unstacked(path: KeyPath, w: jax.Array, weights: Weights, mesh: jax.sharding.Mesh) -> Any:
-    """An array of a checkpoint in the form for generation: one of all layers becomes a tuple with one a layer.
+    """Convert an array of a checkpoint to the form for generation. A stack of all layers becomes a tuple.
 
-    XLA on CPUs and GPUs copies a layer out of a stack before it multiplies. A TPU's compiler fetches a layer's matrix ahead of
-    its product, but not out of a stack. On one CPU, layers are views of the same memory.
+    From a stack, XLA on CPUs and GPUs would copy a layer before multiplying by it, and a TPU's compiler would not
+    prefetch it. On one CPU, the layers are views of the same memory.
     """
     if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         return _unstacked_on(w, path, weights, mesh)
@@ -86,7 +90,10 @@ def _in_layers(path: KeyPath, form: Any) -> Any:
 
 
 def _form(path: KeyPath, w: Any, weights: Weights) -> Any:
-    """A checkpoint's array as a Matrix whose parts are stacked; embeddings, norms and the parts of a Matrix as they are."""
+    """Return an array of a checkpoint as a Matrix, with its layers still stacked.
+
+    Embeddings, norms and the parts of a Matrix are returned unchanged.
+    """
     name = key_name(path[-1])
     if name not in AXES or name == "tok_embeddings":
         return w
@@ -101,15 +108,15 @@ def _form(path: KeyPath, w: Any, weights: Weights) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("inputs", "weights", "stacked"))
 def _quantized(w: jax.Array, inputs: int, weights: Weights, stacked: bool) -> Matrix:
-    """A matrix, or a stack of them layer by layer. A program for each shape: several matrices share one."""
+    """Quantize a matrix, or the layers of a stack one by one. Matrices of the same shape share a compiled program."""
     return jax.lax.map(lambda w: quantize(w, inputs, weights), w) if stacked else quantize(w, inputs, weights)
 
 
 def checkpoint_shapes(model: Llama, weights: Weights, dtype: Any = None) -> Any:
-    """Return the shapes and types of a checkpoint's parameters, as generation reads them.
+    """Return the shapes and types in which generation reads the parameters of a checkpoint.
 
-    Norms' weights are float32, all else is of the type that is computed in. weights: how the checkpoint's matrices are quantized.
-    dtype: the type in which matrices, but not embeddings, are read, where it is another.
+    Weights of norms are float32. All others have the model's dtype. weights: the quantization of the checkpoint.
+    dtype: the type in which to read matrices other than embeddings. None: the model's.
     """
 
     def typed(path: KeyPath, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -135,12 +142,12 @@ def generation_shapes(model: Llama, weights: Weights) -> Any:
 
 
 def generation_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Return a NamedSharding for each array of a tree in the form for generation, or of a quantized checkpoint's."""
+    """Return a NamedSharding per array of a tree in the form for generation, or of a quantized checkpoint."""
     return tree_map_with_path(lambda path, leaf: _sharding(path, leaf, mesh), shapes)
 
 
 def _sharding(path: KeyPath, leaf: Any, mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-    """The sharding of the array at ``path``. Scales lie where their outputs do."""
+    """Return the sharding of the array at ``path``. Scales are sharded like their outputs."""
     names = [key_name(key) for key in path]
     axes: tuple[str | None, ...] = next((AXES[name] for name in names if name in AXES), (None,) * leaf.ndim)
     if names[-1] == "scales":

@@ -29,7 +29,7 @@ LANES = 128
 # Names of the operands and the result for rematerialisation policies (remat.py).
 OPERANDS = ("query", "key", "value")
 ATTENTION = "attention"
-CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # the name of JAX's primitive
 
 QUERIES, KEYS = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
 
@@ -37,10 +37,9 @@ QUERIES, KEYS = ("batch", "length", "heads", None), ("batch", "length", "kv_head
 def choose_kernel(
     asked: AttentionKernel, platform: str, args: ModelArgs, dtype: jnp.dtype, sequence_shards: int = 1
 ) -> AttentionKernel:
-    """Return ``asked``, or for ``auto`` the fastest kernel that the platform ("cpu", "tpu", "cuda") and the shape
-    allow.
+    """Return ``asked``, or for ``auto`` the fastest kernel that is available.
 
-    Raises UserError if the requested kernel is not available.
+    platform: "cpu", "tpu" or "cuda". Raises UserError if the platform, the type or the shape does not allow ``asked``.
     """
     length = args.max_seq_len // sequence_shards
     needs: dict[AttentionKernel, dict[str, bool]] = {
@@ -62,8 +61,8 @@ def choose_kernel(
     for need, met in needs[asked].items():
         if not met:
             raise UserError(
-                f"train.attention: expected {need} for {asked}, found {platform}, {jnp.dtype(dtype).name}, {length} positions a "
-                f"device, heads of {args.head_dim} features; take another, or auto"
+                f"train.attention: expected {need} for {asked}, found {platform}, {jnp.dtype(dtype).name}, "
+                f"{length} positions a device, heads of {args.head_dim} features; take another, or auto"
             )
     return asked
 
@@ -130,8 +129,10 @@ def _splash(
 
 
 def _rows_of(of_blocks: jax.Array, start: jax.Array, T: int, S: int) -> jax.Array:
-    """Slice the kernel's data about the mask, [heads, query blocks, key blocks] or [S], for T queries from
-    ``start``."""
+    """Slice the kernel's data about the mask for T queries from ``start``.
+
+    of_blocks: [heads, query blocks, key blocks] or [S].
+    """
     axis = 0 if of_blocks.ndim == 1 else 1
     rows = of_blocks.shape[axis] * T // S
     return jax.lax.dynamic_slice_in_dim(of_blocks, start // T * rows, rows, axis)
@@ -159,10 +160,11 @@ def _attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array
 def attention_over_cache(
     q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, kernel: AttentionKernel, exact_rows: int = 0
 ) -> tuple[jax.Array, KVPair]:
-    """Attention of new tokens over those in a layer's cache and over themselves.
+    """Attend from new tokens to those in a layer's cache and to themselves.
 
-    q [B, T, N, H]; k, v [B, T, K, H]. exact_rows: not 0 in exact generation (exact.py). Returns [B, T, N, H] of q's dtype, and the
-    new keys and values as the cache will hold them; in exact generation, the layer's slots with them in it.
+    q [B, T, N, H]; k, v [B, T, K, H]. exact_rows: not 0 in exact generation (exact.py). Returns [B, T, N, H] of q's
+    dtype, and the new keys and values in the type that the cache stores. In exact generation, it returns the layer's
+    slots instead, which include the new keys and values.
     """
     new = cache.k.stored(k), cache.v.stored(v)
     if exact_rows:

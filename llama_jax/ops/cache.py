@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of the tokens that a batch has seen, in slots of preallocated buffers.
+"""The KV cache: the keys and values of the tokens processed so far, in slots of preallocated buffers.
 
 L layers, B rows, K KV heads, S slots, H head_dim, T new tokens.
 """
@@ -14,27 +14,30 @@ import jax.numpy as jnp
 from llama_jax.config import Cache, ModelArgs
 from llama_jax.ops.quantize import to_integers
 
-# The type of keys and values by its name; None: the type that is computed in.
+# The data type of keys and values for each setting. None: the type of activations.
 CACHE_DTYPES: dict[Cache, Any] = {"auto": None, "int8": jnp.int8}
 
 
 class KVArray(flax.struct.PyTreeNode):
-    """Keys or values of a layer as a cache holds them: in slots [B, K, S, H], or of new tokens [B, T, K, H].
+    """The keys or values of a layer, either cached in slots [B, K, S, H] or of new tokens [B, T, K, H].
 
-    In int8 there is a scale for each token and head.
+    int8 values have one scale per token and head.
     """
 
     values: jax.Array
-    scales: jax.Array | None  # float32, of the same shape without H
+    scales: jax.Array | None  # float32, of the shape of values without H
 
     def stored(self, x: jax.Array) -> "KVArray":
-        """Return new tokens' keys or values [B, T, K, H] as these slots will hold them. Attention reads them like that, too."""
+        """Return the keys or values of new tokens [B, T, K, H] in the type of these slots, quantized if it is int8.
+
+        Attention also reads new tokens in this form, as it will read them from the cache later.
+        """
         if self.scales is None:
             return KVArray(x.astype(self.values.dtype), None)
         return KVArray(*to_integers(x, axis=-1, dtype=self.values.dtype))
 
     def dequantized(self, dtype: jnp.dtype) -> jax.Array:
-        """Return the numbers that are stored, as an array of ``dtype``."""
+        """Return the values as an array of ``dtype``, multiplied by their scales if there are any."""
         if self.scales is None:
             return self.values.astype(dtype)
         return (self.values * self.scales[..., None]).astype(dtype)
@@ -44,9 +47,9 @@ class KVArray(flax.struct.PyTreeNode):
         return jax.tree.map(lambda x: x[:, :, :slots], self)
 
     def write(self, new: "KVArray", slot: jax.Array) -> "KVArray":
-        """Return the slots with T new tokens, as ``stored`` gives them, in slots ``slot`` to slot + T - 1.
+        """Return the slots with T new tokens, in the form that ``stored`` returns, in slots ``slot`` to slot + T - 1.
 
-        slot: int32 [], or [B], where each row has its own.
+        slot: int32 [], or [B] if each row has its own.
         """
 
         def put(slots: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -58,37 +61,41 @@ class KVArray(flax.struct.PyTreeNode):
         return jax.tree.map(put, self, new)
 
 
-# The keys and values of a layer's new tokens, [B, T, K, H]; in exact generation, the layer's slots with them in it.
+# The keys and values of a layer's new tokens, [B, T, K, H]. In exact generation: the layer's slots, which include them.
 KVPair = tuple[KVArray, KVArray]
 
 
 class LayerCache(flax.struct.PyTreeNode):
-    """What a layer knows of the tokens before: their keys and values, in the slots of the cache that are read."""
+    """The cached keys and values that a layer's attention reads."""
 
     k: KVArray  # [B, K, S, H]
     v: KVArray
-    slot: jax.Array  # int32 []: the slot of the first new token; in exact generation [B], each row's own
-    first: jax.Array  # int32 [B]: each row's first slot that holds a token
+    slot: jax.Array  # int32 [], the slot of the first new token. In exact generation [B], one per row.
+    first: jax.Array  # int32 [B], the first slot of each row that holds a token
 
 
 class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of all layers. Rows are padded on the left, so that all of them write their next token to the same slot.
+    """The keys and values of all layers. Rows are padded on the left, so that all write their next token to one slot.
 
-    Attention reads the slots that were filled before, and the new keys and values where they were made, but rounded as they will
-    be stored. They are written after the last read, so that XLA need not copy a buffer. Each layer has buffers of its own: XLA on
-    CPUs and GPUs would copy a layer out of a stack, and a TPU's compiler fetches no part of one ahead.
+    Attention reads the filled slots, and reads new keys and values directly, rounded as they will be stored. They are
+    written to the cache after the last read, so that XLA need not copy the buffers. Each layer has its own buffers.
+    From a stack, XLA on CPUs and GPUs would copy a layer before reading it, and a TPU's compiler would not prefetch it.
 
-    In exact generation (exact.py) each row's tokens begin at slot 0, and each layer writes them before attention reads them.
+    In exact generation (exact.py), each row's tokens begin at slot 0, and each layer writes them before attention reads
+    them.
     """
 
-    k: tuple[KVArray, ...]  # one a layer
+    k: tuple[KVArray, ...]  # one per layer
     v: tuple[KVArray, ...]
-    slot: jax.Array  # int32 []: the slot that is written next; in exact generation [B], each row's own
-    first: jax.Array  # int32 [B]: the slot of the row's first token
+    slot: jax.Array  # int32 [], the slot to write next. In exact generation [B], one per row.
+    first: jax.Array  # int32 [B], the slot of each row's first token
 
     @classmethod
     def empty(cls, args: ModelArgs, first: jax.Array, slots: int, dtype: jnp.dtype, exact: bool = False) -> "KVCache":
-        """Return a cache of ``slots`` slots for rows whose first tokens stand at slots ``first`` [B]. dtype: int8 is quantized."""
+        """Return an empty cache of ``slots`` slots for rows whose first tokens go to slots ``first`` [B].
+
+        dtype: the type of keys and values. int8: they are quantized. exact: whether generation is exact (exact.py).
+        """
         shape = first.shape[0], args.kv_heads, slots, args.head_dim
 
         def buffer() -> KVArray:
@@ -99,30 +106,33 @@ class KVCache(flax.struct.PyTreeNode):
 
     @property
     def slots(self) -> int:
-        """S, the number of slots."""
+        """The number of slots, S."""
         return self.k[0].values.shape[2]
 
     @property
     def is_exact(self) -> bool:
-        """Whether it is a cache for exact generation."""
+        """Whether the cache is for exact generation."""
         return self.slot.ndim > 0
 
     def positions(self, T: int) -> jax.Array:
-        """Return the positions of the next T tokens, counted from each row's first slot: int32 [B, T]. Padding is at 0."""
+        """Return the positions of the next T tokens, int32 [B, T], from each row's first slot. Padding has 0."""
         slots = jnp.reshape(self.slot, (-1, 1)) + jnp.arange(T)
         return jnp.maximum(slots - self.first[:, None], 0)
 
     def layer(self, index: int, end: int) -> LayerCache:
-        """Return what a layer reads: its first ``end`` slots, or all of them in exact generation."""
+        """Return the slots that layer ``index`` reads: the first ``end``, or all in exact generation."""
         end = self.slots if self.is_exact else end
         return LayerCache(self.k[index].begin(end), self.v[index].begin(end), self.slot, self.first)
 
     def with_new(self, new: Sequence[KVPair], x: jax.Array) -> "KVCache":
-        """Return the cache with each layer's keys and values of the next T tokens. x [B, T, D]: the last layer's result."""
+        """Return the cache with each layer's keys and values of the next T tokens added.
+
+        x: the last layer's result [B, T, D].
+        """
         k, v = zip(*new, strict=True)
         if not self.is_exact:
-            # Zeros that XLA does not know to be zeros: with them a write comes after the last read, and happens in place. Without
-            # them XLA copies each buffer at every step.
+            # A trick: XLA cannot know that 0 * x is zero. Adding it makes each write wait for the last layer. So the
+            # write follows the last read and happens in place. Otherwise XLA copies each buffer at every step.
             zeros = 0 * x[:, :, 0]
 
             def after_x(x: jax.Array) -> jax.Array:
@@ -134,7 +144,7 @@ class KVCache(flax.struct.PyTreeNode):
         return KVCache(k, v, self.slot + x.shape[1], self.first)
 
     def grown(self, slots: int) -> "KVCache":
-        """Return the cache with ``slots`` slots in each layer's buffers. New slots are empty."""
+        """Return the cache with its buffers enlarged to ``slots`` slots. New slots are empty."""
         more = (0, slots - self.slots)
         k, v = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), more, (0, 0)][: x.ndim]), (self.k, self.v))
         return self.replace(k=k, v=v)

@@ -1,4 +1,8 @@
-"""Matrix products of the model: an einsum with a gradient that keeps the weight's layout; few rows; quantized weights."""
+"""Matrix products of the model.
+
+Training uses an einsum whose gradient avoids a transposed copy. Generation multiplies few rows by plain or quantized
+matrices, in the way that is fastest on each platform.
+"""
 
 import functools
 import math
@@ -11,28 +15,30 @@ from jax.ad_checkpoint import checkpoint_name
 from llama_jax.ops import exact
 from llama_jax.ops.quantize import Matrix, Weight, to_integers
 
-# The name by which rematerialisation policies know the results (remat.py).
+# The name of the results for rematerialisation policies (remat.py).
 PROJECTION = "projection"
 
-
-# A TPU multiplies on its matrix unit what has at least this many rows, and element by element what has less.
+# A TPU multiplies on its matrix unit if there are at least this many rows, and element by element if there are fewer.
 MATRIX_ROWS = 8
-# A CPU sums the products of so many rows itself, in so many parts side by side.
+# On a CPU, products of up to this many rows are summed here instead of by XLA's dot, in parallel parts.
 CPU_SUMMED, CPU_SUMMED_INT8, CPU_PARTS = 1, 4, 8
-# Partial sums of float32 matrices as wide as this would leave a CPU's caches: XLA's dot, which has none, is faster there.
+# From this width on, partial sums of float32 matrices do not fit into a CPU's caches. XLA's dot has no partial sums and
+# is faster there.
 CPU_WIDE = 8192
-# A GPU sums a single row's products with int8 in so many parts.
+# The number of parts in which a GPU sums the product of a single row and an int8 matrix.
 GPU_PARTS = 16
 
 
 def linear(equation: str, x: jax.Array, w: Weight, dtype: Any = None, exact_rows: int = 0) -> jax.Array:
-    """einsum(equation, x, w), of ``dtype`` (None: x's), where w has no batch axis: ``linear("BTD,DNH->BTNH", x, wq)``.
+    """Compute einsum(equation, x, w), for example ``linear("BTD,DNH->BTNH", x, wq)``. The weight w has no batch axis.
 
-    Same values and gradients as jnp.einsum. JAX's own gradient of x @ w is (dy^T x)^T, which XLA on a CPU begins by copying
-    the wider operand transposed. Written with the narrower operand first, a training step of the 15M model is a quarter
-    faster there; other compilers choose the layout by themselves and are not hindered. A Matrix has no gradient.
+    dtype: the type of the result. None: x's. exact_rows: if not 0, a Matrix is multiplied by this many rows at a time
+    (exact.py).
 
-    exact_rows: where it is not 0, a Matrix is multiplied by so many rows at a time (exact.py).
+    Values and gradients equal those of jnp.einsum. A Matrix has no gradient. JAX's own gradient of x @ w is (dy^T x)^T,
+    for which XLA on a CPU first copies the wider operand transposed. The gradient here has the narrower operand first,
+    which makes a training step of the 15M model a quarter faster on a CPU. Other compilers choose the layout themselves
+    and are not slowed down.
     """
     if isinstance(w, Matrix):
         return _flat(equation, x, w, exact_rows).astype(dtype or x.dtype)
@@ -42,7 +48,10 @@ def linear(equation: str, x: jax.Array, w: Weight, dtype: Any = None, exact_rows
 
 
 def _flat(equation: str, x: jax.Array, w: Matrix, exact_rows: int) -> jax.Array:
-    """The product, float32, as one of flat matrices, the form that they are stored in. Values are converted where they are read."""
+    """Compute the product in float32 on flat matrices, the form in which a Matrix is stored.
+
+    Values are converted to x's type where they are read, without a converted copy in memory.
+    """
     x_axes, w_axes = equation.split("->")[0].split(",")
     inputs = sum(axis in w_axes for axis in x_axes)
     rows, outputs = x.shape[:2], w.shape[inputs:]
@@ -66,18 +75,22 @@ def _rows(x: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _rows_on_tpu(x: jax.Array, values: jax.Array) -> jax.Array:
+    # A trick: padding rows make the TPU use its matrix unit instead of multiplying element by element.
     product = _rows(jnp.pad(x, [(0, max(0, MATRIX_ROWS - len(x))), (0, 0)]), values)[: len(x)]
-    # Without it, the layout that what follows would like to have is asked of the matrix, which is transposed for it.
+    # A trick: without the barrier, the layout that later operations prefer reaches the matrix, and XLA transposes it.
     return jax.lax.optimization_barrier(product)
 
 
 def _rows_on_gpu(x: jax.Array, values: jax.Array) -> jax.Array:
-    """Tiles of a matrix unit, converted from int8, are read half as fast as sums: on an H100, 4096 x 11008 in 55 us, not 28."""
+    """Compute ``_rows``, but sum the product of a single row and an int8 matrix without the matrix unit.
+
+    Reading int8 for the matrix unit is half as fast: on an H100, a matrix of 4096 x 11008 takes 55 us instead of 28.
+    """
     if len(x) > 1 or values.dtype != jnp.int8:
         return _rows(x, values)
     parts = math.gcd(x.shape[1], GPU_PARTS)
     x, values = (a.astype(jnp.float32).reshape(parts, -1, a.shape[-1]) for a in (x.T, values))
-    # The barrier keeps XLA from making one sum of both, with too little to do at once.
+    # A trick: the barrier keeps XLA from merging the two sums into one, which would do too little in parallel.
     return jnp.sum(jax.lax.optimization_barrier(jnp.sum(x * values, axis=1)), axis=0)[None]
 
 
@@ -87,28 +100,30 @@ def _rows_on_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
     if len(x) > (CPU_SUMMED_INT8 if integers else CPU_SUMMED) or wide:
         return _rows(x, values)
     if integers:
-        # Zeros that come out of x: without them a loop of steps would convert the matrix once, and read it four times as wide.
+        # A trick: XLA cannot know that 0 * x is zero. Without it, XLA would convert the matrix once, before the loop
+        # over decoding steps, and each step would read four bytes per value instead of one.
         values += (0 * x[0, 0]).astype(jnp.int8)
     return jnp.stack([_sum_of_products(row, values) for row in x.astype(jnp.float32)])
 
 
 def _sum_of_products(x: jax.Array, values: jax.Array) -> jax.Array:
-    """[D] times [D, F] -> float32 [F], faster than XLA's dot on a CPU: memory is read as a few long streams.
+    """Multiply x [D] by values [D, F] -> float32 [F], faster than XLA's dot on a CPU.
 
-    A dot of int8 would write a converted matrix first; here it is converted in registers. x becomes integers then, of 20 bits
-    for the largest, which is about float32's own error: sums of integers may be taken in any order, and are vectorised.
+    Memory is read as a few long streams. XLA's dot of int8 would first write a converted matrix. Here values are
+    converted in registers, and x is rounded to integers of about 20 bits, an error close to that of float32. Sums of
+    integers can be taken in any order, so the compiler vectorises them.
     """
-    # Inputs may be spread over devices: each slices its own.
+    # Inputs may be sharded over devices. Each device slices its own.
     shards = math.gcd(len(x), jax.sharding.get_abstract_mesh().size or 1)
     parts = math.gcd(len(x) // shards, CPU_PARTS)
     scale: jax.Array | float = 1.0
     if values.dtype == jnp.int8:
-        # Sums of the parts do not overflow, even where rounding makes the largest a little larger.
+        # The sum of the parts does not overflow, even if rounding makes the largest integer a little larger.
         x, scale = to_integers(x, axis=0, dtype=jnp.int32, most=(2**31 - 1) // (128 * parts))
     rows = len(x) // (shards * parts)
     x, values = x.reshape(shards, parts, rows, 1), values.reshape(shards, parts, rows, -1)
     side_by_side = jnp.asarray(sum(x[:, i] * values[:, i].astype(x.dtype) for i in range(parts)))
-    # A dot, since XLA would take the sum for one output after the other.
+    # Use einsum, because XLA would compute a sum for one output after the other.
     scales = jnp.full((shards, rows), scale, jnp.float32)
     return jnp.einsum("SR,SRF->F", scales, side_by_side.astype(jnp.float32))
 

@@ -1,7 +1,8 @@
-"""Weights: arrays, and matrices as generation stores them, plain or quantized.
+"""Weights: arrays, and matrices in the form for generation, plain or quantized.
 
-int8 has a scale an output channel, int4 a scale a group of inputs of each output channel. A value is ``values * scales``,
-without an offset, and the scale is the largest magnitude's, as in LLM.int8 (Dettmers et al., 2022, section 2.1).
+int8 has one scale per output channel. int4 has one scale per group of inputs of each output channel. A weight is
+``values * scales``, without an offset. The largest magnitude determines the scale, as in LLM.int8 (Dettmers et al.,
+2022, section 2.1).
 """
 
 import math
@@ -27,20 +28,20 @@ KINDS: dict[str, Kind] = {"int8": Kind(jnp.int8), "int4": Kind(jnp.int4, 32), "i
 
 
 class Matrix(flax.struct.PyTreeNode):
-    """A weight as generation stores it: two axes, inputs and outputs, plain or quantized.
+    """A weight in the form for generation: two axes, inputs and outputs, plain or quantized.
 
-    A TPU lays the last two axes of an array out in tiles, and multiplies no other form without a copy.
+    A TPU stores the last two axes of an array in tiles. It would copy a weight of more axes before multiplying it.
     """
 
-    values: (
-        jax.Array
-    )  # [inputs, outputs], or [L, inputs, outputs] where layers are stacked; int8 or int4 where it is quantized
-    scales: jax.Array | None = None  # float32 [groups, outputs], likewise; int8 has one group
+    values: jax.Array
+    """[inputs, outputs], or [L, inputs, outputs] if layers are stacked. The type is int8 or int4 if quantized."""
+    scales: jax.Array | None = None
+    """float32 [groups, outputs], or [L, groups, outputs]. int8 has one group."""
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
-    """The shape of the weight that it stands for, in which inputs and outputs may be several axes each."""
+    """The shape of the original weight, in which inputs and outputs may be several axes each."""
 
     def dequantized(self) -> jax.Array:
-        """Return the weight, an array of ``shape``; float32 where it is quantized."""
+        """Return the weight as an array of ``shape``, in float32 if it is quantized."""
         if self.scales is None:
             return self.values.reshape(self.shape)
         groups, outputs = self.scales.shape
@@ -48,22 +49,22 @@ class Matrix(flax.struct.PyTreeNode):
         return (values * self.scales[:, None]).reshape(self.shape)
 
 
-# What the model multiplies by. ``linear`` (linear.py) is the one function that looks inside.
+# A weight that the model multiplies by. Of the model's functions, only ``linear`` (linear.py) looks inside.
 Weight = jax.Array | Matrix
 
 
 def as_array(w: Weight) -> jax.Array:
-    """Return the weight as an array of its shape; float32 where it is quantized."""
+    """Return the weight as an array of its shape, in float32 if it is quantized."""
     return w.dequantized() if isinstance(w, Matrix) else w
 
 
 def flat(w: jax.Array, inputs: int) -> Matrix:
-    """Return ``w``, whose first ``inputs`` axes are summed over in products, as a plain Matrix."""
+    """Return ``w`` as a plain Matrix. Products sum over the first ``inputs`` axes of ``w``."""
     return Matrix(w.reshape(math.prod(w.shape[:inputs]), -1), None, w.shape)
 
 
 def quantize(w: jax.Array, inputs: int, kind: str) -> Matrix:
-    """Return ``w``, whose first ``inputs`` axes are summed over in products, as ``kind``: "int8", "int4", "int4-64"."""
+    """Quantize ``w`` to ``kind``: "int8", "int4" or "int4-64". Products sum over the first ``inputs`` axes of ``w``."""
     D = math.prod(w.shape[:inputs])
     dtype, most = KINDS[kind]
     # The largest divisor of D up to the group's size.
@@ -75,13 +76,14 @@ def quantize(w: jax.Array, inputs: int, kind: str) -> Matrix:
 
 
 def to_integers(x: jax.Array, axis: int, dtype: Any, most: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """Integers of ``dtype``, and float32 scales without ``axis``, each of which serves all values along it.
+    """Round ``x`` to integers of ``dtype``. Return them and float32 scales, whose shape is x's without ``axis``.
 
-    most: the integer of the largest magnitude; None: the type's largest. Of values that are not all finite the scale is NaN: no
-    integer stands for them, and compilers may pass over NaN in a maximum.
+    Values along ``axis`` share a scale. most: the integer that stands for the largest magnitude. None: the type's
+    largest. If values are not all finite, their scale is NaN, because no integer represents them.
     """
     x = x.astype(jnp.float32)
-    # A product, and not a quotient of which a compiler makes a product: the same bits from every program.
+    # Multiply by the reciprocal, because some compilers replace a division by it. So all programs give the same bits.
     scales = jnp.maximum(jnp.max(jnp.abs(x), axis=axis), 1e-12) * np.float32(1 / (most or jnp.iinfo(dtype).max))
+    # Test for finite values, because compilers may ignore NaN in a maximum.
     scales = jnp.where(jnp.all(jnp.isfinite(x), axis=axis), scales, jnp.nan)
     return jnp.round(x / jnp.expand_dims(scales, axis)).astype(dtype), scales

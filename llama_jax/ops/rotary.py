@@ -1,4 +1,4 @@
-"""The quarter turn of rotary embeddings, as each platform computes it fastest.
+"""The quarter turn of rotary embeddings, in the fastest form for each platform.
 
 B batch, T positions, N heads, H head_dim.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def quarter_turn(x: jax.Array) -> jax.Array:
-    """Return the last axis's halves (a, b) as (-b, a): [B, T, N, H] -> the same shape and dtype."""
+    """Map the halves (a, b) of the last axis to (-b, a): [B, T, N, H] -> the same shape and dtype."""
     return jax.lax.platform_dependent(x, tpu=_by_product, default=_by_halves)
 
 
@@ -19,7 +19,10 @@ def _by_halves(x: jax.Array) -> jax.Array:
 
 
 def _by_product(x: jax.Array) -> jax.Array:
-    """Multiply with a matrix of 0, 1 and -1. It is exact and costs a TPU next to nothing; halves would lie across its registers."""
+    """Multiply by a matrix of 0, 1 and -1, which gives exact results.
+
+    This is a trick for TPUs. The product costs them almost nothing, while halves would not align with their registers.
+    """
     H = x.shape[-1]
     turn = np.eye(H, k=H // 2) - np.eye(H, k=-H // 2)
     return jnp.einsum("BTNH,HI->BTNI", x, turn.astype(x.dtype), precision="highest")
