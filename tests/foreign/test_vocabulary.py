@@ -67,7 +67,7 @@ def test_the_one_above_is_taken_and_told_where_a_tokenizer_json_says_the_same(
     put(folder.parent, small_tokenizer)
     put_table(folder, table)
     found, said = find_tokenizer("", folder)
-    assert found.model_bytes == small_tokenizer.model_bytes and "of the folder above" in said[0]
+    assert found.model_bytes == small_tokenizer.model_bytes and "in the folder above" in said[0]
 
 
 def lower(table: Table) -> None:
