@@ -19,6 +19,8 @@ from llama_jax.devices.sharding import constrain, make_mesh, on_mesh, parameter_
 from llama_jax.errors import UserError
 from llama_jax.generation import sampling
 from llama_jax.generation.sampling import Filter, make_sampler, sample
+from llama_jax.ops import quantize
+from llama_jax.ops.linear import linear
 from tests.commands import ROOT
 from tests.eight_devices import run_on_eight_devices
 
@@ -108,6 +110,28 @@ def test_a_logical_axis_is_a_line_of_the_table_and_a_name_at_the_parameter() -> 
     assert found["axes"] == ["tensor", "fsdp"]
     assert found["on one device"] == [2, 16], "eight experts over four devices"
     assert found["difference"] < 1e-5
+
+
+def test_a_weight_kind_is_a_group_and_its_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quantize.GROUPS, "int2", 16)
+    of_four_bits = quantize.to_integers
+    # What ``quantize`` learns in step 2: the integers of the kind.
+    monkeypatch.setattr(quantize, "to_integers", lambda x, axis, dtype: of_four_bits(x, axis, jnp.int2))
+    w = jax.random.normal(jax.random.key(0), (64, 24))
+    matrix = quantize.quantize(w, 1, "int2")  # type: ignore[arg-type]
+    assert matrix.values.dtype == jnp.int2 and matrix.scales is not None and matrix.scales.shape == (64 // 16, 24)
+    stored = matrix.dequantized()
+    # The largest of a group is kept, and every value lies within half a scale of its integer.
+    groups = np.asarray(w).reshape(4, 16, 24)
+    largest = np.abs(groups).max(axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        np.abs(np.asarray(stored).reshape(4, 16, 24)).max(axis=1, keepdims=True), largest, rtol=1e-6
+    )
+    assert (np.abs(np.asarray(stored).reshape(groups.shape) - groups) <= largest / 2 + 1e-6).all()
+
+    x = jax.random.normal(jax.random.key(1), (1, 3, 64))
+    for multiply in (linear, jax.jit(linear, static_argnums=0)):
+        np.testing.assert_allclose(multiply("BTD,DF->BTF", x, matrix), x @ stored, rtol=1e-5, atol=1e-5)
 
 
 def test_the_step_lists_name_files_and_names_that_exist() -> None:

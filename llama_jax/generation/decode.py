@@ -194,7 +194,7 @@ def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
     """A NamedSharding for each array of a DecodeState, or of its shapes: rows over "batch", heads and vocabulary over theirs."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> jax.NamedSharding:
-        cached = path[-1].name in ("values", "scales")
+        cached = getattr(path[-1], "name", "") in ("values", "scales")
         axes = ("batch", "kv_heads", None, None) if cached else ("batch", "vocab")
         return jax.NamedSharding(mesh, spec(*axes[: leaf.ndim]))
 
