@@ -172,7 +172,7 @@ def is_main() -> bool:
 
 
 def only_main_prints() -> None:
-    """Silence the standard output of all processes but process 0, prints of libraries included.
+    """Close the standard output of all processes but process 0. This silences libraries, too.
 
     On TPUs JAX numbers processes by their place in the slice, whatever number they joined with. So this asks JAX,
     which starts its backend.
