@@ -113,6 +113,18 @@ def test_a_logical_axis_is_a_line_of_the_table_and_a_name_at_the_parameter() -> 
     assert found["difference"] < 1e-5
 
 
+def test_a_weight_kind_is_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quantize_module.KINDS, "int2", quantize_module.Kind(jnp.int2, 16))
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(32, 4, 6)).astype(np.float32))
+    x = jnp.asarray(rng.normal(size=(2, 3, 32)).astype(np.float32))
+    matrix = quantize_module.quantize(w, 1, "int2")
+    assert matrix.shape == w.shape and bytes_of(matrix) == 32 * 24 // 4 + 2 * 24 * 4
+    assert set(np.asarray(matrix.values, np.int32).ravel()) == {-1, 0, 1}
+    found = jax.jit(lambda x, w: linear("BTD,DNH->BTNH", x, w))(x, matrix)
+    np.testing.assert_allclose(found, jnp.einsum("BTD,DNH->BTNH", x, matrix.dequantized()), atol=1e-4)
+
+
 def test_the_step_lists_name_files_and_names_that_exist() -> None:
     text = (ROOT / "docs" / "design.md").read_text()
     lists = text.split("## How to add")[1:]
@@ -160,15 +172,3 @@ def imported(path: Path) -> set[str]:
 
 if __name__ == "__main__":
     print(json.dumps(lay_out_experts()))
-
-
-def test_a_weight_kind_is_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(quantize_module.KINDS, "int2", quantize_module.Kind(jnp.int2, 16))
-    rng = np.random.default_rng(0)
-    w = jnp.asarray(rng.normal(size=(32, 4, 6)).astype(np.float32))
-    x = jnp.asarray(rng.normal(size=(2, 3, 32)).astype(np.float32))
-    matrix = quantize_module.quantize(w, 1, "int2")
-    assert matrix.shape == w.shape and bytes_of(matrix) == 32 * 24 // 4 + 2 * 24 * 4
-    assert set(np.asarray(matrix.values, np.int32).ravel()) == {-1, 0, 1}
-    found = jax.jit(lambda x, w: linear("BTD,DNH->BTNH", x, w))(x, matrix)
-    np.testing.assert_allclose(found, jnp.einsum("BTD,DNH->BTNH", x, matrix.dequantized()), atol=1e-4)

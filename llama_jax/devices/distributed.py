@@ -159,10 +159,10 @@ def is_main() -> bool:
 
 
 def only_main_prints() -> None:
-    """Close the standard output of the job's other processes, libraries' prints included.
+    """Close the standard output of all processes but process 0. This silences libraries, too.
 
-    On TPUs JAX numbers processes by their place in the slice, whatever number they joined with. So this asks JAX, which
-    starts its backend.
+    On TPUs JAX numbers processes by their place in the slice, whatever number they joined with. So this asks JAX,
+    which starts its backend.
     """
     if jax.distributed.is_initialized() and not is_main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

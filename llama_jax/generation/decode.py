@@ -220,7 +220,7 @@ def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
     """Return a NamedSharding per array of a DecodeState, or of its shapes. Rows, heads and vocabulary are sharded."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> jax.NamedSharding:
-        cached = path[-1].name in ("values", "scales")
+        cached = getattr(path[-1], "name", "") in ("values", "scales")
         axes = ("batch", "kv_heads", None, None) if cached else ("batch", "vocab")
         return jax.NamedSharding(mesh, spec(*axes[: leaf.ndim]))
 

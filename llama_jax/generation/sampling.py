@@ -23,7 +23,7 @@ class Sampler(flax.struct.PyTreeNode):
         jax.Array
     )  # random keys [B]; a token's random number depends on its row's key and its number in the completion
     temperature: jax.Array  # float32 [B]
-    filters: dict[str, jax.Array]  # by its name in FILTERS, each row's value [B]
+    filters: dict[str, jax.Array]  # rule of FILTERS -> each row's value [B]; rules that no row uses are absent
     bias: jax.Array | None  # float32 [B, V]
     penalties: "Penalties | None"
 
@@ -214,20 +214,20 @@ def keep_top(probs: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Arra
 
 
 class Filter(NamedTuple):
-    """A rule that leaves out tokens by their probabilities; the field of SampleArgs that has its name sets it."""
+    """A rule that drops tokens by their probabilities. The field of SampleArgs with the rule's name sets it."""
 
     off: float
-    """The value with which the rule leaves out nothing."""
+    """The value with which the rule drops nothing."""
     apply: Callable[[jax.Array, jax.Array], jax.Array]
-    """Takes probabilities float32 [B, V] and each row's value [B]. Returns probabilities, 0 for tokens it leaves out.
+    """Maps probabilities, float32 [B, V], and each row's value, [B], to probabilities with 0 for dropped tokens.
 
-    They need not sum to 1.
+    The result need not sum to 1.
     """
     dtype: type = np.float32
-    """Type of the rows' values."""
+    """The type of the rows' values."""
 
 
-# Applied in this order. docs/design.md has the steps to add one.
+# The rules apply in this order. docs/design.md has the steps to add one.
 FILTERS: dict[str, Filter] = {
     "top_k": Filter(0, _top_k, np.int32),
     "top_p": Filter(1.0, _top_p),
