@@ -1,6 +1,7 @@
-"""The commands: ``llama-jax train``, ``python -m llama_jax train``, and the scripts of a clone, such as ``python train.py``.
+"""The commands, typed as ``llama-jax train``, ``python -m llama_jax train`` or, in a clone, ``python train.py``.
 
-This imports nothing that takes a while. So a signal, a missing package and a wrong command are answered at once.
+This module imports nothing slow, so that it can react at once to a signal, a missing package or a wrong command.
+A command's docstring is its line in ``llama-jax --help``.
 """
 
 import difflib
@@ -17,8 +18,8 @@ from llama_jax.programs import CONSOLE, typed
 
 
 def train(argv: Sequence[str]) -> None:
-    """Pretrain a model on the built-in stories or on a text, or fine-tune one"""
-    with StopSignals(at_exit=True) as signals:  # from here on, before anything is imported that takes a while
+    """Train a model from scratch on the built-in stories or on a text, or fine-tune one"""
+    with StopSignals(at_exit=True) as signals:  # before the slow imports, so that it handles signals during them
         from llama_jax.training.command import read_command
         from llama_jax.training.loop import train
 
@@ -27,27 +28,27 @@ def train(argv: Sequence[str]) -> None:
 
 
 def sample(argv: Sequence[str]) -> None:
-    """Complete prompts with a trained model, or talk to a chat model"""
+    """Run a trained model: complete prompts, or talk to a chat model"""
     importlib.import_module("llama_jax.sample").main(argv)
 
 
 def convert(argv: Sequence[str]) -> None:
-    """Convert weights from and to Meta's and Hugging Face's files, or quantize them"""
+    """Convert weights from or to the files of Meta and Hugging Face, or quantize them"""
     importlib.import_module("llama_jax.convert.command").main(argv)
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Print the loss, the perplexity and the bits per byte of a text"""
+    """Print the loss, perplexity and bits per byte of a text"""
     importlib.import_module("llama_jax.evaluate").main(argv)
 
 
 def plan(argv: Sequence[str]) -> None:
-    """Say whether a run fits a TPU slice, and how fast it can be"""
+    """Estimate whether a run fits a TPU slice, and how fast it can be"""
     importlib.import_module("llama_jax.plan.__main__").main(argv)
 
 
 def data(argv: Sequence[str]) -> None:
-    """Prepare the tokens of a text ahead of training"""
+    """Prepare the tokens of a text before training"""
     importlib.import_module("llama_jax.data.__main__").main(argv)
 
 
@@ -57,7 +58,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def run(command: str) -> None:
-    """Run a command with this process's arguments, and end the process as ``run_command`` says."""
+    """Run a command with the arguments of this process. ``run_command`` handles its errors."""
     run_command(lambda: COMMANDS[command](sys.argv[1:]))
 
 
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def _dispatch(argv: Sequence[str]) -> None:
-    """Run the command that ``argv`` begins with. Raises UserError where it begins with none."""
+    """Run the command that ``argv`` begins with. Raises UserError if it begins with none."""
     first = argv[0] if argv else "none"
     if first in COMMANDS:
         COMMANDS[first](argv[1:])
@@ -82,7 +83,7 @@ def _dispatch(argv: Sequence[str]) -> None:
 
 
 def _program() -> str:
-    """What this process was started as: "llama-jax", "python -m llama_jax"."""
+    """Return how this process was started: "llama-jax" or "python -m llama_jax"."""
     return typed("train").removesuffix(" train")
 
 
@@ -98,7 +99,7 @@ def _help() -> str:
 
 
 def _version() -> str:
-    """The versions of the package and of what it computes with."""
+    """Return the versions of the package, JAX and Python in one line."""
     try:
         jax = importlib.metadata.version("jax")
     except importlib.metadata.PackageNotFoundError:

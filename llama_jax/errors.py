@@ -102,14 +102,14 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Have libraries not log what they raise as well, as the command tells it in one line."""
-    # orbax logs the first error of a save, traceback and all, by absl; the futures that it leaves unread, asyncio would log as
-    # the process ends. gcsfs also logs at every call that it was not told what kind of bucket it is, which does not matter.
+    """Stop libraries from logging the errors that they also raise, because the command reports those in one line."""
+    # orbax logs the first error of a save, with its traceback, through absl. It leaves futures unread, whose errors asyncio
+    # logs when the process ends. gcsfs also logs at each call that it does not know the kind of bucket, which is harmless.
     with contextlib.suppress(ImportError):
-        import absl.logging  # noqa: F401  # whose logger is of a class of its own
+        import absl.logging  # noqa: F401  # it must be imported first, because its logger has its own class
     for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Read once, at the first path: TensorFlow, where it is installed, would take the place of gcsfs (storage/locations.py).
+    # Without this, TensorFlow would replace gcsfs if it is installed (storage/locations.py). It is read once, at the first path.
     os.environ.setdefault("EPATH_USE_TF", "false")
 
 

@@ -1,6 +1,6 @@
-"""The command line of generation: prompts completed, results saved, a chat.
+"""The command line of generation: complete prompts, save results, or chat.
 
-It reads and checks all flags before it imports what takes a while.
+All flags are read and checked before any slow import.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llama_jax.generation.prompts import Asked, Job
     from llama_jax.generation.results import Results
 
-# The mesh that nobody asked for: the model lies on as few devices as hold it.
+# The default mesh. It is passed on as None, which places the model on the fewest devices that hold it.
 ONE_DEVICE = MeshArgs(data=1)
 
 
@@ -31,43 +31,59 @@ class Arguments:
     """Complete prompts with a trained model, or talk to a chat model."""
 
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Texts to go on from, taken as they are: backslashes stay backslashes. None: read from standard input, one a line."""
+    """Texts to complete. They are used literally: a backslash stays a backslash.
+    If there are none, prompts are read from standard input, one per line."""
     ckpt: str = ""
-    """A run folder (its best step), a step folder, or a converted checkpoint."""
+    """Checkpoint to load: a run folder (its best step), a step folder or a converted checkpoint."""
     chat: bool = False
-    """Answer in the format of Meta's chat models: each prompt by itself, or, without prompts, a conversation of the lines of standard input."""
+    """Use the format of Meta's chat models. Each prompt is answered separately.
+    Without prompts, hold a conversation in which each line of standard input is a turn."""
     system: str = dataclasses.field(default="", metadata=ESCAPED)
-    r"""With --chat: what the model is told before the conversation. \n, \r, \t and \\ stand for line feed, carriage return, tab and backslash."""
+    r"""With --chat: the system message, which precedes the conversation.
+    The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""
     messages: str = ""
-    """With --chat: a JSON file of a conversation to answer, a list of {"role": "system", "user" or "assistant", "content": "..."}."""
+    """With --chat: a JSON file with a conversation to answer. It is a list of {"role": "...", "content": "..."}.
+    The role is "system", "user" or "assistant"."""
     prompts_file: str = ""
-    """A file of prompts, one a line (-: standard input); or, where it ends in .jsonl, an object a line with "prompt" and flags of its own, such as "top_p"."""
+    """File with one prompt per line. -: standard input.
+    In a .jsonl file, each line is a JSON object with "prompt" and, optionally, its own settings, such as "top_p"."""
     too_long: Literal["refuse", "skip", "cut"] = "refuse"
-    """What is done with a prompt that fills the context: refuse ends the command; skip leaves it out, its result says too_long; cut leaves out its beginning (of a conversation, the oldest turns)."""
+    """How to treat a prompt that fills the context. refuse: exit with an error.
+    skip: do not complete it; its result says too_long.
+    cut: leave out its beginning (of a conversation, the oldest turns)."""
     output: str = ""
-    """Save results to this file, one JSON object a line, as they come. The same command again goes on where a stopped one was."""
+    """Append each result to this file as soon as it is complete, one JSON object per line.
+    Rerun the same command to resume after a stop."""
     json: bool = False
-    """Print one JSON object a completion."""
+    """Print one JSON object per completion."""
     quiet: bool = False
-    """Print neither progress nor, at the end, how fast it went."""
+    """Do not print progress, or the speed at the end."""
     exact: bool = False
-    """Make every completion the same to the bit whatever stands beside it, and with --draft as without, in every type and cache; slower. Without it, they are the same up to rounding: in bfloat16, now and then another token."""
+    """Make each completion bit-identical whatever else is in the batch, and with or without --draft.
+    It is slower, and holds for every data type and cache.
+    Without it, completions are equal up to rounding, which in bfloat16 occasionally changes a token."""
     compute_dtype: DType = "auto"
-    """Type of activations and matmuls; auto is bfloat16 on TPU and GPU, float32 on CPU."""
+    """Data type of activations and matmuls. auto: bfloat16 on TPU and GPU, float32 on CPU."""
     weights: Weights = "auto"
-    """Matrices: auto, as the checkpoint has them; int8, with a scale an output; int4, a scale for 32 inputs of an output; int4-64, for 64."""
+    """Quantization of the weight matrices. auto: as stored in the checkpoint.
+    int8: one scale per output channel. int4: one scale per group of 32 inputs of a channel. int4-64: of 64 inputs."""
     cache: Cache = "auto"
-    """Keys and values: auto, in the type that is computed in; int8."""
+    """Data type of cached keys and values. auto: the compute dtype. int8: quantized."""
     draft: str = ""
-    """Guess tokens ahead, which one pass checks; the text stays the same, as far as --exact says. lookup: from what came before; else a checkpoint of a smaller model with the same tokenizer."""
+    """Use speculative decoding: draft several tokens, then check them in one pass.
+    The text does not depend on it, up to rounding (see --exact).
+    lookup: draft from earlier text. Any other value: the checkpoint of a smaller model with the same tokenizer."""
     draft_tokens: int = 4
-    """Tokens guessed at a time."""
+    """Number of tokens to draft per pass."""
     mesh: MeshArgs = ONE_DEVICE
     sample: Annotated[SampleArgs, tyro.conf.arg(name=""), tyro.conf.UseAppendAction] = SampleArgs()
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, load, generate, print."""
+    """Run the command with the flags ``argv``: load the model, generate, and print or save the results.
+
+    Raises UserError if a flag, a prompt or the checkpoint is not as expected.
+    """
     program = typed("sample")
     description = f'Generate text: {program} --ckpt runs/tiny "Once upon a time"'
     args = parse_flags(Arguments, argv, Arguments(), program, description)
@@ -118,7 +134,7 @@ def _check(args: Arguments) -> None:
 
 
 def _jobs(args: Arguments) -> "list[Job]":
-    """What is asked: of the command line, of a file, or of standard input."""
+    """Return the jobs from the command line, a file or standard input."""
     from llama_jax.generation import chat
     from llama_jax.generation.prompts import Job, given_prompts, read_prompts
 
@@ -130,7 +146,7 @@ def _jobs(args: Arguments) -> "list[Job]":
 
 
 def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "Checkpoint") -> "list[Asked]":
-    """The jobs as the model is asked them. Says what somebody may not expect of them."""
+    """Return the jobs in the form that the model gets. Print warnings about them, and about flags without effect."""
     from llama_jax.generation import chat
     from llama_jax.generation.prompts import Job, ask, idle_settings, names_of_files, pasted, told_of
 
@@ -148,7 +164,7 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "C
         idle_settings(jobs or [Job("", args.sample)]),
     ]
     lines.append(names_of_files(args.prompts))
-    # What used to be a second stop string.
+    # `--stop a b` once gave two stop strings. Now the second word is a prompt, so a line says so.
     behind = [argv[i + 2] for i, word in enumerate(argv[:-2]) if word == "--stop"]
     lines += [
         f"--stop takes one text: {word!r} is a prompt" for word in behind if word in args.prompts and not args.quiet
@@ -165,7 +181,10 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "C
 
 
 def _generate(args: Arguments, asked: "list[Asked]", results: "Results | None" = None) -> None:
-    """Load the model; complete, answer, save, or, where nothing is asked, converse."""
+    """Load the model, then complete prompts, answer them, or save the results.
+
+    If nothing is asked, hold a conversation.
+    """
     import llama_jax
     from llama_jax.cli.progress import working
     from llama_jax.generation.console import Console
@@ -192,5 +211,5 @@ def _is_terminal() -> bool:
 
 
 def _tell(line: str) -> None:
-    if sys.stderr is not None:  # closed: print would take standard output instead
+    if sys.stderr is not None:  # if it is closed, print would write to standard output instead
         print(line, file=sys.stderr, flush=True)

@@ -1,28 +1,29 @@
-"""The configurations that come with the package, which ``--config`` takes by name: ``--config shakespeare``."""
+"""The configurations that come with the package. ``--config`` takes them by name: ``--config shakespeare``."""
 
 from pathlib import Path
 
 from llama_jax.errors import UserError
 from llama_jax.programs import PACKAGE, ROOT
 
-# In an installed package they lie within it, in a clone beside it.
+# An installed package contains them. In a clone they are next to the package.
 FOLDER = next((folder for folder in (PACKAGE / "configs", ROOT / "configs") if folder.is_dir()), PACKAGE / "configs")
 
 
 def names() -> list[str]:
-    """The names of the configurations that come with the package, in alphabetical order."""
+    """Return the names of the configurations that come with the package, in alphabetical order."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def shipped(name: str) -> Path:
-    """The file of the configuration ``name`` that comes with the package."""
+    """Return the file of the configuration ``name`` that comes with the package."""
     return FOLDER / f"{name}.toml"
 
 
 def find_config(given: str) -> tuple[Path, list[str]]:
-    """The file that ``--config`` names, by its path or as one that comes with the package, and what was decided on the way.
+    """Find the file that ``--config`` names by its path, or by the name of a configuration of the package.
 
-    A file that exists is taken before a shipped configuration of the same name. Raises UserError where there is neither.
+    If both exist, the file at the path is used. Returns the file and the lines to print about that choice. Raises
+    UserError if neither exists.
     """
     path, name, known = Path(given), given.removesuffix(".toml"), names()
     if path.exists() and not path.is_dir():

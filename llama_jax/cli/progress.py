@@ -1,4 +1,4 @@
-"""Progress bars, lines about what goes on while nothing else is said, and how times and sizes are written."""
+"""Progress bars, progress lines for work that prints nothing itself, and the format of durations and sizes."""
 
 import contextlib
 import math
@@ -10,18 +10,16 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-# Seconds between two lines about work that says nothing of itself, where no terminal is.
+# Seconds between two lines about work that prints nothing itself, if standard error is not a terminal.
 BEAT = 30
-# The bar itself is left out where it would be narrower than this.
+# The bar is left out if it would have fewer columns than this.
 NARROWEST_BAR = 6
 
 
 class Progress:
-    """A progress bar on standard error if that is a terminal, else a line every so many seconds.
+    """A progress bar on standard error if that is a terminal, else a line every ``SECONDS`` seconds.
 
-    Such lines go to ``stream``, by default standard output, so that standard error, which nobody watches then, holds
-    only errors.
-
+    These lines go to ``stream``, by default standard output, so that standard error contains only errors.
 
     Example:
         with Progress("converting", total=size, unit="B") as progress:
@@ -61,7 +59,7 @@ class Progress:
         """Show ``text`` next to the bar from now on.
 
         text: parts separated by ", ", the most important first. A narrow terminal shows as many as fit.
-        pace: seconds a unit, from which the remaining time is computed. None: the mean since the beginning.
+        pace: seconds per unit, used to estimate the remaining time. None: the mean since the beginning.
         """
         self._parts, self._pace = text.split(", "), pace
 
@@ -76,7 +74,7 @@ class Progress:
 
     @contextlib.contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """Say that ``what`` goes on while the block runs, in which no unit is done."""
+        """Show that ``what`` is in progress while the block runs, in which no unit is completed."""
         if not self._shown:
             yield
             return
@@ -128,7 +126,7 @@ class Progress:
 
 
 class _Bar(tqdm):
-    """tqdm's bar, between texts: what ``text`` returns for a number of columns stands at its left and at its right."""
+    """A bar of tqdm between two texts, which ``text`` returns for the terminal's number of columns."""
 
     def __init__(self, text: Callable[[int], tuple[str, str]], **options: Any):
         self._text = text
@@ -146,10 +144,10 @@ class _Bar(tqdm):
 
 @contextlib.contextmanager
 def working(what: str, stream: TextIO | None = None, shown: bool = True) -> Iterator[None]:
-    """Say that ``what`` goes on while the block, which says nothing itself, runs for a second or longer.
+    """Show that ``what`` is in progress while the block, which prints nothing itself, runs for a second or longer.
 
-    On a terminal a line on standard error counts the seconds, and is removed when the block ends. Elsewhere ``stream``,
-    by default standard output, gets a line every ``BEAT`` seconds.
+    If standard error is a terminal, a line there counts the seconds and is removed when the block ends. Otherwise a
+    line goes to ``stream``, by default standard output, every ``BEAT`` seconds.
     """
     if not shown:
         yield
@@ -163,7 +161,7 @@ def working(what: str, stream: TextIO | None = None, shown: bool = True) -> Iter
     def tell(seconds: float) -> None:
         nonlocal told
         told = True
-        # The cursor goes back to where the line begins, so that what others print stands over it.
+        # The cursor returns to the start of the line, so that other output overwrites it.
         print(f"\r{what}: {math.floor(seconds)} s\x1b[K\r", end="", file=terminal, flush=True)
 
     try:
@@ -176,11 +174,11 @@ def working(what: str, stream: TextIO | None = None, shown: bool = True) -> Iter
 
 @contextlib.contextmanager
 def _ticking(tell: Callable[[float], None], every: float) -> Iterator[None]:
-    """Call ``tell`` with the seconds so far every ``every`` seconds while the block runs, on a thread of its own."""
+    """Pass the seconds so far to ``tell`` every ``every`` seconds while the block runs, on a separate thread."""
     done, began = threading.Event(), time.monotonic()
 
     def tick() -> None:
-        with contextlib.suppress(OSError, ValueError):  # a stream that was closed costs these lines alone
+        with contextlib.suppress(OSError, ValueError):  # if the stream is closed, only these lines are lost
             while not done.wait(every):
                 tell(time.monotonic() - began)
 

@@ -1,4 +1,4 @@
-"""What is used of libraries though they do not promise to keep it: private names, and texts of their errors, one file a library.
+"""Uses of what libraries do not promise to keep, such as private names and texts of errors. Each library has a file.
 
-A release may change any of it. Each use has a test in tests/compat/, which then fails and says what has changed.
+Any release may change them. Each use has a test in tests/compat/, which then fails and says what has changed.
 """

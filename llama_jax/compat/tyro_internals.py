@@ -1,8 +1,8 @@
-"""Tyro: the panels in which it prints what is wrong with a command line."""
+"""Tyro: the panels in which it prints errors of a command line."""
 
 import re
 
-# tyro's messages, and the same in the words of all others here.
+# Patterns of tyro's messages, each with a replacement in the form of this project's messages.
 FLAG_ERRORS = (
     (r"Error parsing (\S+): .*?('.*'|\[.*\]).*", r"\1: expected {kind}, found \2"),
     (r"invalid choice ('.*') for argument '(\S+)'\. Expected one of \((.*?)\).*", r"\2: expected one of \3, found \1"),
@@ -19,7 +19,7 @@ KINDS = {
 
 
 def one_line(panel: str) -> str:
-    """The message of a framed panel, as tyro prints it on an error, and the flag that it proposes, in one line."""
+    """Return the message of the panel that tyro prints on an error, and the flag that it proposes, in one line."""
     lines = [line.strip("╭╮╰╯│─ ") for line in panel.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines[1:]:

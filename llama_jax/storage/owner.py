@@ -245,7 +245,7 @@ _HELD: weakref.WeakSet[_Disk] = weakref.WeakSet()
 
 @functools.cache
 def _close_in_children() -> None:
-    """Have children of this process that are forked from now on close the locks of ``_HELD``."""
+    """Let child processes that are forked from now on close the locks in ``_HELD``."""
     os.register_at_fork(after_in_child=_let_go)
 
 
