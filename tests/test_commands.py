@@ -24,7 +24,7 @@ def test_the_first_minute_says_what_it_does_what_it_needs_and_what_to_type_next(
     result = run(["train.py", *SMALL, *STORIES, "--train.save-dir", "again"], place)
     for words in ("parameters", "tokens to train on", "held out", "steps of", "mesh: one device", "attention: ", "run folder",
                   "floor", "bits per byte", "memory", "compiled in", "to go", "  | Once upon a time", "best: step", "losses.png",
-                  "metrics.jsonl", "python sample.py --ckpt again"):  # fmt: skip
+                  "metrics.jsonl", f"python {ROOT}/sample.py --ckpt again"):  # fmt: skip
         assert words in result.stdout, words
     assert result.stderr == "", "nothing but errors goes there, where it is no terminal"
     assert "\r" not in result.stdout

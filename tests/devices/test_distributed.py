@@ -37,14 +37,14 @@ STEPS, MORE = 30, 3
 
 def train_several(runs: list[list[str]]) -> None:
     """train.py, once for each list of arguments, in this process; without its picture, which takes longer than the steps."""
-    import train
+    from llama_jax.commands import train
     from llama_jax.training import loop
 
     loop._plot = lambda run: None
     job = sys.argv[2:]
     for argv in runs:
         sys.argv = ["train.py", *argv, *job]
-        train.main()
+        train(sys.argv[1:])
 
 
 def argv_of(folder: Path, name: str, steps: int) -> list[str]:

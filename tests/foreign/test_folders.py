@@ -14,17 +14,17 @@ from llama_jax.errors import UserError
 from llama_jax.foreign.commands import convert_command
 from llama_jax.tokenizer import Tokenizer
 from tests import inside
-from tests.commands import SMALL, told
+from tests.commands import ROOT, SMALL, told
 from tests.foreign.test_layouts import CONFIG, config, meta, mistral, original, params, pickled, stale, whole
 
 GPTQ = {"quant_method": "gptq", "bits": 4}
 LLAMA3 = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
 # Files of a folder, by name or by function, and what is said of it.
 FOLDERS: dict[str, tuple[list[Any], str]] = {
-    "hugging face's": ([config, whole], r"Hugging Face's layout .* python convert_torch_weights\.py --input model --output checkpoints/model$"),
-    "meta's": ([meta], r"Meta's layout .* python convert_torch_weights\.py --input model --output checkpoints/model$"),
-    "a pickle": ([config, pickled], r"pytorch_model\.bin, a pickle.* python -c .*save_pretrained\('model-safetensors'\).* && python convert_torch_weights\.py --input model-safetensors --output checkpoints/model --tokenizer model/tokenizer\.model$"),
-    "an adapter": ([("adapter_config.json", {"base_model_name_or_path": "llama"})], r"an adapter \(LoRA\) of 'llama'; .*merge_and_unload.* && python convert_torch_weights\.py --input model-merged"),
+    "hugging face's": ([config, whole], r"Hugging Face's layout .* python \S*convert_torch_weights\.py --input model --output checkpoints/model$"),
+    "meta's": ([meta], r"Meta's layout .* python \S*convert_torch_weights\.py --input model --output checkpoints/model$"),
+    "a pickle": ([config, pickled], r"pytorch_model\.bin, a pickle.* python -c .*save_pretrained\('model-safetensors'\).* && python \S*convert_torch_weights\.py --input model-safetensors --output checkpoints/model --tokenizer model/tokenizer\.model$"),
+    "an adapter": ([("adapter_config.json", {"base_model_name_or_path": "llama"})], r"an adapter \(LoRA\) of 'llama'; .*merge_and_unload.* && python \S*convert_torch_weights\.py --input model-merged"),
     "an adapter with a configuration": ([config, ("adapter_config.json", {})], r"an adapter \(LoRA\); .*merge_and_unload"),
     "gptq": ([whole, ("config.json", CONFIG | {"quantization_config": GPTQ})], r"quantization_config: .*'gptq'.* --weights int8"),
     "gptq of old": ([("quantize_config.json", {}), ("gptq_model-4bit.safetensors", "x")], r"\(GPTQ\)"),
@@ -95,7 +95,7 @@ def test_a_folder_of_another_kind_is_told_with_what_to_do(name: str, place: Path
         ("weights.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("weights.safetensors", b"<!DOCTYPE html>", "of HTML"),
         ("stories15M.bin", b"\0\1", "a file of weights; give a folder"),
-        ("consolidated.00.pth", b"PK\3\4", "a file; give its folder: python convert_torch_weights.py --input . --output"),
+        ("consolidated.00.pth", b"PK\3\4", "convert_torch_weights.py --input . --output"),
         ("note.txt", b"hello", "a file; give a folder"),
         ("empty", b"", "a file; give a folder"),
     ],
@@ -116,7 +116,7 @@ def test_the_command_that_is_told_converts_and_its_output_is_found(place: Path, 
     with pytest.raises(UserError) as caught:
         Checkpoint.find("my 'own' model")
     command = shlex.split(str(caught.value).partition("give the result: ")[2])
-    assert command[:2] == ["python", "convert_torch_weights.py"]
+    assert command[:2] == ["python", str(ROOT / "convert_torch_weights.py")]
     convert(ConvertArgs(input=command[3], output=command[5]))
     assert Checkpoint.find(command[5]).args.dim == 16
 
@@ -151,6 +151,6 @@ def test_commands_say_it_in_one_line_and_leave_nothing(
     make(tmp_path, [config, whole], small_tokenizer)
     (tmp_path / "text").write_text("The fox went to the river.\n" * 50)
     line = told(inside.run(argv, tmp_path))
-    assert line.endswith("python convert_torch_weights.py --input model --output checkpoints/model")
+    assert line.endswith(f"python {ROOT}/convert_torch_weights.py --input model --output checkpoints/model")
     shutil.rmtree(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["text"]

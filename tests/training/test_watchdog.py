@@ -87,9 +87,8 @@ def batches_that_stop(*args):
             threading.Event().wait()
         yield batch
 loop.train_batches = batches_that_stop
-import train
-from llama_jax.errors import run_command
-run_command(train.main)
+from llama_jax.commands import run
+run("train")
 """
 
 
