@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 120
+SECONDS = 600
 FORKS = multiprocessing.get_context("forkserver")
 # Not what is itself a command: it is run as __main__. What commands import late is here too.
 FORKS.set_forkserver_preload([

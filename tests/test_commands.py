@@ -122,6 +122,7 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
         assert result.returncode == 0, f"{line}\n{result.stderr}"
 
 
+@pytest.mark.slow
 def test_the_recipe_for_two_processes_on_one_machine_runs(place: Path) -> None:
     (recipe,) = re.findall(r"```\n(for i in .*?)```", (ROOT / "docs" / "launch.md").read_text(), re.DOTALL)
     command = shlex.join([sys.executable, str(ROOT / "train.py"), *SMALL, *STORIES])

@@ -82,7 +82,9 @@ def test_evaluate_refuses_in_one_line(argv: list[str], words: str, place: Path) 
     "changes",
     [
         {"train.batch-size": "99999999999999999999"},
-        {"train.batch-size": "100000000"},
+        pytest.param(
+            {"train.batch-size": "100000000"}, marks=pytest.mark.slow
+        ),  # compiles for as long as all others together
         {"model.dim": "1000000000"},
         {"model.dim": "1048576", "model.n-layers": "1000"},
         {"model.max-seq-len": "999999999999"},

@@ -176,7 +176,9 @@ def test_heads_are_spread_for_decoding_and_the_cache_is_no_longer_than_the_conte
 
 
 @needs_libtpu
-@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
+@pytest.mark.parametrize(
+    "weights", [pytest.param("auto", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow), "int4"]
+)
 def test_the_parameters_are_as_large_as_the_program_takes_them(weights: Any) -> None:
     """Four bits a number for int4, as they lie in a chip's memory."""
     model = ModelArgs(dim=512, n_layers=2, n_heads=4, vocab_size=512, multiple_of=128, max_seq_len=256)
@@ -272,6 +274,7 @@ def test_what_the_compiler_needs_is_read_from_its_refusal(refusal: str, needed: 
     assert needed_bytes(refusal) == int(needed * (1 << 30))
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_search_ranks_what_it_compiled(tmp_path: Path) -> None:
     config = Config(TINY, train=TrainArgs(batch_size=4, max_steps=7))
