@@ -59,7 +59,8 @@ def test_a_file_of_prompts_is_completed_in_order_and_gone_on_with(folder: Path) 
         "4",
     ]
     result = run(argv, folder)
-    assert result.returncode == 0 and result.stdout == "" and result.stderr.startswith("32 tokens in "), result.stderr
+    # A slow machine says how far it is, on standard output and in lines of its own.
+    assert result.returncode == 0 and "{" not in result.stdout and "32 tokens in " in result.stderr, result.stderr
     content = (folder / "out.jsonl").read_bytes()
     records = [json.loads(line) for line in content.splitlines()]
     assert [r["prompt"] for r in records] == [f"fox {i}" for i in range(6)] + ["", ""]
