@@ -1,8 +1,10 @@
 """Fixtures that several rooms share."""
 
+import gc
 import importlib.metadata
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,6 +29,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import jax
 import pytest
 
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
@@ -60,9 +63,33 @@ LONGEST = [
 ]
 
 
+# Linux gives a process 65,530 memory mappings. A compiled program takes some dozens for as long as JAX keeps it.
+MOST_MAPPINGS = 15_000
+SINCE_LOOKED: list[str] = []
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Let go of compiled programs before the process reaches Linux's limit on memory mappings, where it would crash."""
+    SINCE_LOOKED.append(item.nodeid)
+    if nextitem is not None and nextitem.path == item.path and len(SINCE_LOOKED) < 20:
+        return
+    SINCE_LOOKED.clear()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Show a failure when it happens: a session that is ended from outside has no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        sys.__stderr__.write(f"\n{report.nodeid} failed in its {report.when}\n{report.longreprtext[-2000:]}\n")
+        sys.__stderr__.flush()
 
 
 @pytest.fixture(scope="session")
