@@ -91,9 +91,11 @@ def run_command(main: Callable[[], None]) -> None:
         )
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package in ("", "llama_jax"):
+        if package == "llama_jax":
             raise
-        _stop(error, f"error: {package}: expected to be installed, found none; {install_command()} installs all", WRONG)
+        # A package that looks for another one may say so in words alone.
+        missing = f"{package}: expected to be installed, found none" if package else str(error)
+        _stop(error, f"error: {missing}; {install_command()} installs all", WRONG)
     except OSError as error:
         if error.errno is None:
             raise

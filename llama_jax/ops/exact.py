@@ -37,7 +37,8 @@ def product_in_blocks(x: jax.Array, values: jax.Array, rows: int) -> jax.Array:
         return jnp.einsum("RD,DF->RF", block, values.astype(x.dtype), preferred_element_type=jnp.float32)
 
     result = jax.lax.map(product, blocks).reshape(-1, values.shape[1])[: len(x)]
-    # A trick: the barrier keeps the compiler from fusing this with what follows, which would then differ between programs.
+    # A trick: the barrier keeps the compiler from fusing this with what follows. Fused, it would differ between
+    # programs.
     return jax.lax.optimization_barrier(result)
 
 
