@@ -10,21 +10,22 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama_jax.config import Config, ModelArgs, load_toml, to_toml
+from llama_jax.config import Config, ModelArgs, load_toml
 from llama_jax.plan import resolve
 from llama_jax.plan.hlo import Program
 from tests.plan import ENVIRONMENT, needs_libtpu
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden.json")
-LARGE = load_toml(ROOT / "configs" / "llama2-7b.toml")
+CONFIG = ROOT / "configs" / "llama2-7b.toml"
+LARGE = load_toml(CONFIG)
 SMALL_MODEL = ModelArgs(
     dim=256, n_layers=6, n_heads=2, n_kv_heads=2, vocab_size=2048, multiple_of=256, max_seq_len=2048
 )
@@ -51,9 +52,11 @@ class Case:
     def compile(self) -> "Compiled":
         """What plan says of the step, and the program's text."""
         with tempfile.TemporaryDirectory() as folder:
-            hlo, file = Path(folder) / "o.hlo", Path(folder) / "c.toml"
-            file.write_text(to_toml(self.config))
-            command = [sys.executable, "-m", "llama_jax.plan", "--config", file, "--topology", self.topology]
+            hlo = Path(folder) / "o.hlo"
+            command = [sys.executable, "-m", "llama_jax.plan", "--config", CONFIG, "--topology", self.topology]
+            for name, value in asdict(self.config.model).items():
+                if value != getattr(LARGE.model, name):
+                    command += [f"--model.{name}", str(value)]
             command += ["--train.batch-size", str(ROWS * self.chips), "--train.gradient-accumulation-steps", "1"]
             command += ["--json", "--output", "", "--hlo", hlo]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=1200)
