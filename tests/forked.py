@@ -39,6 +39,9 @@ class Fork:
         self._folder = tempfile.TemporaryDirectory()
         given, self._out, self._err = (Path(self._folder.name, name) for name in ("in", "out", "err"))
         given.write_text(stdin or "")
+        # A process may be killed before it opens them.
+        self._out.touch()
+        self._err.touch()
         streams = given, self._out, self._err
         environment = os.environ | (environment or {})
         self._process = FORKS.Process(target=_become, args=(list(argv), cwd, environment, streams))
