@@ -203,12 +203,15 @@ class Llama(nn.Module):
     def _forward(self, token_ids: jax.Array, cache: KVCache | None, end: int) -> tuple[jax.Array, list[Any]]:
         a, T = self.args, token_ids.shape[1]
         tables = rotary_table(a.max_seq_len, a.head_dim, a.rope_theta)
+        embeddings = cast(jax.Array, self.tok_embeddings)
         if cache is None:
             angles: Angles = tables[0][None, :T], tables[1][None, :T]
+            x = embed(embeddings, token_ids, self.dtype)
         else:
             positions = cache.positions(T)
             angles = jnp.asarray(tables[0])[positions], jnp.asarray(tables[1])[positions]
-        x = embed(cast(jax.Array, self.tok_embeddings), token_ids, self.dtype)
+            # These are few tokens. ``embed`` would gather a sharded table at every step.
+            x = jnp.take(embeddings, token_ids, axis=0).astype(self.dtype)
         x = constrain(x, "batch", "length", None)
         block = Block(a, self.kernel, self.exact_rows, name="layers", parent=None)
 

@@ -194,9 +194,13 @@ def _divides(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) ->
 
 
 def shard_axes(*axes: str) -> tuple[str, ...]:
-    """Return the mesh axes of ``axes`` that the running function sees one shard of: none outside shard_by_shard."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return tuple(name for axis in axes for name in mesh_axes_of(axis) if name in manual)
+    """Return the mesh axes of ``axes`` that the running function sees one shard of: none outside shard_by_shard.
+
+    An axis of one device is left out. XLA would copy an array to gather it from one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = (name for axis in axes for name in mesh_axes_of(axis))
+    return tuple(name for name in names if name in mesh.manual_axes and mesh.shape[name] > 1)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
