@@ -76,6 +76,7 @@ def python_of(again: subprocess.Popen[str]) -> int:
     return int(subprocess.run(["pgrep", "-P", str(again.pid)], capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_a_job_under_again_goes_on_after_a_signal_and_after_the_loss_of_a_process(tmp_path: Path) -> None:
     folder, address = tmp_path / "run", free_address()
     job = [start_again(folder, address, index) for index in range(2)]

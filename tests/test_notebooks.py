@@ -79,6 +79,7 @@ def test_a_notebook_says_what_was_run_where_and_holds_no_token(path: Path) -> No
 
 
 @executes
+@pytest.mark.slow
 def test_the_tutorial_builds_trains_and_samples_and_each_piece_equals_the_packages(tmp_path: Path) -> None:
     shown = execute("llama2_from_scratch.ipynb", tmp_path)
     text = "".join(shown)
@@ -89,6 +90,7 @@ def test_the_tutorial_builds_trains_and_samples_and_each_piece_equals_the_packag
 
 
 @executes
+@pytest.mark.slow
 def test_stories_are_pretrained_plotted_and_sampled(tmp_path: Path) -> None:
     shown = execute("stories_on_free_tpus.ipynb", tmp_path)
     text = "".join(shown)
@@ -98,6 +100,7 @@ def test_stories_are_pretrained_plotted_and_sampled(tmp_path: Path) -> None:
 
 
 @executes
+@pytest.mark.slow
 def test_weights_in_hugging_faces_layout_are_converted_and_sampled(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     """In place of a download: a tiny model of random numbers, written as Hugging Face ships models."""
     model = build(small_tokenizer, n_layers=1)

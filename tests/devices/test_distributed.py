@@ -149,7 +149,8 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_saved_and_the_loss_o
     assert "lost another" in main.err.splitlines()[-1] and "Traceback" not in main.err
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(1, 7), pytest.param(6, 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "seed"), [(1, 7), (6, 0)])
 def test_a_run_survives_kills_of_its_processes_bit_for_bit(kills: int, seed: int, tmp_path: Path) -> None:
     figures = survive(tmp_path, kills, seed, notice_seconds=2)
     assert figures["kills"] == kills and survived(figures), json.dumps(figures)

@@ -201,6 +201,7 @@ def main() -> None:
             print(sum(a != b for rows in found for a, b in zip(alone, rows, strict=False)))
 
 
+@pytest.mark.slow
 def test_programs_that_are_compiled_as_for_users_are_exact_too() -> None:
     """The tests' own are compiled without optimisation, which leaves out fused multiply-adds, for one."""
     command = [sys.executable, "-m", "tests.generation.test_exact"]
