@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,6 +65,7 @@ class GenerationProgram:
 
     def __init__(self, function: Callable[..., Any], **jit_arguments: Any):
         self._function, self._jit_arguments = function, jit_arguments
+        self._asked_for: set[Any] = set()
         functools.update_wrapper(self, function)
 
     @functools.cached_property
@@ -73,6 +75,32 @@ class GenerationProgram:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._jitted(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def compiled_meanwhile(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Compile the program for these arguments in a thread while the block runs, unless that was done before.
+
+        Arrays may be described as ShapeDtypeStructs with a sharding. A call with equal shapes finds the program compiled.
+        """
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        key = structure, tuple((x.shape, x.dtype, x.sharding) if hasattr(x, "shape") else x for x in leaves)
+        if key in self._asked_for:
+            yield
+            return
+        self._asked_for.add(key)
+        mesh = jax.sharding.get_mesh()
+
+        def compile() -> None:
+            # An error comes again where the program is called.
+            with contextlib.suppress(Exception), jax.set_mesh(mesh):
+                self.lower(*args, **kwargs).compile()
+
+        thread = threading.Thread(target=compile, name="compiling", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lower the program, to compile it for other devices or to inspect it."""

@@ -3,6 +3,7 @@
 B rows, one per completion; T tokens of a pass; D dim; V vocab.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from jax.typing import ArrayLike
 
 from llama_jax.config import SampleArgs
 from llama_jax.devices.compiling import GenerationProgram
-from llama_jax.devices.sharding import mesh_axes_of, mesh_of, on_every_device, on_mesh, spec
+from llama_jax.devices.sharding import mesh_axes_of, mesh_of, on_every_device, on_mesh, spec, with_shardings
 from llama_jax.generation.sampling import Sampler, make_sampler, sample
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
@@ -131,8 +132,9 @@ def generate_chunks(
     rows = pad_rows(rows, mesh)
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     slots = slots_read(longest + max_new_tokens + steps)
-    with on_mesh(mesh):
-        state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype)
+    cache_dtype = cache_dtype or model.dtype
+    with on_mesh(mesh), _first_chunk_compiled_meanwhile(model, params, rows, longest, slots, steps, cache_dtype):
+        state = read_prompts(model, params, rows, longest, slots, cache_dtype)
     waiting = None
     for done in range(0, max_new_tokens, steps):
         # Start the next chunk before this one is yielded, so that the device computes while the caller works.
@@ -145,6 +147,24 @@ def generate_chunks(
         waiting = made
     if waiting is not None:
         yield Sampled(*(np.asarray(x)[:count] for x in waiting))
+
+
+def _first_chunk_compiled_meanwhile(
+    model: Llama, params: Any, rows: Sequence[Row], longest: int, slots: int, steps: int, cache_dtype: Any
+) -> contextlib.AbstractContextManager[None]:
+    """Compile the first chunk while the block reads the prompts: half the wait for the first token of a deep model.
+
+    This is for one device. On several, the compiler decides how the state is sharded after the prompts are read.
+    """
+    mesh = mesh_of(params)
+    if mesh.size > 1:
+        return contextlib.nullcontext()
+    end = slots_read(longest + steps)
+    slots = max(end, slots_read(longest) if caches_grow() else slots)
+    sampler, first = make_sampler(rows, model.args.vocab_size), np.zeros(len(rows), np.int32)
+    shapes = jax.eval_shape(lambda sampler: empty_state(model, sampler, first, slots, cache_dtype), sampler)
+    state = with_shardings(shapes, state_shardings(shapes, mesh))
+    return decode_chunk.compiled_meanwhile(model, params, state, steps, end)
 
 
 def pad_rows(rows: Sequence[Row], mesh: jax.sharding.Mesh) -> Sequence[Row]:

@@ -177,6 +177,21 @@ def test_samples_of_a_prompt_differ_and_keep_their_numbers(model: Model) -> None
     np.testing.assert_array_equal(third, ids[2])
 
 
+@pytest.mark.parametrize("args", [SampleArgs(temperature=0.0), SampleArgs(top_p=0.9, repetition_penalty=1.1)])
+def test_the_first_chunk_is_compiled_once_while_the_prompt_is_read(
+    model: Model, args: SampleArgs, caplog: pytest.LogCaptureFixture
+) -> None:
+    jax.config.update("jax_log_compiles", True)  # the context manager would hold for this thread alone
+    try:
+        with caplog.at_level("WARNING"):
+            for count in (9, 6):
+                decode(model, [[1, 5, 6]], args, count, steps=3)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [r.threadName for r in caplog.records if "XLA compilation of jit(decode_chunk)" in r.getMessage()]
+    assert compiled == ["compiling"]
+
+
 def test_a_cache_is_written_where_it_lies(model: Model) -> None:
     """A compiled step holds no second cache."""
     B, slots = 8, 1024
