@@ -27,10 +27,12 @@ def make_model(
     attention: AttentionKernel = "auto",
     mesh: jax.sharding.Mesh | None = None,
     exact: bool = False,
+    document_mask: bool = False,
 ) -> Llama:
     """Return the Flax module with the settings that are fastest on the platform of ``mesh``.
 
     ``mesh`` None stands for JAX's default device. ``exact`` prepares the model for exact generation (ops/exact.py).
+    ``document_mask``: the model is trained with the segments of documents, which not every kernel takes.
     Raises UserError on an unknown data type, or an attention implementation that is not available on the platform.
     """
     if compute_dtype not in get_args(DType):
@@ -40,7 +42,8 @@ def make_model(
     if compute_dtype == "auto":
         compute_dtype = "float32" if cpu else "bfloat16"
     dtype = jnp.dtype(compute_dtype)
-    kernel = choose_kernel(attention, platform, args, dtype, 1 if mesh is None else mesh.shape["sequence"])
+    shards = 1 if mesh is None else mesh.shape["sequence"]
+    kernel = choose_kernel(attention, platform, args, dtype, shards, document_mask)
     # With unrolled layers, XLA would notice that remat recomputes known values, and keep them in memory after all.
     unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
     exact_rows = (CPU_ROWS if cpu else ROWS) if exact else 0

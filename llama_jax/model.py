@@ -66,17 +66,20 @@ def rotary(x: jax.Array, angles: Angles, exact_rows: int = 0) -> jax.Array:
     return (a + b).astype(x.dtype)
 
 
-def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None) -> jax.Array:
     """Compute softmax(q k / sqrt(H)) v, where position t sees positions 0 to t (Vaswani et al., 2017, section 3.2.1).
 
-    q: [B, T, N, H]; k, v: [B, S, K, H], S = T. Each KV head serves G = N/K query heads. Returns [B, T, N, H] of v's
-    dtype. The kernels in ops/attention.py compute the same in less memory.
+    q: [B, T, N, H]; k, v: [B, S, K, H], S = T. Each KV head serves G = N/K query heads. Given segments, int [B, T],
+    positions see only those of their own segment. Returns [B, T, N, H] of v's dtype. The kernels in ops/attention.py
+    compute the same in less memory.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    visible = np.tril(np.ones((T, T), bool))
+    visible: Any = np.tril(np.ones((T, T), bool))
+    if segments is not None:
+        visible = visible & (segments[:, None, None, :, None] == segments[:, None, None, None, :])
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
 
@@ -84,7 +87,8 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions (LLaMA 2 paper, section 2.2): [B, T, D] -> [B, T, D].
 
-    With a cache, tokens also attend to the cached ones, and the module also returns their own keys and values.
+    With a cache, tokens also attend to the cached ones, and the module also returns their own keys and values. Given
+    segments, int [B, T], tokens attend only within their own.
     """
 
     args: ModelArgs
@@ -92,7 +96,9 @@ class Attention(nn.Module):
     exact_rows: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: Angles, cache: LayerCache | None) -> tuple[jax.Array, KVPair | None]:
+    def __call__(
+        self, x: jax.Array, angles: Angles, cache: LayerCache | None, segments: jax.Array | None = None
+    ) -> tuple[jax.Array, KVPair | None]:
         a = self.args
         product = functools.partial(linear, exact_rows=self.exact_rows)
         std = a.dim**-0.5
@@ -108,9 +114,9 @@ class Attention(nn.Module):
         if cache is not None:
             y, new = attention_over_cache(q, k, v, cache, self.kernel, self.exact_rows)
         elif self.kernel == "plain":
-            y = plain_attention(q, k, v)
+            y = plain_attention(q, k, v, segments)
         else:
-            y = attention(q, k, v, self.kernel)
+            y = attention(q, k, v, self.kernel, segments)
         return product("BTNH,NHD->BTD", y, wo), new
 
 
@@ -143,11 +149,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, cache: LayerCache | None = None
+        self, x: jax.Array, angles: Angles, cache: LayerCache | None = None, segments: jax.Array | None = None
     ) -> tuple[jax.Array, KVPair | None]:
         a = self.args
         h = rms_norm(x, norm_weight(self, "attention_norm", a.dim), a.norm_eps, self.exact_rows)
-        h, new = Attention(a, self.kernel, self.exact_rows, name="attention")(h, angles, cache)
+        h, new = Attention(a, self.kernel, self.exact_rows, name="attention")(h, angles, cache, segments)
         x = checkpoint_name(x + h, AFTER_ATTENTION)
         h = rms_norm(x, norm_weight(self, "ffn_norm", a.dim), a.norm_eps, self.exact_rows)
         x = x + SwiGLU(a, self.exact_rows, name="feed_forward")(h)
@@ -180,13 +186,21 @@ class Llama(nn.Module):
         self.norm = norm_weight(self, "norm", a.dim)
         self.output = weight(self, "output", a.dim**-0.5, embed=a.dim, vocab=a.vocab_size)
 
-    def __call__(self, token_ids: jax.Array) -> jax.Array:
-        """Return the logits of the token after each position: int [B, T] -> float32 [B, T, V]."""
-        return self.logits(self.hidden(token_ids))
+    def __call__(
+        self, token_ids: jax.Array, segments: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the logits of the token after each position: int [B, T] -> float32 [B, T, V]; see ``hidden``."""
+        return self.logits(self.hidden(token_ids, segments, positions))
 
-    def hidden(self, token_ids: jax.Array) -> jax.Array:
-        """Return the normed hidden states, from which logits are computed: int [B, T] -> [B, T, D] of ``dtype``."""
-        return self._forward(token_ids, None, 0)[0]
+    def hidden(
+        self, token_ids: jax.Array, segments: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the normed hidden states, from which logits are computed: int [B, T] -> [B, T, D] of ``dtype``.
+
+        segments: int [B, T], the document of each token, beyond which it does not attend. None: a row is one document.
+        positions: int [B, T], the position of each token, for the rotary embedding. None: 0 to T - 1.
+        """
+        return self._forward(token_ids, None, 0, segments, positions)[0]
 
     def next_hidden(self, token_ids: jax.Array, cache: KVCache, end: int) -> tuple[jax.Array, KVCache]:
         """Return ``hidden`` of tokens [B, T] that follow the cached ones, and the cache with these tokens added.
@@ -200,20 +214,28 @@ class Llama(nn.Module):
         """Return the logits of hidden states: [B, T, D] -> float32 [B, T, V]."""
         return linear("BTD,DV->BTV", hidden, self.output, jnp.float32, self.exact_rows)
 
-    def _forward(self, token_ids: jax.Array, cache: KVCache | None, end: int) -> tuple[jax.Array, list[Any]]:
+    def _forward(
+        self,
+        token_ids: jax.Array,
+        cache: KVCache | None,
+        end: int,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[Any]]:
         a, T = self.args, token_ids.shape[1]
         tables = rotary_table(a.max_seq_len, a.head_dim, a.rope_theta)
-        if cache is None:
+        if cache is not None:
+            positions = cache.positions(T)
+        if positions is None:
             angles: Angles = tables[0][None, :T], tables[1][None, :T]
         else:
-            positions = cache.positions(T)
             angles = jnp.asarray(tables[0])[positions], jnp.asarray(tables[1])[positions]
         x = embed(cast(jax.Array, self.tok_embeddings), token_ids, self.dtype)
         x = constrain(x, "batch", "length", None)
         block = Block(a, self.kernel, self.exact_rows, name="layers", parent=None)
 
         def layer(x: jax.Array, weights: Any, angles: Angles, cache: LayerCache | None) -> tuple[jax.Array, Any]:
-            return cast(Any, block.apply({"params": weights}, x, angles, cache))
+            return cast(Any, block.apply({"params": weights}, x, angles, cache, segments))
 
         def next_layer(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
             return layer(x, weights, angles, None)

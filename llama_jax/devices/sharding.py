@@ -195,7 +195,11 @@ def _divides(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) ->
 
 def shard_axes(*axes: str) -> tuple[str, ...]:
     """Return the mesh axes of ``axes`` that the running function sees one shard of: none outside shard_by_shard."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = mesh.manual_axes
+    # XLA cannot compile a sum over axes of one device while the partitioner splits other axes. It would change nothing.
+    if not mesh.empty and mesh.size > 1 and all(mesh.shape[name] == 1 for name in manual):
+        return ()
     return tuple(name for axis in axes for name in mesh_axes_of(axis) if name in manual)
 
 

@@ -42,9 +42,20 @@ def cross_entropy(
     return shard_by_shard(local, TOKENS, (HIDDEN, OUTPUT, TOKENS, TOKENS), ())(hidden, output, targets, weights)
 
 
-def loss_sum(model: Any, params: Any, inputs: ArrayLike, targets: ArrayLike, weights: ArrayLike) -> jax.Array:
-    """Return ``cross_entropy`` of a Llama on a batch: int [B, T], int [B, T], float32 [B, T] -> float32 []."""
-    hidden = cast(jax.Array, model.apply({"params": params}, inputs, method="hidden"))
+def loss_sum(
+    model: Any,
+    params: Any,
+    inputs: ArrayLike,
+    targets: ArrayLike,
+    weights: ArrayLike,
+    segments: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+) -> jax.Array:
+    """Return ``cross_entropy`` of a Llama on a batch: int [B, T], int [B, T], float32 [B, T] -> float32 [].
+
+    segments, positions: int [B, T], the document and the position of each token; see ``Llama.hidden``.
+    """
+    hidden = cast(jax.Array, model.apply({"params": params}, inputs, segments, positions, method="hidden"))
     return cross_entropy(hidden, as_array(params["output"]), targets, weights, model.loss_chunk)
 
 
