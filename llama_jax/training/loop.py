@@ -16,7 +16,7 @@ from llama_jax.cli.progress import Progress, working
 from llama_jax.cli.stopping import NAMES, StopSignals, output_may_vanish, status_of
 from llama_jax.config import Config, SampleArgs, TrainArgs
 from llama_jax.data import Data
-from llama_jax.data.batches import Batch, OwnRows, PackedBatch, eval_batches, train_batches
+from llama_jax.data.batches import Batch, OwnRows, eval_batches, train_batches
 from llama_jax.data.document_mask import masked
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
@@ -90,7 +90,7 @@ class Run:
         """The total number of steps of the run."""
         return self.settled.steps
 
-    def masked(self, batches: Iterator[Batch]) -> Iterator[Batch] | Iterator[PackedBatch]:
+    def masked(self, batches: Iterator[Batch]) -> Iterator[Any]:
         """Return the batches, with their documents if data.document_mask asks for them."""
         return masked(batches, self.data.tokenizer.bos_id) if self.config.data.document_mask else batches
 
