@@ -1,5 +1,6 @@
 """Builds the model in the form that is fastest on a platform."""
 
+import math
 from typing import get_args
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 
 from llama_jax.config import AttentionKernel, DType, ModelArgs, Remat
 from llama_jax.devices.compiling import platform_of
+from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
 from llama_jax.ops.attention import choose_kernel
@@ -27,10 +29,12 @@ def make_model(
     attention: AttentionKernel = "auto",
     mesh: jax.sharding.Mesh | None = None,
     exact: bool = False,
+    document_mask: bool = False,
 ) -> Llama:
     """Return the Flax module with the settings that are fastest on the platform of ``mesh``.
 
     ``mesh`` None stands for JAX's default device. ``exact`` prepares the model for exact generation (ops/exact.py).
+    ``document_mask``: the model is trained with the segments of documents, which not every kernel takes.
     Raises UserError on an unknown data type, or an attention implementation that is not available on the platform.
     """
     if compute_dtype not in get_args(DType):
@@ -40,8 +44,14 @@ def make_model(
     if compute_dtype == "auto":
         compute_dtype = "float32" if cpu else "bfloat16"
     dtype = jnp.dtype(compute_dtype)
-    kernel = choose_kernel(attention, platform, args, dtype, 1 if mesh is None else mesh.shape["sequence"])
+    shards = 1 if mesh is None else mesh.shape["sequence"]
+    kernel = choose_kernel(attention, platform, args, dtype, shards, document_mask)
     # With unrolled layers, XLA would notice that remat recomputes known values, and keep them in memory after all.
     unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
     exact_rows = (CPU_ROWS if cpu else ROWS) if exact else 0
     return Llama(args, dtype, remat, kernel, CPU_LOSS_CHUNK if cpu else LOSS_CHUNK, unroll, exact_rows)
+
+
+def count_parameters(args: ModelArgs) -> int:
+    """Count the parameters exactly, without creating any."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(Llama(args))))

@@ -127,6 +127,10 @@ class DataArgs:
     as_text: bool = False
     """Read files as plain text even if they look like something else, such as JSON lines or HTML.
     Bytes that are not UTF-8 become U+FFFD."""
+    document_mask: bool = False
+    """Keep attention, rotary positions and the loss inside each document, in training and in its evaluations.
+    A document that the start of a sequence cuts begins again there, at position 0.
+    The first token of the next document is not predicted."""
 
     def check(self) -> None:
         """Raise UserError on impossible values."""

@@ -11,7 +11,6 @@ or stand in a tuple. Activations have the model's ``dtype``. Norms, rotary angle
 """
 
 import functools
-import math
 from typing import Any, cast
 
 import flax.linen as nn
@@ -21,11 +20,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import AttentionKernel, ModelArgs, Remat
-from llama_jax.devices.sharding import constrain, parameter_shapes
+from llama_jax.devices.sharding import constrain
 from llama_jax.ops import exact
-from llama_jax.ops.attention import attention, attention_over_cache
+from llama_jax.ops.attention import Documents, attention, attention_over_cache
 from llama_jax.ops.cache import KVCache, KVPair, LayerCache
-from llama_jax.ops.embedding import embed
+from llama_jax.ops.embedding import embed, embed_few
 from llama_jax.ops.linear import linear
 from llama_jax.ops.parameters import norm_weight, one_by_one, weight
 from llama_jax.ops.remat import AFTER_ATTENTION, POLICIES
@@ -66,17 +65,20 @@ def rotary(x: jax.Array, angles: Angles, exact_rows: int = 0) -> jax.Array:
     return (a + b).astype(x.dtype)
 
 
-def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None) -> jax.Array:
     """Compute softmax(q k / sqrt(H)) v, where position t sees positions 0 to t (Vaswani et al., 2017, section 3.2.1).
 
-    q: [B, T, N, H]; k, v: [B, S, K, H], S = T. Each KV head serves G = N/K query heads. Returns [B, T, N, H] of v's
-    dtype. The kernels in ops/attention.py compute the same in less memory.
+    q: [B, T, N, H]; k, v: [B, S, K, H], S = T. Each KV head serves G = N/K query heads. Given segments, int [B, T],
+    positions see only those of their own segment. Returns [B, T, N, H] of v's dtype. The kernels in ops/attention.py
+    compute the same in less memory.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    visible = np.tril(np.ones((T, T), bool))
+    visible: Any = np.tril(np.ones((T, T), bool))
+    if segments is not None:
+        visible = visible & (segments[:, None, None, :, None] == segments[:, None, None, None, :])
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
 
@@ -84,7 +86,8 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions (LLaMA 2 paper, section 2.2): [B, T, D] -> [B, T, D].
 
-    With a cache, tokens also attend to the cached ones, and the module also returns their own keys and values.
+    With a cache, tokens also attend to the cached ones, and the module also returns their own keys and values. Given
+    segments, int [B, T], tokens attend only within their own.
     """
 
     args: ModelArgs
@@ -92,7 +95,9 @@ class Attention(nn.Module):
     exact_rows: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: Angles, cache: LayerCache | None) -> tuple[jax.Array, KVPair | None]:
+    def __call__(
+        self, x: jax.Array, angles: Angles, cache: LayerCache | None, segments: jax.Array | None = None
+    ) -> tuple[jax.Array, KVPair | None]:
         a = self.args
         product = functools.partial(linear, exact_rows=self.exact_rows)
         std = a.dim**-0.5
@@ -108,9 +113,9 @@ class Attention(nn.Module):
         if cache is not None:
             y, new = attention_over_cache(q, k, v, cache, self.kernel, self.exact_rows)
         elif self.kernel == "plain":
-            y = plain_attention(q, k, v)
+            y = plain_attention(q, k, v, segments)
         else:
-            y = attention(q, k, v, self.kernel)
+            y = attention(q, k, v, self.kernel, segments)
         return product("BTNH,NHD->BTD", y, wo), new
 
 
@@ -143,11 +148,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, cache: LayerCache | None = None
+        self, x: jax.Array, angles: Angles, cache: LayerCache | None = None, segments: jax.Array | None = None
     ) -> tuple[jax.Array, KVPair | None]:
         a = self.args
         h = rms_norm(x, norm_weight(self, "attention_norm", a.dim), a.norm_eps, self.exact_rows)
-        h, new = Attention(a, self.kernel, self.exact_rows, name="attention")(h, angles, cache)
+        h, new = Attention(a, self.kernel, self.exact_rows, name="attention")(h, angles, cache, segments)
         x = checkpoint_name(x + h, AFTER_ATTENTION)
         h = rms_norm(x, norm_weight(self, "ffn_norm", a.dim), a.norm_eps, self.exact_rows)
         x = x + SwiGLU(a, self.exact_rows, name="feed_forward")(h)
@@ -180,13 +185,16 @@ class Llama(nn.Module):
         self.norm = norm_weight(self, "norm", a.dim)
         self.output = weight(self, "output", a.dim**-0.5, embed=a.dim, vocab=a.vocab_size)
 
-    def __call__(self, token_ids: jax.Array) -> jax.Array:
+    def __call__(self, token_ids: jax.Array, documents: Documents | None = None) -> jax.Array:
         """Return the logits of the token after each position: int [B, T] -> float32 [B, T, V]."""
-        return self.logits(self.hidden(token_ids))
+        return self.logits(self.hidden(token_ids, documents))
 
-    def hidden(self, token_ids: jax.Array) -> jax.Array:
-        """Return the normed hidden states, from which logits are computed: int [B, T] -> [B, T, D] of ``dtype``."""
-        return self._forward(token_ids, None, 0)[0]
+    def hidden(self, token_ids: jax.Array, documents: Documents | None = None) -> jax.Array:
+        """Return the normed hidden states, from which logits are computed: int [B, T] -> [B, T, D] of ``dtype``.
+
+        documents: the document of each token. None: a row is one document.
+        """
+        return self._forward(token_ids, None, 0, documents)[0]
 
     def next_hidden(self, token_ids: jax.Array, cache: KVCache, end: int) -> tuple[jax.Array, KVCache]:
         """Return ``hidden`` of tokens [B, T] that follow the cached ones, and the cache with these tokens added.
@@ -200,23 +208,23 @@ class Llama(nn.Module):
         """Return the logits of hidden states: [B, T, D] -> float32 [B, T, V]."""
         return linear("BTD,DV->BTV", hidden, self.output, jnp.float32, self.exact_rows)
 
-    def _forward(self, token_ids: jax.Array, cache: KVCache | None, end: int) -> tuple[jax.Array, list[Any]]:
+    def _forward(
+        self, token_ids: jax.Array, cache: KVCache | None, end: int, documents: Documents | None = None
+    ) -> tuple[jax.Array, list[Any]]:
         a, T = self.args, token_ids.shape[1]
-        tables = rotary_table(a.max_seq_len, a.head_dim, a.rope_theta)
-        embeddings = cast(jax.Array, self.tok_embeddings)
-        if cache is None:
-            angles: Angles = tables[0][None, :T], tables[1][None, :T]
-            x = embed(embeddings, token_ids, self.dtype)
+        segments, positions = documents or (None, None if cache is None else cache.positions(T))
+        cos, sin = rotary_table(a.max_seq_len, a.head_dim, a.rope_theta)
+        if positions is None:
+            angles: Angles = cos[None, :T], sin[None, :T]
         else:
-            positions = cache.positions(T)
-            angles = jnp.asarray(tables[0])[positions], jnp.asarray(tables[1])[positions]
-            # These are few tokens. ``embed`` would gather a sharded table at every step.
-            x = jnp.take(embeddings, token_ids, axis=0).astype(self.dtype)
+            angles = jnp.asarray(cos)[positions], jnp.asarray(sin)[positions]
+        lookup = embed if cache is None else embed_few
+        x = lookup(cast(jax.Array, self.tok_embeddings), token_ids, self.dtype)
         x = constrain(x, "batch", "length", None)
         block = Block(a, self.kernel, self.exact_rows, name="layers", parent=None)
 
         def layer(x: jax.Array, weights: Any, angles: Angles, cache: LayerCache | None) -> tuple[jax.Array, Any]:
-            return cast(Any, block.apply({"params": weights}, x, angles, cache))
+            return cast(Any, block.apply({"params": weights}, x, angles, cache, segments))
 
         def next_layer(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
             return layer(x, weights, angles, None)
@@ -239,8 +247,3 @@ class Llama(nn.Module):
         x, angle = jnp.zeros((1, 1, a.dim)), jnp.zeros((1, 1, 1, a.head_dim))
         init = jax.vmap(lambda key: Block(a, parent=None).init(key, x, (angle, angle))["params"])
         return nn.meta.add_axis(init(jax.random.split(key, a.n_layers)), 0, {nn.PARTITION_NAME: "layers"})
-
-
-def count_parameters(args: ModelArgs) -> int:
-    """Count the parameters exactly, without creating any."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(Llama(args))))

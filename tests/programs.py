@@ -30,8 +30,8 @@ def shared_programs() -> Iterator[None]:
     def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> Any:
         return optimizers(dataclasses.replace(args, **DEFAULTS), steps, held)
 
-    def compile_eval_step(model: Any, mesh: Any, train: TrainArgs, args: Any) -> Any:
-        return eval_steps(model, mesh, dataclasses.replace(train, **DEFAULTS), args)
+    def compile_eval_step(model: Any, mesh: Any, train: TrainArgs, args: Any, document_mask: bool = False) -> Any:
+        return eval_steps(model, mesh, dataclasses.replace(train, **DEFAULTS), args, document_mask)
 
     def init_state(model: Any, optimizer: Any, mesh: Any, seed: int, params: Any = None) -> step.TrainState:
         if params is not None:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from llama_jax import model as model_module
-from llama_jax.build import make_model
+from llama_jax.build import count_parameters, make_model
 from llama_jax.config import ModelArgs, Remat
 from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.generation.serving import for_generation
-from llama_jax.model import Llama, count_parameters
+from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
 from llama_jax.ops.loss import cross_entropy
 from llama_jax.ops.parameters import one_by_one

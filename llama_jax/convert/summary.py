@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from llama_jax.build import count_parameters
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Weights
 from llama_jax.convert.checkpoint_source import parts
@@ -17,7 +18,6 @@ from llama_jax.convert.layout import BLOCK_BYTES, TABLE, all_tensors, blocks
 from llama_jax.convert.source import Source
 from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError, quoted
-from llama_jax.model import count_parameters
 from llama_jax.programs import typed
 from llama_jax.storage.files import raw_bytes
 

@@ -4,7 +4,7 @@ Each process reads only the rows that its devices hold.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import grain
 import jax
@@ -26,6 +26,19 @@ class Batch(NamedTuple):
     weights: np.ndarray  # float32 [B, T]: 1 if the target counts in the loss, 0 at padding
 
 
+class PackedBatch(NamedTuple):
+    """A batch whose rows hold documents, each of which is a sequence of its own (document_mask.py)."""
+
+    inputs: np.ndarray  # int32 [B, T]
+    targets: np.ndarray  # int32 [B, T]
+    weights: np.ndarray  # float32 [B, T]
+    segments: np.ndarray  # int32 [B, T]: the document of each input, which inputs of others do not see
+    positions: np.ndarray  # int32 [B, T]: the position of each input in its document
+
+
+AnyBatch = TypeVar("AnyBatch", Batch, PackedBatch)
+
+
 class OwnRows:
     """The rows of a [B, T] batch that this process's devices hold, in full or in part."""
 
@@ -34,9 +47,9 @@ class OwnRows:
         held = sharding.addressable_devices_indices_map(self._shape).values()
         self.rows = np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in held if index]))
 
-    def assemble(self, batch: Batch) -> Batch:
+    def assemble(self, batch: AnyBatch) -> AnyBatch:
         """Build the arrays of the whole batch, over all devices, from this process's rows: [rows, T] -> [B, T]."""
-        return Batch(*map(self._assemble, batch))  # type: ignore[arg-type]
+        return cast(AnyBatch, jax.tree.map(self._assemble, batch))
 
     def _assemble(self, array: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:

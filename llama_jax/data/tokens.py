@@ -103,16 +103,17 @@ class TokenSet:
     eval: TokenStream
     manifest: Manifest
 
-    def bits_per_byte(self, loss: float) -> float | None:
+    def bits_per_byte(self, loss: float, document_mask: bool = False) -> float | None:
         """Convert a held-out loss in nats per token to bits per byte.
 
         None if the tokens lose text, since it would be wrong.
 
-        The first token of a stream is never predicted.
+        The first token of a stream is never predicted; with a document mask, nor is that of any document.
         """
         if self.manifest.lossy("eval"):
             return None
-        bytes_per_token = self.manifest.text_bytes["eval"] / max(1, self.manifest.tokens["eval"] - 1)
+        never = self.manifest.documents["eval"] if document_mask else 1
+        bytes_per_token = self.manifest.text_bytes["eval"] / max(1, self.manifest.tokens["eval"] - never)
         return loss / math.log(2) / bytes_per_token
 
     def check(self, seconds: float = math.inf) -> None:

@@ -80,7 +80,8 @@ class GenerationProgram:
     def compiled_meanwhile(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Compile the program for these arguments in a thread while the block runs, unless that was done before.
 
-        Arrays may be described as ShapeDtypeStructs with a sharding. A call with equal shapes finds the program compiled.
+        Arrays may be described as ShapeDtypeStructs with a sharding. A call with equal shapes finds the program
+        compiled.
         """
         leaves, structure = jax.tree.flatten((args, kwargs))
         key = structure, tuple((x.shape, x.dtype, x.sharding) if hasattr(x, "shape") else x for x in leaves)

@@ -196,7 +196,8 @@ def _divides(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) ->
 def shard_axes(*axes: str) -> tuple[str, ...]:
     """Return the mesh axes of ``axes`` that the running function sees one shard of: none outside shard_by_shard.
 
-    An axis of one device is left out. XLA would copy an array to gather it from one device.
+    An axis of one device is left out. XLA would copy an array to gather it from one device, and it cannot compile a sum
+    over such axes while the partitioner splits others.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = (name for axis in axes for name in mesh_axes_of(axis))

@@ -2,10 +2,12 @@
 
 Over a sequence there are three implementations with the same result: ``xla``, written here, for every platform;
 ``splash``, JAX's TPU kernel; ``cudnn``, for NVIDIA GPUs. The two kernels never store the scores [T, S].
-``choose_kernel`` picks one.
+``choose_kernel`` picks one. Each of them keeps attention inside documents, given the segment of every position.
 
 B batch, T query positions, S key positions, N query heads, K KV heads, G = N/K, H head_dim.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +28,36 @@ MAX_BLOCKS = 16
 # Splash uses the largest of these that divides the length. Its heads are padded to whole lanes of the vector unit.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
 LANES = 128
+# A document mask: the segments of the queries, int [B, T], and those of the keys, int [B, S].
+Segments = tuple[jax.Array, jax.Array]
 # Names of the operands and the result for rematerialisation policies (remat.py).
 OPERANDS = ("query", "key", "value")
 ATTENTION = "attention"
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # the name of JAX's primitive
 
 QUERIES, KEYS = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+POSITIONS = ("batch", "length")
+
+
+class Documents(NamedTuple):
+    """The documents that lie side by side in rows [B, T]."""
+
+    segments: jax.Array  # int [B, T], the document of each token, beyond which it does not attend
+    positions: jax.Array  # int [B, T], the position of each token, for the rotary embedding
 
 
 def choose_kernel(
-    asked: AttentionKernel, platform: str, args: ModelArgs, dtype: jnp.dtype, sequence_shards: int = 1
+    asked: AttentionKernel,
+    platform: str,
+    args: ModelArgs,
+    dtype: jnp.dtype,
+    sequence_shards: int = 1,
+    document_mask: bool = False,
 ) -> AttentionKernel:
     """Return ``asked``, or for ``auto`` the fastest kernel that is available.
 
-    platform: "cpu", "tpu" or "cuda". Raises UserError if the platform, the type or the shape does not allow ``asked``.
+    platform: "cpu", "tpu" or "cuda". document_mask: attention stays inside documents. Raises UserError if the platform,
+    the type or the shape does not allow ``asked``.
     """
     length = args.max_seq_len // sequence_shards
     needs: dict[AttentionKernel, dict[str, bool]] = {
@@ -52,6 +70,7 @@ def choose_kernel(
             "bfloat16": dtype == jnp.bfloat16,
             "mesh.sequence = 1": sequence_shards == 1,
             "heads of up to 128 features, a multiple of 8": args.head_dim <= 128 and args.head_dim % 8 == 0,
+            "an even number of positions beside data.document_mask": not (document_mask and length % 2),
         },
         "xla": {},
         "plain": {},
@@ -72,36 +91,44 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     kernel: AttentionKernel = "xla",
+    segments: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute softmax attention over a sequence, in which query t sees keys 0 to t.
+    """Compute softmax attention over a sequence, in which query t sees keys 0 to t of its own segment.
 
     q: [B, T, N, H]; k, v: [B, T, K, H]. Keys and values are not repeated: query head n reads KV head n // G.
+    segments: int [B, T], the document of each position. None: all positions of a row are of one document.
     Returns [B, T, N, H] of q's dtype. Scores and softmax are float32.
     """
     # Scale the query instead of the scores, before it is kept for the backward pass.
     q, k, v = (checkpoint_name(x, name) for x, name in zip((q * q.shape[-1] ** -0.5, k, v), OPERANDS, strict=True))
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, own: jax.Array | None = None) -> jax.Array:
         """Attend from a device's queries. If the sequence is sharded, each device gathers all keys and values."""
         T = q.shape[1]
         k, v = gather_shards(k, "length", axis=1), gather_shards(v, "length", axis=1)
+        mask = None if own is None else (own, gather_shards(own, "length", axis=1))
         start = jax.lax.axis_index(shard_axes("length")) * T if k.shape[1] > T else None
         if kernel == "splash" and T % LANES == 0:
-            return _splash(q, k, v, start)
+            return _splash(q, k, v, start, mask)
         if kernel == "cudnn":
-            return jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=True, implementation="cudnn")
-        return _attend_in_blocks(q, k, v, start)
+            same = None if mask is None else same_segment(*mask)[:, None]
+            return jax.nn.dot_product_attention(q, k, v, mask=same, scale=1.0, is_causal=True, implementation="cudnn")
+        return _attend_in_blocks(q, k, v, start, mask)
 
-    return shard_by_shard(local, ("batch", "length", "heads"), (QUERIES, KEYS, KEYS), QUERIES)(q, k, v)
+    documents = () if segments is None else (segments,)
+    axes = (QUERIES, KEYS, KEYS, *(POSITIONS for _ in documents))
+    return shard_by_shard(local, ("batch", "length", "heads"), axes, QUERIES)(q, k, v, *documents)
+
+
+def same_segment(of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
+    """Return whether a query and a key are of one segment: int [B, T], int [B, S] -> bool [B, T, S]."""
+    return of_queries[:, :, None] == of_keys[:, None, :]
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None, segments: jax.Array | None = None
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None, segments: Segments | None = None
 ) -> jax.Array:
-    """Run the TPU kernel on scaled queries from position ``start``.
-
-    Tokens see only their own segment [B, T], if given.
-    """
+    """Run the TPU kernel on scaled queries from position ``start``. Tokens see only their own segment, if given."""
     # Imported here, because Pallas takes as long to import as everything else.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -124,7 +151,7 @@ def _splash(
     q, k, v = (jnp.pad(x.swapaxes(1, 2), lanes) for x in (q, k, v))
     if segments is None:
         return jax.vmap(kernel)(q, k, v)[..., :H].swapaxes(1, 2)
-    out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))(q, k, v, segments)
+    out = jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, splash.SegmentIds(*ids)))(q, k, v, *segments)
     return out[..., :H].swapaxes(1, 2)
 
 
@@ -138,7 +165,9 @@ def _rows_of(of_blocks: jax.Array, start: jax.Array, T: int, S: int) -> jax.Arra
     return jax.lax.dynamic_slice_in_dim(of_blocks, start // T * rows, rows, axis)
 
 
-def _attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None) -> jax.Array:
+def _attend_in_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None, segments: Segments | None = None
+) -> jax.Array:
     """Compute ``attention`` of scaled queries from position ``start`` (None: 0)."""
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -151,6 +180,9 @@ def _attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array
         end = min(at + block, T)
         seen = end if start is None else k.shape[2]
         visible = jnp.arange(seen) <= (jnp.arange(at, end) + (0 if start is None else start))[:, None]
+        if segments is not None:
+            of_queries, of_keys = segments
+            visible = (visible & same_segment(of_queries[:, at:end], of_keys[:, :seen]))[:, None, None]
         bias = jnp.where(visible, 0.0, -jnp.inf)
         blocks.append(_softmax_attention(q[:, :, :, at:end], k[:, :, :seen], v[:, :, :seen], bias))
     out = jnp.concatenate(blocks, axis=3)
@@ -198,7 +230,7 @@ def cached_attention(
         tokens = (new + slot >= first[:, None]).astype(jnp.int32)
         whole_length = (("batch", None, heads, None) for heads in ("heads", "kv_heads", "kv_heads"))
         local = shard_by_shard(
-            lambda q, k, v, tokens: _splash(q, k, v, None, tokens),
+            lambda q, k, v, tokens: _splash(q, k, v, None, (tokens, tokens)),
             ("batch", "length", "heads"),  # a kernel needs all axes of the mesh to be manual
             (*whole_length, ("batch", None)),
             ("batch", None, "heads", None),

@@ -28,6 +28,11 @@ def embed(table: jax.Array, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array
     return shard_by_shard(lookup, TOKENS, (TABLE, TOKENS), VECTORS)(table, token_ids)
 
 
+def embed_few(table: jax.Array, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Compute ``embed`` of the few tokens of a step of generation, for which it would gather the table every time."""
+    return jnp.take(table, token_ids, axis=0).astype(dtype)
+
+
 def _forward(table: jax.Array, token_ids: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return embed(table, token_ids, dtype), (table, token_ids)
 

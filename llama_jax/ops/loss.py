@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from llama_jax.devices.sharding import gather_shards, shard_axes, shard_by_shard, sum_shards
+from llama_jax.ops.attention import Documents
 from llama_jax.ops.linear import linear
 from llama_jax.ops.quantize import as_array
 
@@ -42,9 +43,21 @@ def cross_entropy(
     return shard_by_shard(local, TOKENS, (HIDDEN, OUTPUT, TOKENS, TOKENS), ())(hidden, output, targets, weights)
 
 
-def loss_sum(model: Any, params: Any, inputs: ArrayLike, targets: ArrayLike, weights: ArrayLike) -> jax.Array:
-    """Return ``cross_entropy`` of a Llama on a batch: int [B, T], int [B, T], float32 [B, T] -> float32 []."""
-    hidden = cast(jax.Array, model.apply({"params": params}, inputs, method="hidden"))
+def loss_sum(
+    model: Any,
+    params: Any,
+    inputs: ArrayLike,
+    targets: ArrayLike,
+    weights: ArrayLike,
+    segments: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+) -> jax.Array:
+    """Return ``cross_entropy`` of a Llama on a batch: int [B, T], int [B, T], float32 [B, T] -> float32 [].
+
+    segments, positions: int [B, T], the document and the position of each token; see ``Documents``.
+    """
+    documents = None if segments is None else Documents(jnp.asarray(segments), jnp.asarray(positions))
+    hidden = cast(jax.Array, model.apply({"params": params}, inputs, documents, method="hidden"))
     return cross_entropy(hidden, as_array(params["output"]), targets, weights, model.loss_chunk)
 
 

@@ -117,11 +117,12 @@ def plan_training(config: Config, topology: Topology, begun: Callable[[], None] 
     mesh = _mesh(config, topology)
     check_divisible(mesh, config.model, config.train)
     train = config.train
-    module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh)
+    mask = config.data.document_mask
+    module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
     optimizer = make_optimizer(train, train.max_steps or 1)
     shapes = state_shapes(module, optimizer, mesh)
     parts = {"parameters": _bytes(shapes.params), "optimizer": _bytes(shapes.opt_state)}
-    batch = batch_shapes(train, config.model, mesh)
+    batch = batch_shapes(train, config.model, mesh, mask)
     begun()
 
     def compile_step() -> jax.stages.Compiled:

@@ -110,18 +110,31 @@ def _plan(task: Task, request: Request, console: Console, before: Rows, outputs:
     plan = _compiled(task.config, task.topology, task.decoding, console, [*before, ("", HOW_LONG)])
     if not args.json:
         print(task.text(plan), flush=True)
+    mask = _mask_cost(plan, console) if plan.decoding is None and plan.config.data.document_mask else {}
     written, advice = outputs.write(plan), []
     if not plan.fits:
         tries = f"at most {args.advice} are compiled" if args.advice else "none is compiled"
         console.say([("", f"looking for settings that fit: {tries}")])
         advice = list(task.advise(plan))
     if args.json:
-        print(json.dumps(task.summary(plan) | {"advice": [a.summary() for a in advice]}), flush=True)
+        print(json.dumps(task.summary(plan) | mask | {"advice": [a.summary() for a in advice]}), flush=True)
     elif not plan.fits:
         print(tables.table(tables.advice_rows(request.topology, advice)), flush=True)
     if written:
         console.say(written)
     return FITS if plan.fits else DOES_NOT_FIT
+
+
+def _mask_cost(plan: Plan, console: Console) -> dict[str, Any]:
+    """Compile the step without its document mask, and print what the mask costs. Return it for ``--json``."""
+    without = None
+    if plan.fits:
+        data = dataclasses.replace(plan.config.data, document_mask=False)
+        config = dataclasses.replace(plan.config, data=data)
+        without = _tried("the same step without document masks, to compare", config, plan.topology, None, console)
+    cost = tables.mask_cost(plan, without)
+    console.say(tables.mask_rows(plan, cost))
+    return {"document_mask_cost": cost}
 
 
 def _training(request: Request, console: Console) -> Task:

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from llama_jax.build import count_parameters
 from llama_jax.config import Config, MeshArgs, Remat
-from llama_jax.model import count_parameters
 from llama_jax.plan.topology import Topology
 from llama_jax.training.flops import train_flops_per_token
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from llama_jax.build import count_parameters
 from llama_jax.cli.progress import duration
 from llama_jax.config import Config
 from llama_jax.devices.chips import GiB
 from llama_jax.devices.sharding import describe
-from llama_jax.model import count_parameters
 from llama_jax.plan import Plan
 from llama_jax.plan.advice import Advice
 from llama_jax.plan.cost import BETWEEN_SLICES, KERNEL_EFFICIENCY
@@ -41,6 +41,7 @@ def summary(plan: Plan, length: Found) -> dict[str, Any]:
         "topology": plan.topology.name,
         "attention": plan.kernel,
         "remat": plan.config.train.remat,
+        "document_mask": plan.config.data.document_mask,
         **_common(plan),
     }
     if plan.schedule is not None:
@@ -138,11 +139,12 @@ def model_rows(config: Config, vocabulary: Found) -> Rows:
 def training_text(plan: Plan, length: Found) -> str:
     """Return the text that ``plan`` prints of a training step."""
     train, model = plan.config.train, plan.config.model
+    mask = ", with document masks" if plan.config.data.document_mask else ""
     rows = [
         ("slice", f"{plan.topology.name}, {chips_text(plan.chips)}, mesh: {describe(plan.mesh)}"),
         (
             "program",
-            f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}; compiled in {duration(plan.compile_seconds)}",
+            f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}{mask}; compiled in {duration(plan.compile_seconds)}",
         ),
         *_memory(plan),
     ]
@@ -162,6 +164,47 @@ def training_text(plan: Plan, length: Found) -> str:
             ("for", _length_text(found, length)),
         ]
     return table(rows)
+
+
+def mask_cost(plan: Plan, without: Plan | None) -> dict[str, Any] | None:
+    """Return what the document mask adds to a step, a chip: seconds, FLOPs, bytes moved and bytes of memory.
+
+    ``without`` is the same step compiled without it, of which the same figures are returned. None: they are not known.
+    """
+    if without is None or plan.schedule is None or without.schedule is None:
+        return None
+    of_both = [
+        {
+            "step_seconds": p.seconds,
+            "compiled_flops_per_device": s.cost.flops + s.cost.kernel_flops,
+            "hbm_bytes": s.cost.hbm_bytes,
+            "bytes_per_device": p.bytes,
+        }
+        for p, s in ((plan, plan.schedule), (without, without.schedule))
+    ]
+    return {name: value - of_both[1][name] for name, value in of_both[0].items()} | {"without": of_both[1]}
+
+
+def mask_rows(plan: Plan, cost: dict[str, Any] | None) -> Rows:
+    """Return lines about what the document mask costs. ``cost`` is that of ``mask_cost``."""
+    if cost is None:
+        return [("mask", "its cost is not known, since the step was not compiled both with it and without it")]
+    before = cost["without"]["step_seconds"]
+    rows = [
+        (
+            "mask",
+            f"document masks cost {cost['step_seconds'] * 1e3:+,.2f} ms a step, {cost['step_seconds'] / before:+.2%} of "
+            f"{_number(before * 1e3)} ms without them",
+        ),
+        (
+            "",
+            f"{cost['compiled_flops_per_device'] / 1e12:+,.3f} TFLOP and {cost['hbm_bytes'] / 1e9:+,.3f} GB from and to memory a "
+            f"chip, {cost['bytes_per_device'] / GiB:+,.3f} GiB of its memory",
+        ),
+    ]
+    if plan.schedule is not None and plan.schedule.cost.kernels:
+        rows.append(("", "kernels are taken as equally fast with masks: what they compare is not estimated"))
+    return rows
 
 
 def _length_text(found: dict[str, Any], length: Found) -> str:

@@ -2,9 +2,9 @@
 
 import jax
 
+from llama_jax.build import count_parameters
 from llama_jax.config import ModelArgs
 from llama_jax.devices.chips import PEAK_FLOPS
-from llama_jax.model import count_parameters
 
 
 def train_flops_per_token(args: ModelArgs) -> float:

@@ -8,14 +8,17 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from llama_jax.build import count_parameters
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.cli.progress import bytes_text, duration
-from llama_jax.config import ModelArgs, TrainArgs
+from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.data import Data
 from llama_jax.data.summary import documents_text, remarks, repeats_warning
+from llama_jax.devices.compiling import platform_of
 from llama_jax.devices.memory import check_memory
 from llama_jax.devices.sharding import describe
-from llama_jax.model import Llama, count_parameters
+from llama_jax.model import Llama
+from llama_jax.ops.attention import choose_kernel
 from llama_jax.programs import typed
 from llama_jax.training.clock import Activity, Clock
 from llama_jax.training.flops import train_flops_per_token
@@ -56,12 +59,32 @@ def announce(settled: Settled, data: Data, mesh: jax.sharding.Mesh, module: Llam
         print(line)
     if data.floor is not None:
         print(f"{'floor':>10}  {data.floor:.3f} bits per byte, the entropy of the stories' grammar")
+    for line in mask_lines(config, mesh, module) if config.data.document_mask else ():
+        print(f"{'mask':>10}  {line}")
     for note in opened.notes:
         print(f"{'note':>10}  {note}")
     if opened.start:
         print(f"{'resumed':>10}  at step {opened.start:,}")
     for change in settled.changed:
         print(f"{'changed':>10}  {change}")
+
+
+def mask_lines(config: Config, mesh: jax.sharding.Mesh, module: Llama) -> list[str]:
+    """Say what the document mask does, and what it means for the kernel of attention."""
+    model, train = config.model, config.train
+    lines = [
+        "attention, positions and loss stay inside each document; one that a sequence's start cuts begins again there",
+        "losses, of training and held out, are means over the tokens that follow another of their document",
+    ]
+    platform, shards = platform_of(mesh.devices.flat[0]), mesh.shape["sequence"]
+    without = choose_kernel(train.attention, platform, model, module.dtype, shards)
+    if without != module.kernel:
+        lines.append(f"attention is {module.kernel}: {without} takes no mask over an odd number of positions")
+    if module.kernel == "cudnn":
+        rows = train.batch_size // train.gradient_accumulation_steps // (mesh.shape["data"] * mesh.shape["fsdp"])
+        size = bytes_text(rows * model.max_seq_len**2 * module.dtype.itemsize)
+        lines.append(f"cudnn reads the mask from memory: {size} a device, and as much again in the backward pass")
+    return lines
 
 
 def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:

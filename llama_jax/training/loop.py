@@ -17,6 +17,7 @@ from llama_jax.cli.stopping import NAMES, StopSignals, output_may_vanish, status
 from llama_jax.config import Config, SampleArgs, TrainArgs
 from llama_jax.data import Data
 from llama_jax.data.batches import Batch, OwnRows, eval_batches, train_batches
+from llama_jax.data.document_mask import masked
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.distributed import (
@@ -88,6 +89,10 @@ class Run:
     def steps(self) -> int:
         """The total number of steps of the run."""
         return self.settled.steps
+
+    def masked(self, batches: Iterator[Batch]) -> Iterator[Any]:
+        """Return the batches, with their documents if data.document_mask asks for them."""
+        return masked(batches, self.data.tokenizer.bos_id) if self.config.data.document_mask else batches
 
     def stop_asked(self) -> int:
         """Return the signal that all processes stop for, or 0. All processes must call this equally often."""
@@ -166,7 +171,8 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -
     check_divisible(mesh, config.model, config.train)
     _check_profile_steps(config.train, settled.steps)
 
-    module = make_model(config.model, config.train.compute_dtype, config.train.remat, config.train.attention, mesh)
+    train, mask = config.train, config.data.document_mask
+    module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
     log.announce(settled, data, mesh, module, opened)
     log.check_state_fits(config.model, mesh)
@@ -188,13 +194,13 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -
         with working(log.first_state_text(opened, base), shown=is_main()):
             state = first_state(module, optimizer, mesh, config.train.seed, opened, base)
         began = time.perf_counter()
-        batch = batch_shapes(config.train, config.model, mesh)
+        batch = batch_shapes(config.train, config.model, mesh, mask)
         with working("compiling the training step", shown=is_main()):
             compiled = compile_train_step(module, optimizer, mesh, config.train.gradient_accumulation_steps, batch)
         log.announce_cost(compiled, mesh, time.perf_counter() - began)
         if data.tokens.eval.size > 1:
             with working("compiling the evaluation", shown=is_main()):
-                run.evaluate = compile_eval_step(module, mesh, config.train, config.model)
+                run.evaluate = compile_eval_step(module, mesh, config.train, config.model, mask)
         if owed:
             _make_up_evaluation(run, state, start)
         end, stopped = _loop(run, compiled, state, start)
@@ -213,7 +219,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     own = OwnRows(batch_sharding(run.mesh), args.batch_size, length)
     batches = train_batches(run.data.tokens.train, args.batch_size, length, args.seed, start, run.steps, own.rows)
     unread: list[UserError] = []
-    readable = _readable(batches, unread)
+    readable = _readable(run.masked(batches), unread)
     recorder = Recorder(
         run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_in_steps, run.settled.held_lr
     )
@@ -287,7 +293,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     return step, stop
 
 
-def _readable(batches: Iterable[Batch], unread: list[UserError]) -> Iterator[Batch]:
+def _readable(batches: Iterable[Any], unread: list[UserError]) -> Iterator[Any]:
     """Yield batches up to one that cannot be read.
 
     Put its error into ``unread``, to be raised after the run is saved.
@@ -310,7 +316,7 @@ def _evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[di
         rows, length = args.batch_size // args.gradient_accumulation_steps, run.config.model.max_seq_len
         own = OwnRows(batch_sharding(run.mesh), rows, length)
         batches = eval_batches(run.data.tokens.eval, rows, length, args.eval_iters, own.rows)
-        for batch in run.clock.waiting_for("evaluation", batches):  # tells the watchdog of each batch
+        for batch in run.clock.waiting_for("evaluation", run.masked(batches)):  # tells the watchdog of each batch
             sums = run.evaluate(state.params, own.assemble(batch))
             total, weight = total + float(sums[0]), weight + float(sums[1])
             if stop := run.stop_asked():
@@ -320,7 +326,8 @@ def _evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[di
     run.timer.evaluated = time.monotonic()
     run.consensus.forget()
     loss = total / weight
-    return {"eval_loss": loss, "eval_bits_per_byte": run.data.tokens.bits_per_byte(loss)}, 0
+    bits = run.data.tokens.bits_per_byte(loss, run.config.data.document_mask)
+    return {"eval_loss": loss, "eval_bits_per_byte": bits}, 0
 
 
 def _is_best(run: Run, record: dict[str, Any]) -> bool:

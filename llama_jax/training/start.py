@@ -11,6 +11,7 @@ from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import Data, Origin, load_data, open_data
 from llama_jax.data.batches import steps_per_epoch
+from llama_jax.data.document_mask import check_marks
 from llama_jax.devices.distributed import is_main, main_first
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
@@ -33,15 +34,20 @@ class Settled:
 def open_text(args: DataArgs, base: Checkpoint | None, opened: Opened) -> Data:
     """Open the tokens of the run. Process 0 makes them first if needed.
 
-    Raises UserError if the run had other tokens.
+    Raises UserError if the run had other tokens, or if a document mask is asked for and the tokens mark no documents.
     """
     args = args if base is None else _with_tokenizer_of(base, args)
+    if args.document_mask and args.tokenizer_model_path:
+        check_marks(Tokenizer(args.tokenizer_model_path))  # before a text is encoded, which may take hours
     folder = opened.folder
     tokens = folder.path / "tokens"
-    return main_first(
+    data = main_first(
         lambda: load_data(args, tokens, folder.tokenizer_path, begun=opened.start > 0, began_with=opened.text),
         lambda: open_data(args, tokens, folder.tokenizer_path),
     )
+    if args.document_mask:
+        check_marks(data.tokenizer)
+    return data
 
 
 def settle(config: Config, data: Data, opened: Opened) -> Settled:
@@ -62,6 +68,8 @@ def settle(config: Config, data: Data, opened: Opened) -> Settled:
     before = steps_of_run(_resolve(stored, data), data)
     held = _held_lr(config.train, stored.train, before, opened)
     lines = [str(change) for change in found]
+    if stored.data.document_mask != config.data.document_mask:
+        lines.append("losses up to here and from here on are not comparable, since documents are read in another way")
     rate = rate_text(stored, before, config, steps, held, opened.start + 1) if opened.start < steps else ""
     was_held = opened.record.held_lr if stored.train.hold_lr else None
     if rate and (was_held is None or held != was_held):

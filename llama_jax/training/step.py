@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from llama_jax.config import ModelArgs, TrainArgs
-from llama_jax.data.batches import Batch
+from llama_jax.data.batches import Batch, PackedBatch
 from llama_jax.devices.compiling import compiler_options
 from llama_jax.devices.sharding import (
     batch_sharding,
@@ -124,17 +124,17 @@ def init_state(
 
 def make_train_step(
     model: Llama, optimizer: optax.GradientTransformationExtraArgs, accumulation: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+) -> Callable[[TrainState, Batch | PackedBatch], tuple[TrainState, StepMetrics]]:
     """Return the training step: gradients of the mean loss over the batch's tokens, and one update. Jit it.
 
     The batch is split into ``accumulation`` parts whose gradients are summed. Each part is weighted by its tokens, so
     the result equals that of the whole batch.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, batch: Batch | PackedBatch) -> tuple[TrainState, StepMetrics]:
         total_weight = jnp.maximum(jnp.sum(batch.weights), 1)
 
-        def part_loss(params: Any, part: Batch) -> jax.Array:
+        def part_loss(params: Any, part: Batch | PackedBatch) -> jax.Array:
             return loss_sum(model, params, *part) / total_weight
 
         gradient = jax.value_and_grad(part_loss)
@@ -144,7 +144,7 @@ def make_train_step(
             # Each part takes every A-th row, so that it is spread over the devices like the batch.
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, x.shape[-1]).swapaxes(0, 1), batch)
 
-            def add(so_far: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
+            def add(so_far: tuple[jax.Array, Any], part: Any) -> tuple[tuple[jax.Array, Any], None]:
                 return jax.tree.map(jnp.add, so_far, gradient(state.params, part)), None
 
             nothing = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
@@ -158,15 +158,20 @@ def make_train_step(
     return train_step
 
 
-def batch_shapes(train: TrainArgs, model: ModelArgs, mesh: Mesh) -> Batch:
+def batch_shapes(train: TrainArgs, model: ModelArgs, mesh: Mesh, document_mask: bool = False) -> Batch | PackedBatch:
     """Return the shapes of a step's batch with their shardings: int32 and float32 [batch_size, max_seq_len]."""
     shape, sharding = (train.batch_size, model.max_seq_len), batch_sharding(mesh)
     ids = cast(Any, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
-    return Batch(ids, ids, cast(Any, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)))
+    weights = cast(Any, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding))
+    return PackedBatch(ids, ids, weights, ids, ids) if document_mask else Batch(ids, ids, weights)
 
 
 def trace_train_step(
-    model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, accumulation: int, batch: Batch
+    model: Llama,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mesh: Mesh,
+    accumulation: int,
+    batch: Batch | PackedBatch,
 ) -> jax.stages.Traced:
     """Trace the step for a mesh and the shapes of ``batch``. The state's buffers are donated."""
     shapes = state_shapes(model, optimizer, mesh)
@@ -180,22 +185,28 @@ def trace_train_step(
 
 
 def compile_train_step(
-    model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, accumulation: int, batch: Batch
+    model: Llama,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mesh: Mesh,
+    accumulation: int,
+    batch: Batch | PackedBatch,
 ) -> jax.stages.Compiled:
     """Compile the step for the devices of ``mesh``, which may be only described (as in plan)."""
     options = compiler_options(mesh.devices.flat[0])
     return trace_train_step(model, optimizer, mesh, accumulation, batch).lower().compile(compiler_options=options)
 
 
-def eval_step(model: Llama, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def eval_step(model: Llama, params: Any, batch: Batch | PackedBatch) -> tuple[jax.Array, jax.Array]:
     """Return the summed loss in nats and the summed weights of a batch: two float32 scalars."""
     return loss_sum(model, params, *batch), jnp.sum(batch.weights)
 
 
-def compile_eval_step(model: Llama, mesh: Mesh, train: TrainArgs, args: ModelArgs) -> jax.stages.Compiled:
+def compile_eval_step(
+    model: Llama, mesh: Mesh, train: TrainArgs, args: ModelArgs, document_mask: bool = False
+) -> jax.stages.Compiled:
     """Compile ``eval_step`` of (parameters, batch) for batches as large as one part of a training batch."""
     part = replace(train, batch_size=train.batch_size // train.gradient_accumulation_steps)
     params = with_shardings(parameter_shapes(model), parameter_shardings(model, mesh))
     step = jax.jit(functools.partial(eval_step, model), out_shardings=replicated(mesh))
     with on_mesh(mesh):
-        return step.lower(params, batch_shapes(part, args, mesh)).compile()
+        return step.lower(params, batch_shapes(part, args, mesh, document_mask)).compile()

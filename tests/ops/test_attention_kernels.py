@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from llama_jax.config import AttentionKernel, MeshArgs, ModelArgs, TrainArgs
-from llama_jax.data.batches import Batch
+from llama_jax.data.batches import Batch, PackedBatch
 from llama_jax.devices.compiling import compiler_options
 from llama_jax.devices.sharding import batch_sharding, make_mesh, on_mesh
 from llama_jax.errors import UserError
@@ -58,6 +58,17 @@ def test_auto_is_the_fastest_that_platform_and_shape_allow(
         with pytest.raises(UserError, match=rf"^train.attention: expected .* for {other}, found {platform}") as caught:
             choose_kernel(other, platform, args, dtype, shards)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
+
+
+def test_a_document_mask_is_taken_by_every_kernel_and_by_cudnn_at_even_lengths() -> None:
+    odd = ModelArgs(dim=4096, n_heads=32, max_seq_len=4097)
+    for platform, dtype, args in (("tpu", jnp.bfloat16, ARGS), ("cuda", jnp.bfloat16, ARGS), ("cpu", jnp.float32, odd)):
+        without = choose_kernel("auto", platform, args, dtype)
+        assert choose_kernel("auto", platform, args, dtype, document_mask=True) == without
+    assert choose_kernel("auto", "cuda", odd, jnp.bfloat16) == "cudnn"
+    assert choose_kernel("auto", "cuda", odd, jnp.bfloat16, document_mask=True) == "xla"
+    with pytest.raises(UserError, match=r"even number of positions .* data\.document_mask for cudnn, .* 4097"):
+        choose_kernel("cudnn", "cuda", odd, jnp.bfloat16, document_mask=True)
 
 
 def value_and_gradients(kernel: AttentionKernel) -> list[np.ndarray]:
@@ -110,9 +121,13 @@ def test_the_step_of_a_gpu_calls_cudnns_flash_attention_once_forward_and_once_ba
         mesh = make_mesh(MeshArgs())
         ids = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=batch_sharding(mesh))
         batch = Batch(ids, ids, jax.ShapeDtypeStruct((4, 256), jnp.float32, sharding=batch_sharding(mesh)))  # type: ignore[arg-type]
-        traced = trace_train_step(model, make_optimizer(TrainArgs(), 10), mesh, 1, batch)
-        calls = re.findall(r"custom_call @(__cudnn\S+?)\(", traced.lower(lowering_platforms=("cuda",)).as_text())
-        assert sorted(calls) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+        for masked, name in (
+            (batch, "fmhaSoftmax"),
+            (PackedBatch(*batch, ids, ids), "fmhaScaleBiasSoftmax"),  # type: ignore[arg-type]
+        ):
+            traced = trace_train_step(model, make_optimizer(TrainArgs(), 10), mesh, 1, masked)  # type: ignore[arg-type]
+            calls = re.findall(r"custom_call @(__cudnn\S+?)\(", traced.lower(lowering_platforms=("cuda",)).as_text())
+            assert sorted(calls) == [f"__cudnn${name}", f"__cudnn${name}Backward"]
 
 
 @pytest.mark.parametrize("rows", [1, 4])

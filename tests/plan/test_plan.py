@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,26 @@ def test_times_agree_with_an_independent_count(planned: dict[str, Any], shared: 
 def test_the_picture_is_a_png(planned: dict[str, Any]) -> None:
     assert (planned["folder"] / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(p.name for p in planned["folder"].iterdir()) == ["c.toml", "o.hlo", "p.png"]
+
+
+@needs_libtpu
+def test_a_document_mask_is_compiled_into_splash_and_its_cost_is_told(tmp_path: Path) -> None:
+    """On a mesh that spreads positions, too: the segment of every key comes to each chip."""
+    config = replace(CONFIG, model=replace(MODEL, max_seq_len=256), mesh=MeshArgs(data=1, fsdp=2, sequence=2))
+    done = forked_plan(
+        tmp_path, "--output=", "--topology=v5e:2x2", "--data.document-mask", "--json", config=config
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    kernels = found["parts"]["kernels"]
+    assert found["attention"] == "splash" and found["document_mask"] is True
+    assert len(kernels) == 3 and all("segmented" in name for name in kernels)
+    assert set(kernels.values()) == {MODEL.n_layers}
+    cost, now = found["document_mask_cost"], {name: found[name] for name in ("step_seconds", "bytes_per_device")}
+    now |= {name: found["parts"][name] for name in ("hbm_bytes", "compiled_flops_per_device")}
+    for name, value in now.items():
+        assert cost[name] == pytest.approx(value - cost["without"][name])
+    assert any(cost[name] for name in now) and "document masks cost " in done.stderr
 
 
 @needs_libtpu

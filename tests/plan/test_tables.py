@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from llama_jax.config import Config, ModelArgs, TrainArgs
+from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
 from llama_jax.devices.chips import GiB
 from llama_jax.plan import Plan
 from llama_jax.plan.advice import Advice
 from llama_jax.plan.command import BEAT, Console
 from llama_jax.plan.cost import Cost, Schedule
 from llama_jax.plan.settings import Found
-from llama_jax.plan.tables import advice_rows, summary, training_text
+from llama_jax.plan.tables import advice_rows, mask_cost, mask_rows, summary, training_text
 from llama_jax.plan.topology import Topology
 
 TOPOLOGY = Topology.parse("v5e:2x2")
@@ -54,6 +54,26 @@ def test_advice_says_whether_it_was_compiled() -> None:
     assert label == "change" and none == "no settings were found that fit on v5e:2x2"
     assert larger == "--topology v5e:4x4: about 12.00 GiB a chip (estimated, not compiled)"
     assert "no slice holds it" in advice_rows(TOPOLOGY, [])[1][1]
+
+
+def test_the_document_mask_costs_what_one_step_takes_more_than_the_other() -> None:
+    masked = replace(
+        PLAN, config=replace(PLAN.config, data=DataArgs(document_mask=True)), bytes=3 << 29,
+        schedule=Schedule(Cost(matrix=0.26, flops=3e12, hbm_bytes=5e9, kernels={"splash": 2}), TOPOLOGY.chip),
+    )  # fmt: skip
+    cost = mask_cost(masked, PLAN)
+    assert cost is not None and cost["without"]["step_seconds"] == 0.25
+    assert cost["step_seconds"] == pytest.approx(0.01) and cost["bytes_per_device"] == 1 << 29
+    assert (cost["compiled_flops_per_device"], cost["hbm_bytes"]) == (3e12, 5e9)
+    (name, time), (_, moved), (_, kernels) = mask_rows(masked, cost)
+    assert name == "mask" and time == "document masks cost +10.00 ms a step, +4.00% of 250 ms without them"
+    assert moved.startswith("+3.000 TFLOP and +5.000 GB from and to memory a chip, +0.500 GiB")
+    assert "not estimated" in kernels
+    assert (
+        "with document masks" in training_text(masked, Found(1.0, ""))
+        and summary(masked, Found(1.0, ""))["document_mask"]
+    )
+    assert mask_cost(masked, None) is None and "not known" in mask_rows(masked, None)[0][1]
 
 
 class Terminal(io.StringIO):

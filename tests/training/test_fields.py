@@ -97,7 +97,7 @@ def base(folder: Path) -> dict[str, Any]:
 CHANGED: dict[str, dict[str, Any]] = {
     "data": {
         "filepath": "b.txt", "train_size": 0.5, "tokenizer_model_path": "base/tokenizer.model", "vocab_size": 290,
-        "separator": "\n", "stories": 30,
+        "separator": "\n", "stories": 30, "document_mask": True,
     },
     "train": {
         "n_epochs": 2, "max_steps": 3, "batch_size": 2, "compute_dtype": "bfloat16", "eval_interval": 1, "eval_iters": 2,
@@ -140,6 +140,9 @@ def test_a_changed_field_changes_the_run(section: str, field: str, folder: Path,
         changes[field] = str(folder / "larger" / "tokenizer.model")
         assert outcome(folder, "larger2", section, **changes) | {"folder": other["folder"]} == other
         return
+    if field == "document_mask":
+        changes |= {"separator": "\n"}
+        compared = outcome(folder, "documents", section, separator="\n")
     if field == "stories":
         compared = outcome(folder, "fewer stories", "data", filepath="", stories=20)
         changes["filepath"] = ""

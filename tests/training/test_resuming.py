@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import sentencepiece as spm
 
 import llama_jax
 from llama_jax.checkpoint import steps_of
@@ -217,6 +218,39 @@ def test_every_changed_setting_is_told_once_with_its_old_value_and_the_new_one(r
     assert "   changed  " not in train(
         run, max_steps=16, lr=5e-3, weight_decay=0.2, beta2=0.99, grad_clip=0.5, log_interval=2
     )
+
+
+def masked(folder: Path, document_mask: bool = True, tokenizer: str = "", **changes: Any) -> str:
+    """What a run with document masks, over documents of a line, prints."""
+    data = DataArgs(str(write_text(folder.parent)), 0.9, tokenizer, 280, "\\n", document_mask=document_mask)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        loop.train(Config(MODEL, data, dataclasses.replace(RUN, save_dir=str(folder), **changes)))
+    return out.getvalue()
+
+
+def test_a_run_with_document_masks_goes_on_bit_for_bit_and_a_change_is_told(whole: Path, tmp_path: Path) -> None:
+    assert "mask  attention, positions and loss stay inside each document" in masked(tmp_path / "one")
+    assert "document_mask = true" in (tmp_path / "one" / "config.toml").read_text()
+    assert records(tmp_path / "one") != records(whole)
+    masked(tmp_path / "two")
+    for step in ("6", "8"):
+        shutil.rmtree(tmp_path / "two" / "checkpoints" / step)
+    again = masked(tmp_path / "two")
+    assert "resumed  at step 4" in again and "   changed  " not in again
+    assert_same(tmp_path / "one", tmp_path / "two")
+    out = masked(tmp_path / "two", document_mask=False, max_steps=10)
+    assert "changed  data.document_mask True -> False" in out and "not comparable" in out
+
+
+def test_a_tokenizer_that_marks_no_beginning_is_refused_with_document_masks(tmp_path: Path) -> None:
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat and the dog ran to the sea"] * 9), model_prefix=str(tmp_path / "t5"),
+        vocab_size=290, bos_id=-1, model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"^data\.document_mask: expected a tokenizer with BOS and EOS.*'</s>' alone"):
+        masked(tmp_path / "run", tokenizer=str(tmp_path / "t5.model"))
+    assert not (tmp_path / "run").exists()
+    masked(tmp_path / "run", False, str(tmp_path / "t5.model"), max_steps=1)
 
 
 def test_an_unchanged_start_says_nothing_of_changes(whole: Path, tmp_path: Path) -> None:

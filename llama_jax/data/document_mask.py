@@ -1,0 +1,38 @@
+"""Document masks: which document each token of a window is of, and its position there.
+
+A stream of tokens is BOS document EOS BOS document EOS ..., and a window is cut out of it anywhere. A BOS begins a
+document. The document that a window begins within starts again at position 0, without the tokens that were cut off.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from llama_jax.data.batches import Batch, PackedBatch
+from llama_jax.errors import UserError
+from llama_jax.tokenizer import Tokenizer
+
+
+def masked(batches: Iterable[Batch], bos_id: int) -> Iterator[PackedBatch]:
+    """Yield each batch with its documents; see ``with_documents``."""
+    for batch in batches:
+        yield with_documents(batch, bos_id)
+
+
+def with_documents(batch: Batch, bos_id: int) -> PackedBatch:
+    """Return the batch with segments and positions, and with weight 0 for each target that begins another document."""
+    begins = batch.inputs == bos_id
+    index = np.arange(batch.inputs.shape[1], dtype=np.int32)
+    first = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    segments = np.cumsum(begins, axis=1, dtype=np.int32)
+    weights = batch.weights * (batch.targets != bos_id)
+    return PackedBatch(batch.inputs, batch.targets, weights, segments, index - first)
+
+
+def check_marks(tokenizer: Tokenizer) -> None:
+    """Raise UserError if the tokenizer does not mark both ends of a document, each with a token of its own."""
+    if tokenizer.bos_id == tokenizer.eos_id:
+        raise UserError(
+            f"data.document_mask: expected a tokenizer with BOS and EOS, which mark where documents begin and end, found "
+            f"{tokenizer.model_path} with {tokenizer.piece(tokenizer.bos_id)!r} alone; leave the flag out, or take another tokenizer"
+        )
