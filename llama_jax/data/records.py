@@ -43,7 +43,8 @@ FIELDS = 20
 class Record(NamedTuple):
     """A record of a file: its number from 1, and its text in UTF-8, or what is wrong with it.
 
-    ``replaced`` counts what was read as U+FFFD: lone surrogates in the text, and bytes of the record that are not UTF-8.
+    ``replaced`` counts what was read as U+FFFD: lone surrogates in the text, and bytes of the record that are not
+    UTF-8.
     """
 
     number: int
