@@ -103,15 +103,21 @@ class ModelArgs:
         _check(0 < self.hidden_dim <= _LARGEST, "model.ffn_dim_multiplier", width, self.hidden_dim)
 
 
+BadRecords = Literal["error", "skip"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DataArgs:
     """The text, its tokenizer and the train/held-out split."""
 
     filepath: str = ""
-    """Text to train on: a file, a folder (all its *.txt, recursively), a glob, or a folder of prepared tokens.
+    """Text to train on: a file, a folder, a glob, an address (gs://, s3://, https://), or a folder of prepared tokens.
+    It is plain text, JSON lines, parquet or arrow, also compressed, as its bytes tell.
+    Of a folder all *.txt and all files of records are read, recursively.
     Empty: the built-in stories."""
     train_size: float = 0.9
-    """Share of the text, in bytes, to train on. The rest, its end, is held out for evaluation. 1: hold out nothing."""
+    """Share of the text to train on. 1: hold out nothing. The rest is held out for evaluation:
+    the end of a plain text, by bytes; of records, documents that are chosen by a hash of their text."""
     tokenizer_model_path: str = ""
     """Path of a SentencePiece model.
     Empty: train a BPE vocabulary on the training part and save it in the run folder."""
@@ -121,9 +127,16 @@ class DataArgs:
     r"""Text between two documents in a file, for example '<|endoftext|>', '\n\n', or '\n' for one document per line.
     The escape \n matches any line end (LF, CRLF, CR), \t a tab, \\ a backslash.
     Blank lines at the start and end of a document are dropped.
-    Empty: each file is one document."""
+    Empty: each file is one document. Of records each is a document, and there is no separator."""
     stories: int = 12000
     """Number of built-in stories to generate when filepath is empty (12,000 are about 7 MB)."""
+    eval_filepath: str = ""
+    """Held-out text of its own, in any of the forms of filepath, which is then trained on as a whole.
+    Empty: hold out a part of the text (train_size)."""
+    text_field: str = ""
+    """Field of the records that holds the text. Empty: "text", or else the only field with texts."""
+    bad_records: BadRecords = "error"
+    """Records that cannot be read: error (stop at the first) or skip (leave them out and count them)."""
     as_text: bool = False
     """Read files as plain text even if they look like something else, such as JSON lines or HTML.
     Bytes that are not UTF-8 become U+FFFD."""

@@ -18,7 +18,9 @@ from jax.typing import ArrayLike
 from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import Progress, working
 from llama_jax.config import Cache, DType, Weights
+from llama_jax.data.corpus import Records
 from llama_jax.data.lost import Losses, examples, loss_warning
+from llama_jax.data.parts import AnyCorpus
 from llama_jax.data.sources import find_files
 from llama_jax.data.text import Corpus, replacement_warning
 from llama_jax.devices.compiling import GenerationProgram
@@ -45,7 +47,10 @@ class EvaluateArgs:
     ckpt: str = ""
     """A run folder (its best step), a step folder, or a converted checkpoint."""
     text: str = ""
-    """A text file, a folder or a glob. Files are joined, with a BOS before each."""
+    """A text: a file, a folder, a glob or an address; plain text or records, as --data.filepath of training.
+    Files, or the texts of records, are joined, with a BOS before each."""
+    text_field: str = ""
+    """Field of the records that holds the text. Empty: "text", or else the only field with texts."""
     as_text: bool = False
     """Read files as plain text even if they look like something else, such as JSON lines or HTML.
     Bytes that are not UTF-8 become U+FFFD."""
@@ -66,19 +71,26 @@ class EvaluateArgs:
 
 
 def evaluate(
-    model: Model, text: str | Path, window: int = 0, stride: int = 0, batch_size: int = 8, as_text: bool = False
+    model: Model,
+    text: str | Path,
+    window: int = 0,
+    stride: int = 0,
+    batch_size: int = 8,
+    as_text: bool = False,
+    text_field: str = "",
 ) -> dict[str, Any]:
-    """Score every token of a text once. BOS, which begins each file, is not scored; EOS is not added.
+    """Score every token of a text once. BOS, which begins each file or record, is not scored; EOS is not added.
 
     A model with a quantized cache is scored token by token, as it generates. Other models are scored window by window.
 
     Arguments:
         model: the model to evaluate.
-        text: a text file, a folder or a glob.
+        text: a file, a folder, a glob or an address.
         window: positions in a forward pass. 0: the model's context.
         stride: positions between the starts of two windows. 0: the window.
         batch_size: windows in a forward pass.
         as_text: also read files that do not look like text.
+        text_field: the field of records with the text. Empty: "text", or else the only field with texts.
 
     Returns the object that the command prints (see EvaluateArgs). Raises UserError if the text is missing, empty or not
     text, if the window does not fit the model, or if a loss is not finite.
@@ -92,7 +104,7 @@ def evaluate(
     if batch_size < 1:
         raise UserError(f"--batch-size: expected 1 or more, found {batch_size}")
     with working(f"reading {text}", sys.stderr):
-        stream, scored, losses = _read(str(text), model.tokenizer, as_text)
+        stream, scored, losses = _read(str(text), model.tokenizer, as_text, text_field)
     total, tokens = 0.0, int(scored[1:].sum())
     if not tokens:
         raise UserError(f"--text: expected text, found none in {text}")
@@ -129,15 +141,18 @@ def evaluate(
     }
 
 
-def _read(filepath: str, tokenizer: Tokenizer, as_text: bool) -> tuple[np.ndarray, np.ndarray, Losses]:
+def _read(filepath: str, tokenizer: Tokenizer, as_text: bool, text_field: str) -> tuple[np.ndarray, np.ndarray, Losses]:
     """Read all files. Return the token ids, which of them to score (all but BOS), and the tokenizer's losses.
 
     Notes and warnings go to stderr.
     """
-    paths, notes = find_files(filepath, "--text", as_text)
+    files, notes = find_files(filepath, "--text", as_text, text_field)
     ids: list[np.ndarray] = []
-    corpus = Corpus(paths, b"", train_size=1.0, any_bytes=as_text)
-    losses = Losses(tokenizer, corpus.bytes)
+    plain = all(file.format == "text" for file in files)
+    corpus: AnyCorpus = (
+        Corpus(files, b"", train_size=1.0, any_bytes=as_text) if plain else Records(files, train_size=1.0)
+    )
+    losses = Losses(tokenizer, corpus.text_bytes)
     for part in corpus.parts("train"):
         rows = tokenizer.encode_parts([part.text], [part.starts])
         ids.append(np.array([tokenizer.bos_id] * part.starts + rows[0], np.int32))
@@ -192,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with working(f"loading {args.ckpt}", sys.stderr):
         model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache)
     try:
-        found = evaluate(model, args.text, args.window, args.stride, args.batch_size, args.as_text)
+        found = evaluate(model, args.text, args.window, args.stride, args.batch_size, args.as_text, args.text_field)
     except UserError as error:
         raise UserError(str(error).replace("--data.", "--")) from error
     print(json.dumps(found, allow_nan=False))

@@ -210,9 +210,13 @@ def test_every_field_can_be_set_by_its_flag():
         if hint == str(bool):
             assert getattr(getattr(flags(flag), section), name) is not default
             continue
-        value = {"remat": "dots", "attention": "xla", "compute_dtype": "bfloat16", "bad_steps": "skip"}.get(
-            name, "7" if "int" in hint or "float" in hint else "x"
-        )
+        value = {
+            "remat": "dots",
+            "attention": "xla",
+            "compute_dtype": "bfloat16",
+            "bad_steps": "skip",
+            "bad_records": "skip",
+        }.get(name, "7" if "int" in hint or "float" in hint else "x")
         config = flags(flag, value)
         changed = getattr(getattr(config, section), name)
         assert changed != default and str(changed).removesuffix(".0") == value

@@ -185,12 +185,15 @@ def test_bits_per_byte_are_not_told_of_a_text_that_the_tokens_do_not_hold(
 def test_the_text_goes_through_the_door_of_training(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.txt").write_text('{"text": "The fox."}\n' * 9)
+    (tmp_path / "a.txt").write_text('["text", "The fox."]\n' * 9)
     with pytest.raises(
-        UserError, match=r"^--text: expected plain text in UTF-8, found JSON lines: .*a\.txt; .*as-text"
+        UserError, match=r"^--text: expected plain text in UTF-8, .*found JSON lines of lists: .*a\.txt; .*as-text"
     ):
         evaluate(model, tmp_path)
     assert evaluate(model, tmp_path, as_text=True)["bytes"] == 21 * 9
+    (tmp_path / "a.txt").write_text('{"text": "The fox.", "title": "a"}\n' * 9)
+    assert evaluate(model, tmp_path)["bytes"] == 8 * 9
+    assert evaluate(model, tmp_path, text_field="title")["bytes"] == 9
     (tmp_path / "a.txt").write_text("The fox.")
     (tmp_path / "._a.txt").write_text("hidden")
     assert evaluate(model, tmp_path)["bytes"] == 8

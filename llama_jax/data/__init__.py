@@ -5,31 +5,33 @@ Start with ``load_data``: it finds the text, loads or trains the tokenizer, and 
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama_jax.cli.flags import unescape
 from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
+from llama_jax.data.corpus import WithHeldOut
 from llama_jax.data.encode import prepare
+from llama_jax.data.finding import Text, as_before, find_text, origin_of, write_stories
 from llama_jax.data.origin import Origin, difference
-from llama_jax.data.sources import files_as_before, find_files
-from llama_jax.data.stories import story
-from llama_jax.data.text import Corpus, check_separator, separator_bytes
-from llama_jax.data.tokens import MANIFEST, UNFINISHED, TokenSet, open_tokens, read_manifest, sha256
+from llama_jax.data.parts import AnyCorpus
+from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
+from llama_jax.data.text import Corpus, check_separator
+from llama_jax.data.token_files import TokenFile
+from llama_jax.data.tokens import MANIFEST, TokenSet, open_tokens, read_manifest, sha256, write_manifest
 from llama_jax.errors import UserError
 from llama_jax.storage.files import write_atomically
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = [
-    "Data", "Origin", "Text", "difference", "encode_text", "find_text", "load_data", "open_data", "open_tokens", "write_stories",
+    "Data", "Origin", "Text", "difference", "encode_text", "find_text", "load_data", "open_data", "open_tokens", "origin_of",
+    "write_stories",
 ]  # fmt: skip
 
 # A vocabulary is trained on at most this many bytes, spread evenly over the text.
 VOCABULARY_BYTES = 30_000_000
-STORY_SEPARATOR = "\n\n"
-STORIES_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,6 @@ class Data:
 
     tokens: TokenSet
     tokenizer: Tokenizer
-    source: str
-    floor: float | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text whose files were found and not yet read."""
-
-    corpus: Corpus
     source: str
     floor: float | None = None
     notes: tuple[str, ...] = ()
@@ -80,6 +72,8 @@ def load_data(
     prepared = Path(args.filepath).expanduser()
     if args.filepath and read_manifest(prepared) is not None:
         data = _load_prepared(args, prepared, folder, tokenizer_path, begun, began_with)
+    elif files := find_pretokenized(args):
+        data = _load_pretokenized(args, files, folder, tokenizer_path, begun, began_with)
     else:
         text = find_text(args, folder, begun)
         data = encode_text(args, text, folder, tokenizer_path, workers, begun, began_with)
@@ -95,26 +89,12 @@ def open_data(args: DataArgs, folder: Path, tokenizer_path: Path) -> Data:
     Raises UserError if the data are missing because ``folder`` is not on a shared disk.
     """
     prepared = Path(args.filepath).expanduser()
-    source = prepared if args.filepath and read_manifest(prepared) is not None else folder
-    return Data(open_tokens(source), Tokenizer(tokenizer_path), args.filepath or f"{args.stories:,} built-in stories")
-
-
-def find_text(args: DataArgs, folder: Path, begun: bool = False) -> Text:
-    """Return the text that ``args`` name. Built-in stories are first written to a file under ``folder``.
-
-    A run that has ``begun`` accepts its text even if it looks like something else. Raises UserError if there is no
-    text.
-    """
-    if not args.filepath:
-        with working(f"writing {args.stories:,} stories"):
-            path, floor = write_stories(folder / "stories.txt", args.stories)
-        corpus = Corpus([path], separator_bytes(STORY_SEPARATOR), args.train_size)
-        return Text(corpus, f"{args.stories:,} built-in stories", floor)
-    as_text = args.as_text or begun
-    _check_finished(Path(args.filepath).expanduser())
-    paths, notes = find_files(args.filepath, as_text=as_text)
-    corpus = Corpus(paths, separator_bytes(args.separator), args.train_size, any_bytes=as_text)
-    return Text(corpus, args.filepath, notes=tuple(f"{args.filepath}: {note}" for note in notes))
+    is_prepared = bool(args.filepath) and read_manifest(prepared) is not None
+    if not is_prepared and (files := find_pretokenized(args)):
+        tokens = open_pretokenized(args, files, read_manifest(folder))
+    else:
+        tokens = open_tokens(prepared if is_prepared else folder)
+    return Data(tokens, Tokenizer(tokenizer_path), args.filepath or f"{args.stories:,} built-in stories")
 
 
 def encode_text(
@@ -128,47 +108,26 @@ def encode_text(
 ) -> Data:
     """Encode a text into ``folder``, with a tokenizer at ``tokenizer_path``; see ``load_data``."""
     known = _known(folder, begun, began_with)
-    with working(f"reading {text.source}, {bytes_text(text.corpus.bytes)}"):
+    with working(f"reading {text.source}, {bytes_text(text.corpus.stored_bytes)}"):
         text.corpus.digest()
         if begun and known is not None:
             text = _check_text(known, text, args)
         else:
             _check_has_text(text)
-            check_separator(text.corpus, text.source)
+            for corpus in _parts_of(text.corpus):
+                if isinstance(corpus, Corpus):
+                    check_separator(corpus, text.source)
     tokenizer = _tokenizer(args, text, tokenizer_path, known, begun)
     trained = 0 if args.tokenizer_model_path else args.vocab_size
-    expected = known if begun else None
-    tokens = prepare(text.corpus, tokenizer, folder, workers or os.cpu_count() or 1, trained, text.source, expected)
+    tokens = prepare(
+        text.corpus, tokenizer, folder, workers or os.cpu_count() or 1, trained, text.source, known if begun else None,
+        text.eval_source,
+    )  # fmt: skip
     return Data(tokens, tokenizer, text.source, text.floor, text.notes)
 
 
-def write_stories(path: Path, count: int) -> tuple[Path, float]:
-    """Write ``count`` built-in stories to a file next to ``path`` named by the count.
-
-    Return it and their bits per byte.
-    """
-    path = path.with_name(f"{path.stem}-{count}{path.suffix}")
-    stories = [story(STORIES_SEED, i) for i in range(count)]
-    text = STORY_SEPARATOR.join(s.text for s in stories).encode()
-    if not path.exists() or path.read_bytes() != text:
-        write_atomically(path, text)
-    return path, sum(s.bits for s in stories) / sum(len(s.text) for s in stories)
-
-
-def _check_finished(folder: Path) -> None:
-    """Raise UserError on a folder that holds tokens without a manifest, and no text."""
-    unfinished = (folder / UNFINISHED).exists()
-    if not (unfinished or any(folder.glob("train.bin*"))) or any(folder.rglob("*.txt")):
-        return
-    if unfinished:
-        raise UserError(
-            f"data.filepath: expected a text or prepared tokens, found unfinished tokens in {folder}: prepare is still running "
-            "there, or was stopped; run it again"
-        )
-    raise UserError(
-        f"data.filepath: expected a text or prepared tokens, found token files without {MANIFEST} in {folder}: they are "
-        "unfinished, or another program made them; give the original text"
-    )
+def _parts_of(corpus: AnyCorpus) -> list[AnyCorpus]:
+    return [corpus.train, corpus.eval] if isinstance(corpus, WithHeldOut) else [corpus]
 
 
 def _check_has_text(text: Text) -> None:
@@ -176,9 +135,10 @@ def _check_has_text(text: Text) -> None:
     parts = list(itertools.islice(text.corpus.parts("train"), 1))
     if not parts or not any(part.text.strip() for part in text.corpus.parts("train")):
         found = "nothing but white space" if parts else "none"
+        where = {"end": " before the held-out part", "documents": " beside the held-out documents"}
         raise UserError(
-            f"data.filepath: expected text to train on, found {found} in {text.source} before the held-out part; give more text, "
-            "or a larger data.train_size"
+            f"data.filepath: expected text to train on, found {found} in {text.source}{where.get(text.corpus.held_out, '')}; "
+            "give more text, or a larger data.train_size"
         )
 
 
@@ -205,16 +165,11 @@ def _known(folder: Path, begun: bool, began_with: Origin | None) -> Origin | Non
 
 def _check_text(known: Origin, text: Text, args: DataArgs) -> Text:
     """Return the text of a run that has begun. Raises UserError if it has changed."""
-    corpus = text.corpus
-    if not known.files and args.filepath and corpus.digest() != known.text_sha256:
-        before = replace(corpus, paths=files_as_before(args.filepath))
-        if before.digest() == known.text_sha256:
-            return replace(text, corpus=before)
-    now = Origin(
-        text.source, corpus.files, corpus.digest(), corpus.train_size, corpus.separator.decode(),
-        trained_vocab_size=known.trained_vocab_size,
-    )  # fmt: skip
-    _refuse(difference(known, now))
+    if text.corpus.digest() != known.text_sha256 and args.filepath:
+        for corpus in as_before(known, text, args):
+            if corpus.digest() == known.text_sha256:
+                return replace(text, corpus=corpus)
+    _refuse(difference(known, replace(origin_of(text), trained_vocab_size=known.trained_vocab_size)))
     return text
 
 
@@ -261,7 +216,7 @@ def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, beg
     return made
 
 
-def _is_vocabulary_of(args: DataArgs, corpus: Corpus, known: Origin | None) -> bool:
+def _is_vocabulary_of(args: DataArgs, corpus: AnyCorpus, known: Origin | None) -> bool:
     """Return whether an earlier start trained its vocabulary on exactly this text and size."""
     return known is not None and (known.text_sha256, known.trained_vocab_size) == (corpus.digest(), args.vocab_size)
 
@@ -276,8 +231,12 @@ def _load_prepared(
         raise UserError(
             f"{prepared}: expected the tokenizer.model that made these tokens, found another; prepare them again"
         )
-    for name, asked in (("train_size", args.train_size), ("separator", unescape(args.separator))):
-        made = getattr(manifest, name)
+    asked_for = {
+        "train_size": args.train_size, "separator": unescape(args.separator), "text_field": args.text_field,
+        "eval_filepath": args.eval_filepath,
+    }  # fmt: skip
+    for name, asked in asked_for.items():
+        made = manifest.eval_source if name == "eval_filepath" else getattr(manifest, name)
         if asked not in (made, getattr(DataArgs(), name)):
             raise UserError(
                 f"data.{name}: expected {made!r}, with which the tokens in {prepared} were prepared, found {asked!r}; prepare them again"
@@ -296,14 +255,27 @@ def _load_prepared(
     return Data(tokens, _save(tokenizer, path), str(prepared))
 
 
+def _load_pretokenized(
+    args: DataArgs, files: Sequence[TokenFile], folder: Path, path: Path, begun: bool, began_with: Origin | None
+) -> Data:
+    """Open token files of other programs. The run gets a description of them, and a copy of their tokenizer."""
+    known = _known(folder, begun, began_with)
+    tokens = open_pretokenized(args, files)
+    if begun and known is not None:
+        _refuse(difference(known, tokens.manifest.origin))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(folder, tokens.manifest)
+    return Data(tokens, _save(Tokenizer(args.tokenizer_model_path), path), args.filepath)
+
+
 def _save(tokenizer: Tokenizer, path: Path) -> Tokenizer:
     write_atomically(path, tokenizer.model_bytes)
     return tokenizer
 
 
-def _sentences(corpus: Corpus) -> Iterator[str]:
+def _sentences(corpus: AnyCorpus) -> Iterator[str]:
     """Yield the text to train a vocabulary on: all of it, or evenly spread parts if it is large."""
-    stride = max(1, corpus.cut // VOCABULARY_BYTES)
+    stride = max(1, int(corpus.text_bytes * corpus.train_size) // VOCABULARY_BYTES)
     for i, part in enumerate(corpus.parts("train")):
         if i % stride == 0:
             yield part.text

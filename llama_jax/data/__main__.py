@@ -2,16 +2,19 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama_jax.cli.flags import parse_flags
-from llama_jax.config import DataArgs
-from llama_jax.data import Data, Text, encode_text, find_text
-from llama_jax.data.origin import Origin, difference
-from llama_jax.data.summary import documents_text, remarks
+from llama_jax.cli.progress import working
+from llama_jax.config import BadRecords, DataArgs
+from llama_jax.data import Data, Text, encode_text, find_text, origin_of
+from llama_jax.data.origin import difference
+from llama_jax.data.places import BLOCK_BYTES
+from llama_jax.data.summary import documents_text, held_out_text, remarks
 from llama_jax.data.tokens import MANIFEST, SPLITS, SUMS, UNFINISHED, open_tokens, read_manifest, sha256
 from llama_jax.errors import UserError, run_command
 from llama_jax.programs import typed
@@ -20,6 +23,8 @@ from llama_jax.storage.locations import on_disk
 from llama_jax.storage.owner import owning
 from llama_jax.tokenizer import Tokenizer
 
+# The --filepath that stands for it.
+STANDARD_INPUT = "-"
 NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, "tokenizer.model")
 
 
@@ -28,7 +33,9 @@ class PrepareArgs:
     """Encode a text once. Training then takes the output folder as --data.filepath."""
 
     filepath: str = ""
-    """Text to encode: a file, a folder (all its *.txt, recursively) or a glob."""
+    """Text to encode: a file, a folder, a glob, an address (gs://, s3://, https://), or - for standard input.
+    It is plain text, JSON lines, parquet or arrow, also compressed, as its bytes tell.
+    Of a folder all *.txt and all files of records are read, recursively."""
     tokenizer_model_path: str = ""
     """Path of a SentencePiece model. Empty: train a BPE vocabulary on the text."""
     output: str = ""
@@ -40,9 +47,17 @@ class PrepareArgs:
     r"""Text between two documents in a file, for example '<|endoftext|>', '\n\n', or '\n' for one document per line.
     The escape \n matches any line end (LF, CRLF, CR), \t a tab, \\ a backslash.
     Blank lines at the start and end of a document are dropped.
-    Empty: each file is one document."""
+    Empty: each file is one document. Of records each is a document, and there is no separator."""
     train_size: float = DataArgs.train_size
-    """Share of the text, in bytes, to train on. The rest, its end, is held out for evaluation. 1: hold out nothing."""
+    """Share of the text to train on. 1: hold out nothing. The rest is held out for evaluation:
+    the end of a plain text, by bytes; of records, documents that are chosen by a hash of their text."""
+    eval_filepath: str = ""
+    """Held-out text of its own, in any of the forms of filepath, which is then trained on as a whole.
+    Empty: hold out a part of the text (train_size)."""
+    text_field: str = ""
+    """Field of the records that holds the text. Empty: "text", or else the only field with texts."""
+    bad_records: BadRecords = "error"
+    """Records that cannot be read: error (stop at the first) or skip (leave them out and count them)."""
     as_text: bool = False
     """Read files as plain text even if they look like something else, such as JSON lines or HTML.
     Bytes that are not UTF-8 become U+FFFD."""
@@ -72,16 +87,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 def prepare(args: PrepareArgs) -> None:
     """Make the tokens unless they exist. Raises UserError, and changes nothing, if the folder holds other tokens."""
     data_args = DataArgs(
-        args.filepath, args.train_size, args.tokenizer_model_path, args.vocab_size, args.separator, as_text=args.as_text
-    )
+        args.filepath, args.train_size, args.tokenizer_model_path, args.vocab_size, args.separator,
+        eval_filepath=args.eval_filepath, text_field=args.text_field, bad_records=args.bad_records, as_text=args.as_text,
+    )  # fmt: skip
     data_args.check()
     if read_manifest(Path(args.filepath).expanduser()) is not None:
         raise UserError(f"--filepath: expected a text, found tokens that are prepared already in {args.filepath}")
     output = on_disk(args.output, "--output")
-    text = find_text(data_args, output)
+    if args.filepath != STANDARD_INPUT:
+        text = find_text(data_args, output)
     given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
-    with _made(output), owning(output, "--output", "wait for it, or choose another --output"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_made(output))
+        stack.enter_context(owning(output, "--output", "wait for it, or choose another --output"))
         remove_leftovers(output)
+        if args.filepath == STANDARD_INPUT:
+            text = stack.enter_context(_standard_input(data_args, output))
         if _holds(output, text, args, given):
             data = Data(open_tokens(output), Tokenizer(output / "tokenizer.model"), text.source, notes=text.notes)
             print(f"{output}: holds these tokens already, whole")
@@ -93,10 +114,26 @@ def prepare(args: PrepareArgs) -> None:
     for line in remarks(data):
         print(line, file=sys.stderr)
     print(f"documents: {documents_text(manifest)}")
+    print(f"held out: {held_out_text(manifest)}")
     print(
         f"{output}: {manifest.tokens['train']:,} tokens to train on, {manifest.tokens['eval']:,} held out, "
         f"vocabulary {data.tokenizer.vocab_size:,}"
     )
+
+
+@contextlib.contextmanager
+def _standard_input(args: DataArgs, output: Path) -> Iterator[Text]:
+    """Yield the text of standard input, which is kept in a file in ``output`` meanwhile: it is read more than once."""
+    path = output / "standard-input.000000000000.tmp"
+    try:
+        with working("reading standard input"), open(path, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, BLOCK_BYTES)
+        text = find_text(replace(args, filepath=str(path)), output)
+        yield replace(text, source="standard input")
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), "standard input")) from error
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -118,11 +155,11 @@ def _holds(output: Path, text: Text, args: PrepareArgs, given: Tokenizer | None)
     manifest = read_manifest(output)
     if manifest is None:
         return False
-    corpus = text.corpus
-    asked = Origin(
-        text.source, corpus.files, corpus.digest(), corpus.train_size, corpus.separator.decode(),
-        sha256(given.model_bytes) if given is not None else "", 0 if given is not None else args.vocab_size,
-    )  # fmt: skip
+    asked = replace(
+        origin_of(text),
+        tokenizer_sha256=sha256(given.model_bytes) if given is not None else "",
+        trained_vocab_size=0 if given is not None else args.vocab_size,
+    )
     if found := difference(manifest.origin, asked):
         raise UserError(
             f"--output: expected a new folder, or one with the requested tokens, found {manifest.origin} in {output}, and "

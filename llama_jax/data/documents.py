@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from llama_jax.errors import UserError
 
@@ -12,6 +13,8 @@ from llama_jax.errors import UserError
 BUFFER_BYTES = 1 << 20
 # White space at the start and end of a document is examined in blocks of this many bytes.
 LOOK_BYTES = 1 << 12
+# Of a compressed text this many bytes are kept, since the end of a document is looked for before it is read.
+KEPT_BYTES = 1 << 25
 LINE_END = re.compile(rb"\r\n|\n|\r")
 WHITE = b" \t\r\n"
 
@@ -20,14 +23,15 @@ class Reader:
     """Reads the bytes of a file through a buffer.
 
     The file is not mapped into memory, because a mapped file that is truncated ends the process with a bus error.
+    ``file`` is another source of the bytes than the file on disk at ``path``.
     """
 
-    def __init__(self, path: Path, size: int):
+    def __init__(self, path: Path, size: int, file: Any = None):
         self.path, self.size = path, size
         self._at, self._buffer = 0, b""
         self.has_returns = False  # whether the last result of window() holds a carriage return
         with _naming_the_file(path):
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+            self._file = file or open(path, "rb", buffering=0)  # noqa: SIM115
 
     def read(self, start: int, stop: int) -> bytes:
         """Return bytes ``start`` to ``stop``, a range within the file. Raises UserError if some are missing."""
@@ -66,7 +70,47 @@ class Reader:
         return b"".join(pieces)
 
     def _read(self, count: int) -> bytes:
-        return self._file.read(count)
+        piece: bytes = self._file.read(count)
+        return piece
+
+
+class Rewinding:
+    """A stream that can only go forward, as a file in which one can seek.
+
+    Going back is free within the last ``kept`` bytes. Beyond, the stream is opened again and read from its start.
+    """
+
+    def __init__(self, opened: Callable[[], BinaryIO], kept: int = KEPT_BYTES):
+        self._open, self._kept = opened, kept
+        self._stream, self._recent = opened(), bytearray()
+        self._at = self._end = 0  # the position, and where the stream is
+
+    def seek(self, offset: int) -> None:
+        """Move to ``offset``."""
+        if offset < self._end - len(self._recent):
+            self._stream.close()
+            self._stream, self._end = self._open(), 0
+            self._recent.clear()
+        while self._end < offset and self._advance(min(BUFFER_BYTES, offset - self._end)):
+            pass
+        self._at = offset
+
+    def read(self, count: int) -> bytes:
+        """Return the next ``count`` bytes, or fewer, none at the end."""
+        if self._at >= self._end and not self._advance(count):
+            return b""
+        start = len(self._recent) - (self._end - self._at)
+        piece = bytes(self._recent[start : start + count])
+        self._at += len(piece)
+        return piece
+
+    def _advance(self, count: int) -> int:
+        if len(self._recent) > 2 * self._kept:
+            del self._recent[: -self._kept]
+        piece = self._stream.read(count)
+        self._recent += piece
+        self._end += len(piece)
+        return len(piece)
 
 
 class Separator:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -16,8 +16,8 @@ import numpy as np
 from llama_jax.cli.progress import Progress
 from llama_jax.data.lost import Losses, examples
 from llama_jax.data.origin import Origin, difference
+from llama_jax.data.parts import AnyCorpus, Part, Skipped
 from llama_jax.data.stream import BLOCK_BYTES, checksums
-from llama_jax.data.text import Corpus, Part
 from llama_jax.data.tokens import (
     DTYPES,
     MANIFEST,
@@ -43,13 +43,14 @@ DIGESTS = 1 << 22
 
 
 def prepare(
-    corpus: Corpus,
+    corpus: AnyCorpus,
     tokenizer: Tokenizer,
     folder: Path,
     workers: int = 1,
     trained_vocab_size: int = 0,
     source: str = "",
     expected: Origin | None = None,
+    eval_source: str = "",
 ) -> TokenSet:
     """Return the tokens of ``corpus``, from ``folder`` if it holds exactly these, else newly made there.
 
@@ -61,13 +62,12 @@ def prepare(
         _check_expected(folder, expected, kept.manifest)
         return kept
     dtype = np.dtype(DTYPES[tokenizer.vocab_size > 1 << 16])
-    corpus.replaced = 0
-    writers = {split: _Writer(tokenizer, dtype, corpus.bytes, workers) for split in SPLITS}
+    corpus.replaced, corpus.skipped = 0, Skipped()
+    writers = {split: _Writer(tokenizer, dtype, corpus.text_bytes, workers) for split in SPLITS}
     with contextlib.ExitStack() as files:
         # Files are moved into place in reverse order of this list.
         paths = {name: files.enter_context(replacing(folder / name)) for name in (SUMS, "eval.bin", "train.bin")}
-        for split in SPLITS:
-            writers[split].write(corpus.parts(split), paths[f"{split}.bin"], split)
+        _write(corpus, writers, {split: paths[f"{split}.bin"] for split in SPLITS})
         sums = np.concatenate([np.array(writers[split].sums, "<u4") for split in SPLITS]).tobytes()
         paths[SUMS].write_bytes(sums)
         corpus.check_unchanged()
@@ -92,6 +92,13 @@ def prepare(
             counts=_counts(writers),
             block_bytes=BLOCK_BYTES,
             sha256={f"{split}.bin": writers[split].sha.hexdigest() for split in SPLITS} | {SUMS: sha256(sums)},
+            text_field=corpus.text_field,
+            held_out=corpus.held_out,
+            eval_source=eval_source,
+            eval_files=corpus.eval_files,
+            skipped_records=corpus.skipped.count,
+            skipped_examples=corpus.skipped.examples,
+            empty_records=corpus.skipped.empty,
         )
         _check_expected(folder, expected, manifest)
         (folder / MANIFEST).unlink(missing_ok=True)
@@ -107,7 +114,18 @@ def _check_expected(folder: Path, expected: Origin | None, manifest: Manifest) -
         )
 
 
-def _kept(folder: Path, corpus: Corpus, tokenizer_sha256: str, expected: Origin | None) -> TokenSet | None:
+def _write(corpus: AnyCorpus, writers: "dict[str, _Writer]", paths: dict[str, Path]) -> None:
+    """Encode the corpus, unit by unit, into the file of each split."""
+    with contextlib.ExitStack() as files, Progress("tokens", None, "B") as progress:
+        opened = {split: files.enter_context(open(paths[split], "wb")) for split in SPLITS}
+        for unit in corpus.units():
+            for split, part in corpus.read(unit):
+                progress.update(writers[split].add(part, opened[split]))
+        for split in SPLITS:
+            writers[split].finish(opened[split])
+
+
+def _kept(folder: Path, corpus: AnyCorpus, tokenizer_sha256: str, expected: Origin | None) -> TokenSet | None:
     """Return the tokens in ``folder`` if they are intact and belong to the corpus and the tokenizer, else None."""
     try:
         manifest = read_manifest(folder)
@@ -125,7 +143,7 @@ def _kept(folder: Path, corpus: Corpus, tokenizer_sha256: str, expected: Origin 
 
 @dataclass
 class _Writer:
-    """Encodes a split into a file, and counts."""
+    """Encodes a split into a file, batch by batch, and counts."""
 
     tokenizer: Tokenizer
     dtype: np.dtype
@@ -145,24 +163,40 @@ class _Writer:
         self._is_byte = np.zeros(self.tokenizer.vocab_size, bool)
         self._is_byte[self.tokenizer.byte_ids] = True
         self._length = 0
+        self._batch: list[Part] = []
+        self._batch_bytes = 0
+        self._rest = b""
 
-    def write(self, parts: Iterator[Part], path: Path, split: str) -> None:
-        """Encode ``parts`` into the file ``path``."""
-        rest = b""
-        with open(path, "wb") as file, Progress(f"tokens ({split})", None, "B") as progress:
-            for batch in _batches(parts):
-                rows = self.tokenizer.encode_parts([p.text for p in batch], [p.starts for p in batch], self.workers)
-                self._count(batch, rows)
-                raw = rest + self._joined(batch, rows).tobytes()
-                whole = len(raw) // BLOCK_BYTES * BLOCK_BYTES
-                rest = raw[whole:]
-                self._put(file, raw[:whole])
-                progress.update(sum(part.size for part in batch))
-            self._put(file, rest)
-            if self.documents:
-                self.lengths[self._length] += 1
-            file.flush()
-            os.fsync(file.fileno())
+    def add(self, part: Part, file: BinaryIO) -> int:
+        """Add the next part of the split. Return the bytes of text that were encoded by it: none, or a whole batch."""
+        self._batch.append(part)
+        self._batch_bytes += part.size
+        if len(self._batch) < PARTS_AT_ONCE and self._batch_bytes < BYTES_AT_ONCE:
+            return 0
+        return self._encode(file)
+
+    def finish(self, file: BinaryIO) -> None:
+        """Encode what is left, and bring the file to the disk."""
+        self._encode(file)
+        self._put(file, self._rest)
+        if self.documents:
+            self.lengths[self._length] += 1
+        file.flush()
+        os.fsync(file.fileno())
+
+    def _encode(self, file: BinaryIO) -> int:
+        """Encode the parts that were added into the file. Return their size."""
+        batch, size = self._batch, self._batch_bytes
+        if not batch:
+            return 0
+        rows = self.tokenizer.encode_parts([p.text for p in batch], [p.starts for p in batch], self.workers)
+        self._count(batch, rows)
+        raw = self._rest + self._joined(batch, rows).tobytes()
+        whole = len(raw) // BLOCK_BYTES * BLOCK_BYTES
+        self._rest = raw[whole:]
+        self._put(file, raw[:whole])
+        self._batch, self._batch_bytes = [], 0
+        return size
 
     def _put(self, file: BinaryIO, raw: bytes) -> None:
         file.write(raw)
@@ -205,19 +239,6 @@ class _Writer:
     def longest(self) -> int:
         """The number of tokens of the longest document."""
         return max(self.lengths, default=0)
-
-
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    batch: list[Part] = []
-    size = 0
-    for part in parts:
-        batch.append(part)
-        size += part.size
-        if len(batch) >= PARTS_AT_ONCE or size >= BYTES_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 class Digests:

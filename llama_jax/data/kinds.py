@@ -4,8 +4,10 @@ import codecs
 import csv
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,12 +22,20 @@ MANY_NULS = 0.02
 LINES = 200
 
 
+# How the texts in a file are stored: as the file itself, or as a field of records.
+Format = Literal["text", "json lines", "json", "parquet", "arrow file", "arrow stream"]
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file that is not plain text, and what to do about it."""
+    """A kind of file that is not plain text, and what to do about it.
+
+    ``format`` tells how its records are read, "text" if they are not.
+    """
 
     name: str
     advice: str
+    format: Format = "text"
 
 
 UNPACK = "decompress it first"
@@ -47,7 +57,7 @@ MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
     (b"Rar!\x1a\7", "a rar archive", UNPACK),
     (b"PAR1", "a parquet file", EXTRACT),
-    (b"ARROW1", "an arrow file", EXTRACT),
+    (b"ARROW1\0\0", "an arrow file", EXTRACT),
     (b"\xff\xff\xff\xff", "an arrow stream", EXTRACT),
     (b"FEA1", "a feather file", EXTRACT),
     (b"ORC", "an ORC file", EXTRACT),
@@ -82,6 +92,8 @@ MAGIC: tuple[tuple[bytes, str, str], ...] = (
     ((20240520).to_bytes(4, "little"), "a token file of llm.c", TEXT_FIRST),
     ((20240801).to_bytes(4, "little"), "a token file of llm.c", TEXT_FIRST),
 )
+FORMATS: dict[bytes, Format] = {b"PAR1": "parquet", b"ARROW1\0\0": "arrow file", b"\xff\xff\xff\xff": "arrow stream"}
+JSON_LINES = Kind("JSON lines", "write their texts to a .txt file first", "json lines")
 # Encodings by byte order mark, and by trying to decode. The first that fits wins.
 MARKS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
@@ -103,8 +115,16 @@ def kind_of(path: Path, size: int) -> Kind | None:
             for i in range(WINDOWS):
                 file.seek((size - WINDOW) * i // (WINDOWS - 1))
                 windows.append(file.read(WINDOW))
+    return kind_of_bytes(windows, size, path.name)
+
+
+def kind_of_bytes(windows: Sequence[bytes], size: int, name: str) -> Kind | None:
+    """Return the kind of a file of ``size`` bytes by some ``windows`` of it. The first is its beginning.
+
+    Its ``name`` tells only tables from text, and a file with few JSON lines from text.
+    """
     head = windows[0]
-    return _by_first_bytes(head, size) or _by_encoding(windows) or _by_structure(head, len(head) == size, path)
+    return _by_first_bytes(head, size) or _by_encoding(windows) or _by_structure(head, len(head) == size, name)
 
 
 def is_too_odd(bad: int, size: int) -> bool:
@@ -121,7 +141,7 @@ def _by_first_bytes(head: bytes, size: int) -> Kind | None:
     for magic, name, advice in MAGIC:
         # Some marks (BZh, ORC, MZ, RIFF) may also begin a text.
         if head.startswith(magic) and (not magic.isalnum() or _controls(head[:4096]) or bad_bytes(head[:4096]) > 3):
-            return Kind(name, advice)
+            return Kind(name, advice, FORMATS.get(magic, "text"))
     if head[257:262] == b"ustar":
         return Kind("a tar archive", "unpack it first")
     if head[4:8] == b"ftyp" and head[0] == 0:
@@ -143,7 +163,7 @@ def _by_first_bytes(head: bytes, size: int) -> Kind | None:
     return None
 
 
-def _by_encoding(windows: list[bytes]) -> Kind | None:
+def _by_encoding(windows: Sequence[bytes]) -> Kind | None:
     """Recognize files by bytes that are not UTF-8, and by control characters."""
     head = windows[0]
     for mark, name in MARKS:
@@ -210,7 +230,7 @@ def _are_token_ids(head: bytes) -> bool:
     return len(head) >= 64 and len(head) % 2 == 0 and int(np.frombuffer(head, "<u2").max()) < 50_400
 
 
-def _by_structure(head: bytes, whole: bool, path: Path) -> Kind | None:
+def _by_structure(head: bytes, whole: bool, name: str) -> Kind | None:
     """Recognize files that are text, but not the text that a person means."""
     text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     if re.match(r"<!doctype html|<html\b", text, re.IGNORECASE):
@@ -221,36 +241,63 @@ def _by_structure(head: bytes, whole: bool, path: Path) -> Kind | None:
         return Kind("a pointer of Git LFS in place of the file", "fetch the file itself (git lfs pull)")
     if whole and len(text) < 200 and NO_FILE.fullmatch(text.strip()):
         return Kind(f"a server's answer in place of the file ({text.strip()!a})", "download it again")
-    if text[:1] in ("{", "["):
-        return _json(text, whole)
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return _table(text, whole, "\t" if path.suffix.lower() == ".tsv" else ",")
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    if found := _json_lines(text, whole, bool({".jsonl", ".ndjson"} & {*suffixes})) or _json(text, whole):
+        return found
+    if suffixes and suffixes[-1] in (".csv", ".tsv"):
+        return _table(text, whole, "\t" if suffixes[-1] == ".tsv" else ",")
     return None
 
 
-def _json(text: str, whole: bool) -> Kind | None:
-    lines = [line for line in (text if whole else text.rpartition("\n")[0]).split("\n") if line.strip()][:LINES]
+def _json_lines(text: str, whole: bool, named: bool) -> Kind | None:
+    """Recognize JSON lines: most lines are objects. In a file that is ``named`` so, one is enough."""
+    complete = text if whole else text.rpartition("\n")[0]
+    if not complete and text.startswith("{") and _is_cut_record(text):
+        return JSON_LINES  # the first record is longer than the sample
+    lines = [line for line in complete.split("\n") if line.strip()][:LINES]
     records = sum(_is_record(line) for line in lines)
-    if lines and records >= 0.9 * len(lines) and (len(lines) > 1 or not whole):
-        return Kind("JSON lines", "write their texts to a .txt file first")
+    if records and (named or (records >= 0.5 * len(lines) and (len(lines) > 1 or text.startswith("{")))):
+        return JSON_LINES
+    lists = sum(_is_record(line, list) for line in lines)
+    return Kind("JSON lines of lists", EXTRACT) if len(lines) > 1 and lists >= 0.9 * len(lines) else None
+
+
+def _json(text: str, whole: bool) -> Kind | None:
+    """Recognize other JSON. An array of objects has records, too."""
+    if text[:1] not in ("{", "["):
+        return None
+    # It is an array even where it is damaged, so that the damage is named when it is read.
+    is_array = re.match(r"\[\s*\{\s*\"", text) is not None
+    found = Kind("a JSON array", EXTRACT, "json") if is_array else Kind("JSON", EXTRACT)
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError) as error:
         # The JSON is cut where the sample ends.
         at = error.pos if isinstance(error, json.JSONDecodeError) else len(text)
         cut = not whole and (at > len(text) - 32 or "Unterminated string" in str(error))
-        return Kind("JSON", EXTRACT) if cut else None
+        return found if cut or is_array else None
     following = text[end:].lstrip()
-    if isinstance(value, (dict, list)) and (not following or following[0] in "{["):
-        return Kind("JSON", EXTRACT)
-    return None
+    return found if isinstance(value, (dict, list)) and (not following or following[0] in "{[") else None
 
 
-def _is_record(line: str) -> bool:
+def _is_record(line: str, kind: type = dict) -> bool:
+    if not line.lstrip().startswith("{" if kind is dict else "["):
+        return False
     try:
-        return isinstance(json.loads(line), (dict, list))
+        return isinstance(json.loads(line), kind)
     except (ValueError, RecursionError):
         return False
+
+
+def _is_cut_record(text: str) -> bool:
+    """Return whether ``text`` is the beginning of a JSON object."""
+    try:
+        json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        return error.pos > len(text) - 32 or "Unterminated string" in str(error)
+    except RecursionError:
+        return False
+    return False
 
 
 def _table(text: str, whole: bool, delimiter: str) -> Kind | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.data.documents import sha256_of
-from llama_jax.data.text import TextFile
+from llama_jax.data.parts import TextFile
 from llama_jax.errors import UserError, quoted
 
 
@@ -31,6 +31,13 @@ class Origin:
     """Number of tokens of train and eval."""
     tokens_sha256: str = ""
     """Digest of the checksums of the tokens."""
+    text_field: str = ""
+    """The field of the records that holds the text. Empty: plain text."""
+    held_out: str = "end"
+    """How the held-out part is chosen: the end of the text, documents by a hash, or a text of its own."""
+    eval_source: str = ""
+    """The held-out text, as the user named it. Empty: a part of the text."""
+    eval_files: tuple[TextFile, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict for JSON, which ``from_dict`` reads."""
@@ -39,7 +46,8 @@ class Origin:
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> "Origin":
         """Build an origin from the result of ``to_dict``. Raises TypeError or KeyError on anything else."""
-        return cls(**{**table, "files": tuple(TextFile(**file) for file in table["files"])})
+        files = {"files": table["files"], "eval_files": table.get("eval_files", ())}
+        return cls(**table | {key: tuple(TextFile(**file) for file in found) for key, found in files.items()})
 
     @property
     def bytes(self) -> int:
@@ -49,10 +57,9 @@ class Origin:
     def __str__(self) -> str:
         """Describe it: "tokens of my.txt (1 file, 1,115,394 bytes, separator '', train_size 0.9)"."""
         text = f"{len(self.files):,} file{'s' * (len(self.files) != 1)}, {self.bytes:,} bytes, " if self.files else ""
-        return (
-            f"{sum(self.tokens.values()):,} tokens of {self.source or 'a text'} "
-            f"({text}separator {quoted(self.separator)}, train_size {self.train_size})"
-        )
+        how = f"field {self.text_field}" if self.text_field else f"separator {quoted(self.separator)}"
+        held_out = f"held-out text {self.eval_source}" if self.eval_source else f"train_size {self.train_size}"
+        return f"{sum(self.tokens.values()):,} tokens of {self.source or 'a text'} ({text}{how}, {held_out})"
 
 
 def difference(before: Origin, now: Origin) -> str:
@@ -64,8 +71,10 @@ def difference(before: Origin, now: Origin) -> str:
     if before.text_sha256 != now.text_sha256:
         if before.separator != now.separator:
             found.append(f"the separator was {quoted(before.separator)} and is {quoted(now.separator)} now")
-        if before.train_size != now.train_size:
-            found.append(f"train_size was {before.train_size} and is {now.train_size} now")
+        found += _held_out_difference(before, now)
+        if before.text_field != now.text_field:
+            then, here = (f"the field {o.text_field}" if o.text_field else "plain text" for o in (before, now))
+            found.append(f"the text was {then} and is {here} now")
         if before.files and [_content(file) for file in before.files] != [_content(file) for file in now.files]:
             found.append(_text_difference(before, now))
         if not found:
@@ -81,6 +90,18 @@ def difference(before: Origin, now: Origin) -> str:
     if not found and (_differ(before.tokens, now.tokens) or _differ(before.tokens_sha256, now.tokens_sha256)):
         found.append("the same text and tokenizer give other tokens now: they were made by another version")
     return ", and ".join(found)
+
+
+def _held_out_difference(before: Origin, now: Origin) -> list[str]:
+    """Describe how the held-out parts differ."""
+    if "own" in (before.held_out, now.held_out):
+        if before.held_out == now.held_out and [*map(_content, before.eval_files)] == [*map(_content, now.eval_files)]:
+            return []
+        then, here = (o.eval_source or "a part of the text" for o in (before, now))
+        return [f"the held-out text was {then} and is {here} now" if then != here else f"{here} has changed"]
+    if before.train_size != now.train_size:
+        return [f"train_size was {before.train_size} and is {now.train_size} now"]
+    return []
 
 
 def _differ(before: Any, now: Any) -> bool:

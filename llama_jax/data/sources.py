@@ -1,4 +1,7 @@
-"""Finds the files of a path: a file, a folder or a glob. Each file is read once, and what is left out is reported."""
+"""Finds the files of a path or an address: a file, a folder or a glob.
+
+Each file is read once, and what is left out is reported.
+"""
 
 import collections
 import errno
@@ -11,7 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from llama_jax.data.kinds import kind_of
+from llama_jax.data.formats import examine, is_read_in_a_folder, may_be_read
+from llama_jax.data.places import Place, at_once, files_at
+from llama_jax.data.records import CorpusFile, with_field
+from llama_jax.data.splits import of_one_split
 from llama_jax.errors import UserError
 from llama_jax.storage.files import is_address
 
@@ -22,29 +28,39 @@ SHOWN = 3
 class Found(NamedTuple):
     """The files of a text, sorted by path, and a line about each kind of thing left out."""
 
-    paths: list[Path]
+    files: list[CorpusFile]
     notes: list[str]
 
+    @property
+    def paths(self) -> list[Path]:
+        """The paths of files on disk."""
+        return [Path(file.name) for file in self.files]
 
-def find_files(filepath: str, key: str = "data.filepath", as_text: bool = False) -> Found:
-    """Find the text files of ``filepath`` (a file, a folder or a glob).
 
-    ``as_text`` accepts files that do not look like text. Raises a UserError that names the option ``key`` if there are
-    no files, if one cannot be read, or if one is not plain text.
+def find_files(filepath: str, key: str = "data.filepath", as_text: bool = False, text_field: str = "") -> Found:
+    """Find the text files of ``filepath`` (a file, a folder or a glob, on disk or behind an address).
+
+    ``as_text`` accepts files that do not look like text, as text. ``text_field`` is the field of records with the text.
+    Raises a UserError that names the option ``key`` if there are no files, if one cannot be read, or if one is neither
+    plain text nor records.
     """
+    search = _Search(key, text_field, as_text)
     if is_address(filepath):
-        raise UserError(f"{key}: expected a text on disk, found the address {filepath}; copy it to a disk first")
-    search = _Search(key)
-    candidates = list(search.find(Path(filepath).expanduser(), filepath))
-    if not candidates:
+        places = list(search.find_remote(filepath))
+    else:
+        paths = search.find(Path(filepath).expanduser(), filepath)
+        places = list(search.once([Place(os.fspath(path), _size(path, key)) for path in paths]))
+    if not places:
         raise UserError(f"{key}: expected {search.expected}, found {search.left_out() or 'nothing'} at {filepath}")
-    sizes = {path: _size(path, key) for path in candidates}
-    paths = list(search.once(candidates))
-    if not any(sizes.values()):
+    if not any(place.size for place in places):
         raise UserError(f"{key}: expected text, found {filepath} empty")
-    for path in paths:
-        _check_readable(path, sizes[path], key, as_text)
-    return Found(paths, search.notes())
+    files = at_once(lambda place: search.known.get(place.name) or _examined(place, key, as_text), places)
+    if len(files) > 1:
+        files, notes = of_one_split(files)
+        search.splits += notes
+    if not as_text:
+        files = at_once(lambda file: file if file.format == "text" else with_field(file, text_field, key), files)
+    return Found(files, search.notes())
 
 
 def files_as_before(filepath: str) -> list[Path]:
@@ -65,7 +81,11 @@ class _Search:
     """A search, and what it left out."""
 
     key: str
+    text_field: str = ""
+    as_text: bool = False
     expected: str = "a text file, a folder or a glob"
+    known: dict[str, CorpusFile] = field(default_factory=dict)
+    splits: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     others: collections.Counter[str] = field(default_factory=collections.Counter)
     folders: list[str] = field(default_factory=list)
@@ -74,7 +94,7 @@ class _Search:
     def find(self, path: Path, filepath: str) -> Iterator[Path]:
         """Return the candidates, sorted. Several may be the same file."""
         if path.is_dir():
-            self.expected = "*.txt files in the folder"
+            self.expected = "*.txt files or files of records in the folder"
             return iter(sorted(self._in_folder(path)))
         if path.exists() or path.is_symlink():
             return iter([path])
@@ -82,16 +102,31 @@ class _Search:
             return iter(sorted(self._deep(path)))
         return iter(sorted(self._files(map(Path, glob.glob(os.fspath(path))))))
 
-    def once(self, paths: Iterable[Path]) -> Iterator[Path]:
-        """Yield ``paths`` without those that lead to the same file as an earlier one."""
+    def find_remote(self, address: str) -> Iterator[Place]:
+        """Return the candidates at an address. A folder is searched as on disk."""
+        found = files_at(address)
+        shown = []
+        for place in found.places:
+            inside = place.name.removeprefix(found.root).strip("/").split("/")
+            if len(found.places) > 1 and any(part.startswith(".") for part in inside):
+                self.hidden.append(inside[-1])
+            else:
+                shown.append(place)
+        return iter(self._taken(shown) if found.is_folder else shown)
+
+    def once(self, places: Iterable[Place]) -> Iterator[Place]:
+        """Yield ``places`` without those that lead to the same file as an earlier one."""
         seen: set[tuple[int, int]] = set()
-        for path in paths:
-            status = path.stat()
+        for place in places:
+            if place.is_remote:
+                yield place
+                continue
+            status = os.stat(place.name)
             if (identity := (status.st_dev, status.st_ino)) in seen:
-                self.again.append(path.name)
+                self.again.append(os.path.basename(place.name))
             else:
                 seen.add(identity)
-                yield path
+                yield place
 
     def notes(self) -> list[str]:
         """Return a line for each kind of thing left out."""
@@ -101,7 +136,7 @@ class _Search:
             "not read, as they are folders (** in a glob goes into them): ": _names(self.folders),
             "read once, though more than one name or link leads to them: ": _names(self.again),
         }
-        return [words + names for words, names in told.items() if names]
+        return [words + names for words, names in told.items() if names] + self.splits
 
     def left_out(self) -> str:
         """Return what was left out, for an error if nothing was found."""
@@ -113,11 +148,28 @@ class _Search:
         return ", ".join(f"{count:,} {kind}" for kind, count in self.others.most_common(SHOWN + 2))
 
     def _in_folder(self, folder: Path) -> Iterator[Path]:
-        for path in self._walk(folder, with_hidden=False):
-            if path.name.endswith(".txt"):
-                yield path
-            else:
-                self.others[f"*{path.suffix}" if path.suffix else "without a suffix"] += 1
+        paths = list(self._walk(folder, with_hidden=False))
+        # What is not a file is named later, if it would have been read.
+        places = [Place(os.fspath(path), path.stat().st_size if _is_file(path) else 0) for path in paths]
+        return (Path(place.name) for place in self._taken(places))
+
+    def _taken(self, places: Sequence[Place]) -> Iterator[Place]:
+        """Yield the files in a folder that are read: *.txt, also compressed, and records. Count the others."""
+        for place, file in zip(places, at_once(self._recognized, places), strict=True):
+            if file is not None:
+                self.known[place.name] = file
+            if file is not None or place.name.endswith(".txt"):
+                yield place
+                continue
+            suffix = os.path.splitext(place.name)[1]
+            self.others[f"*{suffix}" if suffix else "without a suffix"] += 1
+
+    def _recognized(self, place: Place) -> CorpusFile | None:
+        """Return how a file that is not a *.txt is read as a part of a folder, None if it is not."""
+        if self.as_text or place.name.endswith(".txt") or not may_be_read(place):
+            return None
+        file, kind = examine(place)
+        return file if kind is None and is_read_in_a_folder(file, self.text_field) else None
 
     def _deep(self, pattern: Path) -> Iterator[Path]:
         """Yield the files that match a glob with **."""
@@ -199,17 +251,28 @@ def _size(path: Path, key: str) -> int:
     return status.st_size
 
 
-def _check_readable(path: Path, size: int, key: str, as_text: bool) -> None:
-    """Raise UserError if a file cannot be read or is not plain text."""
+def _is_file(path: Path) -> bool:
     try:
-        kind = kind_of(path, size)
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _examined(place: Place, key: str, as_text: bool) -> CorpusFile:
+    """Return how a file is read. Raises UserError if it cannot be read, or is neither plain text nor records."""
+    try:
+        file, kind = examine(place)
     except OSError as error:
         reason = "no permission to read it" if isinstance(error, PermissionError) else error.strerror
         raise UserError(
-            f"{key}: expected a file that can be read, found {path}: {reason}; correct it, or leave it out"
+            f"{key}: expected a file that can be read, found {place.name}: {reason}; correct it, or leave it out"
         ) from None
-    if kind is not None and not as_text:
+    if as_text:
+        return CorpusFile(place)
+    if kind is not None:
         option = "--data.as-text" if key.startswith("data.") else "--as-text"
         raise UserError(
-            f"{key}: expected plain text in UTF-8, found {kind.name}: {path}; {kind.advice}, or take it as it is with {option}"
+            f"{key}: expected plain text in UTF-8, or records, found {kind.name}: {place.name}; {kind.advice}, or take it as it "
+            f"is with {option}"
         )
+    return file

@@ -14,6 +14,8 @@ FEW_TOKENS = 200
 def documents_text(manifest: Manifest) -> str:
     """Describe the documents, their lengths, and the shares of unknown tokens and byte tokens."""
     text = f"{manifest.documents['train']:,} to train on, {manifest.documents['eval']:,} held out"
+    if manifest.made_by and not any(manifest.documents.values()):
+        return "unknown: the ids have no BOS of the tokenizer"
     if (counts := manifest.counts) is None:
         return text
     tokens = sum(manifest.tokens.values())
@@ -24,15 +26,34 @@ def documents_text(manifest: Manifest) -> str:
     )
 
 
+def held_out_text(manifest: Manifest) -> str:
+    """Describe how the held-out part was chosen."""
+    if manifest.held_out == "own":
+        return f"{manifest.eval_source}, a text of its own"
+    if manifest.held_out == "given":
+        return f"{manifest.eval_source or 'nothing'}, as the token files have it"
+    share_held_out = f"{100 * (1 - manifest.train_size):.3g}%"
+    if manifest.train_size == 1:
+        return "nothing"
+    if manifest.held_out == "documents":
+        return f"{share_held_out} of the documents, chosen by a hash of their text, so that copies stay together"
+    return f"the last {share_held_out} of the {'tokens' if manifest.made_by else 'text, in bytes'}"
+
+
 def remarks(data: Data) -> list[str]:
     """Return further lines about a text: what was left out, and what may be unintended."""
     manifest = data.tokens.manifest
-    lines = [*data.notes, replacement_warning(manifest.replaced_sequences)]
+    lines = [*data.notes, replacement_warning(manifest.replaced_sequences), _skipped_warning(manifest)]
     if manifest.trained_vocab_size > data.tokenizer.vocab_size:
         lines.append(
             f"vocabulary: {manifest.trained_vocab_size:,} was asked for, and the text has pairs for {data.tokenizer.vocab_size:,}"
         )
-    if not manifest.block_bytes:
+    if manifest.made_by:
+        lines.append(
+            f"{data.source}: token files of {manifest.made_by}, read as they are; the bytes of their text are unknown, so that "
+            "losses are not in bits per byte"
+        )
+    elif not manifest.block_bytes:
         lines.append(
             f"{data.source}: these tokens are of an earlier version, without checksums: damage to them would not be noticed"
         )
@@ -51,6 +72,16 @@ def remarks(data: Data) -> list[str]:
                 "train on, so that the held-out loss is too low"
             )
     return [line for line in lines if line]
+
+
+def _skipped_warning(manifest: Manifest) -> str:
+    """Return a line about records that were left out, else an empty text."""
+    if manifest.skipped_records:
+        examples = "; ".join(manifest.skipped_examples)
+        return f"warning: {manifest.skipped_records:,} records cannot be read and were skipped: {examples}"
+    if manifest.empty_records:
+        return f"{manifest.empty_records:,} records have an empty text, which is no document"
+    return ""
 
 
 def repeats_warning(tokens: int, epochs: float, length: int) -> str:

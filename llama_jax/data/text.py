@@ -6,90 +6,125 @@ Offsets count the bytes of all files on disk, in order of their paths.
 import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar
 
 from llama_jax.cli.flags import unescape
-from llama_jax.data.documents import BUFFER_BYTES, Reader, Separator, sha256_of
+from llama_jax.data.documents import BUFFER_BYTES, Reader, Rewinding, Separator, sha256_of
 from llama_jax.data.kinds import bad_bytes, is_too_odd
+from llama_jax.data.parts import SPLITS, HeldOut, Part, Skipped, TextFile, Unit
+from llama_jax.data.places import on_disk
+from llama_jax.data.records import BOM, CorpusFile
 from llama_jax.errors import UserError, quoted
+
+__all__ = ["Corpus", "Part", "TextFile", "check_separator", "replacement_warning", "separator_bytes"]
 
 # A document is read in parts of about this many bytes.
 PART_BYTES = 1 << 16
-BOM = b"\xef\xbb\xbf"
 # Separators in common corpora, to suggest in an error.
 MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>", "<EOS>", "\\n\\n", "\\n")
-
-
-class Part(NamedTuple):
-    """A part of a document's text, from ``size`` bytes.
-
-    ``starts`` and ``ends`` tell whether it is the first or last part.
-    """
-
-    text: str
-    size: int
-    starts: bool
-    ends: bool
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """A file of a text, at the time it was read."""
-
-    path: str
-    bytes: int
-    sha256: str
 
 
 @dataclass
 class Corpus:
     """Text files and the position of the cut between the training part and the held-out part.
 
-    ``any_bytes`` accepts files that are not UTF-8. ``replaced`` counts the byte sequences so far that were not UTF-8
-    and were read as U+FFFD.
+    ``paths`` are files on disk, or CorpusFiles, which may be compressed or behind an address. ``any_bytes`` accepts
+    files that are not UTF-8. ``replaced`` counts the byte sequences so far that were not UTF-8 and were read as U+FFFD.
     """
 
-    paths: list[Path]
+    paths: Sequence[Path | CorpusFile]
     separator: bytes
     train_size: float
     any_bytes: bool = True
     replaced: int = 0
-    _sizes: list[int] = field(default_factory=list)
-    _stamps: list[tuple[int, ...]] = field(default_factory=list)
-    _begins: dict[Path, int] = field(default_factory=dict)
+    _stamps: list[tuple[Any, ...]] = field(default_factory=list)
+    _begins: dict[int, int] = field(default_factory=dict)
+
+    # A text is plain: it has no fields, no records that could be skipped, and its end is held out.
+    text_field = ""
+    held_out: ClassVar[HeldOut] = "end"
+    eval_files: ClassVar[tuple[TextFile, ...]] = ()
 
     def __post_init__(self) -> None:
-        self._sizes = [path.stat().st_size for path in self.paths]
-        self._begins = {}
-        self.bytes = sum(self._sizes)
-        self.cut = int(self.bytes * self.train_size)
+        self._files = [f if isinstance(f, CorpusFile) else CorpusFile(on_disk(f)) for f in self.paths]
+        self._begins, self.skipped = {}, Skipped()
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size of all files as they are stored."""
+        return sum(max(0, file.place.size) for file in self._files)
+
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        """The sizes of the texts. Compressed ones are read for it."""
+        return [self._measured[i][0] if _is_stream(file) else file.place.size for i, file in enumerate(self._files)]
+
+    @functools.cached_property
+    def _measured(self) -> dict[int, tuple[int, str]]:
+        """The sizes and digests of the texts that are compressed, or whose size is not known before they are read."""
+        found = {}
+        for i, file in enumerate(self._files):
+            if _is_stream(file):
+                sha, size = hashlib.sha256(), 0
+                with file.open() as stream:
+                    while block := stream.read(BUFFER_BYTES):
+                        sha.update(block)
+                        size += len(block)
+                found[i] = size, sha.hexdigest()
+        return found
+
+    @functools.cached_property
+    def text_bytes(self) -> int:
+        """The size of all texts."""
+        return sum(self._sizes)
+
+    @functools.cached_property
+    def cut(self) -> int:
+        """The offset of the held-out part."""
+        return int(self.text_bytes * self.train_size)
 
     @functools.cached_property
     def files(self) -> tuple[TextFile, ...]:
-        """The files with the digests of their contents, at the time of first use."""
-        self._stamps = [_stamp(path) for path in self.paths]
-        return tuple(
-            TextFile(str(path.absolute()), size, sha256_of(path, size))
-            for path, size in zip(self.paths, self._sizes, strict=True)
-        )
+        """The files with the digests of their contents, at the time of first use. Compressed ones are decompressed."""
+        self._stamps = [file.place.about or file.place.stamp() for file in self._files]
+        return tuple(self._text_file(i) for i in range(len(self._files)))
+
+    def _text_file(self, i: int) -> TextFile:
+        file = self._files[i]
+        if i in self._measured:
+            return TextFile(full_name(file), *self._measured[i])
+        known = file.place.sha256() if file.place.is_remote else sha256_of(Path(file.name), self._sizes[i])
+        return TextFile(full_name(file), self._sizes[i], known)
 
     def digest(self) -> str:
         """Return the sha256 of the files' contents and sizes, the separator and the cut."""
+        files = self.files
         sha = hashlib.sha256(repr((self._sizes, self.separator, self.cut)).encode())
-        for file in self.files:
+        for file in files:
             sha.update(bytes.fromhex(file.sha256))
         return sha.hexdigest()
 
     def check_unchanged(self) -> None:
         """Raise UserError if a file has changed since ``files`` was computed."""
-        for path, file, stamp in zip(self.paths, self.files, self._stamps, strict=True):
-            if _stamp(path) != stamp and sha256_of(path, file.bytes) != file.sha256:
+        for i, (file, stamp) in enumerate(zip(self._files, self._stamps, strict=True)):
+            remote = file.place.is_remote or _is_stream(file)
+            if file.place.stamp() != stamp and (remote or self._text_file(i) != self.files[i]):
                 raise UserError(
-                    f"{file.path}: expected a file that nobody writes, found it changed meanwhile; start again"
+                    f"{full_name(file)}: expected a file that nobody writes, found it changed meanwhile; start again"
                 )
+
+    def units(self) -> list[Unit]:
+        """Return the files that are trained on, then those that are held out. The cut may go through one."""
+        offset, train, held_out = 0, [], []
+        for i, size in enumerate(self._sizes):
+            cut = min(max(self.cut - offset, 0), size)
+            offset += size
+            train += [Unit(i, "train")] * (cut > 0)
+            held_out += [Unit(i, "eval")] * (cut < size)
+        return train + held_out
 
     def parts(self, split: str) -> Iterator[Part]:
         """Yield the text of a split ("train" or "eval"), document by document.
@@ -97,47 +132,63 @@ class Corpus:
         Parts are cut as in ``tokenizer.split_text``. Raises UserError if a file cannot be read to its end or is not
         text.
         """
-        offset = 0
-        for path, size in zip(self.paths, self._sizes, strict=True):
-            cut = min(max(self.cut - offset, 0), size)
-            offset += size
-            if size == 0 or (cut == 0 if split == "train" else cut == size):
+        for unit in self.units():
+            if unit.split == split:
+                yield from self._parts(unit)
+
+    def read(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, Part]]:
+        """Yield the parts of a unit in order, each with its split."""
+        if unit.split in splits:
+            yield from ((unit.split, part) for part in self._parts(unit))
+
+    def _parts(self, unit: Unit) -> Iterator[Part]:
+        number, split = unit.file, unit.split
+        size = self._sizes[number]
+        cut = min(max(self.cut - sum(self._sizes[:number]), 0), size)
+        data = self._reader(number)
+        while 0 < cut < size and data.read(cut, cut + 1)[0] & 0xC0 == 0x80:  # do not cut inside a character
+            cut -= 1
+        start, end = (0, cut) if split == "train" else (cut, size)
+        read = bad = 0
+        for doc_start, doc_end in self._documents(data, self._begins.get(number, 0) if split == "eval" else 0):
+            if doc_end > cut:
+                self._begins.setdefault(number, doc_start)  # lets evaluation start at its first document
+            if doc_start >= end:
+                break
+            first, last = max(doc_start, start), min(doc_end, end)
+            if first >= last:
                 continue
-            data = Reader(path, size)
-            while 0 < cut < size and data.read(cut, cut + 1)[0] & 0xC0 == 0x80:  # do not cut inside a character
-                cut -= 1
-            start, end = (0, cut) if split == "train" else (cut, size)
-            read = bad = 0
-            for doc_start, doc_end in self._documents(data, self._begins.get(path, 0) if split == "eval" else 0):
-                if doc_end > cut:
-                    self._begins.setdefault(path, doc_start)  # lets evaluation start at its first document
-                if doc_start >= end:
-                    break
-                first, last = max(doc_start, start), min(doc_end, end)
-                if first >= last:
-                    continue
-                # A document that the cut goes through has no end in training, and starts again in evaluation.
-                ends = last == doc_end
-                if last - first <= PART_BYTES:
-                    text, odd = self._decode(data.read(first, last))
-                    read, bad = read + last - first, bad + odd
-                    yield Part(text, last - first, True, ends)
-                    continue
-                for part, odd in self._document(data, first, last, ends):
-                    read, bad = read + part.size, bad + odd
-                    yield part
-            if is_too_odd(bad, read) and not self.any_bytes:
-                raise UserError(
-                    f"{path}: expected plain text in UTF-8, found {bad:,} of {read:,} bytes that are not; convert it, or take "
-                    "it as it is with --data.as-text"
-                )
+            # A document that the cut goes through has no end in training, and starts again in evaluation.
+            ends = last == doc_end
+            if last - first <= PART_BYTES:
+                text, odd = self._decode(data.read(first, last))
+                read, bad = read + last - first, bad + odd
+                yield Part(text, last - first, True, ends)
+                continue
+            for part, odd in self._document(data, first, last, ends):
+                read, bad = read + part.size, bad + odd
+                yield part
+        if not self.any_bytes:
+            check_is_text(self._files[number].name, read, bad)
+
+    def _reader(self, number: int) -> Reader:
+        """Return a reader of file ``number``."""
+        file, size = self._files[number], self._sizes[number]
+        if not file.compression and not file.place.is_remote:
+            return Reader(Path(file.name), size)
+        return Reader(Path(file.name), size, Rewinding(file.open) if _is_stream(file) else file.open())
 
     def separates(self) -> bool:
         """Return whether the separator occurs in a file. True without a separator."""
         return not self.separator or any(
-            Separator(self.separator).occurs(Reader(path, size))
-            for path, size in zip(self.paths, self._sizes, strict=True)
+            Separator(self.separator).occurs(self._reader(i)) for i in range(len(self._files))
         )
+
+    def beginnings(self) -> str:
+        """Return the beginnings of some files, as a sample."""
+        sizes = [min(size, BUFFER_BYTES) for size in self._sizes[:16]]
+        raw = (self._reader(i).read(0, size) for i, size in enumerate(sizes) if size)
+        return "".join(text.decode("utf-8", "replace") for text in raw)
 
     def _documents(self, data: Reader, start: int) -> Iterator[tuple[int, int]]:
         """Yield the ranges of a file's documents from ``start``. Without a separator, the whole file is one."""
@@ -154,7 +205,7 @@ class Corpus:
         while start < end:
             raw = data.read(start, min(end, start + 4 * PART_BYTES + 1))
             if len(raw) > PART_BYTES:
-                raw = raw[: _border(raw)]
+                raw = raw[: border(raw)]
             stop = start + len(raw)
             text, bad = self._decode(raw)
             yield Part(text, len(raw), start == first, ends and stop == end), bad
@@ -169,7 +220,32 @@ class Corpus:
             return text, bad_bytes(raw)
 
 
-def _border(raw: bytes) -> int:
+def check_is_text(name: str, read: int, bad: int) -> None:
+    """Raise UserError if too many of the bytes that were read are not UTF-8."""
+    if is_too_odd(bad, read):
+        raise UserError(
+            f"{name}: expected plain text in UTF-8, found {bad:,} of {read:,} bytes that are not; convert it, or take "
+            "it as it is with --data.as-text"
+        )
+
+
+def full_name(file: CorpusFile) -> str:
+    """Return the address of a file, or its absolute path."""
+    return file.name if file.place.is_remote else str(Path(file.name).absolute())
+
+
+@functools.cache
+def _is_stream(file: CorpusFile) -> bool:
+    """Return whether a text can only be read from its start, so that its size is known when it has been read."""
+    if file.compression or file.place.size < 0:
+        return True
+    if not file.place.is_remote:
+        return False
+    with file.open() as stream:
+        return not stream.seekable()
+
+
+def border(raw: bytes) -> int:
     """Return how many bytes the next part takes: up to a newline or space that no token crosses."""
     if len(raw) <= PART_BYTES:
         return len(raw)
@@ -188,12 +264,6 @@ def _border(raw: bytes) -> int:
     return stop
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Return values that change when a file is written."""
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def replacement_warning(replaced: int) -> str:
     """Return a warning if bytes were replaced, else an empty text."""
     return f"warning: {replaced:,} byte sequences are not UTF-8; each was read as U+FFFD" if replaced else ""
@@ -208,11 +278,7 @@ def check_separator(corpus: Corpus, source: str) -> None:
     """Raise UserError if the separator occurs nowhere. The message names separators that do occur."""
     if corpus.separates():
         return
-    sample = "".join(
-        Reader(path, size).read(0, min(size, BUFFER_BYTES)).decode("utf-8", "replace")
-        for path in corpus.paths[:16]
-        if (size := path.stat().st_size)
-    )
+    sample = corpus.beginnings()
     wanted = corpus.separator.decode()
     likely = [*map(unescape, MARKERS), wanted.strip(), unescape(wanted)]
     if wanted.strip():  # the same separator in other letter case

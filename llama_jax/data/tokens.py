@@ -19,15 +19,14 @@ import numpy as np
 
 from llama_jax.config import from_dict
 from llama_jax.data.origin import Origin
+from llama_jax.data.parts import SPLITS, TextFile
 from llama_jax.data.stream import BLOCK_BYTES, TokenStream, check_in_background
-from llama_jax.data.text import TextFile
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import write_atomically
 
 VERSION = 3
 # This version had no checksums, and found other documents if there was a separator.
 FIRST_VERSION = 2
-SPLITS = ("train", "eval")
 DTYPES = ("<u2", "<u4")
 SUMS = "checksums.bin"
 MANIFEST = "manifest.json"
@@ -81,13 +80,23 @@ class Manifest:
     counts: TextCounts | None = None
     block_bytes: int = 0  # size of a block with a checksum; 0: no checksums
     sha256: dict[str, str] = dataclasses.field(default_factory=dict)  # digests of the folder's files
+    # Later additions to version 3:
+    text_field: str = ""  # the field of the records that held the text
+    held_out: str = "end"  # how the held-out part was chosen (text.HeldOut)
+    eval_source: str = ""  # a held-out text of its own
+    eval_files: tuple[TextFile, ...] = ()
+    skipped_records: int = 0
+    skipped_examples: list[str] = dataclasses.field(default_factory=list)
+    empty_records: int = 0
+    made_by: str = ""  # the programs that made the token files, if others did
 
     @property
     def origin(self) -> Origin:
         """The origin of the tokens."""
         return Origin(
             self.source, self.text_files, self.text_sha256, self.train_size, self.separator, self.tokenizer_sha256,
-            self.trained_vocab_size, self.tokens, self.sha256.get(SUMS, ""),
+            self.trained_vocab_size, self.tokens, self.sha256.get(SUMS, ""), self.text_field, self.held_out,
+            self.eval_source, self.eval_files,
         )  # fmt: skip
 
     def lossy(self, split: str) -> bool:
@@ -106,11 +115,11 @@ class TokenSet:
     def bits_per_byte(self, loss: float, document_mask: bool = False) -> float | None:
         """Convert a held-out loss in nats per token to bits per byte.
 
-        None if the tokens lose text, since it would be wrong.
+        None if the tokens lose text, since it would be wrong, and if the size of their text is unknown.
 
         The first token of a stream is never predicted; with a document mask, nor is that of any document.
         """
-        if self.manifest.lossy("eval"):
+        if self.manifest.lossy("eval") or not self.manifest.text_bytes["eval"]:
             return None
         never = self.manifest.documents["eval"] if document_mask else 1
         bytes_per_token = self.manifest.text_bytes["eval"] / max(1, self.manifest.tokens["eval"] - never)
@@ -201,9 +210,9 @@ def _parse(table: dict[str, Any]) -> Manifest:
         if table.keys() != set(fields[: fields.index("source")]):
             raise KeyError
     else:
-        counts = TextCounts(**table["counts"])
-        files = tuple(TextFile(**file) for file in table["text_files"])
-        table = {**table, "counts": counts, "text_files": files}
+        counts = TextCounts(**table["counts"]) if table["counts"] is not None or not table.get("made_by") else None
+        files = {key: tuple(TextFile(**file) for file in table.get(key, ())) for key in ("text_files", "eval_files")}
+        table = {**table, "counts": counts, **files}
         table.pop(SEAL)
     try:
         manifest = from_dict(Manifest, table, "manifest.json")

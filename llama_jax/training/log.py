@@ -13,7 +13,7 @@ from llama_jax.checkpoint import Checkpoint
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.data import Data
-from llama_jax.data.summary import documents_text, remarks, repeats_warning
+from llama_jax.data.summary import documents_text, held_out_text, remarks, repeats_warning
 from llama_jax.devices.compiling import platform_of
 from llama_jax.devices.memory import check_memory
 from llama_jax.devices.sharding import describe
@@ -46,6 +46,7 @@ def announce(settled: Settled, data: Data, mesh: jax.sharding.Mesh, module: Llam
         "text": f"{data.source}: {manifest.tokens['train']:,} tokens to train on, {held_out:,} held out, "
         f"vocabulary {data.tokenizer.vocab_size:,}",
         "documents": documents_text(manifest),
+        "held out": held_out_text(manifest),
         "training": f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
         f"{train_flops_per_token(model) * tokens * steps / 1e12:,.1f} TFLOP",
         "rate": rate_text(train, steps, settled.held_lr),

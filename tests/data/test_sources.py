@@ -198,12 +198,6 @@ def test_all_of_it_is_taken_as_text_where_that_is_asked_for(tmp_path: Path) -> N
     assert find_files(str(tmp_path), as_text=True).paths == [tmp_path / "a.txt"]
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/a.txt", "https://example.com/a.txt", "s3://bucket/*"])
-def test_an_address_is_no_text_on_disk(address: str) -> None:
-    with pytest.raises(UserError, match="expected a text on disk, found the address"):
-        find_files(address)
-
-
 def test_what_earlier_versions_read_is_still_known(tmp_path: Path) -> None:
     make(tmp_path, "a.txt", ".b.txt", "real/c.txt")
     (tmp_path / "d.txt").symlink_to(tmp_path / "a.txt")

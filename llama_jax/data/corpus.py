@@ -1,0 +1,286 @@
+"""Corpora of records, in which each record is a document, and a text together with a held-out text of its own."""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from llama_jax.data.kinds import bad_bytes
+from llama_jax.data.parts import SPLITS, AnyCorpus, HeldOut, Part, Skipped, TextFile, Unit
+from llama_jax.data.places import at_once
+from llama_jax.data.records import CorpusFile, Record, groups_of, records_of
+from llama_jax.data.text import PART_BYTES, border, check_is_text, full_name
+from llama_jax.errors import UserError
+
+# The key of the hash that chooses held-out documents. Another key would choose others.
+KEY = b"llama-jax: held out"
+# So many records that were skipped are named.
+EXAMPLES = 3
+
+
+@dataclass
+class Records:
+    """Files of records, and plain texts among them. Each record is a document, and so is each text.
+
+    A document is held out or not by a hash of its text, so that exact copies are on the same side. ``skip`` leaves out
+    records that cannot be read, which otherwise raise a UserError. The counts ``replaced`` and ``skipped`` are of the
+    units that were read for both splits, or for training.
+    """
+
+    sources: Sequence[CorpusFile]
+    train_size: float
+    skip: bool = False
+    any_bytes: bool = False
+    replaced: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
+    _stamps: list[tuple[Any, ...]] = field(default_factory=list)
+
+    separator = b""
+    held_out: ClassVar[HeldOut] = "documents"
+    eval_files: ClassVar[tuple[TextFile, ...]] = ()
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size of all files as they are stored."""
+        return sum(max(0, file.place.size) for file in self.sources)
+
+    @property
+    def text_bytes(self) -> int:
+        """A guess at the size of all texts: that of the files, four times as much if they are compressed."""
+        packed = {"parquet": 3}
+        sizes = (
+            max(0, file.place.size) * (4 if file.compression else packed.get(file.format, 1)) for file in self.sources
+        )
+        return sum(sizes)
+
+    @property
+    def text_field(self) -> str:
+        """The field of the records that holds the text, or several, if files have different ones."""
+        return ", ".join(sorted({file.field for file in self.sources if file.field}))
+
+    @functools.cached_property
+    def files(self) -> tuple[TextFile, ...]:
+        """The files with the digests of their contents as they are stored, at the time of first use."""
+        self._stamps = [file.place.about or file.place.stamp() for file in self.sources]
+        digests = at_once(lambda file: file.place.sha256(), self.sources)
+        return tuple(
+            TextFile(full_name(file), max(0, file.place.size), digest)
+            for file, digest in zip(self.sources, digests, strict=True)
+        )
+
+    def digest(self) -> str:
+        """Return the sha256 of the files' contents, how they are read, and the share that is held out."""
+        how = [(file.sha256, source.field) for file, source in zip(self.files, self.sources, strict=True)]
+        return hashlib.sha256(repr(("records", how, self.train_size)).encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if a file has changed since ``files`` was computed."""
+        stamps = at_once(lambda file: file.place.stamp(), self.sources)
+        for source, file, now, then in zip(self.sources, self.files, stamps, self._stamps, strict=True):
+            if now != then and (source.place.is_remote or source.place.sha256() != file.sha256):
+                raise UserError(
+                    f"{file.path}: expected a file that nobody writes, found it changed meanwhile; start again"
+                )
+
+    def units(self) -> list[Unit]:
+        """Return the files, those in parquet by groups of rows."""
+        units = []
+        for i, file in enumerate(self.sources):
+            units += [Unit(i, "", group) for group in range(groups_of(file))]
+        return units
+
+    def parts(self, split: str) -> Iterator[Part]:
+        """Yield the text of a split, document by document."""
+        for unit in self.units():
+            yield from (part for _, part in self.read(unit, (split,)))
+
+    def read(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, Part]]:
+        """Yield the parts of a unit in order, each with its split.
+
+        Raises UserError if a file is damaged or is not text, or if a record cannot be read and none may be skipped.
+        """
+        file = self.sources[unit.file]
+        if file.format == "text":
+            yield from self._read_text(file, splits)
+            return
+        counted = "train" in splits
+        read = bad = 0
+        for record in records_of(file, unit.group):
+            if record.raw is None:
+                self._skip(file, record, counted)
+                continue
+            if not record.raw:
+                self.skipped.empty += counted
+                continue
+            raw, odd = self._valid(record.raw, counted)
+            read, bad = read + len(raw), bad + odd
+            self.replaced += record.replaced * counted
+            split = SPLITS[is_held_out(hash_of(raw), self.train_size)]
+            if split in splits:
+                yield from ((split, part) for part in cut(raw, record.number))
+        if not self.any_bytes:
+            check_is_text(file.name, read, bad)
+
+    def _read_text(self, file: CorpusFile, splits: Sequence[str]) -> Iterator[tuple[str, Part]]:
+        """Yield the parts of a text, which is one document. It is read twice: for its hash, and for its parts."""
+        sha, read, bad = hash_of(b""), 0, 0
+        for raw, odd in self._blocks(file, counted="train" in splits):
+            sha.update(raw)
+            read, bad = read + len(raw), bad + odd
+        if not self.any_bytes:
+            check_is_text(file.name, read, bad)
+        split = SPLITS[is_held_out(sha, self.train_size)]
+        if not read or split not in splits:
+            return
+        waiting, starts = b"", True
+        for raw, _ in self._blocks(file, counted=False):
+            waiting += raw
+            while len(waiting) > 4 * PART_BYTES:
+                stop = border(waiting[: 4 * PART_BYTES + 1])
+                yield split, Part(waiting[:stop].decode(), stop, starts, False, 1)
+                waiting, starts = waiting[stop:], False
+        parts = list(cut(waiting, 1))
+        yield from ((split, part._replace(starts=starts and i == 0)) for i, part in enumerate(parts))
+
+    def _blocks(self, file: CorpusFile, counted: bool) -> Iterator[tuple[bytes, int]]:
+        """Yield the content of a text in blocks of valid UTF-8, each with its number of bytes that were not."""
+        with file.open() as stream:
+            rest = stream.read(3).removeprefix(b"\xef\xbb\xbf")
+            while block := stream.read(PART_BYTES):
+                rest += block
+                end = len(rest)
+                # A character may go on in the next block.
+                while end > len(rest) - 4 and end and rest[end - 1] & 0xC0 == 0x80:
+                    end -= 1
+                end -= bool(end and rest[end - 1] >= 0xC0)
+                yield self._valid(rest[:end], counted)
+                rest = rest[end:]
+            yield self._valid(rest, counted)
+
+    def _valid(self, raw: bytes, counted: bool) -> tuple[bytes, int]:
+        """Return ``raw`` as valid UTF-8, and how many of its bytes were not."""
+        try:
+            raw.decode()
+            return raw, 0
+        except UnicodeDecodeError:
+            text = raw.decode("utf-8", "replace")
+            self.replaced += counted * (text.count("\ufffd") - raw.count("\ufffd".encode()))
+            return text.encode(), bad_bytes(raw)
+
+    def _skip(self, file: CorpusFile, record: Record, counted: bool) -> None:
+        """Count a record that cannot be read. Raises UserError if none may be skipped."""
+        where = f"{file.name}: {file.word} {record.number:,}: {record.fault}"
+        if not self.skip:
+            raise UserError(f"{where}; correct it, or leave out such records with --data.bad-records skip")
+        if counted:
+            self.skipped.count += 1
+            if len(self.skipped.examples) < EXAMPLES:
+                self.skipped.examples.append(where)
+
+
+@dataclass
+class WithHeldOut:
+    """A text to train on, all of it, and a held-out text of its own. Both hold nothing out themselves."""
+
+    train: AnyCorpus
+    eval: AnyCorpus
+
+    held_out: ClassVar[HeldOut] = "own"
+
+    def __post_init__(self) -> None:
+        self.separator = self.train.separator
+        self.train_size = 1.0
+
+    @property
+    def replaced(self) -> int:
+        """The number of byte sequences so far that were read as U+FFFD."""
+        return self.train.replaced + self.eval.replaced
+
+    @replaced.setter
+    def replaced(self, count: int) -> None:
+        self.train.replaced = self.eval.replaced = count
+
+    @property
+    def skipped(self) -> Skipped:
+        """The records that were skipped so far."""
+        one, other = self.train.skipped, self.eval.skipped
+        return Skipped(one.count + other.count, (one.examples + other.examples)[:EXAMPLES], one.empty + other.empty)
+
+    @skipped.setter
+    def skipped(self, skipped: Skipped) -> None:
+        self.train.skipped, self.eval.skipped = skipped, Skipped()
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size of all files as they are stored."""
+        return self.train.stored_bytes + self.eval.stored_bytes
+
+    @property
+    def text_bytes(self) -> int:
+        """The size of the text to train on, or a guess at it."""
+        return self.train.text_bytes
+
+    @property
+    def text_field(self) -> str:
+        """The fields of both texts."""
+        return ", ".join(dict.fromkeys(filter(None, (self.train.text_field, self.eval.text_field))))
+
+    @property
+    def files(self) -> tuple[TextFile, ...]:
+        """The files to train on."""
+        return self.train.files
+
+    @property
+    def eval_files(self) -> tuple[TextFile, ...]:
+        """The files of the held-out text."""
+        return self.eval.files
+
+    def digest(self) -> str:
+        """Return the sha256 of the digests of both texts."""
+        return hashlib.sha256(f"{self.train.digest()} {self.eval.digest()}".encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if a file has changed since ``files`` was computed."""
+        self.train.check_unchanged()
+        self.eval.check_unchanged()
+
+    def units(self) -> list[Unit]:
+        """Return the units to train on, then those that are held out. Files are numbered through."""
+        first = len(self.train.files)
+        held_out = (unit._replace(file=unit.file + first, split="eval") for unit in self.eval.units())
+        return [*(unit._replace(split="train") for unit in self.train.units()), *held_out]
+
+    def read(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, Part]]:
+        """Yield the parts of a unit in order, each with its split."""
+        if unit.split not in splits:
+            return
+        corpus, first = (self.train, 0) if unit.split == "train" else (self.eval, len(self.train.files))
+        inner = unit._replace(file=unit.file - first, split="train")
+        yield from ((unit.split, part) for _, part in corpus.read(inner, ("train",)))
+
+    def parts(self, split: str) -> Iterator[Part]:
+        """Yield the text of a split, document by document."""
+        return (self.train if split == "train" else self.eval).parts("train")
+
+
+def hash_of(document: bytes) -> Any:
+    """Return the hash of a document's text, to which more can be added."""
+    return hashlib.blake2b(document, digest_size=8, key=KEY)
+
+
+def is_held_out(document: Any, train_size: float) -> bool:
+    """Return whether the document with the hash ``document`` is among the 1 - ``train_size`` that are held out."""
+    return int.from_bytes(document.digest(), "big") >= train_size * 2**64
+
+
+def cut(raw: bytes, number: int) -> Iterator[Part]:
+    """Yield the parts of a document in UTF-8."""
+    if len(raw) <= PART_BYTES:
+        yield Part(raw.decode(), len(raw), True, True, number)
+        return
+    start = 0
+    while start < len(raw):
+        stop = start + border(raw[start : start + 4 * PART_BYTES + 1])
+        yield Part(raw[start:stop].decode(), stop - start, start == 0, stop == len(raw), number)
+        start = stop

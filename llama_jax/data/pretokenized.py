@@ -1,0 +1,126 @@
+"""Opens token files of other programs as the tokens of a run, once their ids are known to fit the tokenizer."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llama_jax.cli.progress import working
+from llama_jax.config import DataArgs
+from llama_jax.data.parts import SPLITS, HeldOut
+from llama_jax.data.token_files import Examined, JoinedStream, TokenFile, by_split, cut_at, examined, find_token_files
+from llama_jax.data.tokens import UNFINISHED, VERSION, Manifest, TokenSet, sha256
+from llama_jax.errors import UserError
+from llama_jax.storage.files import is_address
+from llama_jax.tokenizer import Tokenizer
+
+
+def find_pretokenized(args: DataArgs) -> list[TokenFile]:
+    """Return the token files of other programs that ``args`` name, none if they name something else.
+
+    Raises UserError if there are some, and options say nothing about their tokenizer or contradict them.
+    """
+    folder = Path(args.filepath).expanduser()
+    unfinished = folder.is_dir() and (not args.tokenizer_model_path or (folder / UNFINISHED).exists())
+    if not args.filepath or args.as_text or unfinished or is_address(args.filepath):
+        return []
+    files = find_token_files(args.filepath)
+    if not files:
+        return []
+    if not args.tokenizer_model_path:
+        raise UserError(
+            f"data.tokenizer_model_path: expected the tokenizer of the token files in {args.filepath}, found none; name its model, "
+            "or give the original text"
+        )
+    for name in ("separator", "text_field"):
+        if getattr(args, name):
+            raise UserError(
+                f"data.{name}: expected none, as {args.filepath} holds tokens, found {getattr(args, name)!r}; leave it out"
+            )
+    return files
+
+
+def open_pretokenized(args: DataArgs, files: Sequence[TokenFile], manifest: Manifest | None = None) -> TokenSet:
+    """Open token files without a copy. Their ids are read once, unless their ``manifest`` is known.
+
+    Raises UserError if an id is outside the tokenizer's vocabulary.
+    """
+    parts = _split(args, files)
+    if manifest is not None:
+        return TokenSet(parts.train, parts.eval, manifest)
+    tokenizer = Tokenizer(args.tokenizer_model_path)
+    with working(f"reading the tokens of {args.filepath}"):
+        train, held_out = (examined(stream, tokenizer.bos_id) for stream in (parts.train, parts.eval))
+    _check_ids(args, tokenizer, train, held_out)
+    text = repr([[file.sha256 for file in found.files] for found in (train, held_out)])
+    at_end = parts.how == "end"
+    return TokenSet(
+        parts.train,
+        parts.eval,
+        Manifest(
+            version=VERSION,
+            text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            train_size=args.train_size,
+            separator="",
+            tokenizer_sha256=sha256(tokenizer.model_bytes),
+            trained_vocab_size=0,
+            dtype=parts.train.dtype.str,
+            tokens={"train": parts.train.size, "eval": parts.eval.size},
+            text_bytes=dict.fromkeys(SPLITS, 0),
+            documents={"train": train.documents, "eval": held_out.documents},
+            replaced_sequences=0,
+            source=args.filepath,
+            text_files=train.files + held_out.files * at_end,
+            vocab_size=tokenizer.vocab_size,
+            largest_id={"train": train.largest, "eval": held_out.largest},
+            held_out=parts.how,
+            eval_source=parts.eval_source,
+            eval_files=() if at_end else held_out.files,
+            made_by=", ".join(sorted({file.program for file in files})),
+        ),
+    )
+
+
+class _Parts(NamedTuple):
+    """The tokens to train on and those that are held out, how these were chosen, and what they are called."""
+
+    train: JoinedStream
+    eval: JoinedStream
+    how: HeldOut
+    eval_source: str
+
+
+def _split(args: DataArgs, files: Sequence[TokenFile]) -> _Parts:
+    """Return the tokens to train on and those that are held out. Raises UserError if options contradict the files."""
+    how: HeldOut = "own"
+    if args.eval_filepath:
+        held_out = find_token_files(args.eval_filepath)
+        if not held_out:
+            raise UserError(
+                f"data.eval_filepath: expected token files, as data.filepath has, found none in {args.eval_filepath}; give some, "
+                "or leave it out"
+            )
+    else:
+        named, how = by_split(files), "given"
+        held_out = (named.get("validation") or named.get("test") or []) if "train" in named else []
+        if held_out:
+            files = [*named["train"], *named.get("", [])]
+    if not held_out:
+        return _Parts(*cut_at(files, args.train_size), "end", "")
+    names = ", ".join(file.path.name for file in held_out[:3]) + (", ..." if len(held_out) > 3 else "")
+    if args.train_size not in (DataArgs.train_size, 1.0):
+        raise UserError(
+            f"data.train_size: expected none, as {args.eval_filepath or names} is held out, found {args.train_size}; leave it out"
+        )
+    train, other = (JoinedStream([(file, 0, file.count) for file in part]) for part in (files, held_out))
+    return _Parts(train, other, how, args.eval_filepath or names)
+
+
+def _check_ids(args: DataArgs, tokenizer: Tokenizer, *found: Examined) -> None:
+    """Raise UserError if an id is not one of the tokenizer's."""
+    largest, smallest = max(each.largest for each in found), min(each.smallest for each in found)
+    if smallest < 0 or largest >= tokenizer.vocab_size:
+        raise UserError(
+            f"data.tokenizer_model_path: expected the tokenizer of {args.filepath}, found ids from {smallest} to {largest:,} there "
+            f"and a vocabulary of {tokenizer.vocab_size:,} in {args.tokenizer_model_path}; name the tokenizer that made the tokens"
+        )

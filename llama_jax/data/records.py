@@ -1,0 +1,363 @@
+"""Records of a file, one after the other: JSON lines, a JSON array, parquet and arrow.
+
+The text of a record is a document.
+"""
+
+import codecs
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, NamedTuple
+
+from llama_jax.data.compression import decompressed
+from llama_jax.data.kinds import Format
+from llama_jax.data.places import BLOCK_BYTES, Place
+from llama_jax.errors import UserError, quoted
+from llama_jax.programs import install_command
+from llama_jax.tokenizer import clean
+
+_fast_loads: Callable[[bytes], Any] = json.loads
+with contextlib.suppress(ImportError):  # it reads the same, in a half to a quarter of the time
+    from orjson import loads as _fast_loads
+
+# A record is at most this long, in bytes, so that memory is bounded.
+MOST_BYTES = 1 << 27
+# Rows of a table are read in groups of about this many bytes.
+ROWS_BYTES = 1 << 22
+# The field with the text is chosen by this many records, or fewer if they are this long together.
+SAMPLE, SAMPLE_BYTES = 200, 1 << 22
+TEXT = "text"
+BOM = b"\xef\xbb\xbf"
+# What a record is called in each format, and a file.
+WORDS: dict[Format, str] = {"json lines": "line", "json": "record"}
+NAMES: dict[Format, str] = {
+    "text": "text", "json lines": "JSON lines", "json": "a JSON array", "parquet": "a parquet file",
+    "arrow file": "an arrow file", "arrow stream": "an arrow stream",
+}  # fmt: skip
+# An error lists this many fields.
+FIELDS = 20
+
+
+class Record(NamedTuple):
+    """A record of a file: its number from 1, and its text in UTF-8, or what is wrong with it.
+
+    ``replaced`` counts what was read as U+FFFD: lone surrogates in the text, and bytes of the record that are not
+    UTF-8.
+    """
+
+    number: int
+    raw: bytes | None
+    fault: str = ""
+    replaced: int = 0
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """A file of a corpus, how it is compressed, how its texts are stored, and in which field of its records."""
+
+    place: Place
+    compression: str = ""
+    format: Format = "text"
+    field: str = ""
+
+    @property
+    def name(self) -> str:
+        """The path or the address."""
+        return self.place.name
+
+    @property
+    def word(self) -> str:
+        """The word for a record of the file: line, record or row."""
+        return WORDS.get(self.format, "row")
+
+    def open(self) -> BinaryIO:
+        """Open the decompressed content as a stream."""
+        return decompressed(self.place.open(), self.compression, self.name)
+
+
+def groups_of(file: CorpusFile) -> int:
+    """Return into how many groups of rows a parquet file is divided. Other files are one group."""
+    if file.format != "parquet":
+        return 1
+    with _parquet(file) as table:
+        return max(1, table.num_row_groups)
+
+
+def records_of(file: CorpusFile, group: int | None = None) -> Iterator[Record]:
+    """Yield the records of a file, or of one of its groups, in order.
+
+    Raises UserError if the file is damaged; a record that is wrong has a ``fault``.
+    """
+    if file.format == "parquet":
+        yield from _parquet_records(file, group)
+    elif file.format in ("arrow file", "arrow stream"):
+        yield from _arrow_records(file)
+    else:
+        for number, value, fault, replaced in _values(file):
+            yield Record(number, None, fault) if fault else _of_value(number, value, file.field, replaced)
+
+
+def with_field(file: CorpusFile, wanted: str, key: str = "data.filepath") -> CorpusFile:
+    """Return ``file`` with the field that holds the text: ``wanted``, else "text", else the only one with strings.
+
+    Raises a UserError that names the option ``key`` and lists the fields if there is no such field, or several.
+    """
+    strings, others = _fields(file, wanted)
+    every = [*strings, *others]
+    if wanted in strings or not every:
+        return replace(file, field=wanted or TEXT)
+    chosen = TEXT if TEXT in strings else strings[0] if len(strings) == 1 else ""
+    if chosen and not wanted:
+        return replace(file, field=chosen)
+    asked = f"texts in the field {quoted(wanted)}" if wanted else "texts in a field text, or in one field alone"
+    found = f"the fields {_listed(strings)}" if strings else "no field with texts"
+    rest = f" (and {_listed(others)} without texts)" if others else ""
+    raise UserError(
+        f"{'data.text_field' if wanted else key}: expected {asked}, found {NAMES[file.format]} with {found}{rest}: {file.name}; "
+        "name the field with --data.text-field, or take the file as it is with --data.as-text"
+    )
+
+
+def _listed(fields: Sequence[str]) -> str:
+    names = [name if name.isprintable() and name.isascii() else ascii(name) for name in fields[:FIELDS]]
+    return ", ".join(names) + (", ..." if len(fields) > FIELDS else "")
+
+
+def _fields(file: CorpusFile, wanted: str) -> tuple[list[str], list[str]]:
+    """Return the names of the fields that hold texts, and of the others, up to where ``wanted`` is found."""
+    if file.format == "parquet":
+        with _parquet(file) as table:
+            return _columns(table.schema_arrow)
+    if file.format in ("arrow file", "arrow stream"):
+        with _arrow(file) as batches:
+            return _columns(batches.schema)
+    strings: dict[str, None] = {}
+    others: dict[str, None] = {}
+    size = 0
+    for number, value, _, _ in _values(file):
+        if isinstance(value, dict):
+            for name, content in value.items():
+                size += len(content) if isinstance(content, str) else 0
+                (strings if isinstance(content, str) else others)[name] = None
+        if (wanted or TEXT) in strings or number >= SAMPLE or size >= SAMPLE_BYTES:
+            break
+    return list(strings), [name for name in others if name not in strings]
+
+
+def _of_value(number: int, value: Any, field: str, replaced: int) -> Record:
+    """Return the record of a JSON value, in which ``replaced`` byte sequences were not UTF-8."""
+    if not isinstance(value, dict):
+        return Record(number, None, f"expected an object, found {_named(value)}")
+    text = value.get(field)
+    if isinstance(text, str):
+        try:
+            return Record(number, text.encode(), "", replaced)
+        except UnicodeEncodeError:
+            whole = clean(text)
+            return Record(number, whole.encode(), "", replaced + whole.count("\ufffd") - text.count("\ufffd"))
+    found = _named(text) if field in value else f"the fields {', '.join(map(str, value))}" if value else "no field"
+    return Record(number, None, f"expected a text in the field {quoted(field)}, found {quoted(found)[1:-1]}")
+
+
+def _named(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", list: "a list", dict: "an object", str: "a text"}
+    return names.get(type(value), "a number")
+
+
+def _values(file: CorpusFile) -> Iterator[tuple[int, Any, str, int]]:
+    """Yield of each record of JSON the number, the value, the fault, and how many byte sequences were replaced."""
+    with file.open() as stream:
+        yield from _lines(stream) if file.format == "json lines" else _elements(stream, file.name)
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any, str, int]]:
+    """Yield the values of JSON lines. Only a line feed ends a line, and blank lines are no records."""
+    number = 0
+    while line := stream.readline(MOST_BYTES + 1):
+        number += 1
+        if len(line) > MOST_BYTES and not line.endswith(b"\n"):
+            while (more := stream.readline(BLOCK_BYTES)) and not more.endswith(b"\n"):
+                pass
+            yield number, None, f"expected up to {MOST_BYTES:,} bytes, found more", 0
+            continue
+        if number == 1:
+            line = line.removeprefix(BOM)
+        if line.isspace() or not line:
+            continue
+        try:
+            yield number, *_parsed(line)
+        except (ValueError, RecursionError) as error:
+            yield number, None, f"expected JSON, found {_reason(error)}", 0
+
+
+def _parsed(line: bytes) -> tuple[Any, str, int]:
+    """Return the value of JSON, no fault, and how many byte sequences were not UTF-8 and became U+FFFD.
+
+    Lone surrogates stay. Raises ValueError or RecursionError if it is not JSON.
+    """
+    try:
+        return _fast_loads(line), "", 0
+    except (ValueError, RecursionError):
+        text = line.decode("utf-8", "replace")
+        return json.loads(text), "", text.count("\ufffd") - line.count("\ufffd".encode())
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"a fault at character {error.pos + 1:,} ({error.msg})"
+    return "too many levels" if isinstance(error, RecursionError) else quoted(str(error))
+
+
+def _elements(stream: BinaryIO, name: str) -> Iterator[tuple[int, Any, str, int]]:
+    """Yield the values of a JSON array, which is read piece by piece."""
+    reader, decoder = _Characters(stream), json.JSONDecoder()
+    number = 0
+
+    def fail(found: str) -> UserError:
+        return UserError(
+            f"{name}: expected a JSON array of objects, found {found} after record {number:,}; correct it, or make JSON lines of it"
+        )
+
+    if reader.next_mark() != "[":
+        raise fail("no [")
+    reader.at += 1
+    while (mark := reader.next_mark()) != "]":
+        if number:
+            if mark != ",":
+                raise fail("no , and no ]" if mark else "its end")
+            reader.at += 1
+            reader.next_mark()
+        while True:
+            try:
+                value, end = decoder.raw_decode(reader.text, reader.at)
+                break
+            except (ValueError, RecursionError) as error:
+                # The value may go on beyond what has been read.
+                if isinstance(error, RecursionError) or len(reader.text) - reader.at > MOST_BYTES or not reader.more():
+                    raise fail(_reason(error)) from None
+        number += 1
+        yield number, value, "", reader.replaced
+        reader.at, reader.replaced = end, 0
+
+
+class _Characters:
+    """Decoded text of a stream: ``text`` from ``at`` on is not used yet.
+
+    ``replaced`` counts the byte sequences that were not UTF-8.
+    """
+
+    def __init__(self, stream: BinaryIO):
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8-sig")("replace")
+        self.text, self.at, self.replaced = "", 0, 0
+
+    def more(self) -> bool:
+        """Read as much again as is there, so that long values are not decoded too often.
+
+        Return whether there was any.
+        """
+        raw = self._stream.read(max(BLOCK_BYTES, len(self.text) - self.at))
+        text = self._decoder.decode(raw, not raw)
+        self.replaced += max(0, text.count("\ufffd") - raw.count("\ufffd".encode()))
+        self.text, self.at = self.text[self.at :] + text, 0
+        return bool(raw)
+
+    def next_mark(self) -> str:
+        """Move to the next character that is not white space, and return it. It is empty at the end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+                self.at += 1
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+
+def _columns(schema: Any) -> tuple[list[str], list[str]]:
+    """Return the names of the columns that hold texts, and of the others."""
+    import pyarrow as pa
+
+    def is_text(kind: Any) -> bool:
+        if pa.types.is_dictionary(kind):
+            return is_text(kind.value_type)
+        return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+    strings = [field.name for field in schema if is_text(field.type)]
+    return strings, [field.name for field in schema if field.name not in strings]
+
+
+def _parquet_records(file: CorpusFile, group: int | None) -> Iterator[Record]:
+    with _parquet(file) as table:
+        metadata = table.metadata
+        groups = range(metadata.num_row_groups) if group is None else [group] if metadata.num_row_groups else []
+        for chosen in groups:
+            before = sum(metadata.row_group(i).num_rows for i in range(chosen))
+            about = metadata.row_group(chosen)
+            # The sizes in the metadata are before compression, and before repeated values were stored once.
+            rows = max(1, min(1024, ROWS_BYTES * about.num_rows // max(1, about.total_byte_size)))
+            batches = table.iter_batches(rows, [chosen], [file.field], use_threads=False)
+            yield from _rows((batch.column(0) for batch in batches), before)
+
+
+def _arrow_records(file: CorpusFile) -> Iterator[Record]:
+    with _arrow(file) as reader:
+        if file.format == "arrow stream":
+            batches: Iterable[Any] = reader
+        else:
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        yield from _rows((batch.column(batch.schema.get_field_index(file.field)) for batch in batches), 0)
+
+
+def _rows(columns: Iterable[Any], number: int) -> Iterator[Record]:
+    """Yield the records of a column of texts, counted from ``number`` + 1."""
+    import pyarrow as pa
+
+    for column in columns:
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if not pa.types.is_large_string(column.type):
+            column = column.cast(pa.large_string() if not pa.types.is_string(column.type) else pa.string())
+        size = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+        for raw in column.view(size):
+            number += 1
+            text = raw.as_py()
+            yield Record(number, text) if text is not None else Record(number, None, "expected a text, found null")
+
+
+@contextlib.contextmanager
+def _parquet(file: CorpusFile) -> Iterator[Any]:
+    with _opened(file) as (arrow, stream):
+        # Column chunks are read through a buffer, not whole.
+        yield arrow.parquet.ParquetFile(stream, buffer_size=BLOCK_BYTES, pre_buffer=False)
+
+
+@contextlib.contextmanager
+def _arrow(file: CorpusFile) -> Iterator[Any]:
+    with _opened(file) as (arrow, stream):
+        opener: Callable[[Any], Any] = getattr(arrow.ipc, f"open_{file.format.removeprefix('arrow ')}")
+        yield opener(stream)
+
+
+@contextlib.contextmanager
+def _opened(file: CorpusFile) -> Iterator[tuple[Any, BinaryIO]]:
+    """Import pyarrow, and open a file for it. What it raises in the block becomes a UserError that names the file."""
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{file.name}: expected pyarrow, which reads parquet and arrow files, found it not installed; {install_command('data')}"
+        ) from None
+    with file.open() as stream:
+        if file.format != "arrow stream" and not stream.seekable():
+            raise UserError(
+                f"{file.name}: expected a server that sends parts of a file, found one that does not; download it first"
+            )
+        try:
+            yield pyarrow, stream
+        except (pyarrow.ArrowException, OSError, io.UnsupportedOperation) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"{file.name}: expected a whole {file.format.split()[0]} file, found it damaged ({reason}); download or make it "
+                "again, or leave it out"
+            ) from None
