@@ -12,6 +12,9 @@ from llama_jax.data.batches import Batch, PackedBatch
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 
+# The number of a stream's tokens that are looked at before a run.
+LOOKED_AT = 1_000_000
+
 
 def masked(batches: Iterable[Batch], bos_id: int) -> Iterator[PackedBatch]:
     """Yield each batch with its documents; see ``with_documents``."""
@@ -35,4 +38,17 @@ def check_marks(tokenizer: Tokenizer) -> None:
         raise UserError(
             f"data.document_mask: expected a tokenizer with BOS and EOS, which mark where documents begin and end, found "
             f"{tokenizer.model_path} with {tokenizer.piece(tokenizer.bos_id)!r} alone; leave the flag out, or take another tokenizer"
+        )
+
+
+def check_documents(first: np.ndarray, bos_id: int, source: str) -> None:
+    """Raise UserError if no document begins in the first tokens of ``source``, int [tokens].
+
+    Other programs make token files that mark the end of a document alone. A mask would then take each window for one
+    document.
+    """
+    if not np.any(first == bos_id):
+        raise UserError(
+            f"data.document_mask: expected documents that begin with BOS (id {bos_id}), found none in the first {len(first):,} "
+            f"tokens of {source}; leave the flag out, or give the original text"
         )

@@ -11,7 +11,7 @@ from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import Data, Origin, load_data, open_data
 from llama_jax.data.batches import steps_per_epoch
-from llama_jax.data.document_mask import check_marks
+from llama_jax.data.document_mask import LOOKED_AT, check_documents, check_marks
 from llama_jax.devices.distributed import is_main, main_first
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
@@ -47,6 +47,7 @@ def open_text(args: DataArgs, base: Checkpoint | None, opened: Opened) -> Data:
     )
     if args.document_mask:
         check_marks(data.tokenizer)
+        check_documents(data.tokens.train[:LOOKED_AT], data.tokenizer.bos_id, data.source)
     return data
 
 

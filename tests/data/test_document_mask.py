@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.data.batches import Batch, eval_batches, train_batches
-from llama_jax.data.document_mask import check_marks, masked, with_documents
+from llama_jax.data.document_mask import check_documents, check_marks, masked, with_documents
 from llama_jax.errors import UserError
 
 BOS, EOS = 1, 2
@@ -64,4 +64,13 @@ def test_a_tokenizer_that_marks_one_end_is_refused_in_one_line() -> None:
     one = SimpleNamespace(bos_id=1, eos_id=1, model_path="t5.model", piece=lambda i: "</s>")
     with pytest.raises(UserError, match=r"^data\.document_mask: expected .* t5\.model .*'</s>' alone") as caught:
         check_marks(one)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_in_which_no_document_begins_are_refused_in_one_line() -> None:
+    check_documents(np.array([BOS, 5, 6]), BOS, "tokens")
+    with pytest.raises(
+        UserError, match=r"^data\.document_mask: expected .* BOS \(id 1\), found none .* 3 tokens of a\.bin; "
+    ) as caught:
+        check_documents(np.array([5, EOS, 6]), BOS, "a.bin")
     assert "\n" not in str(caught.value)
