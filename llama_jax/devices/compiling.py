@@ -98,10 +98,8 @@ class GenerationProgram:
 
         thread = threading.Thread(target=compile, name="compiling", daemon=True)
         thread.start()
-        try:
-            yield
-        finally:
-            thread.join()
+        yield  # If the block is interrupted, nobody waits for the compiler.
+        thread.join()
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lower the program, to compile it for other devices or to inspect it."""
