@@ -97,7 +97,7 @@ def base(folder: Path) -> dict[str, Any]:
 CHANGED: dict[str, dict[str, Any]] = {
     "data": {
         "filepath": "b.txt", "train_size": 0.5, "tokenizer_model_path": "base/tokenizer.model", "vocab_size": 290,
-        "separator": "\n", "stories": 30, "document_mask": True,
+        "separator": "\n", "stories": 30, "document_mask": True, "eval_filepath": "b.txt",
     },
     "train": {
         "n_epochs": 2, "max_steps": 3, "batch_size": 2, "compute_dtype": "bfloat16", "eval_interval": 1, "eval_iters": 2,
@@ -120,7 +120,8 @@ def test_every_field_is_covered() -> None:
     fields = {
         name: {f.name for f in dataclasses.fields(kind)} for name, kind in (("data", DataArgs), ("train", TrainArgs))
     }
-    assert fields["data"] == set(CHANGED["data"]) | {"as_text"}  # what is read at all: tests/data/test_prepare.py
+    read_at_all = {"as_text", "text_field", "bad_records"}  # tests/data/test_prepare.py and test_corpus.py
+    assert fields["data"] == set(CHANGED["data"]) | read_at_all
     assert fields["train"] == set(CHANGED["train"]) | OPTIMIZER | set(SAME_NUMBERS) | ELSEWHERE
     assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING)
     # ModelArgs: tests/test_model.py; MeshArgs: tests/devices/test_sharding.py; DistributedArgs: tests/devices/test_distributed.py.
@@ -131,7 +132,7 @@ def test_every_field_is_covered() -> None:
 def test_a_changed_field_changes_the_run(section: str, field: str, folder: Path, base: dict[str, Any]) -> None:
     value: Any = CHANGED[section][field]
     changes: dict[str, Any] = {field: value}
-    if field in ("filepath", "tokenizer_model_path", "save_dir", "init_from"):
+    if field in ("filepath", "eval_filepath", "tokenizer_model_path", "save_dir", "init_from"):
         changes[field] = str(folder / value)
     compared = base
     if field == "tokenizer_model_path":  # the very tokenizer that would be trained: nothing else may change
