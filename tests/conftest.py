@@ -28,6 +28,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # A shell starts what runs behind it deaf to Ctrl-C, and so would be all that the tests start, and then interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# So does nohup with the end of a terminal.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import jax
 import pytest
