@@ -12,11 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tyro
+import zstandard
 
 from tests import bucket, forked, inside
 from tests.commands import ROOT, SHORT_RUN, SMALL, SMALL_MODEL, STORIES, run, told
+from tests.data.test_token_files import llm_c, megatron, nano_gpt
 from tests.processes import free_address
 
 
@@ -53,6 +58,23 @@ def stored() -> Iterator[bucket.Bucket]:
         yield running
 
 
+def make_corpora(place: Path, stored: bucket.Bucket) -> None:
+    """Put records, and token files of other programs, where docs/own-text.md has them."""
+    texts = [f"The fox went to the river. The owl said: {i} boats!" for i in range(80)]
+    records = "".join(json.dumps({"content": text}) + "\n" for text in texts).encode()
+    (place / "web").mkdir(exist_ok=True)
+    (place / "web" / "a.jsonl").write_bytes(records)
+    (place / "held_out.jsonl.zst").write_bytes(zstandard.compress(records))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), place / "a.parquet")
+    stored.write("corpus/a.parquet", (place / "a.parquet").read_bytes(), {})
+    ids = np.random.default_rng(0).integers(3, 200, 4000)
+    (place / "data" / "openwebtext").mkdir(parents=True, exist_ok=True)
+    for name in ("train.bin", "val.bin"):
+        nano_gpt(place / "data" / "openwebtext" / name, ids)
+    llm_c(place / "fineweb_train_000001.bin", ids)
+    megatron(place / "my_text_document", [ids[:1000], ids[1000:]])
+
+
 def program_of(argv: list[str]) -> list[str]:
     return argv[:2] if argv[0] == "-m" else argv[:1]
 
@@ -87,6 +109,7 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
     ):
         result = forked.run(["convert_torch_weights.py", "--input", source, "--output", output, "--to", to], place)
         assert result.returncode == 0, result.stderr
+    make_corpora(place, stored)
     (place / "conversation.json").write_text('[{"role": "user", "content": "Hi"}]')
     (place / "prompts.jsonl").write_text('{"prompt": "The fox"}\n{"prompt": "The owl", "stop": ["."], "n": 3}\n')
     commands = documented_commands()
