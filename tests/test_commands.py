@@ -59,9 +59,11 @@ def stored() -> Iterator[bucket.Bucket]:
 
 
 def make_corpora(place: Path, stored: bucket.Bucket) -> None:
-    """Put records, and token files of other programs, where docs/own-text.md has them."""
+    """Put texts, records, and token files of other programs, where the pages have them."""
     texts = [f"The fox went to the river. The owl said: {i} boats!" for i in range(80)]
     records = "".join(json.dumps({"content": text}) + "\n" for text in texts).encode()
+    (place / "corpus").mkdir(exist_ok=True)
+    (place / "corpus" / "a.txt").write_text("<|endoftext|>".join(texts))
     (place / "web").mkdir(exist_ok=True)
     (place / "web" / "a.jsonl").write_bytes(records)
     (place / "held_out.jsonl.zst").write_bytes(zstandard.compress(records))
