@@ -132,9 +132,9 @@ def generate_chunks(
     rows = pad_rows(rows, mesh)
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     slots = slots_read(longest + max_new_tokens + steps)
-    cache_dtype = cache_dtype or model.dtype
-    with on_mesh(mesh), _first_chunk_compiled_meanwhile(model, params, rows, longest, slots, steps, cache_dtype):
-        state = read_prompts(model, params, rows, longest, slots, cache_dtype)
+    compiled_meanwhile = functools.partial(_chunk_compiled_meanwhile, model, params, steps, slots_read(longest + steps))
+    with on_mesh(mesh):
+        state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype, compiled_meanwhile)
     waiting = None
     for done in range(0, max_new_tokens, steps):
         # Start the next chunk before this one is yielded, so that the device computes while the caller works.
@@ -149,20 +149,18 @@ def generate_chunks(
         yield Sampled(*(np.asarray(x)[:count] for x in waiting))
 
 
-def _first_chunk_compiled_meanwhile(
-    model: Llama, params: Any, rows: Sequence[Row], longest: int, slots: int, steps: int, cache_dtype: Any
+def _chunk_compiled_meanwhile(
+    model: Llama, params: Any, steps: int, end: int, state: DecodeState
 ) -> contextlib.AbstractContextManager[None]:
-    """Compile the first chunk while the block reads the prompts: half the wait for the first token of a deep model.
+    """Compile the chunk that follows ``state`` while the block reads the prompts.
 
-    This is for one device. On several, the compiler decides how the state is sharded after the prompts are read.
+    This is half the wait for the first token of a deep model. It is for one device: on several, the compiler decides
+    how the state is sharded after the prompts are read.
     """
     mesh = mesh_of(params)
     if mesh.size > 1:
         return contextlib.nullcontext()
-    end = slots_read(longest + steps)
-    slots = max(end, slots_read(longest) if caches_grow() else slots)
-    sampler, first = make_sampler(rows, model.args.vocab_size), np.zeros(len(rows), np.int32)
-    shapes = jax.eval_shape(lambda sampler: empty_state(model, sampler, first, slots, cache_dtype), sampler)
+    shapes = jax.eval_shape(lambda state: state.replace(cache=ensure_slots(state.cache, end)), state)
     state = with_shardings(shapes, state_shardings(shapes, mesh))
     return decode_chunk.compiled_meanwhile(model, params, state, steps, end)
 
@@ -174,11 +172,18 @@ def pad_rows(rows: Sequence[Row], mesh: jax.sharding.Mesh) -> Sequence[Row]:
 
 
 def read_prompts(
-    model: Llama, params: Any, rows: Sequence[Row], longest: int, slots: int, cache_dtype: Any
+    model: Llama,
+    params: Any,
+    rows: Sequence[Row],
+    longest: int,
+    slots: int,
+    cache_dtype: Any,
+    meanwhile: Callable[[DecodeState], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> DecodeState:
     """Read the prompts in passes, under the mesh, and return the state after them.
 
-    longest: the slots that the longest prompt takes. slots: the slots of a cache that does not grow.
+    longest: the slots that the longest prompt takes. slots: the slots of a cache that does not grow. meanwhile: given
+    the state before any prompt is read, the context in which they are read.
     """
     mesh = mesh_of(params)
     slots = slots_read(longest) if caches_grow() else slots
@@ -189,15 +194,16 @@ def read_prompts(
         row[begin : begin + len(prompt)] = prompt
     state = _state_on(mesh, model, make_sampler(rows, model.args.vocab_size), first, slots, cache_dtype)
     logits, cache = state.logits, state.cache
-    for start in range(0, longest, tokens_a_pass()):
-        part = tokens[:, start : start + tokens_a_pass()]
-        end = min(slots, slots_read(start)) if start else 0
-        if model.exact_rows:
-            last = lengths - 1 - start
-            found, cache = prefill(model, params, part, cache, end, np.clip(last, 0, part.shape[1] - 1))
-            logits = jnp.where((last >= 0)[:, None], found, logits)
-        else:
-            logits, cache = prefill(model, params, part, cache, end)
+    with meanwhile(state):
+        for start in range(0, longest, tokens_a_pass()):
+            part = tokens[:, start : start + tokens_a_pass()]
+            end = min(slots, slots_read(start)) if start else 0
+            if model.exact_rows:
+                last = lengths - 1 - start
+                found, cache = prefill(model, params, part, cache, end, np.clip(last, 0, part.shape[1] - 1))
+                logits = jnp.where((last >= 0)[:, None], found, logits)
+            else:
+                logits, cache = prefill(model, params, part, cache, end)
     if model.exact_rows:
         cache = cache.replace(slot=jnp.asarray(lengths))
     return state.replace(cache=cache, logits=logits)
