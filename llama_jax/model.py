@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llama_jax.config import AttentionKernel, ModelArgs, Remat
 from llama_jax.devices.sharding import constrain
 from llama_jax.ops import exact
-from llama_jax.ops.attention import Documents, attention, attention_over_cache
+from llama_jax.ops.attention import Documents, attention, attention_over_cache, same_segment
 from llama_jax.ops.cache import KVCache, KVPair, LayerCache
 from llama_jax.ops.embedding import embed, embed_few
 from llama_jax.ops.linear import linear
@@ -78,7 +78,7 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arra
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
     visible: Any = np.tril(np.ones((T, T), bool))
     if segments is not None:
-        visible = visible & (segments[:, None, None, :, None] == segments[:, None, None, None, :])
+        visible = visible & same_segment(segments, segments)[:, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
 
