@@ -18,11 +18,10 @@ from jax.typing import ArrayLike
 from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import Progress, working
 from llama_jax.config import Cache, DType, Weights
-from llama_jax.data.corpus import Records
+from llama_jax.data.corpus import corpus_of
 from llama_jax.data.lost import Losses, examples, loss_warning
-from llama_jax.data.parts import AnyCorpus
 from llama_jax.data.sources import find_files
-from llama_jax.data.text import Corpus, replacement_warning
+from llama_jax.data.text import replacement_warning
 from llama_jax.devices.compiling import GenerationProgram
 from llama_jax.errors import UserError, run_command
 from llama_jax.generation import Model
@@ -148,10 +147,7 @@ def _read(filepath: str, tokenizer: Tokenizer, as_text: bool, text_field: str) -
     """
     files, notes = find_files(filepath, "--text", as_text, text_field)
     ids: list[np.ndarray] = []
-    plain = all(file.format == "text" for file in files)
-    corpus: AnyCorpus = (
-        Corpus(files, b"", train_size=1.0, any_bytes=as_text) if plain else Records(files, train_size=1.0)
-    )
+    corpus = corpus_of(files, any_bytes=as_text)
     losses = Losses(tokenizer, corpus.text_bytes)
     for part in corpus.parts("train"):
         rows = tokenizer.encode_parts([part.text], [part.starts])

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from llama_jax.data.kinds import bad_bytes
+from llama_jax.data.kinds import bad_bytes, decoded
 from llama_jax.data.parts import SPLITS, AnyCorpus, HeldOut, Part, Skipped, TextFile, Unit
 from llama_jax.data.places import at_once
-from llama_jax.data.records import CorpusFile, Record, groups_of, records_of
-from llama_jax.data.text import PART_BYTES, border, check_is_text, full_name
+from llama_jax.data.records import BOM, CorpusFile, Record, groups_of, records_of
+from llama_jax.data.text import PART_BYTES, Corpus, border, check_is_text, full_name
 from llama_jax.errors import UserError
 
 # The key of the hash that chooses held-out documents. Another key would choose others.
@@ -85,10 +85,12 @@ class Records:
 
     def units(self) -> list[Unit]:
         """Return the files, those in parquet by groups of rows."""
-        units = []
-        for i, file in enumerate(self.sources):
-            units += [Unit(i, "", group) for group in range(groups_of(file))]
-        return units
+        return [Unit(i, "", group) for i, groups in enumerate(self._groups) for group in range(groups)]
+
+    @functools.cached_property
+    def _groups(self) -> list[int]:
+        """The number of groups of rows of each file. Each parquet file is opened for it."""
+        return at_once(groups_of, self.sources)
 
     def parts(self, split: str) -> Iterator[Part]:
         """Yield the text of a split, document by document."""
@@ -146,7 +148,7 @@ class Records:
     def _blocks(self, file: CorpusFile, counted: bool) -> Iterator[tuple[bytes, int]]:
         """Yield the content of a text in blocks of valid UTF-8, each with its number of bytes that were not."""
         with file.open() as stream:
-            rest = stream.read(3).removeprefix(b"\xef\xbb\xbf")
+            rest = stream.read(3).removeprefix(BOM)
             while block := stream.read(PART_BYTES):
                 rest += block
                 end = len(rest)
@@ -160,13 +162,11 @@ class Records:
 
     def _valid(self, raw: bytes, counted: bool) -> tuple[bytes, int]:
         """Return ``raw`` as valid UTF-8, and how many of its bytes were not."""
-        try:
-            raw.decode()
+        text, replaced = decoded(raw)
+        if not replaced:
             return raw, 0
-        except UnicodeDecodeError:
-            text = raw.decode("utf-8", "replace")
-            self.replaced += counted * (text.count("\ufffd") - raw.count("\ufffd".encode()))
-            return text.encode(), bad_bytes(raw)
+        self.replaced += counted * replaced
+        return text.encode(), bad_bytes(raw)
 
     def _skip(self, file: CorpusFile, record: Record, counted: bool) -> None:
         """Count a record that cannot be read. Raises UserError if none may be skipped."""
@@ -262,6 +262,19 @@ class WithHeldOut:
     def parts(self, split: str) -> Iterator[Part]:
         """Yield the text of a split, document by document."""
         return (self.train if split == "train" else self.eval).parts("train")
+
+
+def corpus_of(
+    files: Sequence[CorpusFile],
+    separator: bytes = b"",
+    train_size: float = 1.0,
+    skip: bool = False,
+    any_bytes: bool = False,
+) -> AnyCorpus:
+    """Return the corpus of ``files``: plain text, or Records if there are records among them; see both."""
+    if all(file.format == "text" for file in files):
+        return Corpus(files, separator, train_size, any_bytes)
+    return Records(files, train_size, skip)
 
 
 def hash_of(document: bytes) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
-from llama_jax.data.corpus import Records, WithHeldOut
+from llama_jax.data.corpus import Records, WithHeldOut, corpus_of
 from llama_jax.data.origin import Origin
 from llama_jax.data.parts import AnyCorpus
 from llama_jax.data.sources import files_as_before, find_files
@@ -87,9 +87,7 @@ def _corpus_of(
     """Return the corpus of a path or an address, and lines about what was left out."""
     files, found = find_files(filepath, key, as_text, args.text_field)
     notes = tuple(f"{filepath}: {note}" for note in found)
-    if all(file.format == "text" for file in files):
-        return Corpus(files, separator_bytes(args.separator), train_size, any_bytes=as_text), notes
-    return Records(files, train_size, args.bad_records == "skip"), notes
+    return corpus_of(files, separator_bytes(args.separator), train_size, args.bad_records == "skip", as_text), notes
 
 
 def _check_options(args: DataArgs, corpora: list[AnyCorpus]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from llama_jax.data.compression import compression_of, decompressed
 from llama_jax.data.kinds import FORMATS, WHOLE, Kind, kind_of, kind_of_bytes
 from llama_jax.data.places import Place
-from llama_jax.data.records import TEXT, CorpusFile
+from llama_jax.data.records import BOM, TEXT, CorpusFile
 
 # A first look at a file, for whether it may be something to read.
 LOOK_BYTES = 4096
@@ -51,7 +51,7 @@ def may_be_read(place: Place) -> bool:
         return False
     with place.open() as file:
         head = file.read(LOOK_BYTES)
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    text = head.lstrip(BOM + b" \t\r\n")
     return bool(compression_of(head) or head.startswith(tuple(FORMATS)) or text[:1] in (b"{", b"[") or b"\n{" in text)
 
 

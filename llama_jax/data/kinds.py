@@ -132,6 +132,15 @@ def is_too_odd(bad: int, size: int) -> bool:
     return bad > max(FEW_BAD, size * MOST_BAD)
 
 
+def decoded(raw: bytes) -> tuple[str, int]:
+    """Return bytes as text, and how many sequences of them were not UTF-8 and became U+FFFD."""
+    try:
+        return raw.decode("utf-8"), 0
+    except UnicodeDecodeError:
+        text = raw.decode("utf-8", errors="replace")
+        return text, text.count("\ufffd") - raw.count("\ufffd".encode())
+
+
 def bad_bytes(raw: bytes) -> int:
     """Return how many bytes are not part of a UTF-8 character."""
     return len(raw) - len(raw.decode("utf-8", "ignore").encode())

@@ -4,7 +4,8 @@ import collections
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llama_jax.data.text import PART_BYTES, Part
+from llama_jax.data.parts import Part
+from llama_jax.data.text import PART_BYTES
 from llama_jax.tokenizer import SPACE_MARK, Tokenizer
 
 # About this many bytes of a text are compared, spread evenly. A text of less than twice the size is compared in full.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, NamedTuple
 
 from llama_jax.data.compression import decompressed
-from llama_jax.data.kinds import Format
+from llama_jax.data.kinds import Format, decoded
 from llama_jax.data.places import BLOCK_BYTES, Place
 from llama_jax.errors import UserError, quoted
 from llama_jax.programs import install_command
@@ -200,8 +200,8 @@ def _parsed(line: bytes) -> tuple[Any, str, int]:
     try:
         return _fast_loads(line), "", 0
     except (ValueError, RecursionError):
-        text = line.decode("utf-8", "replace")
-        return json.loads(text), "", text.count("\ufffd") - line.count("\ufffd".encode())
+        text, replaced = decoded(line)
+        return json.loads(text), "", replaced
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """A token file that can be sliced like an array, and is checked against its checksums before use."""
 
+import contextlib
 import os
 import threading
 import time
@@ -113,20 +114,31 @@ class TokenStream(NDArrayOperatorsMixin):
 
     def _pread(self, start: int, count: int) -> bytes:
         """Read bytes of the file. Raises UserError if some are missing."""
-        try:
-            raw = os.pread(self._file.fileno(), count, start)
-            while len(raw) < count and (more := os.pread(self._file.fileno(), count - len(raw), start + len(raw))):
-                raw += more
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: expected tokens that can be read, found: {error.strerror}; check the disk"
-            ) from None
+        with reading(self.path):
+            raw = read_at(self._file.fileno(), start, count)
         if len(raw) < count:
             raise UserError(
                 f"{self.path}: expected {self._bytes:,} bytes, found it cut to {os.fstat(self._file.fileno()).st_size:,}; delete {self.path.parent} and "
                 "make it again"
             )
         return raw
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError in the block into a UserError that names the token file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: expected tokens that can be read, found: {error.strerror}; check the disk") from None
+
+
+def read_at(file: int, start: int, count: int) -> bytes:
+    """Return ``count`` bytes of an open file from ``start``, or fewer if it ends before."""
+    raw = os.pread(file, count, start)
+    while len(raw) < count and (more := os.pread(file, count - len(raw), start + len(raw))):
+        raw += more
+    return raw
 
 
 def checksums(raw: bytes) -> list[int]:

@@ -5,6 +5,7 @@ Offsets count the bytes of all files on disk, in order of their paths.
 
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +14,11 @@ from typing import Any, ClassVar
 
 from llama_jax.cli.flags import unescape
 from llama_jax.data.documents import BUFFER_BYTES, Reader, Rewinding, Separator, sha256_of
-from llama_jax.data.kinds import bad_bytes, is_too_odd
+from llama_jax.data.kinds import bad_bytes, decoded, is_too_odd
 from llama_jax.data.parts import SPLITS, HeldOut, Part, Skipped, TextFile, Unit
 from llama_jax.data.places import on_disk
 from llama_jax.data.records import BOM, CorpusFile
 from llama_jax.errors import UserError, quoted
-
-__all__ = ["Corpus", "Part", "TextFile", "check_separator", "replacement_warning", "separator_bytes"]
 
 # A document is read in parts of about this many bytes.
 PART_BYTES = 1 << 16
@@ -87,6 +86,12 @@ class Corpus:
         return int(self.text_bytes * self.train_size)
 
     @functools.cached_property
+    def _cuts(self) -> list[int]:
+        """The position of the cut within each file: 0 if all of it is held out, its size if none is."""
+        offsets = itertools.accumulate(self._sizes, initial=0)
+        return [min(max(self.cut - offset, 0), size) for offset, size in zip(offsets, self._sizes, strict=False)]
+
+    @functools.cached_property
     def files(self) -> tuple[TextFile, ...]:
         """The files with the digests of their contents, at the time of first use. Compressed ones are decompressed."""
         self._stamps = [file.place.about or file.place.stamp() for file in self._files]
@@ -118,10 +123,8 @@ class Corpus:
 
     def units(self) -> list[Unit]:
         """Return the files that are trained on, then those that are held out. The cut may go through one."""
-        offset, train, held_out = 0, [], []
-        for i, size in enumerate(self._sizes):
-            cut = min(max(self.cut - offset, 0), size)
-            offset += size
+        train, held_out = [], []
+        for i, (size, cut) in enumerate(zip(self._sizes, self._cuts, strict=True)):
             train += [Unit(i, "train")] * (cut > 0)
             held_out += [Unit(i, "eval")] * (cut < size)
         return train + held_out
@@ -143,8 +146,7 @@ class Corpus:
 
     def _parts(self, unit: Unit) -> Iterator[Part]:
         number, split = unit.file, unit.split
-        size = self._sizes[number]
-        cut = min(max(self.cut - sum(self._sizes[:number]), 0), size)
+        size, cut = self._sizes[number], self._cuts[number]
         data = self._reader(number)
         while 0 < cut < size and data.read(cut, cut + 1)[0] & 0xC0 == 0x80:  # do not cut inside a character
             cut -= 1
@@ -212,12 +214,9 @@ class Corpus:
             start = stop
 
     def _decode(self, raw: bytes) -> tuple[str, int]:
-        try:
-            return raw.decode("utf-8"), 0
-        except UnicodeDecodeError:
-            text = raw.decode("utf-8", errors="replace")
-            self.replaced += text.count("\ufffd") - raw.count("\ufffd".encode())
-            return text, bad_bytes(raw)
+        text, replaced = decoded(raw)
+        self.replaced += replaced
+        return text, bad_bytes(raw) if replaced else 0
 
 
 def check_is_text(name: str, read: int, bad: int) -> None:

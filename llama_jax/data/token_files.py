@@ -17,7 +17,7 @@ import numpy as np
 from llama_jax.data.kinds import kind_of
 from llama_jax.data.parts import TextFile
 from llama_jax.data.splits import split_of
-from llama_jax.data.stream import TokenStream
+from llama_jax.data.stream import TokenStream, read_at, reading
 from llama_jax.errors import UserError
 
 # The magic numbers of llm.c, with the version and the type that belong to each.
@@ -45,21 +45,10 @@ class TokenFile:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return ids ``start`` to ``stop``. Raises UserError if some are missing."""
-        size = self.dtype.itemsize
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                raw = os.pread(file.fileno(), (stop - start) * size, self.offset + start * size)
-                while len(raw) < (stop - start) * size and (
-                    more := os.pread(
-                        file.fileno(), (stop - start) * size - len(raw), self.offset + start * size + len(raw)
-                    )
-                ):
-                    raw += more
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: expected tokens that can be read, found: {error.strerror}; check the disk"
-            ) from None
-        if len(raw) < (stop - start) * size:
+        first, count = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
+        with reading(self.path), open(self.path, "rb", buffering=0) as file:
+            raw = read_at(file.fileno(), first, count)
+        if len(raw) < count:
             raise UserError(f"{self.path}: expected {self.count:,} tokens, found it cut meanwhile; restore it")
         return np.frombuffer(raw, self.dtype)
 

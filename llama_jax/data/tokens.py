@@ -82,7 +82,7 @@ class Manifest:
     sha256: dict[str, str] = dataclasses.field(default_factory=dict)  # digests of the folder's files
     # Later additions to version 3:
     text_field: str = ""  # the field of the records that held the text
-    held_out: str = "end"  # how the held-out part was chosen (text.HeldOut)
+    held_out: str = "end"  # how the held-out part was chosen (parts.HeldOut)
     eval_source: str = ""  # a held-out text of its own
     eval_files: tuple[TextFile, ...] = ()
     skipped_records: int = 0
