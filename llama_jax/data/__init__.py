@@ -13,11 +13,11 @@ from llama_jax.cli.flags import unescape
 from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
 from llama_jax.data.corpus import WithHeldOut
-from llama_jax.data.encode import prepare
 from llama_jax.data.finding import Text, as_before, find_text, origin_of, write_stories
 from llama_jax.data.origin import Origin, difference
 from llama_jax.data.parts import AnyCorpus
 from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
+from llama_jax.data.shards import RefuseOthers, prepare
 from llama_jax.data.text import Corpus, check_separator
 from llama_jax.data.token_files import TokenFile
 from llama_jax.data.tokens import MANIFEST, TokenSet, open_tokens, read_manifest, sha256, write_manifest
@@ -105,8 +105,12 @@ def encode_text(
     workers: int | None = None,
     begun: bool = False,
     began_with: Origin | None = None,
+    others: RefuseOthers | None = None,
 ) -> Data:
-    """Encode a text into ``folder``, with a tokenizer at ``tokenizer_path``; see ``load_data``."""
+    """Encode a text into ``folder``, with a tokenizer at ``tokenizer_path``.
+
+    See ``load_data``, and ``shards.prepare`` for ``others``.
+    """
     known = _known(folder, begun, began_with)
     with working(f"reading {text.source}, {bytes_text(text.corpus.stored_bytes)}"):
         text.corpus.digest()
@@ -121,7 +125,7 @@ def encode_text(
     trained = 0 if args.tokenizer_model_path else args.vocab_size
     tokens = prepare(
         text.corpus, tokenizer, folder, workers or os.cpu_count() or 1, trained, text.source, known if begun else None,
-        text.eval_source,
+        text.eval_source, others,
     )  # fmt: skip
     return Data(tokens, tokenizer, text.source, text.floor, text.notes)
 

@@ -1,210 +1,31 @@
-"""Prepare tokens ahead: ``python -m llama_jax.data prepare --filepath TEXT --tokenizer-model-path M --output DIR``."""
+"""The commands of ``python -m llama_jax.data``: prepare and merge."""
 
-import contextlib
-import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from llama_jax.cli.flags import parse_flags
-from llama_jax.cli.progress import working
-from llama_jax.config import BadRecords, DataArgs
-from llama_jax.data import Data, Text, encode_text, find_text, origin_of
-from llama_jax.data.origin import difference
-from llama_jax.data.places import BLOCK_BYTES
-from llama_jax.data.summary import documents_text, held_out_text, remarks
-from llama_jax.data.tokens import MANIFEST, SPLITS, SUMS, UNFINISHED, open_tokens, read_manifest, sha256
+from llama_jax.data import merging, preparing
 from llama_jax.errors import UserError, run_command
 from llama_jax.programs import typed
-from llama_jax.storage.files import remove_leftovers
-from llama_jax.storage.locations import on_disk
-from llama_jax.storage.owner import owning
-from llama_jax.tokenizer import Tokenizer
 
-# The --filepath that stands for it.
-STANDARD_INPUT = "-"
-NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, "tokenizer.model")
-
-
-@dataclass(frozen=True)
-class PrepareArgs:
-    """Encode a text once. Training then takes the output folder as --data.filepath."""
-
-    filepath: str = ""
-    """Text to encode: a file, a folder, a glob, an address (gs://, s3://, https://), or - for standard input.
-    It is plain text, JSON lines, parquet or arrow, also compressed, as its bytes tell.
-    Of a folder all *.txt and all files of records are read, recursively."""
-    tokenizer_model_path: str = ""
-    """Path of a SentencePiece model. Empty: train a BPE vocabulary on the text."""
-    output: str = ""
-    """Folder to write: train.bin, eval.bin, checksums.bin, tokenizer.model, manifest.json.
-    Tokens of another text in it are never replaced."""
-    vocab_size: int = DataArgs.vocab_size
-    """Vocabulary size, in tokens, when a tokenizer is trained."""
-    separator: str = ""
-    r"""Text between two documents in a file, for example '<|endoftext|>', '\n\n', or '\n' for one document per line.
-    The escape \n matches any line end (LF, CRLF, CR), \t a tab, \\ a backslash.
-    Blank lines at the start and end of a document are dropped.
-    Empty: each file is one document. Of records each is a document, and there is no separator."""
-    train_size: float = DataArgs.train_size
-    """Share of the text to train on. 1: hold out nothing. The rest is held out for evaluation:
-    the end of a plain text, by bytes; of records, documents that are chosen by a hash of their text."""
-    eval_filepath: str = ""
-    """Held-out text of its own, in any of the forms of filepath, which is then trained on as a whole.
-    Empty: hold out a part of the text (train_size)."""
-    text_field: str = ""
-    """Field of the records that holds the text. Empty: "text", or else the only field with texts."""
-    bad_records: BadRecords = "error"
-    """Records that cannot be read: error (stop at the first) or skip (leave them out and count them)."""
-    as_text: bool = False
-    """Read files as plain text even if they look like something else, such as JSON lines or HTML.
-    Bytes that are not UTF-8 become U+FFFD."""
-    workers: int = os.cpu_count() or 1
-    """Number of encoding threads."""
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": preparing.main, "merge": merging.main}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line ``argv``. None: that of this process."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    program = f"{typed('data')} prepare"
-    description = f"Prepare tokens ahead of training: {program} --filepath TEXT --tokenizer-model-path M --output DIR"
-    if argv[:1] != ["prepare"] and argv[:1] != ["--help"]:
-        raise UserError(f"llama_jax.data: expected the command prepare, found {' '.join(argv[:1]) or 'none'}")
-    args = parse_flags(PrepareArgs, argv[argv[:1] == ["prepare"] :], PrepareArgs(), program, description)
-    for name in ("filepath", "output"):
-        if not getattr(args, name):
-            raise UserError(f"--{name}: expected a path, found none")
-    if args.workers < 1:
-        raise UserError(f"--workers: expected 1 or more, found {args.workers}")
-    try:
-        prepare(args)
-    except UserError as error:
-        raise UserError(str(error).replace("--data.", "--")) from error
-
-
-def prepare(args: PrepareArgs) -> None:
-    """Make the tokens unless they exist. Raises UserError, and changes nothing, if the folder holds other tokens."""
-    data_args = DataArgs(
-        args.filepath, args.train_size, args.tokenizer_model_path, args.vocab_size, args.separator,
-        eval_filepath=args.eval_filepath, text_field=args.text_field, bad_records=args.bad_records, as_text=args.as_text,
-    )  # fmt: skip
-    data_args.check()
-    if read_manifest(Path(args.filepath).expanduser()) is not None:
-        raise UserError(f"--filepath: expected a text, found tokens that are prepared already in {args.filepath}")
-    output = on_disk(args.output, "--output")
-    if args.filepath != STANDARD_INPUT:
-        text = find_text(data_args, output)
-    given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_made(output))
-        stack.enter_context(owning(output, "--output", "wait for it, or choose another --output"))
-        remove_leftovers(output)
-        if args.filepath == STANDARD_INPUT:
-            text = stack.enter_context(_standard_input(data_args, output))
-        if _holds(output, text, args, given):
-            data = Data(open_tokens(output), Tokenizer(output / "tokenizer.model"), text.source, notes=text.notes)
-            print(f"{output}: holds these tokens already, whole")
-        else:
-            _check_free(output, given)
-            with _unfinished(output):
-                data = encode_text(data_args, text, output, output / "tokenizer.model", args.workers)
-    manifest = data.tokens.manifest
-    for line in remarks(data):
-        print(line, file=sys.stderr)
-    print(f"documents: {documents_text(manifest)}")
-    print(f"held out: {held_out_text(manifest)}")
-    print(
-        f"{output}: {manifest.tokens['train']:,} tokens to train on, {manifest.tokens['eval']:,} held out, "
-        f"vocabulary {data.tokenizer.vocab_size:,}"
-    )
-
-
-@contextlib.contextmanager
-def _standard_input(args: DataArgs, output: Path) -> Iterator[Text]:
-    """Yield the text of standard input, which is kept in a file in ``output`` meanwhile: it is read more than once."""
-    path = output / "standard-input.000000000000.tmp"
-    try:
-        with working("reading standard input"), open(path, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, BLOCK_BYTES)
-        text = find_text(replace(args, filepath=str(path)), output)
-        yield replace(text, source="standard input")
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), "standard input")) from error
-    finally:
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Create ``folder``. Remove it again if the block fails and leaves it empty."""
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if new:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def _holds(output: Path, text: Text, args: PrepareArgs, given: Tokenizer | None) -> bool:
-    """Return whether the folder holds the requested tokens, intact. Raises UserError if it holds others."""
-    manifest = read_manifest(output)
-    if manifest is None:
-        return False
-    asked = replace(
-        origin_of(text),
-        tokenizer_sha256=sha256(given.model_bytes) if given is not None else "",
-        trained_vocab_size=0 if given is not None else args.vocab_size,
-    )
-    if found := difference(manifest.origin, asked):
-        raise UserError(
-            f"--output: expected a new folder, or one with the requested tokens, found {manifest.origin} in {output}, and "
-            f"{found}; choose another --output, or delete {output}"
-        )
-    try:
-        open_tokens(output).check()
-        return (output / "tokenizer.model").exists()
-    except UserError as error:
-        print(f"warning: {error}: made again", file=sys.stderr)
-        (output / UNFINISHED).touch()
-        (output / MANIFEST).unlink()
-        return False
-
-
-def _check_free(output: Path, given: Tokenizer | None) -> None:
-    """Raise UserError if files to be written exist, unless a stopped ``prepare`` left them."""
-    if (output / UNFINISHED).exists() or (output / MANIFEST).exists():
+    if argv[:1] in (["--help"], ["-h"]):
+        print("\n".join([f"Tokens of a text, ahead of training: {typed('data')} COMMAND --help", "", *_lines()]))
         return
-    for name in NAMES:
-        path = output / name
-        same = (
-            name == "tokenizer.model"
-            and given is not None
-            and path.is_file()
-            and path.read_bytes() == given.model_bytes
+    if not argv or argv[0] not in COMMANDS:
+        raise UserError(
+            f"llama_jax.data: expected a command, one of {', '.join(COMMANDS)}, found {' '.join(argv[:1]) or 'none'}"
         )
-        if path.exists() and not same:
-            raise UserError(
-                f"--output: expected a new folder, found {path}, which is not this command's; choose another --output"
-            )
+    COMMANDS[argv[0]](argv[1:])
 
 
-@contextlib.contextmanager
-def _unfinished(output: Path) -> Iterator[None]:
-    """Mark the folder as unfinished during the block. The mark stays if the block fails and leaves files."""
-    mark = output / UNFINISHED
-    mark.touch()
-    try:
-        yield
-    except BaseException:
-        if not any((output / name).exists() for name in (*NAMES, MANIFEST)):
-            mark.unlink(missing_ok=True)
-        raise
-    mark.unlink()
+def _lines() -> list[str]:
+    width = max(map(len, COMMANDS))
+    return [f"{name:<{width}}  {(command.__doc__ or '').partition('.')[0]}" for name, command in COMMANDS.items()]
 
 
 if __name__ == "__main__":

@@ -6,17 +6,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from llama_jax.data.corpus_file import BOM, CorpusFile
 from llama_jax.data.kinds import bad_bytes, decoded
-from llama_jax.data.parts import SPLITS, AnyCorpus, HeldOut, Part, Skipped, TextFile, Unit
-from llama_jax.data.places import at_once
-from llama_jax.data.records import BOM, CorpusFile, Record, groups_of, records_of
-from llama_jax.data.text import PART_BYTES, Corpus, border, check_is_text, full_name
+from llama_jax.data.parts import EXAMPLES, SPLITS, AnyCorpus, HeldOut, Part, Skipped, TextFile, Unit
+from llama_jax.data.places import Place, at_once
+from llama_jax.data.records import Group, Record, groups_of, lines_before, records_of, text_bytes_of
+from llama_jax.data.text import PART_BYTES, Corpus, border, check_is_text, full_name, note_odd
 from llama_jax.errors import UserError
 
 # The key of the hash that chooses held-out documents. Another key would choose others.
 KEY = b"llama-jax: held out"
-# So many records that were skipped are named.
-EXAMPLES = 3
+# Compressed text is taken to be so many times as large.
+PACKED = 4
+# Compressed files of this size are read once for the size of their texts, if there are few, so that they can be sliced.
+FEW_FILES, MEASURED_SHARE = 64, 8
 
 
 @dataclass
@@ -34,7 +37,9 @@ class Records:
     any_bytes: bool = False
     replaced: int = 0
     skipped: Skipped = field(default_factory=Skipped)
+    odd: dict[str, tuple[int, int]] = field(default_factory=dict)
     _stamps: list[tuple[Any, ...]] = field(default_factory=list)
+    _measured: dict[int, int] = field(default_factory=dict)
 
     separator = b""
     held_out: ClassVar[HeldOut] = "documents"
@@ -50,7 +55,8 @@ class Records:
         """A guess at the size of all texts: that of the files, four times as much if they are compressed."""
         packed = {"parquet": 3}
         sizes = (
-            max(0, file.place.size) * (4 if file.compression else packed.get(file.format, 1)) for file in self.sources
+            max(0, file.place.size) * (PACKED if file.compression else packed.get(file.format, 1))
+            for file in self.sources
         )
         return sum(sizes)
 
@@ -63,11 +69,27 @@ class Records:
     def files(self) -> tuple[TextFile, ...]:
         """The files with the digests of their contents as they are stored, at the time of first use."""
         self._stamps = [file.place.about or file.place.stamp() for file in self.sources]
-        digests = at_once(lambda file: file.place.sha256(), self.sources)
-        return tuple(
-            TextFile(full_name(file), max(0, file.place.size), digest)
-            for file, digest in zip(self.sources, digests, strict=True)
-        )
+        return tuple(at_once(self.file_of, range(len(self.sources))))
+
+    @property
+    def places(self) -> list[Place]:
+        """The files."""
+        return [file.place for file in self.sources]
+
+    def stamp(self) -> str:
+        """Return what is known of the files without reading them, how they are read, and the share that is held out."""
+        how = [(file.place.mark(), file.field) for file in self.sources]
+        return repr(("records", how, self.train_size))
+
+    def file_of(self, number: int) -> TextFile:
+        """Return a file with the digest of its content as it is stored."""
+        file = self.sources[number]
+        return TextFile(full_name(file), max(0, file.place.size), file.place.sha256())
+
+    def know(self, files: Sequence[TextFile]) -> None:
+        """Take these for ``files``."""
+        self._stamps = [file.place.about or file.place.stamp() for file in self.sources]
+        self.files = tuple(files)
 
     def digest(self) -> str:
         """Return the sha256 of the files' contents, how they are read, and the share that is held out."""
@@ -83,13 +105,33 @@ class Records:
                     f"{file.path}: expected a file that nobody writes, found it changed meanwhile; start again"
                 )
 
-    def units(self) -> list[Unit]:
-        """Return the files, those in parquet by groups of rows."""
-        return [Unit(i, "", group) for i, groups in enumerate(self._groups) for group in range(groups)]
+    def units(self, largest: int = 0) -> list[Unit]:
+        """Return the files, those in parquet by groups of rows, and slices of those of more than ``largest`` bytes."""
+        units: list[Unit] = []
+        for i, (file, groups) in enumerate(zip(self.sources, self._groups, strict=True)):
+            if groups or file.format == "parquet":
+                for number, group in enumerate(groups or [Group(0, 0)]):
+                    unit = Unit(i, "", number, size=group.size)
+                    units += unit.slices(group.rows, group.size, largest) if largest else [unit]
+                continue
+            size = self._size_of(i, largest)
+            unit = Unit(i, "", 0, size=size)
+            sliced = largest and file.format == "json lines" and (not file.compression or i in self._measured)
+            units += unit.slices(size, size, largest) if sliced else [unit]
+        return units
+
+    def _size_of(self, i: int, largest: int) -> int:
+        """Return the size of a file's text, or a guess if it is compressed and is not worth to be measured."""
+        file = self.sources[i]
+        stored = max(0, file.place.size)
+        worth_it = len(self.sources) < FEW_FILES and stored * MEASURED_SHARE > largest > 0
+        if worth_it and file.compression and file.format == "json lines" and i not in self._measured:
+            self._measured[i] = text_bytes_of(file)
+        return self._measured.get(i, stored * PACKED if file.compression else stored)
 
     @functools.cached_property
-    def _groups(self) -> list[int]:
-        """The number of groups of rows of each file. Each parquet file is opened for it."""
+    def _groups(self) -> list[list[Group]]:
+        """The groups of rows of each file. Each parquet file is opened for it."""
         return at_once(groups_of, self.sources)
 
     def parts(self, split: str) -> Iterator[Part]:
@@ -108,9 +150,9 @@ class Records:
             return
         counted = "train" in splits
         read = bad = 0
-        for record in records_of(file, unit.group):
+        for record in records_of(file, unit):
             if record.raw is None:
-                self._skip(file, record, counted)
+                self._skip(file, unit, record, counted)
                 continue
             if not record.raw:
                 self.skipped.empty += counted
@@ -122,7 +164,7 @@ class Records:
             if split in splits:
                 yield from ((split, part) for part in cut(raw, record.number))
         if not self.any_bytes:
-            check_is_text(file.name, read, bad)
+            note_odd(self, file.name, unit, read, bad)
 
     def _read_text(self, file: CorpusFile, splits: Sequence[str]) -> Iterator[tuple[str, Part]]:
         """Yield the parts of a text, which is one document. It is read twice: for its hash, and for its parts."""
@@ -168,15 +210,18 @@ class Records:
         self.replaced += counted * replaced
         return text.encode(), bad_bytes(raw)
 
-    def _skip(self, file: CorpusFile, record: Record, counted: bool) -> None:
+    def _skip(self, file: CorpusFile, unit: Unit, record: Record, counted: bool) -> None:
         """Count a record that cannot be read. Raises UserError if none may be skipped."""
-        where = f"{file.name}: {file.word} {record.number:,}: {record.fault}"
+        if self.skip and counted:
+            self.skipped.count += 1
+        if self.skip and (not counted or len(self.skipped.examples) >= EXAMPLES):
+            return
+        lines = file.format == "json lines" and unit.start
+        number = record.number + (lines_before(file, unit) if lines else 0)
+        where = f"{file.name}: {file.word} {number:,}: {record.fault}"
         if not self.skip:
             raise UserError(f"{where}; correct it, or leave out such records with --data.bad-records skip")
-        if counted:
-            self.skipped.count += 1
-            if len(self.skipped.examples) < EXAMPLES:
-                self.skipped.examples.append(where)
+        self.skipped.examples.append(where)
 
 
 @dataclass
@@ -212,6 +257,15 @@ class WithHeldOut:
         self.train.skipped, self.eval.skipped = skipped, Skipped()
 
     @property
+    def odd(self) -> dict[str, tuple[int, int]]:
+        """The bytes of each file of which a slice was read."""
+        return self.train.odd | self.eval.odd
+
+    @odd.setter
+    def odd(self, odd: dict[str, tuple[int, int]]) -> None:
+        self.train.odd, self.eval.odd = odd, {}
+
+    @property
     def stored_bytes(self) -> int:
         """The size of all files as they are stored."""
         return self.train.stored_bytes + self.eval.stored_bytes
@@ -236,6 +290,26 @@ class WithHeldOut:
         """The files of the held-out text."""
         return self.eval.files
 
+    @property
+    def places(self) -> list[Place]:
+        """The files to train on, then those that are held out."""
+        return self.train.places + self.eval.places
+
+    def stamp(self) -> str:
+        """Return what is known of the files of both texts without reading them."""
+        return f"{self.train.stamp()} {self.eval.stamp()}"
+
+    def file_of(self, number: int) -> TextFile:
+        """Return a file with the digest of its content."""
+        first = len(self.train.places)
+        return self.train.file_of(number) if number < first else self.eval.file_of(number - first)
+
+    def know(self, files: Sequence[TextFile]) -> None:
+        """Take these for ``files`` and ``eval_files``."""
+        first = len(self.train.places)
+        self.train.know(files[:first])
+        self.eval.know(files[first:])
+
     def digest(self) -> str:
         """Return the sha256 of the digests of both texts."""
         return hashlib.sha256(f"{self.train.digest()} {self.eval.digest()}".encode()).hexdigest()
@@ -245,17 +319,17 @@ class WithHeldOut:
         self.train.check_unchanged()
         self.eval.check_unchanged()
 
-    def units(self) -> list[Unit]:
+    def units(self, largest: int = 0) -> list[Unit]:
         """Return the units to train on, then those that are held out. Files are numbered through."""
-        first = len(self.train.files)
-        held_out = (unit._replace(file=unit.file + first, split="eval") for unit in self.eval.units())
-        return [*(unit._replace(split="train") for unit in self.train.units()), *held_out]
+        first = len(self.train.places)
+        held_out = (unit._replace(file=unit.file + first, split="eval") for unit in self.eval.units(largest))
+        return [*(unit._replace(split="train") for unit in self.train.units(largest)), *held_out]
 
     def read(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, Part]]:
         """Yield the parts of a unit in order, each with its split."""
         if unit.split not in splits:
             return
-        corpus, first = (self.train, 0) if unit.split == "train" else (self.eval, len(self.train.files))
+        corpus, first = (self.train, 0) if unit.split == "train" else (self.eval, len(self.train.places))
         inner = unit._replace(file=unit.file - first, split="train")
         yield from ((unit.split, part) for _, part in corpus.read(inner, ("train",)))
 

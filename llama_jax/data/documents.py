@@ -15,6 +15,8 @@ BUFFER_BYTES = 1 << 20
 LOOK_BYTES = 1 << 12
 # Of a compressed text this many bytes are kept, since the end of a document is looked for before it is read.
 KEPT_BYTES = 1 << 25
+# The beginning of a run of separators is looked for in this many bytes before a place.
+BACK_BYTES = 1 << 16
 LINE_END = re.compile(rb"\r\n|\n|\r")
 WHITE = b" \t\r\n"
 
@@ -121,6 +123,25 @@ class Separator:
         self._plain = b"\n".join(pieces)
         self._pattern = re.compile(rb"(?:\r\n|\n|\r(?!\n))".join(map(re.escape, pieces)))
         self._longest = len(self._plain) + len(pieces) - 1
+        self._bytes = frozenset(separator + b"\r\n" * (len(pieces) > 1))
+
+    def first_start(self, data: Reader, at: int, stop: int) -> int | None:
+        """Return the first end of a separator in bytes ``at`` to ``stop``, where a document begins, or None.
+
+        Separators may overlap. They are found from a byte on that none of them contains.
+        """
+        first = max(0, at - BACK_BYTES)
+        before = data.read(first, at)
+        sync = at
+        while sync > first and before[sync - 1 - first] in self._bytes:
+            sync -= 1
+        offset, buffer = data.window(sync, stop)
+        for _, end in self._within(buffer[: stop - offset], sync - offset, data.has_returns):
+            if end == stop - offset < data.size - offset:
+                break  # the match may be longer
+            if offset + end >= at:
+                return offset + end
+        return None
 
     def occurs(self, data: Reader) -> bool:
         """Return whether a file contains the separator."""

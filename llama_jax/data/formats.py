@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 from llama_jax.data.compression import compression_of, decompressed
+from llama_jax.data.corpus_file import BOM, CorpusFile
 from llama_jax.data.kinds import FORMATS, WHOLE, Kind, kind_of, kind_of_bytes
 from llama_jax.data.places import Place
-from llama_jax.data.records import BOM, TEXT, CorpusFile
+from llama_jax.data.records import TEXT
 
 # A first look at a file, for whether it may be something to read.
 LOOK_BYTES = 4096

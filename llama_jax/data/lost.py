@@ -46,10 +46,15 @@ class Losses:
     @property
     def lost(self) -> int:
         """Bytes of the compared text that decoding did not restore."""
-        lost = {char: count * len(char.encode()) for char, count in self.chars.items()}
-        if lost.get(SPACE_MARK, 0) <= FEW_MARKS * self.compared:
-            lost.pop(SPACE_MARK, None)
-        return sum(lost.values())
+        return lost_bytes(self.chars, self.compared)
+
+
+def lost_bytes(chars: collections.Counter[str], compared: int) -> int:
+    """Return how many bytes of ``compared`` bytes of text decoding did not restore: those of ``chars``."""
+    lost = {char: count * len(char.encode()) for char, count in chars.items()}
+    if lost.get(SPACE_MARK, 0) <= FEW_MARKS * compared:
+        lost.pop(SPACE_MARK, None)
+    return sum(lost.values())
 
 
 def examples(chars: collections.Counter[str]) -> list[str]:

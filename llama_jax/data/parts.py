@@ -4,7 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+from llama_jax.data.places import Place
+
 SPLITS = ("train", "eval")
+# So many records that were skipped are named.
+EXAMPLES = 3
 # What is held out: the end of the text, documents chosen by a hash, a text of its own, or what another program chose.
 HeldOut = Literal["end", "documents", "own", "given"]
 
@@ -25,21 +29,47 @@ class Part(NamedTuple):
 class Unit(NamedTuple):
     """A piece of a corpus that gives the same parts whenever it is read, whatever else is read.
 
-    It is the part of file number ``file`` that belongs to ``split``, or a group of rows of it, some for each split.
+    It is the part of file number ``file`` that belongs to ``split``, or a group of rows of it, some for each split. A
+    slice of it has what begins from ``start`` up to ``stop`` (None: the end), in bytes of text, or in rows of a group.
+    ``size`` is about the number of bytes of its text.
     """
 
     file: int
     split: str = ""
     group: int | None = None
+    start: int = 0
+    stop: int | None = None
+    size: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is not a slice."""
+        return not self.start and self.stop is None
+
+    def slices(self, stop: int, size: int, largest: int) -> "list[Unit]":
+        """Return slices of about equal length up to ``stop``, of ``largest`` to twice as many of its ``size`` bytes."""
+        whole = self._replace(size=size)
+        count = max(1, size // largest) if stop > self.start else 1
+        if count == 1:
+            return [whole]
+        borders = [self.start + (stop - self.start) * i // count for i in range(count)]
+        return [
+            whole._replace(start=first, stop=last, size=size // count)
+            for first, last in zip(borders, [*borders[1:], None], strict=True)
+        ]
 
 
 class AnyCorpus(Protocol):
-    """A text that ``prepare`` encodes: a list of units, with counts of what was odd, and a digest to know it again."""
+    """A text that ``prepare`` encodes: a list of units, with counts of what was odd, and a digest to know it again.
+
+    ``odd`` has, for each file of which a slice was read, how many bytes were read, and how many of them are not UTF-8.
+    """
 
     train_size: float
     separator: bytes
     replaced: int
     skipped: "Skipped"
+    odd: dict[str, tuple[int, int]]
 
     @property
     def stored_bytes(self) -> int:
@@ -68,11 +98,24 @@ class AnyCorpus(Protocol):
     def digest(self) -> str:
         """Return a digest of all that decides the documents and their split."""
 
+    @property
+    def places(self) -> list[Place]:
+        """The files, also those of a held-out text of its own, in the order in which they are numbered."""
+
+    def stamp(self) -> str:
+        """Return what is known of the files without reading them, and all else that decides the documents."""
+
+    def file_of(self, number: int) -> "TextFile":
+        """Return a file with the digest of its content, which is read for it."""
+
+    def know(self, files: "Sequence[TextFile]") -> None:
+        """Take these for ``files`` and ``eval_files``, which are then not read for their digests."""
+
     def check_unchanged(self) -> None:
         """Raise UserError if a file has changed since ``files`` was computed."""
 
-    def units(self) -> list[Unit]:
-        """Return the units in order."""
+    def units(self, largest: int = 0) -> list[Unit]:
+        """Return the units in order. Those of more than ``largest`` bytes are sliced where possible (0: none)."""
 
     def read(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, Part]]:
         """Yield the parts of a unit in order, each with its split."""

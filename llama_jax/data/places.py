@@ -63,6 +63,11 @@ class Place:
             system.invalidate_cache()
             return _about(system.info(path))
 
+    def mark(self) -> str:
+        """Return what tells a later version of the file from this one, on any machine that sees it."""
+        found = self.about or self.stamp()[2:]  # not the numbers of the disk and of the file on this machine
+        return f"{os.path.basename(self.name)} {found}"
+
     def sha256(self) -> str:
         """Return the hex digest of the content, or of a checksum of it that object storage keeps."""
         if known := [value for key, value in self.about if key in CONTENT_KEYS]:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, NamedTuple
 
-from llama_jax.data.compression import decompressed
+from llama_jax.data.corpus_file import BOM, CorpusFile, opened_at
 from llama_jax.data.kinds import Format, decoded
-from llama_jax.data.places import BLOCK_BYTES, Place
+from llama_jax.data.parts import Unit
+from llama_jax.data.places import BLOCK_BYTES
 from llama_jax.errors import UserError, quoted
 from llama_jax.programs import install_command
 from llama_jax.tokenizer import clean
@@ -29,13 +30,12 @@ ROWS_BYTES = 1 << 22
 # The field with the text is chosen by this many records, or fewer if they are this long together.
 SAMPLE, SAMPLE_BYTES = 200, 1 << 22
 TEXT = "text"
-BOM = b"\xef\xbb\xbf"
-# What a record is called in each format, and a file.
-WORDS: dict[Format, str] = {"json lines": "line", "json": "record"}
+# What a file of each format is called.
 NAMES: dict[Format, str] = {
     "text": "text", "json lines": "JSON lines", "json": "a JSON array", "parquet": "a parquet file",
     "arrow file": "an arrow file", "arrow stream": "an arrow stream",
 }  # fmt: skip
+WHOLE_FILE = Unit(0)
 # An error lists this many fields.
 FIELDS = 20
 
@@ -53,50 +53,56 @@ class Record(NamedTuple):
     replaced: int = 0
 
 
-@dataclass(frozen=True)
-class CorpusFile:
-    """A file of a corpus, how it is compressed, how its texts are stored, and in which field of its records."""
+class Group(NamedTuple):
+    """A group of rows of a parquet file: how many there are, and about how many bytes of text they hold."""
 
-    place: Place
-    compression: str = ""
-    format: Format = "text"
-    field: str = ""
-
-    @property
-    def name(self) -> str:
-        """The path or the address."""
-        return self.place.name
-
-    @property
-    def word(self) -> str:
-        """The word for a record of the file: line, record or row."""
-        return WORDS.get(self.format, "row")
-
-    def open(self) -> BinaryIO:
-        """Open the decompressed content as a stream."""
-        return decompressed(self.place.open(), self.compression, self.name)
+    rows: int
+    size: int
 
 
-def groups_of(file: CorpusFile) -> int:
-    """Return into how many groups of rows a parquet file is divided. Other files are one group."""
+def groups_of(file: CorpusFile) -> list[Group]:
+    """Return the groups of rows into which a parquet file is divided, none of other files."""
     if file.format != "parquet":
-        return 1
+        return []
     with _parquet(file) as table:
-        return max(1, table.num_row_groups)
+        column = table.schema_arrow.names.index(file.field)
+        groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
+        flat = table.metadata.num_columns == len(table.schema_arrow.names)  # without lists or structures
+        sizes = [g.column(column).total_uncompressed_size if flat else g.total_byte_size for g in groups]
+        return [Group(group.num_rows, size) for group, size in zip(groups, sizes, strict=True)]
 
 
-def records_of(file: CorpusFile, group: int | None = None) -> Iterator[Record]:
-    """Yield the records of a file, or of one of its groups, in order.
+def text_bytes_of(file: CorpusFile) -> int:
+    """Return the size of a file's decompressed content, which is read for it."""
+    size = 0
+    with file.open() as stream:
+        while block := stream.read(BLOCK_BYTES):
+            size += len(block)
+    return size
+
+
+def records_of(file: CorpusFile, unit: Unit = WHOLE_FILE) -> Iterator[Record]:
+    """Yield the records of a file, or of a unit of it, in order.
 
     Raises UserError if the file is damaged; a record that is wrong has a ``fault``.
     """
     if file.format == "parquet":
-        yield from _parquet_records(file, group)
+        yield from _parquet_records(file, unit)
     elif file.format in ("arrow file", "arrow stream"):
         yield from _arrow_records(file)
     else:
-        for number, value, fault, replaced in _values(file):
+        for number, value, fault, replaced in _values(file, unit):
             yield Record(number, None, fault) if fault else _of_value(number, value, file.field, replaced)
+
+
+def lines_before(file: CorpusFile, unit: Unit) -> int:
+    """Return how many lines of a file come before a slice of it. They are read for it."""
+    lines = 0
+    with file.open() as stream:
+        left = unit.start
+        while left and (block := stream.read(min(left, BLOCK_BYTES))):
+            lines, left, last = lines + block.count(b"\n"), left - len(block), block[-1:]
+    return lines + (bool(unit.start) and last != b"\n")
 
 
 def with_field(file: CorpusFile, wanted: str, key: str = "data.filepath") -> CorpusFile:
@@ -136,7 +142,7 @@ def _fields(file: CorpusFile, wanted: str) -> tuple[list[str], list[str]]:
     strings: dict[str, None] = {}
     others: dict[str, None] = {}
     size = 0
-    for number, value, _, _ in _values(file):
+    for number, value, _, _ in _values(file, WHOLE_FILE):
         if isinstance(value, dict):
             for name, content in value.items():
                 size += len(content) if isinstance(content, str) else 0
@@ -166,23 +172,50 @@ def _named(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _values(file: CorpusFile) -> Iterator[tuple[int, Any, str, int]]:
+def _values(file: CorpusFile, unit: Unit) -> Iterator[tuple[int, Any, str, int]]:
     """Yield of each record of JSON the number, the value, the fault, and how many byte sequences were replaced."""
-    with file.open() as stream:
-        yield from _lines(stream) if file.format == "json lines" else _elements(stream, file.name)
+    if file.format != "json lines":
+        with file.open() as stream:
+            yield from _elements(stream, file.name)
+    elif unit.is_whole:
+        with file.open() as stream:
+            yield from _lines(stream, Lines(0, None))
+    else:
+        # The line that begins before a slice ends in it, or right before it.
+        with opened_at(file, max(0, unit.start - 1)) as (stream, place):
+            lines = Lines(place[0], unit.stop)
+            if unit.start:
+                lines.skip(stream)
+            yield from _lines(stream, lines)
+            place[0] = lines.at
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any, str, int]]:
+@dataclass
+class Lines:
+    """The place of a reader of lines, in bytes, and the place from where on it takes no more of them."""
+
+    at: int
+    stop: int | None
+
+    def skip(self, stream: BinaryIO) -> None:
+        """Read up to the end of a line."""
+        while more := stream.readline(BLOCK_BYTES):
+            self.at += len(more)
+            if more.endswith(b"\n"):
+                break
+
+
+def _lines(stream: BinaryIO, lines: Lines) -> Iterator[tuple[int, Any, str, int]]:
     """Yield the values of JSON lines. Only a line feed ends a line, and blank lines are no records."""
-    number = 0
-    while line := stream.readline(MOST_BYTES + 1):
+    number, begins = 0, lines.at == 0
+    while (lines.stop is None or lines.at < lines.stop) and (line := stream.readline(MOST_BYTES + 1)):
         number += 1
+        lines.at += len(line)
         if len(line) > MOST_BYTES and not line.endswith(b"\n"):
-            while (more := stream.readline(BLOCK_BYTES)) and not more.endswith(b"\n"):
-                pass
+            lines.skip(stream)
             yield number, None, f"expected up to {MOST_BYTES:,} bytes, found more", 0
             continue
-        if number == 1:
+        if number == 1 and begins:
             line = line.removeprefix(BOM)
         if line.isspace() or not line:
             continue
@@ -285,17 +318,29 @@ def _columns(schema: Any) -> tuple[list[str], list[str]]:
     return strings, [field.name for field in schema if field.name not in strings]
 
 
-def _parquet_records(file: CorpusFile, group: int | None) -> Iterator[Record]:
+def _parquet_records(file: CorpusFile, unit: Unit) -> Iterator[Record]:
     with _parquet(file) as table:
         metadata = table.metadata
-        groups = range(metadata.num_row_groups) if group is None else [group] if metadata.num_row_groups else []
+        groups = range(metadata.num_row_groups) if unit.group is None else [unit.group][: metadata.num_row_groups]
         for chosen in groups:
             before = sum(metadata.row_group(i).num_rows for i in range(chosen))
             about = metadata.row_group(chosen)
             # The sizes in the metadata are before compression, and before repeated values were stored once.
             rows = max(1, min(1024, ROWS_BYTES * about.num_rows // max(1, about.total_byte_size)))
             batches = table.iter_batches(rows, [chosen], [file.field], use_threads=False)
-            yield from _rows((batch.column(0) for batch in batches), before)
+            columns = _between((batch.column(0) for batch in batches), unit.start, unit.stop)
+            yield from _rows(columns, before + unit.start)
+
+
+def _between(columns: Iterable[Any], start: int, stop: int | None) -> Iterator[Any]:
+    """Yield the parts of columns with rows ``start`` to ``stop`` (None: all that follow)."""
+    at = 0
+    for column in columns:
+        first, at = at, at + len(column)
+        if stop is not None and first >= stop:
+            return
+        if at > start:
+            yield column.slice(max(0, start - first), None if stop is None else stop - max(start, first))
 
 
 def _arrow_records(file: CorpusFile) -> Iterator[Record]:

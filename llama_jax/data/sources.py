@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_jax.data.corpus_file import CorpusFile
 from llama_jax.data.formats import examine, is_read_in_a_folder, may_be_read
 from llama_jax.data.places import Place, at_once, files_at
-from llama_jax.data.records import CorpusFile, with_field
+from llama_jax.data.records import with_field
 from llama_jax.data.splits import of_one_split
 from llama_jax.errors import UserError
 from llama_jax.storage.files import is_address

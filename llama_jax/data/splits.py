@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from llama_jax.data.records import CorpusFile
+from llama_jax.data.corpus_file import CorpusFile
 
 SPLITS = {
     "train": ("train", "training"),

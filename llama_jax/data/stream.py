@@ -1,13 +1,14 @@
-"""A token file that can be sliced like an array, and is checked against its checksums before use."""
+"""Token files that can be sliced like one array, and are checked against their checksums before use."""
 
+import collections
 import contextlib
 import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
@@ -18,28 +19,44 @@ from llama_jax.errors import UserError
 BLOCK_BYTES = 1 << 16
 # The background thread checks this many blocks between two pauses.
 REST_BLOCKS = 16
+# At most this many files of a stream are open at a time.
+OPEN_FILES = 128
+
+
+class Shard(NamedTuple):
+    """A file of a stream, and the number of its tokens."""
+
+    path: Path
+    tokens: int
 
 
 class TokenStream(NDArrayOperatorsMixin):
-    """A token file as an array of shape [tokens], uint16 or uint32.
+    """Token files, one after the other, as an array of shape [tokens], uint16 or uint32.
 
-    ``stream[a:b]`` reads from the file, and checks each block the first time. Everything else that arrays do goes
-    through ``np.asarray(stream)``, which checks the whole file and maps it.
+    ``stream[a:b]`` reads from the files, and checks each block the first time. Everything else that arrays do goes
+    through ``np.asarray(stream)``, which checks everything, and maps a single file.
 
-    Slices do not map the file, because a mapped file that is truncated, or on a failing disk, ends the process with a
-    bus error.
+    Slices do not map a file, because a mapped file that is truncated, or on a failing disk, ends the process with a bus
+    error.
     """
 
     ndim = 1
 
-    def __init__(self, path: Path, dtype: np.dtype, count: int, vocab_size: int = 0, sums: np.ndarray | None = None):
-        """``sums`` are the uint32 checksums of the blocks. None: do not check. Ids are below ``vocab_size``."""
-        self.path, self.dtype, self.size, self.shape = path, dtype, count, (count,)
-        self._bytes, self._sums, self._vocab_size = count * dtype.itemsize, sums, vocab_size
-        self._checked = bytearray(0 if sums is None else len(sums))
+    def __init__(self, shards: Sequence[Shard], dtype: np.dtype, vocab_size: int = 0, sums: np.ndarray | None = None):
+        """``sums`` are uint32 checksums of each shard's blocks. None: do not check. Ids are below ``vocab_size``."""
+        self.path, self.dtype, self.shards = shards[0].path, dtype, tuple(shards)
+        self._ends = np.cumsum([0, *(shard.tokens for shard in shards)])
+        self.size = int(self._ends[-1])
+        self.shape = (self.size,)
+        blocks = (-(-shard.tokens * dtype.itemsize // BLOCK_BYTES) for shard in shards)
+        self._blocks = np.cumsum([0, *blocks])  # the number of each shard's first block
+        self._sums, self._vocab_size = sums, vocab_size
+        self._checked = bytearray(0 if sums is None else int(self._blocks[-1]))
         self._all_checked = sums is None
         self.damage = ""
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._open: collections.OrderedDict[int, BinaryIO] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._file(0)
 
     def __len__(self) -> int:
         return self.size
@@ -59,7 +76,10 @@ class TokenStream(NDArrayOperatorsMixin):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         for block in range(self.blocks):
             self.check_block(block)
-        whole = np.memmap(self.path, self.dtype, mode="r", shape=self.shape) if self.size else self._read(0, 0)
+        if self.size and len(self.shards) == 1:
+            whole: np.ndarray = np.memmap(self.path, self.dtype, mode="r", shape=self.shape)
+        else:
+            whole = self._read(0, self.size)
         return np.array(whole, dtype) if copy or dtype not in (None, self.dtype) else np.asarray(whole)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
@@ -80,18 +100,20 @@ class TokenStream(NDArrayOperatorsMixin):
         """Compare a block with its checksum, once. Raises UserError if it differs, now and at every later read."""
         if self._checked[block]:
             return
-        start = block * BLOCK_BYTES
-        raw = self._pread(start, min(BLOCK_BYTES, self._bytes - start))
+        number = int(np.searchsorted(self._blocks, block, "right")) - 1
+        path, tokens = self.shards[number]
+        start = (block - int(self._blocks[number])) * BLOCK_BYTES
+        raw = self._pread(number, start, min(BLOCK_BYTES, tokens * self.dtype.itemsize - start))
         if self._sums is not None and zlib.crc32(raw) != self._sums[block]:
             self._condemn(
-                f"{self.path}: expected the tokens that were written, found bytes {start:,} to {start + len(raw) - 1:,} changed "
-                f"since; delete {self.path.parent} and make it again"
+                f"{path}: expected the tokens that were written, found bytes {start:,} to {start + len(raw) - 1:,} changed "
+                f"since; delete {path.parent} and make it again"
             )
         largest = int(np.frombuffer(raw, self.dtype).max())
         if largest >= self._vocab_size:
             self._condemn(
-                f"{self.path}: expected ids below the vocabulary's {self._vocab_size:,}, found {largest:,}; delete "
-                f"{self.path.parent} and make it again"
+                f"{path}: expected ids below the vocabulary's {self._vocab_size:,}, found {largest:,}; delete "
+                f"{path.parent} and make it again"
             )
         self._checked[block] = 1
         self._all_checked = self._checked.find(0) < 0
@@ -105,23 +127,46 @@ class TokenStream(NDArrayOperatorsMixin):
         """Return tokens ``start`` to ``stop``, checked."""
         if self.damage:
             raise UserError(self.damage)
-        size = self.dtype.itemsize
+        pieces = []
+        first = max(0, int(np.searchsorted(self._ends, start, "right")) - 1)
+        for number in range(first, len(self.shards)):
+            before, after = int(self._ends[number]), int(self._ends[number + 1])
+            if before >= stop:
+                break
+            pieces.append(self._within(number, max(start, before) - before, min(stop, after) - before))
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, self.dtype), *pieces])
+
+    def _within(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Return tokens ``start`` to ``stop`` of a shard, checked."""
+        size, blocks = self.dtype.itemsize, int(self._blocks[number])
         if not self._all_checked and stop > start:
-            first, last = start * size // BLOCK_BYTES, (stop * size - 1) // BLOCK_BYTES + 1
+            first, last = blocks + start * size // BLOCK_BYTES, blocks + (stop * size - 1) // BLOCK_BYTES + 1
             while (block := self._checked.find(0, first, last)) >= 0:
                 self.check_block(block)
-        return np.frombuffer(self._pread(start * size, (stop - start) * size), self.dtype)
+        return np.frombuffer(self._pread(number, start * size, (stop - start) * size), self.dtype)
 
-    def _pread(self, start: int, count: int) -> bytes:
-        """Read bytes of the file. Raises UserError if some are missing."""
-        with reading(self.path):
-            raw = read_at(self._file.fileno(), start, count)
+    def _pread(self, number: int, start: int, count: int) -> bytes:
+        """Read bytes of a shard. Raises UserError if some are missing."""
+        path, tokens = self.shards[number]
+        with reading(path):
+            file = self._file(number)
+            raw = read_at(file.fileno(), start, count)
         if len(raw) < count:
             raise UserError(
-                f"{self.path}: expected {self._bytes:,} bytes, found it cut to {os.fstat(self._file.fileno()).st_size:,}; delete {self.path.parent} and "
-                "make it again"
+                f"{path}: expected {tokens * self.dtype.itemsize:,} bytes, found it cut to {os.fstat(file.fileno()).st_size:,}; delete "
+                f"{path.parent} and make it again"
             )
         return raw
+
+    def _file(self, number: int) -> BinaryIO:
+        """Return a shard's file. The one that was used longest ago is closed, if many are open and nobody reads it."""
+        with self._lock:
+            if number not in self._open:
+                self._open[number] = open(self.shards[number].path, "rb", buffering=0)  # noqa: SIM115
+                while len(self._open) > OPEN_FILES:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)
+            return self._open[number]
 
 
 @contextlib.contextmanager

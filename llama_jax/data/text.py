@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llama_jax.cli.flags import unescape
-from llama_jax.data.documents import BUFFER_BYTES, Reader, Rewinding, Separator, sha256_of
+from llama_jax.data.corpus_file import BOM, CorpusFile
+from llama_jax.data.documents import BACK_BYTES, BUFFER_BYTES, Reader, Rewinding, Separator, sha256_of
 from llama_jax.data.kinds import bad_bytes, decoded, is_too_odd
-from llama_jax.data.parts import SPLITS, HeldOut, Part, Skipped, TextFile, Unit
-from llama_jax.data.places import on_disk
-from llama_jax.data.records import BOM, CorpusFile
+from llama_jax.data.parts import SPLITS, AnyCorpus, HeldOut, Part, Skipped, TextFile, Unit
+from llama_jax.data.places import Place, on_disk
+from llama_jax.data.slices import cut_near
 from llama_jax.errors import UserError, quoted
 
 # A document is read in parts of about this many bytes.
@@ -40,7 +41,8 @@ class Corpus:
     any_bytes: bool = True
     replaced: int = 0
     _stamps: list[tuple[Any, ...]] = field(default_factory=list)
-    _begins: dict[int, int] = field(default_factory=dict)
+    odd: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _open: tuple[int, Reader] | None = None
 
     # A text is plain: it has no fields, no records that could be skipped, and its end is held out.
     text_field = ""
@@ -49,7 +51,11 @@ class Corpus:
 
     def __post_init__(self) -> None:
         self._files = [f if isinstance(f, CorpusFile) else CorpusFile(on_disk(f)) for f in self.paths]
-        self._begins, self.skipped = {}, Skipped()
+        self.skipped = Skipped()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs: not the file that is open here."""
+        return self.__dict__ | {"_open": None}
 
     @property
     def stored_bytes(self) -> int:
@@ -95,9 +101,24 @@ class Corpus:
     def files(self) -> tuple[TextFile, ...]:
         """The files with the digests of their contents, at the time of first use. Compressed ones are decompressed."""
         self._stamps = [file.place.about or file.place.stamp() for file in self._files]
-        return tuple(self._text_file(i) for i in range(len(self._files)))
+        return tuple(self.file_of(i) for i in range(len(self._files)))
 
-    def _text_file(self, i: int) -> TextFile:
+    @property
+    def places(self) -> list[Place]:
+        """The files."""
+        return [file.place for file in self._files]
+
+    def stamp(self) -> str:
+        """Return what is known of the files without reading them, the separator and the cut."""
+        return repr(("text", [place.mark() for place in self.places], self.separator, self.cut))
+
+    def know(self, files: Sequence[TextFile]) -> None:
+        """Take these for ``files``."""
+        self._stamps = [file.place.about or file.place.stamp() for file in self._files]
+        self.files = tuple(files)
+
+    def file_of(self, i: int) -> TextFile:
+        """Return a file with the digest of its content."""
         file = self._files[i]
         if i in self._measured:
             return TextFile(full_name(file), *self._measured[i])
@@ -116,17 +137,23 @@ class Corpus:
         """Raise UserError if a file has changed since ``files`` was computed."""
         for i, (file, stamp) in enumerate(zip(self._files, self._stamps, strict=True)):
             remote = file.place.is_remote or _is_stream(file)
-            if file.place.stamp() != stamp and (remote or self._text_file(i) != self.files[i]):
+            if file.place.stamp() != stamp and (remote or self.file_of(i) != self.files[i]):
                 raise UserError(
                     f"{full_name(file)}: expected a file that nobody writes, found it changed meanwhile; start again"
                 )
 
-    def units(self) -> list[Unit]:
-        """Return the files that are trained on, then those that are held out. The cut may go through one."""
-        train, held_out = [], []
+    def units(self, largest: int = 0) -> list[Unit]:
+        """Return the files that are trained on, then those that are held out. The cut may go through one.
+
+        Those of more than ``largest`` bytes are sliced, if that is not 0.
+        """
+        train: list[Unit] = []
+        held_out: list[Unit] = []
         for i, (size, cut) in enumerate(zip(self._sizes, self._cuts, strict=True)):
-            train += [Unit(i, "train")] * (cut > 0)
-            held_out += [Unit(i, "eval")] * (cut < size)
+            for units, split, start, stop in ((train, "train", 0, cut), (held_out, "eval", cut, size)):
+                if start < stop:
+                    first = Unit(i, split, start=start if largest else 0)
+                    units += first.slices(stop, stop - start, largest or stop)
         return train + held_out
 
     def parts(self, split: str) -> Iterator[Part]:
@@ -151,40 +178,59 @@ class Corpus:
         while 0 < cut < size and data.read(cut, cut + 1)[0] & 0xC0 == 0x80:  # do not cut inside a character
             cut -= 1
         start, end = (0, cut) if split == "train" else (cut, size)
+        look, goes_on = 0, False
+        if unit.start not in (0, self._cuts[number]):
+            start, goes_on = cut_near(data, unit.start, end, self._separator)
+            look = start
+        elif start:
+            look = self._document_before(data, start)
+        if unit.stop is not None:
+            end, _ = cut_near(data, unit.stop, end, self._separator)
         read = bad = 0
-        for doc_start, doc_end in self._documents(data, self._begins.get(number, 0) if split == "eval" else 0):
-            if doc_end > cut:
-                self._begins.setdefault(number, doc_start)  # lets evaluation start at its first document
+        for doc_start, doc_end in self._documents(data, look) if start < end else ():
             if doc_start >= end:
                 break
             first, last = max(doc_start, start), min(doc_end, end)
             if first >= last:
                 continue
             # A document that the cut goes through has no end in training, and starts again in evaluation.
-            ends = last == doc_end
+            starts, ends = not (goes_on and doc_start == start), last == doc_end
             if last - first <= PART_BYTES:
                 text, odd = self._decode(data.read(first, last))
                 read, bad = read + last - first, bad + odd
-                yield Part(text, last - first, True, ends)
+                yield Part(text, last - first, starts, ends)
                 continue
-            for part, odd in self._document(data, first, last, ends):
+            for part, odd in self._document(data, first, last, starts, ends):
                 read, bad = read + part.size, bad + odd
                 yield part
         if not self.any_bytes:
-            check_is_text(self._files[number].name, read, bad)
+            note_odd(self, self._files[number].name, unit, read, bad)
+
+    def _document_before(self, data: Reader, cut: int) -> int:
+        """Return where to begin to look for the document that ``cut`` goes through."""
+        back = BACK_BYTES
+        while self._separator is not None and back < cut:
+            if (start := cut_near(data, cut - back, cut, self._separator)[0]) < cut:
+                return start
+            back *= 16
+        return 0
+
+    @functools.cached_property
+    def _separator(self) -> Separator | None:
+        return Separator(self.separator) if self.separator else None
 
     def _reader(self, number: int) -> Reader:
-        """Return a reader of file ``number``."""
-        file, size = self._files[number], self._sizes[number]
-        if not file.compression and not file.place.is_remote:
-            return Reader(Path(file.name), size)
-        return Reader(Path(file.name), size, Rewinding(file.open) if _is_stream(file) else file.open())
+        """Return a reader of file ``number``. It is kept for the next call."""
+        if self._open is None or self._open[0] != number:
+            file, size = self._files[number], self._sizes[number]
+            plain = not file.compression and not file.place.is_remote
+            stream = None if plain else Rewinding(file.open) if _is_stream(file) else file.open()
+            self._open = number, Reader(Path(file.name), size, stream)
+        return self._open[1]
 
     def separates(self) -> bool:
         """Return whether the separator occurs in a file. True without a separator."""
-        return not self.separator or any(
-            Separator(self.separator).occurs(self._reader(i)) for i in range(len(self._files))
-        )
+        return self._separator is None or any(self._separator.occurs(self._reader(i)) for i in range(len(self._files)))
 
     def beginnings(self) -> str:
         """Return the beginnings of some files, as a sample."""
@@ -196,12 +242,12 @@ class Corpus:
         """Yield the ranges of a file's documents from ``start``. Without a separator, the whole file is one."""
         if start == 0 and data.read(0, min(3, data.size)) == BOM:
             start = len(BOM)
-        if not self.separator:
+        if self._separator is None:
             yield start, data.size
             return
-        yield from Separator(self.separator).documents(data, start)
+        yield from self._separator.documents(data, start)
 
-    def _document(self, data: Reader, start: int, end: int, ends: bool) -> Iterator[tuple[Part, int]]:
+    def _document(self, data: Reader, start: int, end: int, starts: bool, ends: bool) -> Iterator[tuple[Part, int]]:
         """Yield the parts of a document, each with its number of bytes that are not UTF-8."""
         first = start
         while start < end:
@@ -210,7 +256,7 @@ class Corpus:
                 raw = raw[: border(raw)]
             stop = start + len(raw)
             text, bad = self._decode(raw)
-            yield Part(text, len(raw), start == first, ends and stop == end), bad
+            yield Part(text, len(raw), starts and start == first, ends and stop == end), bad
             start = stop
 
     def _decode(self, raw: bytes) -> tuple[str, int]:
@@ -226,6 +272,14 @@ def check_is_text(name: str, read: int, bad: int) -> None:
             f"{name}: expected plain text in UTF-8, found {bad:,} of {read:,} bytes that are not; convert it, or take "
             "it as it is with --data.as-text"
         )
+
+
+def note_odd(corpus: AnyCorpus, name: str, unit: Unit, read: int, bad: int) -> None:
+    """Note how many of a unit's bytes are not UTF-8. Raises UserError if they are too many of a whole file."""
+    if unit.is_whole:
+        check_is_text(name, read, bad)
+    before = corpus.odd.get(name, (0, 0))
+    corpus.odd[name] = before[0] + read, before[1] + bad
 
 
 def full_name(file: CorpusFile) -> str:

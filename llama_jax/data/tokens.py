@@ -1,14 +1,16 @@
 """Token folders: a text encoded once, with a description.
 
-A folder holds train.bin and eval.bin (uint16, or uint32 for large vocabularies, little endian), checksums.bin (a uint32
-crc32 for each block of both) and manifest.json. The manifest is written last; it describes the text and the tokenizer
-and has a digest of each file and of itself. ``prepare`` also puts tokenizer.model there.
+A folder holds train.bin and eval.bin (uint16, or uint32 for large vocabularies, little endian). Large ones come in
+shards: train-00000.bin and so on. checksums.bin has a uint32 crc32 for each block of each of them, documents.bin the
+positions at which documents begin, uint64, of train and then of eval. manifest.json is written last; it describes the
+text and the tokenizer and has a digest of each file and of itself. ``prepare`` also puts tokenizer.model there.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import numpy as np
 from llama_jax.config import from_dict
 from llama_jax.data.origin import Origin
 from llama_jax.data.parts import SPLITS, TextFile
-from llama_jax.data.stream import BLOCK_BYTES, TokenStream, check_in_background
+from llama_jax.data.stream import BLOCK_BYTES, Shard, TokenStream, check_in_background, checksums
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import write_atomically
 
@@ -29,6 +31,9 @@ VERSION = 3
 FIRST_VERSION = 2
 DTYPES = ("<u2", "<u4")
 SUMS = "checksums.bin"
+DOCUMENTS = "documents.bin"
+# The names of files of tokens.
+TOKEN_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d{{5,}})?\.bin")
 MANIFEST = "manifest.json"
 # This file exists while ``prepare`` makes tokens in the folder.
 UNFINISHED = ".unfinished"
@@ -36,6 +41,8 @@ UNFINISHED = ".unfinished"
 SEAL = "manifest_sha256"
 # The check on opening takes at most this many seconds.
 OPENING_SECONDS = 0.3
+# The positions of so many documents are checked on opening. Those of more are checked when they are read.
+FEW_DOCUMENTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,15 @@ class Manifest:
     skipped_examples: list[str] = dataclasses.field(default_factory=list)
     empty_records: int = 0
     made_by: str = ""  # the programs that made the token files, if others did
+    shards: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # tokens of each shard; empty: one file
+    tokens_sha256: str = ""  # what a run that began with an earlier version knows its tokens by
 
     @property
     def origin(self) -> Origin:
         """The origin of the tokens."""
         return Origin(
             self.source, self.text_files, self.text_sha256, self.train_size, self.separator, self.tokenizer_sha256,
-            self.trained_vocab_size, self.tokens, self.sha256.get(SUMS, ""), self.text_field, self.held_out,
+            self.trained_vocab_size, self.tokens, self.tokens_sha256 or self.sha256.get(SUMS, ""), self.text_field, self.held_out,
             self.eval_source, self.eval_files,
         )  # fmt: skip
 
@@ -249,16 +258,64 @@ def open_tokens(folder: str | Path) -> TokenSet:
     sums = _read_sums(folder, manifest)
     streams = []
     for split in SPLITS:
-        path, count = folder / f"{split}.bin", manifest.tokens[split]
-        if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
-            found = f"{path.stat().st_size:,}" if path.is_file() else "none"
-            raise UserError(
-                f"{path}: expected a file of {count * dtype.itemsize:,} bytes, found {found}; delete {folder} and make it again"
-            )
-        streams.append(TokenStream(path, dtype, count, manifest.vocab_size, sums[split]))
+        counts = manifest.shards.get(split) or [manifest.tokens[split]]
+        shards = [
+            Shard(folder / name, count) for name, count in zip(shard_names(split, len(counts)), counts, strict=True)
+        ]
+        for path, count in shards:
+            if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
+                found = f"{path.stat().st_size:,}" if path.is_file() else "none"
+                raise UserError(
+                    f"{path}: expected a file of {count * dtype.itemsize:,} bytes, found {found}; delete {folder} and make it again"
+                )
+        streams.append(TokenStream(shards, dtype, manifest.vocab_size, sums[split]))
+    if DOCUMENTS in manifest.sha256 and sum(manifest.documents.values()) <= FEW_DOCUMENTS:
+        document_starts(folder, manifest)
     tokens = TokenSet(streams[0], streams[1], manifest)
     tokens.check(OPENING_SECONDS)
     return tokens
+
+
+def shard_names(split: str, count: int) -> list[str]:
+    """Return the names of a split's files of tokens. A single one has no number."""
+    return [f"{split}.bin"] if count <= 1 else [f"{split}-{i:05d}.bin" for i in range(count)]
+
+
+def token_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of tokens in a folder."""
+    if folder.is_dir():
+        yield from (path for path in folder.iterdir() if TOKEN_FILE.fullmatch(path.name))
+
+
+def document_starts(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Return the positions at which the documents of each split begin, uint64 [documents].
+
+    Raises UserError if they are damaged, or if the folder is of an earlier version, which has none.
+    """
+    path = folder / DOCUMENTS
+    content = path.read_bytes() if path.is_file() else b""
+    if DOCUMENTS not in manifest.sha256 or sha256(content) != manifest.sha256[DOCUMENTS]:
+        raise UserError(
+            f"{path}: expected the positions of the documents, found others, or none; delete {folder} and make it again"
+        )
+    starts = np.frombuffer(content, "<u8")
+    return {"train": starts[: manifest.documents["train"]], "eval": starts[manifest.documents["train"] :]}
+
+
+def legacy_sums(paths: dict[str, list[Path]]) -> str:
+    """Return the digest of the checksums that earlier versions kept, of the tokens of each split in one file."""
+    sha = hashlib.sha256()
+    for split in SPLITS:
+        rest = b""
+        for path in paths[split]:
+            with open(path, "rb") as file:
+                while block := file.read(16 * BLOCK_BYTES):
+                    rest += block
+                    whole = len(rest) // BLOCK_BYTES * BLOCK_BYTES
+                    sha.update(np.array(checksums(rest[:whole]), "<u4").tobytes())
+                    rest = rest[whole:]
+        sha.update(np.array(checksums(rest), "<u4").tobytes())
+    return sha.hexdigest()
 
 
 def _read_sums(folder: Path, manifest: Manifest) -> dict[str, np.ndarray | None]:
@@ -271,7 +328,8 @@ def _read_sums(folder: Path, manifest: Manifest) -> dict[str, np.ndarray | None]
     except FileNotFoundError:
         content = b""
     size = np.dtype(manifest.dtype).itemsize
-    blocks = [-(-manifest.tokens[split] * size // BLOCK_BYTES) for split in SPLITS]
+    shards = {split: manifest.shards.get(split) or [manifest.tokens[split]] for split in SPLITS}
+    blocks = [sum(-(-count * size // BLOCK_BYTES) for count in shards[split]) for split in SPLITS]
     if (
         sha256(content) != manifest.sha256[SUMS]
         or manifest.block_bytes != BLOCK_BYTES

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from llama_jax.data import encode as encode_module
 from llama_jax.data import lost as lost_module
 from llama_jax.data import text as text_module
-from llama_jax.data.encode import Digests, prepare
+from llama_jax.data.counts import Digests
 from llama_jax.data.lost import examples, loss_warning, share
+from llama_jax.data.shards import prepare
 from llama_jax.data.text import Corpus, Part
 from llama_jax.data.tokens import TextCounts, TokenSet
 from llama_jax.errors import UserError

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.data.encode import prepare
 from llama_jax.data.origin import Origin, difference
+from llama_jax.data.shards import prepare
 from llama_jax.data.text import Corpus
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 

@@ -17,7 +17,7 @@ import pytest
 from llama_jax.config import DataArgs
 from llama_jax.data import Data, load_data, open_tokens, write_stories
 from llama_jax.data.batches import train_batches
-from llama_jax.data.encode import prepare
+from llama_jax.data.shards import prepare
 from llama_jax.data.summary import documents_text, remarks, repeats_warning
 from llama_jax.data.text import Corpus
 from llama_jax.errors import UserError
@@ -97,7 +97,7 @@ def test_a_second_start_uses_the_tokenizer_and_the_tokens_of_the_first(tmp_path)
     load(tmp_path, filepath=str(tmp_path / "a.txt"), vocab_size=300)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     before = [path.stat().st_mtime_ns for path in files]
-    assert len(files) == 5
+    assert len(files) == 6
     again = load(tmp_path, filepath=str(tmp_path / "a.txt"), vocab_size=300)
     assert [path.stat().st_mtime_ns for path in files] == before
     assert text_of(again) == TEXT
@@ -203,6 +203,7 @@ def test_prepared_tokens_train_as_the_text_would(tmp_path, small_tokenizer):
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "checksums.bin",
+        "documents.bin",
         "eval.bin",
         "manifest.json",
         "tokenizer.model",
@@ -421,12 +422,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_changed_byte_in_any_file_is_named_and_not_trained_on(tmp_path, finished):
     rng = random.Random(0)
     names = sorted(path.name for path in (finished / "out").iterdir())
-    assert names == ["checksums.bin", "eval.bin", "manifest.json", "tokenizer.model", "train.bin"]
+    assert names == [
+        "checksums.bin", "documents.bin", "eval.bin", "manifest.json", "tokenizer.model", "train.bin",
+    ]  # fmt: skip
     for i in range(100):
         shutil.copytree(finished / "out", tmp_path / "out")
-        flip(tmp_path / "out" / names[i % 5], rng)
+        flip(tmp_path / "out" / names[i % 6], rng)
         for read in (open_tokens, lambda folder: load(tmp_path, filepath=str(folder))):
-            with pytest.raises(UserError, match=rf"out/{names[i % 5]}: expected "):
+            with pytest.raises(UserError, match=rf"out/{names[i % 6]}: expected "):
                 read(tmp_path / "out")
         shutil.rmtree(tmp_path / "out")
 
@@ -641,8 +644,8 @@ def test_a_separator_in_backslashes_is_the_one_that_prepared_tokens_have(tmp_pat
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "expected the command prepare, found none"),
-        (["cook"], "expected the command prepare, found cook"),
+        ([], "expected a command, one of prepare, merge, found none"),
+        (["cook"], "expected a command, one of prepare, merge, found cook"),
         (["prepare"], "--filepath: expected a path"),
         (["prepare", "--filepath", "a.txt"], "--output: expected a path"),
         (

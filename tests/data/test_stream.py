@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama_jax.data import stream as stream_module
 from llama_jax.data.batches import eval_batches, train_batches
-from llama_jax.data.stream import BLOCK_BYTES, TokenStream, check_in_background, checksums
+from llama_jax.data.stream import BLOCK_BYTES, Shard, TokenStream, check_in_background, checksums
 from llama_jax.data.tokens import spread
 from llama_jax.errors import UserError
 
@@ -23,7 +23,7 @@ def write(folder: Path, tokens: np.ndarray, checked: bool = True) -> TokenStream
     path = folder / "train.bin"
     path.write_bytes(tokens.tobytes())
     sums = np.array(checksums(tokens.tobytes()), "<u4") if checked else None
-    return TokenStream(path, tokens.dtype, len(tokens), VOCABULARY, sums)
+    return TokenStream([Shard(path, len(tokens))], tokens.dtype, VOCABULARY, sums)
 
 
 def tokens_of(count: int, dtype: str = "<u2") -> np.ndarray:

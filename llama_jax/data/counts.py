@@ -1,0 +1,165 @@
+"""Counts of a split, made while it is encoded. The counts of consecutive tasks add up to those of the whole."""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llama_jax.data.lost import examples, lost_bytes
+from llama_jax.data.parts import SPLITS, Part
+from llama_jax.data.tokens import TextCounts
+
+# At most this many digests of documents are kept to find copies; beyond it, a sample.
+DIGESTS = 1 << 22
+Chars = collections.Counter[str]
+Lengths = collections.Counter[int]
+
+
+@dataclass
+class Counts:
+    """Counts of a stretch of a split: tokens, documents that begin in it, bytes of text, and what is lost of it.
+
+    ``lengths`` counts the documents that begin and end in it, by their tokens. The document that was begun before has
+    ``head`` tokens in it, and the last one that begins in it has ``tail``.
+    """
+
+    tokens: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+    byte_tokens: int = 0
+    largest_id: int = 0
+    unknown: int = 0
+    compared: int = 0
+    chars: Chars = field(default_factory=Chars)
+    lengths: Lengths = field(default_factory=Lengths)
+    head: int = 0
+    tail: int = 0
+
+    def begin(self) -> None:
+        """Count a document that begins here."""
+        if self.documents:
+            self.lengths[self.tail] += 1
+        self.documents += 1
+        self.tail = 0
+
+    def extend(self, tokens: int) -> None:
+        """Count tokens of the document that is open."""
+        if self.documents:
+            self.tail += tokens
+        else:
+            self.head += tokens
+
+    def add(self, after: "Counts") -> None:
+        """Add the counts of the stretch that follows."""
+        self.extend(after.head)
+        if after.documents:
+            if self.documents:
+                self.lengths[self.tail] += 1
+            self.tail = after.tail
+        for name in ("tokens", "documents", "text_bytes", "byte_tokens", "unknown", "compared"):
+            setattr(self, name, getattr(self, name) + getattr(after, name))
+        self.largest_id = max(self.largest_id, after.largest_id)
+        self.chars.update(after.chars)
+        self.lengths.update(after.lengths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict for JSON, which ``from_dict`` reads."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, table: dict[str, Any]) -> "Counts":
+        """Return the counts of a dict. Raises TypeError, KeyError or ValueError on anything else."""
+        lengths = Lengths({int(length): int(count) for length, count in table["lengths"].items()})
+        return cls(**table | {"chars": Chars(table["chars"]), "lengths": lengths})
+
+    @property
+    def lost(self) -> int:
+        """Bytes of the compared text that decoding does not restore."""
+        return lost_bytes(self.chars, self.compared)
+
+    def median_and_longest(self) -> tuple[int, int]:
+        """Return the median and the largest number of tokens of a document."""
+        lengths = Lengths(self.lengths)
+        if self.documents:
+            lengths[self.tail] += 1
+        left = sum(lengths.values()) // 2
+        for length in sorted(lengths):
+            left -= lengths[length]
+            if left < 0:
+                return length, max(lengths)
+        return 0, 0
+
+
+def text_counts(counts: dict[str, Counts], copies: int) -> TextCounts:
+    """Return the counts of both splits as the manifest has them."""
+    lengths = {split: counts[split].median_and_longest() for split in SPLITS}
+    lossy = (counts[split].chars for split in SPLITS if counts[split].lost)
+    return TextCounts(
+        median={split: lengths[split][0] for split in SPLITS},
+        longest={split: lengths[split][1] for split in SPLITS},
+        unknown={split: counts[split].unknown for split in SPLITS},
+        byte_tokens={split: counts[split].byte_tokens for split in SPLITS},
+        compared_bytes={split: counts[split].compared for split in SPLITS},
+        lost_bytes={split: counts[split].lost for split in SPLITS},
+        lost_examples=examples(sum(lossy, Chars())),
+        copies=copies,
+    )
+
+
+class Digests:
+    """8-byte digests of documents.
+
+    If there are too many, only those that end in some zero bits are kept, as a sample.
+    """
+
+    def __init__(self, limit: int = DIGESTS):
+        self._limit, self._zeros = limit, 0
+        self._kept = bytearray()
+        self._hash: Any = None
+
+    def add(self, part: Part) -> None:
+        """Add the next part of a document. A document whose start or end is not here gets no digest."""
+        if part.starts:
+            self._hash = hashlib.blake2b(part.text.encode(), digest_size=8)
+        elif self._hash is not None:
+            self._hash.update(part.text.encode())
+        if part.ends and self._hash is not None:
+            digest, self._hash = self._hash.digest(), None
+            if not self._zeros or not int.from_bytes(digest, "little") & ((1 << self._zeros) - 1):
+                self._kept += digest
+                self._shrink()
+
+    def join(self, digests: np.ndarray) -> None:
+        """Add the digests of other documents, uint64."""
+        self._kept += digests[digests & np.uint64((1 << self._zeros) - 1) == 0].tobytes()
+        self._shrink()
+
+    @property
+    def kept(self) -> np.ndarray:
+        """The digests that are kept, uint64."""
+        return np.frombuffer(bytes(self._kept), "<u8")
+
+    def copies_in(self, others: "Digests") -> int:
+        """Return how many documents of ``others`` are also here, estimated if either is a sample."""
+        zeros = max(self._zeros, others._zeros)
+        return int(np.isin(others._sample(zeros), self._sample(zeros)).sum()) << zeros
+
+    def _shrink(self) -> None:
+        while len(self._kept) > 8 * self._limit:
+            self._zeros += 1
+            self._kept = bytearray(self._sample(self._zeros).tobytes())
+
+    def _sample(self, zeros: int) -> np.ndarray:
+        return self.kept[self.kept & np.uint64((1 << zeros) - 1) == 0]
+
+
+def add_rows(counts: Counts, parts: Sequence[Part], lengths: Sequence[int]) -> None:
+    """Count the documents of consecutive parts, and their ``lengths`` in tokens."""
+    for part, length in zip(parts, lengths, strict=True):
+        if part.starts:
+            counts.begin()
+        counts.extend(length)

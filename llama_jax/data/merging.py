@@ -1,0 +1,89 @@
+"""Joins the parts of ``prepare --part``: ``python -m llama_jax.data merge --output DIR``."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_jax.cli.flags import parse_flags
+from llama_jax.cli.progress import working
+from llama_jax.config import DataArgs, from_dict
+from llama_jax.data import Data, find_text
+from llama_jax.data.partial import files_of, job_of_parts, missing_parts
+from llama_jax.data.preparing import report
+from llama_jax.data.shards import ABOUT, join, unfinished_in
+from llama_jax.data.tokens import UNFINISHED, open_tokens, read_manifest, write_manifest
+from llama_jax.errors import UserError
+from llama_jax.programs import typed
+from llama_jax.storage.files import remove_leftovers
+from llama_jax.storage.locations import on_disk
+from llama_jax.storage.owner import owning
+from llama_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class MergeArgs:
+    """Join the parts that prepare --part made. Training then takes the output folder as --data.filepath."""
+
+    output: str = ""
+    """The folder of the parts."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Join the parts that ``prepare --part`` made of a text."""
+    program = f"{typed('data')} merge"
+    description = f"Join the parts of prepare --part: {program} --output DIR"
+    args = parse_flags(MergeArgs, argv, MergeArgs(), program, description)
+    if not args.output:
+        raise UserError("--output: expected the folder of the parts, found none")
+    try:
+        merge(on_disk(args.output, "--output"))
+    except UserError as error:
+        raise UserError(str(error).replace("--data.", "--")) from error
+
+
+def merge(output: Path) -> None:
+    """Join the parts in a folder. Raises UserError if some are missing, or if the text has changed since."""
+    if not output.is_dir():
+        raise UserError(f"--output: expected a folder with parts, found none at {output}; prepare them first")
+    with owning(output, "--output", "wait for it"):
+        remove_leftovers(output)
+        manifest = read_manifest(output)
+        parts = [folder for folder in unfinished_in(output) if (folder / ABOUT).exists()]
+        if manifest is not None and not parts:
+            print(f"{output}: holds these tokens already, whole")
+            tokens = open_tokens(output)
+            report(Data(tokens, Tokenizer(output / "tokenizer.model"), manifest.source), output)
+            return
+        if len(parts) != 1:
+            raise UserError(
+                f"--output: expected a folder with the parts of one text, found {len(parts) or 'no parts'} in {output}; name the "
+                "--output of prepare --part"
+            )
+        report(_merged(parts[0], output), output)
+
+
+def _merged(folder: Path, output: Path) -> Data:
+    about = json.loads((folder / ABOUT).read_bytes())
+    if "data" not in about:
+        raise UserError(
+            f"--output: expected the parts of prepare --part, found an unfinished prepare of {about['source']} in {output}; repeat its "
+            "command to go on"
+        )
+    args = from_dict(DataArgs, about["data"], str(folder / ABOUT))
+    text = find_text(args, output)
+    tokenizer = Tokenizer(output / "tokenizer.model")
+    job = job_of_parts(args, text, tokenizer, output)
+    if missing := missing_parts(job):
+        raise UserError(
+            f"--output: expected all parts, found that these are missing or unfinished: {', '.join(missing[:20])}"
+            f"{', ...' if len(missing) > 20 else ''}; run them, then merge again"
+        )
+    with working("joining the parts"):
+        text.corpus.know(files_of(job))
+        manifest = join(job, tokenizer, output, source=about["source"], eval_source=text.eval_source)
+    write_manifest(output, manifest)
+    shutil.rmtree(job.folder)
+    (output / UNFINISHED).unlink(missing_ok=True)
+    return Data(open_tokens(output), tokenizer, about["source"], notes=text.notes)

@@ -1,0 +1,235 @@
+"""Prepares tokens ahead: ``python -m llama_jax.data prepare --filepath TEXT --tokenizer-model-path M --output DIR``."""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llama_jax.cli.flags import parse_flags
+from llama_jax.cli.progress import working
+from llama_jax.config import BadRecords, DataArgs
+from llama_jax.data import Data, Text, encode_text, find_text, origin_of
+from llama_jax.data.origin import difference
+from llama_jax.data.partial import PartOf, prepare_part
+from llama_jax.data.places import BLOCK_BYTES
+from llama_jax.data.shards import RefuseOthers, unfinished_in
+from llama_jax.data.summary import documents_text, held_out_text, remarks
+from llama_jax.data.tokens import (
+    DOCUMENTS,
+    MANIFEST,
+    SPLITS,
+    SUMS,
+    UNFINISHED,
+    open_tokens,
+    read_manifest,
+    sha256,
+    token_files,
+)
+from llama_jax.errors import UserError
+from llama_jax.programs import typed
+from llama_jax.storage.files import remove_leftovers
+from llama_jax.storage.locations import on_disk
+from llama_jax.storage.owner import owning
+from llama_jax.tokenizer import Tokenizer
+
+# The --filepath that stands for it.
+STANDARD_INPUT = "-"
+NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, DOCUMENTS, "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class PrepareArgs:
+    """Encode a text once. Training then takes the output folder as --data.filepath."""
+
+    filepath: str = ""
+    """Text to encode: a file, a folder, a glob, an address (gs://, s3://, https://), or - for standard input.
+    It is plain text, JSON lines, parquet or arrow, also compressed, as its bytes tell.
+    Of a folder all *.txt and all files of records are read, recursively."""
+    tokenizer_model_path: str = ""
+    """Path of a SentencePiece model. Empty: train a BPE vocabulary on the text."""
+    output: str = ""
+    """Folder to write: train.bin, eval.bin, checksums.bin, tokenizer.model, manifest.json.
+    Tokens of another text in it are never replaced."""
+    vocab_size: int = DataArgs.vocab_size
+    """Vocabulary size, in tokens, when a tokenizer is trained."""
+    separator: str = ""
+    r"""Text between two documents in a file, for example '<|endoftext|>', '\n\n', or '\n' for one document per line.
+    The escape \n matches any line end (LF, CRLF, CR), \t a tab, \\ a backslash.
+    Blank lines at the start and end of a document are dropped.
+    Empty: each file is one document. Of records each is a document, and there is no separator."""
+    train_size: float = DataArgs.train_size
+    """Share of the text to train on. 1: hold out nothing. The rest is held out for evaluation:
+    the end of a plain text, by bytes; of records, documents that are chosen by a hash of their text."""
+    eval_filepath: str = ""
+    """Held-out text of its own, in any of the forms of filepath, which is then trained on as a whole.
+    Empty: hold out a part of the text (train_size)."""
+    text_field: str = ""
+    """Field of the records that holds the text. Empty: "text", or else the only field with texts."""
+    bad_records: BadRecords = "error"
+    """Records that cannot be read: error (stop at the first) or skip (leave them out and count them)."""
+    as_text: bool = False
+    """Read files as plain text even if they look like something else, such as JSON lines or HTML.
+    Bytes that are not UTF-8 become U+FFFD."""
+    workers: int = os.cpu_count() or 1
+    """Number of encoding processes. There are never more than cores. The tokens are the same for any number."""
+    part: str = ""
+    """Do one part of the work: 3/64 is the third of 64. Each may run on another machine with the same --output on a
+    shared disk. After all parts, data merge --output DIR joins them. Empty: do all of it."""
+
+    @property
+    def data(self) -> DataArgs:
+        """The settings of the text. Raises UserError if they are impossible."""
+        if read_manifest(Path(self.filepath).expanduser()) is not None:
+            raise UserError(f"--filepath: expected a text, found tokens that are prepared already in {self.filepath}")
+        args = DataArgs(
+            self.filepath, self.train_size, self.tokenizer_model_path, self.vocab_size, self.separator,
+            eval_filepath=self.eval_filepath, text_field=self.text_field, bad_records=self.bad_records, as_text=self.as_text,
+        )  # fmt: skip
+        args.check()
+        return args
+
+
+def main(argv: Sequence[str]) -> None:
+    """Encode a text once, into a folder that training takes for a text."""
+    program = f"{typed('data')} prepare"
+    description = f"Prepare tokens ahead of training: {program} --filepath TEXT --tokenizer-model-path M --output DIR"
+    args = parse_flags(PrepareArgs, argv, PrepareArgs(), program, description)
+    for name in ("filepath", "output"):
+        if not getattr(args, name):
+            raise UserError(f"--{name}: expected a path, found none")
+    if args.workers < 1:
+        raise UserError(f"--workers: expected 1 or more, found {args.workers}")
+    try:
+        if args.part:
+            prepare_part(args.data, on_disk(args.output, "--output"), PartOf.parse(args.part), args.workers)
+        else:
+            prepare(args)
+    except UserError as error:
+        raise UserError(str(error).replace("--data.", "--")) from error
+
+
+def prepare(args: PrepareArgs) -> None:
+    """Make the tokens unless they exist. Raises UserError, and changes nothing, if the folder holds other tokens."""
+    data_args = args.data
+    output = on_disk(args.output, "--output")
+    if args.filepath != STANDARD_INPUT:
+        text = find_text(data_args, output)
+    given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_made(output))
+        stack.enter_context(owning(output, "--output", "wait for it, or choose another --output"))
+        remove_leftovers(output)
+        if args.filepath == STANDARD_INPUT:
+            text = stack.enter_context(_standard_input(data_args, output))
+        if _holds(output, text, args, given):
+            data = Data(open_tokens(output), Tokenizer(output / "tokenizer.model"), text.source, notes=text.notes)
+            print(f"{output}: holds these tokens already, whole")
+        else:
+            _check_free(output, given)
+            with _unfinished(output):
+                data = encode_text(
+                    data_args, text, output, output / "tokenizer.model", args.workers, others=RefuseOthers("--output")
+                )
+    report(data, output)
+
+
+def report(data: Data, output: Path) -> None:
+    """Print what was prepared, and what is odd about it."""
+    manifest = data.tokens.manifest
+    for line in remarks(data):
+        print(line, file=sys.stderr)
+    print(f"documents: {documents_text(manifest)}")
+    print(f"held out: {held_out_text(manifest)}")
+    print(
+        f"{output}: {manifest.tokens['train']:,} tokens to train on, {manifest.tokens['eval']:,} held out, "
+        f"vocabulary {data.tokenizer.vocab_size:,}"
+    )
+
+
+@contextlib.contextmanager
+def _standard_input(args: DataArgs, output: Path) -> Iterator[Text]:
+    """Yield the text of standard input, which is kept in a file in ``output`` meanwhile: it is read more than once."""
+    path = output / "standard-input.000000000000.tmp"
+    try:
+        with working("reading standard input"), open(path, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, BLOCK_BYTES)
+        text = find_text(replace(args, filepath=str(path)), output)
+        yield replace(text, source="standard input")
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), "standard input")) from error
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Create ``folder``. Remove it again if the block fails and leaves it empty."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _holds(output: Path, text: Text, args: PrepareArgs, given: Tokenizer | None) -> bool:
+    """Return whether the folder holds the requested tokens, intact. Raises UserError if it holds others."""
+    manifest = read_manifest(output)
+    if manifest is None:
+        return False
+    asked = replace(
+        origin_of(text),
+        tokenizer_sha256=sha256(given.model_bytes) if given is not None else "",
+        trained_vocab_size=0 if given is not None else args.vocab_size,
+    )
+    if found := difference(manifest.origin, asked):
+        raise UserError(
+            f"--output: expected a new folder, or one with the requested tokens, found {manifest.origin} in {output}, and "
+            f"{found}; choose another --output, or delete {output}"
+        )
+    try:
+        open_tokens(output).check()
+        return (output / "tokenizer.model").exists()
+    except UserError as error:
+        print(f"warning: {error}: made again", file=sys.stderr)
+        (output / UNFINISHED).touch()
+        (output / MANIFEST).unlink()
+        return False
+
+
+def _check_free(output: Path, given: Tokenizer | None) -> None:
+    """Raise UserError if files to be written exist, unless a stopped ``prepare`` left them."""
+    if (output / UNFINISHED).exists() or (output / MANIFEST).exists():
+        return
+    for path in [*token_files(output), *(output / name for name in NAMES)]:
+        name = path.name
+        same = (
+            name == "tokenizer.model"
+            and given is not None
+            and path.is_file()
+            and path.read_bytes() == given.model_bytes
+        )
+        if path.exists() and not same:
+            raise UserError(
+                f"--output: expected a new folder, found {path}, which is not this command's; choose another --output"
+            )
+
+
+@contextlib.contextmanager
+def _unfinished(output: Path) -> Iterator[None]:
+    """Mark the folder as unfinished during the block. The mark stays if the block fails and leaves files."""
+    mark = output / UNFINISHED
+    mark.touch()
+    try:
+        yield
+    except BaseException:
+        if not any((output / name).exists() for name in (*NAMES, MANIFEST)) and not unfinished_in(output):
+            mark.unlink(missing_ok=True)
+        raise
+    mark.unlink()

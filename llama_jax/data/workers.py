@@ -1,0 +1,170 @@
+"""Processes that encode tasks of a job. Each of them reads its own part of the corpus and writes its own shards.
+
+They are commands of their own, so that a job may begin in a notebook, or in a script that is not to be imported again.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import llama_jax
+from llama_jax.data.encode import Job, encode_task
+from llama_jax.errors import UserError
+from llama_jax.tokenizer import Tokenizer
+
+KEPT = "what is done is kept"
+# Seconds that a process gets to end, once it is told to.
+PATIENCE = 5
+
+
+def run_tasks(job: Job, tasks: Sequence[int], tokenizer: Tokenizer, workers: int, tell: Callable[[int], None]) -> None:
+    """Encode tasks of a job in up to ``workers`` processes, no more than there are cores; one alone is this process.
+
+    ``tell`` is called with the bytes of text that were encoded since the last call. Raises UserError if a text cannot
+    be read or tokens cannot be written.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(workers, cores, len(tasks))
+    if count < 2:
+        for task in tasks:
+            with _naming_the_disk(job):
+                encode_task(job, task, tokenizer, tell)
+        return
+    waiting, said = iter(tasks), queue.SimpleQueue[_Said]()
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(_process(job, said)) for _ in range(count)]
+        for process in started:
+            process.give(next(waiting, None))
+        left = len(tasks)
+        while left:
+            process, word, value = said.get()
+            if word == "encoded":
+                tell(int(value))
+            elif word == "done":
+                left -= 1
+                process.give(next(waiting, None))
+            elif word == "failed":
+                raise UserError(str(value))
+            elif process.is_busy:
+                raise UserError(
+                    f"--workers: expected {count} processes to encode, found that one ended ({process.reason()}); start again with "
+                    f"fewer, {KEPT}"
+                )
+
+
+class _Said(NamedTuple):
+    """A message of a process: how many bytes it encoded, that a task is done or failed, or that it ended."""
+
+    process: "_Process"
+    word: str
+    value: Any
+
+
+class _Process:
+    """A process that encodes one task after the other."""
+
+    def __init__(self, running: "subprocess.Popen[bytes]"):
+        self._running, self.is_busy = running, False
+
+    def give(self, task: int | None) -> None:
+        """Let it encode a task next. None: there is none."""
+        self.is_busy = task is not None
+        if task is not None and self._running.stdin is not None:
+            with contextlib.suppress(OSError):  # it has ended, which is told at its end of the output
+                self._running.stdin.write(f"{task}\n".encode())
+                self._running.stdin.flush()
+
+    def reason(self) -> str:
+        """Say how the process ended."""
+        status = self._running.wait()
+        return f"signal {-status}; 9 may be for memory" if status < 0 else f"status {status}"
+
+
+@contextlib.contextmanager
+def _process(job: Job, said: "queue.SimpleQueue[_Said]") -> Iterator[_Process]:
+    """Start a process for a job. What it says goes to ``said``. It ends with the block."""
+    place = str(Path(llama_jax.__file__).resolve().parents[1])
+    paths = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH", "")]))
+    running = subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    assert running.stdin is not None and running.stdout is not None
+    process = _Process(running)
+
+    def listen(stream: Any) -> None:
+        for line in stream:
+            said.put(_Said(process, *json.loads(line)))
+        said.put(_Said(process, "ended", None))
+
+    thread = threading.Thread(target=listen, args=(running.stdout,), name="worker", daemon=True)
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            pickle.dump(job, running.stdin)
+            running.stdin.flush()
+        thread.start()
+        yield process
+    finally:
+        with contextlib.suppress(OSError):
+            running.stdin.close()
+        try:
+            running.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+        if thread.ident is not None:
+            thread.join()
+        running.stdout.close()
+
+
+@contextlib.contextmanager
+def _naming_the_disk(job: Job) -> Iterator[None]:
+    """Turn an OSError in the block into a UserError with the folder of the results."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or job.folder}: expected to write tokens, found: {error.strerror or error}; correct it and start "
+            f"again, {KEPT}"
+        ) from None
+
+
+def main() -> None:
+    """Encode the tasks whose numbers come on standard input, after the job. End when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is printed while a text is read is not an answer
+    job: Job = pickle.load(sys.stdin.buffer)  # of the process that started this one
+    tasks = queue.SimpleQueue[int]()
+    threading.Thread(target=_read_tasks, args=(sys.stdin.buffer, tasks), daemon=True).start()
+
+    def say(word: str, value: Any) -> None:
+        print(json.dumps((word, value)), file=output, flush=True)
+
+    tokenizer = Tokenizer(job.tokenizer)
+    while True:
+        try:
+            with _naming_the_disk(job):
+                encode_task(job, task := tasks.get(), tokenizer, lambda size: say("encoded", size))
+            say("done", task)
+        except UserError as error:
+            say("failed", str(error))
+
+
+def _read_tasks(stream: BinaryIO, tasks: "queue.SimpleQueue[int]") -> None:
+    for line in stream:
+        tasks.put(int(line))
+    os._exit(0)  # nobody waits for the task in progress any more
+
+
+if __name__ == "__main__":
+    main()
