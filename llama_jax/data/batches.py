@@ -3,13 +3,14 @@
 Each process reads only the rows that its devices hold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 import grain
 import jax
 import numpy as np
 
+from llama_jax.data.mixture import Schedule
 from llama_jax.data.stream import TokenStream
 
 # A stream of tokens: an array of shape [tokens], or a token file, which can be sliced like one.
@@ -67,7 +68,7 @@ class Windows:
 
     def __init__(self, stream: Tokens, length: int, seed: int):
         self._stream, self._length, self._seed = stream, length, seed
-        self.per_epoch = max(1, -(-len(stream) // length))
+        self.per_epoch = windows_of(stream, length)
 
     def row(self, index: int, window: int) -> np.ndarray:
         """Return the ``length`` + 1 tokens of a window, int32, in the epoch of row ``index`` of the run."""
@@ -82,28 +83,63 @@ class Windows:
         return row.astype(np.int32)
 
 
-def train_batches(
-    stream: Tokens, batch_size: int, length: int, seed: int, start: int, stop: int, own: np.ndarray | None = None
-) -> Iterator[Batch]:
-    """Yield the batches of steps ``start`` to ``stop`` - 1, only rows ``own`` (None: all).
+class Mixed(NamedTuple):
+    """Several streams, and the schedule that says which of them each row of a run is read from."""
 
-    Threads of grain read ahead.
+    streams: Mapping[str, Tokens]
+    schedule: Schedule
+
+
+class _Rows:
+    """The rows of a run: ``rows[i]`` is the i-th, int32 [length + 1]."""
+
+    def __init__(self, source: Tokens | Mixed, length: int, seed: int):
+        # Grain's order of epoch e with seed s is that of epoch e + 1 with seed s - 1, so hash the seed.
+        order = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        streams = source.streams if isinstance(source, Mixed) else {"": source}
+        self._schedule = source.schedule if isinstance(source, Mixed) else None
+        self._rows = {}
+        for name, stream in streams.items():
+            windows = Windows(stream, length, seed)
+            shuffled = grain.MapDataset.range(windows.per_epoch).shuffle(seed=order).repeat()
+            self._rows[name] = shuffled.map_with_index(windows.row)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        name, number = ("", index) if self._schedule is None else self._schedule.place(index)
+        row: np.ndarray = self._rows[name][number]
+        return row
+
+
+def train_batches(
+    source: Tokens | Mixed,
+    batch_size: int,
+    length: int,
+    seed: int,
+    start: int,
+    stop: int,
+    own: np.ndarray | None = None,
+) -> Iterator[Batch]:
+    """Yield the batches of steps ``start`` to ``stop`` - 1, only rows ``own`` of each (None: all).
+
+    Of each stream, every window is read once an epoch, in a new order each time. Threads of grain read ahead.
     """
+    rows = _Rows(source, length, seed)
     own = np.arange(batch_size) if own is None else own
-    windows = Windows(stream, length, seed)
-    epochs = max(1, -(-stop * batch_size // windows.per_epoch))
-    # Grain's order of epoch e with seed s is that of epoch e + 1 with seed s - 1, so hash the seed.
-    order = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    rows = grain.MapDataset.range(windows.per_epoch).shuffle(seed=order).repeat(epochs).map_with_index(windows.row)
     steps = grain.MapDataset.range(start, stop).map(lambda s: np.stack([rows[s * batch_size + int(r)] for r in own]))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     for tokens in steps.to_iter_dataset(options):
         yield Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
 
 
-def steps_per_epoch(stream: Tokens, batch_size: int, length: int) -> int:
-    """Return the number of optimizer steps that read the whole stream once."""
-    return -(-Windows(stream, length, 0).per_epoch // batch_size)
+def windows_of(stream: Tokens, length: int) -> int:
+    """Return the number of windows of ``length`` tokens that go around a stream once."""
+    return max(1, -(-len(stream) // length))
+
+
+def steps_per_epoch(source: Tokens | Mixed, batch_size: int, length: int) -> int:
+    """Return the number of optimizer steps that read a stream once, or as many rows as all streams of a mixture have."""
+    streams = source.streams.values() if isinstance(source, Mixed) else [source]
+    return -(-sum(windows_of(stream, length) for stream in streams) // batch_size)
 
 
 def eval_batches(
