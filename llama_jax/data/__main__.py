@@ -1,17 +1,17 @@
-"""Prepare tokens ahead: ``python -m llama_jax.data prepare --filepath TEXT --tokenizer-model-path M --output DIR``."""
+"""The commands about texts: ``python -m llama_jax.data prepare``, ``train-tokenizer``."""
 
 import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import working
 from llama_jax.config import BadRecords, DataArgs
-from llama_jax.data import Data, Text, encode_text, find_text, origin_of
+from llama_jax.data import Data, Text, encode_text, find_text, origin_of, training_tokenizer
 from llama_jax.data.origin import difference
 from llama_jax.data.places import BLOCK_BYTES
 from llama_jax.data.summary import documents_text, held_out_text, remarks
@@ -66,22 +66,40 @@ class PrepareArgs:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line ``argv``. None: that of this process."""
+    """Run the command line ``argv``, which begins with a command. None: that of this process."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv[0] if argv else "none"
+    if name in ("--help", "-h"):
+        print(_help())
+        return
+    if name not in COMMANDS:
+        raise UserError(
+            f"llama_jax.data: expected a command, one of {', '.join(COMMANDS)}, found {name}; "
+            f"`{typed('data')} --help` says what each does"
+        )
+    try:
+        COMMANDS[name][1](argv[1:])
+    except UserError as error:
+        raise UserError(str(error).replace("--data.", "--")) from error
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"{typed('data')} {name:<{width}}  {does}" for name, (does, _) in COMMANDS.items()]
+    return "\n".join([*lines, "", f"`{typed('data')} prepare --help` lists the flags of a command."])
+
+
+def _prepare(argv: Sequence[str]) -> None:
+    """Run the command ``prepare``."""
     program = f"{typed('data')} prepare"
     description = f"Prepare tokens ahead of training: {program} --filepath TEXT --tokenizer-model-path M --output DIR"
-    if argv[:1] != ["prepare"] and argv[:1] != ["--help"]:
-        raise UserError(f"llama_jax.data: expected the command prepare, found {' '.join(argv[:1]) or 'none'}")
-    args = parse_flags(PrepareArgs, argv[argv[:1] == ["prepare"] :], PrepareArgs(), program, description)
+    args = parse_flags(PrepareArgs, argv, PrepareArgs(), program, description)
     for name in ("filepath", "output"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
     if args.workers < 1:
         raise UserError(f"--workers: expected 1 or more, found {args.workers}")
-    try:
-        prepare(args)
-    except UserError as error:
-        raise UserError(str(error).replace("--data.", "--")) from error
+    prepare(args)
 
 
 def prepare(args: PrepareArgs) -> None:
@@ -206,6 +224,12 @@ def _unfinished(output: Path) -> Iterator[None]:
         raise
     mark.unlink()
 
+
+# Each command with what it does.
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "prepare": ("Encode a text ahead of training", _prepare),
+    "train-tokenizer": ("Train a vocabulary on a text", training_tokenizer.main),
+}
 
 if __name__ == "__main__":
     run_command(main)
