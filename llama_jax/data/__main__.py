@@ -1,4 +1,4 @@
-"""The commands about texts: ``python -m llama_jax.data prepare``, ``train-tokenizer``."""
+"""The commands about texts: ``python -m llama_jax.data prepare``, ``inspect`` and ``train-tokenizer``."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import working
 from llama_jax.config import BadRecords, DataArgs
-from llama_jax.data import Data, Text, encode_text, find_text, origin_of, training_tokenizer
+from llama_jax.data import Data, Text, encode_text, find_text, inspecting, origin_of, training_tokenizer
 from llama_jax.data.origin import difference
 from llama_jax.data.places import BLOCK_BYTES
 from llama_jax.data.summary import documents_text, held_out_text, remarks
@@ -228,6 +228,7 @@ def _unfinished(output: Path) -> Iterator[None]:
 # Each command with what it does.
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "prepare": ("Encode a text ahead of training", _prepare),
+    "inspect": ("Count what a text holds, and say what looks wrong", inspecting.main),
     "train-tokenizer": ("Train a vocabulary on a text", training_tokenizer.main),
 }
 

@@ -641,7 +641,7 @@ def test_a_separator_in_backslashes_is_the_one_that_prepared_tokens_have(tmp_pat
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "expected a command, one of prepare, train-tokenizer, found none"),
+        ([], "expected a command, one of prepare, inspect, train-tokenizer, found none"),
         (["cook"], "found cook"),
         (["prepare"], "--filepath: expected a path"),
         (["prepare", "--filepath", "a.txt"], "--output: expected a path"),
