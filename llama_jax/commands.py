@@ -48,7 +48,7 @@ def plan(argv: Sequence[str]) -> None:
 
 
 def data(argv: Sequence[str]) -> None:
-    """Prepare the tokens of a text before training"""
+    """Prepare the tokens of a text, inspect it, or train its vocabulary, before training"""
     importlib.import_module("llama_jax.data.__main__").main(argv)
 
 

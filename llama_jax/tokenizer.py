@@ -240,7 +240,13 @@ def split_text(text: str, part_chars: int = PART_CHARS) -> Iterator[str]:
 
 
 def train_tokenizer(sentences: Iterable[str], vocab_size: int, output: Path) -> Tokenizer:
-    """Train a BPE vocabulary with LLaMA 2's settings, save it as ``output`` and return its tokenizer.
+    """Train a vocabulary (``trained_model``), save it as ``output`` and return its tokenizer."""
+    write_atomically(output, trained_model(sentences, vocab_size))
+    return Tokenizer(output)
+
+
+def trained_model(sentences: Iterable[str], vocab_size: int) -> bytes:
+    """Train a BPE vocabulary with LLaMA 2's settings. Return the content of its SentencePiece model.
 
     ``sentences`` are lines of text of any length. The vocabulary is smaller than ``vocab_size`` if the text has too few
     different pairs to fill it. Raises UserError if there is no text.
@@ -266,8 +272,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int, output: Path) -> 
         num_threads=1,
         minloglevel=2,
     )
-    write_atomically(output, model.getvalue())
-    return Tokenizer(output)
+    return model.getvalue()
 
 
 def _spell_rare_characters(lines: list[str], vocab_size: int) -> list[str]:

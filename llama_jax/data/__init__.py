@@ -5,7 +5,7 @@ Start with ``load_data``: it finds the text, loads or trains the tokenizer, and 
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from llama_jax.data.shards import RefuseOthers, prepare
 from llama_jax.data.text import Corpus, check_separator
 from llama_jax.data.token_files import TokenFile
 from llama_jax.data.tokens import MANIFEST, TokenSet, open_tokens, read_manifest, sha256, write_manifest
+from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError
 from llama_jax.storage.files import write_atomically
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
@@ -29,9 +30,6 @@ __all__ = [
     "Data", "Origin", "Text", "difference", "encode_text", "find_text", "load_data", "open_data", "open_tokens", "origin_of",
     "write_stories",
 ]  # fmt: skip
-
-# A vocabulary is trained on at most this many bytes, spread evenly over the text.
-VOCABULARY_BYTES = 30_000_000
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, beg
         made = _save(given, path)
     else:
         with working(f"training a vocabulary of {args.vocab_size:,} tokens"):
-            made = train_tokenizer(_sentences(text.corpus), args.vocab_size, path)
+            made = train_tokenizer(Sentences(text.corpus), args.vocab_size, path)
     if begun and known is not None and known.tokenizer_sha256 not in ("", sha256(made.model_bytes)):
         path.unlink()
         raise UserError(
@@ -275,11 +273,3 @@ def _load_pretokenized(
 def _save(tokenizer: Tokenizer, path: Path) -> Tokenizer:
     write_atomically(path, tokenizer.model_bytes)
     return tokenizer
-
-
-def _sentences(corpus: AnyCorpus) -> Iterator[str]:
-    """Yield the text to train a vocabulary on: all of it, or evenly spread parts if it is large."""
-    stride = max(1, int(corpus.text_bytes * corpus.train_size) // VOCABULARY_BYTES)
-    for i, part in enumerate(corpus.parts("train")):
-        if i % stride == 0:
-            yield part.text

@@ -1,31 +1,42 @@
-"""The commands of ``python -m llama_jax.data``: prepare and merge."""
+"""The commands about texts: ``python -m llama_jax.data prepare``, ``merge``, ``inspect`` and ``train-tokenizer``."""
 
 import sys
 from collections.abc import Callable, Sequence
 
-from llama_jax.data import merging, preparing
+from llama_jax.data import inspecting, merging, preparing, training_tokenizer
 from llama_jax.errors import UserError, run_command
 from llama_jax.programs import typed
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": preparing.main, "merge": merging.main}
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "prepare": ("Encode a text once, into a folder that training takes for a text", preparing.main),
+    "merge": ("Join the parts that prepare --part made of a text", merging.main),
+    "inspect": ("Say what a text or a corpus holds, and what looks wrong with it", inspecting.main),
+    "train-tokenizer": ("Train a vocabulary on a text or a corpus", training_tokenizer.main),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line ``argv``. None: that of this process."""
+    """Run the command line ``argv``, which begins with a command. None: that of this process."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["--help"], ["-h"]):
-        print("\n".join([f"Tokens of a text, ahead of training: {typed('data')} COMMAND --help", "", *_lines()]))
+    name = argv[0] if argv else "none"
+    if name in ("--help", "-h"):
+        print(_help())
         return
-    if not argv or argv[0] not in COMMANDS:
+    if name not in COMMANDS:
         raise UserError(
-            f"llama_jax.data: expected a command, one of {', '.join(COMMANDS)}, found {' '.join(argv[:1]) or 'none'}"
+            f"llama_jax.data: expected a command, one of {', '.join(COMMANDS)}, found {name}; "
+            f"`{typed('data')} --help` says what each does"
         )
-    COMMANDS[argv[0]](argv[1:])
+    try:
+        COMMANDS[name][1](argv[1:])
+    except UserError as error:
+        raise UserError(str(error).replace("--data.", "--")) from error
 
 
-def _lines() -> list[str]:
+def _help() -> str:
     width = max(map(len, COMMANDS))
-    return [f"{name:<{width}}  {(command.__doc__ or '').partition('.')[0]}" for name, command in COMMANDS.items()]
+    lines = [f"{typed('data')} {name:<{width}}  {does}" for name, (does, _) in COMMANDS.items()]
+    return "\n".join([*lines, "", f"`{typed('data')} prepare --help` lists the flags of a command."])
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def windows_of(stream: Tokens, length: int) -> int:
 
 
 def steps_per_epoch(source: Tokens | Mixed, batch_size: int, length: int) -> int:
-    """Return the number of optimizer steps that read a stream once, or as many rows as all streams of a mixture have."""
+    """Return the number of optimizer steps that read a stream once, or as many rows as a mixture's streams have."""
     streams = source.streams.values() if isinstance(source, Mixed) else [source]
     return -(-sum(windows_of(stream, length) for stream in streams) // batch_size)
 

@@ -37,10 +37,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse_flags(MergeArgs, argv, MergeArgs(), program, description)
     if not args.output:
         raise UserError("--output: expected the folder of the parts, found none")
-    try:
-        merge(on_disk(args.output, "--output"))
-    except UserError as error:
-        raise UserError(str(error).replace("--data.", "--")) from error
+    merge(on_disk(args.output, "--output"))
 
 
 def merge(output: Path) -> None:

@@ -102,13 +102,10 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--{name}: expected a path, found none")
     if args.workers < 1:
         raise UserError(f"--workers: expected 1 or more, found {args.workers}")
-    try:
-        if args.part:
-            prepare_part(args.data, on_disk(args.output, "--output"), PartOf.parse(args.part), args.workers)
-        else:
-            prepare(args)
-    except UserError as error:
-        raise UserError(str(error).replace("--data.", "--")) from error
+    if args.part:
+        prepare_part(args.data, on_disk(args.output, "--output"), PartOf.parse(args.part), args.workers)
+    else:
+        prepare(args)
 
 
 def prepare(args: PrepareArgs) -> None:

@@ -2,6 +2,7 @@
 
 from llama_jax.data import Data
 from llama_jax.data.lost import loss_warning, share
+from llama_jax.data.parts import Skipped
 from llama_jax.data.text import replacement_warning
 from llama_jax.data.tokens import SPLITS, Manifest
 
@@ -43,7 +44,8 @@ def held_out_text(manifest: Manifest) -> str:
 def remarks(data: Data) -> list[str]:
     """Return further lines about a text: what was left out, and what may be unintended."""
     manifest = data.tokens.manifest
-    lines = [*data.notes, replacement_warning(manifest.replaced_sequences), _skipped_warning(manifest)]
+    skipped = Skipped(manifest.skipped_records, manifest.skipped_examples, manifest.empty_records)
+    lines = [*data.notes, replacement_warning(manifest.replaced_sequences), skipped_warning(skipped)]
     if manifest.trained_vocab_size > data.tokenizer.vocab_size:
         lines.append(
             f"vocabulary: {manifest.trained_vocab_size:,} was asked for, and the text has pairs for {data.tokenizer.vocab_size:,}"
@@ -74,13 +76,13 @@ def remarks(data: Data) -> list[str]:
     return [line for line in lines if line]
 
 
-def _skipped_warning(manifest: Manifest) -> str:
+def skipped_warning(skipped: Skipped) -> str:
     """Return a line about records that were left out, else an empty text."""
-    if manifest.skipped_records:
-        examples = "; ".join(manifest.skipped_examples)
-        return f"warning: {manifest.skipped_records:,} records cannot be read and were skipped: {examples}"
-    if manifest.empty_records:
-        return f"{manifest.empty_records:,} records have an empty text, which is no document"
+    if skipped.count:
+        examples = "; ".join(skipped.examples)
+        return f"warning: {skipped.count:,} records cannot be read and were skipped: {examples}"
+    if skipped.empty:
+        return f"{skipped.empty:,} records have an empty text, which is no document"
     return ""
 
 

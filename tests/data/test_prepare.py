@@ -644,8 +644,8 @@ def test_a_separator_in_backslashes_is_the_one_that_prepared_tokens_have(tmp_pat
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "expected a command, one of prepare, merge, found none"),
-        (["cook"], "expected a command, one of prepare, merge, found cook"),
+        ([], "expected a command, one of prepare, merge, inspect, train-tokenizer, found none"),
+        (["cook"], "found cook"),
         (["prepare"], "--filepath: expected a path"),
         (["prepare", "--filepath", "a.txt"], "--output: expected a path"),
         (

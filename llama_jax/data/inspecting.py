@@ -1,0 +1,233 @@
+"""Inspects a corpus: ``python -m llama_jax.data inspect --filepath TEXT [--tokenizer-model-path M] [--json]``."""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llama_jax.cli.flags import parse_flags
+from llama_jax.cli.progress import Progress, bytes_text, working
+from llama_jax.config import DataArgs
+from llama_jax.data.corpus import Records
+from llama_jax.data.counting import HEAD_TOKENS, Documents, Texts, Tokens
+from llama_jax.data.finding import Text, find_text
+from llama_jax.data.lost import Losses
+from llama_jax.data.parts import SPLITS, Part
+from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
+from llama_jax.data.reading import ReadingArgs, reading
+from llama_jax.data.records import CorpusFile
+from llama_jax.data.rendering import draw_lengths, text_of
+from llama_jax.data.report import Encoded, Report, report_of_text, report_of_tokens
+from llama_jax.data.stream import TokenStream
+from llama_jax.data.summary import skipped_warning
+from llama_jax.data.text import Corpus, check_separator
+from llama_jax.data.token_files import JoinedStream
+from llama_jax.data.tokens import TokenSet, open_tokens, read_manifest, sha256
+from llama_jax.errors import UserError, quoted
+from llama_jax.programs import typed
+from llama_jax.storage.locations import on_disk
+from llama_jax.tokenizer import Tokenizer
+
+# Limits of a batch, which is encoded by all workers at once: parts and bytes.
+PARTS_AT_ONCE, BYTES_AT_ONCE = 2048, 1 << 22
+# Tokens that are read at once.
+TOKENS_AT_ONCE = 1 << 20
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class InspectArgs(ReadingArgs):
+    """Count what a corpus holds, all of it: nothing is held out. A folder of prepared tokens can be inspected, too."""
+
+    tokenizer_model_path: str = ""
+    """Path of a SentencePiece model, by which tokens are counted. Empty: count bytes alone."""
+    json: bool = False
+    """Print one JSON object on standard output, and all else on standard error."""
+    picture: str = ""
+    """Picture of the lengths of the documents to draw, a file named *.png. Empty: none."""
+    seed: int = 0
+    """Seed of the random documents."""
+    workers: int = os.cpu_count() or 1
+    """Number of encoding threads. The counts do not depend on it."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line ``argv``."""
+    program = f"{typed('data')} inspect"
+    description = (
+        f"Say what a corpus holds, and what looks wrong with it: {program} --filepath TEXT --tokenizer-model-path M. "
+        "It prints documents, bytes, tokens, their lengths, exact copies, the scripts of its characters, the longest documents and "
+        "some random ones. Warnings go to standard error."
+    )
+    args = parse_flags(InspectArgs, argv, InspectArgs(), program, description)
+    data_args = args.data_args(train_size=1.0, tokenizer_model_path=args.tokenizer_model_path)
+    if args.workers < 1:
+        raise UserError(f"--workers: expected 1 or more, found {args.workers}")
+    picture = _picture_path(args.picture) if args.picture else None
+    # With --json, standard output is for the report alone.
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        report = inspect(data_args, args.seed, args.workers)
+        if picture is not None:
+            draw_lengths(picture, report)
+    for note in report.notes:
+        print(note, file=sys.stderr)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(json.dumps(report.to_dict()) if args.json else text_of(report))
+    if picture is not None and not args.json:
+        print(f"lengths drawn in {picture}")
+
+
+def inspect(args: DataArgs, seed: int = 0, workers: int = 1) -> Report:
+    """Return the report about the corpus, or the tokens, that ``args`` name.
+
+    Raises UserError if there is none, if it cannot be read, or if it has no document.
+    """
+    prepared = Path(args.filepath).expanduser()
+    if read_manifest(prepared) is not None:
+        return _inspect_tokens(args, open_tokens(prepared), _tokenizer_of(args, prepared), seed)
+    if files := find_pretokenized(args):
+        return _inspect_tokens(args, open_pretokenized(args, files), Tokenizer(args.tokenizer_model_path), seed)
+    tokenizer = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
+    return _inspect_text(find_text(args, Path()), tokenizer, seed, workers)
+
+
+def _picture_path(name: str) -> Path:
+    """Return where to draw. Raises UserError if something else than a picture is there."""
+    path = on_disk(name, "--picture")
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--picture: expected a name that ends in .png, found {name}; name it so")
+    if path.exists() and not (path.is_file() and _begins(path, len(PNG)) == PNG):
+        raise UserError(f"--picture: expected a new file, or a picture to replace, found something else in {path}")
+    if not path.parent.is_dir():
+        raise UserError(f"--picture: expected a file in a folder, found no folder {path.parent}; create it first")
+    return path
+
+
+def _begins(path: Path, count: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(count)
+
+
+def _inspect_text(text: Text, tokenizer: Tokenizer | None, seed: int, workers: int) -> Report:
+    corpus = text.corpus
+    files = _files(text)
+    if isinstance(corpus, Corpus):
+        with working(f"reading {text.source}, {bytes_text(corpus.stored_bytes)}"):
+            check_separator(corpus, text.source)
+    texts = Texts(Documents(seed))
+    encoded = None
+    if tokenizer is not None:
+        encoded = Encoded(tokenizer, Tokens(tokenizer.vocab_size), Losses(tokenizer, corpus.text_bytes))
+    with reading(corpus) as count:
+        for batch in _batches(text):
+            parts = [part for _, part in batch]
+            lengths = [part.size for part in parts]
+            if encoded is not None:
+                lengths = [len(row) for row in encoded.add(parts, workers)]
+            texts.add(parts, [place for place, _ in batch], lengths)
+            count(sum(part.size for part in parts))
+    if not texts.documents.count:
+        why = f" ({skipped_warning(corpus.skipped)})" if skipped_warning(corpus.skipped) else ""
+        raise UserError(
+            f"data.filepath: expected text, found no document in {text.source}{why}; give a text, or its field"
+        )
+    return report_of_text(text, files, texts, encoded, seed)
+
+
+def _files(text: Text) -> list[CorpusFile]:
+    corpus = text.corpus
+    files = corpus.sources if isinstance(corpus, Records) else corpus.paths if isinstance(corpus, Corpus) else []
+    return [file for file in files if isinstance(file, CorpusFile)]
+
+
+def _batches(text: Text) -> Iterator[list[tuple[tuple[int, int], Part]]]:
+    """Yield the parts of a text in their order, some at a time, each with the numbers of its file and its record."""
+    batch: list[tuple[tuple[int, int], Part]] = []
+    size = 0
+    for unit in text.corpus.units():
+        number = 0
+        for _, part in text.corpus.read(unit):
+            # The documents of plain text have no numbers of their own.
+            number += part.starts
+            batch.append(((unit.file, part.number or number), part))
+            size += part.size
+            if len(batch) >= PARTS_AT_ONCE or size >= BYTES_AT_ONCE:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenizer_of(args: DataArgs, prepared: Path) -> Tokenizer:
+    """Return the tokenizer of prepared tokens. Raises UserError if options contradict them."""
+    for name in ("separator", "text_field"):
+        if getattr(args, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: expected none, as {prepared} holds tokens, found {quoted(getattr(args, name))}; leave it out"
+            )
+    path = prepared / "tokenizer.model"
+    tokenizer = Tokenizer(path if path.exists() or not args.tokenizer_model_path else args.tokenizer_model_path)
+    given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else tokenizer
+    manifest = read_manifest(prepared)
+    if manifest is not None and {sha256(t.model_bytes) for t in (tokenizer, given)} != {manifest.tokenizer_sha256}:
+        raise UserError(
+            f"--tokenizer-model-path: expected the tokenizer that made the tokens in {prepared}, found another; leave it out"
+        )
+    return tokenizer
+
+
+def _inspect_tokens(args: DataArgs, tokens: TokenSet, tokenizer: Tokenizer, seed: int) -> Report:
+    manifest = tokens.manifest
+    documents = Documents(seed) if any(manifest.documents.values()) else None
+    encoded = Encoded(tokenizer, Tokens(tokenizer.vocab_size))
+    is_paired = tokenizer.bos_id == tokenizer.eos_id and not manifest.made_by
+    with Progress("reading", sum(manifest.tokens.values()), "tokens") as progress:
+        for file, split in enumerate(SPLITS):
+            record = 0
+            for ids, starts, ends in _documents(getattr(tokens, split), tokenizer.bos_id, is_paired):
+                row = ids[(ids != tokenizer.bos_id) & (ids != tokenizer.eos_id)]
+                encoded.tokens.add(row)
+                progress.update(len(ids))
+                if documents is None:
+                    continue
+                if starts:
+                    record += 1
+                    documents.start(file, record, row[:HEAD_TOKENS].tolist())
+                documents.extend(len(row), row.tobytes())
+                if ends:
+                    documents.end()
+    return report_of_tokens(args.filepath, manifest, documents, encoded, seed)
+
+
+def _documents(stream: TokenStream, bos_id: int, is_paired: bool) -> Iterator[tuple[np.ndarray, bool, bool]]:
+    """Yield pieces of the documents of a stream, integers [tokens], and whether each begins and ends a document.
+
+    A document begins where the stream does, where an index of its files says so, or else with BOS. ``is_paired``: the
+    tokenizer has one mark for both ends of a document.
+    """
+    known = stream.starts if isinstance(stream, JoinedStream) else None
+    seen = 0
+    waiting: tuple[np.ndarray, bool] | None = None
+    for start in range(0, stream.size, TOKENS_AT_ONCE):
+        block = stream[start : start + TOKENS_AT_ONCE]
+        begins = (
+            np.flatnonzero(block == bos_id)
+            if known is None
+            else known[(known >= start) & (known < start + len(block))] - start
+        )
+        seen, begins = seen + len(begins), begins[seen % 2 :: 2] if is_paired else begins
+        firsts = {0} if start == 0 else set()
+        firsts.update(begins.tolist())
+        for first, last in itertools.pairwise(sorted(firsts | {0, len(block)})):
+            if waiting is not None:
+                yield *waiting, first in firsts
+            waiting = block[first:last], first in firsts
+    if waiting is not None:
+        yield *waiting, True

@@ -1,0 +1,81 @@
+"""The sample of a text that a vocabulary is trained on."""
+
+import hashlib
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from llama_jax.data.parts import AnyCorpus, Part
+
+# A vocabulary is trained on at most this many bytes, spread evenly over the text.
+VOCABULARY_BYTES = 30_000_000
+# Short documents are sampled in blocks of at least this many bytes, so that a block costs no more memory than its text.
+BLOCK_BYTES = 1 << 12
+# The key of the hash that chooses the blocks. Another key would choose others.
+KEY = b"llama-jax: vocabulary"
+
+
+class Block(NamedTuple):
+    """Consecutive parts of a text, from ``size`` bytes, a line or more each."""
+
+    text: str
+    size: int
+
+
+class Sentences:
+    """The text to train a vocabulary on: all that is to be trained on, or a sample if that is large.
+
+    Held-out text has no part in it. ``read`` and ``taken`` count bytes so far, and are complete after an iteration.
+    ``count`` is called with the bytes that were read.
+    """
+
+    def __init__(self, corpus: AnyCorpus, count: Callable[[int], None] = lambda size: None):
+        self._corpus, self._count = corpus, count
+        self.read = self.taken = 0
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the sample, in the order of the corpus."""
+        self.read = self.taken = 0
+        for block in sample(blocks(self._counted()), VOCABULARY_BYTES):
+            self.taken += block.size
+            yield block.text
+
+    def _counted(self) -> Iterator[Part]:
+        for part in self._corpus.parts("train"):
+            self.read += part.size
+            self._count(part.size)
+            yield part
+
+
+def blocks(parts: Iterable[Part]) -> Iterator[Block]:
+    """Yield the parts in blocks. A line end stands between two parts, since a vocabulary is trained on single lines."""
+    texts: list[str] = []
+    size = 0
+    for part in parts:
+        texts.append(part.text)
+        size += part.size
+        if size >= BLOCK_BYTES:
+            yield Block("\n".join(texts), size)
+            texts, size = [], 0
+    if texts:
+        yield Block("\n".join(texts), size)
+
+
+def sample(blocks: Iterable[Block], most: int) -> list[Block]:
+    """Return all blocks, or a sample of up to ``most`` bytes of them, in their order.
+
+    A hash of its number decides for each block. So the sample is spread evenly, it holds repeated text in its share,
+    and it does not depend on a guess at the size of the whole. Not much more than ``most`` is in memory.
+    """
+    kept: list[tuple[int, int, Block]] = []  # a heap, in which the block with the largest hash comes first
+    size, limit = 0, 1 << 64
+    for number, block in enumerate(blocks):
+        order = int.from_bytes(hashlib.blake2b(number.to_bytes(8, "big"), digest_size=8, key=KEY).digest(), "big")
+        if order >= limit:
+            continue
+        heapq.heappush(kept, (-order, number, block))
+        size += block.size
+        while size > most and len(kept) > 1:
+            dropped, _, block = heapq.heappop(kept)
+            size, limit = size - block.size, -dropped
+    return [block for _, _, block in sorted(kept, key=lambda entry: entry[1])]
