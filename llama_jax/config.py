@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llama_jax.cli.flags import ESCAPED
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import is_address
 
 T = TypeVar("T")
@@ -140,6 +140,10 @@ class DataArgs:
     as_text: bool = False
     """Read files as plain text even if they look like something else, such as JSON lines or HTML.
     Bytes that are not UTF-8 become U+FFFD."""
+    mixture: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Several texts and their weights, in place of filepath: --data.mixture web/ 0.7 books.parquet 0.3. Each is a text
+    or prepared tokens, as filepath. Any stretch of steps has the shares exactly, to a sequence or two.
+    A text that runs out begins its next epoch. Weights may change when a run goes on."""
     document_mask: bool = False
     """Keep attention, rotary positions and the loss inside each document, in training and in its evaluations.
     A document that the start of a sequence cuts begins again there, at position 0.
@@ -149,6 +153,21 @@ class DataArgs:
         """Raise UserError on impossible values."""
         # The vocabulary must hold 256 bytes, 3 control tokens and some characters. SentencePiece's ids have 31 bits.
         _check_fields(self, "data.", {"train_size": (_TINY, 1.0), "vocab_size": (262, 1 << 24), "stories": _COUNT})
+        for name, weight in self.mixture.items():
+            key = f"data.mixture, {quoted(name)}"
+            _check(bool(name), "data.mixture", "a path and its weight", "an empty path")
+            _check(not _SURROGATE.search(name), "data.mixture", "text in UTF-8", ascii(name))
+            _check(
+                isinstance(weight, int | float) and math.isfinite(weight) and weight > 0,
+                key,
+                "a weight above 0",
+                weight,
+            )
+        for name in ("filepath", "eval_filepath") if self.mixture else ():
+            _check(
+                not getattr(self, name), f"data.{name}", "none beside data.mixture, whose texts each hold out a part",
+                f"{getattr(self, name)}; leave one of the two out",
+            )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,6 +483,8 @@ def to_toml(config: Any) -> str:
 
 
 def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(each)}" for key, each in value.items()) + "}"
     # JSON and TOML spell all field values alike, except infinities and DEL.
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)

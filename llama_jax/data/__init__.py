@@ -6,7 +6,7 @@ Start with ``load_data``: it finds the text, loads or trains the tokenizer, and 
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from llama_jax.cli.flags import unescape
@@ -14,37 +14,24 @@ from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
 from llama_jax.data.corpus import WithHeldOut
 from llama_jax.data.finding import Text, as_before, find_text, origin_of, write_stories
+from llama_jax.data.mixing import load_mixture, open_mixture
+from llama_jax.data.opened import AnyData, Data, MixedData
 from llama_jax.data.origin import Origin, difference
 from llama_jax.data.parts import AnyCorpus
 from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
 from llama_jax.data.shards import RefuseOthers, prepare
 from llama_jax.data.text import Corpus, check_separator
 from llama_jax.data.token_files import TokenFile
-from llama_jax.data.tokens import MANIFEST, TokenSet, open_tokens, read_manifest, sha256, write_manifest
+from llama_jax.data.tokens import MANIFEST, open_tokens, read_manifest, sha256, write_manifest
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError
 from llama_jax.storage.files import write_atomically
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = [
-    "Data", "Origin", "Text", "difference", "encode_text", "find_text", "load_data", "open_data", "open_tokens", "origin_of",
+    "AnyData", "Data", "MixedData", "Origin", "Text", "difference", "encode_text", "find_text", "load_data", "open_data", "open_tokens", "origin_of",
     "write_stories",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data of a run.
-
-    ``floor`` is the entropy of the text in bits per byte, if it is known (the built-in stories). ``notes`` are lines to
-    print about what was left out and other surprises.
-    """
-
-    tokens: TokenSet
-    tokenizer: Tokenizer
-    source: str
-    floor: float | None = None
-    notes: tuple[str, ...] = ()
 
 
 def load_data(
@@ -53,8 +40,8 @@ def load_data(
     tokenizer_path: Path,
     workers: int | None = None,
     begun: bool = False,
-    began_with: Origin | None = None,
-) -> Data:
+    began_with: dict[str, Origin] | None = None,
+) -> AnyData:
     """Return the tokens and the tokenizer of a run, which are made first if needed.
 
     Arguments:
@@ -63,10 +50,30 @@ def load_data(
         tokenizer_path: where the tokenizer is kept.
         workers: number of encoding threads. None: one per core.
         begun: whether the run has begun. Such a run keeps its text and its tokenizer.
-        began_with: what they were. None: as the manifest in ``folder`` says.
+        began_with: what they were, by the names of the sources of a mixture. A single text has no name. None: as the
+            manifest in ``folder`` says.
 
     Raises UserError if the text or the tokenizer cannot be found, or has changed since the run began.
     """
+    known = began_with or {}
+
+    def load(given: DataArgs, at: Path, has_begun: bool, origin: Origin | None) -> Data:
+        return _load_one(given, at, tokenizer_path, workers, has_begun, origin)
+
+    if args.mixture:
+        return load_mixture(args, folder, tokenizer_path, begun, known, load)
+    if begun and known and "" not in known:
+        raise UserError(
+            f"data.mixture: expected the mixture that the run began with ({', '.join(known)}), found a single text; choose another "
+            "--train.save-dir, or go on from this run's weights with --train.init-from"
+        )
+    return load(args, folder, begun, known.get(""))
+
+
+def _load_one(
+    args: DataArgs, folder: Path, tokenizer_path: Path, workers: int | None, begun: bool, began_with: Origin | None
+) -> Data:
+    """Return the data of one text; see ``load_data``."""
     prepared = Path(args.filepath).expanduser()
     if args.filepath and read_manifest(prepared) is not None:
         data = _load_prepared(args, prepared, folder, tokenizer_path, begun, began_with)
@@ -79,13 +86,19 @@ def load_data(
     return data
 
 
-def open_data(args: DataArgs, folder: Path, tokenizer_path: Path) -> Data:
+def open_data(args: DataArgs, folder: Path, tokenizer_path: Path) -> AnyData:
     """Open the data that another process's ``load_data`` made from the same arguments.
 
     It writes nothing and reads no text.
 
     Raises UserError if the data are missing because ``folder`` is not on a shared disk.
     """
+    if args.mixture:
+        return open_mixture(args, folder, tokenizer_path, lambda given, at: _open_one(given, at, tokenizer_path))
+    return _open_one(args, folder, tokenizer_path)
+
+
+def _open_one(args: DataArgs, folder: Path, tokenizer_path: Path) -> Data:
     prepared = Path(args.filepath).expanduser()
     is_prepared = bool(args.filepath) and read_manifest(prepared) is not None
     if not is_prepared and (files := find_pretokenized(args)):

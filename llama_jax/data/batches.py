@@ -3,18 +3,16 @@
 Each process reads only the rows that its devices hold.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar, cast
 
 import grain
 import jax
 import numpy as np
 
-from llama_jax.data.mixture import Schedule
-from llama_jax.data.stream import TokenStream
+from llama_jax.data.mixture import Mixed
+from llama_jax.data.stream import Tokens
 
-# A stream of tokens: an array of shape [tokens], or a token file, which can be sliced like one.
-Tokens = np.ndarray | TokenStream
 # Evaluation reads windows in groups of this many consecutive ones.
 EVAL_ROWS = 16
 
@@ -83,13 +81,6 @@ class Windows:
         return row.astype(np.int32)
 
 
-class Mixed(NamedTuple):
-    """Several streams, and the schedule that says which of them each row of a run is read from."""
-
-    streams: Mapping[str, Tokens]
-    schedule: Schedule
-
-
 class _Rows:
     """The rows of a run: ``rows[i]`` is the i-th, int32 [length + 1]."""
 
@@ -134,12 +125,6 @@ def train_batches(
 def windows_of(stream: Tokens, length: int) -> int:
     """Return the number of windows of ``length`` tokens that go around a stream once."""
     return max(1, -(-len(stream) // length))
-
-
-def steps_per_epoch(source: Tokens | Mixed, batch_size: int, length: int) -> int:
-    """Return the number of optimizer steps that read a stream once, or as many rows as a mixture's streams have."""
-    streams = source.streams.values() if isinstance(source, Mixed) else [source]
-    return -(-sum(windows_of(stream, length) for stream in streams) // batch_size)
 
 
 def eval_batches(

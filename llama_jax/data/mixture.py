@@ -5,14 +5,18 @@ change at a step, and nothing of a source is repeated or left out.
 """
 
 import functools
+import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from llama_jax.data.stream import Tokens
 from llama_jax.errors import UserError
 
 # Shares are whole numbers of rows in a period of at most this many rows.
@@ -48,6 +52,12 @@ def parts_of(weights: Mapping[str, float]) -> dict[str, int]:
                 f"of {name}, which is less; give it more, or leave it out"
             )
     return parts
+
+
+def folder_of(folder: Path, name: str) -> Path:
+    """Return the folder for the tokens of a source. Its name has that of the source, as far as a path can have it."""
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[-40:]
+    return folder / f"{words}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @functools.lru_cache(maxsize=16)
@@ -105,8 +115,7 @@ class Schedule:
 
     def place(self, row: int) -> Place:
         """Return where row ``row`` of the run, counted from 0, is read."""
-        spans = self._spans
-        span = spans[int(np.searchsorted([span.first for span in spans], row, "right")) - 1]
+        span = self._span(row)
         periods, at = divmod(row - span.first, len(span.order))
         source = int(span.order[at])
         name = span.names[source]
@@ -115,27 +124,27 @@ class Schedule:
 
     def rows_before(self, step: int) -> dict[str, int]:
         """Return how many rows of each source steps 1 to ``step`` have read."""
-        return self._spans_until(step * self.batch_size)[-1].read
+        row = step * self.batch_size
+        return self._span(max(0, row - 1)).read_until(row)
+
+    def _span(self, row: int) -> "_Span":
+        """Return the stretch that a row is in."""
+        return next(span for span in reversed(self._spans) if span.first <= row)
 
     @functools.cached_property
     def _spans(self) -> "list[_Span]":
-        return self._spans_until(None)
-
-    def _spans_until(self, row: int | None) -> "list[_Span]":
-        """Return what is known of each stretch, and of the end, if it is at ``row``."""
         spans: list[_Span] = []
-        read: dict[str, int] = {}
         for stretch in self.stretches:
             first = stretch.step * self.batch_size
-            if row is not None and first >= row:
-                break
-            if spans:
-                read = spans[-1].read_until(first)
-            spans.append(_Span.of(first, stretch.weights, read))
-        if row is not None:
-            end = spans[-1].read_until(row) if spans else {}
-            spans.append(_Span(row, (), (), np.zeros(0), np.zeros(0), end))
+            spans.append(_Span.of(first, stretch.weights, spans[-1].read_until(first) if spans else {}))
         return spans
+
+
+class Mixed(NamedTuple):
+    """Several streams, and the schedule that says which of them each row of a run is read from."""
+
+    streams: Mapping[str, Tokens]
+    schedule: Schedule
 
 
 class _Span(NamedTuple):

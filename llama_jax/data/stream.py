@@ -169,6 +169,10 @@ class TokenStream(NDArrayOperatorsMixin):
             return self._open[number]
 
 
+# A stream of tokens: an array of shape [tokens], or token files, which can be sliced like one.
+Tokens = np.ndarray | TokenStream
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn an OSError in the block into a UserError that names the token file."""

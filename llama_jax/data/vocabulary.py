@@ -26,17 +26,19 @@ class Sentences:
     """The text to train a vocabulary on: all that is to be trained on, or a sample if that is large.
 
     Held-out text has no part in it. ``read`` and ``taken`` count bytes so far, and are complete after an iteration.
-    ``count`` is called with the bytes that were read.
+    ``count`` is called with the bytes that were read. A sample has up to ``most`` bytes.
     """
 
-    def __init__(self, corpus: AnyCorpus, count: Callable[[int], None] = lambda size: None):
-        self._corpus, self._count = corpus, count
+    def __init__(
+        self, corpus: AnyCorpus, count: Callable[[int], None] = lambda size: None, most: int = VOCABULARY_BYTES
+    ):
+        self._corpus, self._count, self._most = corpus, count, most
         self.read = self.taken = 0
 
     def __iter__(self) -> Iterator[str]:
         """Yield the sample, in the order of the corpus."""
         self.read = self.taken = 0
-        for block in sample(blocks(self._counted()), VOCABULARY_BYTES):
+        for block in sample(blocks(self._counted()), self._most):
             self.taken += block.size
             yield block.text
 

@@ -173,6 +173,14 @@ def from_main(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def text_from_main(text: str) -> str:
+    """Return process 0's ``text`` on all processes. All wait until each has called this."""
+    raw = np.frombuffer(text.encode(), np.uint8)
+    size = from_main(len(raw))
+    mine = raw if is_main() else np.zeros(size, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8)).decode()
+
+
 def main_first(make: Callable[[], T], then: Callable[[], T]) -> T:
     """Run ``make()`` on process 0, then ``then()`` on the others, which find what it has written. Return the result."""
     made = make() if is_main() else None

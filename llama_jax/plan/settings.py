@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.config import Config
+from llama_jax.data.mixture import folder_of
 from llama_jax.data.tokens import read_manifest
 from llama_jax.tokenizer import Tokenizer
 
@@ -31,11 +32,12 @@ def vocabulary(config: Config, stated: bool = False) -> Found:
         return Found(model.vocab_size, "model.vocab_size")
     if data.tokenizer_model_path:
         return Found(Tokenizer(data.tokenizer_model_path).vocab_size, data.tokenizer_model_path)
-    prepared = Path(data.filepath).expanduser()
-    if data.filepath and read_manifest(prepared) is not None:
-        path = prepared / "tokenizer.model"
-        return Found(Tokenizer(path).vocab_size, str(path))
-    if data.filepath or stated:
+    for name in data.mixture or filter(None, [data.filepath]):
+        prepared = Path(name).expanduser()
+        if read_manifest(prepared) is not None:
+            path = prepared / "tokenizer.model"
+            return Found(Tokenizer(path).vocab_size, str(path))
+    if data.filepath or data.mixture or stated:
         return Found(data.vocab_size, "data.vocab_size, of the tokenizer that the run will train")
     return Found(
         VOCAB_SIZE,
@@ -51,16 +53,27 @@ def run_tokens(config: Config, given: float | None = None) -> Found:
     a_step = train.batch_size * config.model.max_seq_len
     if train.max_steps is not None:
         return Found(train.max_steps * a_step, f"train.max_steps, {train.max_steps:,}")
-    from llama_jax.data.batches import steps_per_epoch  # imported here, because grain takes a second
+    from llama_jax.data.batches import windows_of  # imported here, because grain takes a second
 
-    folders = [Path(config.data.filepath).expanduser()] if config.data.filepath else []
-    folders += [Path(train.save_dir).expanduser() / "tokens"] if train.save_dir else []
-    for folder in folders:
-        if (manifest := read_manifest(folder)) is not None:
-            stream = np.broadcast_to(np.uint8(0), manifest.tokens["train"])  # only its length matters
-            steps = train.n_epochs * steps_per_epoch(stream, train.batch_size, config.model.max_seq_len)
-            return Found(steps * a_step, f"{train.n_epochs} epochs of {folder}, {steps:,} steps")
+    found = [_prepared(config, name) for name in config.data.mixture or [config.data.filepath]]
+    if None not in found:
+        folders = [folder for folder, _ in filter(None, found)]
+        streams = (np.broadcast_to(np.uint8(0), tokens) for _, tokens in filter(None, found))  # only lengths matter
+        rows = sum(windows_of(stream, config.model.max_seq_len) for stream in streams)
+        steps = train.n_epochs * -(-rows // train.batch_size)
+        return Found(steps * a_step, f"{train.n_epochs} epochs of {', '.join(map(str, folders))}, {steps:,} steps")
     return Found(None, "neither train.max_steps nor prepared tokens give the length of the run; set --tokens")
+
+
+def _prepared(config: Config, name: str) -> tuple[Path, int] | None:
+    """Return where the tokens of a text or a source are, and how many are trained on, None if they are nowhere."""
+    own = Path(config.train.save_dir).expanduser() / "tokens"
+    places = [Path(name).expanduser()] if name else []
+    places += [folder_of(own, name) if config.data.mixture else own] if config.train.save_dir else []
+    for folder in places:
+        if (manifest := read_manifest(folder)) is not None:
+            return folder, manifest.tokens["train"]
+    return None
 
 
 def with_vocabulary(config: Config, size: int) -> Config:

@@ -19,6 +19,9 @@ PAIRS = (
     ("train.n_epochs", "train.max_steps"),
     ("data.vocab_size", "data.tokenizer_model_path"),
     ("data.stories", "data.filepath"),
+    ("data.stories", "data.mixture"),
+    ("data.filepath", "data.mixture"),
+    ("data.mixture", "data.filepath"),
 )
 
 
@@ -96,7 +99,7 @@ def _decide(config: Config, given: set[str]) -> tuple[Config, list[str]]:
                 notes.append(
                     f"{second} {_get(config, second)} of the file is not used, as --{first} {_get(config, first)} decides the same"
                 )
-                config = _with(config, second, None if second == "train.max_steps" else "")
+                config = _with(config, second, _get(Config(), second))
     return config, notes
 
 

@@ -12,7 +12,11 @@ from llama_jax.build import count_parameters
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Config, ModelArgs, TrainArgs
-from llama_jax.data import Data
+from llama_jax.data import AnyData, Data
+from llama_jax.data.batches import windows_of
+from llama_jax.data.mixture import Schedule
+from llama_jax.data.opened import MixedData, percent
+from llama_jax.data.parts import SPLITS
 from llama_jax.data.summary import documents_text, held_out_text, remarks, repeats_warning
 from llama_jax.devices.compiling import platform_of
 from llama_jax.devices.memory import check_memory
@@ -31,22 +35,23 @@ from llama_jax.training.step import warmup_steps
 NEXT_TOKENS = 256
 
 
-def announce(settled: Settled, data: Data, mesh: jax.sharding.Mesh, module: Llama, opened: Opened) -> None:
+def announce(settled: Settled, data: AnyData, mesh: jax.sharding.Mesh, module: Llama, opened: Opened) -> None:
     """Print what the run will do."""
     config, steps = settled.config, settled.steps
-    model, train, manifest = config.model, config.train, data.tokens.manifest
+    model, train = config.model, config.train
     tokens = train.batch_size * model.max_seq_len
-    held_out = manifest.tokens["eval"]
-    epochs = steps * tokens / manifest.tokens["train"]
+    to_train_on, held_out = (
+        sum(text.tokens.manifest.tokens[split] for text in data.sources.values()) for split in SPLITS
+    )
+    epochs = steps * tokens / to_train_on
     device = jax.devices()[0]
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     rows = {
         "model": f"{count_parameters(model):,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, "
         f"{model.kv_heads} kv heads, context {model.max_seq_len}",
-        "text": f"{data.source}: {manifest.tokens['train']:,} tokens to train on, {held_out:,} held out, "
+        "text": f"{data.source}: {to_train_on:,} tokens to train on, {held_out:,} held out, "
         f"vocabulary {data.tokenizer.vocab_size:,}",
-        "documents": documents_text(manifest),
-        "held out": held_out_text(manifest),
+        **_text_rows(data, settled, model.max_seq_len),
         "training": f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
         f"{train_flops_per_token(model) * tokens * steps / 1e12:,.1f} TFLOP",
         "rate": rate_text(train, steps, settled.held_lr),
@@ -56,8 +61,11 @@ def announce(settled: Settled, data: Data, mesh: jax.sharding.Mesh, module: Llam
     }
     for name, text in rows.items():
         print(f"{name:>10}  {text}")
-    for line in filter(None, [*remarks(data), repeats_warning(manifest.tokens["train"], epochs, model.max_seq_len)]):
-        print(line)
+    for name, part in data.sources.items():
+        of_it = _epochs(part, settled.schedule, name, steps, model.max_seq_len) if name else epochs
+        repeats = repeats_warning(part.tokens.manifest.tokens["train"], of_it, model.max_seq_len)
+        for line in filter(None, [*remarks(part), repeats]):
+            print(f"{name}: {line}" if name and not line.startswith(name) else line)
     if data.floor is not None:
         print(f"{'floor':>10}  {data.floor:.3f} bits per byte, the entropy of the stories' grammar")
     for line in mask_lines(config, mesh, module) if config.data.document_mask else ():
@@ -68,6 +76,44 @@ def announce(settled: Settled, data: Data, mesh: jax.sharding.Mesh, module: Llam
         print(f"{'resumed':>10}  at step {opened.start:,}")
     for change in settled.changed:
         print(f"{'changed':>10}  {change}")
+
+
+def _text_rows(data: AnyData, settled: Settled, length: int) -> dict[str, str]:
+    """Return what is said of the documents of a text, or of each source of a mixture."""
+    if isinstance(data, Data):
+        manifest = data.tokens.manifest
+        return {"documents": documents_text(manifest), "held out": held_out_text(manifest)}
+    rows = {}
+    for i, (name, text) in enumerate(data.sources.items()):
+        manifest = text.tokens.manifest
+        epochs = _epochs(text, settled.schedule, name, settled.steps, length)
+        rows[f"source {i + 1}"] = (
+            f"{name}: {percent(data.shares[name])} of the sequences, {epochs:.1f} epochs of {manifest.tokens['train']:,} tokens; "
+            f"documents: {documents_text(manifest)}; held out: {held_out_text(manifest)}"
+        )
+    return rows
+
+
+def _epochs(text: Data, schedule: Schedule | None, name: str, steps: int, length: int) -> float:
+    """Return how often the whole run reads a source of a mixture."""
+    rows = schedule.rows_before(steps).get(name, 0) if schedule is not None else 0
+    return rows / windows_of(text.tokens.train, length)
+
+
+def epochs_text(data: AnyData, schedule: Schedule | None, length: int, step: int) -> list[str]:
+    """Return a line for each source of a mixture that has run out at ``step`` and begins its next epoch."""
+    if schedule is None or not isinstance(data, MixedData):
+        return []
+    before, after = schedule.rows_before(step - 1), schedule.rows_before(step)
+    lines = []
+    for name, text in data.sources.items():
+        windows = windows_of(text.tokens.train, length)
+        epoch = after.get(name, 0) // windows
+        if epoch > before.get(name, 0) // windows:
+            lines.append(
+                f"step {step:,}: {name} has been read {epoch:,} time{'s' * (epoch > 1)}, and begins again in another order"
+            )
+    return lines
 
 
 def mask_lines(config: Config, mesh: jax.sharding.Mesh, module: Llama) -> list[str]:
@@ -162,6 +208,10 @@ def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> 
     text = f"step {record['step']:,}: eval loss {loss_text(record)}"
     if floor is not None and bits is not None:
         text += f" ({bits - floor:+.3f} from the floor)"
+    if of_each := [
+        f"{key.partition('/')[2]} {loss:.4f}" for key, loss in record.items() if key.startswith("eval_loss/")
+    ]:
+        text += f" ({', '.join(of_each)})"
     return text + (", the best so far" if best else "")
 
 

@@ -1,12 +1,11 @@
 """Training, from a configuration to a run folder. Read ``train`` from top to bottom."""
 
 import contextlib
-import math
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,9 +14,7 @@ from llama_jax.build import make_model
 from llama_jax.cli.progress import Progress, working
 from llama_jax.cli.stopping import NAMES, StopSignals, output_may_vanish, status_of
 from llama_jax.config import Config, SampleArgs, TrainArgs
-from llama_jax.data import Data
-from llama_jax.data.batches import Batch, OwnRows, eval_batches, train_batches
-from llama_jax.data.document_mask import masked
+from llama_jax.data.batches import OwnRows, train_batches
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.distributed import (
@@ -34,15 +31,17 @@ from llama_jax.errors import UserError
 from llama_jax.generation import Model
 from llama_jax.storage.locations import real_name
 from llama_jax.training import log
-from llama_jax.training.bad_steps import judge, raise_not_finite
+from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Clock, Recorder
+from llama_jax.training.evaluating import evaluate, is_best, make_up_evaluation
 from llama_jax.training.opening import Opened, base_of, opening
 from llama_jax.training.plot import plot_losses
 from llama_jax.training.profile import Profile, check_profiler
+from llama_jax.training.run import Run, Timer
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.saving import CheckpointWriter
 from llama_jax.training.start import (
-    Settled,
+    evaluated,
     evaluation_is_missing,
     first_state,
     first_words,
@@ -64,59 +63,6 @@ from llama_jax.training.watchdog import Watchdog
 SAMPLE_TOKENS = 48
 # At an evaluation, losses.png is drawn again if it is older than this many seconds.
 PLOT_SECONDS = 30
-
-
-@dataclass
-class Run:
-    """Everything that stays the same over a run's steps."""
-
-    config: Config
-    folder: RunFolder
-    opened: Opened
-    settled: Settled
-    data: Data
-    mesh: jax.sharding.Mesh
-    module: Any
-    writer: CheckpointWriter
-    prompt: str
-    clock: Clock
-    signals: StopSignals
-    consensus: Consensus
-    timer: "Timer"
-    evaluate: Callable[..., Any] | None = None  # the compiled eval_step; None if nothing is held out
-
-    @property
-    def steps(self) -> int:
-        """The total number of steps of the run."""
-        return self.settled.steps
-
-    def masked(self, batches: Iterator[Batch]) -> Iterator[Any]:
-        """Return the batches, with their documents if data.document_mask asks for them."""
-        return masked(batches, self.data.tokenizer.bos_id) if self.config.data.document_mask else batches
-
-    def stop_asked(self) -> int:
-        """Return the signal that all processes stop for, or 0. All processes must call this equally often."""
-        return self.consensus(self.signals.received, 0, 0)[0]
-
-
-@dataclass
-class Timer:
-    """Says on process 0 when a checkpoint or an evaluation is due by time."""
-
-    args: TrainArgs
-    saved: float = field(default_factory=time.monotonic)
-    evaluated: float = field(default_factory=time.monotonic)
-
-    def save_is_due(self) -> bool:
-        """Return whether the last checkpoint is train.save_minutes old."""
-        return self._over(self.args.save_minutes, self.saved)
-
-    def evaluation_is_due(self) -> bool:
-        """Return whether the last evaluation is train.eval_minutes old."""
-        return self._over(self.args.eval_minutes, self.evaluated)
-
-    def _over(self, minutes: float, since: float) -> bool:
-        return bool(minutes) and is_main() and time.monotonic() - since >= 60 * minutes
 
 
 class StopAsked(Exception):
@@ -176,7 +122,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
     log.announce(settled, data, mesh, module, opened)
     log.check_state_fits(config.model, mesh)
-    write_start(opened, settled, data.tokens.manifest.origin)
+    write_start(opened, settled, data.record())
     if config.train.tensorboard and is_main():
         folder.write_events(start)
     prompt, consensus, timer = first_words(config, data), Consensus(3), Timer(config.train)
@@ -198,11 +144,11 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -
         with working("compiling the training step", shown=is_main()):
             compiled = compile_train_step(module, optimizer, mesh, config.train.gradient_accumulation_steps, batch)
         log.announce_cost(compiled, mesh, time.perf_counter() - began)
-        if data.tokens.eval.size > 1:
+        if evaluated(data):
             with working("compiling the evaluation", shown=is_main()):
                 run.evaluate = compile_eval_step(module, mesh, config.train, config.model, mask)
         if owed:
-            _make_up_evaluation(run, state, start)
+            make_up_evaluation(run, state, start)
         end, stopped = _loop(run, compiled, state, start)
         signals.set_mode("ignore")
         _finish(run, end)
@@ -217,7 +163,8 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     args, clock, folder = run.config.train, run.clock, run.folder.path
     length = run.config.model.max_seq_len
     own = OwnRows(batch_sharding(run.mesh), args.batch_size, length)
-    batches = train_batches(run.data.tokens.train, args.batch_size, length, args.seed, start, run.steps, own.rows)
+    source = run.data.rows(run.settled.schedule)
+    batches = train_batches(source, args.batch_size, length, args.seed, start, run.steps, own.rows)
     unread: list[UserError] = []
     readable = _readable(run.masked(batches), unread)
     recorder = Recorder(
@@ -250,7 +197,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
             if evaluating or saving or logging:
                 found = jax.device_get(pending)
                 pending.clear()
-                for line in judge(args, found, step - len(found) + 1, saved_at, _best_saved(run)):
+                for line in judge(args, found, step - len(found) + 1, saved_at, run.best_saved()):
                     log.say(line)
                 record = recorder.record(step, found[-1])
                 progress.note(log.progress_text(record, run.mesh.devices.size), record["step_seconds"])
@@ -260,9 +207,9 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                 improved = False
                 if evaluating:
                     with clock.spent_on("evaluation"), progress.busy(f"evaluating step {step:,}"):
-                        values, stop = _evaluate(run, state, step, saved_at)
+                        values, stop = evaluate(run, state, step, saved_at)
                     record |= values
-                    improved = bool(values) and _is_best(run, record)
+                    improved = bool(values) and is_best(run, record)
                 if evaluating or logging:
                     run.folder.log(record)
                 if saving or improved or stop:
@@ -275,6 +222,8 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                     if stop and saved_at < step:
                         with clock.spent_on("saving"):
                             _save(run, state, step, record.get("eval_loss"))
+            for line in log.epochs_text(run.data, run.settled.schedule, length, step):
+                log.say(line)
             progress.update()
             if stop:
                 break
@@ -304,57 +253,6 @@ def _readable(batches: Iterable[Any], unread: list[UserError]) -> Iterator[Any]:
         unread.append(error)
 
 
-def _evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dict[str, Any], int]:
-    """Return the held-out loss as values for a record, or none and the signal that arrived meanwhile.
-
-    Raises UserError if the loss is not finite.
-    """
-    args = run.config.train
-    total = weight = 0.0
-    assert run.evaluate is not None
-    with on_mesh(run.mesh):
-        rows, length = args.batch_size // args.gradient_accumulation_steps, run.config.model.max_seq_len
-        own = OwnRows(batch_sharding(run.mesh), rows, length)
-        batches = eval_batches(run.data.tokens.eval, rows, length, args.eval_iters, own.rows)
-        for batch in run.clock.waiting_for("evaluation", run.masked(batches)):  # tells the watchdog of each batch
-            sums = run.evaluate(state.params, own.assemble(batch))
-            total, weight = total + float(sums[0]), weight + float(sums[1])
-            if stop := run.stop_asked():
-                return {}, stop
-    if not math.isfinite(total):
-        raise_not_finite("held-out loss", total / weight, step, saved_at, _best_saved(run))
-    run.timer.evaluated = time.monotonic()
-    run.consensus.forget()
-    loss = total / weight
-    bits = run.data.tokens.bits_per_byte(loss, run.config.data.document_mask)
-    return {"eval_loss": loss, "eval_bits_per_byte": bits}, 0
-
-
-def _is_best(run: Run, record: dict[str, Any]) -> bool:
-    """Print an evaluation. Return whether it is the best so far."""
-    best = run.folder.best()
-    # Process 0 decides for all, since only it knows the records of earlier starts.
-    improved = bool(from_main(best is None or record["eval_loss"] < best["eval_loss"]))
-    log.say(log.evaluation_text(record, run.data.floor, improved))
-    return improved
-
-
-def _make_up_evaluation(run: Run, state: TrainState, step: int) -> None:
-    """Evaluate the step that the run resumes from, because a signal kept the previous start from it."""
-    with run.clock.spent_on("evaluation"), working(f"evaluating step {step:,}", shown=is_main()):
-        values, stop = _evaluate(run, state, step, step)
-    if stop:
-        return
-    if is_main():
-        record = run.folder.records[-1] | values
-        _is_best(run, record)
-        run.folder.add_to_last(values)
-        run.writer.add_loss(step, values["eval_loss"])
-        run.folder.write_best(run.writer.steps)
-    else:
-        _is_best(run, {"step": step} | values)
-
-
 def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> None:
     run.opened.check_owned()
     origin = {
@@ -377,12 +275,6 @@ def _note_saved(run: Run) -> None:
         run.opened.record = replace(run.opened.record, saved=steps[-1])
         run.folder.write_record(run.opened.record)
         run.folder.write_best(steps)
-
-
-def _best_saved(run: Run) -> int:
-    """Return the step of the best checkpoint, or 0 if there is none."""
-    saved = [record for record in run.folder.records if "eval_loss" in record and record["step"] in run.writer.steps]
-    return min(saved, key=lambda record: record["eval_loss"])["step"] if saved else 0
 
 
 def _draw(run: Run, sample: Any) -> int:

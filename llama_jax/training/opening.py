@@ -21,6 +21,7 @@ from llama_jax.checkpoint import DAMAGED, ORIGIN, Checkpoint, steps_in
 from llama_jax.cli.progress import working
 from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.data import Origin
+from llama_jax.data.opened import origins
 from llama_jax.devices.distributed import on_main
 from llama_jax.errors import UserError
 from llama_jax.storage import owner
@@ -53,8 +54,8 @@ class Opened:
     record: RunRecord = RunRecord()
     stored: Config | None = None
     """The settings of the previous start."""
-    text: Origin | None = None
-    """The text that the run has been trained on so far."""
+    texts: dict[str, Origin] | None = None
+    """The texts that the run has been trained on so far, by the names of a mixture's sources. A single one has none."""
     later: list[int] = field(default_factory=list)
     """Steps after ``start`` whose checkpoints are to be set aside."""
     notes: list[str] = field(default_factory=list)
@@ -144,7 +145,7 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
     start = _start(run, store, steps, train.resume_step)
     run.notes += folder.read_metrics(start)
     origin = _origin(store, start) if start else {}
-    run.text = _text(run, run.record.text or origin.get("text"))
+    run.texts = _texts(run, run.record.text or origin.get("text"))
     known = run.record.id or origin.get("run") or uuid.uuid4().hex
     run.record = dataclasses.replace(run.record, id=known, store=str(absolute(store)) if outside else "")
     if outside:
@@ -223,11 +224,11 @@ def _origin(store: Path, step: int) -> dict[str, Any]:
     return {}
 
 
-def _text(run: Opened, table: dict[str, Any] | None) -> Origin | None:
-    """Return a record's description of the training text. Raises UserError if it is damaged."""
+def _texts(run: Opened, table: dict[str, Any] | None) -> dict[str, Origin] | None:
+    """Return a record's description of the training texts. Raises UserError if it is damaged."""
     try:
-        return None if table is None else Origin.from_dict(table)
-    except (TypeError, KeyError):
+        return None if table is None else origins(table)
+    except (TypeError, KeyError, AttributeError):
         raise UserError(
             f"{run.folder.record_path}: expected a description of the training text under text, found something else; restore "
             f"the file from a copy, or {ELSEWHERE}"

@@ -52,6 +52,15 @@ def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | Non
         markersize=4,
         label="eval",
     )
+    for key in sorted({key for record in evals for key in record if key.startswith("eval_loss/")}):
+        having = [r for r in evals if key in r]
+        axes.plot(
+            [r["tokens"] for r in having],
+            [r[key] for r in having],
+            marker=".",
+            linewidth=0.8,
+            label=f"eval, {key.partition('/')[2]}",
+        )
     text = f"{best['eval_loss']:.3f} nats a token" + ("" if bits is None else f"\n{bits:.3f} bits a byte")
     arrow = {"arrowstyle": "-", "color": FAINT}
     axes.annotate(

@@ -30,6 +30,8 @@ class RunRecord:
     """The train.resume_step that the run has already gone back to."""
     held_lr: float | None = None
     """The learning rate that train.hold_lr keeps."""
+    mixture: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """The weights of a mixture's sources, from each step on at which they changed."""
     starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """The time, host, step and changed settings of every start."""
 

@@ -1,5 +1,6 @@
 """Prepares a start: opens the text, settles the settings and makes the state that training begins with."""
 
+import json
 import socket
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -9,10 +10,11 @@ import jax
 
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Config, DataArgs, TrainArgs
-from llama_jax.data import Data, Origin, load_data, open_data
-from llama_jax.data.batches import steps_per_epoch
+from llama_jax.data import AnyData, Data, load_data, open_data
+from llama_jax.data.batches import windows_of
 from llama_jax.data.document_mask import LOOKED_AT, check_documents, check_marks
-from llama_jax.devices.distributed import is_main, main_first
+from llama_jax.data.mixture import Schedule
+from llama_jax.devices.distributed import is_main, main_first, text_from_main
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.training.bad_steps import LossHistory
@@ -29,9 +31,11 @@ class Settled:
     steps: int
     held_lr: float | None = None
     changed: tuple[str, ...] = ()
+    schedule: Schedule | None = None
+    """The rows of a mixture's sources. None: a single text."""
 
 
-def open_text(args: DataArgs, base: Checkpoint | None, opened: Opened) -> Data:
+def open_text(args: DataArgs, base: Checkpoint | None, opened: Opened) -> AnyData:
     """Open the tokens of the run. Process 0 makes them first if needed.
 
     Raises UserError if the run had other tokens, or if a document mask is asked for and the tokens mark no documents.
@@ -42,43 +46,58 @@ def open_text(args: DataArgs, base: Checkpoint | None, opened: Opened) -> Data:
     folder = opened.folder
     tokens = folder.path / "tokens"
     data = main_first(
-        lambda: load_data(args, tokens, folder.tokenizer_path, begun=opened.start > 0, began_with=opened.text),
+        lambda: load_data(args, tokens, folder.tokenizer_path, begun=opened.start > 0, began_with=opened.texts),
         lambda: open_data(args, tokens, folder.tokenizer_path),
     )
     if args.document_mask:
         check_marks(data.tokenizer)
-        check_documents(data.tokens.train[:LOOKED_AT], data.tokenizer.bos_id, data.source)
+        for text in data.sources.values():
+            check_documents(text.tokens.train[:LOOKED_AT], data.tokenizer.bos_id, text.source)
     return data
 
 
-def settle(config: Config, data: Data, opened: Opened) -> Settled:
+def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
     """Resolve the configuration and compare it with that of the previous start.
 
     Raises UserError if the run cannot be resumed with it.
     """
     config = _resolve(config, data)
     steps = steps_of_run(config, data)
+    schedule = _schedule(config, opened)
     if not opened.start:
         if config.train.hold_lr:
             raise UserError("train.hold_lr: expected a run to resume, found a new one; leave it out")
-        return Settled(config, steps)
+        return Settled(config, steps, schedule=schedule)
     stored = opened.stored
     if stored is None:
-        return Settled(config, steps)
+        return Settled(config, steps, schedule=schedule)
     found = changes(stored, config, opened.folder.path)
     before = steps_of_run(_resolve(stored, data), data)
     held = _held_lr(config.train, stored.train, before, opened)
     lines = [str(change) for change in found]
     if stored.data.document_mask != config.data.document_mask:
         lines.append("losses up to here and from here on are not comparable, since documents are read in another way")
+    if stored.data.mixture != config.data.mixture and config.data.mixture:
+        lines.append(
+            "held-out losses are means by the weights, so that those up to here and from here on are not comparable"
+        )
     rate = rate_text(stored, before, config, steps, held, opened.start + 1) if opened.start < steps else ""
     was_held = opened.record.held_lr if stored.train.hold_lr else None
     if rate and (was_held is None or held != was_held):
         lines.append(rate)
-    return Settled(config, steps, held, tuple(lines))
+    return Settled(config, steps, held, tuple(lines), schedule)
 
 
-def write_start(opened: Opened, settled: Settled, text: Origin) -> None:
+def _schedule(config: Config, opened: Opened) -> Schedule | None:
+    """Return the schedule of a mixture, in which what earlier starts have read stays as it was. None: a single text."""
+    weights = config.data.mixture
+    if not weights:
+        return None
+    known = json.loads(text_from_main(json.dumps(opened.record.mixture)))
+    return Schedule.of(known, weights, opened.start, config.train.batch_size)
+
+
+def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
     """Write what this start has decided. Nothing else changes the run folder before the first step."""
     folder = opened.folder
     if opened.later and is_main():
@@ -93,7 +112,8 @@ def write_start(opened: Opened, settled: Settled, text: Origin) -> None:
     }
     opened.record = replace(
         opened.record,
-        text=text.to_dict(),
+        text=text,
+        mixture=settled.schedule.to_list() if settled.schedule is not None else [],
         saved=opened.start,
         held_lr=settled.held_lr,
         starts=[*opened.record.starts, begun],
@@ -101,20 +121,26 @@ def write_start(opened: Opened, settled: Settled, text: Origin) -> None:
     folder.write_record(opened.record)
 
 
-def steps_of_run(config: Config, data: Data) -> int:
-    """Return the total number of steps of a run."""
-    train = config.train
-    per_epoch = steps_per_epoch(data.tokens.train, train.batch_size, config.model.max_seq_len)
+def steps_of_run(config: Config, data: AnyData) -> int:
+    """Return the total number of steps of a run. An epoch of a mixture has as many rows as all sources together."""
+    train, length = config.train, config.model.max_seq_len
+    rows = sum(windows_of(text.tokens.train, length) for text in data.sources.values())
+    per_epoch = -(-rows // train.batch_size)
     return train.max_steps or train.n_epochs * per_epoch
 
 
-def evaluation_is_missing(opened: Opened, settled: Settled, data: Data) -> bool:
+def evaluation_is_missing(opened: Opened, settled: Settled, data: AnyData) -> bool:
     """Return whether a signal kept the previous start from evaluating the step that this one resumes from."""
     records, args, start = opened.folder.records, settled.config.train, opened.start
-    if not is_main() or not start or not records or data.tokens.eval.size < 2:
+    if not is_main() or not start or not records or not evaluated(data):
         return False
     due = start % args.eval_interval == 0 or start >= settled.steps
     return due and records[-1]["step"] == start and "eval_loss" not in records[-1]
+
+
+def evaluated(data: AnyData) -> list[str]:
+    """Return the names of the texts with held-out tokens to predict."""
+    return [name for name, text in data.sources.items() if text.tokens.eval.size > 1]
 
 
 def first_state(
@@ -132,13 +158,14 @@ def first_state(
     return init_state(module, optimizer, mesh, seed, params)
 
 
-def first_words(config: Config, data: Data) -> str:
+def first_words(config: Config, data: AnyData) -> str:
     """Return the prompt of samples: the opening of the stories, or the first words of a line of the held-out text."""
-    stream = data.tokens.eval if data.tokens.eval.size else data.tokens.train
+    tokens = [text.tokens for text in data.sources.values()]
+    stream = next((each.eval for each in tokens if each.eval.size), tokens[0].train)
     text = data.tokenizer.decode(stream[:256].tolist())
     lines = [line.split() for line in text.splitlines()[1:] if line.isprintable()]
     words = next((line for line in lines if len(line) > 4), None) or [w for w in text.split() if w.isprintable()]
-    words = words[:4] if config.data.filepath else ["Once", "upon", "a", "time"]
+    words = words[:4] if config.data.filepath or config.data.mixture else ["Once", "upon", "a", "time"]
     # Leave half of the context for the completion.
     while words and len(data.tokenizer.encode(" ".join(words))) > config.model.max_seq_len // 2:
         words.pop()
@@ -164,14 +191,18 @@ def _with_tokenizer_of(source: Checkpoint, args: DataArgs) -> DataArgs:
     return replace(args, tokenizer_model_path=str(source.tokenizer.model_path))
 
 
-def _resolve(config: Config, data: Data) -> Config:
+def _resolve(config: Config, data: AnyData) -> Config:
     """Return the configuration with all that the data decide. Raises UserError if the vocabulary size differs."""
-    size, manifest = data.tokenizer.vocab_size, data.tokens.manifest
+    size = data.tokenizer.vocab_size
     if config.model.vocab_size not in (-1, size):
         raise UserError(
             f"model.vocab_size: expected {size}, the size of the tokenizer, or -1, found {config.model.vocab_size}"
         )
-    data_args = replace(config.data, train_size=manifest.train_size, separator=manifest.separator.replace("\\", "\\\\"))
+    data_args = config.data
+    if isinstance(data, Data):
+        manifest = data.tokens.manifest
+        separator = manifest.separator.replace("\\", "\\\\")
+        data_args = replace(data_args, train_size=manifest.train_size, separator=separator)
     return replace(config, model=replace(config.model, vocab_size=size), data=data_args)
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data.batches import EVAL_ROWS, Windows, eval_batches, steps_per_epoch, train_batches
+from llama_jax.data.batches import EVAL_ROWS, Windows, eval_batches, train_batches, windows_of
+from llama_jax.data.mixture import Mixed, Schedule
 
 
 def stream_of(count: int) -> np.ndarray:
@@ -70,7 +71,7 @@ def test_an_epoch_begins_at_an_offset_of_its_own():
 @settings(deadline=None, max_examples=40)
 @given(count=st.integers(2, 300), length=st.integers(1, 50), seed=st.integers(0, 1000), epoch=st.integers(0, 3))
 def test_every_token_is_a_target_in_every_epoch(count, length, seed, epoch):
-    rows = steps_per_epoch(stream_of(count), 1, length)
+    rows = windows_of(stream_of(count), length)
     batches = train(count, 1, length, seed, epoch * rows, (epoch + 1) * rows)
     targets, times = np.unique(np.concatenate([batch.targets.ravel() for batch in batches]), return_counts=True)
     assert targets.tolist() == list(range(1, count + 1))
@@ -97,7 +98,7 @@ def test_a_text_shorter_than_a_window_trains():
     ("count", "batch_size", "length", "steps"), [(320, 4, 16, 5), (321, 4, 16, 6), (2, 4, 16, 1), (64, 1, 16, 4)]
 )
 def test_an_epoch_takes_the_steps_that_cover_the_stream(count, batch_size, length, steps):
-    assert steps_per_epoch(stream_of(count), batch_size, length) == steps
+    assert -(-windows_of(stream_of(count), length) // batch_size) == steps
 
 
 @settings(deadline=None, max_examples=100)
@@ -137,3 +138,43 @@ def test_a_limited_evaluation_reads_so_many_groups_spread_over_the_text(count, l
     assert read == [token for i in places for token in groups[i]] and len(places) == min(limit, len(groups))
     gaps = np.diff(places)
     assert places[0] == 0 and (gaps > 0).all() and (len(gaps) == 0 or gaps.max() - gaps.min() <= 1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    sizes=st.lists(st.integers(2, 90), min_size=1, max_size=4),
+    batch_size=st.sampled_from([4, 8]),
+    changes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), max_size=2),
+    seed=st.integers(0, 99),
+)
+def test_a_mixture_reads_every_token_of_each_source_once_an_epoch_whoever_reads_which_rows(
+    sizes, batch_size, changes, seed
+):
+    """Tokens of source i are above 1000 i. Weights change at some steps."""
+    length = 5
+    streams = {str(i): stream_of(size) + 1000 * i for i, size in enumerate(sizes)}
+    weights = {name: i + 1.0 for i, name in enumerate(streams)}
+    schedule, at = Schedule.of([], weights, 0, batch_size), 0
+    for steps, weight in changes:
+        at += steps
+        schedule = Schedule.of(schedule.to_list(), weights | {"0": float(weight)}, at, batch_size)
+    stop = at + 40
+    mixed = Mixed(streams, schedule)
+    whole = list(train_batches(mixed, batch_size, length, seed, 0, stop))
+    for count in (2, 4):  # processes
+        parts = [
+            list(train_batches(mixed, batch_size, length, seed, 3, 9, np.arange(i, batch_size, count)))
+            for i in range(count)
+        ]
+        for step, batch in enumerate(whole[3:9]):
+            rows = np.zeros_like(batch.inputs)
+            for i in range(count):
+                rows[i::count] = parts[i][step].inputs
+            assert np.array_equal(rows, batch.inputs)
+    rows = np.concatenate([batch.targets for batch in whole])
+    for i, (name, stream) in enumerate(streams.items()):
+        of_it = rows[(rows[:, 0] - 1) // 1000 == i]
+        epoch = windows_of(stream, length)
+        for first in range(0, len(of_it) - epoch + 1, epoch):
+            assert set(of_it[first : first + epoch].ravel().tolist()) == set(stream.tolist())
+        assert len(of_it) == schedule.rows_before(stop)[name]

@@ -120,7 +120,8 @@ def test_every_field_is_covered() -> None:
     fields = {
         name: {f.name for f in dataclasses.fields(kind)} for name, kind in (("data", DataArgs), ("train", TrainArgs))
     }
-    read_at_all = {"as_text", "text_field", "bad_records"}  # tests/data/test_prepare.py and test_corpus.py
+    # tests/data/test_prepare.py, tests/data/test_corpus.py, tests/training/test_mixtures.py
+    read_at_all = {"as_text", "text_field", "bad_records", "mixture"}
     assert fields["data"] == set(CHANGED["data"]) | read_at_all
     assert fields["train"] == set(CHANGED["train"]) | OPTIMIZER | set(SAME_NUMBERS) | ELSEWHERE
     assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING)

@@ -18,7 +18,7 @@ import pytest
 from llama_jax.checkpoint import steps_of
 from llama_jax.cli.stopping import StopSignals, output_may_vanish
 from llama_jax.errors import INTERRUPTED, STOPPED
-from llama_jax.training import loop
+from llama_jax.training import evaluating, loop
 from tests.commands import ROOT
 from tests.signals import disturb, held
 from tests.training.test_resuming import assert_same, records, train
@@ -91,9 +91,9 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_next_start_makes_up_for_it(
             yield batch
         pytest.fail("the evaluation goes on")
 
-    original = loop.eval_batches
+    original = evaluating.eval_batches
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "eval_batches", batches)
+        patch.setattr(evaluating, "eval_batches", batches)
         assert stopped(tmp_path / "run", eval_iters=2) == STOPPED
     assert "eval_loss" not in records(tmp_path / "run")[-1] and steps_of(tmp_path / "run") == [2, 4]
     train(tmp_path / "run")
@@ -115,9 +115,9 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(
                 interrupt()
             yield batch
 
-    original, evaluations = loop.eval_batches, list[int]()
+    original, evaluations = evaluating.eval_batches, list[int]()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "eval_batches", batches)
+        patch.setattr(evaluating, "eval_batches", batches)
         assert stopped(tmp_path / "run") == STOPPED
     assert records(tmp_path / "run")[-1]["step"] == 8 and "eval_loss" not in records(tmp_path / "run")[-1]
     train(tmp_path / "run")

@@ -1,0 +1,108 @@
+"""Opens the sources of a mixture, each with tokens of its own, and their tokenizer."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from llama_jax.cli.progress import working
+from llama_jax.config import DataArgs
+from llama_jax.data.finding import find_text
+from llama_jax.data.mixture import folder_of, parts_of
+from llama_jax.data.opened import Data, MixedData
+from llama_jax.data.origin import Origin
+from llama_jax.data.parts import AnyCorpus
+from llama_jax.data.tokens import read_manifest, sha256
+from llama_jax.data.vocabulary import VOCABULARY_BYTES, Sentences
+from llama_jax.errors import UserError
+from llama_jax.storage.files import write_atomically
+from llama_jax.tokenizer import Tokenizer, train_tokenizer
+
+# What the vocabulary of a mixture was trained on.
+VOCABULARY = "vocabulary.json"
+# Loads the data of one source: its arguments, its folder, whether the run has read it before, and what it was then.
+Load = Callable[[DataArgs, Path, bool, Origin | None], Data]
+
+
+def load_mixture(
+    args: DataArgs, folder: Path, tokenizer_path: Path, begun: bool, began_with: dict[str, Origin], load: Load
+) -> MixedData:
+    """Return the data of a mixture's sources, which ``load`` makes first if needed. See ``load_data``.
+
+    A run that has begun may get further sources, and others weights.
+    """
+    if begun and "" in began_with:
+        raise UserError(
+            f"data.mixture: expected none, as the run began with a single text, {began_with[''].source}; choose another "
+            "--train.save-dir, or go on from this run's weights with --train.init-from"
+        )
+    tokenizer = _tokenizer(args, folder, tokenizer_path, begun)
+    sources = {}
+    for name in args.mixture:
+        print(f"source {name}", flush=True)
+        given = replace(source_args(args, name), tokenizer_model_path=str(tokenizer.model_path))
+        known = began_with.get(name)
+        sources[name] = load(given, folder_of(folder, name), begun and known is not None, known)
+    return MixedData(sources, shares_of(args), Tokenizer(tokenizer_path))
+
+
+def open_mixture(
+    args: DataArgs, folder: Path, tokenizer_path: Path, open_source: Callable[[DataArgs, Path], Data]
+) -> MixedData:
+    """Open the data that another process's ``load_mixture`` made."""
+    opened = {}
+    for name in args.mixture:
+        given = replace(source_args(args, name), tokenizer_model_path=str(tokenizer_path))
+        opened[name] = open_source(given, folder_of(folder, name))
+    return MixedData(opened, shares_of(args), Tokenizer(tokenizer_path))
+
+
+def source_args(args: DataArgs, name: str) -> DataArgs:
+    """Return the arguments of one source."""
+    return replace(args, mixture={}, filepath=name)
+
+
+def shares_of(args: DataArgs) -> dict[str, float]:
+    """Return the share of the rows that each source has."""
+    parts = parts_of(args.mixture)
+    return {name: part / sum(parts.values()) for name, part in parts.items()}
+
+
+def _tokenizer(args: DataArgs, folder: Path, path: Path, begun: bool) -> Tokenizer:
+    """Return the tokenizer of all sources: the given one, that of the prepared ones, or one trained on the mixture."""
+    if args.tokenizer_model_path:
+        return Tokenizer(args.tokenizer_model_path)
+    prepared = [Path(name).expanduser() for name in args.mixture]
+    if models := [at / "tokenizer.model" for at in prepared if read_manifest(at) is not None]:
+        print(f"the tokenizer of {models[0].parent} is that of all sources", flush=True)
+        return Tokenizer(models[0])
+    if begun and path.exists():
+        return Tokenizer(path)  # each source's tokens tell whether it is the one that they began with
+    return _trained(args, folder, path)
+
+
+def _trained(args: DataArgs, folder: Path, path: Path) -> Tokenizer:
+    """Return a vocabulary trained on all sources by their shares, the one at ``path`` if it was trained on the same."""
+    shares = shares_of(args)
+    corpora = {name: find_text(source_args(args, name), folder_of(folder, name)).corpus for name in args.mixture}
+    with working(f"reading {len(corpora)} sources"):
+        of = [(corpora[name].digest(), shares[name]) for name in corpora]
+    key = hashlib.sha256(repr((of, args.vocab_size)).encode()).hexdigest()
+    try:
+        known = json.loads((folder / VOCABULARY).read_bytes())
+        if known == {"trained_on": key, "tokenizer_sha256": sha256(path.read_bytes())}:
+            return Tokenizer(path)
+    except (OSError, ValueError):
+        pass
+    with working(f"training a vocabulary of {args.vocab_size:,} tokens on {len(corpora)} sources"):
+        tokenizer = train_tokenizer(_sentences(corpora, shares), args.vocab_size, path)
+    table = {"trained_on": key, "tokenizer_sha256": sha256(tokenizer.model_bytes)}
+    write_atomically(folder / VOCABULARY, json.dumps(table))
+    return tokenizer
+
+
+def _sentences(corpora: dict[str, AnyCorpus], shares: dict[str, float]) -> Iterator[str]:
+    """Yield the sample of each source that its share allows."""
+    for name, corpus in corpora.items():
+        yield from Sentences(corpus, most=int(VOCABULARY_BYTES * shares[name]))

@@ -1,0 +1,107 @@
+"""The data of a run, opened: one text, or a mixture of several."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llama_jax.data.mixture import Mixed, Schedule
+from llama_jax.data.origin import Origin
+from llama_jax.data.stream import Tokens
+from llama_jax.data.tokens import TokenSet
+from llama_jax.tokenizer import Tokenizer
+
+# The key of a run's record under which it describes the texts of a mixture.
+MIXTURE = "mixture"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run on one text.
+
+    ``floor`` is the entropy of the text in bits per byte, if it is known (the built-in stories). ``notes`` are lines to
+    print about what was left out and other surprises.
+    """
+
+    tokens: TokenSet
+    tokenizer: Tokenizer
+    source: str
+    floor: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> "dict[str, Data]":
+        """The texts by their names. That of a single one is empty."""
+        return {"": self}
+
+    def rows(self, schedule: Schedule | None) -> Tokens | Mixed:
+        """Return what training reads rows from."""
+        return self.tokens.train
+
+    def record(self) -> dict[str, Any]:
+        """Return a description of the text for the record of a run, which ``origins`` reads."""
+        return self.tokens.manifest.origin.to_dict()
+
+    def combine(self, losses: Mapping[str, float], document_mask: bool) -> tuple[float, float | None]:
+        """Return the held-out loss, in nats a token, and in bits per byte if that is known."""
+        (loss,) = losses.values()
+        return loss, self.tokens.bits_per_byte(loss, document_mask)
+
+
+@dataclass(frozen=True)
+class MixedData:
+    """The data of a run on a mixture: its texts by their names, and the share of the rows that each is to have."""
+
+    sources: dict[str, Data]
+    shares: dict[str, float]
+    tokenizer: Tokenizer
+
+    floor = None
+
+    @property
+    def source(self) -> str:
+        """The mixture in words."""
+        return "a mixture of " + ", ".join(f"{name} ({percent(share)})" for name, share in self.shares.items())
+
+    def rows(self, schedule: Schedule | None) -> Tokens | Mixed:
+        """Return what training reads rows from."""
+        assert schedule is not None
+        return Mixed({name: data.tokens.train for name, data in self.sources.items()}, schedule)
+
+    def record(self) -> dict[str, Any]:
+        """Return a description of the texts for the record of a run, which ``origins`` reads."""
+        return {MIXTURE: {name: data.record() for name, data in self.sources.items()}}
+
+    def combine(self, losses: Mapping[str, float], document_mask: bool) -> tuple[float, float | None]:
+        """Return the mean held-out loss of the sources by their shares, in nats a token, and in bits per byte.
+
+        A source without held-out text has no loss, and no part in the mean.
+        """
+        shares = np.array([self.shares[name] for name in losses])
+        loss = float(np.average(list(losses.values()), weights=shares))
+        bits = [self.sources[name].tokens.bits_per_byte(1.0, document_mask) for name in losses]
+        if None in bits:
+            return loss, None
+        # One nat a token is ``bits`` bits a byte, so that a token has log2(e) / bits bytes.
+        bytes_a_token = float(np.average(1 / (math.log(2) * np.array(bits, float)), weights=shares))
+        return loss, loss / math.log(2) / bytes_a_token
+
+
+AnyData = Data | MixedData
+
+
+def origins(record: dict[str, Any]) -> dict[str, Origin]:
+    """Return the texts that a run's record describes, by their names. That of a single one is empty.
+
+    Raises TypeError, KeyError or AttributeError on anything else.
+    """
+    if MIXTURE in record:
+        return {name: Origin.from_dict(table) for name, table in record[MIXTURE].items()}
+    return {"": Origin.from_dict(record)}
+
+
+def percent(share: float) -> str:
+    """Return a share as text: 0.3 -> "30%"."""
+    return f"{100 * share:.4g}%"

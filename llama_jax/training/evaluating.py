@@ -1,0 +1,79 @@
+"""Evaluations during training, on the held-out part of each source."""
+
+import math
+import time
+from typing import Any
+
+from llama_jax.cli.progress import working
+from llama_jax.data.batches import OwnRows, eval_batches
+from llama_jax.data.stream import Tokens
+from llama_jax.devices.distributed import from_main, is_main
+from llama_jax.devices.sharding import batch_sharding, on_mesh
+from llama_jax.training import log
+from llama_jax.training.bad_steps import raise_not_finite
+from llama_jax.training.run import Run
+from llama_jax.training.start import evaluated
+from llama_jax.training.step import TrainState
+
+
+def evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dict[str, Any], int]:
+    """Return the held-out loss as values for a record, or none and the signal that arrived meanwhile.
+
+    Raises UserError if the loss is not finite.
+    """
+    losses: dict[str, float] = {}
+    for name in evaluated(run.data):
+        loss, stop = _loss_of(run, state, run.data.sources[name].tokens.eval)
+        if stop:
+            return {}, stop
+        if not math.isfinite(loss):
+            what = "held-out loss" + (f" of {name}" if name else "")
+            raise_not_finite(what, loss, step, saved_at, run.best_saved())
+        losses[name] = loss
+    run.timer.evaluated = time.monotonic()
+    run.consensus.forget()
+    loss, bits = run.data.combine(losses, run.config.data.document_mask)
+    of_each = {f"eval_loss/{name}": loss for name, loss in losses.items() if name}
+    return {"eval_loss": loss, "eval_bits_per_byte": bits, **of_each}, 0
+
+
+def _loss_of(run: Run, state: TrainState, stream: Tokens) -> tuple[float, int]:
+    """Return the loss of a held-out stream in nats a token, and the signal that arrived meanwhile, or 0."""
+    args, length = run.config.train, run.config.model.max_seq_len
+    total = weight = 0.0
+    assert run.evaluate is not None
+    with on_mesh(run.mesh):
+        rows = args.batch_size // args.gradient_accumulation_steps
+        own = OwnRows(batch_sharding(run.mesh), rows, length)
+        batches = eval_batches(stream, rows, length, args.eval_iters, own.rows)
+        for batch in run.clock.waiting_for("evaluation", run.masked(batches)):  # tells the watchdog of each batch
+            sums = run.evaluate(state.params, own.assemble(batch))
+            total, weight = total + float(sums[0]), weight + float(sums[1])
+            if stop := run.stop_asked():
+                return 0.0, stop
+    return total / weight, 0
+
+
+def is_best(run: Run, record: dict[str, Any]) -> bool:
+    """Print an evaluation. Return whether it is the best so far."""
+    best = run.folder.best()
+    # Process 0 decides for all, since only it knows the records of earlier starts.
+    improved = bool(from_main(best is None or record["eval_loss"] < best["eval_loss"]))
+    log.say(log.evaluation_text(record, run.data.floor, improved))
+    return improved
+
+
+def make_up_evaluation(run: Run, state: TrainState, step: int) -> None:
+    """Evaluate the step that the run resumes from, because a signal kept the previous start from it."""
+    with run.clock.spent_on("evaluation"), working(f"evaluating step {step:,}", shown=is_main()):
+        values, stop = evaluate(run, state, step, step)
+    if stop:
+        return
+    if is_main():
+        record = run.folder.records[-1] | values
+        is_best(run, record)
+        run.folder.add_to_last(values)
+        run.writer.add_loss(step, values["eval_loss"])
+        run.folder.write_best(run.writer.steps)
+    else:
+        is_best(run, {"step": step} | values)
