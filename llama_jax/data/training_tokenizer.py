@@ -9,9 +9,9 @@ from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
 from llama_jax.data.finding import Text, find_text
-from llama_jax.data.reading import ReadingArgs, reading
+from llama_jax.data.reading import ReadingArgs, check_text, read_parts
 from llama_jax.data.summary import skipped_warning
-from llama_jax.data.text import Corpus, check_separator, replacement_warning
+from llama_jax.data.text import replacement_warning
 from llama_jax.data.tokens import read_manifest
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError
@@ -58,12 +58,9 @@ def train_vocabulary(args: TrainTokenizerArgs) -> None:
             "tokenizer.model there"
         )
     text = find_text(data_args, output.parent)
-    if isinstance(text.corpus, Corpus):
-        with working(f"reading {text.source}, {bytes_text(text.corpus.stored_bytes)}"):
-            check_separator(text.corpus, text.source)
-    with reading(text.corpus) as count:
-        sentences = Sentences(text.corpus, count)
-        lines = list(sentences)
+    check_text(text)
+    sentences = Sentences(read.part for read in read_parts(text.corpus))
+    lines = list(sentences)
     with working(f"training a vocabulary of {args.vocab_size:,} tokens"):
         model = trained_model(lines, args.vocab_size)
     _report_oddities(text)

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import random
+import re
 import unicodedata
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_jax.cli.progress import Progress
 from llama_jax.config import DataArgs
-from llama_jax.data import counting, inspecting
+from llama_jax.data import counting, inspecting, reading
 from llama_jax.data.counting import Distinct, Documents
 from llama_jax.data.inspecting import inspect
 from llama_jax.data.report import Report
@@ -429,6 +431,19 @@ def test_each_document_is_as_likely_to_be_among_the_random_ones():
             documents.add(0, i, "", 1, b"%08d" % i)
         chosen.update(shown.record for shown in documents.random)
     assert all(45 < chosen[i] < 120 for i in range(25)), "80 is the mean"
+
+
+@pytest.mark.parametrize("name", ["c/0.txt", "c"])
+def test_the_progress_tells_bytes_rate_and_the_time_that_is_left(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(Progress, "SECONDS", 0)
+    monkeypatch.setattr(reading, "TOLD_BYTES", 1000)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "0.txt").write_text("A fox.\n" * 30_000)
+    write_json(tmp_path / "c" / "1.jsonl", ["A fox."] * 300)
+    inspect(DataArgs(str(tmp_path / name), 1.0))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reading")]
+    whole = " of 210.00 kB" if name == "c/0.txt" else ""
+    assert any(re.fullmatch(rf"reading [\d.]+ kB{whole}, [\d.,]+ [kMG]B/s, \d+ s to go", line) for line in lines), lines
 
 
 def test_a_report_is_a_plain_object(tmp_path, small_tokenizer: Tokenizer):

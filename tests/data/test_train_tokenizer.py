@@ -87,7 +87,7 @@ def test_held_out_documents_have_no_part_in_it(tmp_path):
     texts = write(tmp_path)
     corpus = find_text(DataArgs(filepath=str(tmp_path / "corpus"), train_size=0.5), tmp_path).corpus
     kept = [part.text for part in corpus.parts("train")]
-    assert 100 < len(kept) < 300 and "\n".join(Sentences(corpus)).split("\n") == kept
+    assert 100 < len(kept) < 300 and "\n".join(Sentences(corpus.parts("train"))).split("\n") == kept
     command(tmp_path, "--filepath", "corpus", "--output", "t.model", "--train-size", "0.5")
     assert (tmp_path / "t.model").read_bytes() == trained_model(kept, 320) != trained_model(texts, 320)
 
@@ -169,7 +169,7 @@ def test_a_large_text_gives_a_sample_and_says_its_size(tmp_path, monkeypatch):
     (size,) = [line.split()[5] for line in done.stdout.splitlines() if "trained on a sample of" in line]
     assert 30 < float(size) <= 40
     corpus = find_text(DataArgs(filepath=str(tmp_path / "corpus")), tmp_path).corpus
-    first, second = list(Sentences(corpus)), list(Sentences(corpus))
+    first, second = list(Sentences(corpus.parts("train"))), list(Sentences(corpus.parts("train")))
     assert first == second and (tmp_path / "t.model").read_bytes() == trained_model(first, 320)
 
 
