@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -70,18 +71,19 @@ def main(argv: Sequence[str]) -> None:
     # With --json, standard output is for the report alone.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         report = inspect(data_args, args.seed, args.workers)
-        if picture is not None and report.documents:
-            draw_lengths(picture, report)
-    for note in report.notes:
-        print(note, file=sys.stderr)
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(json.dumps(report.to_dict()) if args.json else text_of(report))
-    if picture is not None:
-        drawn = (
-            f"lengths drawn in {picture}" if report.documents else f"warning: no lengths are known to draw in {picture}"
-        )
-        print(drawn, file=sys.stderr if args.json or not report.documents else sys.stdout)
+    for line in (*report.notes, *(f"warning: {warning}" for warning in report.warnings)):
+        print(line, file=sys.stderr)
+    print(json.dumps(report.to_dict()) if args.json else text_of(report), flush=True)
+    if picture is not None:  # after the report, which a failure must not cost
+        _draw(picture, report, sys.stderr if args.json else sys.stdout)
+
+
+def _draw(picture: Path, report: Report, stream: TextIO) -> None:
+    if report.documents is None:
+        print(f"warning: {picture}: not drawn, as no lengths are known", file=sys.stderr)
+        return
+    draw_lengths(picture, report)
+    print(f"lengths drawn in {picture}", file=stream)
 
 
 def inspect(args: DataArgs, seed: int = 0, workers: int = 1) -> Report:

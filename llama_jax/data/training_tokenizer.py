@@ -1,5 +1,6 @@
 """Trains a vocabulary ahead: ``python -m llama_jax.data train-tokenizer --filepath TEXT --output tokenizer.model``."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,9 +78,13 @@ def train_vocabulary(args: TrainTokenizerArgs) -> None:
 def _check_free(output: Path, vocab_size: int) -> None:
     """Raise UserError if ``output`` certainly is something else than the vocabulary that is asked for."""
     if not output.exists():
-        for folder in output.parents:
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"--output: expected a file in a folder, found that {folder} is a file; choose another")
+        folder = next(folder for folder in output.absolute().parents if folder.exists())
+        if not folder.is_dir():
+            raise UserError(f"--output: expected a file in a folder, found that {folder} is a file; choose another")
+        if not os.access(folder, os.W_OK):  # told before hours of reading
+            raise UserError(
+                f"--output: expected a folder that can be written, found that {folder} cannot; choose another --output"
+            )
         return
     if output.is_dir():
         raise UserError(

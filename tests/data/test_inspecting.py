@@ -194,7 +194,7 @@ def test_prepared_tokens_have_the_numbers_of_their_corpus(tmp_path, small_tokeni
     for name in [*CONTRACT, "length_unit", "used_tokens", "vocab_size", "histogram"]:
         assert of_tokens[name] == of_text[name], name
     (note,) = of_tokens["notes"]
-    assert note.startswith("tokens: prepared tokens, of a.jsonl: ") and "held out" in note
+    assert note.startswith("tokens: tokens of a.jsonl: ") and "held out" in note
     # The same documents are shown as the longest. A tokenizer gives their text back.
     key = lambda each: (each["length"], each["excerpt"][:40])  # noqa: E731
     assert sorted(map(key, of_tokens["longest_documents"])) == sorted(map(key, of_text["longest_documents"]))
@@ -248,7 +248,9 @@ def test_token_files_of_other_programs_are_counted(tmp_path, small_tokenizer):
         and unknown["documents"] is unknown["median"] is unknown["duplicates"] is None
     )
     done = command(tmp_path, "--filepath", "without.bin", *model)
-    assert done.stdout.startswith("documents   unknown: the ids have no BOS")
+    assert done.stdout.startswith("documents   unknown: the ids have no BOS") and " documents " not in done.stderr
+    done = command(tmp_path, "--filepath", "without.bin", *model, "--picture", "a.png")
+    assert "warning: a.png: not drawn" in done.stderr and not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize(

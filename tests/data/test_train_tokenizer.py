@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 
@@ -142,6 +143,13 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_nothing_is_written(tmp_p
     before = sorted(tmp_path.rglob("*"))
     assert words in refused(tmp_path, *argv)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_text_is_read(tmp_path, monkeypatch):
+    write(tmp_path, 60)
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    argv = ["--filepath", "corpus", "--output", "new/t.model"]
+    assert f"found that {tmp_path} cannot" in refused(tmp_path, *argv) and not (tmp_path / "new").exists()
 
 
 def test_records_that_are_skipped_are_said(tmp_path):
