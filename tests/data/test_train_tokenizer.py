@@ -84,6 +84,16 @@ def test_every_form_of_a_corpus_gives_the_same_vocabulary(tmp_path):
     )
 
 
+def test_the_order_in_which_files_were_written_does_not_matter(tmp_path):
+    write(tmp_path)
+    (tmp_path / "other").mkdir()
+    for name in ("1.jsonl", "0.jsonl"):
+        (tmp_path / "other" / name).write_bytes((tmp_path / "corpus" / name).read_bytes())
+    for name in ("corpus", "other"):
+        command(tmp_path, "--filepath", name, "--output", f"{name}.model")
+    assert (tmp_path / "corpus.model").read_bytes() == (tmp_path / "other.model").read_bytes()
+
+
 def test_held_out_documents_have_no_part_in_it(tmp_path):
     texts = write(tmp_path)
     corpus = find_text(DataArgs(filepath=str(tmp_path / "corpus"), train_size=0.5), tmp_path).corpus
