@@ -221,7 +221,7 @@ def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, beg
         made = _save(given, path)
     else:
         with working(f"training a vocabulary of {args.vocab_size:,} tokens"):
-            made = train_tokenizer(Sentences(text.corpus), args.vocab_size, path)
+            made = train_tokenizer(Sentences(text.corpus.parts("train")), args.vocab_size, path)
     if begun and known is not None and known.tokenizer_sha256 not in ("", sha256(made.model_bytes)):
         path.unlink()
         raise UserError(

@@ -5,28 +5,26 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from llama_jax.cli.flags import parse_flags
-from llama_jax.cli.progress import Progress, bytes_text, working
+from llama_jax.cli.progress import Progress
 from llama_jax.config import DataArgs
-from llama_jax.data.corpus import Records
 from llama_jax.data.counting import HEAD_TOKENS, Documents, Texts, Tokens
 from llama_jax.data.finding import Text, find_text
 from llama_jax.data.lost import Losses
-from llama_jax.data.parts import SPLITS, Part
+from llama_jax.data.parts import SPLITS
 from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
-from llama_jax.data.reading import ReadingArgs, reading
-from llama_jax.data.records import CorpusFile
+from llama_jax.data.reading import Read, ReadingArgs, check_text, files_of, read_parts
 from llama_jax.data.rendering import draw_lengths, text_of
 from llama_jax.data.report import Encoded, Report, report_of_text, report_of_tokens
 from llama_jax.data.stream import TokenStream
 from llama_jax.data.summary import skipped_warning
-from llama_jax.data.text import Corpus, check_separator
 from llama_jax.data.token_files import JoinedStream
 from llama_jax.data.tokens import TokenSet, open_tokens, read_manifest, sha256
 from llama_jax.errors import UserError, quoted
@@ -73,15 +71,19 @@ def main(argv: Sequence[str]) -> None:
     # With --json, standard output is for the report alone.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         report = inspect(data_args, args.seed, args.workers)
-        if picture is not None:
-            draw_lengths(picture, report)
-    for note in report.notes:
-        print(note, file=sys.stderr)
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(json.dumps(report.to_dict()) if args.json else text_of(report))
-    if picture is not None and not args.json:
-        print(f"lengths drawn in {picture}")
+    for line in (*report.notes, *(f"warning: {warning}" for warning in report.warnings)):
+        print(line, file=sys.stderr)
+    print(json.dumps(report.to_dict()) if args.json else text_of(report), flush=True)
+    if picture is not None:  # after the report, which a failure must not cost
+        _draw(picture, report, sys.stderr if args.json else sys.stdout)
+
+
+def _draw(picture: Path, report: Report, stream: TextIO) -> None:
+    if report.documents is None:
+        print(f"warning: {picture}: not drawn, as no lengths are known", file=sys.stderr)
+        return
+    draw_lengths(picture, report)
+    print(f"lengths drawn in {picture}", file=stream)
 
 
 def inspect(args: DataArgs, seed: int = 0, workers: int = 1) -> Report:
@@ -117,50 +119,35 @@ def _begins(path: Path, count: int) -> bytes:
 
 def _inspect_text(text: Text, tokenizer: Tokenizer | None, seed: int, workers: int) -> Report:
     corpus = text.corpus
-    files = _files(text)
-    if isinstance(corpus, Corpus):
-        with working(f"reading {text.source}, {bytes_text(corpus.stored_bytes)}"):
-            check_separator(corpus, text.source)
+    check_text(text)
     texts = Texts(Documents(seed))
     encoded = None
     if tokenizer is not None:
         encoded = Encoded(tokenizer, Tokens(tokenizer.vocab_size), Losses(tokenizer, corpus.text_bytes))
-    with reading(corpus) as count:
-        for batch in _batches(text):
-            parts = [part for _, part in batch]
-            lengths = [part.size for part in parts]
-            if encoded is not None:
-                lengths = [len(row) for row in encoded.add(parts, workers)]
-            texts.add(parts, [place for place, _ in batch], lengths)
-            count(sum(part.size for part in parts))
+    for batch in _batches(read_parts(corpus)):
+        parts = [read.part for read in batch]
+        lengths = [part.size for part in parts]
+        if encoded is not None:
+            lengths = [len(row) for row in encoded.add(parts, workers)]
+        texts.add(parts, [(read.file, read.record) for read in batch], lengths)
     if not texts.documents.count:
         why = f" ({skipped_warning(corpus.skipped)})" if skipped_warning(corpus.skipped) else ""
         raise UserError(
             f"data.filepath: expected text, found no document in {text.source}{why}; give a text, or its field"
         )
-    return report_of_text(text, files, texts, encoded, seed)
+    return report_of_text(text, files_of(corpus), texts, encoded, seed)
 
 
-def _files(text: Text) -> list[CorpusFile]:
-    corpus = text.corpus
-    files = corpus.sources if isinstance(corpus, Records) else corpus.paths if isinstance(corpus, Corpus) else []
-    return [file for file in files if isinstance(file, CorpusFile)]
-
-
-def _batches(text: Text) -> Iterator[list[tuple[tuple[int, int], Part]]]:
-    """Yield the parts of a text in their order, some at a time, each with the numbers of its file and its record."""
-    batch: list[tuple[tuple[int, int], Part]] = []
+def _batches(reads: Iterable[Read]) -> Iterator[list[Read]]:
+    """Yield the parts of a text in their order, some at a time."""
+    batch: list[Read] = []
     size = 0
-    for unit in text.corpus.units():
-        number = 0
-        for _, part in text.corpus.read(unit):
-            # The documents of plain text have no numbers of their own.
-            number += part.starts
-            batch.append(((unit.file, part.number or number), part))
-            size += part.size
-            if len(batch) >= PARTS_AT_ONCE or size >= BYTES_AT_ONCE:
-                yield batch
-                batch, size = [], 0
+    for read in reads:
+        batch.append(read)
+        size += read.part.size
+        if len(batch) >= PARTS_AT_ONCE or size >= BYTES_AT_ONCE:
+            yield batch
+            batch, size = [], 0
     if batch:
         yield batch
 

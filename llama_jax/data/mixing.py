@@ -105,4 +105,4 @@ def _trained(args: DataArgs, folder: Path, path: Path) -> Tokenizer:
 def _sentences(corpora: dict[str, AnyCorpus], shares: dict[str, float]) -> Iterator[str]:
     """Yield the sample of each source that its share allows."""
     for name, corpus in corpora.items():
-        yield from Sentences(corpus, most=int(VOCABULARY_BYTES * shares[name]))
+        yield from Sentences(corpus.parts("train"), most=int(VOCABULARY_BYTES * shares[name]))

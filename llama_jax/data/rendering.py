@@ -27,7 +27,8 @@ def _lines(report: Report) -> Iterator[str]:
     else:
         about = "about " if report.duplicates_estimated else ""
         copies = f"{about}{report.duplicates:,} exact copies of others" if report.duplicates else "no exact copies"
-        yield f"documents   {report.documents:,} in {report.files:,} file{'s' * (report.files != 1)}, {copies}"
+        files = f" in {report.files:,} file{'s' * (report.files != 1)}" if report.files else ""
+        yield f"documents   {report.documents:,}{files}, {copies}"
     if report.bytes is None:
         yield "text        of unknown size"
     else:

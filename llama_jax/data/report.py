@@ -165,9 +165,9 @@ def report_of_tokens(
         begins = encoded.tokenizer.decode([i for i in shown.head if isinstance(i, int)])
         return Document(SPLITS[shown.file], shown.record, "document", shown.length, excerpt(begins))
 
-    made = f"made by {manifest.made_by}" if manifest.made_by else f"of {manifest.source or 'a text'}"
+    made = f"token files of {manifest.made_by}" if manifest.made_by else f"tokens of {manifest.source or 'a text'}"
     counts = " and ".join(
-        f"{manifest.tokens[split]:,} tokens in {manifest.documents[split]:,} documents {words}"
+        f"{manifest.tokens[split]:,}{f' in {manifest.documents[split]:,} documents' * (documents is not None)} {words}"
         for split, words in zip(SPLITS, ("to train on", "held out"), strict=True)
     )
     size = sum(manifest.text_bytes.values()) or None
@@ -176,7 +176,7 @@ def report_of_tokens(
         source, len({*manifest.text_files, *manifest.eval_files}), "tokens", seed,
         bytes=size,
         replaced_sequences=manifest.replaced_sequences,
-        notes=[f"{source}: prepared tokens, {made}: {counts}"],
+        notes=[f"{source}: {made}: {counts}"],
         warnings=_warnings(
             suspicions.of_documents(documents, False) if documents else [],
             suspicions.of_tokens(encoded.tokenizer, encoded.tokens),
@@ -190,8 +190,13 @@ def report_of_tokens(
 
 def excerpt(text: str) -> str:
     """Return the beginning of a text, in which what cannot be printed is escaped."""
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:EXCERPT])
-    return shown[:EXCERPT]
+    shown = ""
+    for char in text[:EXCERPT]:
+        piece = char if char.isprintable() else char.encode("unicode_escape").decode()
+        if len(shown) + len(piece) > EXCERPT:
+            break
+        shown += piece
+    return shown
 
 
 def _of_documents(documents: Documents, named: Callable[[Shown], Document]) -> dict[str, Any]:

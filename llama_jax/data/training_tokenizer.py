@@ -1,5 +1,6 @@
 """Trains a vocabulary ahead: ``python -m llama_jax.data train-tokenizer --filepath TEXT --output tokenizer.model``."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
 from llama_jax.data.finding import Text, find_text
-from llama_jax.data.reading import ReadingArgs, reading
+from llama_jax.data.reading import ReadingArgs, check_text, read_parts
 from llama_jax.data.summary import skipped_warning
-from llama_jax.data.text import Corpus, check_separator, replacement_warning
+from llama_jax.data.text import replacement_warning
 from llama_jax.data.tokens import read_manifest
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError
@@ -58,12 +59,9 @@ def train_vocabulary(args: TrainTokenizerArgs) -> None:
             "tokenizer.model there"
         )
     text = find_text(data_args, output.parent)
-    if isinstance(text.corpus, Corpus):
-        with working(f"reading {text.source}, {bytes_text(text.corpus.stored_bytes)}"):
-            check_separator(text.corpus, text.source)
-    with reading(text.corpus) as count:
-        sentences = Sentences(text.corpus, count)
-        lines = list(sentences)
+    check_text(text)
+    sentences = Sentences(read.part for read in read_parts(text.corpus))
+    lines = list(sentences)
     with working(f"training a vocabulary of {args.vocab_size:,} tokens"):
         model = trained_model(lines, args.vocab_size)
     _report_oddities(text)
@@ -80,9 +78,13 @@ def train_vocabulary(args: TrainTokenizerArgs) -> None:
 def _check_free(output: Path, vocab_size: int) -> None:
     """Raise UserError if ``output`` certainly is something else than the vocabulary that is asked for."""
     if not output.exists():
-        for folder in output.parents:
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"--output: expected a file in a folder, found that {folder} is a file; choose another")
+        folder = next(folder for folder in output.absolute().parents if folder.exists())
+        if not folder.is_dir():
+            raise UserError(f"--output: expected a file in a folder, found that {folder} is a file; choose another")
+        if not os.access(folder, os.W_OK):  # told before hours of reading
+            raise UserError(
+                f"--output: expected a folder that can be written, found that {folder} cannot; choose another --output"
+            )
         return
     if output.is_dir():
         raise UserError(

@@ -2,10 +2,10 @@
 
 import hashlib
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from llama_jax.data.parts import AnyCorpus, Part
+from llama_jax.data.parts import Part
 
 # A vocabulary is trained on at most this many bytes, spread evenly over the text.
 VOCABULARY_BYTES = 30_000_000
@@ -23,29 +23,25 @@ class Block(NamedTuple):
 
 
 class Sentences:
-    """The text to train a vocabulary on: all that is to be trained on, or a sample if that is large.
+    """The text to train a vocabulary on: all of the parts that are to be trained on, or a sample if they are large.
 
-    Held-out text has no part in it. ``read`` and ``taken`` count bytes so far, and are complete after an iteration.
-    ``count`` is called with the bytes that were read. A sample has up to ``most`` bytes.
+    A sample has up to ``most`` bytes. ``read`` and ``taken`` count bytes so far, and are complete after the one
+    iteration.
     """
 
-    def __init__(
-        self, corpus: AnyCorpus, count: Callable[[int], None] = lambda size: None, most: int = VOCABULARY_BYTES
-    ):
-        self._corpus, self._count, self._most = corpus, count, most
+    def __init__(self, parts: Iterable[Part], most: int = VOCABULARY_BYTES):
+        self._parts, self._most = parts, most
         self.read = self.taken = 0
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the sample, in the order of the corpus."""
-        self.read = self.taken = 0
+        """Yield the sample, in the order of the parts."""
         for block in sample(blocks(self._counted()), self._most):
             self.taken += block.size
             yield block.text
 
     def _counted(self) -> Iterator[Part]:
-        for part in self._corpus.parts("train"):
+        for part in self._parts:
             self.read += part.size
-            self._count(part.size)
             yield part
 
 

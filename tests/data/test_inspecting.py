@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import random
+import re
 import unicodedata
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_jax.cli.progress import Progress
 from llama_jax.config import DataArgs
-from llama_jax.data import counting, inspecting
+from llama_jax.data import counting, inspecting, reading
 from llama_jax.data.counting import Distinct, Documents
 from llama_jax.data.inspecting import inspect
 from llama_jax.data.report import Report
@@ -192,7 +194,7 @@ def test_prepared_tokens_have_the_numbers_of_their_corpus(tmp_path, small_tokeni
     for name in [*CONTRACT, "length_unit", "used_tokens", "vocab_size", "histogram"]:
         assert of_tokens[name] == of_text[name], name
     (note,) = of_tokens["notes"]
-    assert note.startswith("tokens: prepared tokens, of a.jsonl: ") and "held out" in note
+    assert note.startswith("tokens: tokens of a.jsonl: ") and "held out" in note
     # The same documents are shown as the longest. A tokenizer gives their text back.
     key = lambda each: (each["length"], each["excerpt"][:40])  # noqa: E731
     assert sorted(map(key, of_tokens["longest_documents"])) == sorted(map(key, of_text["longest_documents"]))
@@ -246,7 +248,9 @@ def test_token_files_of_other_programs_are_counted(tmp_path, small_tokenizer):
         and unknown["documents"] is unknown["median"] is unknown["duplicates"] is None
     )
     done = command(tmp_path, "--filepath", "without.bin", *model)
-    assert done.stdout.startswith("documents   unknown: the ids have no BOS")
+    assert done.stdout.startswith("documents   unknown: the ids have no BOS") and " documents " not in done.stderr
+    done = command(tmp_path, "--filepath", "without.bin", *model, "--picture", "a.png")
+    assert "warning: a.png: not drawn" in done.stderr and not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -429,6 +433,19 @@ def test_each_document_is_as_likely_to_be_among_the_random_ones():
             documents.add(0, i, "", 1, b"%08d" % i)
         chosen.update(shown.record for shown in documents.random)
     assert all(45 < chosen[i] < 120 for i in range(25)), "80 is the mean"
+
+
+@pytest.mark.parametrize("name", ["c/0.txt", "c"])
+def test_the_progress_tells_bytes_rate_and_the_time_that_is_left(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(Progress, "SECONDS", 0)
+    monkeypatch.setattr(reading, "TOLD_BYTES", 1000)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "0.txt").write_text("A fox.\n" * 30_000)
+    write_json(tmp_path / "c" / "1.jsonl", ["A fox."] * 300)
+    inspect(DataArgs(str(tmp_path / name), 1.0))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reading")]
+    whole = " of 210.00 kB" if name == "c/0.txt" else ""
+    assert any(re.fullmatch(rf"reading [\d.]+ kB{whole}, [\d.,]+ [kMG]B/s, \d+ s to go", line) for line in lines), lines
 
 
 def test_a_report_is_a_plain_object(tmp_path, small_tokenizer: Tokenizer):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 
@@ -83,11 +84,21 @@ def test_every_form_of_a_corpus_gives_the_same_vocabulary(tmp_path):
     )
 
 
+def test_the_order_in_which_files_were_written_does_not_matter(tmp_path):
+    write(tmp_path)
+    (tmp_path / "other").mkdir()
+    for name in ("1.jsonl", "0.jsonl"):
+        (tmp_path / "other" / name).write_bytes((tmp_path / "corpus" / name).read_bytes())
+    for name in ("corpus", "other"):
+        command(tmp_path, "--filepath", name, "--output", f"{name}.model")
+    assert (tmp_path / "corpus.model").read_bytes() == (tmp_path / "other.model").read_bytes()
+
+
 def test_held_out_documents_have_no_part_in_it(tmp_path):
     texts = write(tmp_path)
     corpus = find_text(DataArgs(filepath=str(tmp_path / "corpus"), train_size=0.5), tmp_path).corpus
     kept = [part.text for part in corpus.parts("train")]
-    assert 100 < len(kept) < 300 and "\n".join(Sentences(corpus)).split("\n") == kept
+    assert 100 < len(kept) < 300 and "\n".join(Sentences(corpus.parts("train"))).split("\n") == kept
     command(tmp_path, "--filepath", "corpus", "--output", "t.model", "--train-size", "0.5")
     assert (tmp_path / "t.model").read_bytes() == trained_model(kept, 320) != trained_model(texts, 320)
 
@@ -144,6 +155,13 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_nothing_is_written(tmp_p
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_text_is_read(tmp_path, monkeypatch):
+    write(tmp_path, 60)
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    argv = ["--filepath", "corpus", "--output", "new/t.model"]
+    assert f"found that {tmp_path} cannot" in refused(tmp_path, *argv) and not (tmp_path / "new").exists()
+
+
 def test_records_that_are_skipped_are_said(tmp_path):
     records = [json.dumps({"text": document(i)}) for i in range(60)]
     (tmp_path / "a.jsonl").write_text("\n".join([*records, "{", '{"text": null}']))
@@ -169,7 +187,7 @@ def test_a_large_text_gives_a_sample_and_says_its_size(tmp_path, monkeypatch):
     (size,) = [line.split()[5] for line in done.stdout.splitlines() if "trained on a sample of" in line]
     assert 30 < float(size) <= 40
     corpus = find_text(DataArgs(filepath=str(tmp_path / "corpus")), tmp_path).corpus
-    first, second = list(Sentences(corpus)), list(Sentences(corpus))
+    first, second = list(Sentences(corpus.parts("train"))), list(Sentences(corpus.parts("train")))
     assert first == second and (tmp_path / "t.model").read_bytes() == trained_model(first, 320)
 
 
