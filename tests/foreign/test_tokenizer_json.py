@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from llama_jax.convert import ConvertArgs, convert
 from llama_jax.foreign import tokenizer_json
-from llama_jax.foreign.tokenizer_json import HARD_TEXTS, Reader, Settings
+from llama_jax.foreign.tokenizer_json import HARD_TEXTS, Reader
 from llama_jax.foreign.tokenizer_json import tokenizer_json as table_of
 from llama_jax.foreign.vocabulary import difference
+from llama_jax.sentencepiece_settings import Settings
 from llama_jax.tokenizer import PART_CHARS, Tokenizer
 from tests.conftest import TEXT
 from tests.convert.test_convert import BFLOAT16, random_weights, write_meta_folder
