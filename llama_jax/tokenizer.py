@@ -117,9 +117,9 @@ class Tokenizer:
         return [list(itertools.islice(row_ids, length)) for length in lengths.tolist()]
 
     def encode_batch(self, parts: Sequence[str], starts: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
-        """Return what ``encode_parts`` returns as arrays: all ids, int32 [tokens], and their number a part, int64 [parts].
+        """Return what ``encode_parts`` returns as arrays: all ids, int32 [tokens], and each part's number of ids.
 
-        It is the fastest way to encode much text. Memory is bounded by the size of the batch.
+        The numbers are int64 [parts]. This is the fastest way to encode much text.
         """
         marks = ["" if start else self._mark(part) for part, start in zip(parts, starts, strict=True)]
         ids, lengths = self._encode([mark + part for mark, part in zip(marks, parts, strict=True)])

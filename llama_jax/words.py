@@ -1,9 +1,9 @@
 """Encodes text word by word, several times faster than SentencePiece and to the same ids.
 
-In a BPE vocabulary no token crosses a border between two characters that stand side by side in no piece. Where no piece has
-a space or a newline behind another character, text can be cut before them, and the ids of what lies between two cuts are
-always the same. Most words of a text came before, so their ids are looked up in a dict. SentencePiece encodes the new
-words, so all ids are its own.
+In a BPE vocabulary no token crosses a border between two characters that stand side by side in no piece. Where no
+piece has a space or a newline behind another character, text can be cut before them, and the ids of what lies between
+two cuts are always the same. Most words of a text came before, so their ids are looked up in a dict. SentencePiece
+encodes the new words, so all ids are its own.
 """
 
 import sys
@@ -14,20 +14,21 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece as spm
 
-from llama_jax.sentencepiece_settings import BPE, UNUSED, Settings
+from llama_jax.sentencepiece_settings import BPE, Settings
 
 # The character by which SentencePiece represents a space. Its models do not tell the two apart.
 SPACE_MARK = "\u2581"
 # As the last bytes of a model: add_dummy_prefix is false. The last value of a field in a protocol buffer counts.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # Texts that are cut at a time: so few that their words stay in a CPU's cache.
-CHARS_AT_ONCE = 1 << 17
-# What stands for the end of a text among words, and among ids. No word of a text has two newlines.
-END, END_ID = "\n\n", -1
+CHARS_AT_ONCE = 1 << 16
+# Among words and among ids, END stands for the end of a text. Within words, SPACE stands for a space. Texts that have these
+# control characters themselves are not cut.
+END, END_ID, SPACE = "\x1e", -1, "\x1f"
 # The most bytes of remembered words, and what a word takes besides its text and its ids.
 MEMORY_BYTES, ENTRY_BYTES = 80 << 20, 80
 # Longer words, in characters, are not remembered. They rarely come again.
-LONGEST = 32
+LONGEST = 64
 # If unseen words make up more of the texts, SentencePiece encodes the texts as they are, which then takes less time.
 MOST_UNSEEN = 0.75
 
@@ -53,12 +54,11 @@ class Words:
     def __init__(self, model: bytes):
         self._sp = spm.SentencePieceProcessor()
         self._sp.LoadFromSerializedProto(model + NO_DUMMY_PREFIX)
-        self._known: dict[str, bytes] = {}  # ids as the bytes of int32
-        self._bytes = 0
+        self._known, self._bytes = _nothing(), 0
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the words behind where the object is sent to another process."""
-        return self.__dict__ | {"_known": {}, "_bytes": 0}
+        """Return the state without the words, which another process need not be sent."""
+        return self.__dict__ | {"_known": _nothing(), "_bytes": 0}
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Return the ids of the texts."""
@@ -66,15 +66,13 @@ class Words:
         return Encoded(*(np.concatenate(of_all) for of_all in zip(*encoded, strict=True))) if encoded else NOTHING
 
     def _encode(self, texts: list[str]) -> Encoded:
-        words = "".join(map(_spaced, texts))[1:].split(" ")
-        known = self._known
-        known[END] = array("i", [END_ID]).tobytes()
-        found = [*map(known.get, words)]
+        words = _cut(texts)
+        found = [*map(self._known.get, words)]
         missing = [i for i, ids in enumerate(found) if ids is None]
-        if missing:
-            unseen = [*dict.fromkeys(words[i] for i in missing)]
-            if sum(map(len, unseen)) > MOST_UNSEEN * sum(map(len, texts)):
-                return encode_whole(self._sp, [" " + text if text else "" for text in texts])
+        unseen = [*dict.fromkeys(words[i] for i in missing)]
+        if not words or sum(map(len, unseen)) > MOST_UNSEEN * sum(map(len, texts)):
+            return encode_whole(self._sp, [" " + text if text else "" for text in texts])
+        if unseen:
             new = self._encode_each(unseen)
             for i in missing:
                 found[i] = new[words[i]]
@@ -84,7 +82,8 @@ class Words:
         return Encoded(ids[ids != END_ID], np.diff(ends, prepend=-1) - 1)
 
     def _encode_each(self, words: list[str]) -> dict[str, bytes]:
-        rows = self._sp.encode([word if word[:1] == "\n" else " " + word for word in words], num_threads=1)
+        texts = [(word if word[:1] == "\n" else " " + word).replace(SPACE, " ") for word in words]
+        rows = self._sp.encode(texts, num_threads=1)
         return {word: array("i", row).tobytes() for word, row in zip(words, rows, strict=True)}
 
     def _remember(self, new: dict[str, bytes]) -> None:
@@ -92,9 +91,14 @@ class Words:
         new = {word: ids for word, ids in new.items() if len(word) <= LONGEST}
         size = sum(map(sys.getsizeof, new)) + sum(map(sys.getsizeof, new.values())) + ENTRY_BYTES * len(new)
         if self._bytes + size > MEMORY_BYTES:
-            self._known, self._bytes = {}, 0
+            self._known, self._bytes = _nothing(), 0
         self._known.update(new)
         self._bytes += size
+
+
+def _nothing() -> dict[str, bytes]:
+    """Return the ids of no words, and of the end of a text, as the bytes of int32."""
+    return {END: array("i", [END_ID]).tobytes()}
 
 
 def encode_whole(sp: spm.SentencePieceProcessor, texts: list[str]) -> Encoded:
@@ -117,7 +121,7 @@ def can_encode(model: bytes) -> bool:
         and settings.dummy_prefix
         and not (settings.charsmap or settings.collapse or settings.suffix)
         # SentencePiece takes unused pieces apart by what it has merged elsewhere in the text.
-        and UNUSED not in settings.piece_types
+        and not any(sp.is_unused([*range(sp.vocab_size())]))
         # Words begin at spaces and newlines.
         and not any(" " in piece or "\n" in piece[1:] or SPACE_MARK in piece.lstrip(SPACE_MARK) for piece in pieces)
     )
@@ -143,15 +147,17 @@ def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _spaced(text: str) -> str:
-    """Return ``text`` with a space before each word and before ``END``.
+def _cut(texts: list[str]) -> list[str]:
+    """Return the words of all texts, with END behind each text. Return none if a text has END or SPACE itself.
 
-    SentencePiece's own first space is the first word's. Of several spaces, all but the first belong to the word. A newline
-    begins a word; the space before it is not part of the text.
+    A word that begins with a newline is as in the text. Others have a space before them, which they are returned
+    without: the text's own, or, at its beginning, SentencePiece's.
     """
-    if not text:
-        return " " + END
-    text = " " + text
-    if "  " in text or SPACE_MARK in text:
-        text = text.replace("  ", " " + SPACE_MARK).replace(SPACE_MARK + " ", SPACE_MARK * 2)
-    return text.replace("\n", " \n") + " " + END
+    joined = END.join([" " + text if text else "" for text in texts]) + END
+    if SPACE in joined or joined.count(END) > len(texts):
+        return []
+    if SPACE_MARK in joined:
+        joined = joined.replace(SPACE_MARK, " ")
+    if "  " in joined:  # of several spaces, the first is the one before the word
+        joined = joined.replace("  ", " " + SPACE).replace(SPACE + " ", SPACE + SPACE)
+    return joined.replace("\n", " \n").replace(END, " " + END)[1:].split(" ")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llama_jax.errors import quoted
-from llama_jax.sentencepiece_settings import BPE, UNUSED, USER_DEFINED, Settings
+from llama_jax.sentencepiece_settings import BPE, UNUSED, USER_DEFINED, Settings, piece_types
 from llama_jax.tokenizer import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece's mark of a space
@@ -30,7 +30,7 @@ HARD_TEXTS = (
 
 def why_not_written(tokenizer: Tokenizer) -> str:
     """Say why no tokenizer.json encodes like ``tokenizer``. Empty if one does."""
-    settings = Settings.of(tokenizer.model_bytes)
+    settings, types = Settings.of(tokenizer.model_bytes), piece_types(tokenizer.model_bytes)
     pieces = {i: tokenizer.piece(i) for i in range(tokenizer.vocab_size)}
     merged = [i for i, piece in pieces.items() if tokenizer.is_text(i) and len(piece) > 1 and piece.strip(SPACE)]
     others = [piece for i, piece in pieces.items() if not tokenizer.is_text(i)]
@@ -38,8 +38,8 @@ def why_not_written(tokenizer: Tokenizer) -> str:
         "it is no BPE model": settings.model_type != BPE,
         "it normalizes characters": settings.charsmap,
         "it marks spaces behind words, or not at all": settings.suffix or not settings.escape,
-        "it has user-defined symbols": USER_DEFINED in settings.piece_types,
-        "it has unused pieces": UNUSED in settings.piece_types,
+        "it has user-defined symbols": USER_DEFINED in types,
+        "it has unused pieces": UNUSED in types,
         # tokenizer.py encodes long texts in parts, cut where such a piece may be (split_text).
         "it has pieces across spaces or lines": any(ACROSS.search(pieces[i]) for i in merged),
         "pieces of it have equal scores": len({tokenizer.score(i) for i in merged}) != len(merged),
