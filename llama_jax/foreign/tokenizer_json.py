@@ -7,18 +7,16 @@ Each file is also checked on hard texts by ``Reader``, a second implementation t
 Special tokens are not listed as added tokens, because the library would then take "<s>" in a text for the token.
 """
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from llama_jax.errors import quoted
+from llama_jax.sentencepiece_settings import BPE, UNUSED, USER_DEFINED, Settings, piece_types
 from llama_jax.tokenizer import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece's mark of a space
-BPE = 2  # TrainerSpec.ModelType
-USER_DEFINED, UNUSED = 4, 5  # ModelProto.SentencePiece.Type
 # Patterns for SentencePiece's remove_extra_whitespaces: leading spaces, repeated spaces, trailing marks.
 LEADING, REPEATED, TRAILING = r"\A +", " {2,}", SPACE + r"+\z"
 ACROSS = re.compile(rf"[^\s{SPACE}]{SPACE}|\n[^\s{SPACE}]")
@@ -30,44 +28,9 @@ HARD_TEXTS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The settings of a SentencePiece model besides its pieces."""
-
-    model_type: int = 1
-    byte_fallback: bool = False
-    suffix: bool = False
-    """Whether a word's space mark follows it."""
-    charsmap: bool = False
-    """Whether characters are normalized, for example by nmt_nfkc."""
-    dummy_prefix: bool = True
-    collapse: bool = True
-    """Whether spaces at both ends and repeated spaces are dropped."""
-    escape: bool = True
-    piece_types: frozenset[int] = frozenset()
-
-    @classmethod
-    def of(cls, model: bytes) -> "Settings":
-        """Read the settings from the bytes of a tokenizer.model."""
-        parts: dict[int, list[bytes]] = {1: [], 2: [], 3: []}
-        for number, value in _fields(model):
-            parts.setdefault(number, []).append(value)
-        trainer, normalizer = (dict(_fields(b"".join(parts[number]))) for number in (2, 3))
-        return cls(
-            piece_types=frozenset(dict(_fields(piece)).get(3, 1) for piece in parts[1]),
-            model_type=trainer.get(3, 1),
-            byte_fallback=bool(trainer.get(35, False)),
-            suffix=bool(trainer.get(24, False)),
-            charsmap=bool(normalizer.get(2)),
-            dummy_prefix=bool(normalizer.get(3, True)),
-            collapse=bool(normalizer.get(4, True)),
-            escape=bool(normalizer.get(5, True)),
-        )
-
-
 def why_not_written(tokenizer: Tokenizer) -> str:
     """Say why no tokenizer.json encodes like ``tokenizer``. Empty if one does."""
-    settings = Settings.of(tokenizer.model_bytes)
+    settings, types = Settings.of(tokenizer.model_bytes), piece_types(tokenizer.model_bytes)
     pieces = {i: tokenizer.piece(i) for i in range(tokenizer.vocab_size)}
     merged = [i for i, piece in pieces.items() if tokenizer.is_text(i) and len(piece) > 1 and piece.strip(SPACE)]
     others = [piece for i, piece in pieces.items() if not tokenizer.is_text(i)]
@@ -75,8 +38,8 @@ def why_not_written(tokenizer: Tokenizer) -> str:
         "it is no BPE model": settings.model_type != BPE,
         "it normalizes characters": settings.charsmap,
         "it marks spaces behind words, or not at all": settings.suffix or not settings.escape,
-        "it has user-defined symbols": USER_DEFINED in settings.piece_types,
-        "it has unused pieces": UNUSED in settings.piece_types,
+        "it has user-defined symbols": USER_DEFINED in types,
+        "it has unused pieces": UNUSED in types,
         # tokenizer.py encodes long texts in parts, cut where such a piece may be (split_text).
         "it has pieces across spaces or lines": any(ACROSS.search(pieces[i]) for i in merged),
         "pieces of it have equal scores": len({tokenizer.score(i) for i in merged}) != len(merged),
@@ -233,32 +196,3 @@ def _table(tokenizer: Tokenizer) -> dict[str, Any]:
             "merges": merges(tokenizer),
         },
     }  # fmt: skip
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield the fields of a protocol buffer: integers, and the bytes of texts and messages.
-
-    sentencepiece reads the model but does not expose its settings. Its own protocol buffer would need another library,
-    and clash with transformers' copy of it in the same process.
-    """
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-        elif kind in (1, 2, 5):
-            size = varint() if kind == 2 else 8 if kind == 1 else 4
-            yield number, message[at : at + size]
-            at += size
-        else:  # a group, which SentencePiece does not use
-            return

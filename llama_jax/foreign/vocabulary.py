@@ -12,7 +12,8 @@ from typing import Any
 from llama_jax.config import ModelArgs
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.keys import read_json
-from llama_jax.foreign.tokenizer_json import BPE, SPACE, Settings, merges, pipeline, why_not_written
+from llama_jax.foreign.tokenizer_json import SPACE, merges, pipeline, why_not_written
+from llama_jax.sentencepiece_settings import BPE, Settings
 from llama_jax.tokenizer import Tokenizer
 
 MODEL, TABLE, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
