@@ -150,9 +150,9 @@ def _read(filepath: str, tokenizer: Tokenizer, as_text: bool, text_field: str) -
     corpus = corpus_of(files, any_bytes=as_text)
     losses = Losses(tokenizer, corpus.text_bytes)
     for part in corpus.parts("train"):
-        rows = tokenizer.encode_parts([part.text], [part.starts])
-        ids.append(np.array([tokenizer.bos_id] * part.starts + rows[0], np.int32))
-        losses.add([part], rows)
+        row, lengths = tokenizer.encode_batch([part.text], [part.starts])
+        ids += [np.full(int(part.starts), tokenizer.bos_id, np.int32), row]
+        losses.add([part], row, lengths)
     stream = np.concatenate([np.zeros(0, np.int32), *ids])
     warnings = (
         replacement_warning(corpus.replaced),

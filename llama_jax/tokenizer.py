@@ -106,11 +106,11 @@ class Tokenizer:
         rows = iter(self.encode_parts(list(chain(*documents)), list(chain(*map(_starts, documents)))))
         return [[self.bos_id, *chain.from_iterable(itertools.islice(rows, len(parts)))] for parts in documents]
 
-    def encode_parts(self, parts: Sequence[str], starts: Sequence[bool], num_threads: int = 1) -> list[list[int]]:
+    def encode_parts(self, parts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
         """Return the token ids of each part. The parts may belong to one document or to several.
 
         ``starts`` says of each part whether it begins its document. For parts cut by ``split_text``, the joined rows of
-        a document equal the ids of its whole text. ``num_threads`` is ignored: one thread encodes.
+        a document equal the ids of its whole text.
         """
         ids, lengths = self.encode_batch(parts, starts)
         row_ids = iter(ids.tolist())

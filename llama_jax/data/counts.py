@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,19 +38,28 @@ class Counts:
     head: int = 0
     tail: int = 0
 
-    def begin(self) -> None:
-        """Count a document that begins here."""
-        if self.documents:
-            self.lengths[self.tail] += 1
-        self.documents += 1
-        self.tail = 0
-
     def extend(self, tokens: int) -> None:
         """Count tokens of the document that is open."""
         if self.documents:
             self.tail += tokens
         else:
             self.head += tokens
+
+    def add_parts(self, starts: np.ndarray, lengths: np.ndarray) -> None:
+        """Count documents by their consecutive parts.
+
+        starts: bool [parts], whether a part begins its document.
+        lengths: int64 [parts], the tokens of each part.
+        """
+        first = np.flatnonzero(starts)
+        self.extend(int(lengths[: first[0] if len(first) else None].sum()))
+        if len(first):
+            *whole, tail = np.add.reduceat(lengths, first).tolist()
+            if self.documents:
+                self.lengths[self.tail] += 1
+            self.documents += len(first)
+            self.lengths.update(whole)
+            self.tail = tail
 
     def add(self, after: "Counts") -> None:
         """Add the counts of the stretch that follows."""
@@ -155,11 +163,3 @@ class Digests:
 
     def _sample(self, zeros: int) -> np.ndarray:
         return self.kept[self.kept & np.uint64((1 << zeros) - 1) == 0]
-
-
-def add_rows(counts: Counts, parts: Sequence[Part], lengths: Sequence[int]) -> None:
-    """Count the documents of consecutive parts, and their ``lengths`` in tokens."""
-    for part, length in zip(parts, lengths, strict=True):
-        if part.starts:
-            counts.begin()
-        counts.extend(length)

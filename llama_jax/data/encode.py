@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from llama_jax.data.counts import Counts, Digests, add_rows
+from llama_jax.data.counts import Counts, Digests
 from llama_jax.data.lost import Losses
 from llama_jax.data.parts import SPLITS, AnyCorpus, Part, Skipped, Unit
 from llama_jax.data.stream import BLOCK_BYTES, checksums
@@ -160,9 +160,11 @@ class _Encoder:
         batch, size = self._batch, self._batch_bytes
         if not batch:
             return
-        rows = self._tokenizer.encode_parts([p.text for p in batch], [p.starts for p in batch])
-        self._losses.add(batch, rows)
-        raw = self._rest + self._joined(batch, rows).tobytes()
+        ids, lengths = self._tokenizer.encode_batch([p.text for p in batch], [p.starts for p in batch])
+        self._losses.add(batch, ids, lengths)
+        for part in batch:
+            self._digests.add(part)
+        raw = self._rest + self._joined(batch, ids, lengths).tobytes()
         whole = len(raw) // BLOCK_BYTES * BLOCK_BYTES
         self._rest = raw[whole:]
         self._put(raw[:whole])
@@ -174,16 +176,17 @@ class _Encoder:
         self._sha.update(raw)
         self._sums.extend(checksums(raw))
 
-    def _joined(self, parts: Sequence[Part], rows: Sequence[list[int]]) -> np.ndarray:
+    def _joined(self, parts: Sequence[Part], ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Return the tokens of consecutive parts, with BOS and EOS around each document, and count them."""
-        ids: list[int] = []
-        for part, row in zip(parts, rows, strict=True):
-            if part.starts:
-                self._starts.append(self._counts.tokens + len(ids))
-            ids += [self._tokenizer.bos_id] * part.starts + row + [self._tokenizer.eos_id] * part.ends
-            self._digests.add(part)
-        add_rows(self._counts, parts, [len(row) for row in rows])
-        tokens = np.array(ids, self._dtype)
+        starts, ends = (np.array([getattr(part, name) for part in parts], bool) for name in ("starts", "ends"))
+        after = np.cumsum(starts + lengths + ends)  # where the next part begins
+        bos, eos = (after - ends - lengths - starts)[starts], (after - 1)[ends]
+        tokens = np.empty(int(after[-1]), self._dtype)
+        is_text = np.ones(len(tokens), bool)
+        is_text[bos] = is_text[eos] = False
+        tokens[is_text], tokens[bos], tokens[eos] = ids, self._tokenizer.bos_id, self._tokenizer.eos_id
+        self._starts.extend((self._counts.tokens + bos).tolist())
+        self._counts.add_parts(starts, lengths)
         self._counts.tokens += len(tokens)
         self._counts.byte_tokens += int(np.count_nonzero(self._is_byte[tokens]))
         self._counts.largest_id = max(self._counts.largest_id, int(tokens.max(initial=0)))

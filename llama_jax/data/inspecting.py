@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from llama_jax.programs import typed
 from llama_jax.storage.locations import on_disk
 from llama_jax.tokenizer import Tokenizer
 
-# Limits of a batch, which is encoded by all workers at once: parts and bytes.
+# Limits of a batch, which is encoded at once: parts and bytes.
 PARTS_AT_ONCE, BYTES_AT_ONCE = 2048, 1 << 22
 # Tokens that are read at once.
 TOKENS_AT_ONCE = 1 << 20
@@ -51,8 +50,6 @@ class InspectArgs(ReadingArgs):
     """Picture of the lengths of the documents to draw, a file named *.png. Empty: none."""
     seed: int = 0
     """Seed of the random documents."""
-    workers: int = os.cpu_count() or 1
-    """Number of encoding threads. The counts do not depend on it."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,12 +62,10 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parse_flags(InspectArgs, argv, InspectArgs(), program, description)
     data_args = args.data_args(train_size=1.0, tokenizer_model_path=args.tokenizer_model_path)
-    if args.workers < 1:
-        raise UserError(f"--workers: expected 1 or more, found {args.workers}")
     picture = _picture_path(args.picture) if args.picture else None
     # With --json, standard output is for the report alone.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        report = inspect(data_args, args.seed, args.workers)
+        report = inspect(data_args, args.seed)
     for line in (*report.notes, *(f"warning: {warning}" for warning in report.warnings)):
         print(line, file=sys.stderr)
     print(json.dumps(report.to_dict()) if args.json else text_of(report), flush=True)
@@ -86,7 +81,7 @@ def _draw(picture: Path, report: Report, stream: TextIO) -> None:
     print(f"lengths drawn in {picture}", file=stream)
 
 
-def inspect(args: DataArgs, seed: int = 0, workers: int = 1) -> Report:
+def inspect(args: DataArgs, seed: int = 0) -> Report:
     """Return the report about the corpus, or the tokens, that ``args`` name.
 
     Raises UserError if there is none, if it cannot be read, or if it has no document.
@@ -97,7 +92,7 @@ def inspect(args: DataArgs, seed: int = 0, workers: int = 1) -> Report:
     if files := find_pretokenized(args):
         return _inspect_tokens(args, open_pretokenized(args, files), Tokenizer(args.tokenizer_model_path), seed)
     tokenizer = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
-    return _inspect_text(find_text(args, Path()), tokenizer, seed, workers)
+    return _inspect_text(find_text(args, Path()), tokenizer, seed)
 
 
 def _picture_path(name: str) -> Path:
@@ -117,7 +112,7 @@ def _begins(path: Path, count: int) -> bytes:
         return file.read(count)
 
 
-def _inspect_text(text: Text, tokenizer: Tokenizer | None, seed: int, workers: int) -> Report:
+def _inspect_text(text: Text, tokenizer: Tokenizer | None, seed: int) -> Report:
     corpus = text.corpus
     check_text(text)
     texts = Texts(Documents(seed))
@@ -128,7 +123,7 @@ def _inspect_text(text: Text, tokenizer: Tokenizer | None, seed: int, workers: i
         parts = [read.part for read in batch]
         lengths = [part.size for part in parts]
         if encoded is not None:
-            lengths = [len(row) for row in encoded.add(parts, workers)]
+            lengths = encoded.add(parts)
         texts.add(parts, [(read.file, read.record) for read in batch], lengths)
     if not texts.documents.count:
         why = f" ({skipped_warning(corpus.skipped)})" if skipped_warning(corpus.skipped) else ""

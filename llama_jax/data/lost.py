@@ -4,6 +4,8 @@ import collections
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from llama_jax.data.parts import Part
 from llama_jax.data.text import PART_BYTES
 from llama_jax.tokenizer import SPACE_MARK, Tokenizer
@@ -31,17 +33,20 @@ class Losses:
     chars: collections.Counter[str] = field(default_factory=collections.Counter)
     """Characters that decoding did not restore, with their counts."""
 
-    def add(self, parts: Sequence[Part], rows: Sequence[list[int]]) -> None:
-        """Add the next parts of the text and their tokens."""
+    def add(self, parts: Sequence[Part], ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Add the next parts of the text, their tokens, int [tokens], and the number of tokens of each."""
         stride = max(1, self.text_bytes // COMPARED_BYTES)
-        for part, row in zip(parts, rows, strict=True):
-            self.unknown += row.count(self.tokenizer.unk_id)
-            if self.read // PART_BYTES % stride == 0:
-                back = self.tokenizer.decode_part(row, part.starts)
-                if back != part.text:
-                    self.chars.update(collections.Counter(part.text) - collections.Counter(back))
-                self.compared += part.size
-            self.read += part.size
+        self.unknown += int(np.count_nonzero(ids == self.tokenizer.unk_id))
+        sizes = np.array([part.size for part in parts], np.int64)
+        places = self.read + np.cumsum(sizes) - sizes
+        self.read += int(sizes.sum())
+        ends = np.cumsum(lengths)
+        for i in np.flatnonzero(places // PART_BYTES % stride == 0).tolist():
+            part, row = parts[i], ids[ends[i] - lengths[i] : ends[i]].tolist()
+            back = self.tokenizer.decode_part(row, part.starts)
+            if back != part.text:
+                self.chars.update(collections.Counter(part.text) - collections.Counter(back))
+            self.compared += part.size
 
     @property
     def lost(self) -> int:

@@ -14,7 +14,7 @@ from llama_jax.data.opened import Data, MixedData
 from llama_jax.data.origin import Origin
 from llama_jax.data.parts import AnyCorpus
 from llama_jax.data.tokens import read_manifest, sha256
-from llama_jax.data.vocabulary import VOCABULARY_BYTES, Sentences
+from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError
 from llama_jax.storage.files import write_atomically
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
@@ -105,4 +105,4 @@ def _trained(args: DataArgs, folder: Path, path: Path) -> Tokenizer:
 def _sentences(corpora: dict[str, AnyCorpus], shares: dict[str, float]) -> Iterator[str]:
     """Yield the sample of each source that its share allows."""
     for name, corpus in corpora.items():
-        yield from Sentences(corpus.parts("train"), most=int(VOCABULARY_BYTES * shares[name]))
+        yield from Sentences(corpus.parts("train"), shares[name])

@@ -1,12 +1,9 @@
 """The report about a corpus, and what it is made from."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-import numpy as np
 
 from llama_jax.data import suspicions
 from llama_jax.data.counting import Documents, Shown, Texts, Tokens
@@ -103,13 +100,13 @@ class Encoded:
     tokens: Tokens
     losses: Losses | None = None
 
-    def add(self, parts: Sequence[Part], workers: int) -> list[list[int]]:
-        """Encode and count the next parts of a text. Return the ids of each."""
-        rows = self.tokenizer.encode_parts([p.text for p in parts], [p.starts for p in parts], workers)
-        self.tokens.add(np.fromiter(itertools.chain.from_iterable(rows), np.int64))
+    def add(self, parts: Sequence[Part]) -> list[int]:
+        """Encode and count the next parts of a text. Return the number of ids of each."""
+        ids, lengths = self.tokenizer.encode_batch([p.text for p in parts], [p.starts for p in parts])
+        self.tokens.add(ids)
         if self.losses is not None:
-            self.losses.add(parts, rows)
-        return rows
+            self.losses.add(parts, ids, lengths)
+        return [int(length) for length in lengths]
 
     def fields(self, count: int, size: int | None) -> dict[str, Any]:
         """Return the fields of a report of ``count`` tokens, with BOS and EOS, for ``size`` bytes of text."""

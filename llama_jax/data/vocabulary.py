@@ -25,17 +25,17 @@ class Block(NamedTuple):
 class Sentences:
     """The text to train a vocabulary on: all of the parts that are to be trained on, or a sample if they are large.
 
-    A sample has up to ``most`` bytes. ``read`` and ``taken`` count bytes so far, and are complete after the one
-    iteration.
+    A sample has up to ``share`` of VOCABULARY_BYTES. ``read`` and ``taken`` count bytes so far, and are complete after
+    the one iteration.
     """
 
-    def __init__(self, parts: Iterable[Part], most: int = VOCABULARY_BYTES):
-        self._parts, self._most = parts, most
+    def __init__(self, parts: Iterable[Part], share: float = 1.0):
+        self._parts, self._share = parts, share
         self.read = self.taken = 0
 
     def __iter__(self) -> Iterator[str]:
         """Yield the sample, in the order of the parts."""
-        for block in sample(blocks(self._counted()), self._most):
+        for block in sample(blocks(self._counted()), int(VOCABULARY_BYTES * self._share)):
             self.taken += block.size
             yield block.text
 

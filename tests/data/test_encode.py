@@ -213,13 +213,13 @@ def test_a_text_that_is_written_while_it_is_encoded_ends_the_encoding(
 ) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(TEXT.encode())
-    original = Tokenizer.encode_parts
+    original = Tokenizer.encode_batch
 
     def write_meanwhile(self: Tokenizer, *args: object) -> list[list[int]]:
         path.write_bytes(TEXT.upper().encode())
         return original(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Tokenizer, "encode_parts", write_meanwhile)
+    monkeypatch.setattr(Tokenizer, "encode_batch", write_meanwhile)
     with pytest.raises(UserError, match=r"a\.txt: expected a file that nobody writes, found it changed meanwhile"):
         prepare(Corpus([path], b"", 0.9), small_tokenizer, tmp_path / "tokens")
     assert list((tmp_path / "tokens").iterdir()) == []

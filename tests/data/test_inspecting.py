@@ -166,15 +166,13 @@ def test_of_plain_text_and_parquet_too(tmp_path):
     assert all(each["word"] == "row" and each["excerpt"] == f"row {each['record']}" for each in shown)
 
 
-def test_the_report_depends_on_the_seed_and_not_on_workers_or_on_how_much_is_read_at_once(
-    tmp_path, small_tokenizer, monkeypatch
-):
+def test_the_report_depends_on_the_seed_and_not_on_how_much_is_read_at_once(tmp_path, small_tokenizer, monkeypatch):
     write_json(tmp_path / "a.jsonl", some_texts())
     args = DataArgs(str(tmp_path / "a.jsonl"), 1.0, str(small_tokenizer.model_path))
-    first = inspect(args, seed=3, workers=1)
-    for parts, workers in ((1, 1), (7, 3)):
+    first = inspect(args, seed=3)
+    for parts in (1, 7):
         monkeypatch.setattr(inspecting, "PARTS_AT_ONCE", parts)
-        assert inspect(args, seed=3, workers=workers) == first
+        assert inspect(args, seed=3) == first
     assert {tuple(each.record for each in inspect(args, seed).random_documents) for seed in range(5)} > {
         tuple(each.record for each in first.random_documents)
     }
@@ -314,7 +312,6 @@ def test_a_tokenizer_that_loses_text_is_said(tmp_path):
         (["--filepath", "good.txt", "--separator", "#"], "found '#' nowhere in good.txt"),
         (["--filepath", "good.txt", "--text-field", "text"], "data.text_field: expected records"),
         (["--filepath", "good.txt", "--tokenizer-model-path", "good.txt"], "good.txt: expected a SentencePiece model"),
-        (["--filepath", "good.txt", "--workers", "0"], "--workers: expected 1 or more, found 0"),
         (["--filepath", "good.txt", "--picture", "good.txt"], "--picture: expected a name that ends in .png"),
         (["--filepath", "good.txt", "--picture", "fake.png"], "found something else in fake.png"),
         (["--filepath", "good.txt", "--picture", "no/a.png"], "found no folder no; create it first"),

@@ -469,7 +469,7 @@ def test_a_runs_own_damaged_tokens_are_named_and_made_again_or_the_run_does_not_
     if begun and name == "manifest.json":  # nothing else tells what the run was trained on
         with pytest.raises(UserError, match=rf"tokens/{name}: expected "):
             load(tmp_path, begun=True, **args)
-        told_by = {"began_with": first.tokens.manifest.origin}
+        told_by = {"began_with": {"": first.tokens.manifest.origin}}
     else:
         told_by = {}
     run = tmp_path / "run"
@@ -514,10 +514,16 @@ def test_a_run_that_has_begun_tells_a_text_that_grew_from_another(tmp_path, caps
         (tmp_path / "a.txt").write_text(text)
         with pytest.raises(UserError, match=words):
             load_data(
-                DataArgs(**args), tmp_path / "t", tmp_path / "run" / "tokenizer.model", begun=True, began_with=origin
+                DataArgs(**args),
+                tmp_path / "t",
+                tmp_path / "run" / "tokenizer.model",
+                begun=True,
+                began_with={"": origin},
             )
     (tmp_path / "a.txt").write_text(TEXT)
-    load_data(DataArgs(**args), tmp_path / "t", tmp_path / "run" / "tokenizer.model", begun=True, began_with=origin)
+    load_data(
+        DataArgs(**args), tmp_path / "t", tmp_path / "run" / "tokenizer.model", begun=True, began_with={"": origin}
+    )
 
 
 def test_other_tokens_than_the_run_began_with_are_not_put_in_place(tmp_path):
@@ -529,7 +535,7 @@ def test_other_tokens_than_the_run_began_with_are_not_put_in_place(tmp_path):
     for cache in ("run/tokens", "new"):  # tokens that are there, and tokens that are made
         with pytest.raises(UserError, match="expected the tokens that the run began with, found that the same text"):
             path = tmp_path / "run" / "tokenizer.model"
-            load_data(DataArgs(**args), tmp_path / cache, path, begun=True, began_with=other)
+            load_data(DataArgs(**args), tmp_path / cache, path, begun=True, began_with={"": other})
     assert contents(tmp_path / "run" / "tokens") == before and contents(tmp_path / "new") == {}
 
 

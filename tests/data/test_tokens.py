@@ -153,7 +153,8 @@ def test_a_large_vocabulary_has_tokens_of_four_bytes(tmp_path, small_tokenizer, 
     ids = {"<u2": 65_535, "<u4": 70_000}
     for dtype, top in ids.items():
         monkeypatch.setattr(small_tokenizer, "vocab_size", top + 1)
-        monkeypatch.setattr(small_tokenizer, "encode_parts", lambda texts, starts, top=top: [[top] for _ in texts])
+        batch = np.array([top]), np.array([1])
+        monkeypatch.setattr(small_tokenizer, "encode_batch", lambda texts, starts, batch=batch: batch)
         monkeypatch.setattr(small_tokenizer, "decode_part", lambda ids, start: "x")
         tokens = prepare(corpus_of(tmp_path / "text", b"x", train_size=1.0), small_tokenizer, tmp_path / dtype)
         assert tokens.train.dtype == np.dtype(dtype) and tokens.train.max() == top
@@ -166,7 +167,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 def test_tokens_are_made_once_and_used_again(tmp_path, small_tokenizer, monkeypatch):
     first = prepare(corpus_of(tmp_path / "text", b"the fox " * 50), small_tokenizer, tmp_path / "tokens")
     before = stamps(tmp_path / "tokens")
-    monkeypatch.setattr(Tokenizer, "encode_parts", None)  # whoever encodes now, fails
+    monkeypatch.setattr(Tokenizer, "encode_batch", None)  # whoever encodes now, fails
     again = prepare(corpus_of(tmp_path / "text", b"the fox " * 50), small_tokenizer, tmp_path / "tokens")
     assert stamps(tmp_path / "tokens") == before
     assert np.array_equal(first.train, again.train) and again.manifest == first.manifest
@@ -210,7 +211,7 @@ def test_an_interrupted_write_leaves_nothing_that_looks_finished(tmp_path, small
         return counted
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode_parts", fails_at_last(Tokenizer.encode_parts))
+        patch.setattr(Tokenizer, "encode_batch", fails_at_last(Tokenizer.encode_batch))
         patch.setattr(encode_module.os, "replace", fails_at_last(os.replace))
         with pytest.raises((OSError, UserError) if isinstance(failure, OSError) else failure):
             prepare(corpus, small_tokenizer, folder)
