@@ -1,8 +1,9 @@
 """Speed of turning text into tokens, beside bare SentencePiece: ``python benchmarks/encode.py --filepath TEXT``.
 
-Both encode the same batches, in as many processes on as many cores. They run in turn, so that a machine that slows down
-slows both. Ours begins each run without words (``first``) and then encodes the same text again (``again``), as it finds a
-corpus whose words it has seen. Prints a JSON line for each kind of documents and number of processes, with medians in MB/s.
+Both encode the same batches, in as many processes on as many cores. They run in turn, so that a machine that slows
+down slows both. Ours begins each run without words (``first``) and then encodes the same text again (``again``), as if
+it had seen all words of a corpus. Prints a JSON line for each kind of documents and number of processes, with medians;
+ratios of CPU time, too, in which others on the machine count less.
 """
 
 import contextlib
@@ -68,7 +69,7 @@ def _inputs(args: Arguments, folder: Path) -> tuple[Path, Path]:
     """Return the paths of the text and of the tokenizer, made in ``folder`` if they are not given."""
     text = Path(args.filepath or folder / "stories.txt")
     if not args.filepath:
-        text.write_text("".join(story.text for story in itertools.islice(stories(seed=0), STORIES)))
+        text.write_text("\n".join(story.text for story in itertools.islice(stories(seed=0), STORIES)))
     if args.tokenizer_model_path:
         return text, Path(args.tokenizer_model_path)
     sample = text.read_text(encoding="utf-8")[:2_000_000]
@@ -77,6 +78,7 @@ def _inputs(args: Arguments, folder: Path) -> tuple[Path, Path]:
 
 def _measure(args: Arguments, kind: str, processes: int, text: Path, model: Path) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"bare": [], "first": [], "again": []}
+    cpu_seconds: dict[str, list[float]] = {run: [] for run in seconds}
     with contextlib.ExitStack() as stack:
         teams = {
             name: [stack.enter_context(worker(_serve, name, kind, text, model, i, processes)) for i in range(processes)]
@@ -86,22 +88,20 @@ def _measure(args: Arguments, kind: str, processes: int, text: Path, model: Path
         for _ in range(args.pairs):
             for run in seconds:
                 time.sleep(PAUSE)
-                seconds[run].append(_run(run, teams["bare" if run == "bare" else "ours"]))
+                wall, cpu = _run(run, teams["bare" if run == "bare" else "ours"])
+                seconds[run].append(wall)
+                cpu_seconds[run].append(cpu)
     if facts["bare"] != facts["ours"]:
         raise AssertionError("the ids of the two differ")
     total = sum(size for size, _ in facts["ours"])
     rates = {name: round(total / statistics.median(times) / 1e6, 1) for name, times in seconds.items()}
-    ratios = {
-        name: [bare / ours for bare, ours in zip(seconds["bare"], seconds[name], strict=True)]
-        for name in ("first", "again")
-    }
     return {
         "benchmark": "encode",
         "documents": kind,
         "processes": processes,
         "megabytes_per_second": rates,
-        **ratio("ratio_first", ratios["first"]),
-        **ratio("ratio_again", ratios["again"]),
+        **_ratios("ratio", seconds),
+        **_ratios("cpu_ratio", cpu_seconds),
         "bytes": total,
         "pairs": args.pairs,
         "cores": os.cpu_count(),
@@ -109,14 +109,21 @@ def _measure(args: Arguments, kind: str, processes: int, text: Path, model: Path
     }
 
 
-def _run(run: str, team: list[Connection]) -> float:
-    """Return the seconds until all processes have encoded their batches."""
+def _ratios(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for run in ("first", "again"):
+        pairs = zip(seconds["bare"], seconds[run], strict=True)
+        found |= ratio(f"{name}_{run}", [bare / ours for bare, ours in pairs])
+    return found
+
+
+def _run(run: str, team: list[Connection]) -> tuple[float, float]:
+    """Return the seconds until all processes have encoded their batches, and the CPU seconds of all."""
     began = time.perf_counter()
     for connection in team:
         connection.send(run)
-    for connection in team:
-        connection.recv()
-    return time.perf_counter() - began
+    cpu = sum(connection.recv() for connection in team)
+    return time.perf_counter() - began, cpu
 
 
 def _serve(name: str, kind: str, text: Path, model: Path, number: int, processes: int, connection: Connection) -> None:
@@ -130,9 +137,10 @@ def _serve(name: str, kind: str, text: Path, model: Path, number: int, processes
     connection.send((size, hash(tuple(encoder.ids(batches)))))
     while True:
         encoder.prepare(connection.recv())
+        began = time.process_time()
         for batch in batches:
             encoder.encode(batch)
-        connection.send(None)
+        connection.send(time.process_time() - began)
 
 
 def _batches(text: str, kind: str) -> Iterator[list[str]]:

@@ -6,6 +6,7 @@ two cuts are always the same. Most words of a text came before, so their ids are
 encodes the new words, so all ids are its own.
 """
 
+import re
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,12 @@ from llama_jax.sentencepiece_settings import BPE, Settings
 SPACE_MARK = "\u2581"
 # As the last bytes of a model: add_dummy_prefix is false. The last value of a field in a protocol buffer counts.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+# Is found in pieces that cross the border before a word, and in those that have a space in place of its mark.
+ACROSS = re.compile(rf"[^{SPACE_MARK}]{SPACE_MARK}|.\n| ", re.DOTALL)
 # Texts that are cut at a time: so few that their words stay in a CPU's cache.
 CHARS_AT_ONCE = 1 << 16
-# Among words and among ids, END stands for the end of a text. Within words, SPACE stands for a space. Texts that have these
-# control characters themselves are not cut.
+# Among words and among ids, END stands for the end of a text. Within words, SPACE stands for a space. Texts that have
+# these control characters themselves are not cut.
 END, END_ID, SPACE = "\x1e", -1, "\x1f"
 # The most bytes of remembered words, and what a word takes besides its text and its ids.
 MEMORY_BYTES, ENTRY_BYTES = 80 << 20, 80
@@ -112,7 +115,8 @@ def can_encode(model: bytes) -> bool:
     settings = Settings.of(model)
     sp = spm.SentencePieceProcessor()
     sp.LoadFromSerializedProto(model)
-    pieces = _pieces(sp)
+    all_ids = [*range(sp.vocab_size())]
+    across = [i for i, piece in zip(all_ids, sp.id_to_piece(all_ids), strict=True) if ACROSS.search(piece)]
     return (
         settings.model_type == BPE
         # Without bytes, unknown characters that follow one another become one token, whatever lies between.
@@ -121,17 +125,10 @@ def can_encode(model: bytes) -> bool:
         and settings.dummy_prefix
         and not (settings.charsmap or settings.collapse or settings.suffix)
         # SentencePiece takes unused pieces apart by what it has merged elsewhere in the text.
-        and not any(sp.is_unused([*range(sp.vocab_size())]))
-        # Words begin at spaces and newlines.
-        and not any(" " in piece or "\n" in piece[1:] or SPACE_MARK in piece.lstrip(SPACE_MARK) for piece in pieces)
+        and not any(sp.is_unused(all_ids))
+        # Characters are not merged into pieces of the other kinds.
+        and all(sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) for i in across)
     )
-
-
-def _pieces(sp: spm.SentencePieceProcessor) -> list[str]:
-    """Return the pieces that characters are merged into, user-defined ones among them."""
-    all_ids = [*range(sp.vocab_size())]
-    others = zip(sp.is_control(all_ids), sp.is_unknown(all_ids), sp.is_byte(all_ids), strict=True)
-    return [piece for piece, kinds in zip(sp.id_to_piece(all_ids), others, strict=True) if not any(kinds)]
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
