@@ -1,5 +1,6 @@
 """The commands, as a user types them: the README's, what they print, and how they end. What they refuse: test_refusals.py."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -69,6 +70,9 @@ def make_corpora(place: Path, stored: bucket.Bucket) -> None:
     (place / "held_out.jsonl.zst").write_bytes(zstandard.compress(records))
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), place / "a.parquet")
     stored.write("corpus/a.parquet", (place / "a.parquet").read_bytes(), {})
+    (place / "fineweb").mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), place / "fineweb" / "a.parquet")
+    (place / "books.jsonl.gz").write_bytes(gzip.compress(records.replace(b"content", b"text")))
     ids = np.random.default_rng(0).integers(3, 200, 4000)
     (place / "data" / "openwebtext").mkdir(parents=True, exist_ok=True)
     for name in ("train.bin", "val.bin"):
@@ -128,9 +132,10 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
         if argv[0] == "train.py":
             argv += [] if "--train.init-from" in argv else SMALL_MODEL
             argv += [*SHORT_RUN, "--train.max-steps=3"]  # with one evaluation
-            argv += ["--train.gradient-accumulation-steps", "1", "--train.save-dir", f"documented/{i}"]
+            argv += ["--train.gradient-accumulation-steps", "1"]
+            argv += [] if "--data.mixture" in argv else ["--train.save-dir", f"documented/{i}"]  # one that goes on
             argv += ["--train.profile-steps", "2-3"] if "--train.profile-steps" in argv else []
-            if "--data.tokenizer-model-path" not in argv and "tokens" not in argv:
+            if "--data.tokenizer-model-path" not in argv and not {"tokens", "--data.mixture"} & {*argv}:
                 argv += STORIES
         if "llama_jax.plan" in argv:
             if importlib.util.find_spec("libtpu") is None:
