@@ -95,7 +95,7 @@ def _process(job: Job, said: "queue.SimpleQueue[_Said]") -> Iterator[_Process]:
     place = str(Path(llama_jax.__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH", "")]))
     running = subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-c", f"from {__name__} import main; main()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths},
     )  # fmt: skip
     assert running.stdin is not None and running.stdout is not None
@@ -165,6 +165,3 @@ def _read_tasks(stream: BinaryIO, tasks: "queue.SimpleQueue[int]") -> None:
         tasks.put(int(line))
     os._exit(0)  # nobody waits for the task in progress any more
 
-
-if __name__ == "__main__":
-    main()
