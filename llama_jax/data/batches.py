@@ -96,7 +96,8 @@ def train_batches(
     order = int(np.random.SeedSequence(seed).generate_state(1)[0])
     rows = grain.MapDataset.range(windows.per_epoch).shuffle(seed=order).repeat(epochs).map_with_index(windows.row)
     steps = grain.MapDataset.range(start, stop).map(lambda s: np.stack([rows[s * batch_size + int(r)] for r in own]))
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    readers = getattr(stream, "readers", 2)  # more of them if each waits for an answer
+    options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=max(8, readers))
     for tokens in steps.to_iter_dataset(options):
         yield Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.config import Config
-from llama_jax.data.tokens import read_manifest
+from llama_jax.data.tokens import TOKENIZER, find_prepared, read_manifest
 from llama_jax.tokenizer import Tokenizer
 
 # LLaMA 2's vocabulary.
@@ -31,9 +31,8 @@ def vocabulary(config: Config, stated: bool = False) -> Found:
         return Found(model.vocab_size, "model.vocab_size")
     if data.tokenizer_model_path:
         return Found(Tokenizer(data.tokenizer_model_path).vocab_size, data.tokenizer_model_path)
-    prepared = Path(data.filepath).expanduser()
-    if data.filepath and read_manifest(prepared) is not None:
-        path = prepared / "tokenizer.model"
+    if (prepared := find_prepared(data.filepath)) is not None:
+        path = prepared / TOKENIZER
         return Found(Tokenizer(path).vocab_size, str(path))
     if data.filepath or stated:
         return Found(data.vocab_size, "data.vocab_size, of the tokenizer that the run will train")
@@ -53,9 +52,8 @@ def run_tokens(config: Config, given: float | None = None) -> Found:
         return Found(train.max_steps * a_step, f"train.max_steps, {train.max_steps:,}")
     from llama_jax.data.batches import steps_per_epoch  # imported here, because grain takes a second
 
-    folders = [Path(config.data.filepath).expanduser()] if config.data.filepath else []
-    folders += [Path(train.save_dir).expanduser() / "tokens"] if train.save_dir else []
-    for folder in folders:
+    prepared = find_prepared(config.data.filepath)
+    for folder in filter(None, [prepared, Path(train.save_dir).expanduser() / "tokens" if train.save_dir else None]):
         if (manifest := read_manifest(folder)) is not None:
             stream = np.broadcast_to(np.uint8(0), manifest.tokens["train"])  # only its length matters
             steps = train.n_epochs * steps_per_epoch(stream, train.batch_size, config.model.max_seq_len)

@@ -121,6 +121,7 @@ def test_every_field_is_covered() -> None:
         name: {f.name for f in dataclasses.fields(kind)} for name, kind in (("data", DataArgs), ("train", TrainArgs))
     }
     read_at_all = {"as_text", "text_field", "bad_records"}  # tests/data/test_prepare.py and test_corpus.py
+    read_at_all |= {"cache_gb"}  # tests/data/test_remote.py
     assert fields["data"] == set(CHANGED["data"]) | read_at_all
     assert fields["train"] == set(CHANGED["train"]) | OPTIMIZER | set(SAME_NUMBERS) | ELSEWHERE
     assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING)
