@@ -61,6 +61,10 @@ class Far(MemoryFileSystem):
     pseudo_dirs = [""]  # noqa: RUF012
     latency = 0.0
 
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return super()._strip_protocol(str(path).replace("far://", "memory://"))
+
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         """Return bytes of a file, after a while."""
         time.sleep(self.latency)
@@ -115,8 +119,9 @@ def measure(name: str, address: str, args: Arguments, seed: int = 0) -> None:
 
 
 def _memory() -> float:
-    """Return the most memory that the process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    """Return the memory that the process has, in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
 
 
 def main() -> None:
