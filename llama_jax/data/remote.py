@@ -51,11 +51,12 @@ class Bucket:
 
         Raises UserError, at once, if the bucket does not answer: the address may be wrong.
         """
-        with naming(self.name_of(name)):
+        with naming(self.address):
             try:
                 return bytes(self._system.cat_file(f"{self._path}/{name}"))
             except Exception as error:
-                if _is_refusal(error):
+                # A web server may answer anything if the path of a file goes on.
+                if _is_refusal(error) or (self.address.startswith("http") and hasattr(error, "status")):
                     return None
                 raise
 
@@ -300,4 +301,5 @@ def _is_refusal(error: Exception) -> bool:
     """Return whether an error says that there is no such file, or none for us, by its kind or its status of HTTP."""
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
         return True
-    return any(str(getattr(error, name, "")) in REFUSED for name in ("status", "code"))
+    status = error.status if hasattr(error, "status") else getattr(error, "code", "")
+    return str(status) in REFUSED
