@@ -149,10 +149,16 @@ class DataArgs:
     A document that the start of a sequence cuts begins again there, at position 0.
     The first token of the next document is not predicted."""
 
+    cache_gb: float = 100.0
+    """Gigabytes of the local disk for prepared tokens that are behind an address, over all runs of this machine.
+    They are kept in ~/.cache/llama_jax/tokens (or $XDG_CACHE_HOME/llama_jax/tokens).
+    0: keep none, read them each time."""
+
     def check(self) -> None:
         """Raise UserError on impossible values."""
         # The vocabulary must hold 256 bytes, 3 control tokens and some characters. SentencePiece's ids have 31 bits.
-        _check_fields(self, "data.", {"train_size": (_TINY, 1.0), "vocab_size": (262, 1 << 24), "stories": _COUNT})
+        ranges: dict[str, tuple[float, float]] = {"train_size": (_TINY, 1.0), "vocab_size": (262, 1 << 24)}
+        _check_fields(self, "data.", ranges | {"stories": _COUNT, "cache_gb": (0.0, 1e9)})
         for name, weight in self.mixture.items():
             key = f"data.mixture, {quoted(name)}"
             _check(bool(name), "data.mixture", "a path and its weight", "an empty path")

@@ -121,6 +121,7 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
     commands = documented_commands()
     assert len(commands) >= 20
     begun: list[list[str]] = []
+    there = stored.environment | {"XDG_CACHE_HOME": str(place / "cache")}
     for i, line in enumerate(commands):
         echoed, _, command = line.rpartition("| ")
         argv = shlex.split(command)[1:]
@@ -145,10 +146,13 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
             argv += ["--topology", "v5e:2x2", "--train.batch-size", "8", "--train.gradient-accumulation-steps", "1"]
         if argv[0] == "convert_torch_weights.py" and "--output" in argv:
             shutil.rmtree(place / argv[argv.index("--output") + 1], ignore_errors=True)
+        if "gs://bucket/tokens" in argv:
+            for path in (place / "tokens").iterdir():
+                stored.write(f"tokens/{path.name}", path.read_bytes(), {})
         execute = inside.run if of_each == "the first" else forked.run if known else run
         stdin = shlex.split(echoed)[1] + "\n" if echoed else "Hi\n"
         environment = {} if of_each == "the first" else {"XLA_FLAGS": ""}  # as users have it: tests/conftest.py
-        result = execute(argv, place, stdin, environment | (stored.environment if "gs://" in line else {}))
+        result = execute(argv, place, stdin, environment | (there if "gs://" in line else {}))
         assert result.returncode == 0, f"{line}\n{result.stderr}"
 
 

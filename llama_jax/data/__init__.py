@@ -22,10 +22,18 @@ from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
 from llama_jax.data.shards import RefuseOthers, prepare
 from llama_jax.data.text import Corpus, check_separator
 from llama_jax.data.token_files import TokenFile
-from llama_jax.data.tokens import MANIFEST, open_tokens, read_manifest, sha256, write_manifest
+from llama_jax.data.tokens import (
+    MANIFEST,
+    TOKENIZER,
+    find_prepared,
+    open_tokens,
+    read_manifest,
+    sha256,
+    write_manifest,
+)
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError
-from llama_jax.storage.files import write_atomically
+from llama_jax.storage.files import is_address, write_atomically
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = [
@@ -74,8 +82,7 @@ def _load_one(
     args: DataArgs, folder: Path, tokenizer_path: Path, workers: int | None, begun: bool, began_with: Origin | None
 ) -> Data:
     """Return the data of one text; see ``load_data``."""
-    prepared = Path(args.filepath).expanduser()
-    if args.filepath and read_manifest(prepared) is not None:
+    if (prepared := find_prepared(args.filepath)) is not None:
         data = _load_prepared(args, prepared, folder, tokenizer_path, begun, began_with)
     elif files := find_pretokenized(args):
         data = _load_pretokenized(args, files, folder, tokenizer_path, begun, began_with)
@@ -99,12 +106,12 @@ def open_data(args: DataArgs, folder: Path, tokenizer_path: Path) -> AnyData:
 
 
 def _open_one(args: DataArgs, folder: Path, tokenizer_path: Path) -> Data:
-    prepared = Path(args.filepath).expanduser()
-    is_prepared = bool(args.filepath) and read_manifest(prepared) is not None
-    if not is_prepared and (files := find_pretokenized(args)):
+    if find_prepared(args.filepath) is not None:
+        tokens = open_tokens(_without_home(args.filepath), args.cache_gb)
+    elif files := find_pretokenized(args):
         tokens = open_pretokenized(args, files, read_manifest(folder))
     else:
-        tokens = open_tokens(prepared if is_prepared else folder)
+        tokens = open_tokens(folder)
     return Data(tokens, Tokenizer(tokenizer_path), args.filepath or f"{args.stories:,} built-in stories")
 
 
@@ -239,12 +246,13 @@ def _is_vocabulary_of(args: DataArgs, corpus: AnyCorpus, known: Origin | None) -
 def _load_prepared(
     args: DataArgs, prepared: Path, folder: Path, path: Path, begun: bool, began_with: Origin | None
 ) -> Data:
-    """Open tokens made by ``prepare``. The run gets copies of their tokenizer and manifest."""
-    tokens, tokenizer = open_tokens(prepared), Tokenizer(prepared / "tokenizer.model")
+    """Open tokens made by ``prepare``. The run gets copies of their tokenizer and manifest, out of ``prepared``."""
+    where = _without_home(args.filepath)
+    tokens, tokenizer = open_tokens(where, args.cache_gb), Tokenizer(prepared / TOKENIZER)
     manifest = tokens.manifest
     if manifest.tokenizer_sha256 != sha256(tokenizer.model_bytes):
         raise UserError(
-            f"{prepared}: expected the tokenizer.model that made these tokens, found another; prepare them again"
+            f"{where}: expected the tokenizer.model that made these tokens, found another; prepare them again"
         )
     asked_for = {
         "train_size": args.train_size, "separator": unescape(args.separator), "text_field": args.text_field,
@@ -254,20 +262,25 @@ def _load_prepared(
         made = manifest.eval_source if name == "eval_filepath" else getattr(manifest, name)
         if asked not in (made, getattr(DataArgs(), name)):
             raise UserError(
-                f"data.{name}: expected {made!r}, with which the tokens in {prepared} were prepared, found {asked!r}; prepare them again"
+                f"data.{name}: expected {made!r}, with which the tokens in {where} were prepared, found {asked!r}; prepare them again"
             )
     others = [Path(args.tokenizer_model_path)] if args.tokenizer_model_path else []
     for other in [*others, *([path] if begun and path.exists() else [])]:
         if Tokenizer(other).model_bytes != tokenizer.model_bytes:
             raise UserError(
-                f"data.filepath: expected tokens of {other}, found tokens of another tokenizer in {prepared}; "
+                f"data.filepath: expected tokens of {other}, found tokens of another tokenizer in {where}; "
                 "prepare the text with that one"
             )
     known = _known(folder, begun, began_with)
     if begun and known is not None:
         _refuse(difference(known, manifest.origin))
     write_atomically(folder / MANIFEST, (prepared / MANIFEST).read_bytes())
-    return Data(tokens, _save(tokenizer, path), str(prepared))
+    return Data(tokens, _save(tokenizer, path), where, notes=tokens.notes)
+
+
+def _without_home(filepath: str) -> str:
+    """Return a path with a leading ~ expanded. An address stays as it is."""
+    return filepath if is_address(filepath) else str(Path(filepath).expanduser())
 
 
 def _load_pretokenized(

@@ -117,7 +117,9 @@ def train_batches(
     rows = _Rows(source, length, seed)
     own = np.arange(batch_size) if own is None else own
     steps = grain.MapDataset.range(start, stop).map(lambda s: np.stack([rows[s * batch_size + int(r)] for r in own]))
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    streams = source.streams.values() if isinstance(source, Mixed) else [source]
+    readers = max(getattr(stream, "readers", 2) for stream in streams)  # more of them if each waits for an answer
+    options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=max(8, readers))
     for tokens in steps.to_iter_dataset(options):
         yield Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
 

@@ -13,7 +13,7 @@ from llama_jax.data.mixture import folder_of, parts_of
 from llama_jax.data.opened import Data, MixedData
 from llama_jax.data.origin import Origin
 from llama_jax.data.parts import AnyCorpus
-from llama_jax.data.tokens import read_manifest, sha256
+from llama_jax.data.tokens import TOKENIZER, find_prepared, sha256
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError
 from llama_jax.storage.files import write_atomically
@@ -73,10 +73,10 @@ def _tokenizer(args: DataArgs, folder: Path, path: Path, begun: bool) -> Tokeniz
     """Return the tokenizer of all sources: the given one, that of the prepared ones, or one trained on the mixture."""
     if args.tokenizer_model_path:
         return Tokenizer(args.tokenizer_model_path)
-    prepared = [Path(name).expanduser() for name in args.mixture]
-    if models := [at / "tokenizer.model" for at in prepared if read_manifest(at) is not None]:
-        print(f"the tokenizer of {models[0].parent} is that of all sources", flush=True)
-        return Tokenizer(models[0])
+    for name in args.mixture:
+        if (prepared := find_prepared(name)) is not None:
+            print(f"the tokenizer of {name} is that of all sources", flush=True)
+            return Tokenizer(prepared / TOKENIZER)
     if begun and path.exists():
         return Tokenizer(path)  # each source's tokens tell whether it is the one that they began with
     return _trained(args, folder, path)

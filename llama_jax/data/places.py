@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -23,6 +24,8 @@ B = TypeVar("B")
 BLOCK_BYTES = 1 << 20
 # Seconds to wait before each new attempt to read a file behind an address.
 WAITS = (1, 2, 4, 8, 16, 32)
+# No attempt begins later than this many seconds after the first: libraries wait, too, before they fail.
+LONGEST_TRYING = 120
 # The extra of this project that installs what a protocol needs.
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3", "http": "data", "https": "data"}
 CHECK = "check the address, who you are, and that you may read there"
@@ -55,7 +58,7 @@ class Place:
 
     def stamp(self) -> tuple[Any, ...]:
         """Return values that change when the file is written. Raises UserError if it is gone."""
-        with _naming(self.name):
+        with naming(self.name):
             if not self.is_remote:
                 status = os.stat(self.name)
                 return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -100,22 +103,15 @@ class Stored(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        with _naming(self._name):
+        with naming(self._name):
             self._at = self._file.seek(offset, whence)
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        for wait in WAITS if self._is_remote else ():
-            try:
+        if not self._is_remote:
+            with naming(self._name):
                 return self._read(buffer)
-            except Exception as error:
-                reason = " ".join(str(error).split())[:120] or type(error).__name__
-                print(f"warning: {self._name}: {reason}; trying again in {wait} s", flush=True)
-                time.sleep(wait)
-                with contextlib.suppress(Exception):
-                    self._reopen()
-        with _naming(self._name):
-            return self._read(buffer)
+        return tried_again(self._name, lambda: self._read(buffer), self._reopen)
 
     def close(self) -> None:
         if not self.closed:
@@ -123,7 +119,7 @@ class Stored(io.RawIOBase):
         super().close()
 
     def _opened(self) -> Any:
-        with _naming(self._name):
+        with naming(self._name):
             if not self._is_remote:
                 return open(self._name, "rb", buffering=0)
             system, path = system_of(self._name)
@@ -144,6 +140,40 @@ class Stored(io.RawIOBase):
         buffer[: len(raw)] = raw
         self._at += len(raw)
         return len(raw)
+
+
+def tried_again(
+    name: str,
+    attempt: Callable[[], B],
+    before: Callable[[], object] = lambda: None,
+    tell: Callable[[str, int], None] | None = None,
+) -> B:
+    """Return the result of ``attempt``, which reads a file behind an address. If it fails, try again for a minute.
+
+    ``before`` is called before each new attempt; its errors are ignored. ``tell`` gets the reason and the seconds to
+    wait, which are printed by default. Raises UserError with the file's name, and a UserError of ``attempt`` at once.
+    """
+    until = time.monotonic() + LONGEST_TRYING
+    for wait in (*WAITS, 0):
+        try:
+            return attempt()
+        except UserError:
+            raise
+        except Exception as error:
+            if not wait or time.monotonic() > until:
+                with naming(name):
+                    raise
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            (tell or functools.partial(tell_waiting, name))(reason, wait)
+            time.sleep(wait)
+            with contextlib.suppress(Exception):
+                before()
+    raise AssertionError
+
+
+def tell_waiting(name: str, reason: str, wait: int) -> None:
+    """Print that a file cannot be read, and when it is tried again."""
+    print(f"warning: {name}: {reason}; trying again in {wait} s", flush=True)
 
 
 def system_of(address: str) -> tuple[Any, str]:
@@ -178,7 +208,7 @@ def files_at(address: str) -> FoundAt:
     marks = "*[" if address.startswith("http") else "*?["  # a ? begins the query of a web address
     first = min((path.find(mark) for mark in marks if mark in path), default=-1)
     is_folder = False
-    with _naming(address):
+    with naming(address):
         system.invalidate_cache()
         if first >= 0:
             found = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
@@ -225,7 +255,7 @@ def on_disk(path: Path) -> Place:
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Turn an error in the block into a UserError that names the file."""
     try:
         yield

@@ -23,6 +23,7 @@ from llama_jax.data.tokens import (
     SPLITS,
     SUMS,
     UNFINISHED,
+    find_prepared,
     open_tokens,
     read_manifest,
     sha256,
@@ -82,7 +83,7 @@ class PrepareArgs:
     @property
     def data(self) -> DataArgs:
         """The settings of the text. Raises UserError if they are impossible."""
-        if read_manifest(Path(self.filepath).expanduser()) is not None:
+        if find_prepared(self.filepath) is not None:
             raise UserError(f"--filepath: expected a text, found tokens that are prepared already in {self.filepath}")
         args = DataArgs(
             self.filepath, self.train_size, self.tokenizer_model_path, self.vocab_size, self.separator,

@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
@@ -21,6 +21,36 @@ BLOCK_BYTES = 1 << 16
 REST_BLOCKS = 16
 # At most this many files of a stream are open at a time.
 OPEN_FILES = 128
+
+
+class OpenFiles:
+    """Files that stay open to be read again. The one that was used longest ago is closed if there are many.
+
+    A file that is deleted or replaced stays the one that was opened, and one that is being read is closed afterwards.
+    """
+
+    def __init__(self, mode: str = "rb"):
+        self._mode = mode
+        self._files: collections.OrderedDict[Path, BinaryIO] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def open(self, path: Path) -> BinaryIO:
+        """Return an open file."""
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = cast(BinaryIO, open(path, self._mode, buffering=0))  # noqa: SIM115
+                while len(self._files) > OPEN_FILES:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(path)
+            return self._files[path]
+
+    def clear(self) -> None:
+        """Close all files, to open those of the same names anew."""
+        with self._lock:
+            self._files.clear()
 
 
 class Shard(NamedTuple):
@@ -41,6 +71,10 @@ class TokenStream(NDArrayOperatorsMixin):
     """
 
     ndim = 1
+    # Whether blocks are compared with their checksums at each read, or once.
+    checked_at_each_read = False
+    # The number of threads that read ahead of a run.
+    readers = 2
 
     def __init__(self, shards: Sequence[Shard], dtype: np.dtype, vocab_size: int = 0, sums: np.ndarray | None = None):
         """``sums`` are uint32 checksums of each shard's blocks. None: do not check. Ids are below ``vocab_size``."""
@@ -54,9 +88,8 @@ class TokenStream(NDArrayOperatorsMixin):
         self._checked = bytearray(0 if sums is None else int(self._blocks[-1]))
         self._all_checked = sums is None
         self.damage = ""
-        self._open: collections.OrderedDict[int, BinaryIO] = collections.OrderedDict()
-        self._lock = threading.Lock()
-        self._file(0)
+        self._files = OpenFiles()
+        self._open_first()
 
     def __len__(self) -> int:
         return self.size
@@ -104,19 +137,20 @@ class TokenStream(NDArrayOperatorsMixin):
         path, tokens = self.shards[number]
         start = (block - int(self._blocks[number])) * BLOCK_BYTES
         raw = self._pread(number, start, min(BLOCK_BYTES, tokens * self.dtype.itemsize - start))
-        if self._sums is not None and zlib.crc32(raw) != self._sums[block]:
-            self._condemn(
-                f"{path}: expected the tokens that were written, found bytes {start:,} to {start + len(raw) - 1:,} changed "
-                f"since; delete {path.parent} and make it again"
-            )
-        largest = int(np.frombuffer(raw, self.dtype).max())
-        if largest >= self._vocab_size:
-            self._condemn(
-                f"{path}: expected ids below the vocabulary's {self._vocab_size:,}, found {largest:,}; delete "
-                f"{path.parent} and make it again"
-            )
+        if fault := self._fault(block, start, raw):
+            self._condemn(f"{path}: {fault}; delete {path.parent} and make it again")
         self._checked[block] = 1
         self._all_checked = self._checked.find(0) < 0
+
+    def _fault(self, block: int, start: int, raw: bytes) -> str:
+        """Return what is wrong with the bytes of a block, which begins at byte ``start`` of its shard, or nothing."""
+        if self._sums is not None and zlib.crc32(raw) != self._sums[block]:
+            end = start + len(raw) - 1
+            return f"expected the tokens that were written, found bytes {start:,} to {end:,} changed since"
+        largest = int(np.frombuffer(raw, self.dtype).max())
+        if largest >= self._vocab_size:
+            return f"expected ids below the vocabulary's {self._vocab_size:,}, found {largest:,}"
+        return ""
 
     def _condemn(self, damage: str) -> NoReturn:
         """Raise UserError with the message ``damage``, now and at every later read."""
@@ -149,7 +183,7 @@ class TokenStream(NDArrayOperatorsMixin):
         """Read bytes of a shard. Raises UserError if some are missing."""
         path, tokens = self.shards[number]
         with reading(path):
-            file = self._file(number)
+            file = self._files.open(path)
             raw = read_at(file.fileno(), start, count)
         if len(raw) < count:
             raise UserError(
@@ -158,15 +192,8 @@ class TokenStream(NDArrayOperatorsMixin):
             )
         return raw
 
-    def _file(self, number: int) -> BinaryIO:
-        """Return a shard's file. The one that was used longest ago is closed, if many are open and nobody reads it."""
-        with self._lock:
-            if number not in self._open:
-                self._open[number] = open(self.shards[number].path, "rb", buffering=0)  # noqa: SIM115
-                while len(self._open) > OPEN_FILES:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(number)
-            return self._open[number]
+    def _open_first(self) -> None:
+        self._files.open(self.path)
 
 
 # A stream of tokens: an array of shape [tokens], or token files, which can be sliced like one.

@@ -10,21 +10,26 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_jax.config import from_dict
+from llama_jax.config import DataArgs, from_dict
+from llama_jax.data.cache import TokenCache, cache_folder
 from llama_jax.data.origin import Origin
 from llama_jax.data.parts import SPLITS, TextFile
+from llama_jax.data.places import at_once
+from llama_jax.data.remote import Bucket, RemoteStream, cache_text, keep_small_files
 from llama_jax.data.stream import BLOCK_BYTES, Shard, TokenStream, check_in_background, checksums
 from llama_jax.errors import UserError, quoted
-from llama_jax.storage.files import write_atomically
+from llama_jax.storage.files import is_address, write_atomically
 
 VERSION = 3
 # This version had no checksums, and found other documents if there was a separator.
@@ -32,6 +37,7 @@ FIRST_VERSION = 2
 DTYPES = ("<u2", "<u4")
 SUMS = "checksums.bin"
 DOCUMENTS = "documents.bin"
+TOKENIZER = "tokenizer.model"
 # The names of files of tokens.
 TOKEN_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d{{5,}})?\.bin")
 MANIFEST = "manifest.json"
@@ -120,6 +126,8 @@ class TokenSet:
     train: TokenStream
     eval: TokenStream
     manifest: Manifest
+    notes: tuple[str, ...] = ()
+    """Lines to print about where the tokens are kept."""
 
     def bits_per_byte(self, loss: float, document_mask: bool = False) -> float | None:
         """Convert a held-out loss in nats per token to bits per byte.
@@ -153,7 +161,7 @@ class TokenSet:
 
         After damage, the next read raises an error with the file.
         """
-        check_in_background([self.train, self.eval])
+        check_in_background([stream for stream in (self.train, self.eval) if not stream.checked_at_each_read])
 
 
 def spread(count: int) -> Iterator[int]:
@@ -173,18 +181,26 @@ def read_manifest(folder: Path) -> Manifest | None:
 
     Raises UserError if it is damaged or of an unknown version.
     """
-    path = folder / MANIFEST
     try:
-        content = path.read_bytes()
+        content = (folder / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return parse_manifest(content, str(folder), (folder / "train.bin").exists())
+
+
+def parse_manifest(content: bytes, folder: str, is_ours: bool = False) -> Manifest | None:
+    """Return the manifest that ``content`` is, or None if it is another program's. ``is_ours``: its name is ours.
+
+    Raises UserError if it is damaged or of an unknown version.
+    """
+    path = f"{folder}/{MANIFEST}"
     try:
         table = json.loads(content)
     except (ValueError, RecursionError):
         table = None
     ours = {"text_sha256", "tokenizer_sha256", "text_bytes"}
-    if not (ours & table.keys() if isinstance(table, dict) else (folder / "train.bin").exists()):
-        return None  # another program's manifest
+    if not (ours & table.keys() if isinstance(table, dict) else is_ours):
+        return None
     try:
         if table["version"] not in (FIRST_VERSION, VERSION):
             raise UserError(
@@ -234,8 +250,26 @@ def _parse(table: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def open_tokens(folder: str | Path) -> TokenSet:
+def find_prepared(filepath: str) -> Path | None:
+    """Return the folder with manifest.json and tokenizer.model of prepared tokens, or None if ``filepath`` has none.
+
+    The folder of tokens behind an address is in the cache, into which these files are fetched. Raises UserError if a
+    manifest is damaged.
+    """
+    if not filepath:
+        return None
+    if is_address(filepath):
+        found = _description_at(filepath)
+        return None if found is None else found.folder
+    folder = Path(filepath).expanduser()
+    return folder if read_manifest(folder) is not None else None
+
+
+def open_tokens(folder: str | Path, cache_gb: float = DataArgs.cache_gb) -> TokenSet:
     """Open a token folder. A small one is checked completely, a large one in part, and the rest as it is read.
+
+    ``folder`` may be an address, such as gs://bucket/tokens. What is read of it is kept on the local disk, in up to
+    ``cache_gb`` gigabytes for all token folders.
 
     Returns a TokenSet whose ``train`` and ``eval`` can be sliced like arrays of shape [tokens]. Raises a UserError that
     names the file if something is missing or damaged.
@@ -244,36 +278,106 @@ def open_tokens(folder: str | Path) -> TokenSet:
         tokens = open_tokens("tokens")
         tokens.train[:8]
     """
+    if is_address(os.fspath(folder)):
+        return _open_at(os.fspath(folder), cache_gb)
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder}: expected a folder of prepared tokens with manifest.json, found none; make it again")
     dtype = np.dtype(manifest.dtype)
-    tokenizer = folder / "tokenizer.model"
+    tokenizer = folder / TOKENIZER
     if manifest.block_bytes and tokenizer.exists() and sha256(tokenizer.read_bytes()) != manifest.tokenizer_sha256:
         raise UserError(
             f"{tokenizer}: expected the tokenizer that made these tokens, found another, or a damaged one; restore it, or delete "
             f"{folder} and prepare them again"
         )
     sums = _read_sums(folder, manifest)
-    streams = []
-    for split in SPLITS:
-        counts = manifest.shards.get(split) or [manifest.tokens[split]]
-        shards = [
-            Shard(folder / name, count) for name, count in zip(shard_names(split, len(counts)), counts, strict=True)
-        ]
-        for path, count in shards:
-            if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
-                found = f"{path.stat().st_size:,}" if path.is_file() else "none"
-                raise UserError(
-                    f"{path}: expected a file of {count * dtype.itemsize:,} bytes, found {found}; delete {folder} and make it again"
-                )
-        streams.append(TokenStream(shards, dtype, manifest.vocab_size, sums[split]))
+    shards = _shards(manifest, folder)
+    every = [*shards["train"], *shards["eval"]]
+    for (path, count), size in zip(every, at_once(_size_of, [shard.path for shard in every]), strict=True):
+        if size != count * dtype.itemsize:
+            found = "none" if size is None else f"{size:,}"
+            raise UserError(
+                f"{path}: expected a file of {count * dtype.itemsize:,} bytes, found {found}; delete {folder} and make it again"
+            )
+    streams = [TokenStream(shards[split], dtype, manifest.vocab_size, sums[split]) for split in SPLITS]
     if DOCUMENTS in manifest.sha256 and sum(manifest.documents.values()) <= FEW_DOCUMENTS:
         document_starts(folder, manifest)
     tokens = TokenSet(streams[0], streams[1], manifest)
     tokens.check(OPENING_SECONDS)
     return tokens
+
+
+class _Description(NamedTuple):
+    """The small files of tokens behind an address, in a folder of the cache."""
+
+    bucket: Bucket
+    folder: Path
+    manifest: Manifest
+
+
+def _description_at(address: str) -> _Description | None:
+    """Fetch the small files of tokens behind an address. Return None if there is no manifest of ours."""
+    # A Path of an address has lost its second slash.
+    address = re.sub(r"^(\w+):/(?=[^/])", lambda found: f"{found[1]}://{'/' * (found[1] == 'file')}", address)
+    if any(mark in address for mark in "*?["):
+        return None  # a glob, or a query
+    bucket = Bucket(address)
+    content = bucket.find(MANIFEST)
+    manifest = None if content is None else parse_manifest(content, bucket.address)
+    if content is None or manifest is None:
+        return None
+    if not manifest.block_bytes:
+        raise UserError(
+            f"{bucket.name_of(MANIFEST)}: expected tokens with checksums, found those of an earlier version, without; prepare them again"
+        )
+    folder = cache_folder() / sha256(content)[:16]
+    digests = {MANIFEST: sha256(content), TOKENIZER: manifest.tokenizer_sha256, SUMS: manifest.sha256[SUMS]}
+    if DOCUMENTS in manifest.sha256 and sum(manifest.documents.values()) <= FEW_DOCUMENTS:
+        digests[DOCUMENTS] = manifest.sha256[DOCUMENTS]
+    keep_small_files(bucket, folder, digests)
+    return _Description(bucket, folder, manifest)
+
+
+def _open_at(address: str, cache_gb: float) -> TokenSet:
+    """Open tokens behind an address; see ``open_tokens``."""
+    description = _description_at(address)
+    if description is None:
+        raise UserError(
+            f"{address}: expected a folder of prepared tokens with manifest.json, found none; upload them first"
+        )
+    bucket, folder, manifest = description
+    dtype, sums, shards = np.dtype(manifest.dtype), _read_sums(folder, manifest), _shards(manifest)
+    every = [*shards["train"], *shards["eval"]]
+    bucket.check_sizes({path.name: count * dtype.itemsize for path, count in every})
+    cache = TokenCache(folder.name, int(cache_gb * 1e9))
+    cache.make_room(*(manifest.tokens[split] * dtype.itemsize for split in SPLITS))
+    note = cache_text(bucket.address, cache, sum(manifest.tokens.values()) * dtype.itemsize, len(every))
+    vocab_size = manifest.vocab_size
+    train, held_out = (RemoteStream(bucket, cache, shards[split], dtype, vocab_size, sums[split]) for split in SPLITS)
+    tokens = TokenSet(train, held_out, manifest, (note,))
+    tokens.check(OPENING_SECONDS)
+    return tokens
+
+
+def _shards(manifest: Manifest, folder: Path = Path()) -> dict[str, list[Shard]]:
+    """Return the files of each split."""
+    found = {}
+    for split in SPLITS:
+        counts = manifest.shards.get(split) or [manifest.tokens[split]]
+        found[split] = [
+            Shard(folder / name, count) for name, count in zip(shard_names(split, len(counts)), counts, strict=True)
+        ]
+    return found
+
+
+def _size_of(path: Path) -> int | None:
+    """Return the size of a file in bytes, None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def shard_names(split: str, count: int) -> list[str]:

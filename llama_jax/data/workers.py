@@ -164,4 +164,3 @@ def _read_tasks(stream: BinaryIO, tasks: "queue.SimpleQueue[int]") -> None:
     for line in stream:
         tasks.put(int(line))
     os._exit(0)  # nobody waits for the task in progress any more
-

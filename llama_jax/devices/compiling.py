@@ -10,12 +10,13 @@ from typing import Any, cast
 
 import jax
 
+from llama_jax.storage.files import user_cache
+
 
 def use_compilation_cache() -> None:
     """Keep compiled programs on disk between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/llama_jax."""
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(given) if given else home / "llama_jax" / "compiled"
+    folder = Path(given) if given else user_cache() / "compiled"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     # If the folder cannot be written, the run continues without a cache.

@@ -8,7 +8,7 @@ import numpy as np
 
 from llama_jax.config import Config
 from llama_jax.data.mixture import folder_of
-from llama_jax.data.tokens import read_manifest
+from llama_jax.data.tokens import TOKENIZER, find_prepared, read_manifest
 from llama_jax.tokenizer import Tokenizer
 
 # LLaMA 2's vocabulary.
@@ -32,10 +32,9 @@ def vocabulary(config: Config, stated: bool = False) -> Found:
         return Found(model.vocab_size, "model.vocab_size")
     if data.tokenizer_model_path:
         return Found(Tokenizer(data.tokenizer_model_path).vocab_size, data.tokenizer_model_path)
-    for name in data.mixture or filter(None, [data.filepath]):
-        prepared = Path(name).expanduser()
-        if read_manifest(prepared) is not None:
-            path = prepared / "tokenizer.model"
+    for name in data.mixture or [data.filepath]:
+        if (prepared := find_prepared(name)) is not None:
+            path = prepared / TOKENIZER
             return Found(Tokenizer(path).vocab_size, str(path))
     if data.filepath or data.mixture or stated:
         return Found(data.vocab_size, "data.vocab_size, of the tokenizer that the run will train")
@@ -68,7 +67,7 @@ def run_tokens(config: Config, given: float | None = None) -> Found:
 def _prepared(config: Config, name: str) -> tuple[Path, int] | None:
     """Return where the tokens of a text or a source are, and how many are trained on, None if they are nowhere."""
     own = Path(config.train.save_dir).expanduser() / "tokens"
-    places = [Path(name).expanduser()] if name else []
+    places = [found] if (found := find_prepared(name)) is not None else []
     places += [folder_of(own, name) if config.data.mixture else own] if config.train.save_dir else []
     for folder in places:
         if (manifest := read_manifest(folder)) is not None:

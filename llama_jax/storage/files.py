@@ -1,4 +1,4 @@
-"""Atomic file writes, the raw bytes of arrays, and the test for an address."""
+"""Atomic file writes, the raw bytes of arrays, the folder of caches, and the test for an address."""
 
 import contextlib
 import os
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 def is_address(path: str) -> bool:
     """Return whether ``path`` is an address such as gs://bucket/folder, not a path on disk."""
     return "://" in path or re.match(r"\w{2,}:/", path) is not None
+
+
+def user_cache() -> Path:
+    """Return the folder in which this project keeps what it can make or fetch again, for later runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_jax"
 
 
 @contextlib.contextmanager

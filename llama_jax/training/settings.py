@@ -16,7 +16,7 @@ FIXED = {
     "train": ("batch_size", "seed"),
 }
 # Settings of places, which do not affect the results.
-PLACES = {"train.save_dir", "train.checkpoint_dir", "train.resume_step"}
+PLACES = {"train.save_dir", "train.checkpoint_dir", "train.resume_step", "data.cache_gb"}
 
 
 class Change(NamedTuple):

@@ -99,7 +99,7 @@ def test_a_slice_of_the_stream_goes_over_the_borders_of_shards(folder, small_tok
     rng = np.random.default_rng(0)
     for start, length in zip(rng.integers(0, len(whole), 300), rng.integers(0, 9000, 300), strict=True):
         assert np.array_equal(tokens.train[start : start + length], whole[start : start + length])
-    assert len(tokens.train._open) == 2
+    assert len(tokens.train._files) == 2
 
 
 def test_a_damaged_or_missing_shard_is_named(folder, tmp_path):

@@ -1,13 +1,14 @@
 """What a run says of its losses, where bits per byte are known and where the tokens do not hold the text."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llama_jax.training.clock import Clock
-from llama_jax.training.log import evaluation_text, loss_text, speed_text
+from llama_jax.training.log import evaluation_text, loss_text, speed_text, time_text
 from llama_jax.training.plot import _running_mean, plot_losses
 
 RECORDS: list[dict[str, Any]] = [
@@ -72,3 +73,24 @@ def test_the_mean_speed_at_the_end_is_that_of_the_records() -> None:
     assert speed_text(clock, []) == ""
     clock.recorded = 4, 4.0
     assert speed_text(clock, RECORDS) == ", 64 tokens/s in steps on average"
+
+
+def test_the_end_tells_how_long_the_steps_waited_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader delays each of four batches by 2 seconds, and the devices are idle meanwhile."""
+    now = 0.0
+
+    def batches() -> Iterator[int]:
+        nonlocal now
+        for batch in range(4):
+            now += 2
+            yield batch
+
+    monkeypatch.setattr("llama_jax.training.clock.time.perf_counter", lambda: now)
+    clock = Clock()
+    with clock.spent_on("step"):
+        for _ in clock.waiting_for("data", batches()):
+            now += 10
+    assert time_text(clock, clock.total, 0, {}) == (
+        "goodput: 83.3% of 48 s were spent in steps; start 0.0 s, waiting for data 8.0 s, evaluation 0.0 s, saving 0.0 s, "
+        "samples 0.0 s"
+    )
