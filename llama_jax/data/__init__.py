@@ -21,6 +21,7 @@ from llama_jax.data.shards import RefuseOthers, prepare
 from llama_jax.data.text import Corpus, check_separator
 from llama_jax.data.token_files import TokenFile
 from llama_jax.data.tokens import MANIFEST, TokenSet, open_tokens, read_manifest, sha256, write_manifest
+from llama_jax.data.workers import Run, run_tasks
 from llama_jax.errors import UserError
 from llama_jax.storage.files import write_atomically
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
@@ -106,10 +107,11 @@ def encode_text(
     begun: bool = False,
     began_with: Origin | None = None,
     others: RefuseOthers | None = None,
+    run: Run = run_tasks,
 ) -> Data:
     """Encode a text into ``folder``, with a tokenizer at ``tokenizer_path``.
 
-    See ``load_data``, and ``shards.prepare`` for ``others``.
+    See ``load_data``, and ``shards.prepare`` for ``others`` and ``run``.
     """
     known = _known(folder, begun, began_with)
     with working(f"reading {text.source}, {bytes_text(text.corpus.stored_bytes)}"):
@@ -125,7 +127,7 @@ def encode_text(
     trained = 0 if args.tokenizer_model_path else args.vocab_size
     tokens = prepare(
         text.corpus, tokenizer, folder, workers or os.cpu_count() or 1, trained, text.source, known if begun else None,
-        text.eval_source, others,
+        text.eval_source, others, run,
     )  # fmt: skip
     return Data(tokens, tokenizer, text.source, text.floor, text.notes)
 
