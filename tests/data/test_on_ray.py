@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import pytest
 
 from llama_jax.config import DataArgs
-from llama_jax.data import find_text, on_ray, shards
+from llama_jax.data import find_text, on_node, on_ray, shards
 from llama_jax.data.__main__ import main
 from llama_jax.data.encode import Job, read_result
 from llama_jax.data.shards import encode_tasks, job_of, prepare
@@ -234,13 +234,13 @@ def test_a_node_encodes_what_it_shares_and_names_what_it_does_not(job, tmp_path,
     text = tmp_path / "short.txt"
     with on_ray._marked(job, [0]) as wanted:
         monkeypatch.chdir("/")
-        assert on_ray.encode_here(pickle.dumps(wanted), 0) == "" and read_result(job, 0) is not None
+        assert on_node.encode_here(pickle.dumps(wanted), 0) == "" and read_result(job, 0) is not None
         relative = tuple((dataclasses.replace(place, name="short.txt"), mark) for place, mark in wanted.files)
         here = dataclasses.replace(wanted, files=relative, here=str(tmp_path))
-        assert on_ray.encode_here(pickle.dumps(here), 1) == "" and Path.cwd() == tmp_path
+        assert on_node.encode_here(pickle.dumps(here), 1) == "" and Path.cwd() == tmp_path
 
         def told(path: Path, found: str) -> None:
-            line = on_ray.encode_here(pickle.dumps(wanted), 2)
+            line = on_node.encode_here(pickle.dumps(wanted), 2)
             assert f"{path}: expected to be on a disk that all nodes share, found {found}" in line and "\n" not in line
 
         os.utime(text, ns=(0, 0))
@@ -259,10 +259,10 @@ def test_a_node_encodes_what_it_shares_and_names_what_it_does_not(job, tmp_path,
 
 def test_a_node_with_another_state_of_the_package_or_none_says_so(tmp_path):
     pickles = pytest.importorskip("ray.cloudpickle", reason="needs ray, which the test extra brings")
-    encode = on_ray._encode_on_node()
+    encode = on_node.encode_on_node()
     assert "expected llama-jax 0.0.1 (code 1) on every node, found on node" in encode(b"", "0.0.1 (code 1)", 0)
-    other = f"{on_ray.version().partition(' ')[0]} (code 0)"
-    assert f": {on_ray.version()}; install the same on all nodes" in encode(b"", other, 0)
+    other = f"{on_node.version().partition(' ')[0]} (code 0)"
+    assert f": {on_node.version()}; install the same on all nodes" in encode(b"", other, 0)
     (tmp_path / "sent").write_bytes(pickles.dumps(encode))
     program = (
         "import pickle, sys; sys.modules['llama_jax'] = None\n"
@@ -286,7 +286,7 @@ class FakeDriver:
     def send(self, content: bytes) -> None:
         _, tasks, wanted = pickle.loads(content)
         for task in tasks[: self._tasks]:
-            assert on_ray.encode_here(wanted, task) == ""
+            assert on_node.encode_here(wanted, task) == ""
             self.say("done", task)
         self.say("ended", None)
 
@@ -414,13 +414,14 @@ def cluster() -> Iterator[Cluster]:
 
 def command(folder: Path, output: Path, tokenizer: Tokenizer, address: str, *more: str) -> "subprocess.Popen[str]":
     program = (
-        f"from llama_jax.data import shards; shards.TASK_BYTES = {TASK_BYTES}; from llama_jax.data.__main__ import main; "
-        "from llama_jax.errors import run_command; run_command(main)"
+        f"from llama_jax.data import on_ray, shards; shards.TASK_BYTES = {TASK_BYTES}; on_ray.RECONNECT_SECONDS = 3; "
+        "from llama_jax.data.__main__ import main; from llama_jax.errors import run_command; run_command(main)"
     )
     flags = ["--filepath", "a.txt", "--separator", r"\n\n", "--output", str(output), "--ray", address, *more]
     return subprocess.Popen(
         [sys.executable, "-c", program, "prepare", "--tokenizer-model-path", str(tokenizer.model_path), *flags],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address, "RAY_gcs_rpc_server_reconnect_timeout_s": "5"},
     )  # fmt: skip
 
 
@@ -496,7 +497,7 @@ def test_the_tasks_end_with_the_command_which_then_goes_on(folder, tmp_path, sma
     if end == signal.SIGINT:
         assert (process.returncode, err) == (130, "stopped by Ctrl-C\n")
     wait_for(lambda: not cluster.encoding(), 15)
-    process = command(folder, tmp_path / "out", small_tokenizer, cluster.address)
+    process = command(folder, tmp_path / "out", small_tokenizer, cluster.address, "--ray", "auto")
     out, err = process.communicate(timeout=200)
     assert (process.returncode, err) == (0, "") and "shards are there from an earlier start" in out
     check_same(tmp_path / "out", folder)
