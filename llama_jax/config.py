@@ -141,7 +141,7 @@ class DataArgs:
     """Read files as plain text even if they look like something else, such as JSON lines or HTML.
     Bytes that are not UTF-8 become U+FFFD."""
     mixture: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Several texts and their weights, in place of filepath: --data.mixture web/ 0.7 books.parquet 0.3. Each is a text
+    """Several texts and their weights, in place of filepath, such as: web/ 0.7 books.parquet 0.3. Each is a text
     or prepared tokens, as filepath. Any stretch of steps has the shares exactly, to a sequence or two.
     A text that runs out begins its next epoch. Weights may change when a run goes on."""
     document_mask: bool = False

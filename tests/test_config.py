@@ -199,7 +199,7 @@ def test_every_field_is_a_flag_with_help(capsys):
         assert f" {flag} " in words, flag
         help_text = words.split(f" {flag} ")[1].split(" --")[0]
         # the type, a sentence of help, and the default
-        assert re.search(r"[A-Za-z].*\. .*\(default: ", help_text), f"{flag}: {help_text}"
+        assert re.search(r"[A-Za-z].*\. .*\((default: |optional)", help_text), f"{flag}: {help_text}"
 
 
 def test_every_field_can_be_set_by_its_flag():
@@ -207,6 +207,9 @@ def test_every_field_can_be_set_by_its_flag():
         default = getattr(getattr(Config(), section), name)
         hint = str(typing.get_type_hints(SECTIONS[section])[name])
         flag = f"--{section}.{name.replace('_', '-')}"
+        if name == "mixture":
+            assert flags(flag, "a", "0.7", "b", "3").data.mixture == {"a": 0.7, "b": 3.0}
+            continue
         if hint == str(bool):
             assert getattr(getattr(flags(flag), section), name) is not default
             continue

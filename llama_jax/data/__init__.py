@@ -32,6 +32,7 @@ from llama_jax.data.tokens import (
     write_manifest,
 )
 from llama_jax.data.vocabulary import Sentences
+from llama_jax.data.workers import Run, run_tasks
 from llama_jax.errors import UserError
 from llama_jax.storage.files import is_address, write_atomically
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
@@ -124,10 +125,11 @@ def encode_text(
     begun: bool = False,
     began_with: Origin | None = None,
     others: RefuseOthers | None = None,
+    run: Run = run_tasks,
 ) -> Data:
     """Encode a text into ``folder``, with a tokenizer at ``tokenizer_path``.
 
-    See ``load_data``, and ``shards.prepare`` for ``others``.
+    See ``load_data``, and ``shards.prepare`` for ``others`` and ``run``.
     """
     known = _known(folder, begun, began_with)
     with working(f"reading {text.source}, {bytes_text(text.corpus.stored_bytes)}"):
@@ -143,7 +145,7 @@ def encode_text(
     trained = 0 if args.tokenizer_model_path else args.vocab_size
     tokens = prepare(
         text.corpus, tokenizer, folder, workers or os.cpu_count() or 1, trained, text.source, known if begun else None,
-        text.eval_source, others,
+        text.eval_source, others, run,
     )  # fmt: skip
     return Data(tokens, tokenizer, text.source, text.floor, text.notes)
 

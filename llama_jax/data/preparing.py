@@ -29,6 +29,7 @@ from llama_jax.data.tokens import (
     sha256,
     token_files,
 )
+from llama_jax.data.workers import Run, run_tasks
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
 from llama_jax.storage.files import remove_leftovers
@@ -79,6 +80,10 @@ class PrepareArgs:
     part: str = ""
     """Do one part of the work: 3/64 is the third of 64. Each may run on another machine with the same --output on a
     shared disk. After all parts, data merge --output DIR joins them. Empty: do all of it."""
+    ray: str = ""
+    """Encode on the nodes of a Ray cluster (the extra ray): HOST:PORT, or auto for the one that runs on this machine.
+    The text and --output must be on a disk that all nodes share, under the same paths, or the text at an address.
+    The CPUs of the cluster decide how much is done at a time, and not --workers. Empty: encode on this machine."""
 
     @property
     def data(self) -> DataArgs:
@@ -103,10 +108,25 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--{name}: expected a path, found none")
     if args.workers < 1:
         raise UserError(f"--workers: expected 1 or more, found {args.workers}")
+    if args.ray:
+        _check_ray(args)
     if args.part:
         prepare_part(args.data, on_disk(args.output, "--output"), PartOf.parse(args.part), args.workers)
     else:
         prepare(args)
+
+
+def _check_ray(args: PrepareArgs) -> None:
+    """Raise UserError on what does not go with --ray."""
+    if args.part:
+        raise UserError(
+            f"--ray: expected none beside --part, found {args.ray}; the cluster divides the work by itself, leave one of the two out"
+        )
+    if args.filepath == STANDARD_INPUT:
+        raise UserError(
+            "--filepath: expected a text that all nodes see beside --ray, found - for standard input; write it to a file on a "
+            "disk that they share"
+        )
 
 
 def prepare(args: PrepareArgs) -> None:
@@ -127,9 +147,16 @@ def prepare(args: PrepareArgs) -> None:
             print(f"{output}: holds these tokens already, whole")
         else:
             _check_free(output, given)
+            run = stack.enter_context(_run_of(args))
             with _unfinished(output):
                 data = encode_text(
-                    data_args, text, output, output / "tokenizer.model", args.workers, others=RefuseOthers("--output")
+                    data_args,
+                    text,
+                    output,
+                    output / "tokenizer.model",
+                    args.workers,
+                    others=RefuseOthers("--output"),
+                    run=run,
                 )
     report(data, output)
 
@@ -145,6 +172,20 @@ def report(data: Data, output: Path) -> None:
         f"{output}: {manifest.tokens['train']:,} tokens to train on, {manifest.tokens['eval']:,} held out, "
         f"vocabulary {data.tokenizer.vocab_size:,}"
     )
+
+
+@contextlib.contextmanager
+def _run_of(args: PrepareArgs) -> Iterator[Run]:
+    """Yield what encodes the tasks: processes of this machine, or the cluster of --ray."""
+    if not args.ray:
+        yield run_tasks
+        return
+    from llama_jax.data.on_ray import connected  # imported here, as few need it
+
+    if args.workers != PrepareArgs.workers:
+        print("ray: --workers is not used: the CPUs of the cluster decide how much is done at a time", flush=True)
+    with connected(args.ray) as run:
+        yield run
 
 
 @contextlib.contextmanager

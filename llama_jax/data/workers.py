@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import llama_jax
 from llama_jax.data.encode import Job, encode_task
@@ -24,6 +24,14 @@ from llama_jax.tokenizer import Tokenizer
 KEPT = "what is done is kept"
 # Seconds that a process gets to end, once it is told to.
 PATIENCE = 5
+
+
+class Run(Protocol):
+    """A way to encode tasks of a job, such as ``run_tasks``, and with its arguments."""
+
+    def __call__(
+        self, job: Job, tasks: Sequence[int], tokenizer: Tokenizer, workers: int, tell: Callable[[int], None], /
+    ) -> None: ...
 
 
 def run_tasks(job: Job, tasks: Sequence[int], tokenizer: Tokenizer, workers: int, tell: Callable[[int], None]) -> None:
@@ -36,13 +44,15 @@ def run_tasks(job: Job, tasks: Sequence[int], tokenizer: Tokenizer, workers: int
     count = min(workers, cores, len(tasks))
     if count < 2:
         for task in tasks:
-            with _naming_the_disk(job):
+            with naming_the_disk(job):
                 encode_task(job, task, tokenizer, tell)
         return
-    waiting, said = iter(tasks), queue.SimpleQueue[_Said]()
+    waiting, said = iter(tasks), queue.SimpleQueue[Said]()
     with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(_process(job, said)) for _ in range(count)]
+        started = [stack.enter_context(running_process(__name__, said)) for _ in range(count)]
+        pickled = pickle.dumps(job)
         for process in started:
+            process.send(pickled)
             process.give(next(waiting, None))
         left = len(tasks)
         while left:
@@ -61,15 +71,15 @@ def run_tasks(job: Job, tasks: Sequence[int], tokenizer: Tokenizer, workers: int
                 )
 
 
-class _Said(NamedTuple):
+class Said(NamedTuple):
     """A message of a process: how many bytes it encoded, that a task is done or failed, or that it ended."""
 
-    process: "_Process"
+    process: "Process"
     word: str
     value: Any
 
 
-class _Process:
+class Process:
     """A process that encodes one task after the other."""
 
     def __init__(self, running: "subprocess.Popen[bytes]"):
@@ -78,9 +88,14 @@ class _Process:
     def give(self, task: int | None) -> None:
         """Let it encode a task next. None: there is none."""
         self.is_busy = task is not None
-        if task is not None and self._running.stdin is not None:
+        if task is not None:
+            self.send(f"{task}\n".encode())
+
+    def send(self, content: bytes) -> None:
+        """Write to its standard input."""
+        if self._running.stdin is not None:
             with contextlib.suppress(OSError):  # it has ended, which is told at its end of the output
-                self._running.stdin.write(f"{task}\n".encode())
+                self._running.stdin.write(content)
                 self._running.stdin.flush()
 
     def reason(self) -> str:
@@ -90,27 +105,26 @@ class _Process:
 
 
 @contextlib.contextmanager
-def _process(job: Job, said: "queue.SimpleQueue[_Said]") -> Iterator[_Process]:
-    """Start a process for a job. What it says goes to ``said``. It ends with the block."""
+def running_process(
+    module: str, said: "queue.SimpleQueue[Said]", *argv: str, stderr: int | None = None
+) -> Iterator[Process]:
+    """Start a module of the package as a process. What it says goes to ``said``. It ends with the block."""
     place = str(Path(llama_jax.__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH", "")]))
     running = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import main; main()"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths},
+        [sys.executable, "-c", f"from {module} import main; main()", *argv],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"PYTHONPATH": paths},
     )  # fmt: skip
     assert running.stdin is not None and running.stdout is not None
-    process = _Process(running)
+    process = Process(running)
 
     def listen(stream: Any) -> None:
         for line in stream:
-            said.put(_Said(process, *json.loads(line)))
-        said.put(_Said(process, "ended", None))
+            said.put(Said(process, *json.loads(line)))
+        said.put(Said(process, "ended", None))
 
     thread = threading.Thread(target=listen, args=(running.stdout,), name="worker", daemon=True)
     try:
-        with contextlib.suppress(BrokenPipeError):
-            pickle.dump(job, running.stdin)
-            running.stdin.flush()
         thread.start()
         yield process
     finally:
@@ -121,13 +135,12 @@ def _process(job: Job, said: "queue.SimpleQueue[_Said]") -> Iterator[_Process]:
         except subprocess.TimeoutExpired:
             running.kill()
             running.wait()
-        if thread.ident is not None:
-            thread.join()
+        thread.join()
         running.stdout.close()
 
 
 @contextlib.contextmanager
-def _naming_the_disk(job: Job) -> Iterator[None]:
+def naming_the_disk(job: Job) -> Iterator[None]:
     """Turn an OSError in the block into a UserError with the folder of the results."""
     try:
         yield
@@ -138,22 +151,32 @@ def _naming_the_disk(job: Job) -> Iterator[None]:
         ) from None
 
 
-def main() -> None:
-    """Encode the tasks whose numbers come on standard input, after the job. End when it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+def answering() -> Callable[[str, Any], None]:
+    """Return a function that says a word and a value to the process that started this one. Ctrl-C is left to that one.
+
+    Whatever else is printed from now on goes to standard error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what is printed while a text is read is not an answer
-    job: Job = pickle.load(sys.stdin.buffer)  # of the process that started this one
-    tasks = queue.SimpleQueue[int]()
-    threading.Thread(target=_read_tasks, args=(sys.stdin.buffer, tasks), daemon=True).start()
+    os.dup2(2, 1)
 
     def say(word: str, value: Any) -> None:
         print(json.dumps((word, value)), file=output, flush=True)
 
+    return say
+
+
+def main() -> None:
+    """Encode the tasks whose numbers come on standard input, after the job. End when it ends."""
+    say = answering()
+    job: Job = pickle.load(sys.stdin.buffer)  # of the process that started this one
+    tasks = queue.SimpleQueue[int]()
+    threading.Thread(target=_read_tasks, args=(sys.stdin.buffer, tasks), daemon=True).start()
+
     tokenizer = Tokenizer(job.tokenizer)
     while True:
         try:
-            with _naming_the_disk(job):
+            with naming_the_disk(job):
                 encode_task(job, task := tasks.get(), tokenizer, lambda size: say("encoded", size))
             say("done", task)
         except UserError as error:

@@ -324,6 +324,12 @@ def test_a_run_that_began_with_one_file_of_tokens_goes_on_with_shards(folder, tm
         prepare(corpus, small_tokenizer, tmp_path / "3", expected=dataclasses.replace(before, tokens_sha256="0" * 64))
 
 
+def test_workers_leave_standard_error_to_errors(folder, tmp_path, small_tokenizer, monkeypatch, capfd):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    made(folder, "a.txt", tmp_path / "out", small_tokenizer, 2)
+    assert capfd.readouterr().err == ""
+
+
 def test_workers_are_no_more_than_cores(folder, tmp_path, small_tokenizer, monkeypatch):
     started = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
