@@ -24,8 +24,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from llama_jax.cli.flags import parse_flags
 from llama_jax.data import open_tokens
 from llama_jax.data.batches import train_batches
+from llama_jax.data.manifest import DOCUMENTS, SUMS, TOKENIZER, VERSION, Manifest, sha256, write_manifest
 from llama_jax.data.stream import BLOCK_BYTES, checksums
-from llama_jax.data.tokens import DOCUMENTS, SUMS, TOKENIZER, VERSION, Manifest, sha256, shard_names, write_manifest
+from llama_jax.data.tokens import shard_names
 from llama_jax.errors import run_command
 
 VOCABULARY = 32_000

@@ -14,6 +14,7 @@ from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
 from llama_jax.data.corpus import WithHeldOut
 from llama_jax.data.finding import Text, as_before, find_text, origin_of, write_stories
+from llama_jax.data.manifest import MANIFEST, TOKENIZER, read_manifest, sha256, write_manifest
 from llama_jax.data.mixing import load_mixture, open_mixture
 from llama_jax.data.opened import AnyData, Data, MixedData
 from llama_jax.data.origin import Origin, difference
@@ -22,15 +23,7 @@ from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
 from llama_jax.data.shards import RefuseOthers, prepare
 from llama_jax.data.text import Corpus, check_separator
 from llama_jax.data.token_files import TokenFile
-from llama_jax.data.tokens import (
-    MANIFEST,
-    TOKENIZER,
-    find_prepared,
-    open_tokens,
-    read_manifest,
-    sha256,
-    write_manifest,
-)
+from llama_jax.data.tokens import find_prepared, open_tokens
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.data.workers import Run, run_tasks
 from llama_jax.errors import UserError

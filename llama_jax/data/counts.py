@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.lost import examples, lost_bytes
+from llama_jax.data.manifest import TextCounts
 from llama_jax.data.parts import SPLITS, Part
-from llama_jax.data.tokens import TextCounts
 
 # At most this many digests of documents are kept to find copies; beyond it, a sample.
 DIGESTS = 1 << 22

@@ -196,7 +196,7 @@ def _without_blank_lines(data: Reader, start: int, end: int) -> tuple[int, int]:
     if end - start <= LOOK_BYTES:
         text = data.read(start, end)
         if b"\n" not in text and b"\r" not in text:  # a single line, as most short documents are
-            return (end, end) if text.isspace() else (start, end)
+            return (start, end) if text.strip(WHITE) else (end, end)
     first, last = start, end
     while first < end and not (text := data.read(first, min(end, first + LOOK_BYTES)).lstrip(WHITE)):
         first = min(end, first + LOOK_BYTES)

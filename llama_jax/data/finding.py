@@ -8,12 +8,12 @@ from pathlib import Path
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
 from llama_jax.data.corpus import Records, WithHeldOut, corpus_of
+from llama_jax.data.manifest import MANIFEST, UNFINISHED
 from llama_jax.data.origin import Origin
 from llama_jax.data.parts import AnyCorpus
 from llama_jax.data.sources import files_as_before, find_files
 from llama_jax.data.stories import story
 from llama_jax.data.text import Corpus, separator_bytes
-from llama_jax.data.tokens import MANIFEST, UNFINISHED
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import write_atomically
 

@@ -17,6 +17,7 @@ from llama_jax.config import DataArgs
 from llama_jax.data.counting import HEAD_TOKENS, Documents, Texts, Tokens
 from llama_jax.data.finding import Text, find_text
 from llama_jax.data.lost import Losses
+from llama_jax.data.manifest import read_manifest, sha256
 from llama_jax.data.parts import SPLITS
 from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
 from llama_jax.data.reading import Read, ReadingArgs, check_text, files_of, read_parts
@@ -25,7 +26,7 @@ from llama_jax.data.report import Encoded, Report, report_of_text, report_of_tok
 from llama_jax.data.stream import TokenStream
 from llama_jax.data.summary import skipped_warning
 from llama_jax.data.token_files import JoinedStream
-from llama_jax.data.tokens import TokenSet, open_tokens, read_manifest, sha256
+from llama_jax.data.tokens import TokenSet, open_tokens
 from llama_jax.errors import UserError, quoted
 from llama_jax.programs import typed
 from llama_jax.storage.locations import on_disk

@@ -304,7 +304,7 @@ def _is_cut_record(text: str) -> bool:
         json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as error:
         return error.pos > len(text) - 32 or "Unterminated string" in str(error)
-    except RecursionError:
+    except (RecursionError, ValueError):  # too deep, or a number of too many digits
         return False
     return False
 

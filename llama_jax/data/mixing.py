@@ -9,11 +9,12 @@ from pathlib import Path
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
 from llama_jax.data.finding import find_text
+from llama_jax.data.manifest import TOKENIZER, sha256
 from llama_jax.data.mixture import folder_of, parts_of
 from llama_jax.data.opened import Data, MixedData
 from llama_jax.data.origin import Origin
 from llama_jax.data.parts import AnyCorpus
-from llama_jax.data.tokens import TOKENIZER, find_prepared, sha256
+from llama_jax.data.tokens import find_prepared
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError
 from llama_jax.storage.files import write_atomically

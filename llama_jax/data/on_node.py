@@ -12,8 +12,8 @@ from pathlib import Path
 
 import llama_jax
 from llama_jax.data.encode import Job, encode_task
+from llama_jax.data.manifest import sha256
 from llama_jax.data.places import Place
-from llama_jax.data.tokens import sha256
 from llama_jax.data.workers import naming_the_disk
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer

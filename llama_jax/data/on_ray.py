@@ -24,8 +24,8 @@ from typing import Any
 
 from llama_jax.cli.progress import duration
 from llama_jax.data.encode import Job, read_result
+from llama_jax.data.manifest import sha256
 from llama_jax.data.on_node import Wanted, encode_on_node, version
-from llama_jax.data.tokens import sha256
 from llama_jax.data.workers import KEPT, Process, Run, Said, answering, running_process
 from llama_jax.errors import UserError
 from llama_jax.programs import install_command

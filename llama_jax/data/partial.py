@@ -15,9 +15,9 @@ from llama_jax.config import DataArgs
 from llama_jax.data import find_text
 from llama_jax.data.encode import Job, read_result
 from llama_jax.data.finding import Text
+from llama_jax.data.manifest import UNFINISHED, read_manifest, sha256
 from llama_jax.data.parts import TextFile
 from llama_jax.data.shards import RefuseOthers, encode_tasks, job_of
-from llama_jax.data.tokens import UNFINISHED, read_manifest, sha256
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
 from llama_jax.storage.files import is_address, write_atomically

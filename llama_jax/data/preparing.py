@@ -12,23 +12,13 @@ from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import working
 from llama_jax.config import BadRecords, DataArgs
 from llama_jax.data import Data, Text, encode_text, find_text, origin_of
+from llama_jax.data.manifest import DOCUMENTS, MANIFEST, SUMS, UNFINISHED, read_manifest, sha256
 from llama_jax.data.origin import difference
 from llama_jax.data.partial import PartOf, prepare_part
 from llama_jax.data.places import BLOCK_BYTES
 from llama_jax.data.shards import RefuseOthers, unfinished_in
 from llama_jax.data.summary import documents_text, held_out_text, remarks
-from llama_jax.data.tokens import (
-    DOCUMENTS,
-    MANIFEST,
-    SPLITS,
-    SUMS,
-    UNFINISHED,
-    find_prepared,
-    open_tokens,
-    read_manifest,
-    sha256,
-    token_files,
-)
+from llama_jax.data.tokens import SPLITS, find_prepared, open_tokens, token_files
 from llama_jax.data.workers import Run, run_tasks
 from llama_jax.errors import UserError
 from llama_jax.programs import typed

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
+from llama_jax.data.manifest import UNFINISHED, VERSION, Manifest, sha256
 from llama_jax.data.parts import SPLITS, HeldOut
 from llama_jax.data.token_files import Examined, JoinedStream, TokenFile, by_split, cut_at, examined, find_token_files
-from llama_jax.data.tokens import UNFINISHED, VERSION, Manifest, TokenSet, sha256
+from llama_jax.data.tokens import TokenSet
 from llama_jax.errors import UserError
 from llama_jax.storage.files import is_address
 from llama_jax.tokenizer import Tokenizer

@@ -18,26 +18,22 @@ import numpy as np
 from llama_jax.cli.progress import Progress
 from llama_jax.data.counts import Counts, Digests, text_counts
 from llama_jax.data.encode import Job, Result, read_result, tokens_path
-from llama_jax.data.origin import Origin, difference
-from llama_jax.data.parts import EXAMPLES, SPLITS, AnyCorpus, Skipped, Unit
-from llama_jax.data.stream import BLOCK_BYTES
-from llama_jax.data.text import check_is_text
-from llama_jax.data.tokens import (
+from llama_jax.data.manifest import (
     DOCUMENTS,
     DTYPES,
     MANIFEST,
     SUMS,
     VERSION,
     Manifest,
-    TokenSet,
-    legacy_sums,
-    open_tokens,
     read_manifest,
     sha256,
-    shard_names,
-    token_files,
     write_manifest,
 )
+from llama_jax.data.origin import Origin, difference
+from llama_jax.data.parts import EXAMPLES, SPLITS, AnyCorpus, Skipped, Unit
+from llama_jax.data.stream import BLOCK_BYTES
+from llama_jax.data.text import check_is_text
+from llama_jax.data.tokens import TokenSet, legacy_sums, open_tokens, shard_names, token_files
 from llama_jax.data.workers import Run, run_tasks
 from llama_jax.errors import UserError
 from llama_jax.storage.files import replacing, write_atomically

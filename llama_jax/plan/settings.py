@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.config import Config
+from llama_jax.data.manifest import TOKENIZER, read_manifest
 from llama_jax.data.mixture import folder_of
-from llama_jax.data.tokens import TOKENIZER, find_prepared, read_manifest
+from llama_jax.data.tokens import find_prepared
 from llama_jax.tokenizer import Tokenizer
 
 # LLaMA 2's vocabulary.

@@ -15,9 +15,10 @@ from llama_jax.data import lost as lost_module
 from llama_jax.data import text as text_module
 from llama_jax.data.counts import Digests
 from llama_jax.data.lost import examples, loss_warning, share
+from llama_jax.data.manifest import TextCounts
 from llama_jax.data.shards import prepare
 from llama_jax.data.text import Corpus, Part
-from llama_jax.data.tokens import TextCounts, TokenSet
+from llama_jax.data.tokens import TokenSet
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 

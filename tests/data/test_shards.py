@@ -19,9 +19,10 @@ from llama_jax.config import DataArgs
 from llama_jax.data import find_text, shards, workers
 from llama_jax.data.__main__ import main
 from llama_jax.data.encode import encode_task, read_result
+from llama_jax.data.manifest import read_manifest
 from llama_jax.data.shards import RefuseOthers, encode_tasks, job_of, prepare, unfinished_in
 from llama_jax.data.text import Corpus
-from llama_jax.data.tokens import document_starts, open_tokens, read_manifest
+from llama_jax.data.tokens import document_starts, open_tokens
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ from llama_jax.data.text import Corpus
 
 SEPARATORS = [b"", b"\n", b"\n\n", b"<|e|>", b"--", b"\n-\n", b"abab"]
 PIECES = [
-    b"a", b"b", b" ", b"\n", b"\r\n", b"word ", b"text", b"-", "é".encode(), b"\n\n\n", b"x" * 20, b"   ", b"the fox went\nto the\n",
+    b"a", b"b", b" ", b"\n", b"\f", b"\r\n", b"word ", b"text", b"-", "é".encode(), b"\n\n\n", b"x" * 20, b"   ", b"the fox went\nto the\n",
 ]  # fmt: skip
 
 

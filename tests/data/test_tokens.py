@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from llama_jax.data import encode as encode_module
 from llama_jax.data import text as text_module
+from llama_jax.data.manifest import read_manifest, sha256
 from llama_jax.data.shards import prepare
 from llama_jax.data.text import Corpus
-from llama_jax.data.tokens import TokenSet, open_tokens, read_manifest, sha256
+from llama_jax.data.tokens import TokenSet, open_tokens
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 
