@@ -20,6 +20,9 @@ BACK_BYTES = 1 << 16
 LINE_END = re.compile(rb"\r\n|\n|\r")
 WHITE = b" \t\r\n"
 
+# A document: the places of its first byte and behind its last one, and its bytes if they are at hand.
+Document = tuple[int, int, bytes | None]
+
 
 class Reader:
     """Reads the bytes of a file through a buffer.
@@ -145,37 +148,57 @@ class Separator:
 
     def occurs(self, data: Reader) -> bool:
         """Return whether a file contains the separator."""
-        return next(self._ranges(data, 0))[1] < data.size
+        return any(buffer and ranges for _, buffer, ranges in self._ranges(data, 0))
 
-    def documents(self, data: Reader, start: int) -> Iterator[tuple[int, int]]:
-        """Yield the ranges of the documents after ``start``, trimmed of blank lines at both ends.
+    def documents(self, data: Reader, start: int) -> Iterator[Document]:
+        """Yield the documents after ``start``, trimmed of blank lines at both ends.
 
         Empty ones are skipped.
         """
-        for first, last in self._ranges(data, start):
-            if first < last and data.starts_or_ends_in_white(first, last):
-                first, last = _without_blank_lines(data, first, last)
-            if first < last:
-                yield first, last
+        for at, buffer, ranges in self._ranges(data, start):
+            for first, last in ranges:
+                raw = buffer[first:last] if first >= 0 and last <= len(buffer) and last - first <= LOOK_BYTES else None
+                if raw is None:
+                    first, last = at + first, at + last
+                    if first < last and data.starts_or_ends_in_white(first, last):
+                        first, last = _without_blank_lines(data, first, last)
+                    if first < last:
+                        yield first, last, None
+                elif not raw:
+                    continue
+                elif raw[0] not in WHITE and raw[-1] not in WHITE:
+                    yield at + first, at + last, raw
+                elif b"\n" in raw or b"\r" in raw:
+                    first, last = _without_blank_lines(data, at + first, at + last)
+                    if first < last:
+                        yield first, last, None
+                elif raw.strip(WHITE):  # a single line keeps its white space
+                    yield at + first, at + last, raw
 
-    def _ranges(self, data: Reader, start: int) -> Iterator[tuple[int, int]]:
-        """Yield the ranges between the separators after ``start``."""
+    def _ranges(self, data: Reader, start: int) -> Iterator[tuple[int, bytes, list[tuple[int, int]]]]:
+        """Yield the ranges between the separators after ``start``, buffer by buffer: its offset, its bytes, the ranges.
+
+        They are relative to the offset. The first one of a buffer may begin before it.
+        """
         look = start
         while look < data.size:
             at, buffer = data.window(look, min(data.size, look + 2 * self._longest))
             last = at + len(buffer) == data.size
             look -= at
+            ranges, begins = [], start - at
             for found, end in self._within(buffer, look, data.has_returns):
                 look = found
                 if end == len(buffer) and not last:
                     break  # the match may be longer: an LF may follow a CR at the end of the buffer
-                yield start, at + found
-                start, look = at + end, end
+                ranges.append((begins, found))
+                begins = look = end
+            start = at + begins
+            yield at, buffer, ranges
             if last:
                 break
             # A separator that the buffer's end cuts begins in its last bytes.
             look = at + max(look, len(buffer) - self._longest)
-        yield start, data.size
+        yield start, b"", [(0, data.size - start)]
 
     def _within(self, buffer: bytes, start: int, has_returns: bool) -> Iterator[tuple[int, int]]:
         """Yield where the separators in ``buffer`` begin and end."""
@@ -193,10 +216,6 @@ def _without_blank_lines(data: Reader, start: int, end: int) -> tuple[int, int]:
 
     The first line keeps its indentation, and the last one its trailing white space.
     """
-    if end - start <= LOOK_BYTES:
-        text = data.read(start, end)
-        if b"\n" not in text and b"\r" not in text:  # a single line, as most short documents are
-            return (start, end) if text.strip(WHITE) else (end, end)
     first, last = start, end
     while first < end and not (text := data.read(first, min(end, first + LOOK_BYTES)).lstrip(WHITE)):
         first = min(end, first + LOOK_BYTES)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -160,11 +160,12 @@ class _Encoder:
         batch, size = self._batch, self._batch_bytes
         if not batch:
             return
-        ids, lengths = self._tokenizer.encode_batch([p.text for p in batch], [p.starts for p in batch])
+        texts, _, starts, ends, _ = zip(*batch, strict=True)
+        ids, lengths = self._tokenizer.encode_batch(texts, starts)
         self._losses.add(batch, ids, lengths)
         for part in batch:
             self._digests.add(part)
-        raw = self._rest + self._joined(batch, ids, lengths).tobytes()
+        raw = self._rest + self._joined(np.array(starts), np.array(ends), ids, lengths).tobytes()
         whole = len(raw) // BLOCK_BYTES * BLOCK_BYTES
         self._rest = raw[whole:]
         self._put(raw[:whole])
@@ -176,9 +177,8 @@ class _Encoder:
         self._sha.update(raw)
         self._sums.extend(checksums(raw))
 
-    def _joined(self, parts: Sequence[Part], ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def _joined(self, starts: np.ndarray, ends: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Return the tokens of consecutive parts, with BOS and EOS around each document, and count them."""
-        starts, ends = (np.array([getattr(part, name) for part in parts], bool) for name in ("starts", "ends"))
         after = np.cumsum(starts + lengths + ends)  # where the next part begins
         bos, eos = (after - ends - lengths - starts)[starts], (after - 1)[ends]
         tokens = np.empty(int(after[-1]), self._dtype)

@@ -1,4 +1,4 @@
-"""manifest.json of a token folder: the text, the tokenizer and the files of tokens, with a digest of each and of itself."""
+"""manifest.json of a token folder: the text, the tokenizer, the files of tokens, and a digest of each and of itself."""
 
 import dataclasses
 import hashlib

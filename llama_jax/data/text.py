@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from llama_jax.cli.flags import unescape
 from llama_jax.data.corpus_file import BOM, CorpusFile
-from llama_jax.data.documents import BACK_BYTES, BUFFER_BYTES, Reader, Rewinding, Separator, sha256_of
+from llama_jax.data.documents import BACK_BYTES, BUFFER_BYTES, Document, Reader, Rewinding, Separator, sha256_of
 from llama_jax.data.kinds import bad_bytes, decoded, is_too_odd
 from llama_jax.data.parts import SPLITS, AnyCorpus, HeldOut, Part, Skipped, TextFile, Unit
 from llama_jax.data.places import Place, on_disk
@@ -164,14 +164,13 @@ class Corpus:
         """
         for unit in self.units():
             if unit.split == split:
-                yield from self._parts(unit)
+                yield from (part for _, part in self._parts(unit))
 
     def read(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, Part]]:
         """Yield the parts of a unit in order, each with its split."""
-        if unit.split in splits:
-            yield from ((unit.split, part) for part in self._parts(unit))
+        return self._parts(unit) if unit.split in splits else iter(())
 
-    def _parts(self, unit: Unit) -> Iterator[Part]:
+    def _parts(self, unit: Unit) -> Iterator[tuple[str, Part]]:
         number, split = unit.file, unit.split
         size, cut = self._sizes[number], self._cuts[number]
         data = self._reader(number)
@@ -187,7 +186,7 @@ class Corpus:
         if unit.stop is not None:
             end, _ = cut_near(data, unit.stop, end, self._separator)
         read = bad = 0
-        for doc_start, doc_end in self._documents(data, look) if start < end else ():
+        for doc_start, doc_end, raw in self._documents(data, look) if start < end else ():
             if doc_start >= end:
                 break
             first, last = max(doc_start, start), min(doc_end, end)
@@ -196,13 +195,14 @@ class Corpus:
             # A document that the cut goes through has no end in training, and starts again in evaluation.
             starts, ends = not (goes_on and doc_start == start), last == doc_end
             if last - first <= PART_BYTES:
-                text, odd = self._decode(data.read(first, last))
+                whole = raw is not None and last - first == len(raw)
+                text, odd = self._decode(raw if raw is not None and whole else data.read(first, last))
                 read, bad = read + last - first, bad + odd
-                yield Part(text, last - first, starts, ends)
+                yield split, Part(text, last - first, starts, ends)
                 continue
             for part, odd in self._document(data, first, last, starts, ends):
                 read, bad = read + part.size, bad + odd
-                yield part
+                yield split, part
         if not self.any_bytes:
             note_odd(self, self._files[number].name, unit, read, bad)
 
@@ -238,12 +238,12 @@ class Corpus:
         raw = (self._reader(i).read(0, size) for i, size in enumerate(sizes) if size)
         return "".join(text.decode("utf-8", "replace") for text in raw)
 
-    def _documents(self, data: Reader, start: int) -> Iterator[tuple[int, int]]:
-        """Yield the ranges of a file's documents from ``start``. Without a separator, the whole file is one."""
+    def _documents(self, data: Reader, start: int) -> Iterator[Document]:
+        """Yield a file's documents from ``start``. Without a separator, the whole file is one."""
         if start == 0 and data.read(0, min(3, data.size)) == BOM:
             start = len(BOM)
         if self._separator is None:
-            yield start, data.size
+            yield start, data.size, None
             return
         yield from self._separator.documents(data, start)
 
@@ -260,6 +260,8 @@ class Corpus:
             start = stop
 
     def _decode(self, raw: bytes) -> tuple[str, int]:
+        if raw.isascii():
+            return raw.decode("ascii"), 0
         text, replaced = decoded(raw)
         self.replaced += replaced
         return text, bad_bytes(raw) if replaced else 0
