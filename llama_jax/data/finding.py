@@ -142,7 +142,7 @@ def _check_finished(folder: Path) -> None:
     if unfinished:
         raise UserError(
             f"data.filepath: expected a text or prepared tokens, found unfinished tokens in {folder}: prepare is still running "
-            "there, or was stopped; run it again"
+            "there, or was stopped; run it again, or merge its parts"
         )
     raise UserError(
         f"data.filepath: expected a text or prepared tokens, found token files without {MANIFEST} in {folder}: they are "

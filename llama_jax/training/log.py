@@ -46,20 +46,32 @@ def announce(settled: Settled, data: AnyData, mesh: jax.sharding.Mesh, module: L
     epochs = steps * tokens / to_train_on
     device = jax.devices()[0]
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    rows = {
-        "model": f"{count_parameters(model):,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, "
-        f"{model.kv_heads} kv heads, context {model.max_seq_len}",
-        "text": f"{data.source}: {to_train_on:,} tokens to train on, {held_out:,} held out, "
-        f"vocabulary {data.tokenizer.vocab_size:,}",
-        **_text_rows(data, settled, model.max_seq_len),
-        "training": f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
-        f"{train_flops_per_token(model) * tokens * steps / 1e12:,.1f} TFLOP",
-        "rate": rate_text(train, steps, settled.held_lr),
-        "devices": f"{len(mesh.devices.flat)} x {device.device_kind}{processes}, mesh: {describe(dict(mesh.shape))}, "
-        f"{module.dtype.name}, attention: {module.kernel}",
-        "run folder": str(opened.folder.path),
-    }
-    for name, text in rows.items():
+    rows = [
+        (
+            "model",
+            f"{count_parameters(model):,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, "
+            f"{model.kv_heads} kv heads, context {model.max_seq_len}",
+        ),
+        (
+            "text",
+            f"{data.source}: {to_train_on:,} tokens to train on, {held_out:,} held out, "
+            f"vocabulary {data.tokenizer.vocab_size:,}",
+        ),
+        *_text_rows(data, settled, model.max_seq_len),
+        (
+            "training",
+            f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
+            f"{train_flops_per_token(model) * tokens * steps / 1e12:,.1f} TFLOP",
+        ),
+        ("rate", rate_text(train, steps, settled.held_lr)),
+        (
+            "devices",
+            f"{len(mesh.devices.flat)} x {device.device_kind}{processes}, mesh: {describe(dict(mesh.shape))}, "
+            f"{module.dtype.name}, attention: {module.kernel}",
+        ),
+        ("run folder", str(opened.folder.path)),
+    ]
+    for name, text in rows:
         print(f"{name:>10}  {text}")
     for name, part in data.sources.items():
         of_it = _epochs(part, settled.schedule, name, steps, model.max_seq_len) if name else epochs
@@ -78,19 +90,18 @@ def announce(settled: Settled, data: AnyData, mesh: jax.sharding.Mesh, module: L
         print(f"{'changed':>10}  {change}")
 
 
-def _text_rows(data: AnyData, settled: Settled, length: int) -> dict[str, str]:
+def _text_rows(data: AnyData, settled: Settled, length: int) -> list[tuple[str, str]]:
     """Return what is said of the documents of a text, or of each source of a mixture."""
-    if isinstance(data, Data):
-        manifest = data.tokens.manifest
-        return {"documents": documents_text(manifest), "held out": held_out_text(manifest)}
-    rows = {}
+    rows = []
     for i, (name, text) in enumerate(data.sources.items()):
         manifest = text.tokens.manifest
-        epochs = _epochs(text, settled.schedule, name, settled.steps, length)
-        rows[f"source {i + 1}"] = (
-            f"{name}: {percent(data.shares[name])} of the sequences, {epochs:.1f} epochs of {manifest.tokens['train']:,} tokens; "
-            f"documents: {documents_text(manifest)}; held out: {held_out_text(manifest)}"
-        )
+        if isinstance(data, MixedData):
+            epochs = _epochs(text, settled.schedule, name, settled.steps, length)
+            share = f"{percent(data.shares[name])} of the sequences"
+            rows.append(
+                (f"source {i + 1}", f"{name}: {share}, {epochs:.1f} epochs of {manifest.tokens['train']:,} tokens")
+            )
+        rows += [("documents", documents_text(manifest)), ("held out", held_out_text(manifest))]
     return rows
 
 

@@ -52,11 +52,13 @@ def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | Non
         markersize=4,
         label="eval",
     )
-    for key in sorted({key for record in evals for key in record if key.startswith("eval_loss/")}):
+    of_sources = sorted({key for record in evals for key in record if key.startswith("eval_loss/")})
+    for i, key in enumerate(of_sources):
         having = [r for r in evals if key in r]
         axes.plot(
             [r["tokens"] for r in having],
             [r[key] for r in having],
+            color=f"C{2 + i}",  # the first two are those of the whole
             marker=".",
             linewidth=0.8,
             label=f"eval, {key.partition('/')[2]}",
