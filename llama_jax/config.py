@@ -117,7 +117,7 @@ class DataArgs:
     Empty: the built-in stories."""
     train_size: float = 0.9
     """Share of the text to train on. 1: hold out nothing. The rest is held out for evaluation:
-    the end of a plain text, by bytes; of records, documents that are chosen by a hash of their text."""
+    the end of a plain text, by bytes; of records, and of several texts with a separator, documents chosen by a hash."""
     tokenizer_model_path: str = ""
     """Path of a SentencePiece model.
     Empty: train a BPE vocabulary on the training part and save it in the run folder."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from llama_jax.data.corpus_file import BOM, CorpusFile
+from llama_jax.data.held_out import hash_of, is_held_out
 from llama_jax.data.kinds import bad_bytes, decoded
 from llama_jax.data.parts import EXAMPLES, SPLITS, AnyCorpus, HeldOut, Part, Skipped, TextFile, Unit
 from llama_jax.data.places import Place, at_once
@@ -14,8 +15,8 @@ from llama_jax.data.records import Group, Record, groups_of, lines_before, recor
 from llama_jax.data.text import PART_BYTES, Corpus, border, check_is_text, full_name, note_odd
 from llama_jax.errors import UserError
 
-# The key of the hash that chooses held-out documents. Another key would choose others.
-KEY = b"llama-jax: held out"
+# Without a separator, so many texts are documents of which some are held out. The end of fewer is.
+MANY_TEXTS = 100
 # Compressed text is taken to be so many times as large.
 PACKED = 4
 # Compressed files of this size are read once for the size of their texts, if there are few, so that they can be sliced.
@@ -347,18 +348,9 @@ def corpus_of(
 ) -> AnyCorpus:
     """Return the corpus of ``files``: plain text, or Records if there are records among them; see both."""
     if all(file.format == "text" for file in files):
-        return Corpus(files, separator, train_size, any_bytes)
+        many = len(files) > 1 and (bool(separator) or len(files) >= MANY_TEXTS)
+        return Corpus(files, separator, train_size, any_bytes, by_documents=many and train_size < 1)
     return Records(files, train_size, skip)
-
-
-def hash_of(document: bytes) -> Any:
-    """Return the hash of a document's text, to which more can be added."""
-    return hashlib.blake2b(document, digest_size=8, key=KEY)
-
-
-def is_held_out(document: Any, train_size: float) -> bool:
-    """Return whether the document with the hash ``document`` is among the 1 - ``train_size`` that are held out."""
-    return int.from_bytes(document.digest(), "big") >= train_size * 2**64
 
 
 def cut(raw: bytes, number: int) -> Iterator[Part]:

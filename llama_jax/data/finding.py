@@ -106,10 +106,21 @@ def as_before(known: Origin, text: Text, args: DataArgs) -> Iterator[AnyCorpus]:
     """Yield other ways to read the text of a run that has begun: as plain text, and as earlier versions did."""
     if known.text_field:
         return
+    found = [text]
     with contextlib.suppress(UserError):
-        yield _found_text(args, as_text=True).corpus
+        found.append(_found_text(args, as_text=True))
+    for each in found:
+        yield from (each.corpus, cut_at_end(each).corpus)
     if not known.files and isinstance(text.corpus, Corpus):
-        yield replace(text.corpus, paths=files_as_before(args.filepath))
+        yield replace(text.corpus, paths=files_as_before(args.filepath), by_documents=False)
+
+
+def cut_at_end(text: Text) -> Text:
+    """Return a text whose end is held out, as earlier versions held out that of several plain texts."""
+    corpus = text.corpus
+    if isinstance(corpus, Corpus) and corpus.by_documents:
+        return replace(text, corpus=replace(corpus, by_documents=False))
+    return text
 
 
 def origin_of(text: Text) -> Origin:

@@ -12,6 +12,7 @@ from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import working
 from llama_jax.config import BadRecords, DataArgs
 from llama_jax.data import Data, Text, encode_text, find_text, origin_of
+from llama_jax.data.finding import cut_at_end
 from llama_jax.data.manifest import DOCUMENTS, MANIFEST, SUMS, UNFINISHED, read_manifest, sha256
 from llama_jax.data.origin import difference
 from llama_jax.data.partial import PartOf, prepare_part
@@ -54,7 +55,7 @@ class PrepareArgs:
     Empty: each file is one document. Of records each is a document, and there is no separator."""
     train_size: float = DataArgs.train_size
     """Share of the text to train on. 1: hold out nothing. The rest is held out for evaluation:
-    the end of a plain text, by bytes; of records, documents that are chosen by a hash of their text."""
+    the end of a plain text, by bytes; of records, and of several texts with a separator, documents chosen by a hash."""
     eval_filepath: str = ""
     """Held-out text of its own, in any of the forms of filepath, which is then trained on as a whole.
     Empty: hold out a part of the text (train_size)."""
@@ -212,6 +213,8 @@ def _holds(output: Path, text: Text, args: PrepareArgs, given: Tokenizer | None)
     manifest = read_manifest(output)
     if manifest is None:
         return False
+    if manifest.held_out == "end":  # by an earlier version, perhaps
+        text = cut_at_end(text)
     asked = replace(
         origin_of(text),
         tokenizer_sha256=sha256(given.model_bytes) if given is not None else "",

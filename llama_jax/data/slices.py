@@ -14,19 +14,19 @@ WORDS_BYTES = 1 << 18
 WORD_BORDER = re.compile(rb"(?<=[!-~])(?:\n(?=[!-~])|(?= [!-~]))")
 
 
-def cut_near(data: Reader, at: int, end: int, separator: Separator | None) -> tuple[int, bool]:
+def cut_near(data: Reader, at: int, end: int, separator: Separator | None, within: bool = True) -> tuple[int, bool]:
     """Return the first cut of a text from ``at`` on, and whether it is within a document.
 
-    A cut is where a document begins, or, if none begins in the next WINDOW_BYTES, between two words. It is ``end`` if
-    there is neither before.
+    A cut is where a document begins, or, if none begins in the next WINDOW_BYTES and ``within`` allows it, between two
+    words. It is ``end`` if there is neither before.
     """
     while at < end:
         reach = min(data.size, at + 2 * WINDOW_BYTES)
         start = None if separator is None else separator.first_start(data, at, reach)
         last = data.size if reach == data.size or separator is None else reach - WINDOW_BYTES
         last = min(end, last if start is None else start - WINDOW_BYTES)
-        stop = min(last, at + WORDS_BYTES)
-        if (word := _word_border(data, at, stop, separator)) is not None:
+        stop = min(last, at + WORDS_BYTES) if within else last
+        if within and (word := _word_border(data, at, stop, separator)) is not None:
             return word, True
         if start is not None and stop >= last:
             return min(start, end), False

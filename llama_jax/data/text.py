@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from llama_jax.cli.flags import unescape
 from llama_jax.data.corpus_file import BOM, CorpusFile
 from llama_jax.data.documents import BACK_BYTES, BUFFER_BYTES, Document, Reader, Rewinding, Separator, sha256_of
+from llama_jax.data.held_out import hash_of, is_held_out
 from llama_jax.data.kinds import bad_bytes, decoded, is_too_odd
 from llama_jax.data.parts import SPLITS, AnyCorpus, HeldOut, Part, Skipped, TextFile, Unit
 from llama_jax.data.places import Place, on_disk
@@ -32,21 +33,22 @@ class Corpus:
     """Text files and the position of the cut between the training part and the held-out part.
 
     ``paths`` are files on disk, or CorpusFiles, which may be compressed or behind an address. ``any_bytes`` accepts
-    files that are not UTF-8. ``replaced`` counts the byte sequences so far that were not UTF-8 and were read as U+FFFD.
+    files that are not UTF-8. ``by_documents``: a hash of its first part decides for each document whether it is held
+    out, in place of the cut. ``replaced`` counts the byte sequences so far that were not UTF-8 and were read as U+FFFD.
     """
 
     paths: Sequence[Path | CorpusFile]
     separator: bytes
     train_size: float
     any_bytes: bool = True
+    by_documents: bool = False
     replaced: int = 0
     _stamps: list[tuple[Any, ...]] = field(default_factory=list)
     odd: dict[str, tuple[int, int]] = field(default_factory=dict)
     _open: tuple[int, Reader] | None = None
 
-    # A text is plain: it has no fields, no records that could be skipped, and its end is held out.
+    # A text is plain: it has no fields, and no records that could be skipped.
     text_field = ""
-    held_out: ClassVar[HeldOut] = "end"
     eval_files: ClassVar[tuple[TextFile, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -56,6 +58,11 @@ class Corpus:
     def __getstate__(self) -> dict[str, Any]:
         """Return what another process needs: not the file that is open here."""
         return self.__dict__ | {"_open": None}
+
+    @property
+    def held_out(self) -> HeldOut:
+        """How the held-out part is chosen."""
+        return "documents" if self.by_documents else "end"
 
     @property
     def stored_bytes(self) -> int:
@@ -88,8 +95,8 @@ class Corpus:
 
     @functools.cached_property
     def cut(self) -> int:
-        """The offset of the held-out part."""
-        return int(self.text_bytes * self.train_size)
+        """The offset of the held-out part. It is the end if documents are held out instead."""
+        return self.text_bytes if self.by_documents else int(self.text_bytes * self.train_size)
 
     @functools.cached_property
     def _cuts(self) -> list[int]:
@@ -110,7 +117,7 @@ class Corpus:
 
     def stamp(self) -> str:
         """Return what is known of the files without reading them, the separator and the cut."""
-        return repr(("text", [place.mark() for place in self.places], self.separator, self.cut))
+        return repr(("text", [place.mark() for place in self.places], self.separator, self._split))
 
     def know(self, files: Sequence[TextFile]) -> None:
         """Take these for ``files``."""
@@ -128,10 +135,15 @@ class Corpus:
     def digest(self) -> str:
         """Return the sha256 of the files' contents and sizes, the separator and the cut."""
         files = self.files
-        sha = hashlib.sha256(repr((self._sizes, self.separator, self.cut)).encode())
+        sha = hashlib.sha256(repr((self._sizes, self.separator, self._split)).encode())
         for file in files:
             sha.update(bytes.fromhex(file.sha256))
         return sha.hexdigest()
+
+    @property
+    def _split(self) -> int | tuple[str, float]:
+        """The cut, or the share that decides which documents are held out."""
+        return ("documents", self.train_size) if self.by_documents else self.cut
 
     def check_unchanged(self) -> None:
         """Raise UserError if a file has changed since ``files`` was computed."""
@@ -163,11 +175,12 @@ class Corpus:
         text.
         """
         for unit in self.units():
-            if unit.split == split:
-                yield from (part for _, part in self._parts(unit))
+            yield from (part for _, part in self.read(unit, (split,)))
 
     def read(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, Part]]:
         """Yield the parts of a unit in order, each with its split."""
+        if self.by_documents:
+            return (found for found in self._parts(unit) if found[0] in splits)
         return self._parts(unit) if unit.split in splits else iter(())
 
     def _parts(self, unit: Unit) -> Iterator[tuple[str, Part]]:
@@ -179,12 +192,12 @@ class Corpus:
         start, end = (0, cut) if split == "train" else (cut, size)
         look, goes_on = 0, False
         if unit.start not in (0, self._cuts[number]):
-            start, goes_on = cut_near(data, unit.start, end, self._separator)
+            start, goes_on = self._cut_near(data, unit.start, end)
             look = start
         elif start:
             look = self._document_before(data, start)
         if unit.stop is not None:
-            end, _ = cut_near(data, unit.stop, end, self._separator)
+            end, _ = self._cut_near(data, unit.stop, end)
         read = bad = 0
         for doc_start, doc_end, raw in self._documents(data, look) if start < end else ():
             if doc_start >= end:
@@ -198,13 +211,26 @@ class Corpus:
                 whole = raw is not None and last - first == len(raw)
                 text, odd = self._decode(raw if raw is not None and whole else data.read(first, last))
                 read, bad = read + last - first, bad + odd
-                yield split, Part(text, last - first, starts, ends)
+                yield self._split_of(text) if self.by_documents else split, Part(text, last - first, starts, ends)
                 continue
             for part, odd in self._document(data, first, last, starts, ends):
                 read, bad = read + part.size, bad + odd
+                if part.starts and self.by_documents:
+                    split = self._split_of(part.text)
                 yield split, part
         if not self.any_bytes:
             note_odd(self, self._files[number].name, unit, read, bad)
+
+    def _split_of(self, text: str) -> str:
+        """Return the split of the document that begins with the part ``text``."""
+        return SPLITS[is_held_out(hash_of(text.encode()), self.train_size)]
+
+    def _cut_near(self, data: Reader, at: int, end: int) -> tuple[int, bool]:
+        """Return the beginning of the slice at ``at``, and whether it is within a document.
+
+        It is not if documents are held out, since the first part of each decides.
+        """
+        return cut_near(data, at, end, self._separator, within=not self.by_documents)
 
     def _document_before(self, data: Reader, cut: int) -> int:
         """Return where to begin to look for the document that ``cut`` goes through."""

@@ -16,6 +16,7 @@ import pytest
 
 from llama_jax.config import DataArgs
 from llama_jax.data import Data, load_data, open_tokens, write_stories
+from llama_jax.data.__main__ import main
 from llama_jax.data.batches import train_batches
 from llama_jax.data.shards import prepare
 from llama_jax.data.summary import documents_text, remarks, repeats_warning
@@ -675,3 +676,44 @@ def test_prepare_refuses_bad_arguments_in_one_line_with_status_2(tmp_path, argv,
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
     assert (tmp_path / "a.txt").read_text() == TEXT and not (tmp_path / "out").exists()
+
+
+def test_of_several_texts_with_a_separator_documents_are_held_out_all_over(tmp_path, small_tokenizer):
+    documents = [f"document {i}: the fox and the owl" for i in range(300)]
+    (tmp_path / "texts").mkdir()
+    for i in range(3):
+        (tmp_path / "texts" / f"{i}.txt").write_text("\n\n".join(documents[100 * i : 100 * (i + 1)]))
+    args = {"filepath": str(tmp_path / "texts"), "tokenizer_model_path": str(small_tokenizer.model_path)}
+    tokens = load(tmp_path, **args, separator=r"\n\n").tokens
+    held_out = small_tokenizer.decode(np.asarray(tokens.eval).tolist())
+    numbers = [int(number) for number in re.findall(r"document (\d+):", held_out)]
+    assert 12 < len(numbers) < 60 and numbers == sorted(numbers) and {n // 100 for n in numbers} == {0, 1, 2}
+    assert tokens.manifest.documents == {"train": 300 - len(numbers), "eval": len(numbers)}
+    assert tokens.manifest.held_out == "documents"
+    # Without a separator a text is a document; of a few of them, the end of the last is held out.
+    assert load(tmp_path / "whole", **args).tokens.manifest.held_out == "end"
+
+
+def test_a_run_and_tokens_of_several_texts_whose_end_was_held_out_stay_as_they_are(
+    tmp_path, small_tokenizer, monkeypatch
+):
+    (tmp_path / "texts").mkdir()
+    for i in range(3):
+        (tmp_path / "texts" / f"{i}.txt").write_text("\n\n".join(f"document {i} {j}" for j in range(50)))
+    args = {"filepath": str(tmp_path / "texts"), "vocab_size": 300, "separator": r"\n\n"}
+    flags = ["--filepath", "texts", "--vocab-size", "300", "--separator", r"\n\n", "--workers", "1", "--output", "out"]
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("llama_jax.data.corpus.Corpus", lambda *given, by_documents: Corpus(*given))
+        before = load(tmp_path, **args)
+        main(["prepare", *flags])
+    assert before.tokens.manifest.held_out == "end"
+    known = {"": before.tokens.manifest.origin}
+    path = tmp_path / "run" / "tokenizer.model"
+    again = load_data(DataArgs(**args), tmp_path / "other", path, begun=True, began_with=known)
+    assert np.array_equal(again.tokens.eval, before.tokens.eval) and np.array_equal(
+        again.tokens.train, before.tokens.train
+    )
+    kept = contents(tmp_path / "out")
+    main(["prepare", *flags])
+    assert contents(tmp_path / "out") == kept

@@ -66,7 +66,8 @@ def test_slices_of_a_text_are_the_text(
     packed = data.draw(st.booleans()) and raw.strip()
     path = tmp_path_factory.mktemp("text") / ("a.txt.gz" if packed else "a.txt")
     path.write_bytes(gzip.compress(raw) if packed else raw)
-    corpus = Corpus(find_files(str(path), as_text=True).files if packed else [path], separator, train_size)
+    files = find_files(str(path), as_text=True).files if packed else [path]
+    corpus = Corpus(files, separator, train_size, by_documents=data.draw(st.booleans()))
     whole = joined(found for unit in corpus.units() for found in corpus.read(unit))
     assert joined(by_slices(corpus, largest, readers)) == whole
 
