@@ -140,7 +140,7 @@ class DataArgs:
     as_text: bool = False
     """Read files as plain text even if they look like something else, such as JSON lines or HTML.
     Bytes that are not UTF-8 become U+FFFD."""
-    mixture: dict[str, float] = dataclasses.field(default_factory=dict)
+    mixture: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
     """Several texts and their weights, in place of filepath, such as: web/ 0.7 books.parquet 0.3. Each is a text
     or prepared tokens, as filepath. Any stretch of steps has the shares exactly, to a sequence or two.
     A text that runs out begins its next epoch. Weights may change when a run goes on."""
