@@ -112,7 +112,8 @@ def running_process(
     place = str(Path(llama_jax.__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH", "")]))
     running = subprocess.Popen(
-        [sys.executable, "-c", f"from {module} import main; main()", *argv],
+        # -P: a file in this folder that is called as a module of Python's is not taken for it.
+        [sys.executable, "-P", "-c", f"from {module} import main; main()", *argv],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"PYTHONPATH": paths},
     )  # fmt: skip
     assert running.stdin is not None and running.stdout is not None

@@ -340,3 +340,11 @@ def test_workers_are_no_more_than_cores(folder, tmp_path, small_tokenizer, monke
     )
     made(folder, "a.txt", tmp_path / "out", small_tokenizer, 64)
     assert len(started) == 2
+
+
+def test_a_file_that_is_called_as_a_module_of_pythons_is_not_taken_for_it(
+    folder, tmp_path, small_tokenizer, monkeypatch
+):
+    (tmp_path / "queue.py").write_text("raise SystemExit('another queue')")
+    monkeypatch.chdir(tmp_path)
+    assert made(folder, "a.txt", tmp_path / "out", small_tokenizer, 2) == contents(folder / "whole a.txt")
