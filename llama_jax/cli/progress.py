@@ -70,7 +70,8 @@ class Progress:
         now = time.monotonic()
         if self._shown and self._bar.disable and now - self._printed >= self.SECONDS:
             self._printed = now
-            self._print(", ".join(filter(None, [self._amount(" of "), *self._parts, self._left(now)])))
+            parts = self._parts or [self._rate(now)]
+            self._print(", ".join(filter(None, [self._amount(" of "), *parts, self._left(now)])))
 
     @contextlib.contextmanager
     def busy(self, what: str) -> Iterator[None]:
