@@ -42,6 +42,8 @@ def run_tasks(job: Job, tasks: Sequence[int], tokenizer: Tokenizer, workers: int
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(workers, cores, len(tasks))
+    if count == cores < workers:
+        print(f"{count} process{'es' * (count > 1)} encode, as many as there are cores, not {workers}", flush=True)
     if count < 2:
         for task in tasks:
             with naming_the_disk(job):

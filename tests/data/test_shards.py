@@ -331,7 +331,7 @@ def test_workers_leave_standard_error_to_errors(folder, tmp_path, small_tokenize
     assert capfd.readouterr().err == ""
 
 
-def test_workers_are_no_more_than_cores(folder, tmp_path, small_tokenizer, monkeypatch):
+def test_workers_are_no_more_than_cores_and_that_is_told(folder, tmp_path, small_tokenizer, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     start = subprocess.Popen
@@ -340,6 +340,7 @@ def test_workers_are_no_more_than_cores(folder, tmp_path, small_tokenizer, monke
     )
     made(folder, "a.txt", tmp_path / "out", small_tokenizer, 64)
     assert len(started) == 2
+    assert "2 processes encode, as many as there are cores, not 64" in capsys.readouterr().out
 
 
 def test_a_file_that_is_called_as_a_module_of_pythons_is_not_taken_for_it(
