@@ -69,7 +69,7 @@ class Records:
     @functools.cached_property
     def files(self) -> tuple[TextFile, ...]:
         """The files with the digests of their contents as they are stored, at the time of first use."""
-        self._stamps = [file.place.about or file.place.stamp() for file in self.sources]
+        self._stamps = [file.place.first_stamp() for file in self.sources]
         return tuple(at_once(self.file_of, range(len(self.sources))))
 
     @property
@@ -89,7 +89,7 @@ class Records:
 
     def know(self, files: Sequence[TextFile]) -> None:
         """Take these for ``files``."""
-        self._stamps = [file.place.about or file.place.stamp() for file in self.sources]
+        self._stamps = [file.place.first_stamp() for file in self.sources]
         self.files = tuple(files)
 
     def digest(self) -> str:
@@ -250,8 +250,7 @@ class WithHeldOut:
     @property
     def skipped(self) -> Skipped:
         """The records that were skipped so far."""
-        one, other = self.train.skipped, self.eval.skipped
-        return Skipped(one.count + other.count, (one.examples + other.examples)[:EXAMPLES], one.empty + other.empty)
+        return self.train.skipped.and_of(self.eval.skipped)
 
     @skipped.setter
     def skipped(self, skipped: Skipped) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llama_jax.data.counts import ending_in_zeros
 from llama_jax.data.parts import Part
 
 # Up to this many digests of different documents are kept. Beyond it, copies are estimated from a sample of them.
@@ -75,13 +76,10 @@ class Distinct:
             return
         new = np.frombuffer(bytes(self._new), "<u8")
         self._new.clear()
-        self._kept = np.unique(np.concatenate([self._kept, self._sampled(new)]))
+        self._kept = np.unique(np.concatenate([self._kept, ending_in_zeros(new, self._zeros)]))
         while len(self._kept) > self._limit:
             self._zeros += 1
-            self._kept = self._sampled(self._kept)
-
-    def _sampled(self, digests: np.ndarray) -> np.ndarray:
-        return digests[digests & np.uint64((1 << self._zeros) - 1) == 0]
+            self._kept = ending_in_zeros(self._kept, self._zeros)
 
 
 class Documents:

@@ -143,7 +143,7 @@ class Digests:
 
     def join(self, digests: np.ndarray) -> None:
         """Add the digests of other documents, uint64."""
-        self._kept += digests[digests & np.uint64((1 << self._zeros) - 1) == 0].tobytes()
+        self._kept += ending_in_zeros(digests, self._zeros).tobytes()
         self._shrink()
 
     @property
@@ -162,4 +162,9 @@ class Digests:
             self._kept = bytearray(self._sample(self._zeros).tobytes())
 
     def _sample(self, zeros: int) -> np.ndarray:
-        return self.kept[self.kept & np.uint64((1 << zeros) - 1) == 0]
+        return ending_in_zeros(self.kept, zeros)
+
+
+def ending_in_zeros(digests: np.ndarray, bits: int) -> np.ndarray:
+    """Return the digests, uint64, that end in so many zero bits: a sample of them that is the same for all."""
+    return digests[digests & np.uint64((1 << bits) - 1) == 0]

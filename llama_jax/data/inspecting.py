@@ -17,7 +17,7 @@ from llama_jax.config import DataArgs
 from llama_jax.data.counting import HEAD_TOKENS, Documents, Texts, Tokens
 from llama_jax.data.finding import Text, find_text
 from llama_jax.data.lost import Losses
-from llama_jax.data.manifest import read_manifest, sha256
+from llama_jax.data.manifest import TOKENIZER, read_manifest, sha256
 from llama_jax.data.parts import SPLITS
 from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
 from llama_jax.data.reading import Read, ReadingArgs, check_text, files_of, read_parts
@@ -155,7 +155,7 @@ def _tokenizer_of(args: DataArgs, prepared: Path) -> Tokenizer:
             raise UserError(
                 f"--{name.replace('_', '-')}: expected none, as {prepared} holds tokens, found {quoted(getattr(args, name))}; leave it out"
             )
-    path = prepared / "tokenizer.model"
+    path = prepared / TOKENIZER
     tokenizer = Tokenizer(path if path.exists() or not args.tokenizer_model_path else args.tokenizer_model_path)
     given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else tokenizer
     manifest = read_manifest(prepared)

@@ -93,6 +93,10 @@ class Manifest:
             self.eval_source, self.eval_files,
         )  # fmt: skip
 
+    def shard_tokens(self, split: str) -> list[int]:
+        """Return the number of tokens of each file of a split."""
+        return self.shards.get(split) or [self.tokens[split]]
+
     def lossy(self, split: str) -> bool:
         """Return whether decoding the tokens of a split loses some of its text."""
         return self.counts is not None and bool(self.counts.lost_bytes[split] or self.counts.unknown[split])

@@ -1,7 +1,6 @@
 """Joins the parts of ``prepare --part``: ``python -m llama_jax.data merge --output DIR``."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,10 @@ from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs, from_dict
 from llama_jax.data import Data, find_text
-from llama_jax.data.manifest import UNFINISHED, read_manifest, write_manifest
+from llama_jax.data.manifest import TOKENIZER, UNFINISHED, read_manifest
 from llama_jax.data.partial import files_of, job_of_parts, missing_parts
 from llama_jax.data.preparing import report
-from llama_jax.data.shards import ABOUT, join, unfinished_in
+from llama_jax.data.shards import ABOUT, finish, join, unfinished_in
 from llama_jax.data.tokens import open_tokens
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
@@ -52,7 +51,7 @@ def merge(output: Path) -> None:
         if manifest is not None and not parts:
             print(f"{output}: holds these tokens already, whole")
             tokens = open_tokens(output)
-            report(Data(tokens, Tokenizer(output / "tokenizer.model"), manifest.source), output)
+            report(Data(tokens, Tokenizer(output / TOKENIZER), manifest.source), output)
             return
         if len(parts) != 1:
             raise UserError(
@@ -71,7 +70,7 @@ def _merged(folder: Path, output: Path) -> Data:
         )
     args = from_dict(DataArgs, about["data"], str(folder / ABOUT))
     text = find_text(args, output)
-    tokenizer = Tokenizer(output / "tokenizer.model")
+    tokenizer = Tokenizer(output / TOKENIZER)
     job = job_of_parts(args, text, tokenizer, output)
     if missing := missing_parts(job):
         raise UserError(
@@ -81,7 +80,6 @@ def _merged(folder: Path, output: Path) -> Data:
     with working("joining the parts"):
         text.corpus.know(files_of(job))
         manifest = join(job, tokenizer, output, source=about["source"], eval_source=text.eval_source)
-    write_manifest(output, manifest)
-    shutil.rmtree(job.folder)
+    tokens = finish(job, output, manifest)
     (output / UNFINISHED).unlink(missing_ok=True)
-    return Data(open_tokens(output), tokenizer, about["source"], notes=text.notes)
+    return Data(tokens, tokenizer, about["source"], notes=text.notes)

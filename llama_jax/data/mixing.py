@@ -1,6 +1,5 @@
 """Opens the sources of a mixture, each with tokens of its own, and their tokenizer."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -89,7 +88,7 @@ def _trained(args: DataArgs, folder: Path, path: Path) -> Tokenizer:
     corpora = {name: find_text(source_args(args, name), folder_of(folder, name)).corpus for name in args.mixture}
     with working(f"reading {len(corpora)} sources"):
         of = [(corpora[name].digest(), shares[name]) for name in corpora]
-    key = hashlib.sha256(repr((of, args.vocab_size)).encode()).hexdigest()
+    key = sha256(repr((of, args.vocab_size)).encode())
     try:
         known = json.loads((folder / VOCABULARY).read_bytes())
         if known == {"trained_on": key, "tokenizer_sha256": sha256(path.read_bytes())}:

@@ -15,7 +15,7 @@ from llama_jax.config import DataArgs
 from llama_jax.data import find_text
 from llama_jax.data.encode import Job, read_result
 from llama_jax.data.finding import Text
-from llama_jax.data.manifest import UNFINISHED, read_manifest, sha256
+from llama_jax.data.manifest import TOKENIZER, UNFINISHED, read_manifest, sha256
 from llama_jax.data.parts import TextFile
 from llama_jax.data.shards import RefuseOthers, encode_tasks, job_of
 from llama_jax.errors import UserError
@@ -65,7 +65,7 @@ def prepare_part(args: DataArgs, output: Path, part: PartOf, workers: int) -> No
         )
     output.mkdir(parents=True, exist_ok=True)
     (output / UNFINISHED).touch()
-    _put_tokenizer(tokenizer, output / "tokenizer.model")
+    _put_tokenizer(tokenizer, output / TOKENIZER)
     job = job_of_parts(args, text, tokenizer, output)
     own = [task for task in range(len(job.tasks)) if part.has(task)]
     folder = job.folder / f"part-{part.number}-of-{part.count}"

@@ -140,3 +140,8 @@ class Skipped:
     count: int = 0
     examples: list[str] = field(default_factory=list)
     empty: int = 0
+
+    def and_of(self, after: "Skipped") -> "Skipped":
+        """Return these and those of what follows."""
+        examples = (self.examples + after.examples)[:EXAMPLES]
+        return Skipped(self.count + after.count, examples, self.empty + after.empty)

@@ -66,6 +66,10 @@ class Place:
             system.invalidate_cache()
             return _about(system.info(path))
 
+    def first_stamp(self) -> tuple[Any, ...]:
+        """Return the values of ``stamp`` when the file was found, or now if they are not known."""
+        return self.about or self.stamp()
+
     def mark(self) -> str:
         """Return what tells a later version of the file from this one, on any machine that sees it."""
         found = self.about or self.stamp()[2:]  # not the numbers of the disk and of the file on this machine

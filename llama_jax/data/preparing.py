@@ -10,13 +10,14 @@ from pathlib import Path
 
 from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import working
-from llama_jax.config import BadRecords, DataArgs
+from llama_jax.config import DataArgs
 from llama_jax.data import Data, Text, encode_text, find_text, origin_of
 from llama_jax.data.finding import cut_at_end
-from llama_jax.data.manifest import DOCUMENTS, MANIFEST, SUMS, UNFINISHED, read_manifest, sha256
+from llama_jax.data.manifest import DOCUMENTS, MANIFEST, SUMS, TOKENIZER, UNFINISHED, read_manifest, sha256
 from llama_jax.data.origin import difference
 from llama_jax.data.partial import PartOf, prepare_part
 from llama_jax.data.places import BLOCK_BYTES
+from llama_jax.data.reading import ReadingArgs
 from llama_jax.data.shards import RefuseOthers, unfinished_in
 from llama_jax.data.summary import documents_text, held_out_text, remarks
 from llama_jax.data.tokens import SPLITS, find_prepared, open_tokens, token_files
@@ -30,11 +31,11 @@ from llama_jax.tokenizer import Tokenizer
 
 # The --filepath that stands for it.
 STANDARD_INPUT = "-"
-NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, DOCUMENTS, "tokenizer.model")
+NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, DOCUMENTS, TOKENIZER)
 
 
 @dataclass(frozen=True)
-class PrepareArgs:
+class PrepareArgs(ReadingArgs):
     """Encode a text once. Training then takes the output folder as --data.filepath."""
 
     filepath: str = ""
@@ -48,24 +49,12 @@ class PrepareArgs:
     Tokens of another text in it are never replaced."""
     vocab_size: int = DataArgs.vocab_size
     """Vocabulary size, in tokens, when a tokenizer is trained."""
-    separator: str = ""
-    r"""Text between two documents in a file, for example '<|endoftext|>', '\n\n', or '\n' for one document per line.
-    The escape \n matches any line end (LF, CRLF, CR), \t a tab, \\ a backslash.
-    Blank lines at the start and end of a document are dropped.
-    Empty: each file is one document. Of records each is a document, and there is no separator."""
     train_size: float = DataArgs.train_size
     """Share of the text to train on. 1: hold out nothing. The rest is held out for evaluation:
     the end of a plain text, by bytes; of records, and of several texts with a separator, documents chosen by a hash."""
     eval_filepath: str = ""
     """Held-out text of its own, in any of the forms of filepath, which is then trained on as a whole.
     Empty: hold out a part of the text (train_size)."""
-    text_field: str = ""
-    """Field of the records that holds the text. Empty: "text", or else the only field with texts."""
-    bad_records: BadRecords = "error"
-    """Records that cannot be read: error (stop at the first) or skip (leave them out and count them)."""
-    as_text: bool = False
-    """Read files as plain text even if they look like something else, such as JSON lines or HTML.
-    Bytes that are not UTF-8 become U+FFFD."""
     workers: int = os.cpu_count() or 1
     """Number of encoding processes. There are never more than cores. The tokens are the same for any number."""
     part: str = ""
@@ -81,12 +70,10 @@ class PrepareArgs:
         """The settings of the text. Raises UserError if they are impossible."""
         if find_prepared(self.filepath) is not None:
             raise UserError(f"--filepath: expected a text, found tokens that are prepared already in {self.filepath}")
-        args = DataArgs(
-            self.filepath, self.train_size, self.tokenizer_model_path, self.vocab_size, self.separator,
-            eval_filepath=self.eval_filepath, text_field=self.text_field, bad_records=self.bad_records, as_text=self.as_text,
+        return self.data_args(
+            train_size=self.train_size, tokenizer_model_path=self.tokenizer_model_path, vocab_size=self.vocab_size,
+            eval_filepath=self.eval_filepath,
         )  # fmt: skip
-        args.check()
-        return args
 
 
 def main(argv: Sequence[str]) -> None:
@@ -134,7 +121,7 @@ def prepare(args: PrepareArgs) -> None:
         if args.filepath == STANDARD_INPUT:
             text = stack.enter_context(_standard_input(data_args, output))
         if _holds(output, text, args, given):
-            data = Data(open_tokens(output), Tokenizer(output / "tokenizer.model"), text.source, notes=text.notes)
+            data = Data(open_tokens(output), Tokenizer(output / TOKENIZER), text.source, notes=text.notes)
             print(f"{output}: holds these tokens already, whole")
         else:
             _check_free(output, given)
@@ -144,7 +131,7 @@ def prepare(args: PrepareArgs) -> None:
                     data_args,
                     text,
                     output,
-                    output / "tokenizer.model",
+                    output / TOKENIZER,
                     args.workers,
                     others=RefuseOthers("--output"),
                     run=run,
@@ -227,7 +214,7 @@ def _holds(output: Path, text: Text, args: PrepareArgs, given: Tokenizer | None)
         )
     try:
         open_tokens(output).check()
-        return (output / "tokenizer.model").exists()
+        return (output / TOKENIZER).exists()
     except UserError as error:
         print(f"warning: {error}: made again", file=sys.stderr)
         (output / UNFINISHED).touch()
@@ -241,12 +228,7 @@ def _check_free(output: Path, given: Tokenizer | None) -> None:
         return
     for path in [*token_files(output), *(output / name for name in NAMES)]:
         name = path.name
-        same = (
-            name == "tokenizer.model"
-            and given is not None
-            and path.is_file()
-            and path.read_bytes() == given.model_bytes
-        )
+        same = name == TOKENIZER and given is not None and path.is_file() and path.read_bytes() == given.model_bytes
         if path.exists() and not same:
             raise UserError(
                 f"--output: expected a new folder, found {path}, which is not this command's; choose another --output"

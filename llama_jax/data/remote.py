@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import hashlib
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from llama_jax.cli.progress import bytes_text
 from llama_jax.data.cache import TokenCache, writing
+from llama_jax.data.manifest import sha256
 from llama_jax.data.places import naming, system_of, tell_waiting, tried_again
 from llama_jax.data.stream import BLOCK_BYTES, Shard, TokenStream
 from llama_jax.errors import UserError
@@ -70,7 +70,7 @@ class Bucket:
                 return b""
 
         raw = tried_again(self.name_of(name), attempt, tell=self._teller(name))
-        if hashlib.sha256(raw).hexdigest() != digest:
+        if sha256(raw) != digest:
             raise UserError(
                 f"{self.name_of(name)}: expected the file that belongs to these tokens, found {'another' if raw else 'none'}; {AGAIN}"
             )
@@ -278,7 +278,7 @@ def keep_small_files(bucket: Bucket, folder: Path, digests: dict[str, str]) -> N
     for name, digest in digests.items():
         path = folder / name
         with contextlib.suppress(OSError):
-            if hashlib.sha256(path.read_bytes()).hexdigest() == digest:
+            if sha256(path.read_bytes()) == digest:
                 continue
         raw = bucket.read(name, digest)
         with writing(folder):

@@ -30,9 +30,9 @@ from llama_jax.data.manifest import (
     write_manifest,
 )
 from llama_jax.data.origin import Origin, difference
-from llama_jax.data.parts import EXAMPLES, SPLITS, AnyCorpus, Skipped, Unit
+from llama_jax.data.parts import SPLITS, AnyCorpus, Skipped, Unit
 from llama_jax.data.stream import BLOCK_BYTES
-from llama_jax.data.text import check_is_text
+from llama_jax.data.text import add_odd, check_is_text
 from llama_jax.data.tokens import TokenSet, legacy_sums, open_tokens, shard_names, token_files
 from llama_jax.data.workers import Run, run_tasks
 from llama_jax.errors import UserError
@@ -90,9 +90,16 @@ def prepare(
             source=source,
             eval_source=eval_source,
         )
+    return finish(job, folder, manifest)
+
+
+def finish(job: Job, folder: Path, manifest: Manifest) -> TokenSet:
+    """Write the manifest of what ``join`` put into ``folder``, remove what it replaced, and open the tokens."""
     write_manifest(folder, manifest)
     shutil.rmtree(job.folder)
-    _remove_old(folder, manifest)
+    for path in token_files(folder):
+        if path.name not in manifest.sha256:
+            path.unlink()
     return open_tokens(folder)
 
 
@@ -188,10 +195,8 @@ def join(
     replaced, skipped, odd = 0, Skipped(), dict[str, tuple[int, int]]()
     for task, result in _results(job):
         replaced += result.replaced
-        skipped.count, skipped.empty = skipped.count + result.skipped.count, skipped.empty + result.skipped.empty
-        skipped.examples = (skipped.examples + result.skipped.examples)[:EXAMPLES]
-        for name, (read, bad) in result.odd.items():
-            odd[name] = odd.get(name, (0, 0))[0] + read, odd.get(name, (0, 0))[1] + bad
+        skipped = skipped.and_of(result.skipped)
+        add_odd(odd, result.odd)
         for split, shard in result.shards.items():
             counts[split].add(shard.counts)
             digests[split].join(shard.digests)
@@ -333,10 +338,3 @@ def _results_kept(job: Job, unless: type[Exception] | tuple[()] = ()) -> Iterato
         if isinstance(error, unless) or not any(job.folder.glob("[0-9]*.json")):
             shutil.rmtree(job.folder, ignore_errors=True)
         raise
-
-
-def _remove_old(folder: Path, manifest: Manifest) -> None:
-    """Remove shards of earlier tokens that the new ones have not replaced."""
-    for path in token_files(folder):
-        if path.name not in manifest.sha256:
-            path.unlink()

@@ -163,7 +163,7 @@ class TokenStream(NDArrayOperatorsMixin):
             raise UserError(self.damage)
         pieces = []
         first = max(0, int(np.searchsorted(self._ends, start, "right")) - 1)
-        for number in range(first, len(self.shards)):
+        for number in range(first, len(self._ends) - 1):
             before, after = int(self._ends[number]), int(self._ends[number + 1])
             if before >= stop:
                 break

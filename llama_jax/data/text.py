@@ -107,7 +107,7 @@ class Corpus:
     @functools.cached_property
     def files(self) -> tuple[TextFile, ...]:
         """The files with the digests of their contents, at the time of first use. Compressed ones are decompressed."""
-        self._stamps = [file.place.about or file.place.stamp() for file in self._files]
+        self._stamps = [file.place.first_stamp() for file in self._files]
         return tuple(self.file_of(i) for i in range(len(self._files)))
 
     @property
@@ -121,7 +121,7 @@ class Corpus:
 
     def know(self, files: Sequence[TextFile]) -> None:
         """Take these for ``files``."""
-        self._stamps = [file.place.about or file.place.stamp() for file in self._files]
+        self._stamps = [file.place.first_stamp() for file in self._files]
         self.files = tuple(files)
 
     def file_of(self, i: int) -> TextFile:
@@ -208,8 +208,9 @@ class Corpus:
             # A document that the cut goes through has no end in training, and starts again in evaluation.
             starts, ends = not (goes_on and doc_start == start), last == doc_end
             if last - first <= PART_BYTES:
-                whole = raw is not None and last - first == len(raw)
-                text, odd = self._decode(raw if raw is not None and whole else data.read(first, last))
+                if raw is None or len(raw) != last - first:
+                    raw = data.read(first, last)
+                text, odd = self._decode(raw)
                 read, bad = read + last - first, bad + odd
                 yield self._split_of(text) if self.by_documents else split, Part(text, last - first, starts, ends)
                 continue
@@ -306,8 +307,14 @@ def note_odd(corpus: AnyCorpus, name: str, unit: Unit, read: int, bad: int) -> N
     """Note how many of a unit's bytes are not UTF-8. Raises UserError if they are too many of a whole file."""
     if unit.is_whole:
         check_is_text(name, read, bad)
-    before = corpus.odd.get(name, (0, 0))
-    corpus.odd[name] = before[0] + read, before[1] + bad
+    add_odd(corpus.odd, {name: (read, bad)})
+
+
+def add_odd(odd: dict[str, tuple[int, int]], more: dict[str, tuple[int, int]]) -> None:
+    """Add to ``odd`` how many bytes were read of each file, and how many of them are not UTF-8."""
+    for name, (read, bad) in more.items():
+        before = odd.get(name, (0, 0))
+        odd[name] = before[0] + read, before[1] + bad
 
 
 def full_name(file: CorpusFile) -> str:

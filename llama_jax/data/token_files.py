@@ -84,17 +84,10 @@ class JoinedStream(TokenStream):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self._read(0, self.size), dtype or self.dtype)
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        pieces = [np.zeros(0, self.dtype)]
-        first = int(np.searchsorted(self._ends, start, "right")) - 1
-        for i in range(max(0, first), len(self.parts)):
-            if self._ends[i] >= stop:
-                break
-            file, begin, _ = self.parts[i]
-            low, high = max(start, int(self._ends[i])), min(stop, int(self._ends[i + 1]))
-            shift = begin - int(self._ends[i])
-            pieces.append(file.read(low + shift, high + shift).astype(self.dtype))
-        return np.concatenate(pieces)
+    def _within(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Return tokens ``start`` to ``stop`` of a part."""
+        file, first, _ = self.parts[number]
+        return file.read(first + start, first + stop).astype(self.dtype)
 
 
 def find_token_files(filepath: str) -> list[TokenFile]:

@@ -211,7 +211,7 @@ def _shards(manifest: Manifest, folder: Path = Path()) -> dict[str, list[Shard]]
     """Return the files of each split."""
     found = {}
     for split in SPLITS:
-        counts = manifest.shards.get(split) or [manifest.tokens[split]]
+        counts = manifest.shard_tokens(split)
         found[split] = [
             Shard(folder / name, count) for name, count in zip(shard_names(split, len(counts)), counts, strict=True)
         ]
@@ -279,8 +279,7 @@ def _read_sums(folder: Path, manifest: Manifest) -> dict[str, np.ndarray | None]
     except FileNotFoundError:
         content = b""
     size = np.dtype(manifest.dtype).itemsize
-    shards = {split: manifest.shards.get(split) or [manifest.tokens[split]] for split in SPLITS}
-    blocks = [sum(-(-count * size // BLOCK_BYTES) for count in shards[split]) for split in SPLITS]
+    blocks = [sum(-(-count * size // BLOCK_BYTES) for count in manifest.shard_tokens(split)) for split in SPLITS]
     if (
         sha256(content) != manifest.sha256[SUMS]
         or manifest.block_bytes != BLOCK_BYTES

@@ -52,8 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer)
         prepare(
             PrepareArgs(
                 str(folder / "a.txt"),
-                str(small_tokenizer.model_path),
-                str(folder / "tokens"),
+                tokenizer_model_path=str(small_tokenizer.model_path),
+                output=str(folder / "tokens"),
                 workers=1,
                 separator="\n",
             )
