@@ -48,7 +48,7 @@ class ConvertArgs:
     """Path of the SentencePiece model. Empty: tokenizer.model next to the weights.
     If there is no vocabulary next to them, the one in the folder above."""
     max_seq_len: int = 0
-    """Context length, in tokens. 0: use the input's value, else 4096."""
+    """Context length, in tokens. 0: use the input's value, else the family's: 4096, of LLaMA 3 8192, of 3.1 131072."""
     shards: int = 1
     """Number of files to split Meta's layout into. Meta's own code wants one per GPU."""
     dry_run: bool = False

@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import ModelArgs
-from llama_jax.convert.layout import TABLE, Tensor, all_tensors, halves_to_interleaved, interleaved_to_halves
+from llama_jax.convert.layout import (
+    TABLE,
+    Tensor,
+    all_tensors,
+    halves_to_interleaved,
+    interleaved_to_halves,
+    tensors_of,
+)
 from llama_jax.convert.source import ReadBlocks, Source, raise_together
 from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.family import family_of
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import PARAMS, shard_files
 from llama_jax.foreign.params_json import check_params, read_params, stated, write_params
@@ -39,7 +47,7 @@ class MetaSource:
         self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
         self.dtype = self._view(0, TABLE[0].meta).storage.dtype
-        self.family = "LLaMA, in Meta's layout"
+        self.family = family_of(self.args, PARAMS)
         self.decided = decided
         self.description = f"{folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
         self.unknown = list(params.unknown)
@@ -60,7 +68,7 @@ class MetaSource:
             for i in range(start // size, -(-stop // size)):
                 parts.append(self._shards[i].read(name, max(start - i * size, 0), min(stop - i * size, size)))
             rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return interleaved_to_halves(rows, self.args.head_dim) if tensor.rotary else rows
+        return interleaved_to_halves(rows, self.args.head_width) if tensor.rotary else rows
 
     def origin(self, tensor: Tensor, layer: int) -> str:
         """Return the tensor's name; see Source."""
@@ -134,7 +142,7 @@ def shard_shape(tensor: Tensor, args: ModelArgs, shards: int) -> tuple[int, ...]
 def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> None:
     """Write a model in Meta's layout, in ``shards`` files. Raises UserError if its sizes are not divisible."""
     args = source.args
-    for tensor in TABLE:
+    for tensor in tensors_of(args):
         size = 0 if tensor.shard_axis is None else tensor.matrix(args)[tensor.shard_axis]
         if size % shards:
             raise UserError(f"--shards: expected a divisor of {size} ({tensor.name}), found {shards}")
@@ -145,7 +153,7 @@ def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: in
             for i in range(shards)
         ]
         for tensor, layer, start, rows in read_blocks():
-            rows = halves_to_interleaved(rows, args.head_dim) if tensor.rotary else rows
+            rows = halves_to_interleaved(rows, args.head_width) if tensor.rotary else rows
             for i, part in _split(tensor, args, shards, start, rows):
                 writers[i].write(tensor.meta.format(layer), part)
     write_atomically(folder / "params.json", write_params(args))
