@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from llama_jax.cli.flags import ESCAPED
 from llama_jax.errors import UserError, quoted
-from llama_jax.rope_scaling import RopeScaling, check_scaling, one_spelling
+from llama_jax.rope_scaling import RopeScaling, check_scaling, depends_on_length, one_spelling
 from llama_jax.storage.files import is_address
 
 T = TypeVar("T")
@@ -456,6 +456,11 @@ class Config:
         """Raise UserError on impossible values, in a section or between sections."""
         for section in (self.model, self.data, self.train, self.mesh, self.distributed):
             section.check()
+        if self.data.document_mask and depends_on_length(self.model.rope_scaling):
+            raise UserError(
+                "data.document_mask: expected a rotary embedding that does not depend on the length of the text, found "
+                "model.rope_scaling dynamic, by which each document would have its own; leave one of the two out"
+            )
 
 
 def load_toml(path: str | Path) -> Config:

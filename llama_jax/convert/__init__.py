@@ -10,7 +10,7 @@ from llama_jax.cli.progress import Progress
 from llama_jax.config import Weights
 from llama_jax.convert import summary
 from llama_jax.convert.checkpoint_source import OwnSource, write_own
-from llama_jax.convert.huggingface import HuggingFaceSource, write_huggingface
+from llama_jax.convert.huggingface import HuggingFaceSource, check_config, write_huggingface
 from llama_jax.convert.meta import MetaSource, verify_checklist, write_meta
 from llama_jax.convert.output import check_new, new_folder
 from llama_jax.convert.reader import Reader
@@ -19,6 +19,7 @@ from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
 from llama_jax.foreign.folders import found_in, hub_hint
 from llama_jax.foreign.layouts import Layout, find_layout
+from llama_jax.foreign.params_json import check_writable
 from llama_jax.storage.locations import is_remote, location, on_disk
 
 Format = Literal["llama-jax", "huggingface", "meta"]
@@ -82,6 +83,8 @@ def convert(args: ConvertArgs) -> None:
         if isinstance(source, OwnSource) and not args.dry_run:
             _check_outside(output, folder)
         summary.announce(source, args.to, output, args.weights)
+        if args.to != "llama-jax":
+            (check_config if args.to == "huggingface" else check_writable)(source.args)
         if note:
             print(f"{'note':>10}  {note}")
         summary.check_space(source, output, args.weights, args.dry_run)

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import Tensor, all_tensors
 from llama_jax.convert.safetensors import SafetensorsFile, SafetensorsWriter
 from llama_jax.convert.source import ReadBlocks, Source, raise_together
-from llama_jax.errors import quoted
+from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.config_json import QUANTIZED, read_config, stated, stored_type
 from llama_jax.foreign.family import family_of
 from llama_jax.foreign.keys import read_json
@@ -161,6 +162,14 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
             "transformers' AutoTokenizer would build one that splits texts differently"
         )
     return ""
+
+
+def check_config(args: ModelArgs) -> None:
+    """Raise UserError if transformers cannot load the model."""
+    if args.dim % args.n_heads:
+        raise UserError(
+            f"--to huggingface: n_heads: expected a divisor of dim = {args.dim}, as transformers does, found {args.n_heads}"
+        )
 
 
 def _divide(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:

@@ -100,6 +100,11 @@ def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len:
     return Params(args, (*told, *_warnings(table, args, path)), tuple(unknown))
 
 
+def width(table: dict[str, Any]) -> Any:
+    """Return dim as the file has it, of any type, or None."""
+    return _inner(table).get("dim")
+
+
 def stated(table: dict[str, Any]) -> str:
     """Return the keys that determine shapes, with their values, for an error about shapes."""
     table = _inner(table)
@@ -112,7 +117,7 @@ def write_params(args: ModelArgs) -> str:
 
     Raises a UserError that names the argument if Meta's code has no such model.
     """
-    _check_writable(args)
+    check_writable(args)
     multiple_of, multiplier = args.multiple_of, args.ffn_dim_multiplier
     if args.hidden_dim is not None:
         multiple_of, multiplier = feed_forward_rule(args.dim, args.hidden_dim, Path("params.json"))
@@ -137,7 +142,7 @@ def write_params(args: ModelArgs) -> str:
     return json.dumps(table)
 
 
-def _check_writable(args: ModelArgs) -> None:
+def check_writable(args: ModelArgs) -> None:
     """Raise UserError if Meta's code cannot express the model."""
     advice = "write Hugging Face's layout instead: --to huggingface"
     scaling = args.rope_scaling
