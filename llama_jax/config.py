@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from llama_jax.cli.flags import ESCAPED
 from llama_jax.errors import UserError, quoted
+from llama_jax.rope_scaling import RopeScaling, check_scaling, depends_on_length, one_spelling
 from llama_jax.storage.files import is_address
 
 T = TypeVar("T")
@@ -61,6 +62,21 @@ class ModelArgs:
     """Base of the rotary embedding's wavelengths, in positions."""
     max_seq_len: int = 4096
     """Context length, in tokens: the length of training sequences and the limit of prompt plus completion."""
+    rope_scaling: RopeScaling | None = dataclasses.field(default=None, hash=False)
+    """Scaling of the rotary embedding to longer contexts, with the keys of config.json: rope_type (linear, dynamic,
+    llama3 or yarn), factor, and what else the type has. As a flag: rope_type linear factor 2. None: no scaling."""
+    head_dim: int | None = None
+    """Number of features per head. It must be even. None: dim / n_heads."""
+    hidden_dim: int | None = None
+    """Width of the feed-forward layer, in features. None: by Meta's rule, from dim, multiple_of and
+    ffn_dim_multiplier."""
+    attention_bias: bool = False
+    """Add a bias to queries, keys, values and the output of attention."""
+    mlp_bias: bool = False
+    """Add a bias to the three products of the feed-forward layer."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rope_scaling", one_spelling(self.rope_scaling))
 
     @property
     def kv_heads(self) -> int:
@@ -68,13 +84,16 @@ class ModelArgs:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
-    def head_dim(self) -> int:
-        """The number of features per head."""
-        return self.dim // self.n_heads
+    def head_width(self) -> int:
+        """The number of features per head, with None resolved to dim / n_heads."""
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
-    def hidden_dim(self) -> int:
-        """The width of the feed-forward layer, by Meta's rule (llama/model.py, FeedForward): 11008 for the 7B model."""
+    def hidden_width(self) -> int:
+        """The width of the feed-forward layer, with None resolved by Meta's rule (llama/model.py, FeedForward): 11008
+        for the 7B model."""
+        if self.hidden_dim is not None:
+            return self.hidden_dim
         hidden = int(2 * (4 * self.dim) / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
@@ -82,16 +101,17 @@ class ModelArgs:
 
     def check(self) -> None:
         """Raise UserError if no model can have this shape."""
-        sizes = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len"), _COUNT)
+        counts = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len", "head_dim", "hidden_dim")
         positive = {"norm_eps": _POSITIVE, "rope_theta": _POSITIVE, "ffn_dim_multiplier": (_TINY, 1e6)}
-        _check_fields(self, "model.", sizes | positive | {"vocab_size": (-1, _LARGEST)})
+        _check_fields(self, "model.", dict.fromkeys(counts, _COUNT) | positive | {"vocab_size": (-1, _LARGEST)})
         _check(self.vocab_size != 0, "model.vocab_size", "-1 or a positive number", self.vocab_size)
-        _check(self.dim % self.n_heads == 0, "model.n_heads", f"a divisor of model.dim = {self.dim}", self.n_heads)
+        if self.head_dim is None:
+            _check(self.dim % self.n_heads == 0, "model.n_heads", f"a divisor of model.dim = {self.dim}", self.n_heads)
         _check(
-            self.head_dim % 2 == 0,
-            "model.n_heads",
+            self.head_width % 2 == 0,
+            "model.n_heads" if self.head_dim is None else "model.head_dim",
             f"heads of an even number of features, for the rotary embedding (model.dim = {self.dim})",
-            f"{self.n_heads} heads of {self.head_dim}",
+            f"{self.n_heads} heads of {self.head_width}",
         )
         _check(
             self.n_heads % self.kv_heads == 0,
@@ -100,7 +120,9 @@ class ModelArgs:
             self.kv_heads,
         )
         width = f"a feed-forward layer of 1 to {_LARGEST:,} units"
-        _check(0 < self.hidden_dim <= _LARGEST, "model.ffn_dim_multiplier", width, self.hidden_dim)
+        _check(0 < self.hidden_width <= _LARGEST, "model.ffn_dim_multiplier", width, self.hidden_width)
+        if self.rope_scaling is not None:
+            check_scaling(self.rope_scaling, "model.rope_scaling", self.head_width, self.rope_theta)
 
 
 BadRecords = Literal["error", "skip"]
@@ -434,6 +456,11 @@ class Config:
         """Raise UserError on impossible values, in a section or between sections."""
         for section in (self.model, self.data, self.train, self.mesh, self.distributed):
             section.check()
+        if self.data.document_mask and depends_on_length(self.model.rope_scaling):
+            raise UserError(
+                "data.document_mask: expected a rotary embedding that does not depend on the length of the text, found "
+                "model.rope_scaling dynamic, by which each document would have its own; leave one of the two out"
+            )
 
 
 def load_toml(path: str | Path) -> Config:

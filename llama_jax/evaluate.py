@@ -30,7 +30,9 @@ from llama_jax.generation.rows import not_finite
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
 from llama_jax.ops.loss import loss_sum, negative_log_likelihood
+from llama_jax.ops.rotary import original_length
 from llama_jax.programs import typed
+from llama_jax.rope_scaling import depends_on_length
 from llama_jax.tokenizer import Tokenizer
 
 
@@ -95,6 +97,8 @@ def evaluate(
     text, if the window does not fit the model, or if a loss is not finite.
     """
     context = model.args.max_seq_len
+    if depends_on_length(model.args.rope_scaling):
+        context = min(context, original_length(model.args))  # Longer, the last window would have other frequencies.
     window, stride = window or context, stride or window or context
     if not 0 < window <= context:
         raise UserError(f"--window: expected 1 to {context}, the model's context, found {window}")

@@ -10,7 +10,7 @@ from llama_jax.cli.progress import Progress
 from llama_jax.config import Weights
 from llama_jax.convert import summary
 from llama_jax.convert.checkpoint_source import OwnSource, write_own
-from llama_jax.convert.huggingface import HuggingFaceSource, write_huggingface
+from llama_jax.convert.huggingface import HuggingFaceSource, check_config, write_huggingface
 from llama_jax.convert.meta import MetaSource, verify_checklist, write_meta
 from llama_jax.convert.output import check_new, new_folder
 from llama_jax.convert.reader import Reader
@@ -19,6 +19,7 @@ from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
 from llama_jax.foreign.folders import found_in, hub_hint
 from llama_jax.foreign.layouts import Layout, find_layout
+from llama_jax.foreign.params_json import check_writable
 from llama_jax.storage.locations import is_remote, location, on_disk
 
 Format = Literal["llama-jax", "huggingface", "meta"]
@@ -48,7 +49,7 @@ class ConvertArgs:
     """Path of the SentencePiece model. Empty: tokenizer.model next to the weights.
     If there is no vocabulary next to them, the one in the folder above."""
     max_seq_len: int = 0
-    """Context length, in tokens. 0: use the input's value, else 4096."""
+    """Context length, in tokens. 0: use the input's value, else the family's: 4096, of LLaMA 3 8192, of 3.1 131072."""
     shards: int = 1
     """Number of files to split Meta's layout into. Meta's own code wants one per GPU."""
     dry_run: bool = False
@@ -82,6 +83,8 @@ def convert(args: ConvertArgs) -> None:
         if isinstance(source, OwnSource) and not args.dry_run:
             _check_outside(output, folder)
         summary.announce(source, args.to, output, args.weights)
+        if args.to != "llama-jax":
+            (check_config if args.to == "huggingface" else check_writable)(source.args)
         if note:
             print(f"{'note':>10}  {note}")
         summary.check_space(source, output, args.weights, args.dry_run)

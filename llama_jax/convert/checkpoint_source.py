@@ -15,9 +15,10 @@ import tensorstore as ts
 from llama_jax.checkpoint import Checkpoint, save_checkpoint
 from llama_jax.checkpoint.stored_array import ArrayOnDisk, create_array
 from llama_jax.config import ModelArgs, Weights
-from llama_jax.convert.layout import TABLE, Tensor, from_ours, tile, to_ours
+from llama_jax.convert.layout import Tensor, from_ours, tensors_of, tile, to_ours
 from llama_jax.convert.source import Block, ReadBlocks, Source
 from llama_jax.errors import UserError
+from llama_jax.foreign.family import family_of
 from llama_jax.ops.quantize import Matrix, quantize
 
 # Number of blocks that are still being written while the next one is prepared.
@@ -31,13 +32,13 @@ class OwnSource:
         self._checkpoint = Checkpoint.find(path)
         self._checkpoint.check_plain("--input")
         self.args, self.tokenizer = self._checkpoint.args, self._checkpoint.tokenizer
-        self.family = "LLaMA, in this project's layout"
+        self.family = family_of(self.args, "model.json")
         self.decided = f"{self._checkpoint.folder / 'model' / 'model.json'}"
         self.description = f"{self._checkpoint.folder}: a checkpoint of llama-jax"
         self.unknown: list[str] = []
         self.warnings: list[str] = []
         self.checklists: list[Path] = []
-        self._arrays = {tensor.name: self._checkpoint.open_array(tensor.name) for tensor in TABLE}
+        self._arrays = {tensor.name: self._checkpoint.open_array(tensor.name) for tensor in tensors_of(self.args)}
         dtypes = {array.dtype.numpy_dtype for array in self._arrays.values()}
         if len(dtypes) != 1:
             raise UserError(f"{path}: expected parameters of one type, found {', '.join(sorted(map(str, dtypes)))}")
@@ -102,7 +103,7 @@ def write_own(source: Source, folder: Path, read_blocks: ReadBlocks, weights: We
 def parts(source: Source, weights: Weights) -> Iterator[Part]:
     """Yield every array of a checkpoint."""
     args, dtype = source.args, source.dtype
-    for tensor in TABLE:
+    for tensor in tensors_of(args):
         layers, one = ((args.n_layers,), (1,)) if tensor.layered else ((), ())
         shape, tiles = tensor.sizes(args), tile(tensor, args, dtype.itemsize)
         if not _quantized(tensor, weights):

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import Tensor, all_tensors
 from llama_jax.convert.safetensors import SafetensorsFile, SafetensorsWriter
 from llama_jax.convert.source import ReadBlocks, Source, raise_together
-from llama_jax.errors import quoted
+from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.config_json import QUANTIZED, read_config, stated, stored_type
+from llama_jax.foreign.family import family_of
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import CONFIG, INDEX, SINGLE, index_of, weight_files
+from llama_jax.foreign.rope import write_rope
 from llama_jax.foreign.tokenizer_json import tokenizer_json
 from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
 from llama_jax.storage.files import write_atomically
@@ -45,7 +48,7 @@ class HuggingFaceSource:
         self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
         self.dtype = self._stored(EMBEDDINGS if EMBEDDINGS in self._places else OUTPUT).dtype
-        self.family = "LLaMA, in Hugging Face's layout"
+        self.family = family_of(self.args, CONFIG)
         self.decided = decided
         self.description = f"{folder}: {len(names)} file{'s'[: len(names) > 1]}"
         self.unknown = list(config.unknown)
@@ -161,6 +164,14 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
     return ""
 
 
+def check_config(args: ModelArgs) -> None:
+    """Raise UserError if transformers cannot load the model."""
+    if args.dim % args.n_heads:
+        raise UserError(
+            f"--to huggingface: n_heads: expected a divisor of dim = {args.dim}, as transformers does, found {args.n_heads}"
+        )
+
+
 def _divide(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:
     """Return file names with the tensors of each: as many as fit into ``limit`` bytes."""
     groups: list[list[str]] = [[]]
@@ -183,19 +194,17 @@ def _config(source: Source) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": args.dim,
-        "intermediate_size": args.hidden_dim,
+        "intermediate_size": args.hidden_width,
         "num_hidden_layers": args.n_layers,
         "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.kv_heads,
-        "head_dim": args.head_dim,
+        "head_dim": args.head_width,
         "vocab_size": args.vocab_size,
-        "max_position_embeddings": args.max_seq_len,
         "rms_norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+        **write_rope(args),
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": args.attention_bias,
+        "mlp_bias": args.mlp_bias,
         "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,

@@ -15,7 +15,7 @@ from llama_jax.checkpoint import key_name
 from llama_jax.config import Weights
 from llama_jax.devices.sharding import mesh_of, parameter_shapes, spec
 from llama_jax.model import Llama
-from llama_jax.ops.parameters import is_norm
+from llama_jax.ops.parameters import is_vector
 from llama_jax.ops.quantize import Matrix, flat, quantize
 
 # Logical axes (devices/sharding.py) of the inputs and outputs of matrices. The embeddings have a row per token.
@@ -92,7 +92,7 @@ def _in_layers(path: KeyPath, form: Any) -> Any:
 def _form(path: KeyPath, w: Any, weights: Weights) -> Any:
     """Return an array of a checkpoint as a Matrix, with its layers still stacked.
 
-    Embeddings, norms and the parts of a Matrix are returned unchanged.
+    Embeddings, norms, biases and the parts of a Matrix are returned unchanged.
     """
     name = key_name(path[-1])
     if name not in AXES or name == "tok_embeddings":
@@ -115,12 +115,12 @@ def _quantized(w: jax.Array, inputs: int, weights: Weights, stacked: bool) -> Ma
 def checkpoint_shapes(model: Llama, weights: Weights, dtype: Any = None) -> Any:
     """Return the shapes and types in which generation reads the parameters of a checkpoint.
 
-    Weights of norms are float32. All others have the model's dtype. weights: the quantization of the checkpoint.
+    Weights of norms and biases are float32. All others have the model's dtype. weights: the quantization of the checkpoint.
     dtype: the type in which to read matrices other than embeddings. None: the model's.
     """
 
     def typed(path: KeyPath, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if is_norm(path):
+        if is_vector(path):
             return s
         other = dtype is not None and key_name(path[-1]) != "tok_embeddings"
         return jax.ShapeDtypeStruct(s.shape, dtype if other else model.dtype)
