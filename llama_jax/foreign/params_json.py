@@ -7,7 +7,7 @@ from typing import Any
 
 from llama_jax.config import ModelArgs
 from llama_jax.errors import UserError, quoted
-from llama_jax.foreign.config_json import NO_BIAS, NO_EXPERTS, NO_ROPE, NO_WINDOW, QUANTIZED
+from llama_jax.foreign.config_json import NO_BIAS, NO_EXPERTS, NO_ROPE, NO_WINDOW, QUANTIZED, feed_forward_rule
 from llama_jax.foreign.keys import Keys, Neutral, check_arguments, names, take
 
 READ = names(
@@ -34,6 +34,7 @@ NEUTRAL = {
 }  # fmt: skip
 IGNORED = names("max_batch_size model_parallel_size dropout dtype vision_max_num_chunks max_position_embeddings name")
 KEYS = Keys(READ, NEUTRAL, IGNORED)
+FIELDS = frozenset(field.name for field in dataclasses.fields(ModelArgs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,7 @@ def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len:
         rope_theta=take(table, "rope_theta", float, path, default.rope_theta),
         max_seq_len=max_seq_len or take(table, "max_seq_len", int, path, default.max_seq_len),
     )
+    args = _with_stated_sizes(args, table, path)
     check_arguments(args, path, {})
     _check_sizes(table, args, path)
     unknown = KEYS.unknown(table) + (sorted(outer.keys() - {"model"}) if table is not outer else [])
@@ -110,6 +112,20 @@ def _inner(table: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else table
 
 
+def _with_stated_sizes(args: ModelArgs, table: dict[str, Any], path: Path) -> ModelArgs:
+    """Return ``args`` with the sizes that Mistral's files state outright, as far as ModelArgs has fields for them.
+
+    A feed-forward width alone is expressed by Meta's rule.
+    """
+    sizes = {key: take(table, key, int, path, None) for key in ("head_dim", "hidden_dim", "sliding_window")}
+    given = {key: size for key, size in sizes.items() if size is not None}
+    by_rule = table.get("multiple_of") is not None or table.get("ffn_dim_multiplier") is not None
+    if "hidden_dim" in given and "hidden_dim" not in FIELDS and not by_rule:
+        multiple_of, multiplier = feed_forward_rule(args.dim, given["hidden_dim"], path)
+        args = dataclasses.replace(args, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+    return dataclasses.replace(args, **{key: size for key, size in given.items() if key in FIELDS})
+
+
 def _check_sizes(table: dict[str, Any], args: ModelArgs, path: Path) -> None:
     """Raise UserError if a size that other LLaMAs state directly differs from that of LLaMA 2."""
     rules = {
@@ -123,7 +139,7 @@ def _check_sizes(table: dict[str, Any], args: ModelArgs, path: Path) -> None:
                 f"{path}: {key}: expected {size}, {rule}, as LLaMA 2 has, found {found}; this project has no others"
             )
     window = take(table, "sliding_window", int, path, None)
-    if window is not None and window < args.max_seq_len:
+    if window is not None and window < args.max_seq_len and "sliding_window" not in FIELDS:
         raise UserError(
             f"{path}: sliding_window: expected null or the context of {args.max_seq_len:,}, found {window:,}; {NO_WINDOW}"
         )
