@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from llama_jax.convert import summary
 from llama_jax.convert.checkpoint_source import OwnSource, write_own
 from llama_jax.convert.huggingface import HuggingFaceSource, check_config, write_huggingface
 from llama_jax.convert.meta import MetaSource, verify_checklist, write_meta
+from llama_jax.convert.mistral import MistralSource
 from llama_jax.convert.output import check_new, new_folder
 from llama_jax.convert.reader import Reader
 from llama_jax.convert.source import Source
@@ -23,6 +25,11 @@ from llama_jax.foreign.params_json import check_writable
 from llama_jax.storage.locations import is_remote, location, on_disk
 
 Format = Literal["llama-jax", "huggingface", "meta"]
+SOURCES: dict[str, Callable[..., Source]] = {
+    "huggingface": HuggingFaceSource,
+    "meta": MetaSource,
+    "mistral": MistralSource,
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,8 @@ class ConvertArgs:
     """Convert a LLaMA model between Meta's layout, Hugging Face's layout and the checkpoints of this project."""
 
     input: str = ""
-    """Folder to read. It holds params.json and consolidated.*.pth (Meta), config.json and *.safetensors (Hugging Face),
-    or a checkpoint of training or of this command."""
+    """Folder to read. It holds config.json and *.safetensors or pytorch_model*.bin (Hugging Face), params.json and
+    consolidated.*.pth (Meta) or consolidated*.safetensors (Mistral), or a checkpoint of training or of this command."""
     output: str = ""
     """Folder to write. It must not exist."""
     to: Format = "llama-jax"
@@ -44,7 +51,7 @@ class ConvertArgs:
     int4-64: one scale per group of 64 inputs."""
     layout: Layout = "auto"
     """Model to read if the folder holds several.
-    auto: the one that transformers would load, else Meta's."""
+    auto: the one that transformers would load, else Meta's, else Mistral's."""
     tokenizer: str = ""
     """Path of the SentencePiece model. Empty: tokenizer.model next to the weights.
     If there is no vocabulary next to them, the one in the folder above."""
@@ -117,8 +124,7 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
         raise UserError(
             f"--input: expected Meta's or Hugging Face's files on disk, found {folder}; copy them (gcloud storage cp -r)"
         )
-    kind = HuggingFaceSource if found.layout == "huggingface" else MetaSource
-    return kind(folder, found.decided, args.tokenizer, args.max_seq_len, stack)
+    return SOURCES[found.layout](folder, found.decided, args.tokenizer, args.max_seq_len, stack)
 
 
 def _own(folder: Path, args: ConvertArgs) -> OwnSource:

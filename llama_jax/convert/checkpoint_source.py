@@ -17,7 +17,6 @@ from llama_jax.checkpoint.stored_array import ArrayOnDisk, create_array
 from llama_jax.config import ModelArgs, Weights
 from llama_jax.convert.layout import Tensor, from_ours, tensors_of, tile, to_ours
 from llama_jax.convert.source import Block, ReadBlocks, Source
-from llama_jax.errors import UserError
 from llama_jax.foreign.family import family_of
 from llama_jax.ops.quantize import Matrix, quantize
 
@@ -39,10 +38,7 @@ class OwnSource:
         self.warnings: list[str] = []
         self.checklists: list[Path] = []
         self._arrays = {tensor.name: self._checkpoint.open_array(tensor.name) for tensor in tensors_of(self.args)}
-        dtypes = {array.dtype.numpy_dtype for array in self._arrays.values()}
-        if len(dtypes) != 1:
-            raise UserError(f"{path}: expected parameters of one type, found {', '.join(sorted(map(str, dtypes)))}")
-        (self.dtype,) = dtypes
+        self.dtypes = {name: array.dtype.numpy_dtype for name, array in self._arrays.items()}
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
         """Read rows; see Source."""
@@ -102,8 +98,9 @@ def write_own(source: Source, folder: Path, read_blocks: ReadBlocks, weights: We
 
 def parts(source: Source, weights: Weights) -> Iterator[Part]:
     """Yield every array of a checkpoint."""
-    args, dtype = source.args, source.dtype
+    args = source.args
     for tensor in tensors_of(args):
+        dtype = source.dtypes[tensor.name]
         layers, one = ((args.n_layers,), (1,)) if tensor.layered else ((), ())
         shape, tiles = tensor.sizes(args), tile(tensor, args, dtype.itemsize)
         if not _quantized(tensor, weights):

@@ -1,4 +1,4 @@
-"""Hugging Face's layout: config.json and safetensors, in one file or several with an index. Read, checked, written."""
+"""Hugging Face's layout: config.json, and safetensors or what torch saved, in one file or several. Read, written."""
 
 import contextlib
 import itertools
@@ -14,10 +14,11 @@ import numpy as np
 
 from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import Tensor, all_tensors
-from llama_jax.convert.safetensors import SafetensorsFile, SafetensorsWriter
-from llama_jax.convert.source import ReadBlocks, Source, raise_together
+from llama_jax.convert.safetensors import SafetensorsWriter
+from llama_jax.convert.source import ReadBlocks, Source, main_type, raise_together, types_of
+from llama_jax.convert.tensor_files import TensorFiles
 from llama_jax.errors import UserError, quoted
-from llama_jax.foreign.config_json import QUANTIZED, read_config, stated, stored_type
+from llama_jax.foreign.config_json import read_config, stated, stored_type
 from llama_jax.foreign.family import family_of
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import CONFIG, INDEX, SINGLE, index_of, weight_files
@@ -30,8 +31,6 @@ SHARD_BYTES = 5_000_000_000
 # Older files contain this function of the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-# Suffixes of quantized matrices: GPTQ and AWQ, bitsandbytes, 8-bit floats.
-PACKED = (".qweight", ".qzeros", ".absmax", ".quant_state", ".SCB", ".weight_scale", ".weight_packed")
 
 
 class HuggingFaceSource:
@@ -41,34 +40,31 @@ class HuggingFaceSource:
         table = read_json(folder / CONFIG)
         config = read_config(table, folder / CONFIG, max_seq_len)
         names = weight_files(folder, table)
-        self._files = {name: stack.enter_context(SafetensorsFile.open(folder / name)) for name in names}
-        self._places = {name: file for file, opened in self._files.items() for name in opened.tensors}
+        self._files = TensorFiles(folder, names, stack)
         self._tied, self.args = config.tied, config.args
-        raise_together(folder, CONFIG, stated(table), list(self._errors()))
+        expected = {self._name(tensor, layer): tensor.matrix(self.args) for tensor, layer in all_tensors(self.args)}
+        raise_together(folder, CONFIG, stated(table), list(self._files.errors(expected, IGNORED.fullmatch)))
         self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
-        self.dtype = self._stored(EMBEDDINGS if EMBEDDINGS in self._places else OUTPUT).dtype
+        self.dtypes, widened = types_of(self._files.types(self.args, self._name))
         self.family = family_of(self.args, CONFIG)
         self.decided = decided
         self.description = f"{folder}: {len(names)} file{'s'[: len(names) > 1]}"
         self.unknown = list(config.unknown)
-        self.warnings = [*config.warnings, *self._remarks(folder, stored_type(table)), *said]
+        self.warnings = [*config.warnings, *widened, *self._remarks(folder, stored_type(table)), *said]
         self.checklists: list[Path] = []
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
         """Read rows; see Source."""
-        name = self._name(tensor, layer)
-        return self._files[self._places[name]].read(name, start, stop)
+        return self._files.read(self._name(tensor, layer), start, stop)
 
     def origin(self, tensor: Tensor, layer: int) -> str:
         """Return the tensor's name and file; see Source."""
-        name = self._name(tensor, layer)
-        return f"{name} in {self._places[name]}" if len(self._files) > 1 else name
+        return self._files.origin(self._name(tensor, layer))
 
     def release(self) -> None:
         """Free memory; see Source."""
-        for file in self._files.values():
-            file.release()
+        self._files.release()
 
     def verified(self) -> contextlib.AbstractContextManager[None]:
         """Verify nothing here; see Source."""
@@ -80,65 +76,40 @@ class HuggingFaceSource:
         Of two tied tensors, it is the one that is stored, as in transformers.
         """
         name = tensor.huggingface.format(layer)
-        if self._tied and name not in self._places:
+        if self._tied and name not in self._files.places:
             return {EMBEDDINGS: OUTPUT, OUTPUT: EMBEDDINGS}.get(name, name)
         return name
 
     def _remarks(self, folder: Path, stored_type: str) -> Iterator[str]:
         """Yield remarks about files that differ from what config.json or the index say."""
-        if stored_type and stored_type != self.dtype.name:
-            yield f"config.json says {stored_type}, to which transformers converts the weights; they are kept as {self.dtype.name}"
-        if self._tied and {EMBEDDINGS, OUTPUT} <= self._places.keys():
+        places, kinds = self._files.places, sorted({dtype.name for dtype in self.dtypes.values()})
+        if stored_type and kinds != [stored_type]:
+            yield f"config.json says {stored_type}, to which transformers converts the weights; they are kept as {' and '.join(kinds)}"
+        if self._tied and {EMBEDDINGS, OUTPUT} <= places.keys():
             yield f"config.json says tie_word_embeddings, and the files have both {EMBEDDINGS} and {OUTPUT}: both are read, as by transformers"
         elsewhere = [
-            name for name, file in index_of(folder, list(self._files)).items() if self._places.get(name) != file
+            name for name, file in index_of(folder, list(self._files.files)).items() if places.get(name) != file
         ]
         if elsewhere:
             yield f"{INDEX} belongs to other files: {quoted(elsewhere[0])} and {len(elsewhere) - 1} more are not where it says; the index is ignored"
-
-    def _stored(self, name: str) -> Any:
-        return self._files[self._places[name]].tensors[name]
-
-    def _errors(self) -> Iterator[str]:
-        """Yield all errors in the tensors of all files."""
-        if packed := [name for name in self._places if name.endswith(PACKED)]:
-            yield f"{quoted(packed[0])}, of a quantized matrix; {QUANTIZED}"
-            return
-        expected = {self._name(tensor, layer): tensor.matrix(self.args) for tensor, layer in all_tensors(self.args)}
-        dtypes: dict[str, list[str]] = {}
-        for name in expected.keys() - self._places.keys():
-            yield f"{name} is missing"
-        for name in self._places.keys() - expected.keys():
-            if not IGNORED.fullmatch(name):
-                yield f"{quoted(name)} is not a tensor of this model"
-        for name in expected.keys() & self._places.keys():
-            stored = self._stored(name)
-            dtypes.setdefault(stored.dtype.name, []).append(name)
-            if stored.shape != expected[name]:
-                yield f"{name} has shape {list(stored.shape)}, expected {list(expected[name])}"
-        if len(dtypes) > 1:
-            rarest = min(dtypes.items(), key=lambda item: len(item[1]))
-            yield f"tensors are of several types, {' and '.join(sorted(dtypes))}, such as {min(rarest[1])} of {rarest[0]}"
-        names = [name for file in self._files.values() for name in file.tensors]
-        yield from (f"{quoted(name)} is in two files" for name in sorted({n for n in names if names.count(n) > 1}))
 
 
 def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> str:
     """Write a model in the layout that transformers reads. Return a remark about its tokenizer, or ""."""
     args = source.args
     shapes = {t.huggingface.format(layer): t.matrix(args) for t, layer in all_tensors(args)}
-    files = _divide(shapes, source.dtype.itemsize, SHARD_BYTES)
+    dtypes = {t.huggingface.format(layer): source.dtypes[t.name] for t, layer in all_tensors(args)}
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    files = _divide(sizes, SHARD_BYTES)
     places = {name: file for file, names in files.items() for name in names}
     groups = itertools.groupby(read_blocks(), lambda block: places[block.tensor.huggingface.format(block.layer)])
     for file, group in groups:
-        with SafetensorsWriter(folder / file, source.dtype, {name: shapes[name] for name in files[file]}) as writer:
+        with SafetensorsWriter(folder / file, dtypes, {name: shapes[name] for name in files[file]}) as writer:
             for block in group:
                 writer.write(block.rows)
     if len(files) > 1:
-        total = sum(math.prod(shape) for shape in shapes.values()) * source.dtype.itemsize
-        write_atomically(
-            folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
-        )
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        write_atomically(folder / INDEX, json.dumps(index, indent=2))
     tokenizer = source.tokenizer
     write_atomically(folder / "config.json", json.dumps(_config(source), indent=2))
     generation = {
@@ -172,12 +143,11 @@ def check_config(args: ModelArgs) -> None:
         )
 
 
-def _divide(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:
-    """Return file names with the tensors of each: as many as fit into ``limit`` bytes."""
+def _divide(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """Return file names with the tensors of each: as many as fit into ``limit`` bytes. ``sizes`` are in bytes."""
     groups: list[list[str]] = [[]]
     size = 0
-    for name, shape in shapes.items():
-        need = math.prod(shape) * itemsize
+    for name, need in sizes.items():
         if groups[-1] and size + need > limit:
             groups.append([])
             size = 0
@@ -208,8 +178,8 @@ def _config(source: Source) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
-        "torch_dtype": source.dtype.name,
-        "dtype": source.dtype.name,
+        "torch_dtype": main_type(source).name,
+        "dtype": main_type(source).name,
     }
 
 

@@ -19,7 +19,7 @@ from llama_jax.convert.layout import (
     interleaved_to_halves,
     tensors_of,
 )
-from llama_jax.convert.source import ReadBlocks, Source, raise_together
+from llama_jax.convert.source import ReadBlocks, Source, raise_together, types_of
 from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.family import family_of, is_llama3
@@ -50,12 +50,12 @@ class MetaSource:
         raise_together(folder, PARAMS, stated(table), list(self._errors()))
         self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
-        self.dtype = self._view(0, TABLE[0].meta).storage.dtype
+        self.dtypes, widened = types_of(self._types())
         self.family = family_of(self.args, PARAMS)
         self.decided = decided
         self.description = f"{folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
         self.unknown = list(params.unknown)
-        self.warnings = [*params.warnings, *said]
+        self.warnings = [*params.warnings, *widened, *said]
         self.checklists = find_checklists(folder, self.tokenizer.model_path)
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
@@ -64,14 +64,13 @@ class MetaSource:
         if axis is None:
             return self._shards[0].read(name, start, stop)
         if axis == 1:
-            parts = [shard.read(name, start, stop) for shard in self._shards]
-            rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+            rows = self._joined(tensor, [shard.read(name, start, stop) for shard in self._shards], axis=1)
         else:
             size = tensor.matrix(self.args)[0] // len(self._shards)
             parts = []
             for i in range(start // size, -(-stop // size)):
                 parts.append(self._shards[i].read(name, max(start - i * size, 0), min(stop - i * size, size)))
-            rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            rows = self._joined(tensor, parts, axis=0)
         return interleaved_to_halves(rows, self.args.head_width) if tensor.rotary else rows
 
     def origin(self, tensor: Tensor, layer: int) -> str:
@@ -89,6 +88,18 @@ class MetaSource:
     def verified(self) -> contextlib.AbstractContextManager[None]:
         """Verify nothing here; see Source."""
         return contextlib.nullcontext()
+
+    def _joined(self, tensor: Tensor, parts: list[np.ndarray], axis: int) -> np.ndarray:
+        """Return the parts of several shards as one array, of the tensor's type."""
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([part.astype(self.dtypes[tensor.name], copy=False) for part in parts], axis=axis)
+
+    def _types(self) -> Iterator[tuple[Tensor, int, np.dtype]]:
+        """Yield every tensor with its layer and its type in each shard."""
+        for tensor, layer in all_tensors(self.args):
+            for shard in self._shards:
+                yield tensor, layer, shard.tensors[tensor.meta.format(layer)].dtype
 
     def _view(self, shard: int, name: str) -> Any:
         return self._shards[shard].tensors[name]
@@ -111,7 +122,6 @@ class MetaSource:
             if axis is not None and shape[axis] % count:
                 yield f"{name}: {list(shape)} cannot be split into {count} shards"
             expected[name] = shard_shape(tensor, self.args, count, self._by_rows)
-        dtype = self._view(0, TABLE[0].meta).storage.dtype
         for path, shard in zip(self._paths, self._shards, strict=True):
             for name in expected.keys() - shard.tensors.keys():
                 yield f"{path.name}: {name} is missing"
@@ -121,8 +131,6 @@ class MetaSource:
                 view = shard.tensors[name]
                 if view.shape != expected[name]:
                     yield f"{path.name}: {name} has shape {list(view.shape)}, expected {list(expected[name])}"
-                elif view.storage.dtype != dtype:
-                    yield f"{path.name}: {name} is of {view.storage.dtype}, others of {dtype}"
         yield from self._differing_norms(expected)
 
     def _differing_norms(self, expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
@@ -163,9 +171,10 @@ def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: in
         if size % shards:
             raise UserError(f"--shards: expected a divisor of {size} ({tensor.name}), found {shards}")
     shapes = {t.meta.format(layer): shard_shape(t, args, shards, by_rows) for t, layer in all_tensors(args)}
+    dtypes = {t.meta.format(layer): source.dtypes[t.name] for t, layer in all_tensors(args)}
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(TorchFileWriter(folder / f"consolidated.{i:02}.pth", source.dtype, shapes))
+            stack.enter_context(TorchFileWriter(folder / f"consolidated.{i:02}.pth", dtypes, shapes))
             for i in range(shards)
         ]
         for tensor, layer, start, rows in read_blocks():

@@ -1,23 +1,28 @@
 """The interface of checkpoints that a converter reads: any format, in blocks of rows."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from llama_jax.config import ModelArgs
-from llama_jax.convert.layout import Tensor
+from llama_jax.convert.layout import Tensor, all_tensors
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
+
+# The type that holds the values of all others exactly.
+WIDEST = np.dtype("<f4")
 
 
 class Source(Protocol):
     """A checkpoint whose tensors have been found, with the right shapes."""
 
     args: ModelArgs
-    dtype: np.dtype
+    dtypes: dict[str, np.dtype]
+    """The type of each tensor of ours, by its name. All layers of a tensor have one type."""
     tokenizer: Tokenizer
     family: str
     """The model family and layout, for the report."""
@@ -34,7 +39,7 @@ class Source(Protocol):
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
         """Return rows of a tensor, (out, in) or (dim,), with heads ordered for rotating halves.
 
-        They may be a mapped file.
+        They may be a mapped file, and of a type that the tensor's type in ``dtypes`` holds exactly.
         """
         ...
 
@@ -65,6 +70,33 @@ class Block(NamedTuple):
 
 # Starts to read all blocks of a source, tensor by tensor, in the order of a forward pass.
 ReadBlocks = Callable[[], Iterator[Block]]
+
+
+def main_type(source: Source) -> np.dtype:
+    """Return the type of most parameters."""
+    counts: dict[np.dtype, int] = {}
+    for tensor, _ in all_tensors(source.args):
+        dtype = source.dtypes[tensor.name]
+        counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.matrix(source.args))
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def types_of(found: Iterable[tuple[Tensor, int, np.dtype]]) -> tuple[dict[str, np.dtype], list[str]]:
+    """Return the type of each tensor of ours, and remarks, from the types that are found in each layer.
+
+    Layers of several types get the narrowest type that holds all their values exactly.
+    """
+    kinds: dict[str, set[np.dtype]] = {}
+    for tensor, _, dtype in found:
+        kinds.setdefault(tensor.name, set()).add(dtype)
+    types = {name: one.copy().pop() if len(one) == 1 else WIDEST for name, one in kinds.items()}
+    remarks = [
+        f"{name} is of {' and '.join(sorted(kind.name for kind in one))} in different layers: all of it is stored as "
+        f"{WIDEST.name}, which holds these values exactly"
+        for name, one in kinds.items()
+        if len(one) > 1
+    ]
+    return types, remarks
 
 
 def raise_together(folder: Path, config: str, stated: str, errors: list[str]) -> None:

@@ -15,7 +15,7 @@ from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Weights
 from llama_jax.convert.checkpoint_source import parts
 from llama_jax.convert.layout import BLOCK_BYTES, all_tensors, blocks, tensors_of
-from llama_jax.convert.source import Source
+from llama_jax.convert.source import Source, main_type
 from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.family import scaling_text
@@ -34,7 +34,7 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
         "family": source.family,
         "decided by": source.decided,
         "input": source.description,
-        "model": f"{count_parameters(args):,} parameters of {source.dtype.name}, {bytes_text(size)}: dim {args.dim}, "
+        "model": f"{count_parameters(args):,} parameters of {main_type(source).name}, {bytes_text(size)}: dim {args.dim}, "
         f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_width}",
         "constants": ", ".join(
             filter(
@@ -50,6 +50,8 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
         "output": f"{output if output != Path() else '(none given)'}, as {to}{f' with {weights} matrices' if weights != 'auto' else ''}",
         "memory": f"{bytes_text(peak_bytes(source))} at most",
     }
+    if len(set(source.dtypes.values())) > 1:
+        rows["types"] = f"{types_text(source)}: each is kept"
     for name, text in rows.items():
         print(f"{name:>10}  {text}")
     if source.unknown:
@@ -62,7 +64,18 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
 
 def weight_bytes(source: Source) -> int:
     """Return the bytes of all parameters."""
-    return count_parameters(source.args) * source.dtype.itemsize
+    args = source.args
+    return sum(math.prod(t.matrix(args)) * source.dtypes[t.name].itemsize for t, _ in all_tensors(args))
+
+
+def types_text(source: Source) -> str:
+    """Return the types of all tensors: "float32 in norm, layers/ffn_norm; bfloat16 in all others"."""
+    main = main_type(source)
+    names: dict[str, list[str]] = {}
+    for name, dtype in source.dtypes.items():
+        names.setdefault(dtype.name, []).append(name.rpartition("/")[2])
+    rarer = [f"{kind} in {', '.join(some)}" for kind, some in names.items() if kind != main.name]
+    return "; ".join([*rarer, f"{main.name} in all others"])
 
 
 def stored_bytes(source: Source, weights: Weights) -> int:
@@ -98,7 +111,7 @@ def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -
 def _probe_seconds(source: Source, place: Path) -> float:
     """Estimate the seconds of a conversion from reading and writing one block, which is discarded."""
     tensor = max(tensors_of(source.args), key=lambda t: math.prod(t.matrix(source.args)))
-    start, stop = blocks(tensor, source.args, source.dtype.itemsize)[0]
+    start, stop = blocks(tensor, source.args, source.dtypes[tensor.name].itemsize)[0]
     began = time.perf_counter()
     rows = source.rows(tensor, 0, start, stop)
     with tempfile.TemporaryFile(dir=place) as file:
@@ -114,7 +127,7 @@ def print_table(source: Source) -> None:
     for tensor, layer in all_tensors(source.args):
         name = f"{tensor.name}[{layer}]" if tensor.layered else tensor.name
         shape = ", ".join(map(str, tensor.sizes(source.args)))
-        print(f"{name:<32} {f'[{shape}]':<20} {source.dtype.name:<9} {source.origin(tensor, layer)}")
+        print(f"{name:<32} {f'[{shape}]':<20} {source.dtypes[tensor.name].name:<9} {source.origin(tensor, layer)}")
 
 
 def close_dry_run() -> None:

@@ -8,7 +8,7 @@ size of the file. Keys are strings, and nothing that may be nested is ever hashe
 
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,6 +58,11 @@ class TensorView:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the elements."""
+        return self.storage.dtype
 
 
 class _Mark:
@@ -349,11 +354,11 @@ _CALLS: dict[Global, Callable[..., Any]] = {
 }
 
 
-def write_pickle(dtype: np.dtype, shapes: dict[str, tuple[int, ...]]) -> bytes:
+def write_pickle(dtypes: Mapping[str, np.dtype], shapes: dict[str, tuple[int, ...]]) -> bytes:
     """Return the pickle of a dict of contiguous tensors, with tensor i in storage i, as torch.save writes it."""
-    kind = next(g.name for g, known in STORAGES.items() if known == dtype)
     parts = [b"\x80\x02}("]
     for i, (name, shape) in enumerate(shapes.items()):
+        kind = next(g.name for g, known in STORAGES.items() if known == dtypes[name])
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         storage = _text("storage") + _named(kind) + _text(str(i)) + _text("cpu") + _number(math.prod(shape))
         arguments = b"(" + b"(" + storage + b"tQ" + _number(0) + _numbers(shape) + _numbers(strides) + b"\x89"

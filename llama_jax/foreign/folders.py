@@ -7,7 +7,17 @@ from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.commands import convert_command, merge_commands
 from llama_jax.foreign.config_json import QUANTIZED, read_config
 from llama_jax.foreign.keys import LFS_POINTER, read_json
-from llama_jax.foreign.layouts import ADAPTER, CONFIG, PARAMS, SHARD, Found, find_layout, shard_files, weight_files
+from llama_jax.foreign.layouts import (
+    ADAPTER,
+    CONFIG,
+    PARAMS,
+    SHARD,
+    Found,
+    consolidated_files,
+    find_layout,
+    shard_files,
+    weight_files,
+)
 from llama_jax.foreign.params_json import check_params
 from llama_jax.foreign.vocabulary import find_tokenizer
 from llama_jax.storage.locations import children, is_remote
@@ -76,10 +86,10 @@ def _model(path: Path, found: Found) -> str:
             read_config(config, path / CONFIG, 0)
             weight_files(path, config)
         else:
-            shard_files(path)
+            (consolidated_files if found.layout == "mistral" else shard_files)(path)
             check_params(read_json(path / PARAMS), path / PARAMS)
         find_tokenizer("", path)
-    whose = {"huggingface": "Hugging Face's", "meta": "Meta's"}[found.layout]
+    whose = {"huggingface": "Hugging Face's", "meta": "Meta's", "mistral": "Mistral's"}[found.layout]
     return (
         f"found a model in {whose} layout ({found.decided}); convert it, and give the result: {convert_command(path)}"
     )

@@ -49,6 +49,7 @@ NEUTRAL = {
 }  # fmt: skip
 IGNORED = names("max_batch_size model_parallel_size dropout dtype vision_max_num_chunks max_position_embeddings name")
 KEYS = Keys(READ, NEUTRAL, IGNORED)
+FIELDS = frozenset(field.name for field in dataclasses.fields(ModelArgs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +206,7 @@ def _with_sizes(table: dict[str, Any], args: ModelArgs, path: Path) -> ModelArgs
 def _check_window(table: dict[str, Any], args: ModelArgs, path: Path) -> None:
     """Raise UserError if attention does not see the whole context."""
     window = take(table, "sliding_window", int, path, None)
-    if window is not None and window < args.max_seq_len:
+    if window is not None and window < args.max_seq_len and "sliding_window" not in FIELDS:
         raise UserError(
             f"{path}: sliding_window: expected null or the context of {args.max_seq_len:,}, found {window:,}; {NO_WINDOW}"
         )

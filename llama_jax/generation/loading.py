@@ -59,5 +59,4 @@ def _read_shapes(checkpoint: Checkpoint, model: Llama, weights: Weights) -> Any:
     """
     if checkpoint.weights != "auto":
         return checkpoint_shapes(model, checkpoint.weights)
-    stored = None if weights == "auto" else checkpoint.arrays("params").get("output")
-    return checkpoint_shapes(model, "auto", None if stored is None else stored.dtype)
+    return checkpoint_shapes(model, "auto", None if weights == "auto" else checkpoint.arrays("params"))

@@ -4,7 +4,7 @@ L layers, D dim, N query heads, K KV heads, H head_dim, F hidden, V vocab.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -112,18 +112,21 @@ def _quantized(w: jax.Array, inputs: int, weights: Weights, stacked: bool) -> Ma
     return jax.lax.map(lambda w: quantize(w, inputs, weights), w) if stacked else quantize(w, inputs, weights)
 
 
-def checkpoint_shapes(model: Llama, weights: Weights, dtype: Any = None) -> Any:
+def checkpoint_shapes(model: Llama, weights: Weights, stored: Mapping[str, Any] | None = None) -> Any:
     """Return the shapes and types in which generation reads the parameters of a checkpoint.
 
     Weights of norms and biases are float32. All others have the model's dtype. weights: the quantization of the checkpoint.
-    dtype: the type in which to read matrices other than embeddings. None: the model's.
+    stored: the arrays of the checkpoint by name, in whose types to read matrices other than embeddings. None: in the
+    model's.
     """
 
     def typed(path: KeyPath, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if is_vector(path):
             return s
-        other = dtype is not None and key_name(path[-1]) != "tok_embeddings"
-        return jax.ShapeDtypeStruct(s.shape, dtype if other else model.dtype)
+        array = (stored or {}).get("/".join(map(key_name, path)))
+        if array is None or key_name(path[-1]) == "tok_embeddings":
+            return jax.ShapeDtypeStruct(s.shape, model.dtype)
+        return jax.ShapeDtypeStruct(s.shape, array.dtype)
 
     shapes = tree_map_with_path(typed, parameter_shapes(model))
     if weights == "auto":

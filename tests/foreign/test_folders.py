@@ -23,7 +23,7 @@ LLAMA3 = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
 FOLDERS: dict[str, tuple[list[Any], str]] = {
     "hugging face's": ([config, whole], r"Hugging Face's layout .* python \S*convert_torch_weights\.py --input model --output checkpoints/model$"),
     "meta's": ([meta], r"Meta's layout .* python \S*convert_torch_weights\.py --input model --output checkpoints/model$"),
-    "a pickle": ([config, pickled], r"pytorch_model\.bin, a pickle.* python -c .*save_pretrained\('model-safetensors'\).* && python \S*convert_torch_weights\.py --input model-safetensors --output checkpoints/model --tokenizer model/tokenizer\.model$"),
+    "a pickle": ([config, pickled], r"Hugging Face's layout .* python \S*convert_torch_weights\.py --input model --output checkpoints/model$"),
     "an adapter": ([("adapter_config.json", {"base_model_name_or_path": "llama"})], r"an adapter \(LoRA\) of 'llama'; .*merge_and_unload.* && python \S*convert_torch_weights\.py --input model-merged"),
     "an adapter with a configuration": ([config, ("adapter_config.json", {})], r"an adapter \(LoRA\); .*merge_and_unload"),
     "gptq": ([whole, ("config.json", CONFIG | {"quantization_config": GPTQ})], r"quantization_config: .*'gptq'.* --weights int8"),
@@ -31,7 +31,7 @@ FOLDERS: dict[str, tuple[list[Any], str]] = {
     "llama 3, before its tokenizer": ([whole, "no tokenizer", ("config.json", CONFIG | LLAMA3)], r"rope_scaling: rope_type: .*'llama3'"),
     "llama 3's tokenizer": ([meta, ("tokenizer.model", "IQ== 0\nIg== 1\n")], r"tiktoken vocabulary, as LLaMA 3 has"),
     "mistral": ([whole, ("config.json", CONFIG | {"model_type": "mistral"})], r"model_type: expected 'llama', found 'mistral'"),
-    "mistral's own": ([params, mistral], r"consolidated\.safetensors, in Mistral's layout"),
+    "mistral's own": ([params, mistral], r"Mistral's layout .* python \S*convert_torch_weights\.py --input model --output checkpoints/model$"),
     "gpt-2, before its weights": ([("config.json", {"model_type": "gpt2"})], r"model_type: expected 'llama', found 'gpt2'"),
     "gguf": ([("model.gguf", "GGUF")], r"a model in GGUF"),
     "no configuration": ([whole], r"weights without a config\.json or params\.json"),
@@ -82,7 +82,7 @@ def test_a_folder_of_another_kind_is_told_with_what_to_do(name: str, place: Path
     assert "\n" not in message and "expected" in message and "found" in message
     try:
         convert(ConvertArgs(input="model", dry_run=True))
-        assert name in ("hugging face's", "meta's")
+        assert name in ("hugging face's", "meta's", "a pickle", "mistral's own")
     except UserError as error:
         assert str(error) in message  # the converter has the same reason
 
