@@ -15,21 +15,8 @@ from llama_jax.checkpoint import key_name
 from llama_jax.config import Weights
 from llama_jax.devices.sharding import mesh_of, parameter_shapes, spec
 from llama_jax.model import Llama
-from llama_jax.ops.parameters import is_vector
+from llama_jax.ops.parameters import AXES, is_vector
 from llama_jax.ops.quantize import Matrix, flat, quantize
-
-# Logical axes (devices/sharding.py) of the inputs and outputs of matrices. The embeddings have a row per token.
-AXES = {
-    "wq": ("embed", "heads"),
-    "wk": ("embed", "kv_heads"),
-    "wv": ("embed", "kv_heads"),
-    "wo": ("heads", "embed"),
-    "w1": ("embed", "mlp"),
-    "w3": ("embed", "mlp"),
-    "w2": ("mlp", "embed"),
-    "output": ("embed", "vocab"),
-    "tok_embeddings": ("vocab", "embed"),
-}
 
 
 def for_generation(params: Any, weights: Weights = "auto") -> Any:
@@ -52,6 +39,22 @@ def layer_by_layer(
     weights: the quantization of matrices. Returns the tree of converted arrays, on the mesh.
     """
     return _in_trees({path: _unstacked(path, w, weights, mesh) for path, w in arrays}, like)
+
+
+def stacked(arrays: Iterable[tuple[KeyPath, jax.Array]], like: Any, weights: Weights, mesh: jax.sharding.Mesh) -> Any:
+    """Convert the arrays of a checkpoint to the form of a frozen base: matrices as Matrix, with layers stacked.
+
+    The arguments are those of ``layer_by_layer``. Each array is converted as soon as it is read.
+    """
+    made = {path: _stacked_on(w, path, weights, mesh) for path, w in arrays}
+    return tree_map_with_path(lambda path, _: made[path], like)
+
+
+@functools.partial(jax.jit, static_argnames=("path", "weights", "mesh"))
+def _stacked_on(w: jax.Array, path: KeyPath, weights: Weights, mesh: jax.sharding.Mesh) -> Any:
+    form = _form(path, w, weights)
+    shardings = tree_map_with_path(lambda inner, x: _sharding((*path, *inner), x, mesh), form)
+    return jax.lax.with_sharding_constraint(form, shardings)
 
 
 def _in_trees(made: dict[KeyPath, Any], like: Any) -> Any:
@@ -144,15 +147,23 @@ def generation_shapes(model: Llama, weights: Weights) -> Any:
     return jax.eval_shape(form, checkpoint_shapes(model, "auto"))
 
 
+def stacked_shapes(model: Llama, weights: Weights) -> Any:
+    """Return the shapes and types of the parameters in the form of ``stacked``."""
+    shapes = checkpoint_shapes(model, "auto")
+    return jax.eval_shape(lambda params: tree_map_with_path(lambda path, w: _form(path, w, weights), params), shapes)
+
+
 def generation_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
     """Return a NamedSharding per array of a tree in the form for generation, or of a quantized checkpoint."""
     return tree_map_with_path(lambda path, leaf: _sharding(path, leaf, mesh), shapes)
 
 
 def _sharding(path: KeyPath, leaf: Any, mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-    """Return the sharding of the array at ``path``. Scales are sharded like their outputs."""
+    """Return the sharding of the array at ``path``. Scales, and the factors of adapters, have one side of a matrix."""
     names = [key_name(key) for key in path]
     axes: tuple[str | None, ...] = next((AXES[name] for name in names if name in AXES), (None,) * leaf.ndim)
-    if names[-1] == "scales":
+    if names[-1] in ("scales", "b"):
         axes = (None, axes[-1])
+    elif names[-1] == "a":
+        axes = (axes[0], None)
     return jax.NamedSharding(mesh, spec(*("layers",) * (leaf.ndim - len(axes)), *axes))
