@@ -36,8 +36,11 @@ def load(
     draft: str = "",
     draft_tokens: int = 4,
     exact: bool = False,
+    adapter: str = "",
 ) -> "_Model":
     """Load a model for generation from a run folder (its best step), a step folder or a converted checkpoint.
+
+    A run that trained a low-rank adapter is loaded with the adapter's base.
 
     Arguments:
         path: the folder.
@@ -54,6 +57,8 @@ def load(
         draft_tokens: tokens to draft per pass.
         exact: make completions bit-identical whatever else is in the batch, and with or without ``draft``. It is
             slower. Without it they are equal up to rounding, which in bfloat16 occasionally changes a token.
+        adapter: a run or checkpoint of a low-rank adapter of the model in ``path``. It is merged into plain matrices,
+            and computed beside quantized ones. Empty: none, or the one in ``path``.
 
     Raises UserError if the folder is not a checkpoint, its matrices are quantized in another way, or the mesh does not
     divide the model.
@@ -61,4 +66,4 @@ def load(
     # Imported here, so that `import llama_jax` loads only the dataclasses.
     from llama_jax.generation import Model
 
-    return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens, exact)
+    return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens, exact, adapter)

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from llama_jax.cli.flags import ESCAPED
 from llama_jax.errors import UserError, quoted
+from llama_jax.lora_args import LoraArgs
 from llama_jax.rope_scaling import RopeScaling, check_scaling, depends_on_length, one_spelling
 from llama_jax.storage.files import is_address
 
@@ -451,11 +452,17 @@ class Config:
     train: TrainArgs = TrainArgs()
     mesh: MeshArgs = MeshArgs()
     distributed: DistributedArgs = DistributedArgs()
+    lora: LoraArgs = LoraArgs()
 
     def check(self) -> None:
         """Raise UserError on impossible values, in a section or between sections."""
-        for section in (self.model, self.data, self.train, self.mesh, self.distributed):
+        for section in (self.model, self.data, self.train, self.mesh, self.distributed, self.lora):
             section.check()
+        if self.lora.rank and not self.train.init_from:
+            raise UserError(
+                "lora.rank: expected train.init_from beside it, the checkpoint to fine-tune, found none; give "
+                "--train.init-from, or leave lora.rank out"
+            )
         if self.data.document_mask and depends_on_length(self.model.rope_scaling):
             raise UserError(
                 "data.document_mask: expected a rotary embedding that does not depend on the length of the text, found "
@@ -535,6 +542,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         kinds = tuple(typing.get_origin(option) or option for option in options)
         if type(value) in kinds:
             return value
+        if tuple in kinds and type(value) is list and all(type(each) is str for each in value):
+            return tuple(value)
         if float in kinds and type(value) is int and abs(value) < 1 << 1000:
             return float(value)
         expected = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)

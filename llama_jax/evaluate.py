@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from llama_jax.checkpoint.adapted import Found
 from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import Progress, working
 from llama_jax.config import Cache, DType, Weights
@@ -46,7 +47,10 @@ class EvaluateArgs:
     """
 
     ckpt: str = ""
-    """A run folder (its best step), a step folder, or a converted checkpoint."""
+    """A run folder (its best step), a step folder, or a converted checkpoint.
+    A low-rank adapter is loaded with its base."""
+    adapter: str = ""
+    """Low-rank adapter of the model in --ckpt to use: a run folder or a checkpoint. Empty: none, or that of --ckpt."""
     text: str = ""
     """A text: a file, a folder, a glob or an address; plain text or records, as --data.filepath of training.
     Files, or the texts of records, are joined, with a BOS before each."""
@@ -204,8 +208,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("ckpt", "text"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
+    if note := Found.find(args.ckpt, args.adapter).note(args.weights):
+        print(note, file=sys.stderr)
     with working(f"loading {args.ckpt}", sys.stderr):
-        model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache)
+        model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache, adapter=args.adapter)
     try:
         found = evaluate(model, args.text, args.window, args.stride, args.batch_size, args.as_text, args.text_field)
     except UserError as error:

@@ -18,7 +18,7 @@ from llama_jax.programs import typed
 from llama_jax.tokenizer import clean
 
 if TYPE_CHECKING:
-    from llama_jax.checkpoint import Checkpoint
+    from llama_jax.checkpoint.adapted import Found
     from llama_jax.generation.prompts import Asked, Job
     from llama_jax.generation.results import Results
 
@@ -34,7 +34,10 @@ class Arguments:
     """Texts to complete. They are used literally: a backslash stays a backslash.
     If there are none, prompts are read from standard input, one per line."""
     ckpt: str = ""
-    """Checkpoint to load: a run folder (its best step), a step folder or a converted checkpoint."""
+    """Checkpoint to load: a run folder (its best step), a step folder or a converted checkpoint.
+    A low-rank adapter is loaded with its base."""
+    adapter: str = ""
+    """Low-rank adapter of the model in --ckpt to use: a run folder or a checkpoint. Empty: none, or that of --ckpt."""
     chat: bool = False
     """Use the format of Meta's chat models. Each prompt is answered separately.
     Without prompts, hold a conversation in which each line of standard input is a turn."""
@@ -92,12 +95,14 @@ def main(argv: Sequence[str]) -> None:
     if not (conversing or args.prompts or args.messages) and args.prompts_file in ("", "-") and _is_terminal():
         _tell("reading prompts from standard input, one a line; Ctrl-D ends them, Ctrl-C the program")
 
-    from llama_jax.checkpoint import Checkpoint
-    from llama_jax.generation.identity import identity
+    from llama_jax.checkpoint.adapted import Found
+    from llama_jax.checkpoint.identity import identity
     from llama_jax.generation.results import Results
 
     jobs = [] if conversing else _jobs(args)
-    checkpoint = Checkpoint.find(args.ckpt)
+    checkpoint = Found.find(args.ckpt, args.adapter)
+    if note := checkpoint.note(args.weights):
+        _tell(note)
     asked = _ask(args, argv, jobs, checkpoint)
     if not args.output:
         _generate(args, asked)
@@ -145,7 +150,7 @@ def _jobs(args: Arguments) -> "list[Job]":
     return read_prompts(args.prompts_file, args.sample)
 
 
-def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "Checkpoint") -> "list[Asked]":
+def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "Found") -> "list[Asked]":
     """Return the jobs in the form that the model gets. Print warnings about them, and about flags without effect."""
     from llama_jax.generation import chat
     from llama_jax.generation.prompts import Job, ask, idle_settings, names_of_files, pasted, told_of
@@ -192,8 +197,9 @@ def _generate(args: Arguments, asked: "list[Asked]", results: "Results | None" =
     mesh = None if args.mesh == ONE_DEVICE else args.mesh
     with working(f"loading {args.ckpt}", sys.stderr, shown=not args.quiet):
         model = llama_jax.load(
-            args.ckpt, args.compute_dtype, args.weights, args.cache, mesh, args.draft, args.draft_tokens, args.exact
-        )
+            args.ckpt, args.compute_dtype, args.weights, args.cache, mesh, args.draft, args.draft_tokens, args.exact,
+            args.adapter,
+        )  # fmt: skip
     console = Console(model, args.json, args.quiet)
     if not asked:
         console.converse(clean(args.system), args.sample)

@@ -1,7 +1,7 @@
 """The checkpoint format: a folder, written by orbax, that holds all that a model needs to run.
 
-    <step>/params/                  the parameters: model.py's tree in float32, or quantized
-    <step>/model/model.json         the model arguments, and "weights" if they are quantized
+    <step>/params/                  the parameters: model.py's tree in float32, or quantized, or an adapter's
+    <step>/model/model.json         the model arguments; "weights" if they are quantized; "adapter" of an adapter
     <step>/model/tokenizer.model    the tokenizer
     <step>/model/origin.json        the run that made it and its training text, if a run made it
     <step>/state/                   the optimizer's state, if training can resume from it
@@ -26,6 +26,7 @@ from etils import epath
 from jax.tree_util import KeyPath, tree_leaves_with_path
 from tensorstore import TensorStore
 
+from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.checkpoint.stored_array import open_array, saver_of_stored_arrays
 from llama_jax.compat.orbax_internals import COMMITTED
 from llama_jax.config import ModelArgs, Weights, from_dict
@@ -50,6 +51,7 @@ class ModelFilesHandler(ocp.CheckpointHandler):
             return
         folder = epath.Path(directory)
         table = dataclasses.asdict(args.model) | ({} if args.weights == "auto" else {"weights": args.weights})
+        table |= {} if args.adapter is None else {"adapter": dataclasses.asdict(args.adapter)}
         (folder / "model.json").write_text(json.dumps(table | {PROMISE: True}, indent=1))
         (folder / "tokenizer.model").write_bytes(args.tokenizer.model_bytes)
         if args.origin:
@@ -69,6 +71,7 @@ class ModelFiles(ocp.args.CheckpointArgs):
     tokenizer: Tokenizer
     weights: Weights = "auto"
     origin: dict[str, Any] | None = None
+    adapter: AdapterRecord | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Checkpoint:
     tokenizer: Tokenizer
     weights: Weights = "auto"
     """The quantization of its matrices. auto: none."""
+    adapter: AdapterRecord | None = None
+    """The base and settings of its parameters, if they are a low-rank adapter (adapted.py). None: a whole model."""
 
     @classmethod
     def find(cls, path: str | Path) -> "Checkpoint":
@@ -115,6 +120,7 @@ class Checkpoint:
             raise UserError(
                 f"{source}: weights: expected one of {', '.join(get_args(Weights))}, found {quoted(weights)}"
             )
+        adapter = None if "adapter" not in table else AdapterRecord.read(table.pop("adapter"), str(source))
         args = from_dict(ModelArgs, table, str(source))
         args.check()
         tokenizer = Tokenizer(folder / "model" / "tokenizer.model")
@@ -122,7 +128,7 @@ class Checkpoint:
             raise UserError(
                 f"{source}: expected vocab_size {tokenizer.vocab_size}, the size of its tokenizer, found {args.vocab_size}"
             )
-        return cls(folder, args, tokenizer, weights)
+        return cls(folder, args, tokenizer, weights, adapter)
 
     def chosen(self, weights: Weights) -> Weights:
         """Return the quantization to use if ``weights`` is requested. auto: as stored.
@@ -295,16 +301,22 @@ def losses_of(store: Path, steps: Sequence[int]) -> dict[int, float]:
 
 
 def save_checkpoint(
-    folder: Path, params: Any, model: ModelArgs, tokenizer: Tokenizer, weights: Weights = "auto"
+    folder: Path,
+    params: Any,
+    model: ModelArgs,
+    tokenizer: Tokenizer,
+    weights: Weights = "auto",
+    adapter: AdapterRecord | None = None,
 ) -> None:
     """Write a checkpoint without optimizer state, as converters do.
 
-    Leaves of ``params`` are arrays or ArrayOnDisk. ``weights`` is their quantization. Raises UserError if ``folder``
-    exists.
+    Leaves of ``params`` are arrays or ArrayOnDisk. ``weights`` is their quantization. ``adapter`` describes an adapter.
+    Raises UserError if ``folder`` exists.
     """
     if folder.exists():
         raise UserError(f"{folder}: expected a new folder, found one that exists; choose another")
-    args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), model=ModelFiles(model, tokenizer, weights))
+    files = ModelFiles(model, tokenizer, weights, adapter=adapter)
+    args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), model=files)
     handlers = ocp.CompositeCheckpointHandler(params=saver_of_stored_arrays(), model=ModelFilesHandler())
     with user_errors(folder, "write"):
         with ocp.Checkpointer(handlers) as checkpointer:

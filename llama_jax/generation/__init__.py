@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.build import make_model
-from llama_jax.checkpoint import Checkpoint
+from llama_jax.checkpoint.adapted import Found
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
@@ -64,6 +64,7 @@ class Model:
         draft: str = "",
         draft_tokens: int = 4,
         exact: bool = False,
+        adapter: str | Path = "",
     ) -> "Model":
         """Load a model; see ``llama_jax.load``. Matrices are kept in compute_dtype or quantized."""
         use_compilation_cache()
@@ -72,16 +73,16 @@ class Model:
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
-        checkpoint = Checkpoint.find(path)
-        weights = checkpoint.chosen(weights)
+        found = Found.find(path, adapter)
+        weights = found.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
-        module = make_model(checkpoint.args, compute_dtype, mesh=laid, exact=exact)
+        module = make_model(found.args, compute_dtype, mesh=laid, exact=exact)
         if laid is None:
-            laid = fitting_mesh(checkpoint, module, weights)
-        params = load_parameters(checkpoint, module, laid, weights)
-        guesser = load_draft(draft, draft_tokens, compute_dtype, checkpoint, laid) if draft else None
-        source = str(checkpoint.folder)
-        return cls(checkpoint.args, params, checkpoint.tokenizer, module, CACHE_DTYPES[cache], guesser, source)
+            laid = fitting_mesh(found.base, module, weights)
+        params = load_parameters(found.base, module, laid, weights, found.adapter)
+        guesser = load_draft(draft, draft_tokens, compute_dtype, found, laid) if draft else None
+        source = str(found.folder)
+        return cls(found.args, params, found.tokenizer, module, CACHE_DTYPES[cache], guesser, source)
 
     def logits(self, token_ids: Any) -> jax.Array:
         """Return the logits of the token after each position: int [B, T] -> float32 [B, T, V].
@@ -226,7 +227,7 @@ class Model:
         return Engine(self.module, self.serving, self.tokenizer, self.cache_dtype, self.draft, self.source)
 
 
-def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint, mesh: jax.sharding.Mesh) -> Draft:
+def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Found, mesh: jax.sharding.Mesh) -> Draft:
     """Return ``lookup`` or a model as draft, on the mesh of the target.
 
     Raises UserError if ``draft`` is neither "lookup" nor a checkpoint with the target's tokenizer.
@@ -235,7 +236,7 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
         raise UserError(f"draft_tokens: expected 1 to {MOST_GUESSES}, found {tokens}")
     if draft == LOOKUP:
         return Draft(tokens)
-    checkpoint = Checkpoint.find(draft)
+    checkpoint = Found.find(draft)
     pieces, wanted = (
         [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
         for tokenizer in (checkpoint.tokenizer, target.tokenizer)
@@ -250,7 +251,7 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
             f"draft: expected a context of {target.args.max_seq_len} tokens or more, found {checkpoint.args.max_seq_len}"
         )
     module = make_model(checkpoint.args, compute_dtype, mesh=mesh)
-    params = load_parameters(checkpoint, module, mesh, checkpoint.weights)
+    params = load_parameters(checkpoint.base, module, mesh, checkpoint.chosen("auto"), checkpoint.adapter)
     return Draft(tokens, module, for_generation(params))
 
 

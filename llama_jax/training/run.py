@@ -18,6 +18,7 @@ from llama_jax.training.opening import Opened
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.saving import CheckpointWriter
 from llama_jax.training.start import Settled
+from llama_jax.training.tuning import Tuning
 
 
 @dataclass
@@ -38,11 +39,20 @@ class Run:
     consensus: Consensus
     timer: "Timer"
     evaluate: Callable[..., Any] | None = None  # the compiled eval_step; None if nothing is held out
+    tuning: Tuning | None = None  # the adapters that are trained; None: the whole model is
+    frozen: tuple[Any, ...] = ()  # the base of adapters, a further argument of the compiled steps
 
     @property
     def steps(self) -> int:
         """The total number of steps of the run."""
         return self.settled.steps
+
+    def whole(self, params: Any) -> Any:
+        """Return the parameters of the model that is trained, from those that a step changes."""
+        if self.tuning is None:
+            return params
+        (base,) = self.frozen
+        return self.tuning.adapting.whole(self.config.model, base, params)
 
     def masked(self, batches: Iterator[Batch]) -> Iterator[Any]:
         """Return the batches, with their documents if data.document_mask asks for them."""
