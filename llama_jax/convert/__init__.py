@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llama_jax.checkpoint import Checkpoint
 from llama_jax.cli.progress import Progress
 from llama_jax.config import Weights
 from llama_jax.convert import summary
+from llama_jax.convert.adapter import export_adapter, import_adapter
 from llama_jax.convert.checkpoint_source import OwnSource, write_own
 from llama_jax.convert.huggingface import HuggingFaceSource, check_config, write_huggingface
+from llama_jax.convert.merged import MergedSource, base_at
 from llama_jax.convert.meta import MetaSource, verify_checklist, write_meta
 from llama_jax.convert.mistral import MistralSource
 from llama_jax.convert.output import check_new, new_folder
@@ -20,11 +23,11 @@ from llama_jax.convert.source import Source
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
 from llama_jax.foreign.folders import found_in, hub_hint
-from llama_jax.foreign.layouts import Layout, find_layout
+from llama_jax.foreign.layouts import Layout, find_layout, is_adapter
 from llama_jax.foreign.params_json import check_writable
 from llama_jax.storage.locations import is_remote, location, on_disk
 
-Format = Literal["llama-jax", "huggingface", "meta"]
+Format = Literal["llama-jax", "huggingface", "meta", "peft"]
 SOURCES: dict[str, Callable[..., Source]] = {
     "huggingface": HuggingFaceSource,
     "meta": MetaSource,
@@ -38,11 +41,15 @@ class ConvertArgs:
 
     input: str = ""
     """Folder to read. It holds config.json and *.safetensors or pytorch_model*.bin (Hugging Face), params.json and
-    consolidated.*.pth (Meta) or consolidated*.safetensors (Mistral), or a checkpoint of training or of this command."""
+    consolidated.*.pth (Meta) or consolidated*.safetensors (Mistral), or a checkpoint of training or of this command.
+    A low-rank adapter is merged into its base, unless it is written as peft. An adapter of PEFT needs --base."""
     output: str = ""
     """Folder to write. It must not exist."""
     to: Format = "llama-jax"
-    """Format to write."""
+    """Format to write. peft: an adapter, not merged, as PEFT reads it."""
+    base: str = ""
+    """Checkpoint of the model that the adapter in --input adapts.
+    Empty: the one that it was trained on, if it is there."""
     weights: Weights = "auto"
     """Quantization of the matrices in a llama-jax checkpoint.
     auto: none.
@@ -85,6 +92,10 @@ def convert(args: ConvertArgs) -> None:
         check_new(output)
     folder = location(args.input)
     note = skip_absent_tpu("converting")
+    if args.layout == "auto" and folder.is_dir() and is_adapter(folder):
+        return import_adapter(folder, args, output)
+    if args.to == "peft":
+        return export_adapter(folder, args, output)
     with contextlib.ExitStack() as stack:
         source = open_source(folder, args, stack)
         if isinstance(source, OwnSource) and not args.dry_run:
@@ -120,6 +131,10 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
     found = None if is_own else find_layout(folder, args.layout)
     if found is None:
         return _own(folder, args)
+    if args.base:
+        raise UserError(
+            f"--base: expected an adapter as --input beside it, found a whole model in {folder}; leave it out"
+        )
     if is_remote(folder):
         raise UserError(
             f"--input: expected Meta's or Hugging Face's files on disk, found {folder}; copy them (gcloud storage cp -r)"
@@ -128,7 +143,12 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
 
 
 def _own(folder: Path, args: ConvertArgs) -> OwnSource:
-    source = OwnSource(folder)
+    checkpoint = Checkpoint.find(folder)
+    if checkpoint.adapter is None and args.base:
+        raise UserError(
+            f"--base: expected an adapter as --input beside it, found a whole model in {folder}; leave it out"
+        )
+    source = OwnSource(folder) if checkpoint.adapter is None else MergedSource(base_at(checkpoint, args.base))
     if args.tokenizer or args.max_seq_len:
         raise UserError(
             "--tokenizer and --max-seq-len: expected none with a checkpoint of llama-jax, which has its own"
