@@ -115,6 +115,10 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
     ):
         result = forked.run(["convert_torch_weights.py", "--input", source, "--output", output, "--to", to], place)
         assert result.returncode == 0, result.stderr
+    if of_each == "all":
+        adapters = ["--train.init-from", "checkpoints/llama-2-7b", "--lora.rank", "4", "--train.save-dir", "runs/tuned"]
+        result = forked.run(["train.py", "--data.filepath", "my.txt", *SHORT_RUN, *adapters], place)
+        assert result.returncode == 0, result.stderr
     make_corpora(place, stored)
     (place / "conversation.json").write_text('[{"role": "user", "content": "Hi"}]')
     (place / "prompts.jsonl").write_text('{"prompt": "The fox"}\n{"prompt": "The owl", "stop": ["."], "n": 3}\n')
