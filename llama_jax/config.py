@@ -61,6 +61,23 @@ class ModelArgs:
     """Base of the rotary embedding's wavelengths, in positions."""
     max_seq_len: int = 4096
     """Context length, in tokens: the length of training sequences and the limit of prompt plus completion."""
+    tie_embeddings: bool = False
+    """Use the token embeddings as the output matrix too: one array, with the gradients of both uses.
+    Models of up to about 3 billion parameters often do, such as LLaMA 3.2 1B."""
+    sliding_window: int | None = None
+    """Number of positions that a token attends to, itself included, as in Mistral 7B v0.1.
+    None: all positions up to its own."""
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window, or None if the context is no longer than it."""
+        return self.sliding_window if (self.sliding_window or self.max_seq_len) < self.max_seq_len else None
+
+    @property
+    def remarks(self) -> str:
+        """What a report of the model's shape adds to sizes, such as ", tied embeddings, window 4,096"."""
+        window = f", window {self.sliding_window:,}" if self.sliding_window is not None else ""
+        return ", tied embeddings" * self.tie_embeddings + window
 
     @property
     def kv_heads(self) -> int:
@@ -83,6 +100,7 @@ class ModelArgs:
     def check(self) -> None:
         """Raise UserError if no model can have this shape."""
         sizes = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len"), _COUNT)
+        sizes["sliding_window"] = _COUNT
         positive = {"norm_eps": _POSITIVE, "rope_theta": _POSITIVE, "ffn_dim_multiplier": (_TINY, 1e6)}
         _check_fields(self, "model.", sizes | positive | {"vocab_size": (-1, _LARGEST)})
         _check(self.vocab_size != 0, "model.vocab_size", "-1 or a positive number", self.vocab_size)

@@ -45,14 +45,19 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return exps / exps.sum(axis=-1, keepdims=True)
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """One head's causal attention (Vaswani et al., 2017, equation 1): three [T, H] -> [T, H]."""
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | None = None) -> np.ndarray:
+    """One head's causal attention (Vaswani et al., 2017, equation 1): three [T, H] -> [T, H].
+
+    A window is the number of positions that a query sees, its own among them (Mistral 7B, section 2).
+    """
     scores = q @ k.T / np.sqrt(q.shape[1])
-    future = np.triu(np.ones(scores.shape, bool), k=1)
-    return softmax(np.where(future, -np.inf, scores)) @ v
+    for t in range(len(scores)):
+        scores[t, t + 1 :] = -np.inf
+        scores[t, : max(0, t + 1 - (window or t + 1))] = -np.inf
+    return softmax(scores) @ v
 
 
-def attention(x: np.ndarray, p: dict[str, np.ndarray], theta: float) -> np.ndarray:
+def attention(x: np.ndarray, p: dict[str, np.ndarray], theta: float, window: int | None = None) -> np.ndarray:
     """Grouped-query attention: consecutive query heads share a key and value head: [T, D] -> [T, D]."""
     heads, kv_heads = p["wq"].shape[1], p["wk"].shape[1]
     out = np.zeros_like(x)
@@ -60,7 +65,7 @@ def attention(x: np.ndarray, p: dict[str, np.ndarray], theta: float) -> np.ndarr
         shared = n // (heads // kv_heads)
         q = rotate(x @ p["wq"][:, n], theta)
         k = rotate(x @ p["wk"][:, shared], theta)
-        out += attend(q, k, x @ p["wv"][:, shared]) @ p["wo"][n]
+        out += attend(q, k, x @ p["wv"][:, shared], window) @ p["wo"][n]
     return out
 
 
@@ -79,9 +84,11 @@ def _llama(params: Any, row: np.ndarray, args: Any) -> np.ndarray:
     x = params["tok_embeddings"][row]
     for i in range(args.n_layers):
         layer = _layer(params["layers"], i)
-        x = x + attention(rms_norm(x, layer["attention_norm"], args.norm_eps), layer["attention"], args.rope_theta)
+        normed = rms_norm(x, layer["attention_norm"], args.norm_eps)
+        x = x + attention(normed, layer["attention"], args.rope_theta, args.sliding_window)
         x = x + feed_forward(rms_norm(x, layer["ffn_norm"], args.norm_eps), layer["feed_forward"])
-    return rms_norm(x, params["norm"], args.norm_eps) @ params["output"]
+    output = params["tok_embeddings"].T if args.tie_embeddings and "output" not in params else params["output"]
+    return rms_norm(x, params["norm"], args.norm_eps) @ output
 
 
 def _layer(tree: Any, i: int) -> Any:

@@ -30,7 +30,7 @@ def load_parameters(checkpoint: Checkpoint, model: Llama, mesh: jax.sharding.Mes
         if weights == "auto" and not is_quantized and mesh.devices.flat[0].platform == "cpu":
             return checkpoint.restore("params", targets)
         arrays = checkpoint.restore_one_by_one("params", targets)
-        return layer_by_layer(arrays, shapes, "auto" if is_quantized else weights, mesh)
+        return layer_by_layer(arrays, shapes, "auto" if is_quantized else weights, mesh, model.dtype)
 
 
 def fitting_mesh(checkpoint: Checkpoint, model: Llama, weights: Weights) -> jax.sharding.Mesh:
@@ -59,5 +59,6 @@ def _read_shapes(checkpoint: Checkpoint, model: Llama, weights: Weights) -> Any:
     """
     if checkpoint.weights != "auto":
         return checkpoint_shapes(model, checkpoint.weights)
-    stored = None if weights == "auto" else checkpoint.arrays("params").get("output")
+    name = "tok_embeddings" if model.args.tie_embeddings else "output"
+    stored = None if weights == "auto" else checkpoint.arrays("params").get(name)
     return checkpoint_shapes(model, "auto", None if stored is None else stored.dtype)

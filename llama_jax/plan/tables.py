@@ -130,7 +130,7 @@ def model_rows(config: Config, vocabulary: Found) -> Rows:
         (
             "model",
             f"{count_parameters(m):,} parameters: dim {m.dim}, {m.n_layers} layers, {m.n_heads} heads, {m.kv_heads} kv heads, "
-            f"context {m.max_seq_len:,}",
+            f"context {m.max_seq_len:,}{m.remarks}",
         ),
         ("vocabulary", f"{m.vocab_size:,}: {vocabulary.source}"),
     ]

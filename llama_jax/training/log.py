@@ -50,7 +50,7 @@ def announce(settled: Settled, data: AnyData, mesh: jax.sharding.Mesh, module: L
         (
             "model",
             f"{count_parameters(model):,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, "
-            f"{model.kv_heads} kv heads, context {model.max_seq_len}",
+            f"{model.kv_heads} kv heads, context {model.max_seq_len}{model.remarks}",
         ),
         (
             "text",
