@@ -19,6 +19,7 @@ from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
 from llama_jax.foreign.folders import found_in, hub_hint
 from llama_jax.foreign.layouts import Layout, find_layout
+from llama_jax.foreign.params_json import check_expressible
 from llama_jax.storage.locations import is_remote, location, on_disk
 
 Format = Literal["llama-jax", "huggingface", "meta"]
@@ -79,6 +80,8 @@ def convert(args: ConvertArgs) -> None:
     note = skip_absent_tpu("converting")
     with contextlib.ExitStack() as stack:
         source = open_source(folder, args, stack)
+        if args.to == "meta":
+            check_expressible(source.args)
         if isinstance(source, OwnSource) and not args.dry_run:
             _check_outside(output, folder)
         summary.announce(source, args.to, output, args.weights)

@@ -15,7 +15,7 @@ import tensorstore as ts
 from llama_jax.checkpoint import Checkpoint, save_checkpoint
 from llama_jax.checkpoint.stored_array import ArrayOnDisk, create_array
 from llama_jax.config import ModelArgs, Weights
-from llama_jax.convert.layout import TABLE, Tensor, from_ours, tile, to_ours
+from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, from_ours, tensors_of, tile, to_ours
 from llama_jax.convert.source import Block, ReadBlocks, Source
 from llama_jax.errors import UserError
 from llama_jax.ops.quantize import Matrix, quantize
@@ -37,7 +37,7 @@ class OwnSource:
         self.unknown: list[str] = []
         self.warnings: list[str] = []
         self.checklists: list[Path] = []
-        self._arrays = {tensor.name: self._checkpoint.open_array(tensor.name) for tensor in TABLE}
+        self._arrays = {tensor.name: self._checkpoint.open_array(tensor.name) for tensor in tensors_of(self.args)}
         dtypes = {array.dtype.numpy_dtype for array in self._arrays.values()}
         if len(dtypes) != 1:
             raise UserError(f"{path}: expected parameters of one type, found {', '.join(sorted(map(str, dtypes)))}")
@@ -102,7 +102,8 @@ def write_own(source: Source, folder: Path, read_blocks: ReadBlocks, weights: We
 def parts(source: Source, weights: Weights) -> Iterator[Part]:
     """Yield every array of a checkpoint."""
     args, dtype = source.args, source.dtype
-    for tensor in TABLE:
+    tied = args.tie_embeddings and weights != "auto"
+    for tensor in (*tensors_of(args), *([OUTPUT] if tied else [])):
         layers, one = ((args.n_layers,), (1,)) if tensor.layered else ((), ())
         shape, tiles = tensor.sizes(args), tile(tensor, args, dtype.itemsize)
         if not _quantized(tensor, weights):
@@ -116,8 +117,13 @@ def parts(source: Source, weights: Weights) -> Iterator[Part]:
 
 
 def _values(block: Block, args: ModelArgs, weights: Weights) -> Iterator[tuple[str, tuple[slice, ...], np.ndarray]]:
-    """Yield the arrays to write for a block: name, index (after the layer axis) and values."""
+    """Yield the arrays to write for a block: name, index (after the layer axis) and values.
+
+    Rows of tied embeddings are also those of the output matrix, of which a quantized checkpoint has one.
+    """
     tensor, start, rows = block.tensor, block.start, block.rows
+    if tensor == EMBEDDINGS and args.tie_embeddings and weights != "auto":
+        yield from _values(block._replace(tensor=OUTPUT), args, weights)
     if not _quantized(tensor, weights):
         yield tensor.name, *to_ours(tensor, args, rows, start)
         return

@@ -7,14 +7,15 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llama_jax.convert.layout import Tensor, all_tensors
+from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, all_tensors
 from llama_jax.convert.safetensors import SafetensorsFile, SafetensorsWriter
-from llama_jax.convert.source import ReadBlocks, Source, raise_together
+from llama_jax.convert.source import ReadBlocks, Source, is_tied, raise_together
 from llama_jax.errors import quoted
 from llama_jax.foreign.config_json import QUANTIZED, read_config, stated, stored_type
 from llama_jax.foreign.keys import read_json
@@ -26,7 +27,6 @@ from llama_jax.storage.files import write_atomically
 SHARD_BYTES = 5_000_000_000
 # Older files contain this function of the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 # Suffixes of quantized matrices: GPTQ and AWQ, bitsandbytes, 8-bit floats.
 PACKED = (".qweight", ".qzeros", ".absmax", ".quant_state", ".SCB", ".weight_scale", ".weight_packed")
 
@@ -40,12 +40,17 @@ class HuggingFaceSource:
         names = weight_files(folder, table)
         self._files = {name: stack.enter_context(SafetensorsFile.open(folder / name)) for name in names}
         self._places = {name: file for file, opened in self._files.items() for name in opened.tensors}
-        self._tied, self.args = config.tied, config.args
+        # Transformers ties two tensors that are both stored only if they are equal.
+        tied = self._tied = config.args.tie_embeddings
+        both = {EMBEDDINGS.huggingface, OUTPUT.huggingface} <= self._places.keys()
+        self.args = replace(config.args, tie_embeddings=tied and not both)
         raise_together(folder, CONFIG, stated(table), list(self._errors()))
+        self.dtype = self._stored(self._name(EMBEDDINGS, 0)).dtype
+        if tied and both:
+            self.args = replace(self.args, tie_embeddings=is_tied(self, self.rows))
         self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
-        self.dtype = self._stored(EMBEDDINGS if EMBEDDINGS in self._places else OUTPUT).dtype
-        self.family = "LLaMA, in Hugging Face's layout"
+        self.family = f"{config.family}, in Hugging Face's layout"
         self.decided = decided
         self.description = f"{folder}: {len(names)} file{'s'[: len(names) > 1]}"
         self.unknown = list(config.unknown)
@@ -77,16 +82,19 @@ class HuggingFaceSource:
         Of two tied tensors, it is the one that is stored, as in transformers.
         """
         name = tensor.huggingface.format(layer)
-        if self._tied and name not in self._places:
-            return {EMBEDDINGS: OUTPUT, OUTPUT: EMBEDDINGS}.get(name, name)
+        if self._tied and tensor in (EMBEDDINGS, OUTPUT) and name not in self._places:
+            return OUTPUT.huggingface if tensor == EMBEDDINGS else EMBEDDINGS.huggingface
         return name
 
     def _remarks(self, folder: Path, stored_type: str) -> Iterator[str]:
         """Yield remarks about files that differ from what config.json or the index say."""
         if stored_type and stored_type != self.dtype.name:
             yield f"config.json says {stored_type}, to which transformers converts the weights; they are kept as {self.dtype.name}"
-        if self._tied and {EMBEDDINGS, OUTPUT} <= self._places.keys():
-            yield f"config.json says tie_word_embeddings, and the files have both {EMBEDDINGS} and {OUTPUT}: both are read, as by transformers"
+        if self._tied and not self.args.tie_embeddings:
+            yield (
+                f"config.json says tie_word_embeddings, and the files have {EMBEDDINGS.huggingface} and another "
+                f"{OUTPUT.huggingface}: both are read and the embeddings are not tied, as by transformers"
+            )
         elsewhere = [
             name for name, file in index_of(folder, list(self._files)).items() if self._places.get(name) != file
         ]
@@ -179,9 +187,11 @@ def _divide(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> di
 
 def _config(source: Source) -> dict[str, Any]:
     args, tokenizer = source.args, source.tokenizer
+    # Transformers' LLaMA has no sliding window. Its Mistral is the same model with one.
+    windowed = args.sliding_window is not None
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["MistralForCausalLM" if windowed else "LlamaForCausalLM"],
+        "model_type": "mistral" if windowed else "llama",
         "hidden_size": args.dim,
         "intermediate_size": args.hidden_dim,
         "num_hidden_layers": args.n_layers,
@@ -196,7 +206,8 @@ def _config(source: Source) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": args.tie_embeddings,
+        **({"sliding_window": args.sliding_window} if windowed else {}),
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "torch_dtype": source.dtype.name,

@@ -86,13 +86,22 @@ def axis_sizes(args: ModelArgs) -> dict[str, int]:
     }  # fmt: skip
 
 
+EMBEDDINGS, OUTPUT = TABLE[0], TABLE[-1]
+
+
+def tensors_of(args: ModelArgs) -> tuple[Tensor, ...]:
+    """Return the lines of the table that a model has. With tied embeddings it has no output matrix of its own."""
+    return TABLE[:-1] if args.tie_embeddings else TABLE
+
+
 def all_tensors(args: ModelArgs) -> Iterator[tuple[Tensor, int]]:
     """Yield every tensor of a model with its layer (0 if it has none), in the order of a forward pass."""
-    layered = [tensor for tensor in TABLE if tensor.layered]
-    first, last = TABLE.index(layered[0]), TABLE.index(layered[-1])
-    yield from ((tensor, 0) for tensor in TABLE[:first])
+    table = tensors_of(args)
+    layered = [tensor for tensor in table if tensor.layered]
+    first, last = table.index(layered[0]), table.index(layered[-1])
+    yield from ((tensor, 0) for tensor in table[:first])
     yield from ((tensor, layer) for layer in range(args.n_layers) for tensor in layered)
-    yield from ((tensor, 0) for tensor in TABLE[last + 1 :])
+    yield from ((tensor, 0) for tensor in table[last + 1 :])
 
 
 def blocks(tensor: Tensor, args: ModelArgs, itemsize: int) -> list[tuple[int, int]]:

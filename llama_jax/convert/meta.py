@@ -1,18 +1,29 @@
 """Meta's layout: params.json and consolidated.NN.pth, each with a shard of every tensor. Read, checked and written."""
 
 import contextlib
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_jax.config import ModelArgs
-from llama_jax.convert.layout import TABLE, Tensor, all_tensors, halves_to_interleaved, interleaved_to_halves
-from llama_jax.convert.source import ReadBlocks, Source, raise_together
+from llama_jax.convert.layout import (
+    EMBEDDINGS,
+    OUTPUT,
+    TABLE,
+    Tensor,
+    all_tensors,
+    blocks,
+    halves_to_interleaved,
+    interleaved_to_halves,
+)
+from llama_jax.convert.source import ReadBlocks, Source, is_tied, raise_together
 from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.keys import read_json
@@ -35,30 +46,41 @@ class MetaSource:
         self._shards = [stack.enter_context(TorchFile.open(path)) for path in self._paths]
         params = read_params(table, folder / PARAMS, self._rows_of_embeddings(folder), max_seq_len)
         self.args = params.args
+        if not any(OUTPUT.meta in shard.tensors for shard in self._shards):
+            self.args = replace(self.args, tie_embeddings=True)
         raise_together(folder, PARAMS, stated(table), list(self._errors()))
         self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
         self.dtype = self._view(0, TABLE[0].meta).storage.dtype
+        remark = f"there is no {OUTPUT.meta}" if self.args.tie_embeddings else ""
+        if not remark and is_tied(self, functools.partial(self._rows, verify=False)):
+            self.args = replace(self.args, tie_embeddings=True)
+            remark = f"{OUTPUT.meta} equals {EMBEDDINGS.meta}"
         self.family = "LLaMA, in Meta's layout"
         self.decided = decided
         self.description = f"{folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
         self.unknown = list(params.unknown)
-        self.warnings = [*params.warnings, *said]
+        tied = f"{remark}: the embeddings are the output matrix too, as in LLaMA 3.2 1B and 3B"
+        self.warnings = [*params.warnings, *([tied] if remark else []), *said]
         self.checklists = find_checklists(folder, self.tokenizer.model_path)
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
         """Read rows; see Source."""
+        return self._rows(tensor, layer, start, stop)
+
+    def _rows(self, tensor: Tensor, layer: int, start: int, stop: int, verify: bool = True) -> np.ndarray:
+        """Read rows. ``verify`` is that of TorchFile.read."""
         name = tensor.meta.format(layer)
         if tensor.shard_axis is None:
-            return self._shards[0].read(name, start, stop)
+            return self._shards[0].read(name, start, stop, verify)
         if tensor.shard_axis == 1:
-            parts = [shard.read(name, start, stop) for shard in self._shards]
+            parts = [shard.read(name, start, stop, verify) for shard in self._shards]
             rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         else:
             size = tensor.matrix(self.args)[0] // len(self._shards)
             parts = []
             for i in range(start // size, -(-stop // size)):
-                parts.append(self._shards[i].read(name, max(start - i * size, 0), min(stop - i * size, size)))
+                parts.append(self._shards[i].read(name, max(start - i * size, 0), min(stop - i * size, size), verify))
             rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return interleaved_to_halves(rows, self.args.head_dim) if tensor.rotary else rows
 
@@ -134,11 +156,12 @@ def shard_shape(tensor: Tensor, args: ModelArgs, shards: int) -> tuple[int, ...]
 def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> None:
     """Write a model in Meta's layout, in ``shards`` files. Raises UserError if its sizes are not divisible."""
     args = source.args
+    untied = replace(args, tie_embeddings=False)
     for tensor in TABLE:
         size = 0 if tensor.shard_axis is None else tensor.matrix(args)[tensor.shard_axis]
         if size % shards:
             raise UserError(f"--shards: expected a divisor of {size} ({tensor.name}), found {shards}")
-    shapes = {t.meta.format(layer): shard_shape(t, args, shards) for t, layer in all_tensors(args)}
+    shapes = {t.meta.format(layer): shard_shape(t, args, shards) for t, layer in all_tensors(untied)}
     with ExitStack() as stack:
         writers = [
             stack.enter_context(TorchFileWriter(folder / f"consolidated.{i:02}.pth", source.dtype, shapes))
@@ -148,6 +171,11 @@ def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: in
             rows = halves_to_interleaved(rows, args.head_dim) if tensor.rotary else rows
             for i, part in _split(tensor, args, shards, start, rows):
                 writers[i].write(tensor.meta.format(layer), part)
+        # Meta's code has an output matrix in every model. Those of LLaMA 3.2 1B and 3B equal the embeddings.
+        for start, stop in blocks(EMBEDDINGS, args, source.dtype.itemsize) if args.tie_embeddings else ():
+            for i, part in _split(OUTPUT, args, shards, start, source.rows(EMBEDDINGS, 0, start, stop)):
+                writers[i].write(OUTPUT.meta, part)
+            source.release()
     write_atomically(folder / "params.json", write_params(args))
     write_atomically(folder / "tokenizer.model", source.tokenizer.model_bytes)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from llama_jax.config import ModelArgs
-from llama_jax.convert.layout import Tensor
+from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, blocks
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 
@@ -52,6 +52,24 @@ class Source(Protocol):
         Raises UserError at the end of the block.
         """
         ...
+
+
+def is_tied(source: Source, rows: Callable[..., np.ndarray]) -> bool:
+    """Return whether the output matrix of a source that stores one equals the embeddings, to the bit.
+
+    ``rows`` reads as ``source.rows`` does. Matrices that are not tied differ in the first row, and no more is read.
+    """
+    for start, stop in blocks(EMBEDDINGS, source.args, source.dtype.itemsize):
+        for end in (start + 1, stop):
+            one, other = (_bits(rows(tensor, 0, start, end)) for tensor in (EMBEDDINGS, OUTPUT))
+            if not np.array_equal(one, other):
+                return False
+        source.release()
+    return True
+
+
+def _bits(rows: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(rows).view(np.uint8)
 
 
 class Block(NamedTuple):

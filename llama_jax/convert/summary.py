@@ -14,7 +14,7 @@ from llama_jax.build import count_parameters
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Weights
 from llama_jax.convert.checkpoint_source import parts
-from llama_jax.convert.layout import BLOCK_BYTES, TABLE, all_tensors, blocks
+from llama_jax.convert.layout import BLOCK_BYTES, all_tensors, blocks, tensors_of
 from llama_jax.convert.source import Source
 from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError, quoted
@@ -34,7 +34,7 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
         "decided by": source.decided,
         "input": source.description,
         "model": f"{count_parameters(args):,} parameters of {source.dtype.name}, {bytes_text(size)}: dim {args.dim}, "
-        f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_dim}",
+        f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_dim}{args.remarks}",
         "constants": f"norm_eps {args.norm_eps:g}, rope_theta {args.rope_theta:g}, context {args.max_seq_len:,}",
         "tokenizer": f"{source.tokenizer.model_path}, {source.tokenizer.vocab_size:,} tokens",
         "output": f"{output if output != Path() else '(none given)'}, as {to}{f' with {weights} matrices' if weights != 'auto' else ''}",
@@ -87,7 +87,7 @@ def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -
 
 def _probe_seconds(source: Source, place: Path) -> float:
     """Estimate the seconds of a conversion from reading and writing one block, which is discarded."""
-    tensor = max(TABLE, key=lambda t: math.prod(t.matrix(source.args)))
+    tensor = max(tensors_of(source.args), key=lambda t: math.prod(t.matrix(source.args)))
     start, stop = blocks(tensor, source.args, source.dtype.itemsize)[0]
     began = time.perf_counter()
     rows = source.rows(tensor, 0, start, stop)
@@ -110,8 +110,8 @@ def print_table(source: Source) -> None:
 def close_dry_run() -> None:
     """Print what has been checked."""
     print(
-        "all tensors are there, with the right shapes; nothing was written and no value was read: a conversion also finds damage "
-        "and numbers that are not finite"
+        "all tensors are there, with the right shapes; nothing was written and no value was read, except to compare copies: "
+        "a conversion also finds damage and numbers that are not finite"
     )
 
 

@@ -71,6 +71,7 @@ def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len:
         norm_eps=take(table, "norm_eps", float, path, default.norm_eps),
         rope_theta=take(table, "rope_theta", float, path, default.rope_theta),
         max_seq_len=max_seq_len or take(table, "max_seq_len", int, path, default.max_seq_len),
+        sliding_window=take(table, "sliding_window", int, path, None),
     )
     check_arguments(args, path, {})
     _check_sizes(table, args, path)
@@ -83,6 +84,15 @@ def stated(table: dict[str, Any]) -> str:
     table = _inner(table)
     keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier")
     return ", ".join(f"{key} {quoted(table[key], 20)}" if key in table else f"no {key}" for key in keys)
+
+
+def check_expressible(args: ModelArgs) -> None:
+    """Raise UserError if Meta's code has no such model."""
+    if args.window is not None:
+        raise UserError(
+            f"--to meta: expected a model that attends to its whole context, found a sliding window of {args.window:,} of "
+            f"{args.max_seq_len:,} positions, which Meta's code does not have; take --to huggingface"
+        )
 
 
 def write_params(args: ModelArgs) -> str:
@@ -122,11 +132,6 @@ def _check_sizes(table: dict[str, Any], args: ModelArgs, path: Path) -> None:
             raise UserError(
                 f"{path}: {key}: expected {size}, {rule}, as LLaMA 2 has, found {found}; this project has no others"
             )
-    window = take(table, "sliding_window", int, path, None)
-    if window is not None and window < args.max_seq_len:
-        raise UserError(
-            f"{path}: sliding_window: expected null or the context of {args.max_seq_len:,}, found {window:,}; {NO_WINDOW}"
-        )
 
 
 def _warnings(table: dict[str, Any], args: ModelArgs, path: Path) -> list[str]:
