@@ -75,7 +75,7 @@ class ModelArgs:
 
     @property
     def remarks(self) -> str:
-        """What a report of the model's shape adds to sizes, such as ", tied embeddings, window 4,096"."""
+        """Return what a report of the shape says after the sizes, such as ", tied embeddings, window 4,096"."""
         window = f", window {self.sliding_window:,}" if self.sliding_window is not None else ""
         return ", tied embeddings" * self.tie_embeddings + window
 

@@ -100,10 +100,13 @@ def test_the_exit_statuses_are_those_of_the_code() -> None:
         ({"rope_theta": 1e6}, None),  # Code Llama
         ({"some_new_key": 3}, None),  # listed
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),  # LLaMA 3.1
-        ({"model_type": "mistral"}, None),
+        ({"model_type": "mistral", "num_key_value_heads": 2}, None),
         ({"tie_word_embeddings": True}, None),
-        ({"model_type": "mistral", "sliding_window": 64}, None),
-        ({"model_type": "mistral", "sliding_window": 64, "max_window_layers": 1}, "max_window_layers"),
+        ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 64}, None),
+        (
+            {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 64, "max_window_layers": 1},
+            "max_window_layers",
+        ),
         ({"model_type": "qwen2"}, "model_type"),
         ({"model_type": "gemma"}, "model_type"),
         ({"num_local_experts": 8}, "num_local_experts"),  # Mixtral

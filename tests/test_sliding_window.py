@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llama_jax.convert import ConvertArgs, convert
 from llama_jax.devices.sharding import make_mesh, on_mesh, parameter_shapes
 from llama_jax.errors import UserError
 from llama_jax.evaluate import evaluate
+from llama_jax.foreign.config_json import read_config
 from llama_jax.generation import Model
 from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama, plain_attention
@@ -32,9 +34,10 @@ from tests.ops.test_attention_kernels import interpreted
 
 WINDOW = 100
 MESHES = {
-    "data 2 x tensor 2 x sequence 2": {"data": 2, "tensor": 2, "sequence": 2},
     "data 2 x sequence 4": {"data": 2, "sequence": 4},
+    "data 2 x tensor 2 x sequence 2": {"data": 2, "tensor": 2, "sequence": 2},
 }
+KERNELS: tuple[AttentionKernel, ...] = ("splash", "xla")
 ARGS = ModelArgs(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, multiple_of=8, max_seq_len=200, sliding_window=7
 )
@@ -97,20 +100,18 @@ def test_cudnn_gets_the_window_and_beside_documents_a_mask_that_says_it(monkeypa
     np.testing.assert_array_equal(given["mask"][0, 0] & causal, causal & (t - s < 3) & (t // 5 == s // 5))
 
 
-@pytest.fixture(scope="module")
-def on_meshes() -> dict[str, Any]:
-    return run_on_eight_devices("tests.test_sliding_window")
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def on_meshes(request: pytest.FixtureRequest) -> list[Any]:
+    """Of each mesh, kernel and choice of documents what a process with eight devices finds."""
+    return run_on_eight_devices("tests.test_sliding_window", request.param)
 
 
-@pytest.mark.parametrize("kernel", ["splash", "xla"])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_heads_and_positions_spread_over_devices_change_nothing(
-    on_meshes: dict[str, Any], mesh: str, kernel: str
-) -> None:
-    for documents in (False, True):
+def test_heads_and_positions_spread_over_devices_change_nothing(on_meshes: list[Any]) -> None:
+    assert len(on_meshes) in (2, 8)
+    for mesh, kernel, documents, results in on_meshes:
         wanted = value_and_gradients("xla", WINDOW, documents)
-        for found, expected in zip(on_meshes[mesh][f"{kernel} {documents}"], wanted, strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+        for found, expected in zip(results, wanted, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4, err_msg=f"{mesh}, {kernel}")
 
 
 def test_the_model_equals_numpy_with_every_kernel() -> None:
@@ -195,7 +196,49 @@ def run(**fields: Any) -> None:
     convert(ConvertArgs(**{name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}))
 
 
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": ...}, {"sliding_window": None}], ids=str)
+def test_the_window_is_the_files_and_transformers_default_where_there_is_no_key() -> None:
+    from tests.published import MISTRAL_01, MISTRAL_03
+
+    without = {key: value for key, value in MISTRAL_01.items() if key != "sliding_window"}
+    for table, window in (
+        (MISTRAL_01, 4096),
+        (without, 4096),
+        (MISTRAL_03, None),
+        (without | {"sliding_window": 9}, 9),
+    ):
+        config = read_config(table, Path("config.json"), 0)
+        assert config.args.sliding_window == window and config.family == "Mistral" and not config.unknown
+    heads = {key: value for key, value in MISTRAL_01.items() if key != "num_key_value_heads"}
+    assert read_config(heads, Path("config.json"), 0).args.kv_heads == 8
+    assert read_config(heads | {"num_key_value_heads": None}, Path("config.json"), 0).args.kv_heads == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"sliding_window": "4096"}, "sliding_window"),
+        ({"use_sliding_window": False}, "use_sliding_window"),
+        ({"sliding_window": None, "use_sliding_window": True}, "use_sliding_window"),
+        ({"max_window_layers": 28}, "max_window_layers"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"sliding_window": None, "layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"model_type": "llama"}, "sliding_window"),
+    ],
+    ids=str,
+)
+def test_windows_that_layers_do_not_share_or_keys_contradict_are_refused(changes: dict[str, Any], key: str) -> None:
+    from tests.published import MISTRAL_01
+
+    with pytest.raises(UserError, match=rf"^config\.json: {key}: expected .* found "):
+        read_config(MISTRAL_01 | changes, Path("config.json"), 0)
+
+
+DEFAULT = pytest.param({"sliding_window": ...}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": None}, DEFAULT], ids=str)
 def test_mistral_says_what_transformers_says_and_comes_back_to_the_bit(
     changes: dict[str, Any], small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -255,12 +298,12 @@ def test_twenty_steps_give_the_losses_of_transformers_in_torch(small_tokenizer: 
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
         interpreted(patch)
-        results: dict[str, Any] = {}
-        for name, sizes in MESHES.items():
+        results = []
+        every = sys.argv[1] == "all"
+        for name, sizes in list(MESHES.items())[: None if every else 1]:
             with on_mesh(make_mesh(MeshArgs(**sizes))):
-                results[name] = {
-                    f"{kernel} {documents}": [x.tolist() for x in value_and_gradients(kernel, WINDOW, documents)]  # type: ignore[arg-type]
-                    for kernel in ("splash", "xla")
-                    for documents in (False, True)
-                }
+                for kernel in KERNELS:
+                    for documents in (False, True) if every else (True,):
+                        found = value_and_gradients(kernel, WINDOW, documents)
+                        results.append((name, kernel, documents, [x.tolist() for x in found]))
         print(json.dumps(results))

@@ -16,7 +16,7 @@ import pytest
 import llama_jax
 from llama_jax.build import count_parameters, make_model
 from llama_jax.checkpoint import Checkpoint, save_checkpoint
-from llama_jax.config import MeshArgs, ModelArgs, SampleArgs
+from llama_jax.config import Config, MeshArgs, ModelArgs, SampleArgs
 from llama_jax.convert import ConvertArgs, convert
 from llama_jax.devices.sharding import make_mesh, parameter_shapes, parameter_shardings
 from llama_jax.evaluate import evaluate
@@ -27,6 +27,8 @@ from llama_jax.generation.stats import step_bytes
 from llama_jax.model import Llama
 from llama_jax.ops.loss import loss_sum
 from llama_jax.ops.quantize import Matrix
+from llama_jax.plan.decoding import parameter_bytes
+from llama_jax.plan.estimate import training_bytes
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.training.flops import train_flops_per_token
 from tests import numpy_llama
@@ -68,6 +70,17 @@ def test_the_tree_has_one_array_and_the_count_counts_it_once() -> None:
     args = ModelArgs(2048, 16, 32, 8, vocab_size=128256, multiple_of=256, ffn_dim_multiplier=1.5, tie_embeddings=True)
     assert count_parameters(args) == 1_235_814_400
     assert train_flops_per_token(ARGS) == train_flops_per_token(plain), "the same products"
+
+
+def test_plans_count_the_table_once_and_of_quantized_models_its_copy() -> None:
+    tied, plain = (
+        Config(model=dataclasses.replace(ARGS, tie_embeddings=tie), mesh=MeshArgs(data=1)) for tie in (True, False)
+    )
+    size = ARGS.vocab_size * ARGS.dim
+    assert training_bytes(plain) - training_bytes(tied) == pytest.approx(16 * size), "with gradient and moments"
+    assert parameter_bytes(plain, "auto") - parameter_bytes(tied, "auto") == 2 * size
+    for kind in ("int8", "int4"):
+        assert parameter_bytes(plain, kind) == parameter_bytes(tied, kind)  # type: ignore[arg-type]
 
 
 def test_a_fresh_model_has_small_logits_and_the_loss_of_chance() -> None:

@@ -87,7 +87,7 @@ def convert(args: ConvertArgs) -> None:
         summary.announce(source, args.to, output, args.weights)
         if note:
             print(f"{'note':>10}  {note}")
-        summary.check_space(source, output, args.weights, args.dry_run)
+        summary.check_space(source, args.to, output, args.weights, args.dry_run)
         if args.dry_run:
             summary.print_table(source)
             _verify_checklists(source)

@@ -65,7 +65,7 @@ def peak_bytes(source: Source) -> int:
     return BASE_BYTES + BLOCKS_HELD * min(2 * BLOCK_BYTES, weight_bytes(source))
 
 
-def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -> None:
+def check_space(source: Source, to: str, output: Path, weights: Weights, dry_run: bool) -> None:
     """Print the disk space needed and free, and the time to expect.
 
     Raises UserError if there is too little space. A dry run only prints, since the conversion may be on another
@@ -75,6 +75,8 @@ def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -
     while not place.exists():
         place = place.parent
     need, free = stored_bytes(source, weights), shutil.disk_usage(place).free
+    if to == "meta" and source.args.tie_embeddings:  # whose files have the output matrix too
+        need += source.args.vocab_size * source.args.dim * source.dtype.itemsize
     print(f"{'disk':>10}  {bytes_text(need)} needed, {bytes_text(free)} free")
     if dry_run:
         return

@@ -114,14 +114,14 @@ def _forward(
             is_target = jnp.arange(logits.shape[-1]) == y[..., None]
             d_logits = ((exps / norm - is_target) * w[..., None]).astype(x.dtype)
             dx = linear(f"BCV,{axes}->BCD", d_logits, output)
-            first, second = (x, d_logits) if axes == "DV" else (d_logits, x)
-            d_output += jnp.einsum(
-                f"BC{axes[0]},BC{axes[1]}->{axes}", first, second, preferred_element_type=jnp.float32
-            )
+            d_output += jnp.einsum("BCD,BCV->DV", x, d_logits, preferred_element_type=jnp.float32)
             return (total, d_output), dx
 
-        start = jnp.zeros((), jnp.float32), jnp.zeros(output.shape, jnp.float32)
+        # The gradient is [D, V] in the loop, for which a CPU need not transpose each chunk's logits.
+        shape = tuple(output.shape[axes.index(axis)] for axis in "DV")
+        start = jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32)
         (total, d_output), dx = jax.lax.scan(chunk, start, _chunks(chunk_tokens, hidden, targets, weights))
+        d_output = d_output if axes == "DV" else d_output.T
         dx = dx.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
         return jax.lax.psum(total, shard_axes(*TOKENS)), dx, sum_shards(d_output, "embed", axes.index("D"), *TOKENS)
 

@@ -17,11 +17,10 @@ def weight(module: nn.Module, name: str, std: float, **axes: int) -> Weight:
     that has another shape.
 
     Initial embeddings are N(0, 1), other matrices N(0, 1 / fan-in) (PaLM paper, section 5). Tied embeddings are
-    N(0, 1 / D), as the output matrix that they are too: with N(0, 1), logits would have a deviation of sqrt(D). Either
-    way a fresh model's loss is about ln V + 1/2, and the first norm of each block undoes the scale. The output matrix of a
-    feed-forward layer is also divided by the square root of the number of terms in the residual stream, 2 L, so that
-    the variance does not grow with depth (GPT-2 paper, section 2.3). The output matrix of attention is not, because a
-    mean over positions is already small.
+    N(0, 1 / D), because they are the output matrix too, and with N(0, 1) logits would have a deviation of sqrt(D).
+    Either way a fresh model's loss is about ln V + 1/2. The output matrix of a feed-forward layer is also divided by
+    the square root of the number of terms in the residual stream, 2 L, so that the variance does not grow with depth
+    (GPT-2 paper, section 2.3). The output matrix of attention is not, because a mean over positions is already small.
     """
     return _parameter(module, name, nn.initializers.normal(std), axes)
 
