@@ -276,7 +276,7 @@ def test_the_configurations_that_come_with_the_project_are_sound():
 def test_model_args_are_used_from_python():
     args = ModelArgs(n_layers=48, n_heads=48)
     args.check()
-    assert (args.n_layers, args.n_heads, args.kv_heads, args.head_dim) == (48, 48, 48, 16)
+    assert (args.n_layers, args.n_heads, args.kv_heads, args.head_width) == (48, 48, 48, 16)
     assert ModelArgs(n_heads=48, n_kv_heads=8).kv_heads == 8
 
 
@@ -290,7 +290,7 @@ def test_model_args_are_used_from_python():
     ids=["7B", "13B", "70B"],
 )
 def test_the_feed_forward_width_is_metas(args, hidden):
-    assert args.hidden_dim == hidden
+    assert args.hidden_width == hidden
 
 
 def test_a_refused_command_ends_with_one_line_and_status_2_and_debug_shows_the_traceback(tmp_path):
