@@ -32,8 +32,10 @@ from tests.families import (  # noqa: E402
     write_model,
 )
 
-# The quick tests take these: each constant once.
-QUICK = ("LLaMA 3.1", "YaRN with all keys", "dynamic scaling", "heads of their own size", "biases everywhere")
+# What takes long is tried on these: each constant once.
+SOME = ("LLaMA 3.1", "YaRN with all keys", "dynamic scaling", "heads of their own size", "biases everywhere")
+QUICK = ("LLaMA 3.1", "biases everywhere")
+ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 
 def converted(name: str, tokenizer: Tokenizer, place: Path) -> tuple[Any, Any]:
@@ -43,28 +45,16 @@ def converted(name: str, tokenizer: Tokenizer, place: Path) -> tuple[Any, Any]:
     return llama_jax.load(str(place / "ours")), transformers_model(folder)
 
 
-def check_logits(name: str, tokenizer: Tokenizer, place: Path) -> None:
-    ours, theirs = converted(name, tokenizer, place)
-    ids = random_ids(1, min(POSITIONS, ours.args.max_seq_len), tokenizer.vocab_size)
+@pytest.mark.parametrize("name", ALL)
+def test_logits_are_those_of_transformers(name: str, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours, theirs = converted(name, small_tokenizer, tmp_path)
+    ids = random_ids(1, min(POSITIONS, ours.args.max_seq_len), small_tokenizer.vocab_size)
     found, expected = np.asarray(ours.logits(ids)), transformers_logits(theirs, ids)
     assert np.std(expected) > 0.5
     assert np.abs(found - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_logits_are_those_of_transformers(name: str, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    check_logits(name, small_tokenizer, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in QUICK])
-def test_logits_of_all_families_are_those_of_transformers(
-    name: str, small_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    check_logits(name, small_tokenizer, tmp_path)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_family_is_written_back_to_the_bit(
     name: str, small_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +101,7 @@ def test_metas_layout_takes_what_its_code_has_and_refuses_the_rest(small_tokeniz
 GREEDY = SampleArgs(temperature=0.0, max_new_tokens=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [20, 200], ids=["a short prompt", "a prompt beyond the original context"])
 def test_dynamic_scaling_generates_what_transformers_generates(
     prompt: int, small_tokenizer: Tokenizer, tmp_path: Path
@@ -141,7 +132,7 @@ def test_dynamic_scaling_generates_what_transformers_generates(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", SOME)
 def test_int4_matrices_and_plain_biases_give_the_logits_of_these_weights(
     name: str, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -199,7 +190,7 @@ def losses_of_torch(model: Any, tokens: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", SOME)
 def test_twenty_steps_from_a_checkpoint_give_the_losses_of_torch(
     name: str, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -212,7 +203,7 @@ def test_twenty_steps_from_a_checkpoint_give_the_losses_of_torch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", SOME)
 def test_many_devices_give_the_numbers_of_one(name: str, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     ours, theirs = converted(name, small_tokenizer, tmp_path)
     (tmp_path / "many").mkdir()

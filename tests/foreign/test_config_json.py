@@ -75,6 +75,7 @@ VALUES: dict[str, list[Any]] = {
     "quantization_config": [None, {}, {"quant_method": "gptq", "bits": 4}],
     "logit_scale": [1.0, 3.0],
     "attn_logit_softcapping": [None, 5.0],
+    "attn_softcap": [None, 5.0],
     "query_pre_attn_scalar": [8, 4],
     "num_experts": [0, 4],
     "model_type": ["llama", "mistral", "gpt2", ...],
