@@ -210,6 +210,11 @@ def test_every_field_can_be_set_by_its_flag():
         if name == "mixture":
             assert flags(flag, "a", "0.7", "b", "3").data.mixture == {"a": 0.7, "b": 3.0}
             continue
+        if name == "rope_scaling":
+            changed = flags(flag, "type", "linear", "factor", "2").model
+            assert changed.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+            assert flags(flag, "None", default=Config(model=changed)).model.rope_scaling is None
+            continue
         if hint == str(bool):
             assert getattr(getattr(flags(flag), section), name) is not default
             continue
