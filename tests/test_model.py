@@ -127,8 +127,10 @@ def test_a_token_never_influences_an_earlier_position() -> None:
         (ModelArgs(4096, 32, 32, vocab_size=32000), 6_738_415_616),
         (ModelArgs(5120, 40, 40, vocab_size=32000), 13_015_864_320),
         (ModelArgs(8192, 80, 64, 8, vocab_size=32000, multiple_of=4096, ffn_dim_multiplier=1.3), 68_976_648_192),
+        (ModelArgs(4096, 32, 32, 8, vocab_size=128256, hidden_dim=14336), 8_030_261_248),
+        (ModelArgs(2048, 22, 32, 4, vocab_size=32000, hidden_dim=5632), 1_100_048_384),
     ],
-    ids=["7B", "13B", "70B"],
+    ids=["7B", "13B", "70B", "LLaMA 3.1 8B", "TinyLlama"],
 )
 def test_published_sizes_have_their_exact_parameter_counts(args: ModelArgs, count: int) -> None:
     assert count_parameters(args) == count
