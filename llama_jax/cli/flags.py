@@ -136,6 +136,10 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
             rest.append(word)
         elif (types := _element_types(flag.hint)) is not None:
             words = [value, *words] if equals else words
+            if words[:1] == ["None"] and _several(flag.hint) is not flag.hint:
+                del words[0]
+                default = _with(default, flag.path, None)
+                continue
             lists.setdefault(name, []).extend(_take_groups(name, words, types, bool(equals), one_text))
         elif flag.hint is bool and equals:
             rest.append(_switch(name, value))

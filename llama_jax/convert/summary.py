@@ -18,7 +18,7 @@ from llama_jax.convert.layout import BLOCK_BYTES, all_tensors, blocks, tensors_o
 from llama_jax.convert.source import Source, main_type
 from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError, quoted
-from llama_jax.foreign.family import scaling_text
+from llama_jax.foreign.family import constants_of
 from llama_jax.programs import typed
 from llama_jax.storage.files import raw_bytes
 
@@ -37,14 +37,11 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
         "model": f"{count_parameters(args):,} parameters of {main_type(source).name}, {bytes_text(size)}: dim {args.dim}, "
         f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_width}",
         "constants": ", ".join(
-            filter(
-                None,
-                (
-                    f"norm_eps {args.norm_eps:g}, rope_theta {args.rope_theta:g}",
-                    scaling_text(args),
-                    f"context {args.max_seq_len:,}",
-                ),
-            )
+            [
+                f"norm_eps {args.norm_eps:g}, rope_theta {args.rope_theta:g}",
+                *constants_of(args),
+                f"context {args.max_seq_len:,}",
+            ]
         ),
         "tokenizer": f"{source.tokenizer.model_path}, {source.tokenizer.vocab_size:,} tokens",
         "output": f"{output if output != Path() else '(none given)'}, as {to}{f' with {weights} matrices' if weights != 'auto' else ''}",

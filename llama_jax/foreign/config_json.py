@@ -43,6 +43,10 @@ READ = names(
     layer_types query_pre_attn_scalar tie_word_embeddings torch_dtype dtype bos_token_id eos_token_id transformers_weights
     auto_map"""
 )
+SOFT_CAPS = (
+    "attn_softcap", "attn_soft_cap", "attn_logit_softcap", "attn_logit_softcapping", "final_softcap", "final_logit_softcap",
+    "final_logit_softcapping", "logit_softcap", "logit_softcapping", "logits_soft_cap", "softcap",
+)  # fmt: skip
 NEUTRAL = {
     "hidden_act": Neutral(("silu", "swish"), "this project has SwiGLU alone"),
     "is_causal": Neutral((True,), NO_WINDOW),
@@ -54,18 +58,19 @@ NEUTRAL = {
     "fusion_config": Neutral(({},)),
     "kv_sharing_modes": Neutral(()),
     **dict.fromkeys(("quantization_config", "quantization", "compression_config"), Neutral((), QUANTIZED)),
-    **dict.fromkeys(("qkv_bias", "attn_bias", "use_bias", "use_qkv_bias"), Neutral((False,), NO_BIAS)),
+    **dict.fromkeys(("qkv_bias", "attn_bias", "use_bias", "use_qkv_bias", "add_qkv_bias", "add_bias_linear", "attention_out_bias", "bias"),
+                    Neutral((False,), NO_BIAS)),
     "attention_chunk_size": Neutral((), NO_WINDOW),
     "use_sliding_window": Neutral((False,), NO_WINDOW),
     **dict.fromkeys(("rope_local_base_freq", "local_rope_theta", "global_rope_theta", "rotary_dim", "no_rope_layers",
                      "no_rope_layer_interval"), Neutral((), NO_ROPE)),
     "rotary_pct": Neutral((1,), NO_ROPE),
     "rope_interleaved": Neutral((False,), NO_ROPE),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap", "clip_qkv", "attention_multiplier",
-                     "attention_scale", "swiglu_limit"), Neutral(())),
+    **dict.fromkeys(SOFT_CAPS, Neutral(())),
+    **dict.fromkeys(("clip_qkv", "attention_multiplier", "attention_scale", "swiglu_limit"), Neutral(())),
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "scale_emb", "scale_depth"), Neutral((1,))),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe", "moe_intermediate_size"), Neutral((0,), NO_EXPERTS)),
-    **dict.fromkeys(("use_qk_norm", "qk_norm", "alibi", "parallel_residual", "use_parallel_residual", "parallel_attn"), Neutral((False,))),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm", "alibi", "parallel_residual", "use_parallel_residual", "parallel_attn"), Neutral((False,))),
 }  # fmt: skip
 IGNORED = names(
     """architectures transformers_version _name_or_path name_or_path _commit_hash initializer_range use_cache pad_token_id
@@ -164,7 +169,9 @@ def stated(table: dict[str, Any]) -> str:
         "num_key_value_heads",
         "vocab_size",
     )
-    return ", ".join(f"{key} {quoted(table[key], 20)}" if key in table else f"no {key}" for key in keys)
+    shown = [f"{key} {quoted(table[key], 20)}" if key in table else f"no {key}" for key in keys]
+    optional = ("head_dim", "attention_bias", "mlp_bias")
+    return ", ".join(shown + [f"{key} {quoted(table[key], 20)}" for key in optional if table.get(key)])
 
 
 def stored_type(table: dict[str, Any]) -> str:

@@ -40,15 +40,14 @@ def _name(args: ModelArgs) -> str:
 
 
 def _facts(args: ModelArgs) -> list[str]:
-    facts = [scaling_text(args), f"rope_theta {args.rope_theta:g}"]
-    facts.append(f"{args.kv_heads} KV heads" if args.kv_heads != args.n_heads else f"{args.n_heads} heads")
-    if args.head_dim is not None:
-        facts.append(f"head_dim {args.head_dim}")
-    facts += [name for name in ("attention_bias", "mlp_bias") if getattr(args, name)]
-    return [*filter(None, facts), f"{args.vocab_size:,} rows"]
+    heads = f"{args.kv_heads} KV heads" if args.kv_heads != args.n_heads else f"{args.n_heads} heads"
+    return [*constants_of(args), f"rope_theta {args.rope_theta:g}", heads, f"{args.vocab_size:,} rows"]
 
 
-def scaling_text(args: ModelArgs) -> str:
-    """Return the scaling of the rotary embedding in words, or "" if there is none."""
+def constants_of(args: ModelArgs) -> list[str]:
+    """Return the constants that a LLaMA 2 does not have, in words."""
     scaling = args.rope_scaling
-    return "" if scaling is None else f"rope_scaling {scaling['rope_type']} (factor {scaling['factor']:g})"
+    found = [] if scaling is None else [f"rope_scaling {scaling['rope_type']} (factor {scaling['factor']:g})"]
+    if args.head_dim is not None:
+        found.append(f"head_dim {args.head_dim}")
+    return found + [name for name in ("attention_bias", "mlp_bias") if getattr(args, name)]

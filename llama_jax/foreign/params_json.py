@@ -7,7 +7,7 @@ from typing import Any
 
 from llama_jax.config import ModelArgs
 from llama_jax.errors import UserError, quoted
-from llama_jax.foreign.config_json import NO_EXPERTS, NO_WINDOW, QUANTIZED, feed_forward_rule
+from llama_jax.foreign.config_json import NO_EXPERTS, NO_WINDOW, QUANTIZED, SOFT_CAPS, feed_forward_rule
 from llama_jax.foreign.family import LLAMA3_ROWS
 from llama_jax.foreign.keys import Keys, Neutral, check_arguments, names, take
 from llama_jax.rope_scaling import ORIGINAL, RopeScaling
@@ -45,7 +45,7 @@ NEUTRAL = {
     "vision_chunk_size": Neutral((-1,), "this project has no images"),
     "vision_num_cross_attention_layers": Neutral((-1,), "this project has no images"),
     **dict.fromkeys(("vision_args", "vision_encoder"), Neutral((), "this project has no images")),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attn_temperature_tuning"), Neutral((False,))),
+    **dict.fromkeys((*SOFT_CAPS, "attn_temperature_tuning"), Neutral((False,))),
 }  # fmt: skip
 IGNORED = names("max_batch_size model_parallel_size dropout dtype vision_max_num_chunks max_position_embeddings name")
 KEYS = Keys(READ, NEUTRAL, IGNORED)

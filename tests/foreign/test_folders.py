@@ -18,7 +18,7 @@ from tests.commands import ROOT, SMALL, told
 from tests.foreign.test_layouts import CONFIG, config, meta, mistral, original, params, pickled, stale, whole
 
 GPTQ = {"quant_method": "gptq", "bits": 4}
-LLAMA3 = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+LONGROPE = {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}
 # Files of a folder, by name or by function, and what is said of it.
 FOLDERS: dict[str, tuple[list[Any], str]] = {
     "hugging face's": ([config, whole], r"Hugging Face's layout .* python \S*convert_torch_weights\.py --input model --output checkpoints/model$"),
@@ -28,7 +28,7 @@ FOLDERS: dict[str, tuple[list[Any], str]] = {
     "an adapter with a configuration": ([config, ("adapter_config.json", {})], r"an adapter \(LoRA\); .*merge_and_unload"),
     "gptq": ([whole, ("config.json", CONFIG | {"quantization_config": GPTQ})], r"quantization_config: .*'gptq'.* --weights int8"),
     "gptq of old": ([("quantize_config.json", {}), ("gptq_model-4bit.safetensors", "x")], r"\(GPTQ\)"),
-    "llama 3, before its tokenizer": ([whole, "no tokenizer", ("config.json", CONFIG | LLAMA3)], r"rope_scaling: rope_type: .*'llama3'"),
+    "longrope, before its tokenizer": ([whole, "no tokenizer", ("config.json", CONFIG | LONGROPE)], r"rope_scaling: rope_type: .*'longrope'"),
     "llama 3's tokenizer": ([meta, ("tokenizer.model", "IQ== 0\nIg== 1\n")], r"tiktoken vocabulary, as LLaMA 3 has"),
     "mistral": ([whole, ("config.json", CONFIG | {"model_type": "mistral"})], r"model_type: expected 'llama', found 'mistral'"),
     "mistral's own": ([params, mistral], r"Mistral's layout .* python \S*convert_torch_weights\.py --input model --output checkpoints/model$"),
