@@ -12,9 +12,10 @@ from typing import Any, Literal
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.commands import convert_command, merge_commands
 from llama_jax.foreign.keys import read_json, take
-from llama_jax.storage.locations import children
+from llama_jax.foreign.llama2c import model_files, read_header
+from llama_jax.storage.locations import children, is_remote
 
-Layout = Literal["auto", "huggingface", "meta", "mistral", "llama-jax"]
+Layout = Literal["auto", "huggingface", "meta", "mistral", "llama2c", "llama-jax"]
 CONFIG, PARAMS, ADAPTER = "config.json", "params.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -37,17 +38,24 @@ MAX_FILES = 1000
 
 @dataclass(frozen=True)
 class Found:
-    """The layout of a folder, the files that decide it, and files of other models next to them."""
+    """The layout of a model, and where it is."""
 
-    layout: Literal["huggingface", "meta", "mistral"]
+    layout: Literal["huggingface", "meta", "mistral", "llama2c"]
     decided: str
+    """The files that decide the layout, and files of other models next to them."""
+    path: Path
+    """The folder, or the file of llama2.c's."""
 
 
 def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
     """Return the layout of ``folder``, complete or not. None if it is of no layout, or not the ``wanted`` one.
 
-    Raises UserError if the folder holds two models and nothing decides between them.
+    ``folder`` may also be a file of llama2.c's. Raises UserError if the folder holds two models and nothing decides
+    between them.
     """
+    if not is_remote(folder) and folder.is_file():
+        header = read_header(folder) if wanted in ("auto", "llama2c") else None
+        return None if header is None else Found("llama2c", f"the header of {folder.name}", folder)
     names = sorted(path.name for path in children(folder))
     shards = [name for name in names if SHARD.fullmatch(name)]
     config = (folder / CONFIG).is_file()
@@ -59,19 +67,31 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
                 "convert the model without it with --layout huggingface, or merge it first (peft's merge_and_unload)"
             )
         decided = f"{CONFIG} and {_some(read or [SINGLE])}, which transformers would load"
-        return Found("huggingface", decided + _not_read(names, [CONFIG, *read]))
+        return Found("huggingface", decided + _not_read(names, [CONFIG, *read]), folder)
     if wanted == "meta" or (wanted == "auto" and shards):
         return Found(
-            "meta", f"{PARAMS} and {_some(shards or ['consolidated.00.pth'])}{_not_read(names, [PARAMS, *shards])}"
+            "meta",
+            f"{PARAMS} and {_some(shards or ['consolidated.00.pth'])}{_not_read(names, [PARAMS, *shards])}",
+            folder,
         )
     mistral = [name for name in names if name in (CONSOLIDATED, CONSOLIDATED_INDEX) or NUMBERED.fullmatch(name)]
     if wanted == "mistral" or (wanted == "auto" and mistral and (folder / PARAMS).is_file()):
         return Found(
-            "mistral", f"{PARAMS} and {_some(mistral or [CONSOLIDATED])}{_not_read(names, [PARAMS, *mistral])}"
+            "mistral", f"{PARAMS} and {_some(mistral or [CONSOLIDATED])}{_not_read(names, [PARAMS, *mistral])}", folder
         )
     if wanted == "auto" and (config or (folder / PARAMS).is_file()):
-        return Found("huggingface", CONFIG) if config else Found("meta", PARAMS)
-    return None
+        return Found("huggingface", CONFIG, folder) if config else Found("meta", PARAMS, folder)
+    return _llama2c(folder) if wanted in ("auto", "llama2c") else None
+
+
+def _llama2c(folder: Path) -> Found | None:
+    """Return llama2.c's model in ``folder``, or None. Raises UserError if there are several."""
+    files = model_files(folder)
+    if len(files) > 1:
+        raise UserError(
+            f"{folder}: expected one model, found several of llama2.c's: {_some([path.name for path in files])}; give the file"
+        )
+    return Found("llama2c", f"the header of {files[0].name}", files[0]) if files else None
 
 
 def weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
