@@ -103,9 +103,8 @@ def convert(args: ConvertArgs) -> None:
             summary.close_dry_run()
             return
         with new_folder(output) as temporary:
-            _verify_checklists(source)
             began = time.perf_counter()
-            reader, remark = _write(source, temporary, args)
+            reader, remark = write(source, temporary, args)
         seconds = time.perf_counter() - began
         warnings = list(filter(None, [remark, reader.not_finite()]))
         summary.close(source, args.to, output, args.weights, reader.digest(), seconds, warnings)
@@ -117,9 +116,7 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
         raise UserError(f"--input: expected a folder, found nothing at {folder}{hub_hint(folder)}")
     if not is_remote(folder) and not folder.is_dir() and find_layout(folder) is None:
         raise UserError(f"--input: {folder}: expected a folder, {found_in(folder)}")
-    is_run = (folder / "config.toml").is_file() and (folder / "checkpoints").exists()
-    is_own = args.layout == "auto" and (is_run or (folder / "model" / "model.json").is_file())
-    found = None if is_own else find_layout(folder, args.layout)
+    found = None if args.layout == "auto" and is_own(folder) else find_layout(folder, args.layout)
     if found is None:
         return _own(folder, args)
     if is_remote(folder):
@@ -127,6 +124,12 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
             f"--input: expected Meta's or Hugging Face's files on disk, found {folder}; copy them (gcloud storage cp -r)"
         )
     return SOURCES[found.layout](found.path, found.decided, args.tokenizer, args.max_seq_len, stack)
+
+
+def is_own(folder: Path) -> bool:
+    """Return whether ``folder`` is a run or a checkpoint of this project, whatever else is in it."""
+    is_run = (folder / "config.toml").is_file() and (folder / "checkpoints").exists()
+    return is_run or (folder / "model" / "model.json").is_file()
 
 
 def _own(folder: Path, args: ConvertArgs) -> OwnSource:
@@ -153,8 +156,12 @@ def _verify_checklists(source: Source) -> None:
         print(f"{'checksums':>10}  {count} files match {path}")
 
 
-def _write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str]:
-    """Write the model into ``folder``. Return the reader, which has seen all values, and a remark about the result."""
+def write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str]:
+    """Verify the model's checklists and write it into ``folder`` as ``args`` say.
+
+    Return the reader, which has seen all values, and a remark about the result.
+    """
+    _verify_checklists(source)
     with Progress("converting", summary.weight_bytes(source), "B") as progress, source.verified():
         reader = Reader(source, progress)
         remark = ""

@@ -209,6 +209,11 @@ def check_llama2c(source: Source) -> None:
         raise UserError(
             f"--to llama2c: {name}: expected {wanted}, which run.c has in it, found {found}; use another format"
         )
+    if not getattr(source.tokenizer, "is_sentencepiece", True):
+        raise UserError(
+            f"--to llama2c: expected a SentencePiece model, whose pieces run.c reads, found {source.tokenizer.model_path}; use "
+            "another format"
+        )
     if source.tokenizer.bos_id != BOS:
         raise UserError(
             f"--to llama2c: expected the BOS id {BOS}, which run.c has in it, found {source.tokenizer.bos_id} in "

@@ -10,6 +10,7 @@ from llama_jax.foreign.keys import LFS_POINTER, read_json
 from llama_jax.foreign.layouts import (
     ADAPTER,
     CONFIG,
+    ORIGINAL,
     PARAMS,
     SHARD,
     Found,
@@ -23,7 +24,6 @@ from llama_jax.foreign.vocabulary import find_tokenizer
 from llama_jax.storage.locations import children, is_remote
 
 OTHER_FRAMEWORK = "load it with transformers, and save_pretrained it as safetensors"
-ORIGINAL = "take the model that it was made from, as safetensors"
 # A name in a folder of another project, what the folder is, and what to do.
 MARKS = (
     (r"quantize_config\.json", "a model of quantized matrices (GPTQ)", QUANTIZED),

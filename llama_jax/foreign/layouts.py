@@ -24,6 +24,7 @@ HUGGING_FACE = (SINGLE, INDEX, *PICKLED)
 CONSOLIDATED, CONSOLIDATED_INDEX = "consolidated.safetensors", "consolidated.safetensors.index.json"
 NUMBERED = re.compile(r"consolidated-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 SHARD = re.compile(r"consolidated\.\d+\.pth", re.ASCII)
+ORIGINAL = "take the model that it was made from, as safetensors"
 # Names of weights in any project.
 WEIGHTS = re.compile(
     r"((model|pytorch_model|consolidated|adapter_model|tf_model|flax_model|lit_model)\b.*"
@@ -173,7 +174,10 @@ def index_of(folder: Path, files: list[str]) -> dict[str, str]:
 
 
 def _there(folder: Path, name: str, by: Path) -> str:
-    """Return ``name``, which the file ``by`` names, if it is a file of weights in ``folder``. Raises UserError if not."""
+    """Return ``name``, which the file ``by`` names, if it is a file of weights in ``folder``.
+
+    Raises UserError if not.
+    """
     kind = "bin" if by.name == PICKLED[1] or name in PICKLED else "safetensors"
     if not re.fullmatch(rf"[\w.-]+\.{kind}", name, re.ASCII) or not (folder / name).is_file():
         link = (
@@ -198,6 +202,8 @@ def _instead(folder: Path) -> str:
         return f"an adapter (LoRA); merge it into its base: {merge_commands(folder)}"
     if any(re.fullmatch(r"pytorch_model-\d{5}-of-\d{5}\.bin", name) for name in names):
         return f"shards of it without {PICKLED[1]}, which lists them; download that too"
+    if gguf := next((name for name in sorted(names) if name.endswith(".gguf")), None):
+        return f"a model in GGUF ({quoted(gguf, 60)}), which is not read; {ORIGINAL}"
     if CONSOLIDATED in names:
         return f"{CONSOLIDATED}, in Mistral's layout, whose configuration is {PARAMS}; download that too"
     if any(SHARD.fullmatch(path.name) for path in children(folder / "original")):

@@ -136,6 +136,32 @@ def test_a_bin_in_the_form_of_old_torch_is_refused_with_what_to_do(
     converted(folder, tmp_path / "x")
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("form", ["bitsandbytes", "gptq", "int8"])
+def test_quantized_matrices_are_refused_with_the_way_out_without_a_configuration_that_says_so(
+    form: str, kind: str, model: Any, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    folder, tensors = folder_of(model, tmp_path / "hf", small_tokenizer), dict(model.state_dict())
+    name = "model.layers.0.self_attn.q_proj"
+    floats = tensors.pop(f"{name}.weight")
+    if form == "bitsandbytes":
+        tensors[f"{name}.weight"] = torch.zeros(512, 1, dtype=torch.uint8)
+        tensors[f"{name}.weight.absmax"] = torch.ones(16)
+        tensors[f"{name}.weight.quant_map"] = torch.ones(16)
+    elif form == "gptq":
+        tensors[f"{name}.qweight"] = torch.zeros(4, 32, dtype=torch.int32)
+        tensors[f"{name}.scales"] = torch.ones(1, 32, dtype=torch.float16)
+    else:
+        tensors[f"{name}.weight"] = floats.to(torch.int8)
+        tensors[f"{name}.weight_scale"] = torch.ones(32)
+    save = save_file if kind == "safetensors" else torch.save
+    save(tensors, folder / ("model.safetensors" if kind == "safetensors" else "pytorch_model.bin"))
+    with pytest.raises(UserError, match=r"quantized.*take the model that it was quantized from.*--weights int8"):
+        converted(folder, tmp_path / "x")
+
+
 def test_shards_without_their_index_are_told(model: Any, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = folder_of(model, tmp_path / "hf", small_tokenizer)
     in_shards(folder, model.state_dict())
