@@ -270,7 +270,8 @@ class TrainArgs:
     """Folder for checkpoints, on disk or in object storage (gs://bucket/folder).
     Empty: checkpoints/ in the run folder."""
     init_from: str = ""
-    """Checkpoint to fine-tune: load its parameters, model arguments and tokenizer. Empty: random parameters."""
+    """Checkpoint to fine-tune: load its parameters, model arguments and tokenizer. Empty: random parameters.
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache."""
     seed: int = 0
     """Seed of the initial parameters and the order of batches."""
     bad_steps: BadSteps = "stop"

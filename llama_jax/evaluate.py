@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import Progress, working
 from llama_jax.config import Cache, DType, Weights
+from llama_jax.convert.once import open_checkpoint
 from llama_jax.data.corpus import corpus_of
 from llama_jax.data.lost import Losses, examples, loss_warning
 from llama_jax.data.sources import find_files
@@ -46,7 +47,8 @@ class EvaluateArgs:
     """
 
     ckpt: str = ""
-    """A run folder (its best step), a step folder, or a converted checkpoint."""
+    """A run folder (its best step), a step folder, or a converted checkpoint.
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache."""
     text: str = ""
     """A text: a file, a folder, a glob or an address; plain text or records, as --data.filepath of training.
     Files, or the texts of records, are joined, with a BOS before each."""
@@ -204,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("ckpt", "text"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
+    open_checkpoint(args.ckpt)  # converts a model of another project, which tells its own progress
     with working(f"loading {args.ckpt}", sys.stderr):
         model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache)
     try:

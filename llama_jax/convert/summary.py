@@ -15,6 +15,7 @@ from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Weights
 from llama_jax.convert.checkpoint_source import parts
 from llama_jax.convert.layout import BLOCK_BYTES, all_tensors, blocks, tensors_of
+from llama_jax.convert.llama2c import MODEL, TOKENIZER, written_bytes
 from llama_jax.convert.source import Source, main_type
 from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError, quoted
@@ -75,8 +76,10 @@ def types_text(source: Source) -> str:
     return "; ".join([*rarer, f"{main.name} in all others"])
 
 
-def stored_bytes(source: Source, weights: Weights) -> int:
+def stored_bytes(source: Source, to: str, weights: Weights) -> int:
     """Return the bytes of all parameters in the form that will be written."""
+    if to == "llama2c":
+        return written_bytes(source)
     return bytes_of([jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts(source, weights)])
 
 
@@ -85,7 +88,7 @@ def peak_bytes(source: Source) -> int:
     return BASE_BYTES + BLOCKS_HELD * min(2 * BLOCK_BYTES, weight_bytes(source))
 
 
-def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -> None:
+def check_space(source: Source, output: Path, to: str, weights: Weights, dry_run: bool) -> None:
     """Print the disk space needed and free, and the time to expect.
 
     Raises UserError if there is too little space. A dry run only prints, since the conversion may be on another
@@ -94,7 +97,7 @@ def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -
     place = output.absolute()
     while not place.exists():
         place = place.parent
-    need, free = stored_bytes(source, weights), shutil.disk_usage(place).free
+    need, free = stored_bytes(source, to, weights), shutil.disk_usage(place).free
     print(f"{'disk':>10}  {bytes_text(need)} needed, {bytes_text(free)} free")
     if dry_run:
         return
@@ -148,6 +151,7 @@ def close(
         "llama-jax": f'{typed("sample")} --ckpt {shlex.quote(str(output))} "Once upon a time"',
         "huggingface": f"AutoModelForCausalLM.from_pretrained({str(output)!r})",
         "meta": f"torch.load({str(output / 'consolidated.00.pth')!r}, weights_only=True)",
+        "llama2c": f"./run {shlex.quote(str(output / MODEL))} -z {shlex.quote(str(output / TOKENIZER))}, in llama2.c's folder",
     }
     print(f"now try:\n  {commands[to]}")
     for warning in warnings:
