@@ -42,7 +42,7 @@ from llama_jax.generation.serving import for_generation
 from llama_jax.generation.stats import step_bytes
 from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES
-from llama_jax.ops.parameters import is_norm
+from llama_jax.ops.parameters import is_vector
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 from peers import PAUSE, ratio, worker
@@ -171,7 +171,9 @@ def random_parameters(module: Llama, weights: Weights) -> Any:
 
     def make(key: jax.Array) -> Any:
         params = nn.unbox(module.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
-        return jax.tree_util.tree_map_with_path(lambda path, w: w if is_norm(path) else w.astype(module.dtype), params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, w: w if is_vector(path) else w.astype(module.dtype), params
+        )
 
     mesh = make_mesh(MeshArgs(data=1), jax.devices()[:1])
     shardings = parameter_shardings(module, mesh)
@@ -299,7 +301,7 @@ def huggingface_runner(args: Arguments, dtype: str) -> Callable[[int], Speed]:
     shape = args.model
     config = LlamaConfig(
         hidden_size=shape.dim, num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab_size, intermediate_size=shape.hidden_dim,
+        num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab_size, intermediate_size=shape.hidden_width,
         rms_norm_eps=shape.norm_eps, max_position_embeddings=shape.max_seq_len, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -365,8 +367,8 @@ def llama2c_runner(args: Arguments) -> Iterator[Callable[[], float]]:
 def write_llama2c(path: Path, args: ModelArgs) -> None:
     """A model of random weights in llama2.c's first format: seven int32, then float32 values, matrices [outputs, inputs]."""
     rng = np.random.default_rng(0)
-    L, D, F, V = args.n_layers, args.dim, args.hidden_dim, args.vocab_size
-    queries, keys = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
+    L, D, F, V = args.n_layers, args.dim, args.hidden_width, args.vocab_size
+    queries, keys = args.n_heads * args.head_width, args.kv_heads * args.head_width
     with path.open("wb") as file:
         # A negative vocabulary: the output is not the embeddings.
         header = [D, F, L, args.n_heads, args.kv_heads, -V, args.max_seq_len]
@@ -387,7 +389,7 @@ def write_llama2c(path: Path, args: ModelArgs) -> None:
         for outputs, inputs in ((F, D), (D, F), (F, D)):
             write(L, outputs, inputs)
         write_same(1, D)
-        write_same(0, args.max_seq_len, args.head_dim)  # two tables that it does not read
+        write_same(0, args.max_seq_len, args.head_width)  # two tables that it does not read
         write_same(0, 3, D)  # special tokens, of which BOS would end the text, are never the likeliest
         write(1, V - 3, D)
 

@@ -28,20 +28,20 @@ class Block(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        kv_dim = args.kv_heads * args.head_dim
+        kv_dim = args.kv_heads * args.head_width
         self.attention_norm, self.ffn_norm = RMSNorm(args.dim, args.norm_eps), RMSNorm(args.dim, args.norm_eps)
         self.wq, self.wo = nn.Linear(args.dim, args.dim, bias=False), nn.Linear(args.dim, args.dim, bias=False)
         self.wk, self.wv = nn.Linear(args.dim, kv_dim, bias=False), nn.Linear(args.dim, kv_dim, bias=False)
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w1 = nn.Linear(args.dim, args.hidden_width, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_width, bias=False)
+        self.w2 = nn.Linear(args.hidden_width, args.dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         rows, positions, _ = x.shape
         h = self.attention_norm(x)
         q, k, v = (
-            w(h).view(rows, positions, -1, self.args.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv)
+            w(h).view(rows, positions, -1, self.args.head_width).transpose(1, 2) for w in (self.wq, self.wk, self.wv)
         )
         q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         grouped = self.args.kv_heads != self.args.n_heads
@@ -66,7 +66,7 @@ class TorchLlama(nn.Module):
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        exponents = torch.arange(0, args.head_dim, 2) / args.head_dim
+        exponents = torch.arange(0, args.head_width, 2) / args.head_width
         angles = torch.outer(torch.arange(args.max_seq_len), torch.exp(-math.log(args.rope_theta) * exponents))
         self.cos, self.sin = angles.cos(), angles.sin()
 

@@ -39,6 +39,8 @@ def load(
 ) -> "_Model":
     """Load a model for generation from a run folder (its best step), a step folder or a converted checkpoint.
 
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache.
+
     Arguments:
         path: the folder.
         compute_dtype: data type of activations and matmuls: "float32", "bfloat16" or "auto" (bfloat16 on TPU and GPU,

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import Progress, working
 from llama_jax.config import Cache, DType, Weights
+from llama_jax.convert.once import open_checkpoint
 from llama_jax.data.corpus import corpus_of
 from llama_jax.data.lost import Losses, examples, loss_warning
 from llama_jax.data.sources import find_files
@@ -30,7 +31,9 @@ from llama_jax.generation.rows import not_finite
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
 from llama_jax.ops.loss import loss_sum, negative_log_likelihood
+from llama_jax.ops.rotary import original_length
 from llama_jax.programs import typed
+from llama_jax.rope_scaling import depends_on_length
 from llama_jax.tokenizer import Tokenizer
 
 
@@ -44,7 +47,8 @@ class EvaluateArgs:
     """
 
     ckpt: str = ""
-    """A run folder (its best step), a step folder, or a converted checkpoint."""
+    """A run folder (its best step), a step folder, or a converted checkpoint.
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache."""
     text: str = ""
     """A text: a file, a folder, a glob or an address; plain text or records, as --data.filepath of training.
     Files, or the texts of records, are joined, with a BOS before each."""
@@ -95,6 +99,8 @@ def evaluate(
     text, if the window does not fit the model, or if a loss is not finite.
     """
     context = model.args.max_seq_len
+    if depends_on_length(model.args.rope_scaling):
+        context = min(context, original_length(model.args))  # Longer, the last window would have other frequencies.
     window, stride = window or context, stride or window or context
     if not 0 < window <= context:
         raise UserError(f"--window: expected 1 to {context}, the model's context, found {window}")
@@ -200,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("ckpt", "text"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
+    open_checkpoint(args.ckpt)  # converts a model of another project, which tells its own progress
     with working(f"loading {args.ckpt}", sys.stderr):
         model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache)
     try:

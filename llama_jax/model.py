@@ -26,12 +26,9 @@ from llama_jax.ops.attention import Documents, attention, attention_over_cache, 
 from llama_jax.ops.cache import KVCache, KVPair, LayerCache
 from llama_jax.ops.embedding import embed, embed_few
 from llama_jax.ops.linear import linear
-from llama_jax.ops.parameters import norm_weight, one_by_one, output_weight, weight
+from llama_jax.ops.parameters import bias, norm_weight, one_by_one, output_weight, weight
 from llama_jax.ops.remat import AFTER_ATTENTION, POLICIES
-from llama_jax.ops.rotary import quarter_turn
-
-# The cosines and sines of rotation angles: two float32 arrays [B or 1, T, 1, H].
-Angles = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
+from llama_jax.ops.rotary import Angles, quarter_turn, rotary_angles
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, exact_rows: int = 0) -> jax.Array:
@@ -40,17 +37,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, exact_rows: int = 0) -
     squares = x32 * x32
     mean = exact.means(squares, exact_rows) if exact_rows else jnp.mean(squares, axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(mean + eps) * weight).astype(x.dtype)
-
-
-def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return cos and sin of position * frequency (RoFormer, section 3.2.2): two float32 arrays [positions, 1, H].
-
-    The H/2 frequencies are repeated for the second half of a head. The arrays are NumPy's, so that the program holds
-    them as constants. XLA would recompute arrays of the device wherever they are used.
-    """
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = np.tile(np.arange(positions)[:, None, None] * frequencies, 2)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def rotary(x: jax.Array, angles: Angles, exact_rows: int = 0) -> jax.Array:
@@ -102,20 +88,24 @@ class Attention(nn.Module):
         a = self.args
         product = functools.partial(linear, exact_rows=self.exact_rows)
         std = a.dim**-0.5
-        wq = weight(self, "wq", std, embed=a.dim, heads=a.n_heads, head_dim=a.head_dim)
-        wk = weight(self, "wk", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
-        wv = weight(self, "wv", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_dim)
-        wo = weight(self, "wo", std, heads=a.n_heads, head_dim=a.head_dim, embed=a.dim)
+        wq = weight(self, "wq", std, embed=a.dim, heads=a.n_heads, head_dim=a.head_width)
+        wk = weight(self, "wk", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_width)
+        wv = weight(self, "wv", std, embed=a.dim, kv_heads=a.kv_heads, head_dim=a.head_width)
+        wo = weight(self, "wo", std, heads=a.n_heads, head_dim=a.head_width, embed=a.dim)
+        bq = bias(self, "wq_bias", a.attention_bias, heads=a.n_heads, head_dim=a.head_width)
+        bk = bias(self, "wk_bias", a.attention_bias, kv_heads=a.kv_heads, head_dim=a.head_width)
+        bv = bias(self, "wv_bias", a.attention_bias, kv_heads=a.kv_heads, head_dim=a.head_width)
+        bo = bias(self, "wo_bias", a.attention_bias, norm=a.dim)
 
-        q = rotary(product("BTD,DNH->BTNH", x, wq), angles, self.exact_rows)
-        k = rotary(product("BTD,DKH->BTKH", x, wk), angles, self.exact_rows)
-        v = product("BTD,DKH->BTKH", x, wv)
+        q = rotary(product("BTD,DNH->BTNH", x, wq, bias=bq), angles, self.exact_rows)
+        k = rotary(product("BTD,DKH->BTKH", x, wk, bias=bk), angles, self.exact_rows)
+        v = product("BTD,DKH->BTKH", x, wv, bias=bv)
         if cache is not None:
             y, new = attention_over_cache(q, k, v, cache, self.kernel, self.exact_rows, a.window)
         else:
             attend = plain_attention if self.kernel == "plain" else functools.partial(attention, kernel=self.kernel)
             y, new = attend(q, k, v, segments=segments, window=a.window), None
-        return product("BTNH,NHD->BTD", y, wo), new
+        return product("BTNH,NHD->BTD", y, wo, bias=bo), new
 
 
 class SwiGLU(nn.Module):
@@ -128,11 +118,14 @@ class SwiGLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         a = self.args
         product = functools.partial(linear, exact_rows=self.exact_rows)
-        w1 = weight(self, "w1", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
-        w3 = weight(self, "w3", a.dim**-0.5, embed=a.dim, mlp=a.hidden_dim)
-        w2 = weight(self, "w2", (2 * a.n_layers * a.hidden_dim) ** -0.5, mlp=a.hidden_dim, embed=a.dim)
-        gate = jax.nn.silu(product("BTD,DF->BTF", x, w1))
-        return product("BTF,FD->BTD", gate * product("BTD,DF->BTF", x, w3), w2)
+        w1 = weight(self, "w1", a.dim**-0.5, embed=a.dim, mlp=a.hidden_width)
+        w3 = weight(self, "w3", a.dim**-0.5, embed=a.dim, mlp=a.hidden_width)
+        w2 = weight(self, "w2", (2 * a.n_layers * a.hidden_width) ** -0.5, mlp=a.hidden_width, embed=a.dim)
+        b1 = bias(self, "w1_bias", a.mlp_bias, mlp=a.hidden_width)
+        b3 = bias(self, "w3_bias", a.mlp_bias, mlp=a.hidden_width)
+        b2 = bias(self, "w2_bias", a.mlp_bias, norm=a.dim)
+        gate = jax.nn.silu(product("BTD,DF->BTF", x, w1, bias=b1))
+        return product("BTF,FD->BTD", gate * product("BTD,DF->BTF", x, w3, bias=b3), w2, bias=b2)
 
 
 class Block(nn.Module):
@@ -213,11 +206,7 @@ class Llama(nn.Module):
     ) -> tuple[jax.Array, list[Any]]:
         a, T = self.args, token_ids.shape[1]
         segments, positions = documents or (None, None if cache is None else cache.positions(T))
-        cos, sin = rotary_table(a.max_seq_len, a.head_dim, a.rope_theta)
-        if positions is None:
-            angles: Angles = cos[None, :T], sin[None, :T]
-        else:
-            angles = jnp.asarray(cos)[positions], jnp.asarray(sin)[positions]
+        angles = rotary_angles(a, T, positions, cache)
         lookup = embed if cache is None else embed_few
         x = constrain(lookup(cast(jax.Array, self.tok_embeddings), token_ids, self.dtype), "batch", "length", None)
         block = Block(a, self.kernel, self.exact_rows, name="layers", parent=None)
@@ -243,6 +232,6 @@ class Llama(nn.Module):
     def _init_layers(self, key: jax.Array) -> Any:
         """Return the initial parameters of the layers, stacked."""
         a = self.args
-        x, angle = jnp.zeros((1, 1, a.dim)), jnp.zeros((1, 1, 1, a.head_dim))
+        x, angle = jnp.zeros((1, 1, a.dim)), jnp.zeros((1, 1, 1, a.head_width))
         init = jax.vmap(lambda key: Block(a, parent=None).init(key, x, (angle, angle))["params"])
         return nn.meta.add_axis(init(jax.random.split(key, a.n_layers)), 0, {nn.PARTITION_NAME: "layers"})

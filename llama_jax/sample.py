@@ -34,7 +34,8 @@ class Arguments:
     """Texts to complete. They are used literally: a backslash stays a backslash.
     If there are none, prompts are read from standard input, one per line."""
     ckpt: str = ""
-    """Checkpoint to load: a run folder (its best step), a step folder or a converted checkpoint."""
+    """Checkpoint to load: a run folder (its best step), a step folder or a converted checkpoint.
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache."""
     chat: bool = False
     """Use the format of Meta's chat models. Each prompt is answered separately.
     Without prompts, hold a conversation in which each line of standard input is a turn."""
@@ -92,12 +93,12 @@ def main(argv: Sequence[str]) -> None:
     if not (conversing or args.prompts or args.messages) and args.prompts_file in ("", "-") and _is_terminal():
         _tell("reading prompts from standard input, one a line; Ctrl-D ends them, Ctrl-C the program")
 
-    from llama_jax.checkpoint import Checkpoint
+    from llama_jax.convert.once import open_checkpoint
     from llama_jax.generation.identity import identity
     from llama_jax.generation.results import Results
 
     jobs = [] if conversing else _jobs(args)
-    checkpoint = Checkpoint.find(args.ckpt)
+    checkpoint = open_checkpoint(args.ckpt)
     asked = _ask(args, argv, jobs, checkpoint)
     if not args.output:
         _generate(args, asked)

@@ -19,7 +19,7 @@ from llama_jax.words import SPACE_MARK, Encoded, Words, can_encode, encode_whole
 
 # SentencePiece holds a whole string in memory, so longer texts are encoded in parts of about this many characters.
 PART_CHARS = 32_768
-# With less text than this, SentencePiece is done before the word encoder is made.
+# Once so many characters were encoded, the word encoder is made. With fewer, SentencePiece is done before that.
 WORTH_WORDS = 1 << 18
 # SentencePiece's trainer skips longer sentences (trainer_spec.max_sentence_length).
 MAX_SENTENCE_BYTES = 4192
@@ -68,6 +68,7 @@ class Tokenizer:
         self.unk_id: int = self._sp.unk_id()
         # SentencePiece prepends a space to its input, and some models strip white space. Each later part of a document
         # is therefore encoded after a mark (a newline or a letter) whose ids are then removed; see encode_parts.
+        self._encoded = 0  # characters, of all texts so far
         self._marks = next((marks for marks in _MARKS if self._reads_whole(*marks)), ("", ""))
 
     def piece(self, token_id: int) -> str:
@@ -131,8 +132,10 @@ class Tokenizer:
         return ids, lengths
 
     def _encode(self, texts: list[str]) -> Encoded:
-        if "_words" not in self.__dict__ and sum(map(len, texts)) < WORTH_WORDS:
-            return encode_whole(self._sp, texts)
+        if "_words" not in self.__dict__:
+            self._encoded += sum(map(len, texts))
+            if self._encoded < WORTH_WORDS:
+                return encode_whole(self._sp, texts)
         return self._words.encode(texts) if self._words else encode_whole(self._sp, texts)
 
     @functools.cached_property

@@ -11,34 +11,11 @@ torch = pytest.importorskip("torch", reason="parity needs torch, which the test 
 transformers = pytest.importorskip("transformers", reason="parity needs transformers, which the test extra brings")
 
 from llama_jax.tokenizer import Tokenizer  # noqa: E402
+from tests.families import FAMILIES  # noqa: E402
 
-# Without the scaled rotary embedding of LLaMA 3.2.
-LLAMA_32_1B = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
-    "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
-    "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
-    "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0",
-    "use_cache": True, "vocab_size": 128256,
-}  # fmt: skip
-TINYLLAMA = {
-    "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 2048,
-    "initializer_range": 0.02, "intermediate_size": 5632, "max_position_embeddings": 2048, "model_type": "llama",
-    "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
-    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float32", "transformers_version": "4.35.0",
-    "use_cache": True, "vocab_size": 32000,
-}  # fmt: skip
-MISTRAL_01 = {
-    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
-    "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
-    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
-    "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0",
-    "use_cache": True, "vocab_size": 32000,
-}  # fmt: skip
-MISTRAL_03 = MISTRAL_01 | {
-    "attention_dropout": 0.0, "rope_theta": 1000000.0, "sliding_window": None, "transformers_version": "4.42.0.dev0",
-    "vocab_size": 32768,
-}  # fmt: skip
+# Published config.json files.
+LLAMA_32_1B, TINYLLAMA = FAMILIES["LLaMA 3.2 1B"], FAMILIES["TinyLlama"]
+MISTRAL_01, MISTRAL_03 = FAMILIES["Mistral 7B v0.1"], FAMILIES["Mistral 7B v0.3"]
 
 
 def tiny(folder: Path, table: dict[str, Any], tokenizer: Tokenizer, **changes: Any) -> Any:

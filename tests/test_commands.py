@@ -112,9 +112,11 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
         ("llama-2-7b", "Llama-2-7b-hf", "huggingface"),
         ("llama-2-7b", "checkpoints/llama-2-7b-chat", "llama-jax"),
         ("llama-2-7b", "checkpoints/llama-2-7b", "llama-jax"),
+        ("runs/tiny", "stories", "llama2c"),
     ):
         result = forked.run(["convert_torch_weights.py", "--input", source, "--output", output, "--to", to], place)
         assert result.returncode == 0, result.stderr
+    (place / "stories" / "model.bin").rename(place / "stories15M.bin")
     make_corpora(place, stored)
     (place / "conversation.json").write_text('[{"role": "user", "content": "Hi"}]')
     (place / "prompts.jsonl").write_text('{"prompt": "The fox"}\n{"prompt": "The owl", "stop": ["."], "n": 3}\n')

@@ -16,6 +16,7 @@ import pytest
 import llama_jax
 from llama_jax.config import AttentionKernel, MeshArgs, ModelArgs, SampleArgs
 from llama_jax.convert import ConvertArgs, convert
+from llama_jax.convert.huggingface import check_config
 from llama_jax.devices.sharding import make_mesh, on_mesh, parameter_shapes
 from llama_jax.errors import UserError
 from llama_jax.evaluate import evaluate
@@ -207,7 +208,7 @@ def test_the_window_is_the_files_and_transformers_default_where_there_is_no_key(
         (without | {"sliding_window": 9}, 9),
     ):
         config = read_config(table, Path("config.json"), 0)
-        assert config.args.sliding_window == window and config.family == "Mistral" and not config.unknown
+        assert config.args.sliding_window == window and config.kind == "mistral" and not config.unknown
     heads = {key: value for key, value in MISTRAL_01.items() if key != "num_key_value_heads"}
     assert read_config(heads, Path("config.json"), 0).args.kv_heads == 8
     assert read_config(heads | {"num_key_value_heads": None}, Path("config.json"), 0).args.kv_heads == 32
@@ -225,6 +226,8 @@ def test_the_window_is_the_files_and_transformers_default_where_there_is_no_key(
         ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"sliding_window": None, "layer_types": ["sliding_attention"]}, "layer_types"),
         ({"model_type": "llama"}, "sliding_window"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
     ],
     ids=str,
 )
@@ -277,13 +280,22 @@ def test_metas_layout_which_has_no_window_is_refused(
 
     save_checkpoint(tmp_path / "ours", model.params, model.args, model.tokenizer)
     for dry_run in (True, False):
-        with pytest.raises(UserError, match=r"--to meta: .* sliding window of 20 of 512 positions.*--to huggingface"):
+        with pytest.raises(
+            UserError, match=r"--to meta: sliding_window: expected none, or .* 512 .* found 20; .*--to huggingface"
+        ):
             run(input=tmp_path / "ours", output=tmp_path / "meta", to="meta", dry_run=dry_run)
     assert not (tmp_path / "meta").exists()
     short = dataclasses.replace(model.args, max_seq_len=20)  # the context is the window
     save_checkpoint(tmp_path / "short", model.params, short, model.tokenizer)
     run(input=tmp_path / "short", output=tmp_path / "meta", to="meta")
     assert "window 20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+def test_a_window_beside_biases_which_no_model_of_transformers_has_is_refused(bias: str) -> None:
+    check_config(ARGS)
+    with pytest.raises(UserError, match=rf"--to huggingface: {bias}: expected none beside sliding_window 7"):
+        check_config(dataclasses.replace(ARGS, **{bias: True}))
 
 
 def test_twenty_steps_give_the_losses_of_transformers_in_torch(small_tokenizer: Tokenizer, tmp_path: Path) -> None:

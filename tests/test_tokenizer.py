@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.errors import UserError
-from llama_jax.tokenizer import Tokenizer, split_text, train_tokenizer
+from llama_jax.tokenizer import WORTH_WORDS, Tokenizer, split_text, train_tokenizer
 
 # SentencePiece writes a space as U+2581, and UTF-8 holds no surrogates.
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
@@ -118,6 +118,15 @@ def test_a_text_cut_in_parts_has_the_ids_of_the_whole(small_tokenizer, llama2_to
         assert tokenizer.decode(joined) == text
         if not forced:
             assert joined == sentencepiece_of(tokenizer).encode(text)
+
+
+def test_much_text_in_small_batches_is_encoded_word_by_word_too(small_tokenizer):
+    tokenizer = Tokenizer(small_tokenizer.model_path)
+    batch = ["the fox went to the river"] * 100
+    for _ in range(WORTH_WORDS // (100 * len(batch[0])) + 1):
+        assert "_words" not in vars(tokenizer)
+        tokenizer.encode_batch(batch, [True] * len(batch))
+    assert "_words" in vars(tokenizer)
 
 
 @pytest.mark.parametrize("text", [c * 300_000 for c in "x \n字"], ids=lambda text: ascii(text[0]))

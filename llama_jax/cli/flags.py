@@ -7,6 +7,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
+from types import UnionType
 from typing import Any, NamedTuple, TypeVar
 
 from llama_jax.compat.tyro_internals import one_line
@@ -135,6 +136,10 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
             rest.append(word)
         elif (types := _element_types(flag.hint)) is not None:
             words = [value, *words] if equals else words
+            if words[:1] == ["None"] and _several(flag.hint) is not flag.hint:
+                del words[0]
+                default = _with(default, flag.path, None)
+                continue
             lists.setdefault(name, []).extend(_take_groups(name, words, types, bool(equals), one_text))
         elif flag.hint is bool and equals:
             rest.append(_switch(name, value))
@@ -143,7 +148,7 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
         else:
             rest.append(word)
     for name, groups in lists.items():
-        hint, escaped = flags[name].hint, flags[name].escaped
+        hint, escaped = _several(flags[name].hint), flags[name].escaped
         if escaped:
             groups = [tuple(unescape(x) if isinstance(x, str) else x for x in group) for group in groups]
         values = dict(groups) if typing.get_origin(hint) is dict else typing.get_origin(hint)(x for (x,) in groups)
@@ -184,14 +189,37 @@ def _group(words: Sequence[str], types: tuple[Any, ...], first_is_given: bool) -
             values.append(word)
             continue
         try:
-            values.append(kind(word))
+            values.append(_value_of(word, kind))
         except ValueError:
             return None
     return tuple(values)
 
 
+def _value_of(word: str, kind: Any) -> Any:
+    """Return a word as a value of type ``kind``. Raises ValueError if it is none.
+
+    Of a union it is the first type that fits: a number, true or false, a text.
+    """
+    if not isinstance(kind, UnionType):
+        return kind(word)
+    options = typing.get_args(kind)
+    if bool in options and word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    for option in (option for option in options if option is not bool):
+        with contextlib.suppress(ValueError):
+            return option(word)
+    raise ValueError(word)
+
+
+def _several(hint: Any) -> Any:
+    """Return the type of several values in a hint that also allows None. Other hints are returned unchanged."""
+    several = [option for option in typing.get_args(hint) if typing.get_origin(option) in (dict, list, tuple)]
+    return several[0] if isinstance(hint, UnionType) and several else hint
+
+
 def _element_types(hint: Any) -> tuple[Any, ...] | None:
     """Return the types of a group of values if a flag takes several groups, else None."""
+    hint = _several(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is dict:
         return arguments
@@ -229,4 +257,6 @@ def _with(section: Any, path: tuple[str, ...], value: Any) -> Any:
 def _words_of(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if isinstance(kind, UnionType):
+        return "a value"
     return {str: "a text", int: "a whole number", float: "a number"}.get(kind, f"a {getattr(kind, '__name__', kind)}")

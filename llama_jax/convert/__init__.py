@@ -2,16 +2,19 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from llama_jax.cli.progress import Progress
-from llama_jax.config import Weights
+from llama_jax.config import ModelArgs, Weights
 from llama_jax.convert import summary
 from llama_jax.convert.checkpoint_source import OwnSource, write_own
-from llama_jax.convert.huggingface import HuggingFaceSource, write_huggingface
+from llama_jax.convert.huggingface import HuggingFaceSource, check_config, write_huggingface
+from llama_jax.convert.llama2c import Llama2cSource, check_llama2c, write_llama2c
 from llama_jax.convert.meta import MetaSource, verify_checklist, write_meta
+from llama_jax.convert.mistral import MistralSource
 from llama_jax.convert.output import check_new, new_folder
 from llama_jax.convert.reader import Reader
 from llama_jax.convert.source import Source
@@ -19,10 +22,17 @@ from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
 from llama_jax.foreign.folders import found_in, hub_hint
 from llama_jax.foreign.layouts import Layout, find_layout
-from llama_jax.foreign.params_json import check_expressible
+from llama_jax.foreign.params_json import check_writable
 from llama_jax.storage.locations import is_remote, location, on_disk
 
-Format = Literal["llama-jax", "huggingface", "meta"]
+Format = Literal["llama-jax", "huggingface", "meta", "llama2c"]
+CHECKS: dict[str, Callable[[ModelArgs], None]] = {"huggingface": check_config, "meta": check_writable}
+SOURCES: dict[str, Callable[..., Source]] = {
+    "huggingface": HuggingFaceSource,
+    "meta": MetaSource,
+    "mistral": MistralSource,
+    "llama2c": Llama2cSource,
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,9 @@ class ConvertArgs:
     """Convert a LLaMA model between Meta's layout, Hugging Face's layout and the checkpoints of this project."""
 
     input: str = ""
-    """Folder to read. It holds params.json and consolidated.*.pth (Meta), config.json and *.safetensors (Hugging Face),
-    or a checkpoint of training or of this command."""
+    """Folder to read. It holds config.json and *.safetensors or pytorch_model*.bin (Hugging Face), params.json and
+    consolidated.*.pth (Meta) or consolidated*.safetensors (Mistral), or a checkpoint of training or of this command.
+    Of llama2.c, a model file (stories15M.bin)."""
     output: str = ""
     """Folder to write. It must not exist."""
     to: Format = "llama-jax"
@@ -44,12 +55,12 @@ class ConvertArgs:
     int4-64: one scale per group of 64 inputs."""
     layout: Layout = "auto"
     """Model to read if the folder holds several.
-    auto: the one that transformers would load, else Meta's."""
+    auto: the one that transformers would load, else Meta's, else Mistral's."""
     tokenizer: str = ""
     """Path of the SentencePiece model. Empty: tokenizer.model next to the weights.
     If there is no vocabulary next to them, the one in the folder above."""
     max_seq_len: int = 0
-    """Context length, in tokens. 0: use the input's value, else 4096."""
+    """Context length, in tokens. 0: use the input's value, else the family's: 4096, of LLaMA 3 8192, of 3.1 131072."""
     shards: int = 1
     """Number of files to split Meta's layout into. Meta's own code wants one per GPU."""
     dry_run: bool = False
@@ -80,23 +91,24 @@ def convert(args: ConvertArgs) -> None:
     note = skip_absent_tpu("converting")
     with contextlib.ExitStack() as stack:
         source = open_source(folder, args, stack)
-        if args.to == "meta":
-            check_expressible(source.args)
         if isinstance(source, OwnSource) and not args.dry_run:
             _check_outside(output, folder)
+        if args.to == "llama2c":
+            check_llama2c(source)
         summary.announce(source, args.to, output, args.weights)
+        if args.to in CHECKS:
+            CHECKS[args.to](source.args)
         if note:
             print(f"{'note':>10}  {note}")
-        summary.check_space(source, args.to, output, args.weights, args.dry_run)
+        summary.check_space(source, output, args.to, args.weights, args.dry_run)
         if args.dry_run:
             summary.print_table(source)
             _verify_checklists(source)
             summary.close_dry_run()
             return
         with new_folder(output) as temporary:
-            _verify_checklists(source)
             began = time.perf_counter()
-            reader, remark = _write(source, temporary, args)
+            reader, remark = write(source, temporary, args)
         seconds = time.perf_counter() - began
         warnings = list(filter(None, [remark, reader.not_finite()]))
         summary.close(source, args.to, output, args.weights, reader.digest(), seconds, warnings)
@@ -106,19 +118,22 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
     """Open the checkpoint in ``folder``, in any format. Raises UserError if there is none."""
     if not is_remote(folder) and not folder.exists():
         raise UserError(f"--input: expected a folder, found nothing at {folder}{hub_hint(folder)}")
-    if not is_remote(folder) and not folder.is_dir():
+    if not is_remote(folder) and not folder.is_dir() and find_layout(folder) is None:
         raise UserError(f"--input: {folder}: expected a folder, {found_in(folder)}")
-    is_run = (folder / "config.toml").is_file() and (folder / "checkpoints").exists()
-    is_own = args.layout == "auto" and (is_run or (folder / "model" / "model.json").is_file())
-    found = None if is_own else find_layout(folder, args.layout)
+    found = None if args.layout == "auto" and is_own(folder) else find_layout(folder, args.layout)
     if found is None:
         return _own(folder, args)
     if is_remote(folder):
         raise UserError(
             f"--input: expected Meta's or Hugging Face's files on disk, found {folder}; copy them (gcloud storage cp -r)"
         )
-    kind = HuggingFaceSource if found.layout == "huggingface" else MetaSource
-    return kind(folder, found.decided, args.tokenizer, args.max_seq_len, stack)
+    return SOURCES[found.layout](found.path, found.decided, args.tokenizer, args.max_seq_len, stack)
+
+
+def is_own(folder: Path) -> bool:
+    """Return whether ``folder`` is a run or a checkpoint of this project, whatever else is in it."""
+    is_run = (folder / "config.toml").is_file() and (folder / "checkpoints").exists()
+    return is_run or (folder / "model" / "model.json").is_file()
 
 
 def _own(folder: Path, args: ConvertArgs) -> OwnSource:
@@ -145,8 +160,12 @@ def _verify_checklists(source: Source) -> None:
         print(f"{'checksums':>10}  {count} files match {path}")
 
 
-def _write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str]:
-    """Write the model into ``folder``. Return the reader, which has seen all values, and a remark about the result."""
+def write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str]:
+    """Verify the model's checklists and write it into ``folder`` as ``args`` say.
+
+    Return the reader, which has seen all values, and a remark about the result.
+    """
+    _verify_checklists(source)
     with Progress("converting", summary.weight_bytes(source), "B") as progress, source.verified():
         reader = Reader(source, progress)
         remark = ""
@@ -154,6 +173,8 @@ def _write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str
             write_own(source, folder, reader.blocks, args.weights)
         elif args.to == "huggingface":
             remark = write_huggingface(source, folder, reader.blocks)
+        elif args.to == "llama2c":
+            remark = write_llama2c(source, folder, reader.blocks)
         else:
             write_meta(source, folder, reader.blocks, args.shards)
     return reader, remark

@@ -17,7 +17,7 @@ from llama_jax.checkpoint.stored_array import ArrayOnDisk, create_array
 from llama_jax.config import ModelArgs, Weights
 from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, from_ours, tensors_of, tile, to_ours
 from llama_jax.convert.source import Block, ReadBlocks, Source
-from llama_jax.errors import UserError
+from llama_jax.foreign.family import family_of
 from llama_jax.ops.quantize import Matrix, quantize
 
 # Number of blocks that are still being written while the next one is prepared.
@@ -31,17 +31,14 @@ class OwnSource:
         self._checkpoint = Checkpoint.find(path)
         self._checkpoint.check_plain("--input")
         self.args, self.tokenizer = self._checkpoint.args, self._checkpoint.tokenizer
-        self.family = "LLaMA, in this project's layout"
+        self.family = family_of(self.args, "model.json")
         self.decided = f"{self._checkpoint.folder / 'model' / 'model.json'}"
         self.description = f"{self._checkpoint.folder}: a checkpoint of llama-jax"
         self.unknown: list[str] = []
         self.warnings: list[str] = []
         self.checklists: list[Path] = []
         self._arrays = {tensor.name: self._checkpoint.open_array(tensor.name) for tensor in tensors_of(self.args)}
-        dtypes = {array.dtype.numpy_dtype for array in self._arrays.values()}
-        if len(dtypes) != 1:
-            raise UserError(f"{path}: expected parameters of one type, found {', '.join(sorted(map(str, dtypes)))}")
-        (self.dtype,) = dtypes
+        self.dtypes = {name: array.dtype.numpy_dtype for name, array in self._arrays.items()}
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
         """Read rows; see Source."""
@@ -101,9 +98,10 @@ def write_own(source: Source, folder: Path, read_blocks: ReadBlocks, weights: We
 
 def parts(source: Source, weights: Weights) -> Iterator[Part]:
     """Yield every array of a checkpoint."""
-    args, dtype = source.args, source.dtype
+    args = source.args
     tied = args.tie_embeddings and weights != "auto"
     for tensor in (*tensors_of(args), *([OUTPUT] if tied else [])):
+        dtype = source.dtypes[EMBEDDINGS.name if tied and tensor == OUTPUT else tensor.name]
         layers, one = ((args.n_layers,), (1,)) if tensor.layered else ((), ())
         shape, tiles = tensor.sizes(args), tile(tensor, args, dtype.itemsize)
         if not _quantized(tensor, weights):

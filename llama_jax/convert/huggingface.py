@@ -1,6 +1,7 @@
-"""Hugging Face's layout: config.json and safetensors, in one file or several with an index. Read, checked, written."""
+"""Hugging Face's layout: config.json, and safetensors or what torch saved, in one file or several. Read, written."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -13,13 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, all_tensors
-from llama_jax.convert.safetensors import SafetensorsFile, SafetensorsWriter
-from llama_jax.convert.source import ReadBlocks, Source, is_tied, raise_together
-from llama_jax.errors import quoted
-from llama_jax.foreign.config_json import QUANTIZED, read_config, stated, stored_type
+from llama_jax.convert.safetensors import SafetensorsWriter
+from llama_jax.convert.source import ReadBlocks, Source, is_tied, main_type, raise_together, tie, types_of
+from llama_jax.convert.tensor_files import TensorFiles
+from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.config_json import read_config, stated, stored_type
+from llama_jax.foreign.family import family_of
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import CONFIG, INDEX, SINGLE, index_of, weight_files
+from llama_jax.foreign.rope import write_rope
 from llama_jax.foreign.tokenizer_json import tokenizer_json
 from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
 from llama_jax.storage.files import write_atomically
@@ -27,8 +32,6 @@ from llama_jax.storage.files import write_atomically
 SHARD_BYTES = 5_000_000_000
 # Older files contain this function of the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-# Suffixes of quantized matrices: GPTQ and AWQ, bitsandbytes, 8-bit floats.
-PACKED = (".qweight", ".qzeros", ".absmax", ".quant_state", ".SCB", ".weight_scale", ".weight_packed")
 
 
 class HuggingFaceSource:
@@ -38,39 +41,40 @@ class HuggingFaceSource:
         table = read_json(folder / CONFIG)
         config = read_config(table, folder / CONFIG, max_seq_len)
         names = weight_files(folder, table)
-        self._files = {name: stack.enter_context(SafetensorsFile.open(folder / name)) for name in names}
-        self._places = {name: file for file, opened in self._files.items() for name in opened.tensors}
+        self._files = TensorFiles(folder, names, stack)
         # Transformers ties two tensors that are both stored only if they are equal.
-        tied = self._tied = config.args.tie_embeddings
-        both = {EMBEDDINGS.huggingface, OUTPUT.huggingface} <= self._places.keys()
-        self.args = replace(config.args, tie_embeddings=tied and not both)
-        raise_together(folder, CONFIG, stated(table), list(self._errors()))
-        self.dtype = self._stored(self._name(EMBEDDINGS, 0)).dtype
-        if tied and both:
-            self.args = replace(self.args, tie_embeddings=is_tied(self, self.rows))
+        self._tied = config.args.tie_embeddings
+        both = {EMBEDDINGS.huggingface, OUTPUT.huggingface} <= self._files.places.keys()
+        self.args = replace(config.args, tie_embeddings=self._tied and not both)
+        expected = {self._name(tensor, layer): tensor.matrix(self.args) for tensor, layer in all_tensors(self.args)}
+        raise_together(folder, CONFIG, stated(table), list(self._files.errors(expected, IGNORED.fullmatch)))
+        self.dtypes, widened = types_of(self._files.types(self.args, self._name))
+        if self._tied and both and is_tied(self, functools.partial(self._rows, verify=False)):
+            tie(self)
         self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
-        self.family = f"{config.family}, in Hugging Face's layout"
+        self.family = family_of(self.args, CONFIG, config.kind)
         self.decided = decided
         self.description = f"{folder}: {len(names)} file{'s'[: len(names) > 1]}"
         self.unknown = list(config.unknown)
-        self.warnings = [*config.warnings, *self._remarks(folder, stored_type(table)), *said]
+        self.warnings = [*config.warnings, *widened, *self._remarks(folder, stored_type(table)), *said]
         self.checklists: list[Path] = []
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
         """Read rows; see Source."""
-        name = self._name(tensor, layer)
-        return self._files[self._places[name]].read(name, start, stop)
+        return self._rows(tensor, layer, start, stop)
+
+    def _rows(self, tensor: Tensor, layer: int, start: int, stop: int, verify: bool = True) -> np.ndarray:
+        """Read rows. ``verify`` is that of TensorFiles.read."""
+        return self._files.read(self._name(tensor, layer), start, stop, verify)
 
     def origin(self, tensor: Tensor, layer: int) -> str:
         """Return the tensor's name and file; see Source."""
-        name = self._name(tensor, layer)
-        return f"{name} in {self._places[name]}" if len(self._files) > 1 else name
+        return self._files.origin(self._name(tensor, layer))
 
     def release(self) -> None:
         """Free memory; see Source."""
-        for file in self._files.values():
-            file.release()
+        self._files.release()
 
     def verified(self) -> contextlib.AbstractContextManager[None]:
         """Verify nothing here; see Source."""
@@ -82,68 +86,43 @@ class HuggingFaceSource:
         Of two tied tensors, it is the one that is stored, as in transformers.
         """
         name = tensor.huggingface.format(layer)
-        if self._tied and tensor in (EMBEDDINGS, OUTPUT) and name not in self._places:
+        if self._tied and tensor in (EMBEDDINGS, OUTPUT) and name not in self._files.places:
             return OUTPUT.huggingface if tensor == EMBEDDINGS else EMBEDDINGS.huggingface
         return name
 
     def _remarks(self, folder: Path, stored_type: str) -> Iterator[str]:
         """Yield remarks about files that differ from what config.json or the index say."""
-        if stored_type and stored_type != self.dtype.name:
-            yield f"config.json says {stored_type}, to which transformers converts the weights; they are kept as {self.dtype.name}"
+        places, kinds = self._files.places, sorted({dtype.name for dtype in self.dtypes.values()})
+        if stored_type and kinds != [stored_type]:
+            yield f"config.json says {stored_type}, to which transformers converts the weights; they are kept as {' and '.join(kinds)}"
         if self._tied and not self.args.tie_embeddings:
             yield (
                 f"config.json says tie_word_embeddings, and the files have {EMBEDDINGS.huggingface} and another "
                 f"{OUTPUT.huggingface}: both are read and the embeddings are not tied, as by transformers"
             )
         elsewhere = [
-            name for name, file in index_of(folder, list(self._files)).items() if self._places.get(name) != file
+            name for name, file in index_of(folder, list(self._files.files)).items() if places.get(name) != file
         ]
         if elsewhere:
             yield f"{INDEX} belongs to other files: {quoted(elsewhere[0])} and {len(elsewhere) - 1} more are not where it says; the index is ignored"
-
-    def _stored(self, name: str) -> Any:
-        return self._files[self._places[name]].tensors[name]
-
-    def _errors(self) -> Iterator[str]:
-        """Yield all errors in the tensors of all files."""
-        if packed := [name for name in self._places if name.endswith(PACKED)]:
-            yield f"{quoted(packed[0])}, of a quantized matrix; {QUANTIZED}"
-            return
-        expected = {self._name(tensor, layer): tensor.matrix(self.args) for tensor, layer in all_tensors(self.args)}
-        dtypes: dict[str, list[str]] = {}
-        for name in expected.keys() - self._places.keys():
-            yield f"{name} is missing"
-        for name in self._places.keys() - expected.keys():
-            if not IGNORED.fullmatch(name):
-                yield f"{quoted(name)} is not a tensor of this model"
-        for name in expected.keys() & self._places.keys():
-            stored = self._stored(name)
-            dtypes.setdefault(stored.dtype.name, []).append(name)
-            if stored.shape != expected[name]:
-                yield f"{name} has shape {list(stored.shape)}, expected {list(expected[name])}"
-        if len(dtypes) > 1:
-            rarest = min(dtypes.items(), key=lambda item: len(item[1]))
-            yield f"tensors are of several types, {' and '.join(sorted(dtypes))}, such as {min(rarest[1])} of {rarest[0]}"
-        names = [name for file in self._files.values() for name in file.tensors]
-        yield from (f"{quoted(name)} is in two files" for name in sorted({n for n in names if names.count(n) > 1}))
 
 
 def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> str:
     """Write a model in the layout that transformers reads. Return a remark about its tokenizer, or ""."""
     args = source.args
     shapes = {t.huggingface.format(layer): t.matrix(args) for t, layer in all_tensors(args)}
-    files = _divide(shapes, source.dtype.itemsize, SHARD_BYTES)
+    dtypes = {t.huggingface.format(layer): source.dtypes[t.name] for t, layer in all_tensors(args)}
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    files = _divide(sizes, SHARD_BYTES)
     places = {name: file for file, names in files.items() for name in names}
     groups = itertools.groupby(read_blocks(), lambda block: places[block.tensor.huggingface.format(block.layer)])
     for file, group in groups:
-        with SafetensorsWriter(folder / file, source.dtype, {name: shapes[name] for name in files[file]}) as writer:
+        with SafetensorsWriter(folder / file, dtypes, {name: shapes[name] for name in files[file]}) as writer:
             for block in group:
                 writer.write(block.rows)
     if len(files) > 1:
-        total = sum(math.prod(shape) for shape in shapes.values()) * source.dtype.itemsize
-        write_atomically(
-            folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
-        )
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        write_atomically(folder / INDEX, json.dumps(index, indent=2))
     tokenizer = source.tokenizer
     write_atomically(folder / "config.json", json.dumps(_config(source), indent=2))
     generation = {
@@ -169,12 +148,25 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
     return ""
 
 
-def _divide(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:
-    """Return file names with the tensors of each: as many as fit into ``limit`` bytes."""
+def check_config(args: ModelArgs) -> None:
+    """Raise UserError if transformers cannot load the model."""
+    if args.dim % args.n_heads:
+        raise UserError(
+            f"--to huggingface: n_heads: expected a divisor of dim = {args.dim}, as transformers does, found {args.n_heads}"
+        )
+    for name in ("attention_bias", "mlp_bias") if args.sliding_window is not None else ():
+        if getattr(args, name):
+            raise UserError(
+                f"--to huggingface: {name}: expected none beside sliding_window {args.sliding_window:,}, since transformers' "
+                "Mistral has no biases and its LLaMA no window, found it; keep this project's format"
+            )
+
+
+def _divide(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """Return file names with the tensors of each: as many as fit into ``limit`` bytes. ``sizes`` are in bytes."""
     groups: list[list[str]] = [[]]
     size = 0
-    for name, shape in shapes.items():
-        need = math.prod(shape) * itemsize
+    for name, need in sizes.items():
         if groups[-1] and size + need > limit:
             groups.append([])
             size = 0
@@ -193,25 +185,23 @@ def _config(source: Source) -> dict[str, Any]:
         "architectures": ["MistralForCausalLM" if windowed else "LlamaForCausalLM"],
         "model_type": "mistral" if windowed else "llama",
         "hidden_size": args.dim,
-        "intermediate_size": args.hidden_dim,
+        "intermediate_size": args.hidden_width,
         "num_hidden_layers": args.n_layers,
         "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.kv_heads,
-        "head_dim": args.head_dim,
+        "head_dim": args.head_width,
         "vocab_size": args.vocab_size,
-        "max_position_embeddings": args.max_seq_len,
         "rms_norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+        **write_rope(args),
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": args.attention_bias,
+        "mlp_bias": args.mlp_bias,
         "tie_word_embeddings": args.tie_embeddings,
         **({"sliding_window": args.sliding_window} if windowed else {}),
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
-        "torch_dtype": source.dtype.name,
-        "dtype": source.dtype.name,
+        "torch_dtype": main_type(source).name,
+        "dtype": main_type(source).name,
     }
 
 

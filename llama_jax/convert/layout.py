@@ -34,6 +34,8 @@ class Tensor:
     """The axis of Meta's (out, in) that is split over shards. None: every shard holds the whole tensor."""
     rotary: bool = False
     """Whether rotary embedding applies to the heads, so that Meta's rows have another order."""
+    field: str = ""
+    """The argument of the model that says whether there is such a tensor. Empty: every model has it."""
 
     @property
     def layered(self) -> bool:
@@ -42,7 +44,7 @@ class Tensor:
 
     @property
     def multiplied(self) -> bool:
-        """Whether hidden states are multiplied by it, as by all tensors except embeddings and norms."""
+        """Whether hidden states are multiplied by it, as by all tensors except embeddings, norms and biases."""
         return self.name != "tok_embeddings" and self.rows != self.axes
 
     def sizes(self, args: ModelArgs) -> tuple[int, ...]:
@@ -51,7 +53,7 @@ class Tensor:
         return tuple(sizes[axis] for axis in self.axes)
 
     def matrix(self, args: ModelArgs) -> tuple[int, ...]:
-        """Return the shape of their matrix: (out, in), or (dim,) for a norm."""
+        """Return the shape of their matrix: (out, in), or (out,) for a norm or bias."""
         sizes = axis_sizes(args)
         rows = math.prod(sizes[axis] for axis in self.rows)
         columns = [sizes[axis] for axis in self.axes if axis not in self.rows]
@@ -74,6 +76,14 @@ TABLE = (
     Tensor("layers/feed_forward/w1", "DF", "layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight", "F", 0),
     Tensor("layers/feed_forward/w3", "DF", "layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight", "F", 0),
     Tensor("layers/feed_forward/w2", "FD", "layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight", "D", 1),
+    # Meta's code has no biases.
+    Tensor("layers/attention/wq_bias", "NH", "", "model.layers.{}.self_attn.q_proj.bias", "NH", 0, True, "attention_bias"),
+    Tensor("layers/attention/wk_bias", "KH", "", "model.layers.{}.self_attn.k_proj.bias", "KH", 0, True, "attention_bias"),
+    Tensor("layers/attention/wv_bias", "KH", "", "model.layers.{}.self_attn.v_proj.bias", "KH", 0, False, "attention_bias"),
+    Tensor("layers/attention/wo_bias", "D", "", "model.layers.{}.self_attn.o_proj.bias", "D", None, False, "attention_bias"),
+    Tensor("layers/feed_forward/w1_bias", "F", "", "model.layers.{}.mlp.gate_proj.bias", "F", 0, False, "mlp_bias"),
+    Tensor("layers/feed_forward/w3_bias", "F", "", "model.layers.{}.mlp.up_proj.bias", "F", 0, False, "mlp_bias"),
+    Tensor("layers/feed_forward/w2_bias", "D", "", "model.layers.{}.mlp.down_proj.bias", "D", None, False, "mlp_bias"),
     Tensor("norm", "D", "norm.weight", "model.norm.weight", "D", None),
     Tensor("output", "DV", "output.weight", "lm_head.weight", "V", 0),
 )  # fmt: skip
@@ -82,7 +92,7 @@ TABLE = (
 def axis_sizes(args: ModelArgs) -> dict[str, int]:
     """Return the size of each axis by its letter."""
     return {
-        "D": args.dim, "N": args.n_heads, "K": args.kv_heads, "H": args.head_dim, "F": args.hidden_dim, "V": args.vocab_size
+        "D": args.dim, "N": args.n_heads, "K": args.kv_heads, "H": args.head_width, "F": args.hidden_width, "V": args.vocab_size
     }  # fmt: skip
 
 
@@ -91,7 +101,8 @@ EMBEDDINGS, OUTPUT = TABLE[0], TABLE[-1]
 
 def tensors_of(args: ModelArgs) -> tuple[Tensor, ...]:
     """Return the lines of the table that a model has. With tied embeddings it has no output matrix of its own."""
-    return TABLE[:-1] if args.tie_embeddings else TABLE
+    table = TABLE[:-1] if args.tie_embeddings else TABLE
+    return tuple(tensor for tensor in table if not tensor.field or getattr(args, tensor.field))
 
 
 def all_tensors(args: ModelArgs) -> Iterator[tuple[Tensor, int]]:

@@ -22,13 +22,15 @@ from llama_jax.convert.layout import (
     blocks,
     halves_to_interleaved,
     interleaved_to_halves,
+    tensors_of,
 )
-from llama_jax.convert.source import ReadBlocks, Source, is_tied, raise_together
+from llama_jax.convert.source import Block, ReadBlocks, Source, raise_together, tied_by_contents, types_of
 from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.family import family_of, is_llama3
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import PARAMS, shard_files
-from llama_jax.foreign.params_json import check_params, read_params, stated, write_params
+from llama_jax.foreign.params_json import check_params, read_params, stated, width, write_params
 from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
 from llama_jax.storage.files import write_atomically
 
@@ -44,24 +46,24 @@ class MetaSource:
         table = read_json(folder / PARAMS)
         check_params(table, folder / PARAMS)
         self._shards = [stack.enter_context(TorchFile.open(path)) for path in self._paths]
-        params = read_params(table, folder / PARAMS, self._rows_of_embeddings(folder), max_seq_len)
+        rows, columns = self._shape_of_embeddings(folder)
+        # LLaMA 2's code splits the embeddings by columns, LLaMA 3's by rows.
+        self._by_rows = len(self._shards) > 1 and columns == width(table)
+        rows *= len(self._shards) if self._by_rows else 1
+        params = read_params(table, folder / PARAMS, rows, max_seq_len)
         self.args = params.args
         if not any(OUTPUT.meta in shard.tensors for shard in self._shards):
             self.args = replace(self.args, tie_embeddings=True)
         raise_together(folder, PARAMS, stated(table), list(self._errors()))
         self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
-        self.dtype = self._view(0, TABLE[0].meta).storage.dtype
-        remark = f"there is no {OUTPUT.meta}" if self.args.tie_embeddings else ""
-        if not remark and is_tied(self, functools.partial(self._rows, verify=False)):
-            self.args = replace(self.args, tie_embeddings=True)
-            remark = f"{OUTPUT.meta} equals {EMBEDDINGS.meta}"
-        self.family = "LLaMA, in Meta's layout"
+        self.dtypes, widened = types_of(self._types())
+        tied = tied_by_contents(self, functools.partial(self._rows, verify=False))
+        self.family = family_of(self.args, PARAMS)
         self.decided = decided
         self.description = f"{folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
         self.unknown = list(params.unknown)
-        tied = f"{remark}: the embeddings are the output matrix too, as in LLaMA 3.2 1B and 3B"
-        self.warnings = [*params.warnings, *([tied] if remark else []), *said]
+        self.warnings = [*params.warnings, *tied, *widened, *said]
         self.checklists = find_checklists(folder, self.tokenizer.model_path)
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
@@ -70,23 +72,22 @@ class MetaSource:
 
     def _rows(self, tensor: Tensor, layer: int, start: int, stop: int, verify: bool = True) -> np.ndarray:
         """Read rows. ``verify`` is that of TorchFile.read."""
-        name = tensor.meta.format(layer)
-        if tensor.shard_axis is None:
+        name, axis = tensor.meta.format(layer), shard_axis(tensor, self._by_rows)
+        if axis is None:
             return self._shards[0].read(name, start, stop, verify)
-        if tensor.shard_axis == 1:
-            parts = [shard.read(name, start, stop, verify) for shard in self._shards]
-            rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        if axis == 1:
+            rows = self._joined(tensor, [shard.read(name, start, stop, verify) for shard in self._shards], axis=1)
         else:
             size = tensor.matrix(self.args)[0] // len(self._shards)
             parts = []
             for i in range(start // size, -(-stop // size)):
                 parts.append(self._shards[i].read(name, max(start - i * size, 0), min(stop - i * size, size), verify))
-            rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return interleaved_to_halves(rows, self.args.head_dim) if tensor.rotary else rows
+            rows = self._joined(tensor, parts, axis=0)
+        return interleaved_to_halves(rows, self.args.head_width) if tensor.rotary else rows
 
     def origin(self, tensor: Tensor, layer: int) -> str:
         """Return the tensor's name; see Source."""
-        split = {None: "copied", 0: "rows", 1: "columns"}[tensor.shard_axis]
+        split = {None: "copied", 0: "rows", 1: "columns"}[shard_axis(tensor, self._by_rows)]
         return tensor.meta.format(layer) + (
             f" ({split} of {len(self._shards)} shards)" if len(self._shards) > 1 else ""
         )
@@ -100,26 +101,39 @@ class MetaSource:
         """Verify nothing here; see Source."""
         return contextlib.nullcontext()
 
+    def _joined(self, tensor: Tensor, parts: list[np.ndarray], axis: int) -> np.ndarray:
+        """Return the parts of several shards as one array, of the tensor's type."""
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([part.astype(self.dtypes[tensor.name], copy=False) for part in parts], axis=axis)
+
+    def _types(self) -> Iterator[tuple[Tensor, int, np.dtype]]:
+        """Yield every tensor with its layer and its type in each shard."""
+        for tensor, layer in all_tensors(self.args):
+            for shard in self._shards:
+                yield tensor, layer, shard.tensors[tensor.meta.format(layer)].dtype
+
     def _view(self, shard: int, name: str) -> Any:
         return self._shards[shard].tensors[name]
 
-    def _rows_of_embeddings(self, folder: Path) -> int:
+    def _shape_of_embeddings(self, folder: Path) -> tuple[int, int]:
+        """Return the shape of the embeddings in the first shard. Raises UserError if a shard has none."""
         name = TABLE[0].meta
         for path, shard in zip(self._paths, self._shards, strict=True):
             if name not in shard.tensors or len(shard.tensors[name].shape) != 2:
                 raise UserError(f"{path}: expected the matrix {name}, found none; is {folder} a LLaMA checkpoint?")
-        return self._view(0, name).shape[0]
+        rows, columns = self._view(0, name).shape
+        return rows, columns
 
     def _errors(self) -> Iterator[str]:
         """Yield all errors in the tensors of all shards."""
         count = len(self._shards)
         expected: dict[str, tuple[int, ...]] = {}
         for tensor, layer in all_tensors(self.args):
-            name, shape = tensor.meta.format(layer), tensor.matrix(self.args)
-            if tensor.shard_axis is not None and shape[tensor.shard_axis] % count:
+            name, shape, axis = tensor.meta.format(layer), tensor.matrix(self.args), shard_axis(tensor, self._by_rows)
+            if axis is not None and shape[axis] % count:
                 yield f"{name}: {list(shape)} cannot be split into {count} shards"
-            expected[name] = shard_shape(tensor, self.args, count)
-        dtype = self._view(0, TABLE[0].meta).storage.dtype
+            expected[name] = shard_shape(tensor, self.args, count, self._by_rows)
         for path, shard in zip(self._paths, self._shards, strict=True):
             for name in expected.keys() - shard.tensors.keys():
                 yield f"{path.name}: {name} is missing"
@@ -129,8 +143,6 @@ class MetaSource:
                 view = shard.tensors[name]
                 if view.shape != expected[name]:
                     yield f"{path.name}: {name} has shape {list(view.shape)}, expected {list(expected[name])}"
-                elif view.storage.dtype != dtype:
-                    yield f"{path.name}: {name} is of {view.storage.dtype}, others of {dtype}"
         yield from self._differing_norms(expected)
 
     def _differing_norms(self, expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
@@ -145,48 +157,64 @@ class MetaSource:
                     yield f"{name}: differs from shard to shard"
 
 
-def shard_shape(tensor: Tensor, args: ModelArgs, shards: int) -> tuple[int, ...]:
+def shard_axis(tensor: Tensor, by_rows: bool) -> int | None:
+    """Return the axis of a tensor that is split over shards. None: every shard holds the whole tensor.
+
+    by_rows: the embeddings are split by rows, as in LLaMA 3's code.
+    """
+    return 0 if by_rows and tensor.name == "tok_embeddings" else tensor.shard_axis
+
+
+def shard_shape(tensor: Tensor, args: ModelArgs, shards: int, by_rows: bool) -> tuple[int, ...]:
     """Return the shape of a tensor in each of ``shards`` shards."""
-    shape = list(tensor.matrix(args))
-    if tensor.shard_axis is not None:
-        shape[tensor.shard_axis] //= shards
+    shape, axis = list(tensor.matrix(args)), shard_axis(tensor, by_rows)
+    if axis is not None:
+        shape[axis] //= shards
     return tuple(shape)
 
 
 def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> None:
     """Write a model in Meta's layout, in ``shards`` files. Raises UserError if its sizes are not divisible."""
-    args = source.args
-    untied = replace(args, tie_embeddings=False)
-    for tensor in TABLE:
-        size = 0 if tensor.shard_axis is None else tensor.matrix(args)[tensor.shard_axis]
+    args, params = source.args, write_params(source.args)
+    untied, by_rows = replace(args, tie_embeddings=False), is_llama3(args)
+    for tensor in tensors_of(untied):
+        axis = shard_axis(tensor, by_rows)
+        size = 0 if axis is None else tensor.matrix(args)[axis]
         if size % shards:
             raise UserError(f"--shards: expected a divisor of {size} ({tensor.name}), found {shards}")
-    shapes = {t.meta.format(layer): shard_shape(t, args, shards) for t, layer in all_tensors(untied)}
+    types = {OUTPUT.name: source.dtypes[EMBEDDINGS.name]} | source.dtypes
+    shapes = {t.meta.format(layer): shard_shape(t, args, shards, by_rows) for t, layer in all_tensors(untied)}
+    dtypes = {t.meta.format(layer): types[t.name] for t, layer in all_tensors(untied)}
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(TorchFileWriter(folder / f"consolidated.{i:02}.pth", source.dtype, shapes))
+            stack.enter_context(TorchFileWriter(folder / f"consolidated.{i:02}.pth", dtypes, shapes))
             for i in range(shards)
         ]
-        for tensor, layer, start, rows in read_blocks():
-            rows = halves_to_interleaved(rows, args.head_dim) if tensor.rotary else rows
-            for i, part in _split(tensor, args, shards, start, rows):
+        for tensor, layer, start, rows in _with_output(source, read_blocks):
+            rows = halves_to_interleaved(rows, args.head_width) if tensor.rotary else rows
+            for i, part in _split(tensor, args, shards, by_rows, start, rows):
                 writers[i].write(tensor.meta.format(layer), part)
-        # Meta's code has an output matrix in every model. Those of LLaMA 3.2 1B and 3B equal the embeddings.
-        for start, stop in blocks(EMBEDDINGS, args, source.dtype.itemsize) if args.tie_embeddings else ():
-            for i, part in _split(OUTPUT, args, shards, start, source.rows(EMBEDDINGS, 0, start, stop)):
-                writers[i].write(OUTPUT.meta, part)
-            source.release()
-    write_atomically(folder / "params.json", write_params(args))
+    write_atomically(folder / "params.json", params)
     write_atomically(folder / "tokenizer.model", source.tokenizer.model_bytes)
 
 
+def _with_output(source: Source, read_blocks: ReadBlocks) -> Iterator[Block]:
+    """Yield every block, and those of the output matrix of tied embeddings, which Meta's files have in every model."""
+    yield from read_blocks()
+    dtype = source.dtypes[EMBEDDINGS.name]
+    for start, stop in blocks(EMBEDDINGS, source.args, dtype.itemsize) if source.args.tie_embeddings else ():
+        yield Block(OUTPUT, 0, start, source.rows(EMBEDDINGS, 0, start, stop).astype(dtype, copy=False))
+        source.release()
+
+
 def _split(
-    tensor: Tensor, args: ModelArgs, shards: int, start: int, rows: np.ndarray
+    tensor: Tensor, args: ModelArgs, shards: int, by_rows: bool, start: int, rows: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield each shard's number and its part of a block of rows."""
-    if tensor.shard_axis is None:
+    axis = shard_axis(tensor, by_rows)
+    if axis is None:
         yield from ((i, rows) for i in range(shards))
-    elif tensor.shard_axis == 1:
+    elif axis == 1:
         yield from enumerate(np.split(rows, shards, axis=1))
     else:
         size = tensor.matrix(args)[0] // shards

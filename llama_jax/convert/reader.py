@@ -32,7 +32,8 @@ class Reader:
         waiting: deque[Future[Block]] = deque()
         with ThreadPoolExecutor(1) as thread:
             for tensor, layer in all_tensors(self.source.args):
-                for start, stop in blocks(tensor, self.source.args, self.source.dtype.itemsize):
+                itemsize = self.source.dtypes[tensor.name].itemsize
+                for start, stop in blocks(tensor, self.source.args, itemsize):
                     waiting.append(thread.submit(self._read, tensor, layer, start, stop))
                     if len(waiting) > READ_AHEAD:
                         yield from self._pass_on(waiting.popleft())
@@ -40,7 +41,8 @@ class Reader:
                 yield from self._pass_on(waiting.popleft())
 
     def _read(self, tensor: Tensor, layer: int, start: int, stop: int) -> Block:
-        rows = np.array(self.source.rows(tensor, layer, start, stop))  # a copy, because the mapped pages are freed
+        found = self.source.rows(tensor, layer, start, stop)
+        rows = np.array(found, self.source.dtypes[tensor.name])  # a copy, because the mapped pages are freed
         self.source.release()
         name = f"{tensor.name}/{layer}"
         digest = self._digests.setdefault(name, hashlib.sha256())

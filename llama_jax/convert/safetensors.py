@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -134,14 +134,18 @@ def _sort_key(stored: Any) -> tuple[int, int]:
 
 
 class SafetensorsWriter:
-    """Writes a file of tensors. ``shapes`` names all. They must be written by rows, completely and in this order."""
+    """Writes a file of tensors. ``shapes`` names all. They must be written by rows, completely and in this order.
 
-    def __init__(self, path: Path, dtype: np.dtype, shapes: dict[str, tuple[int, ...]]):
-        self._path, self._dtype = path, dtype
-        kind = next(name for name, known in DTYPES.items() if known == dtype)
+    ``dtypes`` is the type of all tensors, or that of each by name.
+    """
+
+    def __init__(self, path: Path, dtypes: np.dtype | Mapping[str, np.dtype], shapes: dict[str, tuple[int, ...]]):
+        self._path = path
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape in shapes.items():
+            dtype = dtypes if isinstance(dtypes, np.dtype) else dtypes[name]
+            kind = next(name for name, known in DTYPES.items() if known == dtype)
             size = math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + size]}
             end += size

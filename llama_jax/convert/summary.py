@@ -14,10 +14,12 @@ from llama_jax.build import count_parameters
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Weights
 from llama_jax.convert.checkpoint_source import parts
-from llama_jax.convert.layout import BLOCK_BYTES, all_tensors, blocks, tensors_of
-from llama_jax.convert.source import Source
+from llama_jax.convert.layout import BLOCK_BYTES, EMBEDDINGS, all_tensors, blocks, tensors_of
+from llama_jax.convert.llama2c import MODEL, TOKENIZER, written_bytes
+from llama_jax.convert.source import Source, main_type
 from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.family import constants_of
 from llama_jax.programs import typed
 from llama_jax.storage.files import raw_bytes
 
@@ -33,13 +35,21 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
         "family": source.family,
         "decided by": source.decided,
         "input": source.description,
-        "model": f"{count_parameters(args):,} parameters of {source.dtype.name}, {bytes_text(size)}: dim {args.dim}, "
-        f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_dim}{args.remarks}",
-        "constants": f"norm_eps {args.norm_eps:g}, rope_theta {args.rope_theta:g}, context {args.max_seq_len:,}",
+        "model": f"{count_parameters(args):,} parameters of {main_type(source).name}, {bytes_text(size)}: dim {args.dim}, "
+        f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_width}",
+        "constants": ", ".join(
+            [
+                f"norm_eps {args.norm_eps:g}, rope_theta {args.rope_theta:g}",
+                *constants_of(args),
+                f"context {args.max_seq_len:,}",
+            ]
+        ),
         "tokenizer": f"{source.tokenizer.model_path}, {source.tokenizer.vocab_size:,} tokens",
         "output": f"{output if output != Path() else '(none given)'}, as {to}{f' with {weights} matrices' if weights != 'auto' else ''}",
         "memory": f"{bytes_text(peak_bytes(source))} at most",
     }
+    if len(set(source.dtypes.values())) > 1:
+        rows["types"] = f"{types_text(source)}: each is kept"
     for name, text in rows.items():
         print(f"{name:>10}  {text}")
     if source.unknown:
@@ -52,12 +62,28 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
 
 def weight_bytes(source: Source) -> int:
     """Return the bytes of all parameters."""
-    return count_parameters(source.args) * source.dtype.itemsize
+    args = source.args
+    return sum(math.prod(t.matrix(args)) * source.dtypes[t.name].itemsize for t, _ in all_tensors(args))
 
 
-def stored_bytes(source: Source, weights: Weights) -> int:
+def types_text(source: Source) -> str:
+    """Return the types of all tensors: "float32 in norm, layers/ffn_norm; bfloat16 in all others"."""
+    main = main_type(source)
+    names: dict[str, list[str]] = {}
+    for name, dtype in source.dtypes.items():
+        names.setdefault(dtype.name, []).append(name.rpartition("/")[2])
+    rarer = [f"{kind} in {', '.join(some)}" for kind, some in names.items() if kind != main.name]
+    return "; ".join([*rarer, f"{main.name} in all others"])
+
+
+def stored_bytes(source: Source, to: str, weights: Weights) -> int:
     """Return the bytes of all parameters in the form that will be written."""
-    return bytes_of([jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts(source, weights)])
+    if to == "llama2c":
+        return written_bytes(source)
+    size = bytes_of([jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts(source, weights)])
+    if to == "meta" and source.args.tie_embeddings:  # whose files have the output matrix too
+        size += math.prod(EMBEDDINGS.matrix(source.args)) * source.dtypes[EMBEDDINGS.name].itemsize
+    return size
 
 
 def peak_bytes(source: Source) -> int:
@@ -65,7 +91,7 @@ def peak_bytes(source: Source) -> int:
     return BASE_BYTES + BLOCKS_HELD * min(2 * BLOCK_BYTES, weight_bytes(source))
 
 
-def check_space(source: Source, to: str, output: Path, weights: Weights, dry_run: bool) -> None:
+def check_space(source: Source, output: Path, to: str, weights: Weights, dry_run: bool) -> None:
     """Print the disk space needed and free, and the time to expect.
 
     Raises UserError if there is too little space. A dry run only prints, since the conversion may be on another
@@ -74,9 +100,7 @@ def check_space(source: Source, to: str, output: Path, weights: Weights, dry_run
     place = output.absolute()
     while not place.exists():
         place = place.parent
-    need, free = stored_bytes(source, weights), shutil.disk_usage(place).free
-    if to == "meta" and source.args.tie_embeddings:  # whose files have the output matrix too
-        need += source.args.vocab_size * source.args.dim * source.dtype.itemsize
+    need, free = stored_bytes(source, to, weights), shutil.disk_usage(place).free
     print(f"{'disk':>10}  {bytes_text(need)} needed, {bytes_text(free)} free")
     if dry_run:
         return
@@ -90,7 +114,7 @@ def check_space(source: Source, to: str, output: Path, weights: Weights, dry_run
 def _probe_seconds(source: Source, place: Path) -> float:
     """Estimate the seconds of a conversion from reading and writing one block, which is discarded."""
     tensor = max(tensors_of(source.args), key=lambda t: math.prod(t.matrix(source.args)))
-    start, stop = blocks(tensor, source.args, source.dtype.itemsize)[0]
+    start, stop = blocks(tensor, source.args, source.dtypes[tensor.name].itemsize)[0]
     began = time.perf_counter()
     rows = source.rows(tensor, 0, start, stop)
     with tempfile.TemporaryFile(dir=place) as file:
@@ -106,7 +130,7 @@ def print_table(source: Source) -> None:
     for tensor, layer in all_tensors(source.args):
         name = f"{tensor.name}[{layer}]" if tensor.layered else tensor.name
         shape = ", ".join(map(str, tensor.sizes(source.args)))
-        print(f"{name:<32} {f'[{shape}]':<20} {source.dtype.name:<9} {source.origin(tensor, layer)}")
+        print(f"{name:<32} {f'[{shape}]':<20} {source.dtypes[tensor.name].name:<9} {source.origin(tensor, layer)}")
 
 
 def close_dry_run() -> None:
@@ -130,6 +154,7 @@ def close(
         "llama-jax": f'{typed("sample")} --ckpt {shlex.quote(str(output))} "Once upon a time"',
         "huggingface": f"AutoModelForCausalLM.from_pretrained({str(output)!r})",
         "meta": f"torch.load({str(output / 'consolidated.00.pth')!r}, weights_only=True)",
+        "llama2c": f"./run {shlex.quote(str(output / MODEL))} -z {shlex.quote(str(output / TOKENIZER))}, in llama2.c's folder",
     }
     print(f"now try:\n  {commands[to]}")
     for warning in warnings:

@@ -16,7 +16,7 @@ import mmap
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -220,14 +220,16 @@ class TorchFileWriter:
     """Writes a dict of tensors like torch.save. torch.load(path, weights_only=True) reads it.
 
     ``shapes`` names all tensors. They must be written completely and in this order, each at once or in pieces of rows.
+    ``dtypes`` is the type of all tensors, or that of each by name.
     """
 
     # Bytes of entries begin at multiples of this, as in torch.
     ALIGNMENT = 64
 
-    def __init__(self, path: Path, dtype: np.dtype, shapes: dict[str, tuple[int, ...]]):
-        self._path, self._dtype, self._top = path, dtype, path.stem
-        self._sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    def __init__(self, path: Path, dtypes: np.dtype | Mapping[str, np.dtype], shapes: dict[str, tuple[int, ...]]):
+        self._path, self._top = path, path.stem
+        self._dtypes = dict.fromkeys(shapes, dtypes) if isinstance(dtypes, np.dtype) else dtypes
+        self._sizes = {name: math.prod(shape) * self._dtypes[name].itemsize for name, shape in shapes.items()}
         self._shapes = shapes
         self._order = list(shapes)
         self._directory: list[bytes] = []
@@ -236,7 +238,7 @@ class TorchFileWriter:
 
     def __enter__(self) -> "TorchFileWriter":
         self._file = open(self._path, "wb")
-        self._small("data.pkl", write_pickle(self._dtype, self._shapes))
+        self._small("data.pkl", write_pickle(self._dtypes, self._shapes))
         self._small("byteorder", b"little")
         return self
 

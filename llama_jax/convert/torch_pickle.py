@@ -7,8 +7,9 @@ size of the file. Keys are strings, and nothing that may be nested is ever hashe
 """
 
 import math
+import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.config_json import QUANTIZED
 
 # LLaMA 2 70B's pickles have about 200 kB.
 MAX_BYTES = 2_000_000
@@ -58,6 +60,11 @@ class TensorView:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the elements."""
+        return self.storage.dtype
 
 
 class _Mark:
@@ -241,6 +248,10 @@ class _Machine:
             self._refuse("expected a module and a name, found neither")
         name = b".".join(lines).decode("latin-1")
         if name not in GLOBALS:
+            if re.fullmatch(r"torch\.(Byte|Char|Short|Int|Long|Q\w+)Storage", name):
+                self._refuse(
+                    f"expected floats, found a reference to {quoted(name)}, as of quantized matrices; {QUANTIZED}"
+                )
             self._refuse(
                 f"expected weights only, found a reference to {quoted(name)}, which is not run; if the source is one that "
                 "you trust, load the file with torch and save its state_dict alone"
@@ -349,11 +360,11 @@ _CALLS: dict[Global, Callable[..., Any]] = {
 }
 
 
-def write_pickle(dtype: np.dtype, shapes: dict[str, tuple[int, ...]]) -> bytes:
+def write_pickle(dtypes: Mapping[str, np.dtype], shapes: dict[str, tuple[int, ...]]) -> bytes:
     """Return the pickle of a dict of contiguous tensors, with tensor i in storage i, as torch.save writes it."""
-    kind = next(g.name for g, known in STORAGES.items() if known == dtype)
     parts = [b"\x80\x02}("]
     for i, (name, shape) in enumerate(shapes.items()):
+        kind = next(g.name for g, known in STORAGES.items() if known == dtypes[name])
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         storage = _text("storage") + _named(kind) + _text(str(i)) + _text("cpu") + _number(math.prod(shape))
         arguments = b"(" + b"(" + storage + b"tQ" + _number(0) + _numbers(shape) + _numbers(strides) + b"\x89"

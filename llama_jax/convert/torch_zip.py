@@ -229,7 +229,7 @@ class _Archive:
         if not head:
             found = "an empty file"
         elif head[:1] == b"\x80" or head[257:262] == b"ustar":
-            found = "a file of a torch before 1.6; load it there and save it again with a current torch"
+            found = "a file as torch before 1.6 saved it; save it again with a current torch: torch.save(torch.load(F, weights_only=True), F)"
         elif head.lstrip()[:1] == b"<":
             found = "an HTML page, as failed downloads leave behind; download it again"
         elif head.startswith(b"version https://git-lfs"):

@@ -167,6 +167,10 @@ class Records:
         if not self.any_bytes:
             note_odd(self, file.name, unit, read, bad)
 
+    def groups(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, list[Part]]]:
+        """Yield what ``read`` yields, each part in a list of its own."""
+        return ((split, [part]) for split, part in self.read(unit, splits))
+
     def _read_text(self, file: CorpusFile, splits: Sequence[str]) -> Iterator[tuple[str, Part]]:
         """Yield the parts of a text, which is one document. It is read twice: for its hash, and for its parts."""
         sha, read, bad = hash_of(b""), 0, 0
@@ -327,11 +331,15 @@ class WithHeldOut:
 
     def read(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, Part]]:
         """Yield the parts of a unit in order, each with its split."""
+        return ((split, part) for split, parts in self.groups(unit, splits) for part in parts)
+
+    def groups(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, list[Part]]]:
+        """Yield what ``read`` yields, in lists."""
         if unit.split not in splits:
             return
         corpus, first = (self.train, 0) if unit.split == "train" else (self.eval, len(self.train.places))
         inner = unit._replace(file=unit.file - first, split="train")
-        yield from ((unit.split, part) for _, part in corpus.read(inner, ("train",)))
+        yield from ((unit.split, parts) for _, parts in corpus.groups(inner, ("train",)))
 
     def parts(self, split: str) -> Iterator[Part]:
         """Yield the text of a split, document by document."""

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,17 +130,18 @@ class Digests:
         self._kept = bytearray()
         self._hash: Any = None
 
-    def add(self, part: Part) -> None:
-        """Add the next part of a document. A document whose start or end is not here gets no digest."""
-        if part.starts:
-            self._hash = hashlib.blake2b(part.text.encode(), digest_size=8)
-        elif self._hash is not None:
-            self._hash.update(part.text.encode())
-        if part.ends and self._hash is not None:
-            digest, self._hash = self._hash.digest(), None
-            if not self._zeros or not int.from_bytes(digest, "little") & ((1 << self._zeros) - 1):
-                self._kept += digest
-                self._shrink()
+    def add(self, parts: Sequence[Part]) -> None:
+        """Add the next parts of documents. A document whose start or end is not here gets no digest."""
+        found = []
+        for text, _, starts, ends, _ in parts:
+            if starts:
+                self._hash = hashlib.blake2b(text.encode(), digest_size=8)
+            elif self._hash is not None:
+                self._hash.update(text.encode())
+            if ends and self._hash is not None:
+                found.append(self._hash.digest())
+                self._hash = None
+        self.join(np.frombuffer(b"".join(found), "<u8"))
 
     def join(self, digests: np.ndarray) -> None:
         """Add the digests of other documents, uint64."""

@@ -3,7 +3,8 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -150,30 +151,20 @@ class Separator:
         """Return whether a file contains the separator."""
         return any(buffer and ranges for _, buffer, ranges in self._ranges(data, 0))
 
-    def documents(self, data: Reader, start: int) -> Iterator[Document]:
-        """Yield the documents after ``start``, trimmed of blank lines at both ends.
+    def groups(self, data: Reader, start: int) -> Iterator[list[Document]]:
+        """Yield the documents after ``start``, trimmed of blank lines at both ends, in lists.
 
         Empty ones are skipped.
         """
+        lines = self._plain == b"\n"
         for at, buffer, ranges in self._ranges(data, start):
-            for first, last in ranges:
-                raw = buffer[first:last] if first >= 0 and last <= len(buffer) and last - first <= LOOK_BYTES else None
-                if raw is None:
-                    first, last = at + first, at + last
-                    if first < last and data.starts_or_ends_in_white(first, last):
-                        first, last = _without_blank_lines(data, first, last)
-                    if first < last:
-                        yield first, last, None
-                elif not raw:
-                    continue
-                elif raw[0] not in WHITE and raw[-1] not in WHITE:
-                    yield at + first, at + last, raw
-                elif b"\n" in raw or b"\r" in raw:
-                    first, last = _without_blank_lines(data, at + first, at + last)
-                    if first < last:
-                        yield first, last, None
-                elif raw.strip(WHITE):  # a single line keeps its white space
-                    yield at + first, at + last, raw
+            if not lines or data.has_returns:
+                yield from _trimmed_each(data, at, buffer, ranges)
+                continue
+            yield from (_trimmed(data, at + first, at + last) for first, last in ranges[:1])
+            # There may be millions of lines, so that each call here counts. They keep their white space.
+            raws = ((first, last, buffer[first:last]) for first, last in ranges[1:])
+            yield [(at + first, at + last, raw) for first, last, raw in raws if raw.strip(WHITE)]
 
     def _ranges(self, data: Reader, start: int) -> Iterator[tuple[int, bytes, list[tuple[int, int]]]]:
         """Yield the ranges between the separators after ``start``, buffer by buffer: its offset, its bytes, the ranges.
@@ -185,7 +176,8 @@ class Separator:
             at, buffer = data.window(look, min(data.size, look + 2 * self._longest))
             last = at + len(buffer) == data.size
             look -= at
-            ranges, begins = [], start - at
+            ranges: list[tuple[int, int]] = []
+            begins = start - at
             for found, end in self._within(buffer, look, data.has_returns):
                 look = found
                 if end == len(buffer) and not last:
@@ -200,15 +192,36 @@ class Separator:
             look = at + max(look, len(buffer) - self._longest)
         yield start, b"", [(0, data.size - start)]
 
-    def _within(self, buffer: bytes, start: int, has_returns: bool) -> Iterator[tuple[int, int]]:
-        """Yield where the separators in ``buffer`` begin and end."""
+    def _within(self, buffer: bytes, start: int, has_returns: bool) -> Iterable[tuple[int, int]]:
+        """Return where the separators in ``buffer`` begin and end."""
         if has_returns:
-            yield from (match.span() for match in self._pattern.finditer(buffer, start))
-            return
+            return (match.span() for match in self._pattern.finditer(buffer, start))
         size = len(self._plain)  # a plain search is ten times as fast
-        while (start := buffer.find(self._plain, start)) >= 0:
-            yield start, start + size
-            start += size
+        ends = accumulate((len(piece) + size for piece in buffer[start:].split(self._plain)[:-1]), initial=start)
+        return [(end - size, end) for end in islice(ends, 1, None)]
+
+
+def _trimmed_each(data: Reader, at: int, buffer: bytes, ranges: list[tuple[int, int]]) -> Iterator[list[Document]]:
+    """Yield the documents in ranges of ``buffer``, in lists of those whose bytes are at hand, and of others."""
+    found: list[Document] = []
+    for first, last in ranges:
+        raw = buffer[first:last] if first >= 0 and last <= len(buffer) and last - first <= LOOK_BYTES else None
+        if raw and raw[0] not in WHITE and raw[-1] not in WHITE:
+            found.append((at + first, at + last, raw))
+        elif raw is None or b"\n" in raw or b"\r" in raw:
+            yield found
+            found = []
+            yield _trimmed(data, at + first, at + last)
+        elif raw.strip(WHITE):  # a single line keeps its white space
+            found.append((at + first, at + last, raw))
+    yield found
+
+
+def _trimmed(data: Reader, first: int, last: int) -> list[Document]:
+    """Return the document in a range that may begin or end with white space. There is none in an empty one."""
+    if first < last and data.starts_or_ends_in_white(first, last):
+        first, last = _without_blank_lines(data, first, last)
+    return [(first, last, None)] if first < last else []
 
 
 def _without_blank_lines(data: Reader, start: int, end: int) -> tuple[int, int]:

@@ -82,8 +82,8 @@ def encode_task(job: Job, task: int, tokenizer: Tokenizer, tell: Callable[[int],
         files = {"train": first, "eval": second}
         encoders = {split: _Encoder(tokenizer, dtype, size, files[split], tell) for split in SPLITS}
         for unit in job.tasks[task]:
-            for split, part in corpus.read(unit):
-                encoders[split].add(part)
+            for split, parts in corpus.groups(unit):
+                encoders[split].add(parts)
         for split in SPLITS:
             shards[split] = encoders[split].finish()
     arrays = {f"{name} {split}": getattr(shards[split], name) for split in SPLITS for name in _ARRAYS}
@@ -136,12 +136,14 @@ class _Encoder:
         self._batch_bytes = 0
         self._rest = b""
 
-    def add(self, part: Part) -> None:
-        """Add the next part of the split."""
-        self._batch.append(part)
-        self._batch_bytes += part.size
-        if len(self._batch) >= PARTS_AT_ONCE or self._batch_bytes >= BYTES_AT_ONCE:
-            self._encode()
+    def add(self, parts: list[Part]) -> None:
+        """Add the next parts of the split."""
+        for start in range(0, len(parts), PARTS_AT_ONCE):
+            some = parts[start : start + PARTS_AT_ONCE]
+            self._batch += some
+            self._batch_bytes += sum(part.size for part in some)
+            if len(self._batch) >= PARTS_AT_ONCE or self._batch_bytes >= BYTES_AT_ONCE:
+                self._encode()
 
     def finish(self) -> Shard:
         """Encode what is left, bring the file to the disk, and return what was counted."""
@@ -163,8 +165,7 @@ class _Encoder:
         texts, _, starts, ends, _ = zip(*batch, strict=True)
         ids, lengths = self._tokenizer.encode_batch(texts, starts)
         self._losses.add(batch, ids, lengths)
-        for part in batch:
-            self._digests.add(part)
+        self._digests.add(batch)
         raw = self._rest + self._joined(np.array(starts), np.array(ends), ids, lengths).tobytes()
         whole = len(raw) // BLOCK_BYTES * BLOCK_BYTES
         self._rest = raw[whole:]

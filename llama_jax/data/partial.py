@@ -17,6 +17,7 @@ from llama_jax.data.encode import Job, read_result
 from llama_jax.data.finding import Text
 from llama_jax.data.manifest import TOKENIZER, UNFINISHED, read_manifest, sha256
 from llama_jax.data.parts import TextFile
+from llama_jax.data.reading import check_text
 from llama_jax.data.shards import RefuseOthers, encode_tasks, job_of
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
@@ -58,6 +59,7 @@ def prepare_part(args: DataArgs, output: Path, part: PartOf, workers: int) -> No
             f"{typed('data')} train-tokenizer"
         )
     text = find_text(args, output)
+    check_text(text)
     tokenizer = Tokenizer(args.tokenizer_model_path)
     if read_manifest(output) is not None:
         raise UserError(

@@ -120,6 +120,9 @@ class AnyCorpus(Protocol):
     def read(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, Part]]:
         """Yield the parts of a unit in order, each with its split."""
 
+    def groups(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, list[Part]]]:
+        """Yield what ``read`` yields, in lists of parts of the same split."""
+
     def parts(self, split: str) -> Iterator[Part]:
         """Yield the text of a split, document by document."""
 

@@ -5,10 +5,12 @@ Offsets count the bytes of all files on disk, in order of their paths.
 
 import functools
 import hashlib
-import itertools
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain, repeat
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -101,7 +103,7 @@ class Corpus:
     @functools.cached_property
     def _cuts(self) -> list[int]:
         """The position of the cut within each file: 0 if all of it is held out, its size if none is."""
-        offsets = itertools.accumulate(self._sizes, initial=0)
+        offsets = accumulate(self._sizes, initial=0)
         return [min(max(self.cut - offset, 0), size) for offset, size in zip(offsets, self._sizes, strict=False)]
 
     @functools.cached_property
@@ -179,52 +181,58 @@ class Corpus:
 
     def read(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, Part]]:
         """Yield the parts of a unit in order, each with its split."""
-        if self.by_documents:
-            return (found for found in self._parts(unit) if found[0] in splits)
-        return self._parts(unit) if unit.split in splits else iter(())
+        return ((split, part) for split, parts in self.groups(unit, splits) for part in parts)
 
-    def _parts(self, unit: Unit) -> Iterator[tuple[str, Part]]:
-        number, split = unit.file, unit.split
-        size, cut = self._sizes[number], self._cuts[number]
-        data = self._reader(number)
+    def groups(self, unit: Unit, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, list[Part]]]:
+        """Yield the parts of a unit in order, in lists, each with its split."""
+        if self.by_documents:
+            return ((split, [part]) for split, part in self._divided(unit) if split in splits)
+        return ((unit.split, parts) for parts in self._parts(unit)) if unit.split in splits else iter(())
+
+    def _divided(self, unit: Unit) -> Iterator[tuple[str, Part]]:
+        """Yield the parts of a unit, each with the split that the hash of its document's first part chooses."""
+        split = "train"
+        for part in chain.from_iterable(self._parts(unit)):
+            if part.starts:
+                split = SPLITS[is_held_out(hash_of(part.text.encode()), self.train_size)]
+            yield split, part
+
+    def _parts(self, unit: Unit) -> Iterator[list[Part]]:
+        """Yield the parts of a unit in lists. Raises UserError if its file is not text."""
+        data = self._reader(unit.file)
+        look, start, end, goes_on = self._range(data, unit)
+        one_by_one = functools.partial(self._document, data, start, end, goes_on)
+        read = bad = 0
+        for documents in self._documents(data, look) if start < end else ():
+            # The range may cut one at each end of those that are inside.
+            first = bisect_left(documents, start + goes_on, key=itemgetter(0))
+            last = max(first, bisect_right(documents, end, key=itemgetter(1)))
+            before, inside, after = documents[:first][-1:], documents[first:last], documents[last:][:1]
+            whole = _at_hand(inside)
+            groups = map(one_by_one, inside) if whole is None else [[(whole, 0)]]
+            for parts, odd in chain.from_iterable(chain(map(one_by_one, before), groups, map(one_by_one, after))):
+                read, bad = read + sum(part.size for part in parts), bad + odd
+                yield parts
+            if documents and documents[-1][0] >= end:
+                break
+        if not self.any_bytes:
+            note_odd(self, self._files[unit.file].name, unit, read, bad)
+
+    def _range(self, data: Reader, unit: Unit) -> tuple[int, int, int, bool]:
+        """Return where to look for a unit's documents from, its start and end, and whether it starts in a document."""
+        size, cut = self._sizes[unit.file], self._cuts[unit.file]
         while 0 < cut < size and data.read(cut, cut + 1)[0] & 0xC0 == 0x80:  # do not cut inside a character
             cut -= 1
-        start, end = (0, cut) if split == "train" else (cut, size)
+        start, end = (0, cut) if unit.split == "train" else (cut, size)
         look, goes_on = 0, False
-        if unit.start not in (0, self._cuts[number]):
+        if unit.start not in (0, self._cuts[unit.file]):
             start, goes_on = self._cut_near(data, unit.start, end)
             look = start
         elif start:
             look = self._document_before(data, start)
         if unit.stop is not None:
             end, _ = self._cut_near(data, unit.stop, end)
-        read = bad = 0
-        for doc_start, doc_end, raw in self._documents(data, look) if start < end else ():
-            if doc_start >= end:
-                break
-            first, last = max(doc_start, start), min(doc_end, end)
-            if first >= last:
-                continue
-            # A document that the cut goes through has no end in training, and starts again in evaluation.
-            starts, ends = not (goes_on and doc_start == start), last == doc_end
-            if last - first <= PART_BYTES:
-                if raw is None or len(raw) != last - first:
-                    raw = data.read(first, last)
-                text, odd = self._decode(raw)
-                read, bad = read + last - first, bad + odd
-                yield self._split_of(text) if self.by_documents else split, Part(text, last - first, starts, ends)
-                continue
-            for part, odd in self._document(data, first, last, starts, ends):
-                read, bad = read + part.size, bad + odd
-                if part.starts and self.by_documents:
-                    split = self._split_of(part.text)
-                yield split, part
-        if not self.any_bytes:
-            note_odd(self, self._files[number].name, unit, read, bad)
-
-    def _split_of(self, text: str) -> str:
-        """Return the split of the document that begins with the part ``text``."""
-        return SPLITS[is_held_out(hash_of(text.encode()), self.train_size)]
+        return look, start, end, goes_on
 
     def _cut_near(self, data: Reader, at: int, end: int) -> tuple[int, bool]:
         """Return the beginning of the slice at ``at``, and whether it is within a document.
@@ -265,26 +273,34 @@ class Corpus:
         raw = (self._reader(i).read(0, size) for i, size in enumerate(sizes) if size)
         return "".join(text.decode("utf-8", "replace") for text in raw)
 
-    def _documents(self, data: Reader, start: int) -> Iterator[Document]:
-        """Yield a file's documents from ``start``. Without a separator, the whole file is one."""
+    def _documents(self, data: Reader, start: int) -> Iterator[list[Document]]:
+        """Yield lists of a file's documents from ``start``. Without a separator, the whole file is one."""
         if start == 0 and data.read(0, min(3, data.size)) == BOM:
             start = len(BOM)
         if self._separator is None:
-            yield start, data.size, None
+            yield [(start, data.size, None)]
             return
-        yield from self._separator.documents(data, start)
+        yield from self._separator.groups(data, start)
 
-    def _document(self, data: Reader, start: int, end: int, starts: bool, ends: bool) -> Iterator[tuple[Part, int]]:
-        """Yield the parts of a document, each with its number of bytes that are not UTF-8."""
-        first = start
-        while start < end:
-            raw = data.read(start, min(end, start + 4 * PART_BYTES + 1))
+    def _document(
+        self, data: Reader, start: int, end: int, goes_on: bool, document: Document
+    ) -> Iterator[tuple[list[Part], int]]:
+        """Yield each part of a document within ``start`` and ``end``, with its number of bytes that are not UTF-8.
+
+        A document that the cut goes through has no end in training, and starts again in evaluation. ``goes_on`` says
+        that a document from ``start`` on is not the beginning of one.
+        """
+        at = first = max(document[0], start)
+        last = min(document[1], end)
+        starts, ends = not (goes_on and document[0] == start), last == document[1]
+        while at < last:
+            raw = data.read(at, min(last, at + 4 * PART_BYTES + 1))
             if len(raw) > PART_BYTES:
                 raw = raw[: border(raw)]
-            stop = start + len(raw)
+            stop = at + len(raw)
             text, bad = self._decode(raw)
-            yield Part(text, len(raw), starts and start == first, ends and stop == end), bad
-            start = stop
+            yield [Part(text, len(raw), starts and at == first, ends and stop == last)], bad
+            at = stop
 
     def _decode(self, raw: bytes) -> tuple[str, int]:
         if raw.isascii():
@@ -292,6 +308,20 @@ class Corpus:
         text, replaced = decoded(raw)
         self.replaced += replaced
         return text, bad_bytes(raw) if replaced else 0
+
+
+def _at_hand(documents: list[Document]) -> list[Part] | None:
+    """Return the parts of short documents, each of which is one, or None if one is long or is not UTF-8."""
+    raws = [raw for _, _, raw in documents]
+    if max(map(len, filter(None, raws)), default=0) > PART_BYTES:
+        return None
+    try:
+        texts = [raw.decode() for raw in raws]  # type: ignore[union-attr]
+    except (AttributeError, UnicodeDecodeError):
+        return None
+    # A corpus may have a document for each few bytes, so that each call here counts.
+    rows = zip(texts, map(len, raws), repeat(True), repeat(True), repeat(0))  # type: ignore[arg-type]
+    return [*map(functools.partial(tuple.__new__, Part), rows)]
 
 
 def check_is_text(name: str, read: int, bad: int) -> None:

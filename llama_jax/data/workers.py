@@ -4,6 +4,7 @@ They are commands of their own, so that a job may begin in a notebook, or in a s
 """
 
 import contextlib
+import gc
 import json
 import os
 import pickle
@@ -177,6 +178,9 @@ def main() -> None:
     threading.Thread(target=_read_tasks, args=(sys.stdin.buffer, tasks), daemon=True).start()
 
     tokenizer = Tokenizer(job.tokenizer)
+    # Documents are many tuples, none of them in a cycle. To look for cycles in them took a fifth of the time.
+    gc.freeze()
+    gc.set_threshold(100_000)
     while True:
         try:
             with naming_the_disk(job):

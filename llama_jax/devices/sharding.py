@@ -86,7 +86,7 @@ def check_divisible(mesh: Mesh, model: ModelArgs, train: TrainArgs | None = None
         "model.dim": ("embed", model.dim),
         "model.n_heads": ("heads", model.n_heads),
         "model.n_kv_heads": ("kv_heads", model.kv_heads),
-        "feed-forward width": ("mlp", model.hidden_dim),
+        "feed-forward width": ("mlp", model.hidden_width),
     }
     if train is not None:
         rows = train.batch_size // train.gradient_accumulation_steps

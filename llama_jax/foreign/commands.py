@@ -23,13 +23,6 @@ def convert_command(path: Path, name: str = "", tokenizer: Path | None = None) -
     return f"{typed('convert')} --input {shlex.quote(str(path))} --output {shlex.quote(str(output))}{given}"
 
 
-def resave_commands(path: Path) -> str:
-    """Return the commands that save ``path`` as safetensors with transformers and then convert that."""
-    again = path.with_name(path.name + "-safetensors")
-    program = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(path)!r}).save_pretrained({str(again)!r})"
-    return f"{_python(program)} && {convert_command(again, path.name, path / 'tokenizer.model')}"
-
-
 def merge_commands(path: Path) -> str:
     """Return the commands that merge the adapter in ``path`` into its base with peft and then convert the result."""
     merged = path.with_name(path.name + "-merged")

@@ -13,10 +13,10 @@ from typing import Any
 
 from llama_jax.config import ModelArgs
 from llama_jax.errors import UserError, quoted
-from llama_jax.foreign.keys import Keys, Neutral, check_arguments, is_same, names, take
+from llama_jax.foreign.keys import Keys, Neutral, check_arguments, names, take
+from llama_jax.foreign.rope import NO_ROPE, read_rope
 
-NO_BIAS = "this project has no biases"
-NO_ROPE = "this project has no scaled or partial rotary embeddings"
+NO_BIAS = "this project has biases by attention_bias and mlp_bias alone"
 NO_WINDOW = "this project attends to the whole context, or to one sliding window in all layers"
 NO_EXPERTS = "this project has no mixtures of experts"
 QUANTIZED = (
@@ -33,14 +33,20 @@ NAMES = {
     "max_seq_len": "max_position_embeddings",
     "ffn_dim_multiplier": "intermediate_size",
     "multiple_of": "intermediate_size",
+    "hidden_dim": "intermediate_size",
 }
 """Our names of the model's arguments, and the keys that they are read from."""
 READ = names(
     """hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size rms_norm_eps
-    max_position_embeddings rope_theta rope_parameters rope_scaling partial_rotary_factor head_dim model_type sliding_window
-    use_sliding_window max_window_layers layer_types query_pre_attn_scalar tie_word_embeddings torch_dtype dtype bos_token_id eos_token_id transformers_weights
+    max_position_embeddings rope_theta rope_parameters rope_scaling partial_rotary_factor original_max_position_embeddings
+    attention_bias mlp_bias head_dim model_type sliding_window use_sliding_window max_window_layers
+    layer_types query_pre_attn_scalar tie_word_embeddings torch_dtype dtype bos_token_id eos_token_id transformers_weights
     auto_map"""
 )
+SOFT_CAPS = (
+    "attn_softcap", "attn_soft_cap", "attn_logit_softcap", "attn_logit_softcapping", "final_softcap", "final_logit_softcap",
+    "final_logit_softcapping", "logit_softcap", "logit_softcapping", "logits_soft_cap", "softcap",
+)  # fmt: skip
 NEUTRAL = {
     "hidden_act": Neutral(("silu", "swish"), "this project has SwiGLU alone"),
     "is_causal": Neutral((True,), NO_WINDOW),
@@ -52,23 +58,24 @@ NEUTRAL = {
     "fusion_config": Neutral(({},)),
     "kv_sharing_modes": Neutral(()),
     **dict.fromkeys(("quantization_config", "quantization", "compression_config"), Neutral((), QUANTIZED)),
-    **dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias", "attn_bias", "use_bias", "use_qkv_bias"), Neutral((False,), NO_BIAS)),
+    **dict.fromkeys(("qkv_bias", "attn_bias", "use_bias", "use_qkv_bias", "add_qkv_bias", "add_bias_linear", "attention_out_bias", "bias"),
+                    Neutral((False,), NO_BIAS)),
     "attention_chunk_size": Neutral((), NO_WINDOW),
     **dict.fromkeys(("rope_local_base_freq", "local_rope_theta", "global_rope_theta", "rotary_dim", "no_rope_layers",
                      "no_rope_layer_interval"), Neutral((), NO_ROPE)),
     "rotary_pct": Neutral((1,), NO_ROPE),
     "rope_interleaved": Neutral((False,), NO_ROPE),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap", "clip_qkv", "attention_multiplier",
-                     "attention_scale", "swiglu_limit"), Neutral(())),
+    **dict.fromkeys(SOFT_CAPS, Neutral(())),
+    **dict.fromkeys(("clip_qkv", "attention_multiplier", "attention_scale", "swiglu_limit"), Neutral(())),
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "scale_emb", "scale_depth"), Neutral((1,))),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe", "moe_intermediate_size"), Neutral((0,), NO_EXPERTS)),
-    **dict.fromkeys(("use_qk_norm", "qk_norm", "alibi", "parallel_residual", "use_parallel_residual", "parallel_attn"), Neutral((False,))),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm", "alibi", "parallel_residual", "use_parallel_residual", "parallel_attn"), Neutral((False,))),
 }  # fmt: skip
 IGNORED = names(
     """architectures transformers_version _name_or_path name_or_path _commit_hash initializer_range use_cache pad_token_id
     pretraining_tp attention_dropout hidden_dropout output_hidden_states output_attentions return_dict chunk_size_feed_forward
     id2label label2id num_labels problem_type attn_implementation _attn_implementation _attn_implementation_autoset
-    experts_implementation max_sequence_length original_max_position_embeddings tie_last_hidden_states torchscript
+    experts_implementation max_sequence_length tie_last_hidden_states torchscript
     use_bfloat16 tf_legacy_loss finetuning_task task_specific_params prefix sep_token_id tokenizer_class decoder_start_token_id
     is_decoder cross_attention_hidden_size tie_encoder_decoder is_llama_config transformers.js_config unsloth_version
     unsloth_fixed _flash_attn_2_enabled gradient_checkpointing num_logits_to_keep
@@ -98,8 +105,8 @@ class Config:
     """The content of config.json."""
 
     args: ModelArgs
-    family: str
-    """The name of the model's family, for the report."""
+    kind: str
+    """Its model_type."""
     warnings: tuple[str, ...]
     unknown: tuple[str, ...]
     """Keys that were not read and may have a meaning."""
@@ -119,36 +126,47 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
         )
     table = DEFAULTS[kind] | table
     KEYS.check(table, path)
-    theta, warnings, unused = _rope_theta(table, path)
+    dim, heads = take(table, "hidden_size", int, path), take(table, "num_attention_heads", int, path)
     hidden = take(table, "intermediate_size", int, path)
-    multiple_of, multiplier = feed_forward_rule(take(table, "hidden_size", int, path), hidden, path)
-    trained_len = take(table, "max_position_embeddings", int, path, 2048)
+    multiple_of, multiplier = _published_rule(dim, hidden, path) or (ModelArgs().multiple_of, None)
+    head_dim = take(table, "head_dim", int, path, None)
+    head_width = dim // max(heads, 1) if head_dim is None else head_dim
+    trained = take(table, "max_position_embeddings", int, path, 2048)
+    rope = read_rope(table, path, head_width, trained)
     args = ModelArgs(
-        dim=take(table, "hidden_size", int, path),
+        dim=dim,
         n_layers=take(table, "num_hidden_layers", int, path),
-        n_heads=take(table, "num_attention_heads", int, path),
+        n_heads=heads,
         n_kv_heads=take(table, "num_key_value_heads", int, path, None),
         vocab_size=take(table, "vocab_size", int, path),
         multiple_of=multiple_of,
         ffn_dim_multiplier=multiplier,
         norm_eps=take(table, "rms_norm_eps", float, path, 1e-6),
-        rope_theta=theta,
-        max_seq_len=max_seq_len or trained_len,
+        rope_theta=rope.theta,
+        max_seq_len=max_seq_len or rope.context,
+        rope_scaling=rope.scaling,
+        head_dim=None if head_width * heads == dim else head_dim,
+        attention_bias=take(table, "attention_bias", bool, path, False),
+        mlp_bias=take(table, "mlp_bias", bool, path, False),
         tie_embeddings=take(table, "tie_word_embeddings", bool, path, False),
         sliding_window=take(table, "sliding_window", int, path, None) if kind == "mistral" else None,
     )
+    if args.hidden_width != hidden:
+        args = dataclasses.replace(args, hidden_dim=hidden)
     check_arguments(args, path, NAMES)
     _check_windows(table, args, path, kind)
-    _check_heads(table, args, path)
-    if max_seq_len > trained_len:
+    _check_heads(table, args, path, kind)
+    warnings = list(rope.warnings)
+    if max_seq_len > rope.context:
         warnings.append(
-            f"the context is {max_seq_len:,} tokens, and config.json says max_position_embeddings {trained_len:,}"
+            f"the context is {max_seq_len:,} tokens, and config.json says max_position_embeddings {trained:,}"
+            + (f", and is for {rope.context:,} by its rope_scaling" if rope.context != trained else "")
         )
     if table.get("auto_map"):
         warnings.append(
             "config.json names the model's own code (auto_map): it is not run, and transformers' LLaMA is assumed"
         )
-    return Config(args, FAMILIES[kind], tuple(warnings), tuple(KEYS.unknown(table) + unused))
+    return Config(args, kind, tuple(warnings), tuple(KEYS.unknown(table) + list(rope.unknown)))
 
 
 def stated(table: dict[str, Any]) -> str:
@@ -161,7 +179,9 @@ def stated(table: dict[str, Any]) -> str:
         "num_key_value_heads",
         "vocab_size",
     )
-    return ", ".join(f"{key} {quoted(table[key], 20)}" if key in table else f"no {key}" for key in keys)
+    shown = [f"{key} {quoted(table[key], 20)}" if key in table else f"no {key}" for key in keys]
+    optional = ("head_dim", "attention_bias", "mlp_bias")
+    return ", ".join(shown + [f"{key} {quoted(table[key], 20)}" for key in optional if table.get(key)])
 
 
 def stored_type(table: dict[str, Any]) -> str:
@@ -172,65 +192,33 @@ def stored_type(table: dict[str, Any]) -> str:
 
 def feed_forward_rule(dim: int, hidden: int, path: Path) -> tuple[int, float | None]:
     """Return multiple_of and ffn_dim_multiplier for which Meta's rule gives a feed-forward width of ``hidden``."""
+    # Half a unit more, because the rule rounds down.
+    return _published_rule(dim, hidden, path) or (1, (hidden + 0.5) / int(2 * (4 * dim) / 3))
+
+
+def _published_rule(dim: int, hidden: int, path: Path) -> tuple[int, float | None] | None:
+    """Return multiple_of and ffn_dim_multiplier as Meta has them. None if these do not give ``hidden``."""
     if not 0 < dim < 1 << 24 or not 0 < hidden < 1 << 24:
         raise UserError(f"{path}: expected sizes of a model, found hidden_size {dim} and intermediate_size {hidden}")
     for multiplier, multiple in itertools.product(MULTIPLIERS, MULTIPLES):
-        if ModelArgs(dim=dim, n_heads=1, multiple_of=multiple, ffn_dim_multiplier=multiplier).hidden_dim == hidden:
+        if ModelArgs(dim=dim, n_heads=1, multiple_of=multiple, ffn_dim_multiplier=multiplier).hidden_width == hidden:
             return multiple, multiplier
-    # Half a unit more, because the rule rounds down.
-    return 1, (hidden + 0.5) / int(2 * (4 * dim) / 3)
+    return None
 
 
-def _rope_theta(table: dict[str, Any], path: Path) -> tuple[float, list[str], list[str]]:
-    """Return the rotary embedding's theta by transformers' rules, warnings, and keys without a meaning.
-
-    ``rope_scaling``, unless empty, replaces ``rope_parameters``. A theta in it replaces ``rope_theta`` at the top
-    level. Raises UserError if the embedding is not the plain one.
-    """
-    key = "rope_scaling" if table.get("rope_scaling") else "rope_parameters"
-    chosen = table.get(key) or {}
-    if not isinstance(chosen, dict):
-        raise UserError(f"{path}: {key}: expected an object or null, found {quoted(chosen)}")
-    kind = chosen.get("rope_type", chosen.get("type", "default"))
-    is_neutral = kind == "default" or (kind == "linear" and is_same(chosen.get("factor"), 1))
-    if not is_neutral:
+def _check_heads(table: dict[str, Any], args: ModelArgs, path: Path, kind: str) -> None:
+    """Raise UserError if a key about heads or biases is not neutral for this model."""
+    scalar = take(table, "query_pre_attn_scalar", float, path, args.head_width)
+    if scalar != args.head_width:
         raise UserError(
-            f"{path}: {key}: rope_type: expected 'default', as LLaMA 2 has, found {quoted(kind)}; {NO_ROPE}"
+            f"{path}: query_pre_attn_scalar: expected {args.head_width}, the features of a head, found {scalar:g}; "
+            "this project scales scores by these"
         )
-    for name, value in chosen.items():
-        if isinstance(value, dict):
+    for name in ("attention_bias", "mlp_bias") if kind == "mistral" else ():
+        if getattr(args, name):
             raise UserError(
-                f"{path}: {key}: expected one rotary embedding for all layers, found {quoted(name)}; {NO_ROPE}"
-            )
-    for place, values in ((str(path), table), (f"{path}: {key}", chosen)):
-        partial = take(values, "partial_rotary_factor", float, place, 1.0)
-        if partial != 1:
-            raise UserError(f"{place}: partial_rotary_factor: expected 1, found {partial:g}; {NO_ROPE}")
-    top = take(table, "rope_theta", float, path, None)
-    inner = take(chosen, "rope_theta", float, f"{path}: {key}", None)
-    theta = next((value for value in (inner, top) if value is not None), 10000.0)
-    warnings = []
-    if None not in (inner, top) and inner != top:
-        warnings.append(
-            f"config.json has rope_theta {top:g}, and {inner:g} in {key}: the second is used, as in transformers"
-        )
-    other = table.get("rope_parameters")
-    if key == "rope_scaling" and other and other != chosen:
-        warnings.append(
-            "config.json has rope_parameters and another rope_scaling: the second is used, as in transformers"
-        )
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | ({"factor"} if kind == "linear" else set())
-    return theta, warnings, sorted(f"{key}.{name}" for name in chosen.keys() - known)
-
-
-def _check_heads(table: dict[str, Any], args: ModelArgs, path: Path) -> None:
-    """Raise UserError if a key about heads is not neutral for this model."""
-    for key in ("head_dim", "query_pre_attn_scalar"):
-        found = take(table, key, float, path, args.head_dim)
-        if found != args.head_dim:
-            rule = f"{args.head_dim}, hidden_size / num_attention_heads,"
-            raise UserError(
-                f"{path}: {key}: expected {rule} as LLaMA 2 has, found {found:g}; this project has no other heads"
+                f"{path}: {name}: expected false, found true; transformers' Mistral ignores this key and has no biases: "
+                "delete it, or write the model_type that is meant"
             )
 
 

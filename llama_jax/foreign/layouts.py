@@ -1,4 +1,4 @@
-"""Finds the model among a folder's files: the one that transformers would load, else Meta's shards.
+"""Finds the model among a folder's files: the one that transformers would load, else Meta's shards, else Mistral's.
 
 Transformers loads the first of these that exists (modeling_utils.py, ``_get_resolved_checkpoint_files``): the file that
 config.json names, model.safetensors, the shards of model.safetensors.index.json, pytorch_model.bin and its shards.
@@ -10,15 +10,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_jax.errors import UserError, quoted
-from llama_jax.foreign.commands import convert_command, merge_commands, resave_commands
+from llama_jax.foreign.commands import convert_command, merge_commands
 from llama_jax.foreign.keys import read_json, take
-from llama_jax.storage.locations import children
+from llama_jax.foreign.llama2c import model_files, read_header
+from llama_jax.storage.locations import children, is_remote
 
-Layout = Literal["auto", "huggingface", "meta", "llama-jax"]
+Layout = Literal["auto", "huggingface", "meta", "mistral", "llama2c", "llama-jax"]
 CONFIG, PARAMS, ADAPTER = "config.json", "params.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# The order in which transformers looks for weights.
+HUGGING_FACE = (SINGLE, INDEX, *PICKLED)
+CONSOLIDATED, CONSOLIDATED_INDEX = "consolidated.safetensors", "consolidated.safetensors.index.json"
+NUMBERED = re.compile(r"consolidated-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 SHARD = re.compile(r"consolidated\.\d+\.pth", re.ASCII)
+ORIGINAL = "take the model that it was made from, as safetensors"
 # Names of weights in any project.
 WEIGHTS = re.compile(
     r"((model|pytorch_model|consolidated|adapter_model|tf_model|flax_model|lit_model)\b.*"
@@ -28,21 +34,29 @@ WEIGHTS = re.compile(
 MAX_INDEX = 10_000_000
 # No release of Meta's has more shards.
 MAX_SHARDS = 64
+MAX_FILES = 1000
 
 
 @dataclass(frozen=True)
 class Found:
-    """The layout of a folder, the files that decide it, and files of other models next to them."""
+    """The layout of a model, and where it is."""
 
-    layout: Literal["huggingface", "meta"]
+    layout: Literal["huggingface", "meta", "mistral", "llama2c"]
     decided: str
+    """The files that decide the layout, and files of other models next to them."""
+    path: Path
+    """The folder, or the file of llama2.c's."""
 
 
 def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
-    """Return the layout of ``folder``, complete or not. None if it is neither layout, or not the ``wanted`` one.
+    """Return the layout of ``folder``, complete or not. None if it is of no layout, or not the ``wanted`` one.
 
-    Raises UserError if the folder holds two models and nothing decides between them.
+    ``folder`` may also be a file of llama2.c's. Raises UserError if the folder holds two models and nothing decides
+    between them.
     """
+    if not is_remote(folder) and folder.is_file():
+        header = read_header(folder) if wanted in ("auto", "llama2c") else None
+        return None if header is None else Found("llama2c", f"the header of {folder.name}", folder)
     names = sorted(path.name for path in children(folder))
     shards = [name for name in names if SHARD.fullmatch(name)]
     config = (folder / CONFIG).is_file()
@@ -54,24 +68,35 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
                 "convert the model without it with --layout huggingface, or merge it first (peft's merge_and_unload)"
             )
         decided = f"{CONFIG} and {_some(read or [SINGLE])}, which transformers would load"
-        return Found("huggingface", decided + _not_read(names, [CONFIG, *read]))
+        return Found("huggingface", decided + _not_read(names, [CONFIG, *read]), folder)
     if wanted == "meta" or (wanted == "auto" and shards):
-        pickled = next((name for name in PICKLED if (folder / name).is_file()), None)
-        if wanted == "auto" and config and pickled and not (folder / INDEX).is_file():
-            raise UserError(
-                f"{folder}: expected one model, found Meta's {shards[0]} and Hugging Face's {pickled}, which transformers would "
-                f"load and this project does not read; convert Meta's with --layout meta"
-            )
         return Found(
-            "meta", f"{PARAMS} and {_some(shards or ['consolidated.00.pth'])}{_not_read(names, [PARAMS, *shards])}"
+            "meta",
+            f"{PARAMS} and {_some(shards or ['consolidated.00.pth'])}{_not_read(names, [PARAMS, *shards])}",
+            folder,
+        )
+    mistral = [name for name in names if name in (CONSOLIDATED, CONSOLIDATED_INDEX) or NUMBERED.fullmatch(name)]
+    if wanted == "mistral" or (wanted == "auto" and mistral and (folder / PARAMS).is_file()):
+        return Found(
+            "mistral", f"{PARAMS} and {_some(mistral or [CONSOLIDATED])}{_not_read(names, [PARAMS, *mistral])}", folder
         )
     if wanted == "auto" and (config or (folder / PARAMS).is_file()):
-        return Found("huggingface", CONFIG) if config else Found("meta", PARAMS)
-    return None
+        return Found("huggingface", CONFIG, folder) if config else Found("meta", PARAMS, folder)
+    return _llama2c(folder) if wanted in ("auto", "llama2c") else None
+
+
+def _llama2c(folder: Path) -> Found | None:
+    """Return llama2.c's model in ``folder``, or None. Raises UserError if there are several."""
+    files = model_files(folder)
+    if len(files) > 1:
+        raise UserError(
+            f"{folder}: expected one model, found several of llama2.c's: {_some([path.name for path in files])}; give the file"
+        )
+    return Found("llama2c", f"the header of {files[0].name}", files[0]) if files else None
 
 
 def weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Return the safetensors files that transformers would load from ``folder``.
+    """Return the files, safetensors or what torch saved, that transformers would load from ``folder``.
 
     Raises UserError if some are missing.
     """
@@ -86,25 +111,20 @@ def weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
         raise UserError(
             f"{folder / CONFIG}: transformers_weights: expected the name of a safetensors file, found {quoted(named)}"
         )
-    first = named or next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
+    first = named or next((name for name in HUGGING_FACE if (folder / name).is_file()), None)
     if first is None:
-        raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found {_instead(folder)}")
+        raise UserError(f"{folder}: expected {SINGLE}, {INDEX} or {PICKLED[0]}, found {_instead(folder)}")
     if not first.endswith(".json"):
         return [_there(folder, first, folder / CONFIG)]
-    places = read_json(folder / first, MAX_INDEX).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
-        raise UserError(f"{folder / first}: expected a weight_map from tensors to files, found none")
-    return [_there(folder, name, folder / first) for name in sorted(set(places.values()))]
+    return _files_of_index(folder, first)
 
 
 def shard_files(folder: Path) -> list[Path]:
     """Return Meta's consolidated.00.pth, .01.pth and so on. Raises UserError if there is none or one is missing."""
     paths = sorted(path for path in children(folder) if re.fullmatch(r"consolidated\..*\.pth", path.name))
     if not paths:
-        mistral = (folder / "consolidated.safetensors").is_file()
-        found = "consolidated.safetensors, in Mistral's layout, which is not read" if mistral else "no such file"
         raise UserError(
-            f"{folder}: expected consolidated.00.pth, found {found}; download Meta's files, or Hugging Face's"
+            f"{folder}: expected consolidated.00.pth, found no such file; download Meta's files, or Hugging Face's"
         )
     if len(paths) > MAX_SHARDS:
         raise UserError(f"{folder}: expected up to {MAX_SHARDS} shards, found {len(paths)}")
@@ -112,6 +132,38 @@ def shard_files(folder: Path) -> list[Path]:
         if path.name != f"consolidated.{i:02}.pth":
             raise UserError(f"{folder}: expected consolidated.{i:02}.pth, found {path.name} next; a shard is missing")
     return paths
+
+
+def consolidated_files(folder: Path) -> list[str]:
+    """Return Mistral's files: consolidated.safetensors, or those that the index lists, or those that are numbered.
+
+    Raises UserError if there is none or one is missing.
+    """
+    names = [path.name for path in children(folder)]
+    if CONSOLIDATED in names:
+        return [CONSOLIDATED]
+    if CONSOLIDATED_INDEX in names:
+        return _files_of_index(folder, CONSOLIDATED_INDEX)
+    numbered = sorted(name for name in names if NUMBERED.fullmatch(name))
+    if not numbered:
+        raise UserError(f"{folder}: expected {CONSOLIDATED}, found no such file; download Mistral's files")
+    count = int(numbered[0][-17:-12])
+    for i in range(1, min(count, MAX_FILES) + 1):
+        if (name := f"consolidated-{i:05}-of-{count:05}.safetensors") not in numbered:
+            raise UserError(f"{folder}: expected {name} beside {numbered[0]}, found none; a file is missing")
+    if len(numbered) != count:
+        raise UserError(
+            f"{folder}: expected {count} files as {numbered[0]} says, found {len(numbered)}; one download a folder"
+        )
+    return numbered
+
+
+def _files_of_index(folder: Path, index: str) -> list[str]:
+    """Return the files that ``index`` lists. Raises UserError if one is missing."""
+    places = read_json(folder / index, MAX_INDEX).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise UserError(f"{folder / index}: expected a weight_map from tensors to files, found none")
+    return [_there(folder, name, folder / index) for name in sorted(set(places.values()))]
 
 
 def index_of(folder: Path, files: list[str]) -> dict[str, str]:
@@ -122,20 +174,21 @@ def index_of(folder: Path, files: list[str]) -> dict[str, str]:
 
 
 def _there(folder: Path, name: str, by: Path) -> str:
-    """Return ``name``, which the file ``by`` names, if it is a safetensors file in ``folder``.
+    """Return ``name``, which the file ``by`` names, if it is a file of weights in ``folder``.
 
     Raises UserError if not.
     """
-    if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII) or not (folder / name).is_file():
+    kind = "bin" if by.name == PICKLED[1] or name in PICKLED else "safetensors"
+    if not re.fullmatch(rf"[\w.-]+\.{kind}", name, re.ASCII) or not (folder / name).is_file():
         link = (
             ", but a link to nothing: its download was not finished" if (folder / Path(name).name).is_symlink() else ""
         )
-        raise UserError(f"{by}: expected {quoted(name)} beside it, found no such safetensors file{link}")
+        raise UserError(f"{by}: expected {quoted(name)} beside it, found no such file of weights{link}")
     return name
 
 
 def _read_by_transformers(folder: Path) -> list[str]:
-    """Return the safetensors files that transformers would load, or [] if some are missing."""
+    """Return the files that transformers would load, or [] if some are missing."""
     try:
         return weight_files(folder, read_json(folder / CONFIG))
     except UserError:
@@ -143,14 +196,16 @@ def _read_by_transformers(folder: Path) -> list[str]:
 
 
 def _instead(folder: Path) -> str:
-    """Describe what the folder holds instead of safetensors files that transformers would load."""
+    """Describe what the folder holds instead of weights that transformers would load."""
     names = [path.name for path in children(folder)]
     if ADAPTER in names:
         return f"an adapter (LoRA); merge it into its base: {merge_commands(folder)}"
-    if any(name.startswith("pytorch_model") and name.endswith(".bin") for name in names):
-        return f"pytorch_model.bin, a pickle, which is not read; type: {resave_commands(folder)}"
-    if "consolidated.safetensors" in names:
-        return "consolidated.safetensors, in Mistral's layout, which is not read; download the files named model*.safetensors too"
+    if any(re.fullmatch(r"pytorch_model-\d{5}-of-\d{5}\.bin", name) for name in names):
+        return f"shards of it without {PICKLED[1]}, which lists them; download that too"
+    if gguf := next((name for name in sorted(names) if name.endswith(".gguf")), None):
+        return f"a model in GGUF ({quoted(gguf, 60)}), which is not read; {ORIGINAL}"
+    if CONSOLIDATED in names:
+        return f"{CONSOLIDATED}, in Mistral's layout, whose configuration is {PARAMS}; download that too"
     if any(SHARD.fullmatch(path.name) for path in children(folder / "original")):
         return f"neither, but Meta's in original; type: {convert_command(folder / 'original', folder.name)}"
     others = [name for name in names if name.endswith((".safetensors", ".gguf", ".bin", ".pth", ".h5", ".msgpack"))]

@@ -15,6 +15,7 @@ import numpy as np
 from llama_jax.build import make_model
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
+from llama_jax.convert.once import open_checkpoint
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.sharding import make_mesh
@@ -72,7 +73,7 @@ class Model:
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
-        checkpoint = Checkpoint.find(path)
+        checkpoint = open_checkpoint(path)
         weights = checkpoint.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
         module = make_model(checkpoint.args, compute_dtype, mesh=laid, exact=exact)
@@ -235,7 +236,7 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
         raise UserError(f"draft_tokens: expected 1 to {MOST_GUESSES}, found {tokens}")
     if draft == LOOKUP:
         return Draft(tokens)
-    checkpoint = Checkpoint.find(draft)
+    checkpoint = open_checkpoint(draft)
     pieces, wanted = (
         [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
         for tokenizer in (checkpoint.tokenizer, target.tokenizer)

@@ -114,7 +114,7 @@ def logits_of_tokens(model: Llama, params: Any, token_ids: jax.Array, cache_dtyp
     Keys and values are rounded as a cache of ``cache_dtype`` would store them.
     """
     B, T = token_ids.shape
-    cache = empty_cache(model, jnp.zeros(B, jnp.int32), slots_read(T), cache_dtype)
+    cache = empty_cache(model, jnp.zeros(B, jnp.int32), slots_read(T), cache_dtype, jnp.full(B, T, jnp.int32))
     return next_logits(model, params, token_ids, cache, 0)[0]
 
 
@@ -192,7 +192,7 @@ def read_prompts(
     tokens = np.zeros((len(rows), longest), np.int32)
     for row, begin, (prompt, _, _) in zip(tokens, first, rows, strict=True):
         row[begin : begin + len(prompt)] = prompt
-    state = _state_on(mesh, model, make_sampler(rows, model.args.vocab_size), first, slots, cache_dtype)
+    state = _state_on(mesh, model, make_sampler(rows, model.args.vocab_size), first, slots, cache_dtype, lengths)
     logits, cache = state.logits, state.cache
     with meanwhile(state):
         for start in range(0, longest, tokens_a_pass()):
@@ -221,25 +221,41 @@ def _grown(cache: KVCache, slots: int) -> KVCache:
 
 @functools.partial(jax.jit, static_argnames=("mesh", "model", "slots", "cache_dtype"))
 def _state_on(
-    mesh: jax.sharding.Mesh, model: Llama, sampler: Sampler, first: ArrayLike, slots: int, cache_dtype: Any
+    mesh: jax.sharding.Mesh,
+    model: Llama,
+    sampler: Sampler,
+    first: ArrayLike,
+    slots: int,
+    cache_dtype: Any,
+    prompts: ArrayLike,
 ) -> DecodeState:
     """Build ``empty_state`` on the mesh. Each device creates its own part."""
-    state = empty_state(model, sampler, first, slots, cache_dtype)
+    state = empty_state(model, sampler, first, slots, cache_dtype, prompts)
     return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
 
 
-def empty_state(model: Llama, sampler: Sampler, first: ArrayLike, slots: int, cache_dtype: Any) -> DecodeState:
-    """Return the state before any prompt is read, for rows whose first tokens go to slots ``first`` [B]."""
+def empty_state(
+    model: Llama, sampler: Sampler, first: ArrayLike, slots: int, cache_dtype: Any, prompts: ArrayLike | None = None
+) -> DecodeState:
+    """Return the state before any prompt is read.
+
+    first: int32 [B], the slots that the rows' first tokens go to. prompts: int32 [B], the lengths of the prompts.
+    """
     first = jnp.asarray(first)
     B = len(first)
-    cache = empty_cache(model, first, slots, cache_dtype)
+    cache = empty_cache(model, first, slots, cache_dtype, None if prompts is None else jnp.asarray(prompts))
     logits = jnp.zeros((B, model.args.vocab_size), jnp.float32)
     return DecodeState(cache, logits, sampler, jnp.zeros(B, jnp.int32))
 
 
-def empty_cache(model: Llama, first: jax.Array, slots: int, cache_dtype: Any) -> KVCache:
-    """Return an empty cache of ``slots`` slots for rows whose first tokens go to slots ``first`` [B]."""
-    return KVCache.empty(model.args, first, slots, cache_dtype, exact=bool(model.exact_rows))
+def empty_cache(
+    model: Llama, first: jax.Array, slots: int, cache_dtype: Any, prompts: jax.Array | None = None
+) -> KVCache:
+    """Return an empty cache of ``slots`` slots for rows whose first tokens go to slots ``first`` [B].
+
+    prompts: int32 [B], the lengths of the prompts.
+    """
+    return KVCache.empty(model.args, first, slots, cache_dtype, bool(model.exact_rows), prompts)
 
 
 def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -43,7 +43,7 @@ def fitting_mesh(checkpoint: Checkpoint, model: Llama, weights: Weights) -> jax.
     need = bytes_of(_read_shapes(checkpoint, model, weights))
     if weights == "auto" and jax.default_backend() == "cpu" and dtype.itemsize < 4:
         need *= 3  # XLA on a CPU computes in float32, and keeps a float32 copy of narrower parameters.
-    spread = args.kv_heads, args.hidden_dim, args.vocab_size
+    spread = args.kv_heads, args.hidden_width, args.vocab_size
     counts = [n for n in range(1, len(devices) + 1) if not any(size % n for size in spread)]
     count = next((n for n in counts if need / n <= memory_of(devices[:n])), counts[-1])
     what = f"the parameters of {checkpoint.folder} need, computed in {dtype.name} on {count} device{'s'[: count > 1]},"
@@ -59,6 +59,4 @@ def _read_shapes(checkpoint: Checkpoint, model: Llama, weights: Weights) -> Any:
     """
     if checkpoint.weights != "auto":
         return checkpoint_shapes(model, checkpoint.weights)
-    name = "tok_embeddings" if model.args.tie_embeddings else "output"
-    stored = None if weights == "auto" else checkpoint.arrays("params").get(name)
-    return checkpoint_shapes(model, "auto", None if stored is None else stored.dtype)
+    return checkpoint_shapes(model, "auto", None if weights == "auto" else checkpoint.arrays("params"))

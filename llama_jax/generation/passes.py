@@ -161,7 +161,7 @@ def row_bytes(model: Llama, prompt: int, new: int, cache_dtype: Any = None) -> i
     if caches_grow():
         slots += slots // 2  # both sizes exist for a moment
     scores = 4 * args.n_heads * part * slots
-    hidden = 3 * part * args.hidden_dim * jnp.dtype(model.dtype).itemsize
+    hidden = 3 * part * args.hidden_width * jnp.dtype(model.dtype).itemsize
     sampler = 4 * VOCAB_ARRAYS * args.vocab_size
     return slots * slot_bytes(model, cache_dtype) + scores + hidden + sampler
 

@@ -4,7 +4,7 @@ L layers, D dim, N query heads, K KV heads, H head_dim, F hidden, V vocab.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from llama_jax.checkpoint import key_name
 from llama_jax.config import Weights
 from llama_jax.devices.sharding import mesh_of, parameter_shapes, spec
 from llama_jax.model import Llama
-from llama_jax.ops.parameters import is_norm
+from llama_jax.ops.parameters import is_vector
 from llama_jax.ops.quantize import Matrix, flat, quantize
 
 # Logical axes (devices/sharding.py) of the inputs and outputs of matrices. The embeddings have a row per token.
@@ -116,7 +116,7 @@ def _in_layers(path: KeyPath, form: Any) -> Any:
 def _form(path: KeyPath, w: Any, weights: Weights) -> Any:
     """Return an array of a checkpoint as a Matrix, with its layers still stacked.
 
-    Embeddings, norms and the parts of a Matrix are returned unchanged.
+    Embeddings, norms, biases and the parts of a Matrix are returned unchanged.
     """
     name = key_name(path[-1])
     if name not in AXES or name == "tok_embeddings":
@@ -136,19 +136,21 @@ def _quantized(w: jax.Array, inputs: int, weights: Weights, stacked: bool) -> Ma
     return jax.lax.map(lambda w: quantize(w, inputs, weights), w) if stacked else quantize(w, inputs, weights)
 
 
-def checkpoint_shapes(model: Llama, weights: Weights, dtype: Any = None) -> Any:
+def checkpoint_shapes(model: Llama, weights: Weights, stored: Mapping[str, Any] | None = None) -> Any:
     """Return the shapes and types in which generation reads the parameters of a checkpoint.
 
-    Weights of norms are float32. All others have the model's dtype. weights: the quantization of the checkpoint.
-    dtype: the type in which to read matrices other than embeddings, and tied embeddings. None: the model's.
+    Weights of norms and biases are float32. All others have the model's dtype. weights: the quantization of the
+    checkpoint. stored: the arrays of the checkpoint by name, in whose types to read tied embeddings, and matrices other
+    than embeddings. None: in the model's.
     """
-    tied = model.args.tie_embeddings
 
     def typed(path: KeyPath, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if is_norm(path):
+        if is_vector(path):
             return s
-        other = dtype is not None and (tied or key_name(path[-1]) != "tok_embeddings")
-        return jax.ShapeDtypeStruct(s.shape, dtype if other else model.dtype)
+        array = (stored or {}).get("/".join(map(key_name, path)))
+        if array is None or (key_name(path[-1]) == "tok_embeddings" and not model.args.tie_embeddings):
+            return jax.ShapeDtypeStruct(s.shape, model.dtype)
+        return jax.ShapeDtypeStruct(s.shape, array.dtype)
 
     shapes = tree_map_with_path(typed, parameter_shapes(model))
     if weights == "auto":

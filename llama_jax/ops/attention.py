@@ -69,7 +69,7 @@ def choose_kernel(
             "an NVIDIA GPU": platform == "cuda",
             "bfloat16": dtype == jnp.bfloat16,
             "mesh.sequence = 1": sequence_shards == 1,
-            "heads of up to 128 features, a multiple of 8": args.head_dim <= 128 and args.head_dim % 8 == 0,
+            "heads of up to 128 features, a multiple of 8": args.head_width <= 128 and args.head_width % 8 == 0,
             "an even number of positions beside data.document_mask": not (document_mask and length % 2),
         },
         "xla": {},
@@ -81,7 +81,7 @@ def choose_kernel(
         if not met:
             raise UserError(
                 f"train.attention: expected {need} for {asked}, found {platform}, {jnp.dtype(dtype).name}, "
-                f"{length} positions a device, heads of {args.head_dim} features; take another, or auto"
+                f"{length} positions a device, heads of {args.head_width} features; take another, or auto"
             )
     return asked
 

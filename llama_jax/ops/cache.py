@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from llama_jax.config import Cache, ModelArgs
 from llama_jax.ops.quantize import to_integers
+from llama_jax.rope_scaling import depends_on_length
 
 # The data type of keys and values for each setting. None: the type of activations.
 CACHE_DTYPES: dict[Cache, Any] = {"auto": None, "int8": jnp.int8}
@@ -89,20 +90,35 @@ class KVCache(flax.struct.PyTreeNode):
     v: tuple[KVArray, ...]
     slot: jax.Array  # int32 [], the slot to write next. In exact generation [B], one per row.
     first: jax.Array  # int32 [B], the slot of each row's first token
+    prompts: jax.Array | None = None  # int32 [B], the length of each row's prompt. None: no rotary frequency needs it.
 
     @classmethod
-    def empty(cls, args: ModelArgs, first: jax.Array, slots: int, dtype: jnp.dtype, exact: bool = False) -> "KVCache":
+    def empty(
+        cls,
+        args: ModelArgs,
+        first: jax.Array,
+        slots: int,
+        dtype: jnp.dtype,
+        exact: bool = False,
+        prompts: jax.Array | None = None,
+    ) -> "KVCache":
         """Return an empty cache of ``slots`` slots for rows whose first tokens go to slots ``first`` [B].
 
         dtype: the type of keys and values. int8: they are quantized. exact: whether generation is exact (exact.py).
+        prompts: int32 [B], the length of each row's prompt. It counts if rotary frequencies depend on it (rotary.py).
+        None: the rows have no prompts.
         """
-        shape = first.shape[0], args.kv_heads, slots, args.head_dim
+        shape = first.shape[0], args.kv_heads, slots, args.head_width
 
         def buffer() -> KVArray:
             return KVArray(jnp.zeros(shape, dtype), jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None)
 
         k, v = (tuple(buffer() for _ in range(args.n_layers)) for _ in range(2))
-        return cls(k, v, jnp.zeros(first.shape if exact else (), jnp.int32), first)
+        if not depends_on_length(args.rope_scaling):
+            prompts = None
+        elif prompts is None:
+            prompts = jnp.zeros_like(first)
+        return cls(k, v, jnp.zeros(first.shape if exact else (), jnp.int32), first, prompts)
 
     @property
     def slots(self) -> int:
@@ -141,7 +157,7 @@ class KVCache(flax.struct.PyTreeNode):
             k, v = jax.tree.map(after_x, (k, v))
             k = tuple(slots.write(tokens, self.slot) for slots, tokens in zip(self.k, k, strict=True))
             v = tuple(slots.write(tokens, self.slot) for slots, tokens in zip(self.v, v, strict=True))
-        return KVCache(k, v, self.slot + x.shape[1], self.first)
+        return self.replace(k=k, v=v, slot=self.slot + x.shape[1])
 
     def grown(self, slots: int) -> "KVCache":
         """Return the cache with its buffers enlarged to ``slots`` slots. New slots are empty."""

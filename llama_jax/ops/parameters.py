@@ -1,4 +1,4 @@
-"""Declares the parameters of Flax modules, splits stacked layers, and tells norms from matrices."""
+"""Declares the parameters of Flax modules, splits stacked layers, and tells vectors from matrices."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -41,6 +41,14 @@ def norm_weight(module: nn.Module, name: str, dim: int) -> jax.Array:
     return cast(jax.Array, _parameter(module, name, nn.initializers.ones, {"norm": dim}))
 
 
+def bias(module: nn.Module, name: str, has: bool, **axes: int) -> jax.Array | None:
+    """Return the bias ``name`` of a product, float32, initialised with zeros. None if the model has none.
+
+    ``axes`` gives the size of each of its logical axes, in order.
+    """
+    return cast(jax.Array, _parameter(module, name, nn.initializers.zeros, axes)) if has else None
+
+
 def _parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, axes: dict[str, int]) -> Weight:
     shape = tuple(axes.values())
     if not module.has_variable("params", name):
@@ -58,6 +66,9 @@ def one_by_one(layers: Any) -> tuple[Any, ...]:
     return tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(len(jax.tree.leaves(layers)[0])))
 
 
-def is_norm(path: Sequence[Any]) -> bool:
-    """Return whether the parameter at ``path`` in the tree is the weight of an RMSNorm. All others are matrices."""
-    return "norm" in path[-1].key
+def is_vector(path: Sequence[Any]) -> bool:
+    """Return whether the parameter at ``path`` in the tree is the weight of an RMSNorm or a bias.
+
+    All others are matrices.
+    """
+    return "norm" in path[-1].key or "bias" in path[-1].key

@@ -174,7 +174,7 @@ def _cuts(config: Config, topology: Topology) -> Iterator[tuple[Topology, int, i
 
 def _spreads(config: Config, chips: int) -> bool:
     m = config.model
-    return not any(size % chips for size in (m.kv_heads, m.hidden_dim, m.vocab_size))
+    return not any(size % chips for size in (m.kv_heads, m.hidden_width, m.vocab_size))
 
 
 def _most_sequences(config: Config, topology: Topology, decoding: Decoding, whole: bool) -> int:

@@ -19,14 +19,14 @@ TENSOR = (1, 2, 4, 8)
 SEQUENCE = (1, 2, 4, 8)
 # A device gets a part of a sequence of at least this many positions.
 FEWEST_POSITIONS = 4096
-# Features per token and layer that a policy keeps besides the residual stream, as a function of D, keys and values, F,
-# and t tensor shards.
+# Features per token and layer that a policy keeps besides the residual stream, as a function of D, the features
+# Q of all query heads, keys and values, F, and t tensor shards.
 KEPT = {
-    "none": lambda D, KV, F, t: 9 * D + (3 * D + KV + 6 * F) / t,
-    "dots": lambda D, KV, F, t: D + (2 * D + KV + 2 * F) / t,
-    "attention": lambda D, KV, F, t: D + (2 * D + KV) / t,
-    "offload": lambda D, KV, F, t: 0,
-    "full": lambda D, KV, F, t: 0,
+    "none": lambda D, Q, KV, F, t: 9 * D + (3 * Q + KV + 6 * F) / t,
+    "dots": lambda D, Q, KV, F, t: D + (2 * Q + KV + 2 * F) / t,
+    "attention": lambda D, Q, KV, F, t: D + (2 * Q + KV) / t,
+    "offload": lambda D, Q, KV, F, t: 0,
+    "full": lambda D, Q, KV, F, t: 0,
 }
 
 
@@ -95,7 +95,7 @@ def meshes(config: Config, chips: int) -> Iterator[MeshArgs]:
     Its tensor and sequence axes may be as large as the current ones.
     """
     m, now = config.model, config.mesh
-    widths = (chips, m.n_heads, m.kv_heads, m.hidden_dim, m.vocab_size)
+    widths = (chips, m.n_heads, m.kv_heads, m.hidden_width, m.vocab_size)
     for tensor in sorted({*TENSOR, max(1, now.tensor)}):
         if any(size % tensor for size in widths):
             continue
@@ -115,11 +115,11 @@ def training_bytes(config: Config) -> float:
     rows, t = rows_of(config), mesh.tensor
     tokens = rows * m.max_seq_len / mesh.sequence
     size = 4 if train.compute_dtype == "float32" else 2
-    keys_and_values = 2 * m.kv_heads * m.head_dim
-    kept = m.dim + KEPT[train.remat](m.dim, keys_and_values, m.hidden_dim, t)
+    keys_and_values = 2 * m.kv_heads * m.head_width
+    kept = m.dim + KEPT[train.remat](m.dim, m.n_heads * m.head_width, keys_and_values, m.hidden_width, t)
     tables = 1 if m.tie_embeddings else 2
     layer = (count_parameters(m) - tables * m.vocab_size * m.dim) / m.n_layers
-    working = 2 * size * layer / t + size * tokens * (3 * m.hidden_dim / t + 6 * m.dim)
+    working = 2 * size * layer / t + size * tokens * (3 * m.hidden_width / t + 6 * m.dim)
     if mesh.sequence > 1:
         working += size * rows * m.max_seq_len * keys_and_values / t
     vocabulary = 8 * m.vocab_size * m.dim / t
@@ -134,14 +134,14 @@ def training_seconds(config: Config, topology: Topology) -> float:
     rows, parameters = rows_of(config), count_parameters(m)
     tokens = rows * m.max_seq_len / mesh.sequence
     forward = train_flops_per_token(m) / 3
-    feed_forward = 4.0 * m.n_layers * m.dim * m.hidden_dim
+    feed_forward = 4.0 * m.n_layers * m.dim * m.hidden_width
     again = {"full": forward, "attention": feed_forward, "offload": feed_forward}.get(train.remat, 0.0)
     compute = tokens * (3 * forward + again) / mesh.tensor / chip.peak_flops
     links = chip.link_bytes * chip.torus_axes
     gathers = 4 * 2 * parameters / mesh.tensor / links if mesh.fsdp > 1 else 0.0
     sums = 4 * m.n_layers * 2 * 2 * tokens * m.dim / chip.link_bytes if mesh.tensor > 1 else 0.0
     if mesh.sequence > 1:
-        keys_and_values = 2 * rows * m.max_seq_len * 2 * m.kv_heads * m.head_dim / mesh.tensor
+        keys_and_values = 2 * rows * m.max_seq_len * 2 * m.kv_heads * m.head_width / mesh.tensor
         sums += 4 * m.n_layers * keys_and_values / chip.link_bytes
     copies = mesh.data * mesh.sequence > 1
     across = 2 * 4 * parameters / (mesh.fsdp * mesh.tensor) / links if copies else 0.0

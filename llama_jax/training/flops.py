@@ -10,12 +10,12 @@ from llama_jax.devices.chips import PEAK_FLOPS
 def train_flops_per_token(args: ModelArgs) -> float:
     """Return the FLOPs of the forward and backward pass per token.
 
-    6 x (parameters without the embedding) + 6 x L x T x D for causal attention. Attention counts visible pairs only,
+    6 x (parameters without the embedding) + 6 x L x T x N H for causal attention. Attention counts visible pairs only,
     half of the square, or fewer with a sliding window; recomputation is not counted. Tied embeddings count once, as the
     output matrix. For 7B at 4096 this is 42.9e9.
     """
     matrices = count_parameters(args) - (0 if args.tie_embeddings else args.vocab_size * args.dim)
-    return 6.0 * matrices + 12.0 * args.n_layers * args.dim * keys_per_query(args)
+    return 6.0 * matrices + 12.0 * args.n_layers * args.n_heads * args.head_width * keys_per_query(args)
 
 
 def keys_per_query(args: ModelArgs) -> float:

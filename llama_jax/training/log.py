@@ -21,6 +21,7 @@ from llama_jax.data.summary import documents_text, held_out_text, remarks, repea
 from llama_jax.devices.compiling import platform_of
 from llama_jax.devices.memory import check_memory
 from llama_jax.devices.sharding import describe
+from llama_jax.foreign.family import constants_of
 from llama_jax.model import Llama
 from llama_jax.ops.attention import choose_kernel
 from llama_jax.programs import typed
@@ -50,7 +51,7 @@ def announce(settled: Settled, data: AnyData, mesh: jax.sharding.Mesh, module: L
         (
             "model",
             f"{count_parameters(model):,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, "
-            f"{model.kv_heads} kv heads, context {model.max_seq_len}{model.remarks}",
+            + ", ".join([f"{model.kv_heads} kv heads", *constants_of(model), f"context {model.max_seq_len}"]),
         ),
         (
             "text",

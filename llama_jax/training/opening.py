@@ -20,6 +20,7 @@ import jax
 from llama_jax.checkpoint import DAMAGED, ORIGIN, Checkpoint, steps_in
 from llama_jax.cli.progress import working
 from llama_jax.config import Config, ModelArgs, TrainArgs
+from llama_jax.convert.once import model_arguments, open_checkpoint
 from llama_jax.data import Origin
 from llama_jax.data.opened import origins
 from llama_jax.devices.distributed import on_main
@@ -107,12 +108,13 @@ def starting_model(train: TrainArgs) -> ModelArgs:
     folder = RunFolder(train.save_dir)
     begun = children(folder.checkpoints) or folder.read_record().saved
     stored = folder.stored_config() if begun else None
-    return base_of(train).args if stored is None else stored.model
+    # JAX must not start before the processes of a job have met, so that nothing is converted here.
+    return model_arguments(train.init_from) if stored is None else stored.model
 
 
 def base_of(train: TrainArgs) -> Checkpoint:
     """Return the checkpoint of ``init_from``. Raises UserError if there is none or its matrices are quantized."""
-    checkpoint = Checkpoint.find(train.init_from)
+    checkpoint = open_checkpoint(train.init_from)
     checkpoint.check_plain("train.init_from")
     return checkpoint
 

@@ -28,7 +28,7 @@ from llama_jax.devices.sharding import (
 )
 from llama_jax.model import Llama
 from llama_jax.ops.loss import loss_sum
-from llama_jax.ops.parameters import is_norm
+from llama_jax.ops.parameters import is_vector
 from llama_jax.training.bad_steps import LossHistory, watched
 
 
@@ -85,7 +85,7 @@ def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> op
             b2=args.beta2,
             eps=args.eps,
             weight_decay=args.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: not is_norm(path), params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: not is_vector(path), params),
         ),
     )
     return watched(adamw, args)

@@ -100,17 +100,17 @@ def test_copies_of_documents_across_the_split_are_counted(tmp_path: Path, small_
 def test_copies_among_many_documents_are_estimated_in_bounded_memory() -> None:
     train, held_out = Digests(limit=500), Digests(limit=500)
     for i in range(20_000):
-        train.add(Part(f"document {i}", 1, True, True))
+        train.add([Part(f"document {i}", 1, True, True)])
     for i in range(15_000, 25_000):
-        held_out.add(Part(f"document {i}", 1, True, True))
+        held_out.add([Part(f"document {i}", 1, True, True)])
     assert len(train._kept) <= 500 * 8 and len(held_out._kept) <= 500 * 8
     assert 3_500 < train.copies_in(held_out) < 6_500  # 5,000
 
 
 def test_an_unfinished_document_is_no_copy() -> None:
     train, held_out = Digests(), Digests()
-    train.add(Part("the fox", 7, True, False))
-    held_out.add(Part("the fox", 7, True, True))
+    train.add([Part("the fox", 7, True, False)])
+    held_out.add([Part("the fox", 7, True, True)])
     assert train.copies_in(held_out) == 0
 
 

@@ -378,14 +378,25 @@ class Cluster:
             time.sleep(0.01)
         self.nodes.remove(node)
 
-    def encoding(self) -> list[int]:
-        """Processes of the nodes that encode."""
-        found = []
-        for pid in (pid for node in self.nodes for pid in processes_of(node.pid)):
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::encode"):
-                    found.append(pid)
-        return found
+    def encoding(self, *nodes: "subprocess.Popen[str]") -> list[int]:
+        """Processes of the nodes, or of all nodes, that encode."""
+        return [pid for node in nodes or self.nodes for pid in processes_of(node.pid) if encodes(pid)]
+
+    def stop_in_a_task(self, node: "subprocess.Popen[str]") -> bool:
+        """Stop a process of the node in the middle of a task, which then cannot end before the node does."""
+        for pid in self.encoding(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                if encodes(pid):
+                    return True
+                os.kill(pid, signal.SIGCONT)
+        return False
+
+
+def encodes(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::encode")
+    return False
 
 
 def processes_of(session: int) -> list[int]:
@@ -462,7 +473,7 @@ def test_a_node_that_is_killed_at_random_moments_leaves_no_trace_in_the_shards(
     for moment in range(5):
         output, goal = tmp_path / str(moment), rng.randrange(0, tasks * 3 // 4)
         process = command(folder, output, small_tokenizer, cluster.address)
-        wait_for(lambda output=output, goal=goal: cluster.encoding() and done_in(output) >= goal)
+        wait_for(lambda output=output, goal=goal: done_in(output) >= goal and cluster.stop_in_a_task(cluster.nodes[1]))
         cluster.kill(cluster.nodes[1])
         out, err = process.communicate(timeout=200)
         assert (process.returncode, err) == (0, ""), err

@@ -362,8 +362,8 @@ def test_several_starts_in_one_folder_some_of_them_killed_end_in_the_tokens_of_a
             _, err = process.communicate(60)
             if process not in killed:
                 assert process.returncode == 0 or (process.returncode == 2 and "in use" in err), err
-        if not any(process.returncode == 0 for process in started):
-            assert forked.run([*flags, f"out{round}"], tmp_path).returncode == 0
+        # The last to own the folder may be one that was killed.
+        assert forked.run([*flags, f"out{round}"], tmp_path).returncode == 0
         assert contents(tmp_path / f"out{round}") == contents(tmp_path / "undisturbed")
 
 

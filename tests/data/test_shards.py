@@ -292,6 +292,12 @@ def test_parts_of_something_else_are_refused(
         main(["prepare", *flags, "--tokenizer-model-path", str(small_tokenizer.model_path), *more])
 
 
+def test_a_part_with_a_separator_that_occurs_nowhere_is_refused_and_makes_nothing(folder, tmp_path, small_tokenizer):
+    with pytest.raises(UserError, match="expected what stands between documents"):
+        part(folder, tmp_path / "out", "1/2", small_tokenizer, "a.txt", "--separator", "<|end|>")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_text_that_changes_between_the_parts_is_refused(folder, tmp_path, small_tokenizer):
     shutil.copy(folder / "a.jsonl", tmp_path / "a.jsonl")
     part(tmp_path, tmp_path / "out", "1/2", small_tokenizer)

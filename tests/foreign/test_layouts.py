@@ -23,7 +23,7 @@ from tests.convert.test_convert import random_weights, write_meta_folder
 
 ARGS = ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, multiple_of=8, vocab_size=400, max_seq_len=64)
 CONFIG = {
-    "model_type": "llama", "hidden_size": 16, "intermediate_size": ARGS.hidden_dim, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": ARGS.hidden_width, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "vocab_size": 400, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "torch_dtype": "float32",
 }  # fmt: skip
 NORM = next(tensor for tensor in TABLE if tensor.name == "norm")
@@ -84,11 +84,13 @@ def meta(folder: Path) -> None:
 
 
 def params(folder: Path) -> None:
-    (folder / "params.json").write_text("{}")
+    table = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "multiple_of": 8, "norm_eps": 1e-5}
+    (folder / "params.json").write_text(json.dumps(table))
 
 
 def mistral(folder: Path) -> None:
-    save(folder / "consolidated.safetensors", marked(5))
+    weights = random_weights(ARGS, np.dtype("<f4")) | {"norm.weight": np.full(16, 5, np.float32)}
+    save(folder / "consolidated.safetensors", weights)
 
 
 def original(folder: Path) -> None:
@@ -151,10 +153,10 @@ def test_what_transformers_loads_is_read_and_nothing_else(
     except UserError as error:
         assert "expected" in str(error) and "found" in str(error)
         # What this project can read is not refused for what lies beside it.
-        assert theirs in (None, 3) and not (meta in parts and pickled not in parts), error
+        assert theirs is None and meta not in parts and not {mistral, params} <= set(parts), error
         return
-    assert found == (4 if theirs is None else theirs)
-    assert "not read" in said or set(parts) <= {config, whole, sharded, stale, meta, original, params}
+    assert found == (theirs or (4 if meta in parts else 5))
+    assert "not read" in said or set(parts) <= {config, whole, sharded, stale, pickled, meta, original, params, mistral}
     passed_over = {
         whole: "model.safetensors",
         pickled: "pytorch_model.bin",
@@ -181,16 +183,15 @@ def test_the_layout_chooses_between_two_models(folder: Path) -> None:
     whole(folder)
     meta(folder)
     with opened(folder) as source:
-        assert mark(source) == 1 and source.family == "LLaMA, in Hugging Face's layout"
+        assert mark(source) == 1 and source.family.startswith("LLaMA") and "(config.json)" in source.family
     with opened(folder, layout="meta") as source:
-        assert mark(source) == 4 and source.family == "LLaMA, in Meta's layout"
-    (folder / "pytorch_model.bin").write_bytes(b"PK")
+        assert mark(source) == 4 and source.family.startswith("LLaMA") and "(params.json)" in source.family
+    pickled(folder)
+    with opened(folder) as source:
+        assert mark(source) == 1 and "not read: consolidated.00.pth, params.json, pytorch_model.bin" in source.decided
     (folder / "model.safetensors").unlink()
-    with (
-        pytest.raises(UserError, match=r"consolidated\.00\.pth and Hugging Face's pytorch_model\.bin.*--layout meta"),
-        opened(folder),
-    ):
-        pass
+    with opened(folder) as source:
+        assert mark(source) == 3 and "pytorch_model.bin, which transformers would load" in source.decided
 
 
 def test_a_folder_of_links_is_read_as_hugging_faces_cache_has_it(folder: Path, tmp_path: Path) -> None:
