@@ -10,6 +10,7 @@ B rows, T tokens that are checked together, V vocab.
 
 import functools
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,15 +68,16 @@ def generate_speculatively(
     rows: Sequence[Row],
     max_new_tokens: int,
     draft: Draft,
-    eos_id: int,
+    end_ids: Sequence[AbstractSet[int]],
     cache_dtype: Any = None,
 ) -> Iterator[Sampled]:
     """Yield what ``generate_chunks`` yields, in chunks as long as the guesses were right. All rows advance equally.
 
-    Rows that have produced EOS do not limit the chunk.
+    end_ids: the tokens that end each row. Rows that have produced one do not limit the chunk.
     """
     mesh, count = mesh_of(params), len(rows)
     rows = pad_rows(rows, mesh)
+    end_ids = [*end_ids, *[end_ids[-1]] * (len(rows) - count)]
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     slots = slots_read(longest + max_new_tokens + draft.tokens + 1)
     with on_mesh(mesh):
@@ -92,7 +94,9 @@ def generate_speculatively(
         made += ids.shape[1]
         if made >= max_new_tokens:
             return
-        waited_for = np.array([eos_id not in text[len(text) - made :] for text in texts])
+        waited_for = np.array(
+            [ends.isdisjoint(text[len(text) - made :]) for ends, text in zip(end_ids, texts, strict=True)]
+        )
         with on_mesh(mesh):
             guessed = guesser.guess(texts, state)
             fed = np.concatenate([[[text[-1]] for text in texts], guessed], axis=1).astype(np.int32)
