@@ -5,7 +5,7 @@ import functools
 import io
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -85,20 +85,42 @@ class Tokenizer:
             sp.is_control(token_id) or sp.is_unknown(token_id) or sp.is_byte(token_id) or sp.is_unused(token_id)
         )
 
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """The files that a checkpoint keeps, by name."""
+        return {"tokenizer.model": self.model_bytes}
+
+    @functools.cached_property
+    def specials(self) -> Mapping[str, int]:
+        """The ids of the control tokens by their texts, such as "<s>". In plain text these texts are text."""
+        sp = self._sp
+        return {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i) or sp.is_unknown(i)}
+
     @functools.cached_property
     def byte_ids(self) -> list[int]:
         """The ids of the tokens that stand for single bytes of UTF-8."""
         return [i for i in range(self._sp.vocab_size()) if self._sp.is_byte(i)]
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+    def encode(self, text: str, bos: bool = True, eos: bool = False, specials: bool = False) -> list[int]:
         """Return the token ids of ``text``, with BOS first and EOS last if asked.
 
-        ``decode`` restores the text, except U+2581, which SentencePiece uses for a space. Lone surrogates, which UTF-8
-        cannot represent, become U+FFFD.
+        ``specials``: the texts of special tokens that stand in ``text``, such as "<s>", become these tokens. Otherwise
+        they are text. ``decode`` restores the text, except U+2581, which SentencePiece uses for a space. Lone
+        surrogates, which UTF-8 cannot represent, become U+FFFD.
         """
-        parts = list(split_text(clean(text)))
-        ids, _ = self.encode_batch(parts, _starts(parts))
-        return [self.bos_id] * bos + ids.tolist() + [self.eos_id] * eos
+        ids: list[int] = []
+        for stretch in self._special_pattern.split(clean(text)) if specials else [clean(text)]:
+            if specials and stretch in self.specials:
+                ids.append(self.specials[stretch])
+            else:
+                parts = list(split_text(stretch))
+                ids += self.encode_batch(parts, _starts(parts))[0].tolist()
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        """A pattern of the special tokens' texts, the longest first."""
+        return re.compile(f"({'|'.join(map(re.escape, sorted(self.specials, key=len, reverse=True)))})")
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Return ``encode(text)`` for each text. It is several times faster for many short texts."""
@@ -163,16 +185,22 @@ class Tokenizer:
                 return False
         return True
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """Return the text of token ids. Control tokens such as BOS and EOS have none; invalid UTF-8 becomes U+FFFD.
 
-        Raises UserError on an id outside the vocabulary.
+        ``specials``: the texts of control tokens are shown. Raises UserError on an id outside the vocabulary.
         """
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise UserError(f"token id: expected 0 to {self.vocab_size - 1}, found {i}")
-        return self._sp.decode(ids)
+        if not specials:
+            return self._sp.decode(ids)
+        shown = set(self.specials.values())
+        groups = itertools.groupby(ids, shown.__contains__)
+        return "".join(
+            "".join(map(self.piece, group)) if special else self._sp.decode([*group]) for special, group in groups
+        )
 
     def stream(self, prompt_ids: Sequence[int]) -> "TextStream":
         """Return a stream that decodes the tokens after ``prompt_ids`` piece by piece."""
