@@ -2,10 +2,11 @@
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from llama_jax.chat.formats import read_template
 from llama_jax.cli.progress import Progress
 from llama_jax.config import Weights
 from llama_jax.convert import summary
@@ -47,6 +48,8 @@ class ConvertArgs:
     tokenizer: str = ""
     """Path of the SentencePiece model. Empty: tokenizer.model next to the weights.
     If there is no vocabulary next to them, the one in the folder above."""
+    chat_template: str = ""
+    """Chat template to keep, instead of the input's own: a file, or llama2, llama3, chatml, zephyr or vicuna."""
     max_seq_len: int = 0
     """Context length, in tokens. 0: use the input's value, else 4096."""
     shards: int = 1
@@ -78,7 +81,7 @@ def convert(args: ConvertArgs) -> None:
     folder = location(args.input)
     note = skip_absent_tpu("converting")
     with contextlib.ExitStack() as stack:
-        source = open_source(folder, args, stack)
+        source = _with_template(open_source(folder, args, stack), args)
         if isinstance(source, OwnSource) and not args.dry_run:
             _check_outside(output, folder)
         summary.announce(source, args.to, output, args.weights)
@@ -116,6 +119,17 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
         )
     kind = HuggingFaceSource if found.layout == "huggingface" else MetaSource
     return kind(folder, found.decided, args.tokenizer, args.max_seq_len, stack)
+
+
+def _with_template(source: Source, args: ConvertArgs) -> Source:
+    """Return the source with the chat template of --chat-template, and with warnings about templates."""
+    if args.chat_template:
+        template, notes = read_template(args.chat_template, source.tokenizer)
+        source.chat = replace(source.chat, template=template)
+        source.warnings += notes
+    if args.to == "meta" and (source.chat.template or source.chat.end_ids):
+        source.warnings.append("Meta's layout has no place for a chat template and end tokens, which are left out")
+    return source
 
 
 def _own(folder: Path, args: ConvertArgs) -> OwnSource:

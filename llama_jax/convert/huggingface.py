@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.chat.formats import TEMPLATE, tokens_of
 from llama_jax.convert.layout import Tensor, all_tensors
 from llama_jax.convert.safetensors import SafetensorsFile, SafetensorsWriter
 from llama_jax.convert.source import ReadBlocks, Source, raise_together
 from llama_jax.errors import quoted
+from llama_jax.foreign.chat_files import read_chat
 from llama_jax.foreign.config_json import QUANTIZED, read_config, stated, stored_type
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import CONFIG, INDEX, SINGLE, index_of, weight_files
@@ -44,12 +46,13 @@ class HuggingFaceSource:
         raise_together(folder, CONFIG, stated(table), list(self._errors()))
         self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
+        self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size)
         self.dtype = self._stored(EMBEDDINGS if EMBEDDINGS in self._places else OUTPUT).dtype
         self.family = "LLaMA, in Hugging Face's layout"
         self.decided = decided
         self.description = f"{folder}: {len(names)} file{'s'[: len(names) > 1]}"
         self.unknown = list(config.unknown)
-        self.warnings = [*config.warnings, *self._remarks(folder, stored_type(table)), *said]
+        self.warnings = [*config.warnings, *self._remarks(folder, stored_type(table)), *said, *of_chat]
         self.checklists: list[Path] = []
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
@@ -140,7 +143,7 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
     write_atomically(folder / "config.json", json.dumps(_config(source), indent=2))
     generation = {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": _end_ids(source),
         "do_sample": True,
         "temperature": 0.6,
         "top_p": 0.9,
@@ -153,6 +156,8 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
         folder / "tokenizer_config.json", json.dumps(_tokenizer_config(source, table is not None), indent=2)
     )
     write_atomically(folder / "tokenizer.model", tokenizer.model_bytes)
+    if source.chat.template:
+        write_atomically(folder / TEMPLATE, source.chat.template)
     if table is None:
         return (
             f"tokenizer.json is not written, since none would encode like tokenizer.model ({reason}): encode with sentencepiece; "
@@ -198,25 +203,29 @@ def _config(source: Source) -> dict[str, Any]:
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": _end_ids(source),
         "torch_dtype": source.dtype.name,
         "dtype": source.dtype.name,
     }
 
 
+def _end_ids(source: Source) -> int | list[int]:
+    """Return eos_token_id: a number, or a list of several."""
+    ends = source.chat.end_ids or (source.tokenizer.eos_id,)
+    return ends[0] if len(ends) == 1 else list(ends)
+
+
 def _tokenizer_config(source: Source, whole: bool) -> dict[str, Any]:
     """Return tokenizer_config.json. ``whole``: tokenizer.json exists, so transformers need not build it."""
-    tokenizer, pieces = source.tokenizer, source.tokenizer.piece
+    tokens = tokens_of(source.tokenizer) | dict(source.chat.tokens)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast" if whole else "LlamaTokenizer",
-        "bos_token": pieces(tokenizer.bos_id),
-        "eos_token": pieces(tokenizer.eos_id),
-        "unk_token": pieces(tokenizer.unk_id),
+        **tokens,
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        # "<s>" in a text is text, as in tokenizer.model.
-        "split_special_tokens": True,
+        # "<s>" in a text is text, as in tokenizer.model. A chat template's must be a token, and transformers has one rule.
+        "split_special_tokens": not source.chat.template,
         "legacy": True,
         "model_max_length": source.args.max_seq_len,
         "sp_model_kwargs": {},

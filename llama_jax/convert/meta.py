@@ -15,6 +15,7 @@ from llama_jax.convert.layout import TABLE, Tensor, all_tensors, halves_to_inter
 from llama_jax.convert.source import ReadBlocks, Source, raise_together
 from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.chat_files import metas_chat
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import PARAMS, shard_files
 from llama_jax.foreign.params_json import check_params, read_params, stated, write_params
@@ -38,6 +39,7 @@ class MetaSource:
         raise_together(folder, PARAMS, stated(table), list(self._errors()))
         self.tokenizer, said = find_tokenizer(tokenizer, folder)
         check_vocabulary(self.args, self.tokenizer, folder)
+        self.chat = metas_chat(self.tokenizer)
         self.dtype = self._view(0, TABLE[0].meta).storage.dtype
         self.family = "LLaMA, in Meta's layout"
         self.decided = decided

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from llama_jax.chat.formats import ChatSetup
 from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import Tensor
 from llama_jax.errors import UserError
@@ -19,6 +20,8 @@ class Source(Protocol):
     args: ModelArgs
     dtype: np.dtype
     tokenizer: Tokenizer
+    chat: ChatSetup
+    """Its chat template and end tokens."""
     family: str
     """The model family and layout, for the report."""
     decided: str

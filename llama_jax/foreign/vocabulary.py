@@ -197,8 +197,9 @@ def _contradictions(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
             ids = number if isinstance(number, list) else [] if number is None else [number]
             if text is not None and text != tokenizer.piece(ours):
                 yield f"{name} has {token}_token {quoted(text, 30)}, the tokenizer {quoted(tokenizer.piece(ours), 30)}, which is used"
+            used = "which is used" if token == "bos" else "which training adds; completions end with the file's"
             if ids and ids != [ours]:
-                yield f"{name} has {token}_token_id {quoted(number, 40)}, the tokenizer {ours}, which is used"
+                yield f"{name} has {token}_token_id {quoted(number, 40)}, the tokenizer {ours}, {used}"
 
 
 def _small_files(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:

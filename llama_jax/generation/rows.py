@@ -22,7 +22,8 @@ class Completion:
     logprobs: list[float]
     """Natural logarithm of each token's probability under the model, before temperature and other changes."""
     finish_reason: str
-    """"stop": the model ended with EOS or another end token, or came to a stop string; "length": max_new_tokens or the context came first;
+    """"stop": the model ended with EOS or another end token, or came to a stop string;
+    "length": max_new_tokens or the context came first;
     "too_long": the prompt filled the context and was skipped (sample.py --too-long skip)."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import AnyData, Data, load_data, open_data
@@ -156,6 +157,13 @@ def first_state(
         with base.verified():
             params = base.restore("params", shapes.params)
     return init_state(module, optimizer, mesh, seed, params)
+
+
+def chat_of(opened: Opened, base: Checkpoint | None) -> ChatSetup:
+    """Return the chat template and end tokens of the run: those of the checkpoint that it began with."""
+    if opened.start:
+        return Checkpoint.find(opened.folder.checkpoints / str(opened.start)).chat
+    return ChatSetup() if base is None else base.chat
 
 
 def first_words(config: Config, data: AnyData) -> str:
