@@ -32,17 +32,28 @@ def encode_rendered(tokenizer: Tokenizer, render: Render, messages: Sequence[Mes
     text = render(messages)
     specials = tokenizer.specials
     own = own_spans(text, render, messages, tuple(specials))
-    if own == spans(text, tuple(specials)):
+    names = {text[begin:end] for begin, end in own}
+    # Ordinary tokens that somebody has added are found in every text, but not those that the template writes itself.
+    kept = {name for name, i in specials.items() if not tokenizer.is_text(i)} | names
+    typed = [text[begin:end] for begin, end in set(spans(text, tuple(specials))) - set(own)]
+    if kept.isdisjoint(typed):
         return tokenizer.encode(text, bos=False, specials=True)
     ids: list[int] = []
-    starts = _starts_anew(tokenizer)
+    fresh = _starts_anew(tokenizer)
     for start, (begin, end) in zip([0, *(end for _, end in own)], [*own, (len(text), len(text))], strict=True):
         if start < begin:
-            part = text[start:begin]
-            ids += tokenizer.encode_parts([part], [starts or start == 0])[0]
+            parts = _cut(text[start:begin], tuple(name for name in names if tokenizer.is_text(specials[name])))
+            starts = [fresh or start == 0] + [False] * (len(parts) - 1)
+            ids += itertools.chain.from_iterable(tokenizer.encode_parts(parts, starts))
         if begin < end:
             ids.append(specials[text[begin:end]])
     return ids
+
+
+def _cut(text: str, names: tuple[str, ...]) -> list[str]:
+    """Return ``text`` in parts, none of which holds one of ``names`` whole."""
+    cuts = [begin + 1 for begin, end in spans(text, names) if end - begin > 1]
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 def own_spans(text: str, render: Render, messages: Sequence[Message], specials: tuple[str, ...]) -> list[Span]:
@@ -134,5 +145,7 @@ def _first_special(messages: Sequence[Message], specials: tuple[str, ...]) -> st
 
 def _starts_anew(tokenizer: Tokenizer) -> bool:
     """Return whether text behind a special token is encoded like a text of its own, as most tokenizers do."""
-    special = next(iter(tokenizer.specials))
-    return tokenizer.encode(f"{special}a", bos=False, specials=True)[1:] == tokenizer.encode("a", bos=False)
+    special = next(iter(tokenizer.specials), "")
+    return not special or tokenizer.encode(f"{special}a", bos=False, specials=True)[1:] == tokenizer.encode(
+        "a", bos=False
+    )

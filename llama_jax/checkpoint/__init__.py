@@ -2,7 +2,7 @@
 
     <step>/params/                  the parameters: model.py's tree in float32, or quantized
     <step>/model/model.json         the model arguments, and "weights" if they are quantized
-    <step>/model/tokenizer.model    the tokenizer
+    <step>/model/tokenizer.model    the tokenizer, or the files of another kind: tokenizer.json, tokenizer_config.json, ...
     <step>/model/chat_template.jinja  its chat template, if it has one
     <step>/model/generation.json    its end tokens, if they are not the tokenizer's (chat/formats.py)
     <step>/model/origin.json        the run that made it and its training text, if a run made it
@@ -36,7 +36,7 @@ from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.folders import found_in
 from llama_jax.storage import checksums
 from llama_jax.storage.locations import absolute, children, is_remote, location, user_errors
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import Tokenizer, kept_tokenizer
 
 ORIGIN = "origin.json"
 # The key of model.json which says that checksums.json is written last.
@@ -54,8 +54,7 @@ class ModelFilesHandler(ocp.CheckpointHandler):
         folder = epath.Path(directory)
         table = dataclasses.asdict(args.model) | ({} if args.weights == "auto" else {"weights": args.weights})
         (folder / "model.json").write_text(json.dumps(table | {PROMISE: True}, indent=1))
-        (folder / "tokenizer.model").write_bytes(args.tokenizer.model_bytes)
-        for name, content in args.chat.files.items():
+        for name, content in {**args.tokenizer.files, **args.chat.files}.items():
             (folder / name).write_bytes(content)
         if args.origin:
             (folder / ORIGIN).write_text(json.dumps(args.origin, indent=1))
@@ -125,11 +124,7 @@ class Checkpoint:
             )
         args = from_dict(ModelArgs, table, str(source))
         args.check()
-        tokenizer = Tokenizer(folder / "model" / "tokenizer.model")
-        if tokenizer.vocab_size != args.vocab_size:
-            raise UserError(
-                f"{source}: expected vocab_size {tokenizer.vocab_size}, the size of its tokenizer, found {args.vocab_size}"
-            )
+        tokenizer = kept_tokenizer(folder / "model" / "tokenizer.model").within(args.vocab_size)
         with user_errors(folder, "read"):
             chat = ChatSetup.read(folder / "model")
         return cls(folder, args, tokenizer, weights, chat)

@@ -46,8 +46,8 @@ class ConvertArgs:
     """Model to read if the folder holds several.
     auto: the one that transformers would load, else Meta's."""
     tokenizer: str = ""
-    """Path of the SentencePiece model. Empty: tokenizer.model next to the weights.
-    If there is no vocabulary next to them, the one in the folder above."""
+    """Path of the tokenizer: tokenizer.model, tokenizer.json, or a folder with them. Empty: the one next to the weights.
+    If there is none next to them, tokenizer.model in the folder above."""
     chat_template: str = ""
     """Chat template to keep, instead of the input's own: a file, or llama2, llama3, chatml, zephyr or vicuna."""
     max_seq_len: int = 0
@@ -166,5 +166,5 @@ def _write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str
         elif args.to == "huggingface":
             remark = write_huggingface(source, folder, reader.blocks)
         else:
-            write_meta(source, folder, reader.blocks, args.shards)
+            remark = write_meta(source, folder, reader.blocks, args.shards)
     return reader, remark

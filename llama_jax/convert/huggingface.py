@@ -21,8 +21,8 @@ from llama_jax.foreign.chat_files import read_chat
 from llama_jax.foreign.config_json import QUANTIZED, read_config, stated, stored_type
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import CONFIG, INDEX, SINGLE, index_of, weight_files
-from llama_jax.foreign.tokenizer_json import tokenizer_json
-from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
+from llama_jax.foreign.tokenizer_json import tiktoken_json, tokenizer_json
+from llama_jax.foreign.vocabulary import find_tokenizer, fit_vocabulary
 from llama_jax.storage.files import write_atomically
 
 SHARD_BYTES = 5_000_000_000
@@ -44,15 +44,15 @@ class HuggingFaceSource:
         self._places = {name: file for file, opened in self._files.items() for name in opened.tensors}
         self._tied, self.args = config.tied, config.args
         raise_together(folder, CONFIG, stated(table), list(self._errors()))
-        self.tokenizer, said = find_tokenizer(tokenizer, folder)
-        check_vocabulary(self.args, self.tokenizer, folder)
+        found, said = find_tokenizer(tokenizer, folder)
+        self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
         self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size)
         self.dtype = self._stored(EMBEDDINGS if EMBEDDINGS in self._places else OUTPUT).dtype
         self.family = "LLaMA, in Hugging Face's layout"
         self.decided = decided
         self.description = f"{folder}: {len(names)} file{'s'[: len(names) > 1]}"
         self.unknown = list(config.unknown)
-        self.warnings = [*config.warnings, *self._remarks(folder, stored_type(table)), *said, *of_chat]
+        self.warnings = [*config.warnings, *self._remarks(folder, stored_type(table)), *said, *fitted, *of_chat]
         self.checklists: list[Path] = []
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
@@ -149,15 +149,19 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
         "top_p": 0.9,
     }
     write_atomically(folder / "generation_config.json", json.dumps(generation, indent=2))
-    table, reason = tokenizer_json(tokenizer)
+    for name, content in tokenizer.files.items():
+        if name != "config.json":
+            write_atomically(folder / name, content)
+    if source.chat.template:
+        write_atomically(folder / TEMPLATE, source.chat.template)
+    if len(tokenizer.files) > 1 or "tokenizer.model" not in tokenizer.files:
+        return ""  # all of them are as they came
+    table, reason = (tokenizer_json if tokenizer.is_sentencepiece else tiktoken_json)(tokenizer)
     if table is not None:
         write_atomically(folder / "tokenizer.json", json.dumps(table, ensure_ascii=False, indent=1))
     write_atomically(
         folder / "tokenizer_config.json", json.dumps(_tokenizer_config(source, table is not None), indent=2)
     )
-    write_atomically(folder / "tokenizer.model", tokenizer.model_bytes)
-    if source.chat.template:
-        write_atomically(folder / TEMPLATE, source.chat.template)
     if table is None:
         return (
             f"tokenizer.json is not written, since none would encode like tokenizer.model ({reason}): encode with sentencepiece; "
@@ -217,7 +221,7 @@ def _end_ids(source: Source) -> int | list[int]:
 
 def _tokenizer_config(source: Source, whole: bool) -> dict[str, Any]:
     """Return tokenizer_config.json. ``whole``: tokenizer.json exists, so transformers need not build it."""
-    tokens = tokens_of(source.tokenizer) | dict(source.chat.tokens)
+    tokenizer, tokens = source.tokenizer, tokens_of(source.tokenizer) | dict(source.chat.tokens)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast" if whole else "LlamaTokenizer",
         **tokens,
@@ -225,7 +229,7 @@ def _tokenizer_config(source: Source, whole: bool) -> dict[str, Any]:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         # "<s>" in a text is text, as in tokenizer.model. A chat template's must be a token, and transformers has one rule.
-        "split_special_tokens": not source.chat.template,
+        "split_special_tokens": tokenizer.is_sentencepiece and not source.chat.template,
         "legacy": True,
         "model_max_length": source.args.max_seq_len,
         "sp_model_kwargs": {},

@@ -19,8 +19,9 @@ from llama_jax.foreign.chat_files import metas_chat
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import PARAMS, shard_files
 from llama_jax.foreign.params_json import check_params, read_params, stated, write_params
-from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
+from llama_jax.foreign.vocabulary import find_tokenizer, fit_vocabulary
 from llama_jax.storage.files import write_atomically
+from llama_jax.tokenizers.files import MODEL
 
 # Meta stores this next to the weights, but it is a function of the configuration.
 IGNORED = {"rope.freqs"}
@@ -37,15 +38,15 @@ class MetaSource:
         params = read_params(table, folder / PARAMS, self._rows_of_embeddings(folder), max_seq_len)
         self.args = params.args
         raise_together(folder, PARAMS, stated(table), list(self._errors()))
-        self.tokenizer, said = find_tokenizer(tokenizer, folder)
-        check_vocabulary(self.args, self.tokenizer, folder)
+        found, said = find_tokenizer(tokenizer, folder)
+        self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
         self.chat = metas_chat(self.tokenizer)
         self.dtype = self._view(0, TABLE[0].meta).storage.dtype
         self.family = "LLaMA, in Meta's layout"
         self.decided = decided
         self.description = f"{folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
         self.unknown = list(params.unknown)
-        self.warnings = [*params.warnings, *said]
+        self.warnings = [*params.warnings, *said, *fitted]
         self.checklists = find_checklists(folder, self.tokenizer.model_path)
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
@@ -133,8 +134,11 @@ def shard_shape(tensor: Tensor, args: ModelArgs, shards: int) -> tuple[int, ...]
     return tuple(shape)
 
 
-def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> None:
-    """Write a model in Meta's layout, in ``shards`` files. Raises UserError if its sizes are not divisible."""
+def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> str:
+    """Write a model in Meta's layout, in ``shards`` files. Return a remark about its tokenizer, or "".
+
+    Raises UserError if its sizes are not divisible.
+    """
     args = source.args
     for tensor in TABLE:
         size = 0 if tensor.shard_axis is None else tensor.matrix(args)[tensor.shard_axis]
@@ -151,7 +155,12 @@ def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: in
             for i, part in _split(tensor, args, shards, start, rows):
                 writers[i].write(tensor.meta.format(layer), part)
     write_atomically(folder / "params.json", write_params(args))
-    write_atomically(folder / "tokenizer.model", source.tokenizer.model_bytes)
+    files = source.tokenizer.files
+    for name in [MODEL] if MODEL in files else files:
+        write_atomically(folder / name, files[name])
+    if MODEL in files:
+        return ""
+    return f"there is no {MODEL}, which Meta's code reads, since the model came without; its {', '.join(sorted(files))} are there"
 
 
 def _split(

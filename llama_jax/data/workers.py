@@ -176,6 +176,7 @@ def main() -> None:
     tasks = queue.SimpleQueue[int]()
     threading.Thread(target=_read_tasks, args=(sys.stdin.buffer, tasks), daemon=True).start()
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is a process per core already
     tokenizer = Tokenizer(job.tokenizer)
     while True:
         try:

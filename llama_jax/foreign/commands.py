@@ -27,7 +27,8 @@ def resave_commands(path: Path) -> str:
     """Return the commands that save ``path`` as safetensors with transformers and then convert that."""
     again = path.with_name(path.name + "-safetensors")
     program = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(path)!r}).save_pretrained({str(again)!r})"
-    return f"{_python(program)} && {convert_command(again, path.name, path / 'tokenizer.model')}"
+    own = path if (path / "tokenizer.json").is_file() else path / "tokenizer.model"
+    return f"{_python(program)} && {convert_command(again, path.name, own)}"
 
 
 def merge_commands(path: Path) -> str:
@@ -37,7 +38,7 @@ def merge_commands(path: Path) -> str:
         f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(path)!r}).merge_and_unload()"
         f".save_pretrained({str(merged)!r})"
     )
-    return f"{_python(program)} && {convert_command(merged, path.name, Path('BASE/tokenizer.model'))}, with BASE for the base's folder"
+    return f"{_python(program)} && {convert_command(merged, path.name, Path('BASE'))}, with BASE for the base's folder"
 
 
 def _python(program: str) -> str:

@@ -124,10 +124,13 @@ class Engine:
 
     def _chunks(self, rows: Sequence[Row], steps: int) -> Iterator[Sampled]:
         longest = new_tokens(self.model.args, rows)
+        absent = self.tokenizer.absent(self.model.args.vocab_size)
         if self.draft is None:
-            return generate_chunks(self.model, self.params, rows, longest, steps, self.cache_dtype)
+            return generate_chunks(self.model, self.params, rows, longest, steps, self.cache_dtype, absent)
         ends = [ends_of(args, self._end_ids) for _, args, _ in rows]
-        return generate_speculatively(self.model, self.params, rows, longest, self.draft, ends, self.cache_dtype)
+        return generate_speculatively(
+            self.model, self.params, rows, longest, self.draft, ends, self.cache_dtype, absent
+        )
 
 
 def split(

@@ -317,8 +317,8 @@ def told_of(asked: Sequence[Asked], context: int) -> list[str]:
 
 def pasted(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
     """Return a line that names control tokens and chat tags that ``texts`` contain as plain text, or ""."""
-    controls = (tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id))
-    marks = [mark for mark in dict.fromkeys((*controls, *TAGS, *tokenizer.specials)) if mark.strip()]
+    controls = [text for text, i in tokenizer.specials.items() if not tokenizer.is_text(i) and i != tokenizer.unk_id]
+    marks = [mark for mark in dict.fromkeys((*controls, *TAGS)) if mark.strip()]
     joined = "\0".join(texts)
     found = [mark for mark in marks if mark in joined]
     if not found:

@@ -22,9 +22,10 @@ ODD = ("<s>", "</s>", "STOP", "[turn]", "<｜end▁of▁turn｜>")  # noqa: RUF0
 class Vocabulary:
     """A tokenizer with the names that this project's have, by the library ``tokenizers``."""
 
-    def __init__(self, specials: Sequence[str]):
-        self._table = byte_level(specials)
-        self.specials = {text: self._table.token_to_id(text) for text in specials}
+    def __init__(self, specials: Sequence[str], ordinary: Sequence[str] = ()):
+        self._table = byte_level(specials, ordinary)
+        self.specials = {text: self._table.token_to_id(text) for text in (*specials, *ordinary)}
+        self._ordinary = {self.specials[text] for text in ordinary}
         self.vocab_size = self._table.get_vocab_size()
         self.bos_id, self.eos_id, self.unk_id = self.specials[specials[0]], self.specials[specials[1]], -1
         self.transformers: Any = PreTrainedTokenizerFast(
@@ -33,6 +34,9 @@ class Vocabulary:
 
     def piece(self, token_id: int) -> str:
         return self._table.id_to_token(token_id)
+
+    def is_text(self, token_id: int) -> bool:
+        return token_id in self._ordinary or token_id not in self.specials.values()
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, specials: bool = False) -> list[int]:
         self._table.encode_special_tokens = not specials
@@ -47,7 +51,7 @@ class Vocabulary:
         return self._table.decode(list(ids), skip_special_tokens=False)
 
 
-def byte_level(specials: Sequence[str]) -> Table:
+def byte_level(specials: Sequence[str], ordinary: Sequence[str] = ()) -> Table:
     """A byte-level vocabulary, as LLaMA 3 has."""
     table = Table(models.BPE())
     table.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,4 +61,5 @@ def byte_level(specials: Sequence[str]) -> Table:
         TEXTS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     )
     table.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+    table.add_tokens([AddedToken(text, special=False, normalized=False) for text in ordinary])
     return table
