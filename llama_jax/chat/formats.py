@@ -32,6 +32,8 @@ class ChatSetup:
     """The tokens that end a completion (eos_token_id, in transformers). Empty: EOS."""
     tokens: Mapping[str, str] = field(default_factory=dict)
     """The texts of special tokens by their names in a template, such as bos_token. Empty: the tokenizer's."""
+    has_none: bool = False
+    """Whether it is known that there is no template. Older checkpoints, and Meta's files, do not say."""
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -41,6 +43,8 @@ class ChatSetup:
             table["eos_token_id"] = list(self.end_ids)
         if self.tokens:
             table["special_tokens"] = dict(self.tokens)
+        if self.has_none and not self.template:
+            table["chat_template"] = None
         kept = {GENERATION: json.dumps(table, indent=1).encode()} if table else {}
         return kept | ({TEMPLATE: self.template.encode()} if self.template else {})
 
@@ -58,7 +62,7 @@ class ChatSetup:
                     raise ValueError("others")
             except (ValueError, AttributeError, TypeError):
                 raise UserError(f"{path}: expected eos_token_id and special_tokens, found others") from None
-            return cls(template, tuple(ends), tokens)
+            return cls(template, tuple(ends), tokens, not template and "chat_template" in table)
         return cls(template)
 
 
@@ -101,7 +105,7 @@ class ChatFormat:
         if self.is_llama2:
             return llama2.encode_answered(self.tokenizer, messages)
         self._check_roles(messages)
-        return encode_rendered(self.tokenizer, functools.partial(self._render, answered=True), messages)
+        return encode_rendered(self.tokenizer, functools.partial(self.render, answered=True), messages)
 
     def fit(self, messages: Sequence[Message], most: int) -> tuple[list[Message], int]:
         """Drop the oldest turns until the conversation has at most ``most`` tokens; see messages.fit."""
@@ -119,8 +123,8 @@ class ChatFormat:
             return frozenset({self.tokenizer.eos_id})
         messages = [Message("user", QUESTION), Message("assistant", ANSWER)]
         try:
-            text = self._render(messages, answered=True)
-            render = functools.partial(self._render, answered=True)
+            text = self.render(messages, answered=True)
+            render = functools.partial(self.render, answered=True)
             own = own_spans(text, render, messages, tuple(self.tokenizer.specials))
         except UserError:  # a template that refuses this conversation
             return frozenset()
@@ -131,9 +135,13 @@ class ChatFormat:
         return frozenset({self.tokenizer.specials[text[slice(*following)]]} - {self.tokenizer.bos_id})
 
     def _encoded(self, messages: Sequence[Message]) -> list[int]:
-        return encode_rendered(self.tokenizer, self._render, messages)
+        return encode_rendered(self.tokenizer, self.render, messages)
 
-    def _render(self, messages: Sequence[Message], answered: bool = False) -> str:
+    def render(self, messages: Sequence[Message], answered: bool = False) -> str:
+        """Return a conversation as text. ``answered``: it ends with an answer, and does not ask for one.
+
+        Special tokens and text are not told apart in it, as ``encode`` does. Raises UserError as ``encode`` does.
+        """
         variables = {
             **self.tokens,
             "messages": [message._asdict() for message in messages],
@@ -150,7 +158,7 @@ class ChatFormat:
                 continue
             changed = list(messages)
             changed[i] = message._replace(content=f"{message.content}x")
-            if self._render(messages) == self._render(changed):
+            if self.render(messages) == self.render(changed):
                 raise UserError(
                     f"message {i + 1}: expected a role that the chat template knows ({self.name}), found {message.role}, "
                     "whose messages it leaves out; leave it out, or give another with --chat-template"
@@ -166,8 +174,8 @@ def choose(tokenizer: Tokenizer, setup: ChatSetup, given: str, source: str) -> C
         given: the name of a format or of a file with a template, which is used instead. Empty: none.
         source: the checkpoint, for errors.
 
-    Without a template, a model with LLaMA 2's vocabulary is talked to in LLaMA 2's format. Raises UserError if there is
-    no template, or it cannot be read.
+    A model with LLaMA 2's vocabulary is talked to in LLaMA 2's format, unless it is known to have no template: Meta's
+    chat models come without one. Raises UserError if there is no template, or it cannot be read.
     """
     tokens = dict(setup.tokens) or tokens_of(tokenizer)
     if given:
@@ -175,7 +183,7 @@ def choose(tokenizer: Tokenizer, setup: ChatSetup, given: str, source: str) -> C
         return ChatFormat(tokenizer, template, f"--chat-template {given}", tokens, notes)
     if setup.template:
         return ChatFormat(tokenizer, setup.template, f"the chat template of {source}", tokens)
-    if llama2.is_llama2s(tokenizer):
+    if not setup.has_none and llama2.is_llama2s(tokenizer):
         note = f"{source} has no chat template, and LLaMA 2's vocabulary: LLaMA 2's format is used; --chat-template chooses another"
         return ChatFormat(tokenizer, LLAMA2, "llama2", tokens, (note,))
     raise UserError(

@@ -125,7 +125,7 @@ def _with_template(source: Source, args: ConvertArgs) -> Source:
     """Return the source with the chat template of --chat-template, and with warnings about templates."""
     if args.chat_template:
         template, notes = read_template(args.chat_template, source.tokenizer)
-        source.chat = replace(source.chat, template=template)
+        source.chat = replace(source.chat, template=template, has_none=False)
         source.warnings += notes
     if args.to == "meta" and (source.chat.template or source.chat.end_ids):
         source.warnings.append("Meta's layout has no place for a chat template and end tokens, which are left out")

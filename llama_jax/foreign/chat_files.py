@@ -33,7 +33,7 @@ def read_chat(folder: Path, tokenizer: Tokenizer, rows: int) -> tuple[ChatSetup,
     tokens = tokens_of(tokenizer)
     theirs = tokens | _tokens(folder)
     plain = not ends or ends == (tokenizer.eos_id,)
-    return ChatSetup(template, () if plain else ends, {} if theirs == tokens else theirs), warnings
+    return ChatSetup(template, () if plain else ends, {} if theirs == tokens else theirs, not template), warnings
 
 
 def metas_chat(tokenizer: Tokenizer) -> ChatSetup:

@@ -163,7 +163,7 @@ def chat_of(opened: Opened, base: Checkpoint | None) -> ChatSetup:
     """Return the chat template and end tokens of the run: those of the checkpoint that it began with."""
     if opened.start:
         return Checkpoint.find(opened.folder.checkpoints / str(opened.start)).chat
-    return ChatSetup() if base is None else base.chat
+    return ChatSetup(has_none=True) if base is None else base.chat
 
 
 def first_words(config: Config, data: AnyData) -> str:

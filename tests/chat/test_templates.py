@@ -325,3 +325,5 @@ def test_llama2s_vocabulary_without_a_template_has_llama2s_format(llama2_tokeniz
     chat = choose(llama2_tokenizer, ChatSetup(), "", "runs/x")
     assert chat.is_llama2 and len(chat.notes) == 1 and "LLaMA 2's format is used" in chat.notes[0]
     assert chat.encode([USER("hi")]) == [1, 518, 25580, 29962, 7251, 518, 29914, 25580, 29962]
+    with pytest.raises(UserError, match="found none"):  # Hugging Face's files, which would have it
+        choose(llama2_tokenizer, ChatSetup(has_none=True), "", "runs/x")

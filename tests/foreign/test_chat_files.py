@@ -70,7 +70,7 @@ def test_the_end_tokens_are_those_of_generation_config_or_config(
 
 def test_names_of_tokens_are_kept_if_they_are_not_the_tokenizers(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
     same = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": None}
-    assert read(tmp_path, small_tokenizer, {"tokenizer_config.json": same})[0] == ChatSetup()
+    assert read(tmp_path, small_tokenizer, {"tokenizer_config.json": same})[0] == ChatSetup(has_none=True)
     other = same | {"eos_token": "<|im_end|>", "pad_token": {"content": "<pad>"}}
     chat, _ = read(tmp_path, small_tokenizer, {"special_tokens_map.json": other, "tokenizer_config.json": same})
     assert chat.tokens == tokens_of(small_tokenizer) | {"pad_token": "<pad>"}
@@ -87,11 +87,17 @@ def test_metas_llama3_ends_where_metas_code_ends(small_tokenizer: Tokenizer) -> 
 
 def test_what_is_known_about_conversations_is_kept_in_files(tmp_path: Path) -> None:
     for number, chat in enumerate(
-        (ChatSetup(), ChatSetup("{{ é }}\n"), ChatSetup("", (5, 2), {"bos_token": "<s>"}), ChatSetup("a", (1,)))
+        (
+            ChatSetup(),
+            ChatSetup("{{ é }}\n"),
+            ChatSetup("", (5, 2), {"bos_token": "<s>"}),
+            ChatSetup("a", (1,)),
+            ChatSetup(has_none=True),
+        )
     ):
         folder = tmp_path / str(number)
         folder.mkdir()
         for name, content in chat.files.items():
             (folder / name).write_bytes(content)
         assert ChatSetup.read(folder) == chat
-        assert len(list(folder.iterdir())) == bool(chat.template) + bool(chat.end_ids or chat.tokens)
+        assert len(list(folder.iterdir())) == bool(chat.template) + bool(chat.end_ids or chat.tokens or chat.has_none)
