@@ -110,8 +110,7 @@ def main(argv: Sequence[str]) -> None:
         return
     names = ("ckpt", "compute_dtype", "weights", "cache", "exact", "chat", "system")
     made_with = {name: getattr(args, name) for name in names} | {"model": identity(checkpoint.folder)}
-    if args.chat_template:
-        made_with["chat_template"] = template_digest(args.chat_template)
+    made_with["chat_template"] = template_digest(args.chat_template) if args.chat_template else ""
     results = Results(args.output, asked, made_with)
     if results.all_done:
         _tell(f"{args.output} holds all {results.done} results already")

@@ -165,6 +165,8 @@ class Results:
                     f"model in {quoted(made_with.get('ckpt'))}; go on with that one, or give another --output"
                 )
             expected = expected | {"ckpt": made_with.get("ckpt")}  # the checkpoint may be a copy
+        if "chat_template" not in made_with:  # of an earlier version, which did not say which conversation it was
+            expected = {name: value for name, value in expected.items() if name != "conversation"}
         for name in (*expected, *(made_with.keys() & _LATER.keys())):
             wanted, found = expected.get(name, _LATER.get(name)), made_with.get(name, _LATER.get(name))
             if name != "model" and wanted != found:

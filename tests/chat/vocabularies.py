@@ -1,6 +1,8 @@
 """Small vocabularies with the special tokens of published chat models, as this project and transformers read them."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -63,3 +65,22 @@ def byte_level(specials: Sequence[str], ordinary: Sequence[str] = ()) -> Table:
     table.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
     table.add_tokens([AddedToken(text, special=False, normalized=False) for text in ordinary])
     return table
+
+
+def spaced(specials: Sequence[str], scheme: str) -> Table:
+    """A vocabulary that marks spaces, as LLaMA 2's tokenizer.json: "always" before a text, or "first" before the first."""
+    table = Table(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    table.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    table.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    table.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>"], show_progress=False))
+    table.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+    return table
+
+
+def write(table: Table, folder: Path, bos: str, eos: str) -> Path:
+    """Write a vocabulary as Hugging Face has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
