@@ -141,7 +141,7 @@ class DataArgs:
     """Share of the text to train on. 1: hold out nothing. The rest is held out for evaluation:
     the end of a plain text, by bytes; of records, and of several texts with a separator, documents chosen by a hash."""
     tokenizer_model_path: str = ""
-    """Path of a SentencePiece model.
+    """Path of a tokenizer: tokenizer.model, tokenizer.json, or a folder with them.
     Empty: train a BPE vocabulary on the training part and save it in the run folder."""
     vocab_size: int = 1024
     """Vocabulary size, in tokens, when a tokenizer is trained."""

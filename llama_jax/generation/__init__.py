@@ -3,7 +3,7 @@
 import functools
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.build import make_model
+from llama_jax.chat.formats import ChatFormat, ChatSetup, choose
+from llama_jax.chat.messages import Message, as_messages
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.convert.once import open_checkpoint
@@ -20,7 +22,6 @@ from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.sharding import make_mesh
 from llama_jax.errors import UserError, quoted
-from llama_jax.generation.chat import Message, encode_dialog
 from llama_jax.generation.decode import Row, logits_of_tokens
 from llama_jax.generation.loading import fitting_mesh, load_parameters
 from llama_jax.generation.passes import Engine, OnProgress
@@ -53,6 +54,12 @@ class Model:
     """The source of drafted tokens (speculative.py)."""
     source: str = "the model"
     """The checkpoint that it was loaded from, for error messages."""
+    end_ids: tuple[int, ...] = ()
+    """The tokens that end a completion. Empty: EOS."""
+    setup: ChatSetup = ChatSetup()
+    """The part of its checkpoint that is about conversations."""
+    chat_template: str = ""
+    """The name or file of a chat template to use instead of the model's own. Empty: its own."""
 
     @classmethod
     def load(
@@ -65,6 +72,7 @@ class Model:
         draft: str = "",
         draft_tokens: int = 4,
         exact: bool = False,
+        chat_template: str = "",
     ) -> "Model":
         """Load a model; see ``llama_jax.load``. Matrices are kept in compute_dtype or quantized."""
         use_compilation_cache()
@@ -81,8 +89,18 @@ class Model:
             laid = fitting_mesh(checkpoint, module, weights)
         params = load_parameters(checkpoint, module, laid, weights)
         guesser = load_draft(draft, draft_tokens, compute_dtype, checkpoint, laid) if draft else None
-        source = str(checkpoint.folder)
-        return cls(checkpoint.args, params, checkpoint.tokenizer, module, CACHE_DTYPES[cache], guesser, source)
+        return cls(
+            checkpoint.args,
+            params,
+            checkpoint.tokenizer,
+            module,
+            CACHE_DTYPES[cache],
+            guesser,
+            str(checkpoint.folder),
+            checkpoint.chat.end_ids,
+            checkpoint.chat,
+            chat_template,
+        )
 
     def logits(self, token_ids: Any) -> jax.Array:
         """Return the logits of the token after each position: int [B, T] -> float32 [B, T, V].
@@ -132,16 +150,40 @@ class Model:
         return self.generate_ids([self.encode(prompt) for prompt in prompts], args, on_progress)
 
     def chat(
-        self, messages: Sequence[Message], args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
+        self,
+        messages: Sequence[Message | Mapping[str, str]],
+        args: SampleArgs = SampleArgs(),
+        on_progress: OnProgress | None = None,
     ) -> Completion:
-        """Return the answer to a conversation in the format of Meta's chat models.
+        """Return the answer to a conversation, in the format that the model was tuned on.
 
-        ``messages`` are an optional system message, then user and assistant in turn, the last one from the user. Raises
-        UserError if they are not.
+        ``messages`` are Messages or {"role": ..., "content": ...}: usually an optional system message, then user and
+        assistant in turn, the last one from the user. Raises UserError if the model has no chat template, or the
+        template does not take them.
         """
         check_one(args, "an answer")
-        (completion,) = self.generate_ids([encode_dialog(self.tokenizer, messages)], args, on_progress)
+        rows = self.rows([self.encode_chat(messages)], args)
+        (completion,) = self.completions(rows, on_progress, self.turn_end_ids)
         return stripped(completion)
+
+    def encode_chat(self, messages: Sequence[Message | Mapping[str, str]]) -> list[int]:
+        """Return the token ids that a conversation is answered from, as ``chat`` and sample.py --chat do."""
+        known = "chat_format" in self.__dict__
+        ids = self.chat_format.encode(as_messages(messages))
+        if not known:
+            for note in self.chat_format.notes:
+                warnings.warn(note, stacklevel=2)
+        return ids
+
+    @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """The format of its conversations. Raises UserError if there is none."""
+        return choose(self.tokenizer, self.setup, self.chat_template, self.source)
+
+    @property
+    def turn_end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: those of a completion, and the one that its chat template writes there."""
+        return frozenset(self.end_ids or (self.tokenizer.eos_id,)) | self.chat_format.end_ids
 
     def generate_ids(
         self,
@@ -171,12 +213,14 @@ class Model:
             self._check_prompt(ids, number)
         return [(ids, given, i) for ids, given in zip(prompts, settings, strict=True) for i in range(given.n)]
 
-    def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
+    def completions(
+        self, rows: Sequence[Row], on_progress: OnProgress | None = None, end_ids: Collection[int] = ()
+    ) -> Iterator[Completion]:
         """Yield a completion of each row, in order, as soon as it is done.
 
-        The rows are split into passes that fit memory.
+        The rows are split into passes that fit memory. end_ids: the tokens that end a completion. Empty: the model's.
         """
-        return self._engine.completions(rows, on_progress)
+        return self._engine(end_ids).completions(rows, on_progress)
 
     def stream(
         self, prompt: str, args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
@@ -185,12 +229,16 @@ class Model:
         return self.stream_ids(self.encode(prompt), args, on_progress)
 
     def stream_ids(
-        self, prompt_ids: Sequence[int], args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
+        self,
+        prompt_ids: Sequence[int],
+        args: SampleArgs = SampleArgs(),
+        on_progress: OnProgress | None = None,
+        end_ids: Collection[int] = (),
     ) -> Iterator[str]:
-        """Run ``stream`` for a prompt of token ids."""
+        """Run ``stream`` for a prompt of token ids. end_ids: the tokens that end it. Empty: the model's."""
         check_one(args, "a stream")
         (row,) = self.rows([prompt_ids], args)
-        return self._engine.stream(row, on_progress)
+        return self._engine(end_ids).stream(row, on_progress)
 
     def encode(self, prompt: str) -> list[int]:
         """Return a prompt's token ids. Warns of control tokens and chat tags in it, which are read as plain text."""
@@ -222,9 +270,9 @@ class Model:
         """The parameters in the form that generation uses."""
         return for_generation(self.params)
 
-    @property
-    def _engine(self) -> Engine:
-        return Engine(self.module, self.serving, self.tokenizer, self.cache_dtype, self.draft, self.source)
+    def _engine(self, end_ids: Collection[int] = ()) -> Engine:
+        draft, source, ends = self.draft, self.source, end_ids or self.end_ids
+        return Engine(self.module, self.serving, self.tokenizer, self.cache_dtype, draft, source, ends)
 
 
 def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint, mesh: jax.sharding.Mesh) -> Draft:

@@ -12,11 +12,11 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from llama_jax.chat.messages import Message
 from llama_jax.cli.progress import Progress, working
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, check_one, stripped
-from llama_jax.generation.chat import Message, encode_dialog, fit_dialog, without_tags
 from llama_jax.generation.passes import OnProgress, Step
 from llama_jax.generation.prompts import Asked, Job, pasted, standard_input
 from llama_jax.generation.results import SKIPPED, Results, result
@@ -63,18 +63,18 @@ class Console:
         if self._is_one_text(asked):
             self._print_stream(self._answer_pieces(asked[0].ids, asked[0].job.args))
             return
-        self._run(asked, self._printer(show_prompt=False))
+        self._run(asked, self._printer(show_prompt=False), chat=True)
 
-    def save(self, asked: Sequence[Asked], results: Results, strip: bool) -> None:
+    def save(self, asked: Sequence[Asked], results: Results, chat: bool) -> None:
         """Add the missing completions to ``results``, each as soon as it is done.
 
-        ``strip``: remove outer white space.
+        ``chat``: they are answers, which have no outer white space.
         """
 
         def take(_: Asked, completion: Completion) -> None:
-            results.add(stripped(completion) if strip else completion)
+            results.add(stripped(completion) if chat else completion)
 
-        self._run(asked, take, results.done, with_bar=True)
+        self._run(asked, take, results.done, with_bar=True, chat=chat)
 
     def _is_one_text(self, asked: Sequence[Asked]) -> bool:
         return len(asked) == 1 and asked[0].job.args.n == 1 and not asked[0].skipped and not self._as_json
@@ -106,7 +106,7 @@ class Console:
         try:
             context = self._model.args.max_seq_len
             room = min(args.max_new_tokens, context // ANSWER_SHARE)
-            fitting, dropped = fit_dialog(self._model.tokenizer, asked, context - room)
+            fitting, dropped = self._model.chat_format.fit(asked, context - room)
             if dropped:
                 turns = "turn is" if dropped == 1 else f"{dropped} turns are"
                 _tell(f"the conversation has outgrown the context of {context} tokens: the oldest {turns} forgotten")
@@ -114,32 +114,39 @@ class Console:
         except UserError as error:  # about this message; the conversation continues without it
             _tell(f"error: {error}")
             return asked[:-1]
-        return [*fitting, Message("assistant", without_tags(text))]
+        return [*fitting, self._model.chat_format.said(text)]
 
     def _answer(self, messages: list[Message], args: SampleArgs, interrupted: Callable[[], bool]) -> str:
         """Print the answer to a conversation. Return its text."""
-        ids = encode_dialog(self._model.tokenizer, messages)
+        ids = self._model.chat_format.encode(messages)
         if not self._as_json:
             return self._print_stream(self._answer_pieces(ids, args), until=interrupted)
         self._meter.begin()
-        (completion,) = self._model.generate_ids([ids], args, self._meter)
+        rows = self._model.rows([ids], args)
+        (completion,) = self._model.completions(rows, self._meter, self._model.turn_end_ids)
         self._printer(show_prompt=False)(Asked(Job(messages[-1].content, args), ids), completion)
         return completion.text
 
     def _answer_pieces(self, prompt: Sequence[int], args: SampleArgs) -> Iterator[str]:
         """Yield the answer piece by piece, without leading white space. Raises UserError before the first piece."""
         self._meter.begin()
-        return _stripped(self._model.stream_ids(prompt, args, self._meter))
+        return _stripped(self._model.stream_ids(prompt, args, self._meter, self._model.turn_end_ids))
 
-    def _run(self, asked: Sequence[Asked], take: Take, done: int = 0, with_bar: bool = False) -> None:
-        """Pass the completions of ``asked`` after the first ``done`` to ``take``, in order, as they are done."""
+    def _run(
+        self, asked: Sequence[Asked], take: Take, done: int = 0, with_bar: bool = False, chat: bool = False
+    ) -> None:
+        """Pass the completions of ``asked`` after the first ``done`` to ``take``, in order, as they are done.
+
+        ``chat``: they are answers, which end with the end of a turn.
+        """
+        ends = self._model.turn_end_ids if chat else ()
         wanted = [(one, number) for one in asked for number in range(one.job.args.n)][done:]
         rows = [(one.ids, one.job.args, number) for one, number in wanted if not one.skipped]
         total = done + len(wanted)
         progress = Progress("generating", total, "completion", done) if with_bar and not self._quiet else None
         self._meter.begin()
         with progress or contextlib.nullcontext():
-            made = self._model.completions(rows, self._watching(progress))
+            made = self._model.completions(rows, self._watching(progress), ends)
             for one, _ in wanted:
                 if one.skipped and progress is not None:
                     progress.update(1)

@@ -119,13 +119,19 @@ def logits_of_tokens(model: Llama, params: Any, token_ids: jax.Array, cache_dtyp
 
 
 def generate_chunks(
-    model: Llama, params: Any, rows: Sequence[Row], max_new_tokens: int, steps: int = CHUNK, cache_dtype: Any = None
+    model: Llama,
+    params: Any,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    steps: int = CHUNK,
+    cache_dtype: Any = None,
+    absent: np.ndarray | None = None,
 ) -> Iterator[Sampled]:
     """Yield the tokens that follow the prompts, ``steps`` at a time, until there are ``max_new_tokens`` or more.
 
     params: in the form for generation (serving.py). Rows and heads are sharded over their mesh. cache_dtype: the type
-    of keys and values. None: the type of activations. Rows continue after EOS, and the caller cuts them. The result of
-    a row does not depend on the other rows.
+    of keys and values. None: the type of activations. absent: bool [V], ids without a token, which are never sampled.
+    Rows continue after EOS, and the caller cuts them. The result of a row does not depend on the other rows.
     """
     mesh = mesh_of(params)
     count = len(rows)
@@ -134,7 +140,9 @@ def generate_chunks(
     slots = slots_read(longest + max_new_tokens + steps)
     compiled_meanwhile = functools.partial(_chunk_compiled_meanwhile, model, params, steps, slots_read(longest + steps))
     with on_mesh(mesh):
-        state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype, compiled_meanwhile)
+        state = read_prompts(
+            model, params, rows, longest, slots, cache_dtype or model.dtype, compiled_meanwhile, absent
+        )
     waiting = None
     for done in range(0, max_new_tokens, steps):
         # Start the next chunk before this one is yielded, so that the device computes while the caller works.
@@ -179,11 +187,12 @@ def read_prompts(
     slots: int,
     cache_dtype: Any,
     meanwhile: Callable[[DecodeState], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    absent: np.ndarray | None = None,
 ) -> DecodeState:
     """Read the prompts in passes, under the mesh, and return the state after them.
 
     longest: the slots that the longest prompt takes. slots: the slots of a cache that does not grow. meanwhile: given
-    the state before any prompt is read, the context in which they are read.
+    the state before any prompt is read, the context in which they are read. absent: bool [V], ids without a token.
     """
     mesh = mesh_of(params)
     slots = slots_read(longest) if caches_grow() else slots
@@ -192,7 +201,8 @@ def read_prompts(
     tokens = np.zeros((len(rows), longest), np.int32)
     for row, begin, (prompt, _, _) in zip(tokens, first, rows, strict=True):
         row[begin : begin + len(prompt)] = prompt
-    state = _state_on(mesh, model, make_sampler(rows, model.args.vocab_size), first, slots, cache_dtype, lengths)
+    sampler = make_sampler(rows, model.args.vocab_size, absent)
+    state = _state_on(mesh, model, sampler, first, slots, cache_dtype, lengths)
     logits, cache = state.logits, state.cache
     with meanwhile(state):
         for start in range(0, longest, tokens_a_pass()):

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from llama_jax.chat.messages import Message
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.prompts import Asked
 from llama_jax.generation.rows import Completion
@@ -121,6 +123,8 @@ class Results:
             made = self._settings | sample | {"logit_bias": bias, "stop": list(args.stop)}
             self._made[id(args)] = {name: clean(x) if isinstance(x, str) else x for name, x in made.items()}
         made = self._made[id(args)]
+        if asked.job.messages:
+            made = made | {"conversation": _digest(asked.job.messages)}
         return made | ({"too_long": "skip" if asked.skipped else "cut"} if asked.skipped or asked.cut else {})
 
     def _read(self) -> tuple[int, int]:
@@ -161,6 +165,8 @@ class Results:
                     f"model in {quoted(made_with.get('ckpt'))}; go on with that one, or give another --output"
                 )
             expected = expected | {"ckpt": made_with.get("ckpt")}  # the checkpoint may be a copy
+        if "chat_template" not in made_with:  # of an earlier version, which did not say which conversation it was
+            expected = {name: value for name, value in expected.items() if name != "conversation"}
         for name in (*expected, *(made_with.keys() & _LATER.keys())):
             wanted, found = expected.get(name, _LATER.get(name)), made_with.get(name, _LATER.get(name))
             if name != "model" and wanted != found:
@@ -169,5 +175,10 @@ class Results:
                 )
 
 
+def _digest(messages: Sequence[Message]) -> str:
+    """Return a digest of a conversation, of which a result shows the last message only."""
+    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+
+
 # Settings that files of earlier versions lack, with the values they were made with.
-_LATER: dict[str, Any] = {"exact": False, "too_long": "refuse"}
+_LATER: dict[str, Any] = {"exact": False, "too_long": "refuse", "chat_template": "", "conversation": ""}

@@ -26,6 +26,7 @@ class Sampler(flax.struct.PyTreeNode):
     filters: dict[str, jax.Array]  # rule of FILTERS -> each row's value [B]; rules that no row uses are absent
     bias: jax.Array | None  # float32 [B, V]
     penalties: "Penalties | None"
+    absent: jax.Array | None = None  # bool [B, V]: whether the vocabulary has no such token; padding is never sampled
 
 
 class Penalties(flax.struct.PyTreeNode):
@@ -50,8 +51,13 @@ def check_bias(args: SampleArgs, vocab_size: int, prefix: str = "") -> None:
         )
 
 
-def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int) -> Sampler:
-    """Return the sampler of rows of (prompt, settings, number of the row among the prompt's ``n``)."""
+def make_sampler(
+    rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int, absent: np.ndarray | None = None
+) -> Sampler:
+    """Return the sampler of rows of (prompt, settings, number of the row among the prompt's ``n``).
+
+    absent: bool [V], which ids have no token. None: all have one.
+    """
     settings = [args for _, args, _ in rows]
     filters = {
         name: jnp.array([getattr(args, name) for args in settings], rule.dtype)
@@ -76,6 +82,7 @@ def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_si
         filters,
         None if bias is None else jnp.asarray(bias),
         penalties,
+        None if absent is None or not absent.any() else jnp.asarray(np.broadcast_to(absent, (len(rows), vocab_size))),
     )
 
 
@@ -121,13 +128,16 @@ def sample(
             return jax.tree.map(lambda x: x[0], sample(*jax.tree.map(lambda x: x[None], row)))
 
         return jax.lax.map(one, (sampler, logits, number))
+    is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    if sampler.absent is not None:
+        logits = jnp.where(sampler.absent, -jnp.inf, logits)
     changed = _penalised(sampler, logits)
     likeliest = jnp.argmax(changed, axis=-1).astype(jnp.int32)
     # If all rows take the likeliest token, no random numbers are needed, and none of the sums for top-p.
     ids = jax.lax.cond(jnp.any(sampler.temperature > 0), _draw, lambda *_: likeliest, sampler, changed, number)
     ids = jnp.where(sampler.temperature > 0, ids, likeliest)
     logprobs = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-    logprobs = jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), logprobs, jnp.nan)
+    logprobs = jnp.where(is_finite, logprobs, jnp.nan)
     if sampler.penalties is not None:
         p = sampler.penalties
         counted = p.counts.at[jnp.arange(len(ids)), ids].add(1)

@@ -10,6 +10,7 @@ B rows, T tokens that are checked together, V vocab.
 
 import functools
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,19 +68,21 @@ def generate_speculatively(
     rows: Sequence[Row],
     max_new_tokens: int,
     draft: Draft,
-    eos_id: int,
+    end_ids: Sequence[AbstractSet[int]],
     cache_dtype: Any = None,
+    absent: np.ndarray | None = None,
 ) -> Iterator[Sampled]:
     """Yield what ``generate_chunks`` yields, in chunks as long as the guesses were right. All rows advance equally.
 
-    Rows that have produced EOS do not limit the chunk.
+    end_ids: the tokens that end each row. Rows that have produced one do not limit the chunk. absent: as there.
     """
     mesh, count = mesh_of(params), len(rows)
     rows = pad_rows(rows, mesh)
+    end_ids = [*end_ids, *[end_ids[-1]] * (len(rows) - count)]
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     slots = slots_read(longest + max_new_tokens + draft.tokens + 1)
     with on_mesh(mesh):
-        state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype)
+        state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype, absent=absent)
         guesser = Lookup(draft.tokens) if draft.model is None else DraftModel(draft, rows, longest, slots)
         state, ids, logprobs = _first(model, state)
     texts = [list(prompt) for prompt, _, _ in rows]
@@ -92,7 +95,9 @@ def generate_speculatively(
         made += ids.shape[1]
         if made >= max_new_tokens:
             return
-        waited_for = np.array([eos_id not in text[len(text) - made :] for text in texts])
+        waited_for = np.array(
+            [ends.isdisjoint(text[len(text) - made :]) for ends, text in zip(end_ids, texts, strict=True)]
+        )
         with on_mesh(mesh):
             guessed = guesser.guess(texts, state)
             fed = np.concatenate([[[text[-1]] for text in texts], guessed], axis=1).astype(np.int32)
@@ -199,22 +204,43 @@ class DraftModel:
         count = self._draft.tokens
         end = slots_read(slot + count + 1)
         cache = ensure_slots(self._cache, end).replace(slot=np.int32(slot))
-        ids, self._cache = _propose(self._model, self._draft.params, cache, last, state.sampler, state.made, count, end)
+        ids, self._cache = _propose(
+            self._model, self._draft.params, cache, last, state.sampler, state.made, count, end, state.logits.shape[-1]
+        )
         return np.asarray(ids)
 
 
-@functools.partial(GenerationProgram, static_argnames=("model", "count", "end"), donate_argnames=("cache",))
+@functools.partial(
+    GenerationProgram, static_argnames=("model", "count", "end", "vocab_size"), donate_argnames=("cache",)
+)
 def _propose(
-    model: Llama, params: Any, cache: KVCache, last: jax.Array, sampler: Sampler, made: jax.Array, count: int, end: int
+    model: Llama,
+    params: Any,
+    cache: KVCache,
+    last: jax.Array,
+    sampler: Sampler,
+    made: jax.Array,
+    count: int,
+    end: int,
+    vocab_size: int,
 ) -> tuple[jax.Array, KVCache]:
-    """Draft ``count`` tokens after ``last`` [B, 1]: int32 [B, count]. The returned cache holds all of them."""
+    """Draft ``count`` tokens after ``last`` [B, 1]: int32 [B, count]. The returned cache holds all of them.
+
+    ``vocab_size`` is the target's number of rows, which the draft's may differ from by padding.
+    """
 
     def step(carry: Any, _: Any) -> tuple[Any, jax.Array]:
         cache, fed, sampler, number = carry
         logits, cache = next_logits(model, params, fed, cache, end)
-        ids, _logprobs, sampler = sample(sampler, logits[:, 0], number)
+        ids, _logprobs, sampler = sample(sampler, _as_wide(logits[:, 0], vocab_size), number)
         return (cache, ids[:, None], sampler, number + 1), ids
 
     start: Any = (cache, last, sampler, made)
     (cache, *_), ids = jax.lax.scan(step, start, None, length=count + 1)
     return on_every_device(ids[:count].T), cache
+
+
+def _as_wide(logits: jax.Array, vocab_size: int) -> jax.Array:
+    """Return logits of ``vocab_size`` tokens, float32 [B, V], without the padding of another model or with more."""
+    logits = logits[:, :vocab_size]
+    return jnp.pad(logits, ((0, 0), (0, vocab_size - logits.shape[1])), constant_values=-jnp.inf)

@@ -41,6 +41,7 @@ from llama_jax.training.run import Run, Timer
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.saving import CheckpointWriter
 from llama_jax.training.start import (
+    chat_of,
     evaluated,
     evaluation_is_missing,
     first_state,
@@ -126,7 +127,8 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -
     if config.train.tensorboard and is_main():
         folder.write_events(start)
     prompt, consensus, timer = first_words(config, data), Consensus(3), Timer(config.train)
-    writer = CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_every)
+    chat = chat_of(opened, base)
+    writer = CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_every, chat)
     with writer, contextlib.closing(folder):
         run = Run(
             config, folder, opened, settled, data, mesh, module, writer, prompt, clock, signals, consensus, timer
