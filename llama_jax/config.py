@@ -385,16 +385,29 @@ class SampleArgs:
     r"""End a completion before the first of these strings. A string may begin or end inside a token.
     A flag takes one string: --stop . --stop '\n'.
     The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Also end a completion at these tokens, by id. Like EOS, they are left out of it. A flag takes several."""
+    ignore_eos: bool = False
+    """Do not end a completion at EOS, which stays among its tokens. It has no text."""
+    min_new_tokens: int = 0
+    """Do not sample EOS and stop_token_ids before the completion has this many tokens. Stop strings still end it."""
     max_new_tokens: int = 128
     """Maximum number of tokens to generate per prompt. The end of the context may stop a completion earlier."""
+    logprobs: int = 0
+    """Number of likeliest tokens to report for each token, with their log-probabilities under the model.
+    As those of the tokens themselves, they are taken before penalties, temperature and other changes. 0: none."""
+    echo: bool = False
+    """Begin the text of a result with its prompt, and report the log-probabilities of the prompt's tokens.
+    They take one more pass over the prompt."""
     n: int = 1
     """Number of completions per prompt, each with its own random numbers."""
     seed: int = 0
     """Random seed. A completion depends on its prompt, the seed and its number among the n, not on other prompts."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def check(self, prefix: str = "") -> None:
         """Raise UserError on impossible values. ``prefix`` precedes the field's name in the message."""
@@ -406,7 +419,9 @@ class SampleArgs:
             "repetition_penalty": (_TINY, 1e6),
             "presence_penalty": (-1e6, 1e6),
             "frequency_penalty": (-1e6, 1e6),
+            "min_new_tokens": (0, _LARGEST),
             "max_new_tokens": _COUNT,
+            "logprobs": (0, _LARGEST),
             "n": _COUNT,
             "seed": (0, 2**32 - 1),
         }
@@ -414,6 +429,14 @@ class SampleArgs:
         for text in self.stop:
             _check(bool(_typed(text, str, prefix + "stop")), prefix + "stop", "texts of one or more characters", "none")
             _check(not _SURROGATE.search(text), prefix + "stop", "texts in UTF-8", ascii(text))
+        for token in self.stop_token_ids:
+            _typed(token, int, prefix + "stop_token_ids")
+        _check(
+            self.min_new_tokens <= self.max_new_tokens,
+            prefix + "min_new_tokens",
+            f"at most the {self.max_new_tokens} of max_new_tokens",
+            self.min_new_tokens,
+        )
         for token, bias in self.logit_bias.items():
             _typed(token, int, prefix + "logit_bias")
             _typed(bias, float, prefix + "logit_bias")

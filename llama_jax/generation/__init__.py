@@ -26,7 +26,7 @@ from llama_jax.generation.passes import Engine, OnProgress
 from llama_jax.generation.prompts import pasted
 from llama_jax.generation.rows import Completion as Completion
 from llama_jax.generation.rows import not_finite
-from llama_jax.generation.sampling import check_bias
+from llama_jax.generation.sampling import check_tokens
 from llama_jax.generation.serving import for_generation
 from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama
@@ -165,7 +165,7 @@ class Model:
             if id(given) not in checked:
                 prefix = "" if alone else f"prompt {number}: "
                 given.check(prefix)
-                check_bias(given, self.args.vocab_size, prefix)
+                check_tokens(given, self.args.vocab_size, prefix)
                 checked.add(id(given))
             self._check_prompt(ids, number)
         return [(ids, given, i) for ids, given in zip(prompts, settings, strict=True) for i in range(given.n)]

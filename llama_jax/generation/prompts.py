@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from llama_jax.config import SampleArgs, from_dict
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.chat import TAGS, Message, encode_dialog, fit_dialog
-from llama_jax.generation.sampling import check_bias
+from llama_jax.generation.sampling import check_tokens
 from llama_jax.tokenizer import Tokenizer, clean
 
 TooLong = Literal["refuse", "skip", "cut"]
@@ -198,7 +198,7 @@ def ask(
             raise UserError(f"{job.where}: {error}") from None
     asked = [Asked(job, ids) for job, ids in zip(jobs, rows, strict=True)]
     for settings, where in {id(job.args): (job.args, job.where) for job in reversed(jobs)}.values():
-        check_bias(settings, tokenizer.vocab_size, f"{where}: " if len(jobs) > 1 else "")
+        check_tokens(settings, tokenizer.vocab_size, f"{where}: " if len(jobs) > 1 else "")
     long = [i for i, one in enumerate(asked) if len(one.ids) >= context]
     if long and too_long == "refuse":
         others = len(long) - 1

@@ -45,7 +45,7 @@ def speculate(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Ids and log-probabilities, each [B, COUNT], and how many passes over the model they took."""
     chunks = list(generate_speculatively(model.module, model.serving, rows, COUNT, draft, eos_id, cache_dtype))
-    ids, logprobs = (np.concatenate(part, axis=1) for part in zip(*chunks, strict=True))
+    ids, logprobs = (np.concatenate([chunk[part] for chunk in chunks], axis=1) for part in (0, 1))
     return ids[:, :COUNT], logprobs[:, :COUNT], len(chunks)
 
 
