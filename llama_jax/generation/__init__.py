@@ -52,6 +52,8 @@ class Model:
     """The source of drafted tokens (speculative.py)."""
     source: str = "the model"
     """The checkpoint that it was loaded from, for error messages."""
+    end_ids: tuple[int, ...] = ()
+    """The tokens that end a completion. Empty: EOS."""
 
     @classmethod
     def load(
@@ -223,7 +225,8 @@ class Model:
 
     @property
     def _engine(self) -> Engine:
-        return Engine(self.module, self.serving, self.tokenizer, self.cache_dtype, self.draft, self.source)
+        draft, source, ends = self.draft, self.source, self.end_ids
+        return Engine(self.module, self.serving, self.tokenizer, self.cache_dtype, draft, source, ends)
 
 
 def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint, mesh: jax.sharding.Mesh) -> Draft:

@@ -1,7 +1,7 @@
 """Generates many completions in passes that fit into memory, and reports progress."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from llama_jax.generation.decode import (
     slots_read,
     tokens_a_pass,
 )
-from llama_jax.generation.rows import Completion, PartialCompletion
+from llama_jax.generation.rows import Completion, PartialCompletion, ends_of
 from llama_jax.generation.speculative import Draft, generate_speculatively
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
@@ -62,6 +62,7 @@ class Engine:
     cache_dtype: Any = None  # None: the type of activations
     draft: Draft | None = None
     source: str = "the model"  # its name in errors
+    end_ids: Collection[int] = ()  # the tokens that end a completion; empty: EOS
 
     def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
         """Yield a completion per row in order, each as soon as it and all before it are finished."""
@@ -114,14 +115,19 @@ class Engine:
 
     def _growing(self, row: Row) -> PartialCompletion:
         prompt, args, _ = row
-        return PartialCompletion(self.tokenizer, prompt, args, self.model.args.max_seq_len, self.source)
+        context = self.model.args.max_seq_len
+        return PartialCompletion(self.tokenizer, prompt, args, context, self.source, self._end_ids)
+
+    @property
+    def _end_ids(self) -> Collection[int]:
+        return self.end_ids or (self.tokenizer.eos_id,)
 
     def _chunks(self, rows: Sequence[Row], steps: int) -> Iterator[Sampled]:
         longest = new_tokens(self.model.args, rows)
         if self.draft is None:
             return generate_chunks(self.model, self.params, rows, longest, steps, self.cache_dtype)
-        eos = self.tokenizer.eos_id
-        return generate_speculatively(self.model, self.params, rows, longest, self.draft, eos, self.cache_dtype)
+        ends = [ends_of(args, self._end_ids) for _, args, _ in rows]
+        return generate_speculatively(self.model, self.params, rows, longest, self.draft, ends, self.cache_dtype)
 
 
 def split(

@@ -1,7 +1,7 @@
 """Completions while they grow: where they end, and which part of their text is final."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from llama_jax.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Completion:
-    """The continuation of a prompt. ``token_ids`` and ``logprobs`` have the same length and do not include EOS."""
+    """The continuation of a prompt. ``token_ids`` and ``logprobs`` have the same length and do not include the end."""
 
     text: str
     """The text after the prompt, without a stop string and what follows it."""
@@ -22,7 +22,7 @@ class Completion:
     logprobs: list[float]
     """Natural logarithm of each token's probability under the model, before temperature and other changes."""
     finish_reason: str
-    """"stop": the model ended with EOS, or came to a stop string; "length": max_new_tokens or the context came first;
+    """"stop": the model ended with EOS or another end token, or came to a stop string; "length": max_new_tokens or the context came first;
     "too_long": the prompt filled the context and was skipped (sample.py --too-long skip)."""
 
 
@@ -34,8 +34,13 @@ def not_finite(source: str, where: str) -> UserError:
     )
 
 
+def ends_of(args: SampleArgs, end_ids: Collection[int]) -> frozenset[int]:
+    """Return the ids of the tokens that end a completion with settings ``args``, if ``end_ids`` are the model's."""
+    return frozenset(end_ids)
+
+
 class PartialCompletion:
-    """The completion of a prompt while it grows."""
+    """The completion of a prompt while it grows. ``end_ids``: the tokens that end it. None: EOS."""
 
     def __init__(
         self,
@@ -44,18 +49,20 @@ class PartialCompletion:
         args: SampleArgs,
         context: int,
         source: str = "the model",
+        end_ids: Collection[int] | None = None,
     ):
         self.finish_reason = ""
         self.ids: list[int] = []
         self._logprobs: list[float] = []
         self._tokenizer, self._prompt_ids, self._stop, self._source = tokenizer, prompt_ids, args.stop, source
+        self._end_ids = ends_of(args, (tokenizer.eos_id,) if end_ids is None else end_ids)
         self._limit = min(args.max_new_tokens, context - len(prompt_ids))
         self._stream = tokenizer.stream(prompt_ids)
         self._text = ""  # the final text of the first _read tokens
         self._read = self._taken = 0
 
     def push(self, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Add the tokens of a chunk, up to EOS, the limit, or a stop string.
+        """Add the tokens of a chunk, up to an end token, the limit, or a stop string.
 
         Raises UserError if a token was sampled from logits that are not finite.
         """
@@ -64,7 +71,7 @@ class PartialCompletion:
                 break
             if math.isnan(logprob):
                 raise not_finite(self._source, f"behind {len(self._prompt_ids) + len(self.ids)} tokens")
-            if token == self._tokenizer.eos_id:
+            if token in self._end_ids:
                 self.finish_reason = "stop"
                 break
             self.ids.append(token)

@@ -10,6 +10,7 @@ B rows, T tokens that are checked together, V vocab.
 
 import functools
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,38 +70,41 @@ def generate_speculatively(
     rows: Sequence[Row],
     max_new_tokens: int,
     draft: Draft,
-    eos_id: int,
+    end_ids: Sequence[AbstractSet[int]],
     cache_dtype: Any = None,
 ) -> Iterator[Sampled]:
     """Yield what ``generate_chunks`` yields, in chunks as long as the guesses were right. All rows advance equally.
 
-    Rows that have produced EOS do not limit the chunk.
+    end_ids: the tokens that end each row. Rows that have produced one do not limit the chunk.
     """
     mesh, count, alternatives = mesh_of(params), len(rows), alternatives_of(rows)
     rows = pad_rows(rows, mesh)
+    end_ids = [*end_ids, *[end_ids[-1]] * (len(rows) - count)]
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     slots = slots_read(longest + max_new_tokens + draft.tokens + 1)
     with on_mesh(mesh):
         state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype)
         guesser = Lookup(draft.tokens) if draft.model is None else DraftModel(draft, rows, longest, slots)
-        state, made = _first(model, state, alternatives)
+        state, found = _first(model, state, alternatives)
     texts = [list(prompt) for prompt, _, _ in rows]
-    filled, done, kept = longest, 0, 1
+    filled, made, kept = longest, 0, 1
     while True:
-        made = Sampled(*(None if x is None else np.asarray(x)[:, :kept] for x in made))
-        for text, row in zip(texts, made.ids.tolist(), strict=True):
+        found = Sampled(*(None if x is None else np.asarray(x)[:, :kept] for x in found))
+        for text, row in zip(texts, found.ids.tolist(), strict=True):
             text += row
-        yield made.fetched(count)
-        done += kept
-        if done >= max_new_tokens:
+        yield found.fetched(count)
+        made += kept
+        if made >= max_new_tokens:
             return
-        waited_for = np.array([eos_id not in text[len(text) - done :] for text in texts])
+        waited_for = np.array(
+            [ends.isdisjoint(text[len(text) - made :]) for ends, text in zip(end_ids, texts, strict=True)]
+        )
         with on_mesh(mesh):
             guessed = guesser.guess(texts, state)
             fed = np.concatenate([[[text[-1]] for text in texts], guessed], axis=1).astype(np.int32)
             end = slots_read(filled + fed.shape[1])
             state = state.replace(cache=ensure_slots(state.cache, end))
-            state, made, right = _check(model, params, state, fed, waited_for, end, alternatives)
+            state, found, right = _check(model, params, state, fed, waited_for, end, alternatives)
         kept = int(right)
         filled += kept
 
