@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llama_jax.cli.flags import ESCAPED
+from llama_jax.cli.json_argument import json_line, load_json
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import is_address
 
@@ -399,6 +400,12 @@ class SampleArgs:
     echo: bool = False
     """Begin the text of a result with its prompt, and report the log-probabilities of the prompt's tokens.
     They take one more pass over the prompt."""
+    infill_format: Literal["psm", "spm"] = "psm"
+    """Order in which an infilling prompt has its texts. psm: prefix, suffix. spm: suffix, prefix."""
+    json_schema: str = ""
+    """Sample only tokens that continue a JSON text which fulfils this JSON Schema. {}: any JSON.
+    A flag may be the name of a file with a schema. Only max_new_tokens and the context may cut the text.
+    It needs the extra "grammar"."""
     n: int = 1
     """Number of completions per prompt, each with its own random numbers."""
     seed: int = 0
@@ -408,6 +415,8 @@ class SampleArgs:
         for name in ("stop", "stop_token_ids"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.json_schema, dict | bool):
+            object.__setattr__(self, "json_schema", json_line(self.json_schema))
 
     def check(self, prefix: str = "") -> None:
         """Raise UserError on impossible values. ``prefix`` precedes the field's name in the message."""
@@ -437,10 +446,22 @@ class SampleArgs:
             f"at most the {self.max_new_tokens} of max_new_tokens",
             self.min_new_tokens,
         )
+        if self.json_schema:
+            _check_json_schema(self, prefix)
         for token, bias in self.logit_bias.items():
             _typed(token, int, prefix + "logit_bias")
             _typed(bias, float, prefix + "logit_bias")
             _check(bias <= _LARGEST_FLOAT32, prefix + "logit_bias", f"numbers up to {_LARGEST_FLOAT32}", bias)
+
+
+def _check_json_schema(args: SampleArgs, prefix: str) -> None:
+    """Raise UserError, after ``prefix``, if json_schema is not one, or stands beside settings that would break it."""
+    found = load_json(args.json_schema, f"{prefix}json_schema")
+    _check(isinstance(found, dict | bool), f"{prefix}json_schema", "a JSON Schema, an object", quoted(args.json_schema))
+    for name in ("stop", "ignore_eos", "min_new_tokens"):
+        given, default = getattr(args, name), getattr(SampleArgs(), name)
+        expected = f"{default} beside json_schema, which decides where the text ends"
+        _check(given == default, prefix + name, expected, f"{given!r}; leave one of them out")
 
 
 @dataclasses.dataclass(frozen=True)

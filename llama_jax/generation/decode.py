@@ -47,17 +47,21 @@ class DecodeState(flax.struct.PyTreeNode):
 class Sampled(NamedTuple):
     """The tokens of a chunk, and their log-probabilities under the model at temperature 1, over all tokens.
 
-    On the device, they are jax.Arrays. If alternatives are asked for, there are as many likeliest tokens for each.
+    Programs return jax.Arrays, generators yield NumPy's. The last two are None unless alternatives are asked for.
     """
 
-    ids: np.ndarray  # int32 [B, tokens of the chunk]
-    logprobs: np.ndarray  # float32 [B, tokens of the chunk]
-    top_ids: np.ndarray | None = None  # int32 [B, tokens of the chunk, alternatives]
-    top_logprobs: np.ndarray | None = None  # float32, of the same shape
+    ids: Any  # int32 [B, tokens of the chunk]
+    logprobs: Any  # float32 [B, tokens of the chunk]
+    top_ids: Any = None  # int32 [B, tokens of the chunk, alternatives]
+    top_logprobs: Any = None  # float32, of the same shape
 
     def fetched(self, rows: int) -> "Sampled":
         """Return the first ``rows`` rows in the host's memory."""
         return Sampled(*(None if x is None else np.asarray(x)[:rows] for x in self))
+
+    def of(self, row: int) -> tuple[Any, ...]:
+        """Return the fields of one row, without the axis of rows."""
+        return tuple(None if x is None else x[row] for x in self)
 
 
 @functools.partial(GenerationProgram, static_argnames=("model", "end"), donate_argnames=("cache",))
@@ -121,11 +125,28 @@ def decode_chunk(
 def choose(
     model: Llama, sampler: Sampler, logits: jax.Array, number: jax.Array, alternatives: int
 ) -> tuple[tuple[jax.Array, ...], Sampler]:
-    """Run ``sample`` on logits [B, V]. Return the fields of Sampled for one step, each [B, ...], and the new sampler."""
+    """Run ``sample`` on logits [B, V].
+
+    Return the fields of Sampled for one step, each [B, ...], and the new sampler.
+    """
     exact = bool(model.exact_rows)
     ids, logprobs, sampler = sample(sampler, logits, number, exact)
     top = likeliest_tokens(logits, alternatives, exact) if alternatives else ()
     return (ids, logprobs, *top), sampler
+
+
+@functools.partial(jax.jit, static_argnames=("model", "alternatives"), donate_argnames=("state",))
+def sample_once(
+    model: Llama, state: DecodeState, alternatives: int, allowed: ArrayLike | None = None
+) -> tuple[DecodeState, Sampled]:
+    """Sample a token of each row, which no cache holds yet. Return the state and the tokens.
+
+    allowed: the tokens that each row may sample, as bits, uint32 [B, W]. None: all.
+    """
+    sampler = state.sampler.replace(allowed=allowed)
+    made, sampler = choose(model, sampler, state.logits, state.made, alternatives)
+    state = state.replace(sampler=sampler.replace(allowed=None), made=state.made + 1)
+    return state, Sampled(*(on_every_device(x[:, None]) for x in made))
 
 
 @functools.partial(GenerationProgram, static_argnames=("model", "cache_dtype"))

@@ -27,6 +27,7 @@ class Sampler(flax.struct.PyTreeNode):
     bias: jax.Array | None  # float32 [B, V]
     penalties: "Penalties | None"
     not_yet: "NotYet | None" = None
+    allowed: jax.Array | None = None  # uint32 [B, W], the tokens that each row may sample, as bits; None: all
 
 
 class NotYet(flax.struct.PyTreeNode):
@@ -53,7 +54,9 @@ def check_tokens(args: SampleArgs, vocab_size: int, prefix: str = "") -> None:
             if not 0 <= token < vocab_size:
                 raise UserError(f"{prefix}{name}: expected ids from 0 to {vocab_size - 1}, found {token}")
     if args.logprobs > vocab_size:
-        raise UserError(f"{prefix}logprobs: expected up to {vocab_size}, the size of the vocabulary, found {args.logprobs}")
+        raise UserError(
+            f"{prefix}logprobs: expected up to {vocab_size}, the size of the vocabulary, found {args.logprobs}"
+        )
     biases = zip(args.logit_bias, _float32(args.logit_bias.values()), strict=True)
     forbidden = {token for token, bias in biases if bias == -np.inf}
     if len(forbidden) == vocab_size:
@@ -176,6 +179,10 @@ def _changed(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Arra
         logits += sampler.bias
     if (n := sampler.not_yet) is not None:
         logits = jnp.where(n.ends & (number < n.until)[:, None], -jnp.inf, logits)
+    if sampler.allowed is not None:
+        tokens = jnp.arange(logits.shape[-1])
+        bits = sampler.allowed[:, tokens // 32] >> (tokens % 32).astype(jnp.uint32) & 1
+        logits = jnp.where(bits == 1, logits, -jnp.inf)
     return logits
 
 
@@ -209,7 +216,7 @@ def likeliest_tokens(logits: jax.Array, count: int, one_by_one: bool = False) ->
     if one_by_one:
         ids, logprobs = jax.lax.map(lambda row: likeliest_tokens(row[None], count), logits)
         return ids[:, 0], logprobs[:, 0]
-    values, ids = jax.lax.top_k(logits, count)
+    values, ids = jax.lax.top_k(logits, min(count, logits.shape[-1]))
     return ids, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 

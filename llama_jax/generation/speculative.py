@@ -31,6 +31,7 @@ from llama_jax.generation.decode import (
     pad_rows,
     prompt_slots,
     read_prompts,
+    sample_once,
     slots_read,
 )
 from llama_jax.generation.sampling import Sampler, sample
@@ -85,7 +86,7 @@ def generate_speculatively(
     with on_mesh(mesh):
         state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype)
         guesser = Lookup(draft.tokens) if draft.model is None else DraftModel(draft, rows, longest, slots)
-        state, found = _first(model, state, alternatives)
+        state, found = sample_once(model, state, alternatives)
     texts = [list(prompt) for prompt, _, _ in rows]
     filled, made, kept = longest, 0, 1
     while True:
@@ -107,14 +108,6 @@ def generate_speculatively(
             state, found, right = _check(model, params, state, fed, waited_for, end, alternatives)
         kept = int(right)
         filled += kept
-
-
-@functools.partial(jax.jit, static_argnames=("model", "alternatives"), donate_argnames=("state",))
-def _first(model: Llama, state: DecodeState, alternatives: int) -> tuple[DecodeState, Sampled]:
-    """Sample the first token of each row, which no cache holds yet. Return the state and the tokens."""
-    made, sampler = choose(model, state.sampler, state.logits, state.made, alternatives)
-    state = state.replace(sampler=sampler, made=state.made + 1)
-    return state, Sampled(*(on_every_device(x[:, None]) for x in made))
 
 
 @functools.partial(GenerationProgram, static_argnames=("model", "end", "alternatives"), donate_argnames=("state",))
