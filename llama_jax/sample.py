@@ -159,7 +159,7 @@ def _jobs(args: Arguments) -> "list[Job]":
         return [Job(chat.read_messages(Path(args.messages))[-1].content, args.sample, args.messages)]
     if args.infill != NO_GAP:
         prefix, suffix = map(clean, args.infill)
-        return [Job(prefix, args.sample, "--infill", suffix)]
+        return [Job(prefix, args.sample, "--infill", suffix=suffix)]
     if args.prompts:
         return given_prompts(args.prompts, args.sample)
     return read_prompts(args.prompts_file, args.sample)

@@ -182,7 +182,7 @@ def _job(line: str, args: SampleArgs, where: str) -> Job:
         changed = from_dict(SampleArgs, given, where)
         args = dataclasses.replace(args, **{name: getattr(changed, name) for name in given})
         args.check(f"{where}: ")
-    return Job(clean(prompt), args, where, None if suffix is None else clean(suffix))
+    return Job(clean(prompt), args, where, suffix=None if suffix is None else clean(suffix))
 
 
 def _schema(found: Any, where: str) -> str:

@@ -142,7 +142,7 @@ def test_lines_of_json_have_gaps_beside_prompts(tmp_path: Path, model: Model) ->
 
 
 def test_of_a_gap_that_fills_the_context_the_prefix_is_cut(model: Model) -> None:
-    job = Job("1" * 300, GREEDY, "line 1", "22")
+    job = Job("1" * 300, GREEDY, "line 1", suffix="22")
     with pytest.raises(UserError, match=r"line 1 .* expected fewer than 128 tokens"):
         ask([job], model.tokenizer, 128, "refuse")
     (cut,) = ask([job], model.tokenizer, 128, "cut")
