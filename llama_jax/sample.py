@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     _check(args)
     conversing = args.chat and not (args.prompts or args.prompts_file or args.messages)
     if (
-        not (conversing or args.prompts or args.messages or args.infill)
+        not (conversing or args.prompts or args.messages or args.infill != NO_GAP)
         and args.prompts_file in ("", "-")
         and _is_terminal()
     ):
