@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llama_jax.cli.flags import ESCAPED
+from llama_jax.cli.json_argument import json_line, load_json
 from llama_jax.errors import UserError, quoted
 from llama_jax.rope_scaling import RopeScaling, check_scaling, depends_on_length, one_spelling
 from llama_jax.storage.files import is_address
@@ -408,16 +409,37 @@ class SampleArgs:
     r"""End a completion before the first of these strings. A string may begin or end inside a token.
     A flag takes one string: --stop . --stop '\n'.
     The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Also end a completion at these tokens, by id. Like EOS, they are left out of it. A flag takes several."""
+    ignore_eos: bool = False
+    """Do not end a completion at EOS, which stays among its tokens. It has no text."""
+    min_new_tokens: int = 0
+    """Do not sample EOS and stop_token_ids before the completion has this many tokens. Stop strings still end it."""
     max_new_tokens: int = 128
     """Maximum number of tokens to generate per prompt. The end of the context may stop a completion earlier."""
+    logprobs: int = 0
+    """Number of likeliest tokens to report for each token, with their log-probabilities under the model.
+    As those of the tokens themselves, they are taken before penalties, temperature and other changes. 0: none."""
+    echo: bool = False
+    """Begin the text of a result with its prompt, and report the log-probabilities of the prompt's tokens.
+    They take one more pass over the prompt."""
+    infill_format: Literal["psm", "spm"] = "psm"
+    """Order in which an infilling prompt has its texts. psm: prefix, suffix. spm: suffix, prefix."""
+    json_schema: str = ""
+    """Sample only tokens that continue a JSON text which fulfils this JSON Schema. {}: any JSON.
+    A flag may be the name of a file with a schema. Only max_new_tokens and the context may cut the text.
+    It needs the extra "grammar"."""
     n: int = 1
     """Number of completions per prompt, each with its own random numbers."""
     seed: int = 0
     """Random seed. A completion depends on its prompt, the seed and its number among the n, not on other prompts."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.json_schema, dict | bool):
+            object.__setattr__(self, "json_schema", json_line(self.json_schema))
 
     def check(self, prefix: str = "") -> None:
         """Raise UserError on impossible values. ``prefix`` precedes the field's name in the message."""
@@ -429,7 +451,9 @@ class SampleArgs:
             "repetition_penalty": (_TINY, 1e6),
             "presence_penalty": (-1e6, 1e6),
             "frequency_penalty": (-1e6, 1e6),
+            "min_new_tokens": (0, _LARGEST),
             "max_new_tokens": _COUNT,
+            "logprobs": (0, _LARGEST),
             "n": _COUNT,
             "seed": (0, 2**32 - 1),
         }
@@ -437,10 +461,30 @@ class SampleArgs:
         for text in self.stop:
             _check(bool(_typed(text, str, prefix + "stop")), prefix + "stop", "texts of one or more characters", "none")
             _check(not _SURROGATE.search(text), prefix + "stop", "texts in UTF-8", ascii(text))
+        for token in self.stop_token_ids:
+            _typed(token, int, prefix + "stop_token_ids")
+        _check(
+            self.min_new_tokens <= self.max_new_tokens,
+            prefix + "min_new_tokens",
+            f"at most the {self.max_new_tokens} of max_new_tokens",
+            self.min_new_tokens,
+        )
+        if self.json_schema:
+            _check_json_schema(self, prefix)
         for token, bias in self.logit_bias.items():
             _typed(token, int, prefix + "logit_bias")
             _typed(bias, float, prefix + "logit_bias")
             _check(bias <= _LARGEST_FLOAT32, prefix + "logit_bias", f"numbers up to {_LARGEST_FLOAT32}", bias)
+
+
+def _check_json_schema(args: SampleArgs, prefix: str) -> None:
+    """Raise UserError, after ``prefix``, if json_schema is not one, or stands beside settings that would break it."""
+    found = load_json(args.json_schema, f"{prefix}json_schema")
+    _check(isinstance(found, dict | bool), f"{prefix}json_schema", "a JSON Schema, an object", quoted(args.json_schema))
+    for name in ("stop", "ignore_eos", "min_new_tokens"):
+        given, default = getattr(args, name), getattr(SampleArgs(), name)
+        expected = f"{default} beside json_schema, which decides where the text ends"
+        _check(given == default, prefix + name, expected, f"{given!r}; leave one of them out")
 
 
 @dataclasses.dataclass(frozen=True)

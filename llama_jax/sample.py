@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from llama_jax.cli.flags import ESCAPED, parse_flags
+from llama_jax.cli.json_argument import json_argument
 from llama_jax.config import Cache, DType, MeshArgs, SampleArgs, Weights
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from llama_jax.generation.prompts import Asked, Job
     from llama_jax.generation.results import Results
 
+# The default of --infill: there is nothing around a gap, so there is none.
+NO_GAP = ("", "")
 # The default mesh. It is passed on as None, which places the model on the fewest devices that hold it.
 ONE_DEVICE = MeshArgs(data=1)
 
@@ -52,6 +55,9 @@ class Arguments:
     """File with one prompt per line. -: standard input.
     In a .jsonl file, each line is a JSON object with "prompt" and, optionally, its own settings, such as "top_p".
     "messages" in place of "prompt" is a conversation to answer. "max_tokens" is another name of "max_new_tokens"."""
+    infill: tuple[str, str] = NO_GAP
+    """A prefix and a suffix: generate the text between them, with a model that has Code Llama's vocabulary.
+    In a .jsonl file, a line has "prefix" and "suffix" in place of "prompt". With --echo, print the whole text."""
     too_long: Literal["refuse", "skip", "cut"] = "refuse"
     """How to treat a prompt that fills the context. refuse: exit with an error.
     skip: do not complete it; its result says too_long.
@@ -92,9 +98,16 @@ def main(argv: Sequence[str]) -> None:
     program = typed("sample")
     description = f'Generate text: {program} --ckpt runs/tiny "Once upon a time"'
     args = parse_flags(Arguments, argv, Arguments(), program, description)
+    if args.sample.json_schema:
+        schema = json_argument(args.sample.json_schema, "json_schema")
+        args = dataclasses.replace(args, sample=dataclasses.replace(args.sample, json_schema=schema))
     _check(args)
     conversing = args.chat and not (args.prompts or args.prompts_file or args.messages)
-    if not (conversing or args.prompts or args.messages) and args.prompts_file in ("", "-") and _is_terminal():
+    if (
+        not (conversing or args.prompts or args.messages or args.infill != NO_GAP)
+        and args.prompts_file in ("", "-")
+        and _is_terminal()
+    ):
         _tell("reading prompts from standard input, one a line; Ctrl-D ends them, Ctrl-C the program")
 
     from llama_jax.chat.formats import template_digest
@@ -134,6 +147,10 @@ def _check(args: Arguments) -> None:
             f"--prompts-file: expected all prompts in the file, found others as arguments, {args.prompts[0]!r} first; leave one "
             "out, and give each --stop one text"
         )
+    if args.infill != NO_GAP and (args.prompts or args.prompts_file or args.chat):
+        raise UserError("--infill: expected no prompts and no --chat beside it, found some; leave one of them out")
+    if args.chat and args.sample.echo:
+        raise UserError("--echo: expected prompts to complete, found --chat, which answers them; leave it out")
     conversing = args.chat and not (args.prompts or args.prompts_file)
     if args.output and conversing:
         raise UserError("--output: expected prompts, found a conversation; leave it out")
@@ -161,6 +178,9 @@ def _jobs(args: Arguments) -> "list[Job]":
     if args.messages:
         messages = tuple(read_messages(Path(args.messages)))
         return [Job(messages[-1].content, args.sample, args.messages, messages)]
+    if args.infill != NO_GAP:
+        prefix, suffix = map(clean, args.infill)
+        return [Job(prefix, args.sample, "--infill", suffix=suffix)]
     if args.prompts:
         return given_prompts(args.prompts, args.sample)
     return read_prompts(args.prompts_file, args.sample)
@@ -169,7 +189,16 @@ def _jobs(args: Arguments) -> "list[Job]":
 def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "Checkpoint") -> "list[Asked]":
     """Return the jobs in the form that the model gets. Print warnings about them, and about flags without effect."""
     from llama_jax.chat.formats import choose
-    from llama_jax.generation.prompts import Job, ask, dialog_of, idle_settings, names_of_files, pasted, told_of
+    from llama_jax.generation.prompts import (
+        Job,
+        ask,
+        dialog_of,
+        idle_reports,
+        idle_settings,
+        names_of_files,
+        pasted,
+        told_of,
+    )
 
     context, tokenizer = checkpoint.args.max_seq_len, checkpoint.tokenizer
     dialogs, chat = [], None
@@ -178,7 +207,7 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "C
         dialogs = [dialog_of(job, clean(args.system)) for job in jobs]
         if not jobs:
             chat.check(clean(args.system))
-    asked = ask(jobs, tokenizer, context, args.too_long, dialogs, chat)
+    asked = ask(jobs, tokenizer, context, args.too_long, dialogs, chat, bool(args.draft))
     lines = [
         *(chat.notes if chat else ()),
         *told_of(asked, context),
@@ -195,6 +224,7 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "C
         lines.append("--draft-tokens: no effect without --draft")
     if args.json and args.output:
         lines.append("--json: no effect beside --output, which is JSON always")
+    lines.append(idle_reports(jobs, bool(args.json or args.output)))
     if args.too_long != "refuse" and not jobs:
         lines.append("--too-long: no effect on a conversation, which forgets its oldest turns")
     for line in filter(None, lines):

@@ -1,6 +1,7 @@
 """Generation: a loaded model, its logits, and completions of prompts."""
 
 import functools
+import itertools
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,17 +24,19 @@ from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.sharding import make_mesh
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.decode import Row, logits_of_tokens
+from llama_jax.generation.grammar import check_schema
+from llama_jax.generation.infill import encode_infill, with_infill_end
 from llama_jax.generation.loading import fitting_mesh, load_parameters
 from llama_jax.generation.passes import Engine, OnProgress
 from llama_jax.generation.prompts import pasted
 from llama_jax.generation.rows import Completion as Completion
-from llama_jax.generation.rows import not_finite
-from llama_jax.generation.sampling import check_bias
+from llama_jax.generation.rows import echoed, not_finite
+from llama_jax.generation.sampling import check_tokens
 from llama_jax.generation.serving import for_generation
 from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import Tokenizer, clean
 
 # The draft that needs no second model, and the maximum number of tokens to draft at a time.
 LOOKUP, MOST_GUESSES = "lookup", 64
@@ -147,7 +150,32 @@ class Model:
         """
         if isinstance(prompts, str):
             raise UserError("prompts: expected a list of strings, found one string; put it in a list")
-        return self.generate_ids([self.encode(prompt) for prompt in prompts], args, on_progress)
+        texts = list(prompts)
+        return self._complete(
+            [self.encode(text) for text in texts], [(clean(text), "") for text in texts], args, on_progress
+        )
+
+    def infill(
+        self,
+        gaps: Iterable[tuple[str, str]],
+        args: SampleArgs | Sequence[SampleArgs] = SampleArgs(),
+        on_progress: OnProgress | None = None,
+    ) -> list[Completion]:
+        """Return what stands between the texts of each gap (prefix, suffix), by a model with Code Llama's vocabulary.
+
+        A completion also ends at <EOT>. With ``echo``, its text is the whole: prefix, completion, suffix. The other
+        arguments are those of ``generate``. Raises UserError if the vocabulary has no tokens for infilling.
+
+        Example:
+            (middle,) = model.infill([("def add(a, b):\\n", "\\n    return c")])
+        """
+        texts = list(gaps)
+        if not all(isinstance(gap, tuple | list) and len(gap) == 2 for gap in texts):
+            raise UserError(f"gaps: expected pairs of texts (prefix, suffix), found {quoted(texts)}")
+        settings = settings_of(args, len(texts))
+        ids = [encode_infill(self.tokenizer, *gap, one.infill_format) for gap, one in zip(texts, settings, strict=True)]
+        ended = [with_infill_end(one, self.tokenizer) for one in settings]
+        return self._complete(ids, texts, ended, on_progress)
 
     def chat(
         self,
@@ -192,23 +220,38 @@ class Model:
         on_progress: OnProgress | None = None,
     ) -> list[Completion]:
         """Run ``generate`` for prompts that are token ids."""
-        return list(self.completions(self.rows(prompts, args), on_progress))
+        return self._complete(prompts, [], args, on_progress)
+
+    def _complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        around: Sequence[tuple[str, str]],
+        args: SampleArgs | Sequence[SampleArgs],
+        on_progress: OnProgress | None,
+    ) -> list[Completion]:
+        """Return completions. With ``echo``, each stands between the texts of ``around``, or behind its prompt's."""
+        rows = self.rows(prompts, args)
+        texts = {id(ids): text for ids, text in zip(prompts, around, strict=False)}
+        completions = zip(rows, self.completions(rows, on_progress), strict=True)
+        return [
+            echoed(one, *texts.get(id(ids), (self.tokenizer.decode(ids), ""))) if given.echo else one
+            for (ids, given, _), one in completions
+        ]
 
     def rows(self, prompts: Sequence[Sequence[int]], args: SampleArgs | Sequence[SampleArgs]) -> list[Row]:
         """Return a row (prompt, settings, number among the prompt's n) per completion.
 
         Raises UserError as ``generate`` does.
         """
-        settings = [args] * len(prompts) if isinstance(args, SampleArgs) else list(args)
-        if len(settings) != len(prompts):
-            raise UserError(f"args: expected one SampleArgs, or {len(prompts)}, one a prompt; found {len(settings)}")
+        settings = settings_of(args, len(prompts))
         alone = isinstance(args, SampleArgs)
         checked: set[int] = set()  # ids of settings, because many prompts may share one
         for number, (ids, given) in enumerate(zip(prompts, settings, strict=True), 1):
             if id(given) not in checked:
                 prefix = "" if alone else f"prompt {number}: "
                 given.check(prefix)
-                check_bias(given, self.args.vocab_size, prefix)
+                check_tokens(given, self.args.vocab_size, prefix)
+                check_schema(given, self.tokenizer, self.draft is not None, prefix)
                 checked.add(id(given))
             self._check_prompt(ids, number)
         return [(ids, given, i) for ids, given in zip(prompts, settings, strict=True) for i in range(given.n)]
@@ -226,7 +269,8 @@ class Model:
         self, prompt: str, args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
     ) -> Iterator[str]:
         """Yield the text of ``generate([prompt])`` piece by piece, one token at a time."""
-        return self.stream_ids(self.encode(prompt), args, on_progress)
+        pieces = self.stream_ids(self.encode(prompt), replace(args, echo=False), on_progress)
+        return itertools.chain([clean(prompt)] if args.echo else [], pieces)
 
     def stream_ids(
         self,
@@ -238,7 +282,8 @@ class Model:
         """Run ``stream`` for a prompt of token ids. end_ids: the tokens that end it. Empty: the model's."""
         check_one(args, "a stream")
         (row,) = self.rows([prompt_ids], args)
-        return self._engine(end_ids).stream(row, on_progress)
+        start = [self.tokenizer.decode(prompt_ids)] if args.echo else []
+        return itertools.chain(start, self._engine(end_ids).stream(row, on_progress))
 
     def encode(self, prompt: str) -> list[int]:
         """Return a prompt's token ids. Warns of control tokens and chat tags in it, which are read as plain text."""
@@ -301,6 +346,14 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
     module = make_model(checkpoint.args, compute_dtype, mesh=mesh)
     params = load_parameters(checkpoint, module, mesh, checkpoint.weights)
     return Draft(tokens, module, for_generation(params))
+
+
+def settings_of(args: SampleArgs | Sequence[SampleArgs], count: int) -> list[SampleArgs]:
+    """Return the settings of each of ``count`` prompts. Raises UserError if there are more or fewer."""
+    settings = [args] * count if isinstance(args, SampleArgs) else list(args)
+    if len(settings) != count:
+        raise UserError(f"args: expected one SampleArgs, or {count}, one a prompt; found {len(settings)}")
+    return settings
 
 
 def stripped(answer: Completion) -> Completion:

@@ -1,6 +1,7 @@
 """Generation in a terminal: completions and conversations."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -20,6 +21,7 @@ from llama_jax.generation import Completion, Model, check_one, stripped
 from llama_jax.generation.passes import OnProgress, Step
 from llama_jax.generation.prompts import Asked, Job, pasted, standard_input
 from llama_jax.generation.results import SKIPPED, Results, result
+from llama_jax.generation.rows import echoed
 from llama_jax.generation.stats import Meter
 from llama_jax.tokenizer import clean
 
@@ -53,8 +55,10 @@ class Console:
         """Print the completions of prompts. A single one is printed as it is generated."""
         if self._is_one_text(asked):
             self._meter.begin()
-            pieces = self._model.stream_ids(asked[0].ids, asked[0].job.args, self._meter)
-            self._print_stream(pieces, start=asked[0].job.prompt)
+            (one,) = asked
+            pieces = self._model.stream_ids(one.ids, dataclasses.replace(one.job.args, echo=False), self._meter)
+            before, after = _shown(one)
+            self._print_stream(itertools.chain(pieces, [after]), start=before)
             return
         self._run(asked, self._printer(show_prompt=True))
 
@@ -150,7 +154,14 @@ class Console:
             for one, _ in wanted:
                 if one.skipped and progress is not None:
                     progress.update(1)
-                take(one, SKIPPED if one.skipped else self._next(made, with_bar))
+                take(one, SKIPPED if one.skipped else self._echoed(one, self._next(made, with_bar)))
+
+    def _echoed(self, asked: Asked, completion: Completion) -> Completion:
+        """Return a completion with the texts around it, if its settings say so."""
+        if not asked.job.args.echo:
+            return completion
+        before = self._model.tokenizer.decode(asked.ids) if asked.cut and asked.job.suffix is None else asked.job.prompt
+        return echoed(completion, before, asked.job.suffix or "")
 
     def _next(self, made: Iterator[Completion], with_bar: bool) -> Completion:
         """Return the next completion. Without a bar, say that it is being made."""
@@ -201,7 +212,8 @@ class Console:
                 ascii_only = not _is_utf8(sys.stdout)
                 print(json.dumps(result(asked, completion), ensure_ascii=ascii_only, allow_nan=False), flush=True)
             else:
-                text = asked.job.prompt + completion.text if show_prompt else completion.text
+                before, after = _shown(asked) if show_prompt and not asked.job.args.echo else ("", "")
+                text = before + completion.text + after
                 print(("\n---\n" if printed else "") + text, flush=True)
             printed += 1
 
@@ -210,6 +222,13 @@ class Console:
     def _say(self, text: str) -> None:
         if not self._quiet:
             _tell(text)
+
+
+def _shown(asked: Asked) -> tuple[str, str]:
+    """Return the texts that are printed before and after a completion: its prompt; around a gap, only with ``echo``."""
+    if asked.job.suffix is None:
+        return asked.job.prompt, ""
+    return (asked.job.prompt, asked.job.suffix) if asked.job.args.echo else ("", "")
 
 
 def _is_utf8(stream: TextIO | None) -> bool:

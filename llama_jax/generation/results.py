@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llama_jax.chat.messages import Message
+from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.prompts import Asked
 from llama_jax.generation.rows import Completion
@@ -34,7 +35,16 @@ def result(asked: Asked, completion: Completion) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "logprobs": completion.logprobs,
     }
-    return record | ({"cut_tokens": asked.cut} if asked.cut else {})
+    for name in ("top_logprobs", "prompt_token_ids", "prompt_logprobs", "prompt_top_logprobs"):
+        if found := getattr(completion, name):
+            record[name] = [_as_json(one) for one in found]
+    gap = {} if asked.job.suffix is None else {"suffix": asked.job.suffix}
+    return record | gap | ({"cut_tokens": asked.cut} if asked.cut else {})
+
+
+def _as_json(found: Any) -> Any:
+    """Return a number as it is, and the alternatives of a token as objects."""
+    return [alternative._asdict() for alternative in found] if isinstance(found, list) else found
 
 
 class Results:
@@ -120,7 +130,8 @@ class Results:
             sample = dataclasses.asdict(args)
             # As in JSON, except that an infinite bias, which JSON lacks, becomes text.
             bias = {str(token): value if abs(value) < 1e300 else str(value) for token, value in args.logit_bias.items()}
-            made = self._settings | sample | {"logit_bias": bias, "stop": list(args.stop)}
+            lists = {"stop": list(args.stop), "stop_token_ids": list(args.stop_token_ids)}
+            made = self._settings | sample | {"logit_bias": bias} | lists
             self._made[id(args)] = {name: clean(x) if isinstance(x, str) else x for name, x in made.items()}
         made = self._made[id(args)]
         if asked.job.messages:
@@ -155,6 +166,11 @@ class Results:
             raise UserError(
                 f"{where}: expected a result of the prompt {quoted(asked.job.prompt)}, found {quoted(prompt)}; {_ANOTHER}"
             )
+        if record.get("suffix") != asked.job.suffix:
+            raise UserError(
+                f"{where}: expected a result with the suffix {quoted(asked.job.suffix)}, found {quoted(record.get('suffix'))}; "
+                f"{_ANOTHER}"
+            )
         if not isinstance(made_with, dict):
             raise UserError(f"{where}: expected settings in made_with, found {quoted(made_with)}; {_ANOTHER}")
         expected = self._made_with(asked)
@@ -181,4 +197,9 @@ def _digest(messages: Sequence[Message]) -> str:
 
 
 # Settings that files of earlier versions lack, with the values they were made with.
-_LATER: dict[str, Any] = {"exact": False, "too_long": "refuse", "chat_template": "", "conversation": ""}
+_LATER: dict[str, Any] = {
+    "exact": False, "too_long": "refuse", "chat_template": "", "conversation": "", "stop_token_ids": [],
+} | {
+    name: getattr(SampleArgs(), name)
+    for name in ("ignore_eos", "min_new_tokens", "logprobs", "echo", "infill_format", "json_schema")
+}  # fmt: skip

@@ -24,11 +24,14 @@ from llama_jax.generation.decode import (
     DecodeState,
     Row,
     Sampled,
+    alternatives_of,
+    choose,
     ensure_slots,
     next_logits,
     pad_rows,
     prompt_slots,
     read_prompts,
+    sample_once,
     slots_read,
 )
 from llama_jax.generation.sampling import Sampler, sample
@@ -76,7 +79,7 @@ def generate_speculatively(
 
     end_ids: the tokens that end each row. Rows that have produced one do not limit the chunk. absent: as there.
     """
-    mesh, count = mesh_of(params), len(rows)
+    mesh, count, alternatives = mesh_of(params), len(rows), alternatives_of(rows)
     rows = pad_rows(rows, mesh)
     end_ids = [*end_ids, *[end_ids[-1]] * (len(rows) - count)]
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
@@ -84,15 +87,15 @@ def generate_speculatively(
     with on_mesh(mesh):
         state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype, absent=absent)
         guesser = Lookup(draft.tokens) if draft.model is None else DraftModel(draft, rows, longest, slots)
-        state, ids, logprobs = _first(model, state)
+        state, found = sample_once(model, state, alternatives)
     texts = [list(prompt) for prompt, _, _ in rows]
-    filled, made = longest, 0
+    filled, made, kept = longest, 0, 1
     while True:
-        ids, logprobs = np.asarray(ids), np.asarray(logprobs)
-        for text, row in zip(texts, ids.tolist(), strict=True):
+        found = Sampled(*(None if x is None else np.asarray(x)[:, :kept] for x in found))
+        for text, row in zip(texts, found.ids.tolist(), strict=True):
             text += row
-        yield Sampled(ids[:count], logprobs[:count])
-        made += ids.shape[1]
+        yield found.fetched(count)
+        made += kept
         if made >= max_new_tokens:
             return
         waited_for = np.array(
@@ -103,37 +106,36 @@ def generate_speculatively(
             fed = np.concatenate([[[text[-1]] for text in texts], guessed], axis=1).astype(np.int32)
             end = slots_read(filled + fed.shape[1])
             state = state.replace(cache=ensure_slots(state.cache, end))
-            state, ids, logprobs, kept = _check(model, params, state, fed, waited_for, end)
-        kept = int(kept)
-        ids, logprobs, filled = ids[:, :kept], logprobs[:, :kept], filled + kept
+            state, found, right = _check(model, params, state, fed, waited_for, end, alternatives)
+        kept = int(right)
+        filled += kept
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
-def _first(model: Llama, state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """Sample the first token of each row, which no cache holds yet. Return ids and log-probabilities, each [B, 1]."""
-    ids, logprobs, sampler = sample(state.sampler, state.logits, state.made, bool(model.exact_rows))
-    state = state.replace(sampler=sampler, made=state.made + 1)
-    return state, on_every_device(ids[:, None]), on_every_device(logprobs[:, None])
-
-
-@functools.partial(GenerationProgram, static_argnames=("model", "end"), donate_argnames=("state",))
+@functools.partial(GenerationProgram, static_argnames=("model", "end", "alternatives"), donate_argnames=("state",))
 def _check(
-    model: Llama, params: Any, state: DecodeState, fed: jax.Array, waited_for: jax.Array, end: int
-) -> tuple[DecodeState, jax.Array, jax.Array, jax.Array]:
+    model: Llama,
+    params: Any,
+    state: DecodeState,
+    fed: jax.Array,
+    waited_for: jax.Array,
+    end: int,
+    alternatives: int,
+) -> tuple[DecodeState, Sampled, jax.Array]:
     """Sample after each of ``fed`` [B, T], a row's last token and its guesses.
 
-    Return the state, ids and log-probabilities [B, T], and how many of them to keep: one more than the guesses that
-    were right in all rows ``waited_for`` [B].
+    Return the state, the tokens, and how many of each row to keep: one more than the guesses that were right in all
+    rows ``waited_for`` [B].
     """
     logits, cache = next_logits(model, params, fed, state.cache, end)
 
-    def one(carry: tuple[Sampler, jax.Array], now: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    def one(carry: tuple[Sampler, jax.Array], now: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
         sampler, number = carry
-        ids, logprobs, sampler = sample(sampler, now, number, bool(model.exact_rows))
-        return (sampler, number + 1), (ids, logprobs)
+        made, sampler = choose(model, sampler, now, number, alternatives)
+        return (sampler, number + 1), made
 
-    _, (ids, logprobs) = jax.lax.scan(one, (state.sampler, state.made), logits.swapaxes(0, 1))
-    ids, logprobs = ids.T, logprobs.T
+    _, made = jax.lax.scan(one, (state.sampler, state.made), logits.swapaxes(0, 1))
+    sampled = Sampled(*(x.swapaxes(0, 1) for x in made))
+    ids = sampled.ids
     right = jnp.cumprod(ids[:, :-1] == fed[:, 1:], axis=1).sum(axis=1)
     kept = 1 + jnp.min(jnp.where(waited_for, right, fed.shape[1] - 1))
     sampler = state.sampler
@@ -144,7 +146,7 @@ def _check(
     # The slots after the last right guess are overwritten later.
     cache = cache.replace(slot=state.cache.slot + kept)
     state = DecodeState(cache, state.logits, sampler, state.made + kept)
-    return state, on_every_device(ids), on_every_device(logprobs), on_every_device(kept)
+    return state, jax.tree.map(on_every_device, sampled), on_every_device(kept)
 
 
 class Lookup:

@@ -46,7 +46,7 @@ def speculate(
     """Ids and log-probabilities, each [B, COUNT], and how many passes over the model they took."""
     ends = [{end_id} for _ in rows]
     chunks = list(generate_speculatively(model.module, model.serving, rows, COUNT, draft, ends, cache_dtype))
-    ids, logprobs = (np.concatenate(part, axis=1) for part in zip(*chunks, strict=True))
+    ids, logprobs = (np.concatenate([chunk[part] for chunk in chunks], axis=1) for part in (0, 1))
     return ids[:, :COUNT], logprobs[:, :COUNT], len(chunks)
 
 
