@@ -118,7 +118,13 @@ class Checkpoint:
             )
         args = from_dict(ModelArgs, table, str(source))
         args.check()
-        tokenizer = kept_tokenizer(folder / "model" / "tokenizer.model").within(args.vocab_size)
+        tokenizer = kept_tokenizer(folder / "model" / "tokenizer.model")
+        try:
+            tokenizer = tokenizer.within(args.vocab_size)
+        except UserError:
+            raise UserError(
+                f"{source}: expected vocab_size {tokenizer.vocab_size} or more, the size of its tokenizer, found {args.vocab_size}"
+            ) from None
         return cls(folder, args, tokenizer, weights)
 
     def chosen(self, weights: Weights) -> Weights:

@@ -6,6 +6,13 @@ from typing import NamedTuple, Protocol
 
 from llama_jax.words import Encoded
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """Return ``text`` with lone surrogates (from undecodable arguments, say), which UTF-8 lacks, replaced by U+FFFD."""
+    return _SURROGATE.sub("\ufffd", text)
+
 
 class Added(NamedTuple):
     """A token that a file adds to a vocabulary, and how it is found in a text.

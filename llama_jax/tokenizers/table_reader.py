@@ -68,6 +68,13 @@ class TableReader:
         self._marks = borders.find_marks(lambda text: self._encode([text]).ids.tolist(), MARKS) or borders.NO_MARKS
         del self._table, self._raw
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_with_specials"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._library.encode_special_tokens = True  # the library does not send it along
+
     def piece(self, token_id: int) -> str:
         """Return a token's entry; see Reader."""
         return self._pieces.get(token_id, "")
@@ -200,7 +207,7 @@ def _with_added(table: Table, added: Sequence[Added], name: str) -> Table:
 
 def _without_chance(table: Table) -> Table:
     """Return the table without what cuts, pads or changes ids at random, and with all flags of added tokens."""
-    plain = {"single_word": False, "lstrip": False, "rstrip": False}
+    plain = {"special": False, "single_word": False, "lstrip": False, "rstrip": False}
     added = [plain | {"normalized": not token.get("special")} | token for token in table.get("added_tokens") or []]
     model = table["model"] | ({"dropout": None} if table["model"].get("dropout") else {})
     return table | {"model": model, "added_tokens": added, "truncation": None, "padding": None}
@@ -234,8 +241,7 @@ def _cuts_exactly(table: Table, pieces: Mapping[int, str], always: Sequence[Adde
 def _is_plain_metaspace(first: Any, then: Any) -> bool:
     """Return whether text is only given space marks, as by transformers for LLaMA 2's vocabulary, in either way."""
     if first is None:
-        known = isinstance(then, dict) and then.get("type") == "Metaspace" and then.get("replacement") == SPACE_MARK
-        return known and then.get("split") is False
+        return isinstance(then, dict) and then.get("type") == "Metaspace" and then.get("replacement") == SPACE_MARK
     steps = first.get("normalizers") if isinstance(first, dict) and first.get("type") == "Sequence" else [first]
     prepend = {"type": "Prepend", "prepend": SPACE_MARK}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
