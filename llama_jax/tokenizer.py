@@ -54,15 +54,15 @@ class Tokenizer:
         """Open the files. Added tokens whose ids are not below ``rows`` are left out."""
         self._files = files
         self.place, self.model_path = files.place, files.path
+        # What a checkpoint keeps, by name.
         self.files: Mapping[str, bytes] = files.contents
-        """The files that a checkpoint keeps, by name."""
+        # Lines about what was decided, which commands print.
         self.notes: list[str] = []
-        """Lines about what was decided where the files say nothing or contradict one another."""
         self._reader = self._read(files, rows)
         self.vocab_size: int = self._reader.vocab_size
         self.unk_id: int = self._reader.unk_id
+        # The ids of control tokens and added tokens by their texts, such as "<s>".
         self.specials: Mapping[str, int] = self._reader.specials
-        """The ids of control tokens and added tokens by their texts, such as "<s>". In plain text these are text."""
         self.bos_id, self.eos_id, self.adds_bos = self._ends()
 
     def _read(self, files: Files, rows: int | None) -> Reader:

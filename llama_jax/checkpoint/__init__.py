@@ -2,7 +2,7 @@
 
     <step>/params/                  the parameters: model.py's tree in float32, or quantized
     <step>/model/model.json         the model arguments, and "weights" if they are quantized
-    <step>/model/tokenizer.model    the tokenizer, or the files of another kind: tokenizer.json, tokenizer_config.json, ...
+    <step>/model/tokenizer.model    the tokenizer; of another kind tokenizer.json and the files that came with it
     <step>/model/origin.json        the run that made it and its training text, if a run made it
     <step>/state/                   the optimizer's state, if training can resume from it
     <step>/metrics/metrics          the held-out loss, if the step was evaluated

@@ -45,8 +45,8 @@ class ConvertArgs:
     """Model to read if the folder holds several.
     auto: the one that transformers would load, else Meta's."""
     tokenizer: str = ""
-    """Path of the tokenizer: tokenizer.model, tokenizer.json, or a folder with them. Empty: the one next to the weights.
-    If there is none next to them, tokenizer.model in the folder above."""
+    """Path of the tokenizer: tokenizer.model, tokenizer.json, or a folder with them.
+    Empty: the one next to the weights, else tokenizer.model in the folder above."""
     max_seq_len: int = 0
     """Context length, in tokens. 0: use the input's value, else 4096."""
     shards: int = 1

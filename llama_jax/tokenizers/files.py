@@ -30,7 +30,7 @@ class Files:
     """The files of a tokenizer, by name, and where they are."""
 
     place: Path
-    """What opens this tokenizer again: a file, or a folder."""
+    """The file or folder that opens this tokenizer again."""
     path: Path
     """The file that holds the vocabulary."""
     main: str

@@ -1,4 +1,4 @@
-"""What a reader of a tokenizer does, and tokens that files add to a vocabulary."""
+"""The protocol of the readers of tokenizers, and how added tokens are found in a text."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

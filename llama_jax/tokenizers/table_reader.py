@@ -63,8 +63,8 @@ class TableReader:
         self.byte_ids = self._bytes()
         self._no_text = {*self._hidden, self.unk_id, *self.byte_ids}
         always = [token for token in own if not token.special]
+        # Whether a text that is cut at borders has the ids of the whole text.
         self.cuts_exactly = _cuts_exactly(self._table, self._pieces, always)
-        """Whether a text that is cut at borders has the ids of the whole text."""
         self._marks = borders.find_marks(lambda text: self._encode([text]).ids.tolist(), MARKS) or borders.NO_MARKS
         del self._table, self._raw
 
@@ -169,7 +169,7 @@ class TableReader:
         return -1 if found is None else found
 
     def _bytes(self) -> list[int]:
-        """Return the ids of single bytes: of byte fallback, or of a byte-level vocabulary those that begin or end none."""
+        """Return the ids of single bytes: those of byte fallback, or of a byte-level vocabulary those above 0x7F."""
         ids = {piece: i for i, piece in self._pieces.items()}
         if self._table["model"].get("byte_fallback"):
             texts = [f"<0x{byte:02X}>" for byte in range(256)]
