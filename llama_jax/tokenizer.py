@@ -60,6 +60,11 @@ class Tokenizer:
         self.notes: list[str] = []
         self._reader = self._read(files, rows)
         self.vocab_size: int = self._reader.vocab_size
+        if rows is not None and self.vocab_size > rows:
+            raise UserError(
+                f"{self.model_path}: expected up to {rows:,} tokens, one per row of the model's embeddings, found {self.vocab_size:,}; "
+                "give the model's own tokenizer"
+            )
         self.unk_id: int = self._reader.unk_id
         # The ids of control tokens and added tokens by their texts, such as "<s>".
         self.specials: Mapping[str, int] = self._reader.specials
@@ -74,7 +79,7 @@ class Tokenizer:
         model = files.contents[MODEL]
         if tiktoken.is_tiktoken(model):
             return _table_reader(tiktoken.table_of(model, name), name, [], rows)
-        return SentencePieceReader(model, name, [*listed, *more], of_files.joins(files))
+        return SentencePieceReader(model, name, [*listed, *more], *of_files.behind_specials(files))
 
     def _ends(self) -> tuple[int, int, bool]:
         """Return the ids of BOS and EOS, and whether BOS begins a text."""
@@ -121,11 +126,6 @@ class Tokenizer:
         fitting = Tokenizer.__new__(Tokenizer)
         fitting._open(self._files, rows)
         lost = sorted(self.specials.keys() - fitting.specials.keys())
-        if fitting.vocab_size > rows:
-            raise UserError(
-                f"{self.model_path}: expected up to {rows:,} tokens, one per row of the model's embeddings, found {fitting.vocab_size:,}; "
-                "give the model's own tokenizer"
-            )
         shown = ", ".join(quoted(text, 30) for text in lost[:4])
         fitting.notes.append(
             f"{len(lost):,} added token{'s'[: len(lost) > 1]} ({shown}) without a row in the model: {'they are' if len(lost) > 1 else 'it is'} text"

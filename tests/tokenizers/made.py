@@ -72,12 +72,12 @@ def library(table: Table, specials: bool = False) -> tokenizers.Tokenizer:
     return made
 
 
-def put(folder: Path, table: Table | None, config: Table | None = None, **others: Any) -> Path:
+def put(folder: Path, table: Table | None, settings: Table | None = None, **others: Any) -> Path:
     """Write a tokenizer's files into a folder, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "tokenizer.json": table,
-        "tokenizer_config.json": config,
+        "tokenizer_config.json": settings,
         **{f"{name}.json": value for name, value in others.items()},
     }
     for name, content in files.items():
