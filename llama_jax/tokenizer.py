@@ -3,27 +3,25 @@
 The readers of the kinds are in tokenizers/.
 """
 
-import collections
 import functools
 import hashlib
-import io
 import itertools
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import sentencepiece as spm
 
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import write_atomically
+from llama_jax.storage.locations import children
 from llama_jax.tokenizers import files as of_files
 from llama_jax.tokenizers import tiktoken
 from llama_jax.tokenizers.borders import PART_CHARS, split_text
 from llama_jax.tokenizers.files import MODEL, TABLE, Files
-from llama_jax.tokenizers.reader import Added, Reader
+from llama_jax.tokenizers.reader import Added, Reader, clean
 from llama_jax.tokenizers.sentencepiece import SentencePieceReader
+from llama_jax.tokenizers.training import trained_model
 from llama_jax.words import SPACE_MARK
 
 __all__ = [
@@ -36,9 +34,6 @@ __all__ = [
     "train_tokenizer",
     "trained_model",
 ]
-
-# SentencePiece's trainer skips longer sentences (trainer_spec.max_sentence_length).
-MAX_SENTENCE_BYTES = 4192
 
 
 class Tokenizer:
@@ -59,15 +54,20 @@ class Tokenizer:
         """Open the files. Added tokens whose ids are not below ``rows`` are left out."""
         self._files = files
         self.place, self.model_path = files.place, files.path
+        # What a checkpoint keeps, by name.
         self.files: Mapping[str, bytes] = files.contents
-        """The files that a checkpoint keeps, by name."""
+        # Lines about what was decided, which commands print.
         self.notes: list[str] = []
-        """Lines about what was decided where the files say nothing or contradict one another."""
         self._reader = self._read(files, rows)
         self.vocab_size: int = self._reader.vocab_size
+        if rows is not None and self.vocab_size > rows:
+            raise UserError(
+                f"{self.model_path}: expected up to {rows:,} tokens, one per row of the model's embeddings, found {self.vocab_size:,}; "
+                "give the model's own tokenizer"
+            )
         self.unk_id: int = self._reader.unk_id
+        # The ids of control tokens and added tokens by their texts, such as "<s>".
         self.specials: Mapping[str, int] = self._reader.specials
-        """The ids of control tokens and added tokens by their texts, such as "<s>". In plain text these are text."""
         self.bos_id, self.eos_id, self.adds_bos = self._ends()
 
     def _read(self, files: Files, rows: int | None) -> Reader:
@@ -79,7 +79,7 @@ class Tokenizer:
         model = files.contents[MODEL]
         if tiktoken.is_tiktoken(model):
             return _table_reader(tiktoken.table_of(model, name), name, [], rows)
-        return SentencePieceReader(model, name, [*listed, *more], of_files.joins(files))
+        return SentencePieceReader(model, name, [*listed, *more], *of_files.behind_specials(files))
 
     def _ends(self) -> tuple[int, int, bool]:
         """Return the ids of BOS and EOS, and whether BOS begins a text."""
@@ -126,11 +126,6 @@ class Tokenizer:
         fitting = Tokenizer.__new__(Tokenizer)
         fitting._open(self._files, rows)
         lost = sorted(self.specials.keys() - fitting.specials.keys())
-        if fitting.vocab_size > rows:
-            raise UserError(
-                f"{self.model_path}: expected up to {rows:,} tokens, one per row of the model's embeddings, found {fitting.vocab_size:,}; "
-                "give the model's own tokenizer"
-            )
         shown = ", ".join(quoted(text, 30) for text in lost[:4])
         fitting.notes.append(
             f"{len(lost):,} added token{'s'[: len(lost) > 1]} ({shown}) without a row in the model: {'they are' if len(lost) > 1 else 'it is'} text"
@@ -251,16 +246,17 @@ class Tokenizer:
 
 
 def keep_tokenizer(tokenizer: Tokenizer, path: Path) -> Tokenizer:
-    """Keep a tokenizer at ``path``, a run's or token folder's tokenizer.model, or its files beside, by their names."""
-    if [*tokenizer.files] == [MODEL]:
-        write_atomically(path, tokenizer.model_bytes)
-    for name in of_files.KEPT:
-        if name not in tokenizer.files:
-            (path.parent / name).unlink(missing_ok=True)
-        elif len(tokenizer.files) > 1 or name != MODEL:
-            write_atomically(path.parent / name, tokenizer.files[name])
-    for name in tokenizer.files.keys() - {*of_files.KEPT}:
-        write_atomically(path.parent / name, tokenizer.files[name])
+    """Keep a tokenizer at ``path``, a run's or token folder's tokenizer.model, or its files beside it, by their names.
+
+    Raises UserError if other files of a tokenizer are there, which would be read with these.
+    """
+    folder, names = path.parent, tokenizer.files.keys()
+    if others := sorted(name for name in {*of_files.KEPT} - names if (folder / name).exists()):
+        raise UserError(
+            f"{folder}: expected no files of another tokenizer, found {', '.join(others)}; delete them, or choose another folder"
+        )
+    for name, content in tokenizer.files.items():
+        write_atomically(path if [*names] == [MODEL] else folder / name, content)
     return tokenizer
 
 
@@ -271,8 +267,8 @@ def is_kept(path: Path) -> bool:
 
 def kept_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer that ``keep_tokenizer`` has kept at ``path``. Raises UserError if there is none."""
-    others = any((path.parent / name).exists() for name in of_files.KEPT if name != MODEL)
-    return Tokenizer(path.parent if others else path)
+    found = {child.name for child in children(path.parent)}
+    return Tokenizer(path.parent if found & {*of_files.KEPT[1:]} else path)
 
 
 def _table_reader(table: Mapping[str, object], name: str, more: Sequence[Added], rows: int | None) -> Reader:
@@ -332,71 +328,7 @@ class TextStream:
             self._ids, self._before, self._shown = kept, len(kept), shown
 
 
-def clean(text: str) -> str:
-    """Return ``text`` with lone surrogates (from undecodable arguments, say), which UTF-8 lacks, replaced by U+FFFD."""
-    return _SURROGATE.sub("\ufffd", text)
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
 def train_tokenizer(sentences: Iterable[str], vocab_size: int, output: Path) -> Tokenizer:
     """Train a vocabulary (``trained_model``), save it as ``output`` and return its tokenizer."""
     write_atomically(output, trained_model(sentences, vocab_size))
     return Tokenizer(output)
-
-
-def trained_model(sentences: Iterable[str], vocab_size: int) -> bytes:
-    """Train a BPE vocabulary with LLaMA 2's settings. Return the content of its SentencePiece model.
-
-    ``sentences`` are lines of text of any length. The vocabulary is smaller than ``vocab_size`` if the text has too few
-    different pairs to fill it. Raises UserError if there is no text.
-    """
-    lines = _spell_rare_characters(list(_short_lines(sentences)), vocab_size)
-    if not lines:
-        raise UserError("data.filepath: expected text to train a vocabulary on, found nothing but white space")
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=0.99995,
-        byte_fallback=True,
-        split_digits=True,
-        add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        allow_whitespace_only_pieces=True,
-        max_sentence_length=MAX_SENTENCE_BYTES,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
-def _spell_rare_characters(lines: list[str], vocab_size: int) -> list[str]:
-    """Split lines at characters too rare to get a vocabulary entry of their own, which are encoded as bytes.
-
-    The 256 bytes and three control tokens come first; single characters get at most half of the remaining entries.
-    """
-    counts = collections.Counter(char for char in itertools.chain.from_iterable(lines) if char != " ")
-    room = max(1, (vocab_size - 259) // 2)
-    marks = [char for char, _ in counts.most_common() if not char.isspace()]
-    # White space other than the space gets the entries that are left, minus one for the space itself.
-    white = [char for char, _ in counts.most_common() if char.isspace()]
-    left = vocab_size - 260 - min(room, len(marks))
-    rare = marks[room:] + white[left:]
-    if not rare:
-        return lines
-    border = {ord(char): "\n" for char in rare}
-    return [part for line in lines for part in line.translate(border).split("\n") if part.strip()]
-
-
-def _short_lines(sentences: Iterable[str]) -> Iterator[str]:
-    """Yield lines that the trainer accepts: not empty, not too long, and without NUL."""
-    step = MAX_SENTENCE_BYTES // 4  # a character has at most 4 bytes
-    for sentence in sentences:
-        for line in clean(sentence).replace("\0", " ").split("\n"):
-            yield from (line[i : i + step] for i in range(0, len(line), step) if line[i : i + step].strip())

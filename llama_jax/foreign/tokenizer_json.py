@@ -65,7 +65,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[dict[str, Any] | None, str]:
 
 
 def tiktoken_json(tokenizer: Tokenizer) -> tuple[dict[str, Any] | None, str]:
-    """Return the table of tokenizer.json for LLaMA 3's tokenizer.model, which puts BOS before a text. There always is one."""
+    """Return the table of tokenizer.json for LLaMA 3's tokenizer.model, which puts BOS first. There always is one."""
     table = tiktoken.table_of(tokenizer.model_bytes, str(tokenizer.model_path))
     return table | {"post_processor": _bos_first(tokenizer.piece(tokenizer.bos_id), tokenizer.bos_id)}, ""
 

@@ -7,5 +7,6 @@ table.py           tokenizer.json, checked before the tokenizers library sees it
 table_reader.py    tokenizer.json, by the tokenizers library
 patterns.py        regular expressions of a tokenizer.json that could take forever
 tiktoken.py        LLaMA 3's tokenizer.model, turned into the same library's tokenizer
+training.py        trains a SentencePiece model
 borders.py         where a long text may be cut
 """

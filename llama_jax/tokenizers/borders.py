@@ -1,4 +1,4 @@
-"""Where a long text may be cut, and marks behind which a part is encoded as it is in the whole text."""
+"""Cuts long texts where no token crosses, and encodes a part behind a mark as it is encoded in the whole text."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -30,7 +30,7 @@ class Files:
     """The files of a tokenizer, by name, and where they are."""
 
     place: Path
-    """What opens this tokenizer again: a file, or a folder."""
+    """The file or folder that opens this tokenizer again."""
     path: Path
     """The file that holds the vocabulary."""
     main: str
@@ -121,17 +121,17 @@ def more_tokens(files: Files) -> list[Added]:
     ]
 
 
-def joins(files: Files) -> bool:
-    """Return whether text behind a special token goes on without a space mark, in transformers.
+def behind_specials(files: Files) -> tuple[bool, bool]:
+    """Return how transformers goes on behind a special token: without a space mark, and without one before a space.
 
-    tokenizer.json says so by its prepend_scheme, or else tokenizer_config.json by ``legacy``.
+    tokenizer.json says so by its Metaspace, or else tokenizer_config.json by ``legacy``.
     """
     if TABLE not in files.tables:
-        return files.tables.get(CONFIG, {}).get("legacy") is False
+        return files.tables.get(CONFIG, {}).get("legacy") is False, False
     then = files.tables[TABLE].get("pre_tokenizer")
-    return (
-        isinstance(then, dict) and then.get("type") == "Metaspace" and then.get("prepend_scheme", "always") != "always"
-    )
+    if not isinstance(then, dict) or then.get("type") != "Metaspace":
+        return False, False
+    return then.get("prepend_scheme", "always") != "always", True
 
 
 def _texts(table: Table) -> Iterator[str]:

@@ -25,7 +25,7 @@ _IN_CLASS = re.compile(rf"{_ESCAPE}|\[:\^?\w+:\]|(?P<open>\[)|(?P<close>\])|[^\\
 
 
 class _Group:
-    """What was read of a group: whether it has repetitions or choices, and the repetitions of its alternatives."""
+    """A group of an expression as far as it was read: whether it is simple, and the repetitions of its alternatives."""
 
     def __init__(self) -> None:
         self.is_simple = True
@@ -33,7 +33,7 @@ class _Group:
         self.ways = self.most_ways = 1
 
     def end(self) -> None:
-        """End an alternative."""
+        """Count what the last alternative has, and begin another."""
         self.most_repeats, self.most_ways = max(self.most_repeats, self.repeats), max(self.most_ways, self.ways)
         self.repeats, self.ways = 0, 1
 

@@ -1,10 +1,17 @@
-"""What a reader of a tokenizer does, and tokens that files add to a vocabulary."""
+"""The protocol of the readers of tokenizers, and how added tokens are found in a text."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from llama_jax.words import Encoded
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """Return ``text`` with lone surrogates (from undecodable arguments, say), which UTF-8 lacks, replaced by U+FFFD."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 class Added(NamedTuple):

@@ -27,12 +27,15 @@ class SentencePieceReader:
         added: tokens beyond the model's own, and flags of those that it has.
         joined: whether text behind a special token goes on without a space mark before its first word. Otherwise it
             begins as a text of its own does, as in Meta's code.
+        spares: whether it does so where it begins with a space.
 
     Raises UserError if ``model`` is no SentencePiece model.
     """
 
-    def __init__(self, model: bytes, name: str, added: Sequence[Added] = (), joined: bool = False):
-        self._model, self._joined = model, joined
+    def __init__(
+        self, model: bytes, name: str, added: Sequence[Added] = (), joined: bool = False, spares: bool = False
+    ):
+        self._model, self._joined, self._spares = model, joined, spares
         self._sp = loaded(model, name)
         self.own_size: int = self._sp.vocab_size()
         own = {
@@ -109,7 +112,8 @@ class SentencePieceReader:
             return self._plain(part, start)
         ids: list[int] = []
         for token, stretch in finder.split(part):
-            ids += self._plain(stretch, not self._joined if ids else start) if token is None else [token.id]
+            goes_on = bool(ids) and (self._joined or (self._spares and stretch.startswith(" ")))
+            ids += [token.id] if token is not None else self._plain(stretch, (start or bool(ids)) and not goes_on)
         return ids
 
     def _encode_parts(self, parts: Sequence[str], starts: Sequence[bool]) -> Encoded:

@@ -168,7 +168,7 @@ def _check_added(table: Table, name: str) -> None:
 
 
 def _check_pipeline(steps: Any, part: str, name: str) -> None:
-    """Raise UserError if a part of the pipeline has too many steps, an expression that blows up, or makes texts huge."""
+    """Raise UserError if a part of the pipeline has too many steps or takes forever, or if it makes texts huge."""
     growth = 1
     for count, step in enumerate(_steps(steps), 1):
         growth *= _growth(step)

@@ -63,10 +63,17 @@ class TableReader:
         self.byte_ids = self._bytes()
         self._no_text = {*self._hidden, self.unk_id, *self.byte_ids}
         always = [token for token in own if not token.special]
+        # Whether a text that is cut at borders has the ids of the whole text.
         self.cuts_exactly = _cuts_exactly(self._table, self._pieces, always)
-        """Whether a text that is cut at borders has the ids of the whole text."""
         self._marks = borders.find_marks(lambda text: self._encode([text]).ids.tolist(), MARKS) or borders.NO_MARKS
         del self._table, self._raw
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_with_specials"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._library.encode_special_tokens = True  # the library does not send it along
 
     def piece(self, token_id: int) -> str:
         """Return a token's entry; see Reader."""
@@ -162,7 +169,7 @@ class TableReader:
         return -1 if found is None else found
 
     def _bytes(self) -> list[int]:
-        """Return the ids of single bytes: of byte fallback, or of a byte-level vocabulary those that begin or end none."""
+        """Return the ids of single bytes: those of byte fallback, or of a byte-level vocabulary those above 0x7F."""
         ids = {piece: i for i, piece in self._pieces.items()}
         if self._table["model"].get("byte_fallback"):
             texts = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -200,7 +207,7 @@ def _with_added(table: Table, added: Sequence[Added], name: str) -> Table:
 
 def _without_chance(table: Table) -> Table:
     """Return the table without what cuts, pads or changes ids at random, and with all flags of added tokens."""
-    plain = {"single_word": False, "lstrip": False, "rstrip": False}
+    plain = {"special": False, "single_word": False, "lstrip": False, "rstrip": False}
     added = [plain | {"normalized": not token.get("special")} | token for token in table.get("added_tokens") or []]
     model = table["model"] | ({"dropout": None} if table["model"].get("dropout") else {})
     return table | {"model": model, "added_tokens": added, "truncation": None, "padding": None}
@@ -234,8 +241,7 @@ def _cuts_exactly(table: Table, pieces: Mapping[int, str], always: Sequence[Adde
 def _is_plain_metaspace(first: Any, then: Any) -> bool:
     """Return whether text is only given space marks, as by transformers for LLaMA 2's vocabulary, in either way."""
     if first is None:
-        known = isinstance(then, dict) and then.get("type") == "Metaspace" and then.get("replacement") == SPACE_MARK
-        return known and then.get("split") is False
+        return isinstance(then, dict) and then.get("type") == "Metaspace" and then.get("replacement") == SPACE_MARK
     steps = first.get("normalizers") if isinstance(first, dict) and first.get("type") == "Sequence" else [first]
     prepend = {"type": "Prepend", "prepend": SPACE_MARK}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}

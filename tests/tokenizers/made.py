@@ -42,14 +42,20 @@ def bytewise(pattern: str = PATTERN, size: int = 420) -> Table:
 
 
 def spaced(base: Tokenizer, way: str = "prepend") -> Table:
-    """The table of a SentencePiece model, as TinyLlama has it: with a normalizer, or by a scheme of Metaspace."""
+    """The table of a SentencePiece model, as TinyLlama has it: with a normalizer, or by a scheme of Metaspace.
+
+    The way "split" is the scheme "always", with words taken apart before they are merged.
+    """
     table, _ = tokenizer_json(base)
     assert table is not None
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     table["added_tokens"] = [{"id": i, "content": text, **flags} for i, text in enumerate(["<unk>", "<s>", "</s>"])]
     if way != "prepend":
         table["normalizer"] = None
-        table["pre_tokenizer"] = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": way, "split": False}
+        scheme = "always" if way == "split" else way
+        table["pre_tokenizer"] = {
+            "type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": way == "split"
+        }  # fmt: skip
     return table
 
 
@@ -66,12 +72,12 @@ def library(table: Table, specials: bool = False) -> tokenizers.Tokenizer:
     return made
 
 
-def put(folder: Path, table: Table | None, config: Table | None = None, **others: Any) -> Path:
+def put(folder: Path, table: Table | None, settings: Table | None = None, **others: Any) -> Path:
     """Write a tokenizer's files into a folder, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "tokenizer.json": table,
-        "tokenizer_config.json": config,
+        "tokenizer_config.json": settings,
         **{f"{name}.json": value for name, value in others.items()},
     }
     for name, content in files.items():

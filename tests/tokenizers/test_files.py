@@ -179,7 +179,7 @@ def test_a_model_with_fewer_rows_has_no_added_tokens_beyond(
         grown.within(399)
 
 
-def test_what_is_kept_is_opened_again_and_another_kind_replaces_it(
+def test_what_is_kept_is_opened_again_and_never_mixed_with_another(
     table: Table, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     path, made = tmp_path / "run" / "tokenizer.model", Tokenizer(put(tmp_path / "from", table, CONFIG))
@@ -187,9 +187,16 @@ def test_what_is_kept_is_opened_again_and_another_kind_replaces_it(
     keep_tokenizer(made, path)
     assert is_kept(path) and not path.exists() and kept_tokenizer(path).digest == made.digest
     assert (path.parent / "tokenizer.json").read_bytes() == (tmp_path / "from" / "tokenizer.json").read_bytes()
-    keep_tokenizer(small_tokenizer, path)
-    assert [child.name for child in path.parent.iterdir()] == ["tokenizer.model"]
-    assert kept_tokenizer(path).digest == small_tokenizer.digest
+    with pytest.raises(
+        UserError, match=r"expected no files of another tokenizer, found tokenizer\.json, tokenizer_config\.json"
+    ):
+        keep_tokenizer(small_tokenizer, path)
+    assert kept_tokenizer(path).digest == made.digest
+    other = tmp_path / "other" / "tokenizer.model"
+    keep_tokenizer(small_tokenizer, other)
+    assert [child.name for child in other.parent.iterdir()] == ["tokenizer.model"]
+    with pytest.raises(UserError, match=r"found tokenizer\.model; delete them, or choose another folder"):
+        keep_tokenizer(made, other)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """tokenizer.json: the ids are the tokenizers library's own, in texts long and short, and every text comes back."""
 
 import copy
+import pickle
 from itertools import chain
 from pathlib import Path
 
@@ -26,13 +27,13 @@ from tests.tokenizers.made import (
 )  # fmt: skip
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-KINDS = ("bytewise", "gpt2", "prepend", "first", "always", "never")
+KINDS = ("bytewise", "gpt2", "prepend", "first", "always", "never", "split")
 
 
 @pytest.fixture(scope="module")
 def tables(small_tokenizer: Tokenizer) -> dict[str, Table]:
     """A table of each kind."""
-    ways = {way: spaced(small_tokenizer, way) for way in ("prepend", "first", "always", "never")}
+    ways = {way: spaced(small_tokenizer, way) for way in KINDS[2:]}
     return {"bytewise": bytewise(), "gpt2": bytewise(GPT2), **ways}
 
 
@@ -114,6 +115,13 @@ def test_special_tokens_are_text_unless_asked_for_and_shown_if_asked(opened: dic
     assert tokenizer.decode(ids) == "a b" and tokenizer.decode(ids, specials=True) == f"{BOS}{text}"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert not tokenizer.is_text(422) and tokenizer.is_text(300)
+
+
+def test_a_process_may_be_given_a_tokenizer(opened: dict[str, Tokenizer]) -> None:
+    for tokenizer in opened.values():
+        sent = pickle.loads(pickle.dumps(tokenizer))
+        assert sent.encode(f"a fox{TURN}", specials=True) == tokenizer.encode(f"a fox{TURN}", specials=True)
+        assert sent.encode(f"a fox<s>{TURN}") == tokenizer.encode(f"a fox<s>{TURN}") and sent.digest == tokenizer.digest
 
 
 def test_ordinary_added_tokens_are_found_always_and_padding_never_has_one(tmp_path: Path) -> None:
