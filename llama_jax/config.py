@@ -262,6 +262,9 @@ class TrainArgs:
     """End the run with exit status 76 if nothing progresses for this many seconds. 0: never."""
     profile_steps: str = ""
     """Steps to profile, for example 10-15. The trace goes to profile/ in the run folder. Empty: none."""
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks to score at every evaluation: files in JSON lines, or folders of them, as evaluate --tasks takes them.
+    The scores are in metrics.jsonl, as task/<name>/accuracy."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events, to tensorboard/ in the run folder."""
 
@@ -504,6 +507,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return value
         expected = "one of " + ", ".join(map(repr, typing.get_args(hint)))
     else:
+        if typing.get_origin(hint) is tuple and type(value) in (list, tuple):  # TOML has lists
+            return tuple(_typed(each, typing.get_args(hint)[0], where) for each in value)
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kinds = tuple(typing.get_origin(option) or option for option in options)
         if type(value) in kinds:
