@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parse_flags(Arguments, argv, Arguments(), program, description)
     if args.make_suite:
+        if args != Arguments(make_suite=args.make_suite):
+            raise UserError(
+                "--make-suite: expected no flags beside it, found others; leave them out, and score the suite then"
+            )
         from llama_jax.evaluate.suite import make_suite
 
         make_suite(args.make_suite)
@@ -149,7 +153,12 @@ def _score_tasks(args: Arguments) -> None:
         report.check_output(Path(args.output))
     for path in args.ckpt:
         Checkpoint.find(path)
-    summaries, lines = [], []
+    _tell(
+        f"--shots: no effect on {task.path}, whose records are documents"
+        for task in tasks
+        if args.shots and task.kind == "texts"
+    )
+    summaries, lines = [], list[str]()
     for path in args.ckpt:
         model = _load(args, path)
         for task in tasks:
@@ -159,9 +168,9 @@ def _score_tasks(args: Arguments) -> None:
             summaries.append(summary)
             lines.append(json.dumps(summary | {"per_item": result.per_item}, allow_nan=False))
             _tell(report.remarks(task, summary, model.args.max_seq_len))
+            if args.output:
+                report.write_output(Path(args.output), lines)
     _tell([report.table(summaries)])
-    if args.output:
-        report.write_output(Path(args.output), lines)
 
 
 def _score_task(args: Arguments, model: "Model", task: "Task") -> Any:
@@ -183,7 +192,7 @@ def _load(args: Arguments, path: str) -> "Model":
         return Model.load(path, args.compute_dtype, args.weights, args.cache, mesh)
 
 
-def _tell(lines: Sequence[str]) -> None:
+def _tell(lines: Iterable[str]) -> None:
     for line in lines:
         print(line, file=sys.stderr, flush=True)
 

@@ -1,6 +1,7 @@
-"""What evaluation on tasks prints and writes: remarks, the table, and the file of --output."""
+"""The output of evaluation on tasks: remarks, the table, and the file of --output."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,6 +79,10 @@ def check_output(path: Path) -> None:
     """Raise UserError if a file of results cannot be written to ``path``, or something else is there."""
     if path.is_dir():
         raise UserError(f"--output: expected a file, found the folder {path}; name a file in it")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(
+            f"--output: expected a file in a folder that can be written, found {path}; make {path.parent} first"
+        )
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("rb") as file:
@@ -93,5 +98,5 @@ def check_output(path: Path) -> None:
 
 
 def write_output(path: Path, lines: Sequence[str]) -> None:
-    """Write the results to ``path``, in place of earlier ones."""
+    """Write the results so far to ``path``, in place of earlier ones."""
     write_atomically(path, "".join(line + "\n" for line in lines))

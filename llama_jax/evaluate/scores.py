@@ -76,7 +76,7 @@ class Result(NamedTuple):
     summary: dict[str, Any]
     """The object that the command prints."""
     per_item: list[dict[str, Any]]
-    """What the model says of each item."""
+    """The scores of each item, and the texts that they are of."""
 
 
 def evaluate_task(
@@ -87,6 +87,7 @@ def evaluate_task(
     rows: int = 0,
     on_batch: Callable[[int], None] = lambda items: None,
     share: bool = True,
+    items: Sequence[Asked] | None = None,
 ) -> Result:
     """Score a model on a task.
 
@@ -98,11 +99,12 @@ def evaluate_task(
         rows: items in a forward pass. 0: as many as fill it.
         on_batch: is called after each forward pass with the number of items that it finished.
         share: whether the choices of an item are scored together. It changes the speed alone.
+        items: what ``asked`` returns for the task. None: it is asked.
 
     Raises UserError if a record does not fit the model, or a score is not finite.
     """
     shots = 0 if task.kind == "texts" else shots
-    items = asked(model, task, shots, seed)
+    items = asked(model, task, shots, seed) if items is None else items
     requests = [request for item in items for request in item.requests]
     item_of = [i for i, item in enumerate(items) for _ in item.requests]
     left = [len(item.requests) for item in items]

@@ -51,7 +51,7 @@ class Request(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What a model says of a continuation."""
+    """The score of a continuation."""
 
     loglikelihood: float
     """The natural logarithm of its probability behind the context."""
@@ -165,8 +165,8 @@ def _judge(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the log-probabilities of tokens, float32 [B, W], and whether each is the likeliest one, bool [B, W].
 
-    tokens, segments, positions: int [B, T], a row's tokens and their ``Documents``, or None. at: int [B, W], the columns
-    whose next tokens are ``targets``, int [B, W].
+    tokens, segments, positions: int [B, T], a row's tokens and their ``Documents``, or None. at: int [B, W], the
+    columns whose next tokens are ``targets``, int [B, W].
     """
     tokens = constrain(jnp.asarray(tokens), "batch", "length")
     documents = None if segments is None else Documents(jnp.asarray(segments), jnp.asarray(positions))
@@ -192,7 +192,7 @@ def _judge(
 
 
 def _grouped(requests: Sequence[Request], share: bool, most: int) -> list[Packed]:
-    """Group requests by their context. A group is split where its row would have more than ``most`` tokens."""
+    """Gather requests of one context in a group, split where its row would have more than ``most`` tokens."""
     numbers: dict[Any, list[int]] = {}
     for number, request in enumerate(requests):
         numbers.setdefault(tuple(request.context) if share else number, []).append(number)

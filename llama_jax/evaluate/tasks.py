@@ -183,12 +183,12 @@ def check_shots(task: Task, shots: int) -> None:
 
 
 def joined(prompt: str, answer: str) -> str:
-    """Return the text of an answer behind its prompt: a space comes between, unless one of them has white space there."""
+    """Return the text of an answer behind its prompt, after a space unless one of them has white space there."""
     return ("" if not prompt or prompt[-1].isspace() or answer[0].isspace() else " ") + answer
 
 
 def shots_of(task: Task, index: int, shots: int, seed: int) -> list[Item]:
-    """Return the examples for an item: other records of its file, which depend on the seed and the item's number alone.
+    """Return the examples for an item, other records of its file, by the seed and the item's number alone.
 
     A record with the item's prompt is no example for it, as long as there are enough others.
     """

@@ -51,8 +51,8 @@ def evaluate(
         as_text: also read files that do not look like text.
         text_field: the field of records with the text. Empty: "text", or else the only field with texts.
 
-    Returns the object that the command prints (see ``Arguments`` in __main__.py). Raises UserError if the text is missing, empty or not
-    text, if the window does not fit the model, or if a loss is not finite.
+    Returns the object that the command prints (see ``Arguments`` in __main__.py). Raises UserError if the text is
+    missing, empty or not text, if the window does not fit the model, or if a loss is not finite.
     """
     context = model.args.max_seq_len
     window, stride = window or context, stride or window or context
