@@ -16,20 +16,6 @@ from typing import Any, Literal, TypeVar
 from llama_jax.cli.flags import ESCAPED
 from llama_jax.cli.json_argument import json_line, load_json
 from llama_jax.errors import UserError, quoted
-from llama_jax.fields import (
-    BELOW_1,
-    COUNT,
-    HUGE,
-    LARGEST,
-    LARGEST_FLOAT32,
-    POSITIVE,
-    SURROGATE,
-    TINY,
-    check_fields,
-    expect,
-    hints_of,
-    typed,
-)
 from llama_jax.model_args import ModelArgs as ModelArgs
 from llama_jax.rope_scaling import depends_on_length
 from llama_jax.storage.files import is_address
@@ -299,6 +285,9 @@ class TrainArgs:
     """End the run with exit status 76 if nothing progresses for this many seconds. 0: never."""
     profile_steps: str = ""
     """Steps to profile, for example 10-15. The trace goes to profile/ in the run folder. Empty: none."""
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks to score at every evaluation: files in JSON lines, or folders of them, as evaluate --tasks takes them.
+    The scores are in metrics.jsonl, as task/<name>/accuracy."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events, to tensorboard/ in the run folder."""
 
@@ -589,6 +578,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return value
         expected = "one of " + ", ".join(map(repr, typing.get_args(hint)))
     else:
+        if typing.get_origin(hint) is tuple and type(value) in (list, tuple):  # TOML has lists
+            return tuple(_typed(each, typing.get_args(hint)[0], where) for each in value)
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kinds = tuple(typing.get_origin(option) or option for option in options)
         if type(value) in kinds:

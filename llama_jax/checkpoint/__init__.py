@@ -2,13 +2,9 @@
 
     <step>/params/                  the parameters: model.py's tree in float32, or quantized
     <step>/model/model.json         the model arguments, and "weights" if they are quantized
-<<<<<<< HEAD
-    <step>/model/tokenizer.model    the tokenizer, or the files of another kind: tokenizer.json, tokenizer_config.json, ...
+    <step>/model/tokenizer.model    the tokenizer; of another kind tokenizer.json and the files that came with it
     <step>/model/chat_template.jinja  its chat template, if it has one
     <step>/model/generation.json    its end tokens, if they are not the tokenizer's (chat/formats.py)
-=======
-    <step>/model/tokenizer.model    the tokenizer; of another kind tokenizer.json and the files that came with it
->>>>>>> tokens
     <step>/model/origin.json        the run that made it and its training text, if a run made it
     <step>/state/                   the optimizer's state, if training can resume from it
     <step>/metrics/metrics          the held-out loss, if the step was evaluated
@@ -128,12 +124,6 @@ class Checkpoint:
             )
         args = from_dict(ModelArgs, table, str(source))
         args.check()
-<<<<<<< HEAD
-        tokenizer = kept_tokenizer(folder / "model" / "tokenizer.model").within(args.vocab_size)
-        with user_errors(folder, "read"):
-            chat = ChatSetup.read(folder / "model")
-        return cls(folder, args, tokenizer, weights, chat)
-=======
         tokenizer = kept_tokenizer(folder / "model" / "tokenizer.model")
         try:
             tokenizer = tokenizer.within(args.vocab_size)
@@ -141,8 +131,9 @@ class Checkpoint:
             raise UserError(
                 f"{source}: expected vocab_size {tokenizer.vocab_size} or more, the size of its tokenizer, found {args.vocab_size}"
             ) from None
-        return cls(folder, args, tokenizer, weights)
->>>>>>> tokens
+        with user_errors(folder, "read"):
+            chat = ChatSetup.read(folder / "model")
+        return cls(folder, args, tokenizer, weights, chat)
 
     def chosen(self, weights: Weights) -> Weights:
         """Return the quantization to use if ``weights`` is requested. auto: as stored.
