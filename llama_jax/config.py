@@ -5,10 +5,12 @@ overrides the defaults. The docstring under each field is its help text.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
 import tomllib
+import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,8 +18,7 @@ from typing import Any, Literal, TypeVar
 from llama_jax.cli.flags import ESCAPED
 from llama_jax.cli.json_argument import json_line, load_json
 from llama_jax.errors import UserError, quoted
-from llama_jax.model_args import ModelArgs as ModelArgs
-from llama_jax.rope_scaling import depends_on_length
+from llama_jax.rope_scaling import RopeScaling, check_scaling, depends_on_length, one_spelling
 from llama_jax.storage.files import is_address
 
 T = TypeVar("T")
