@@ -151,6 +151,14 @@ class ChatFormat:
         }
         return render(self.template, variables, self.name).text
 
+    def _is_same(self, messages: Sequence[Message], changed: Sequence[Message]) -> bool:
+        """Return whether two conversations, the first of which the template takes, have the same text."""
+        text = self.render(messages)
+        try:
+            return text == self.render(changed)
+        except UserError:  # a template that looks at the message, and so does not leave it out
+            return False
+
     def _check_roles(self, messages: Sequence[Message]) -> None:
         """Raise UserError if the template leaves out a message of a role that not every template knows."""
         for i, message in enumerate(messages):
@@ -158,7 +166,7 @@ class ChatFormat:
                 continue
             changed = list(messages)
             changed[i] = message._replace(content=f"{message.content}x")
-            if self.render(messages) == self.render(changed):
+            if self._is_same(messages, changed):
                 raise UserError(
                     f"message {i + 1}: expected a role that the chat template knows ({self.name}), found {message.role}, "
                     "whose messages it leaves out; leave it out, or give another with --chat-template"

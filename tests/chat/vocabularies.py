@@ -72,7 +72,11 @@ def spaced(specials: Sequence[str], scheme: str) -> Table:
     table = Table(models.BPE(byte_fallback=True, unk_token="<unk>"))
     table.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     table.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    table.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>"], show_progress=False))
+    alphabet = ["\n", *map(chr, range(32, 127))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False
+    )
+    table.train_from_iterator(TEXTS, trainer)
     table.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
     return table
 

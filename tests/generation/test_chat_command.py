@@ -62,7 +62,7 @@ def test_a_conversation_is_answered_in_the_models_own_format(tuned: Model, folde
     assert ids == tuned.encode_chat([Message(**message) for message in PAIR])  # type: ignore[arg-type]
     (folder / "m.json").write_text(json.dumps(PAIR))
     result = run(sample(folder, "--chat", "--messages", "m.json"), folder)
-    assert result.stdout == tuned.chat(PAIR, ARGS).text + "\n" and result.stderr == ""
+    assert result.stdout.strip() == tuned.chat(PAIR, ARGS).text and result.stderr == ""
 
 
 def test_the_end_of_a_turn_ends_an_answer_and_not_a_completion(tuned: Model) -> None:
