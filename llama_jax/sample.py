@@ -203,7 +203,7 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "C
     context, tokenizer = checkpoint.args.max_seq_len, checkpoint.tokenizer
     dialogs, chat = [], None
     if args.chat:
-        chat = choose(tokenizer, checkpoint.chat, args.chat_template, str(checkpoint.folder))
+        chat = choose(tokenizer, checkpoint.chat, args.chat_template, args.ckpt)
         dialogs = [dialog_of(job, clean(args.system)) for job in jobs]
         if not jobs:
             chat.check(clean(args.system))

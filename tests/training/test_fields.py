@@ -127,7 +127,7 @@ def test_every_field_is_covered() -> None:
     read_at_all |= {"cache_gb"}  # tests/data/test_remote.py
     assert fields["data"] == set(CHANGED["data"]) | read_at_all
     assert fields["train"] == set(CHANGED["train"]) | OPTIMIZER | set(SAME_NUMBERS) | ELSEWHERE
-    assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING)
+    assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING) | OPTIONS
     # ModelArgs: tests/test_model.py; MeshArgs: tests/devices/test_sharding.py; DistributedArgs: tests/devices/test_distributed.py.
     assert {f.name for f in dataclasses.fields(Config)} == {"model", "data", "train", "mesh", "distributed"}
 
@@ -218,7 +218,11 @@ SAMPLING: dict[str, Any] = {
     "max_new_tokens": 3,
     "n": 2,
     "seed": 5,
+    "logprobs": 2,
+    "echo": True,
 }
+# tests/generation/test_options.py, test_infill.py and test_grammar.py
+OPTIONS = {"min_new_tokens", "ignore_eos", "stop_token_ids", "infill_format", "json_schema"}
 
 
 @pytest.mark.parametrize("field", SAMPLING)
