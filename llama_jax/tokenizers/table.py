@@ -16,9 +16,9 @@ from llama_jax.tokenizers.reader import Added
 # Gemma's and LLaMA 4's files have 30 MB, with 1.3 million commas and half a million brackets. What is made of a file
 # within these bounds takes less than 1 GB.
 MAX_BYTES, MAX_COMMAS, MAX_BRACKETS = 48_000_000, 2_000_000, 1_000_000
-MAX_PIECES, MAX_ID = 1_000_000, 10_000_000
+MAX_PIECES, MAX_ID = 600_000, 10_000_000
 # The most characters of all pieces of a Unigram model, which the library puts into a tree, and of all added tokens.
-MAX_TREE, MAX_ADDED, MAX_ADDED_CHARS = 3_000_000, 100_000, 1_000_000
+MAX_TREE, MAX_ADDED, MAX_ADDED_CHARS = 2_000_000, 100_000, 1_000_000
 # The most steps of a part of the pipeline, and how many times longer it may make a text.
 MAX_STEPS, MAX_GROWTH = 32, 256
 PIPELINE = ("normalizer", "pre_tokenizer", "decoder")

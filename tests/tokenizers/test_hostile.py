@@ -166,9 +166,9 @@ def large_vocabulary(pieces: int) -> Table:
 
 
 LARGE: dict[str, Callable[[], Table]] = {
-    "as many pieces as are read": lambda: large_vocabulary(999_000),
+    "as many pieces as are read": lambda: large_vocabulary(599_000),
     "more": lambda: large_vocabulary(1_500_000),
-    "a tree": lambda: bytewise() | {"model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"{i:05}" * 12, 0.0] for i in range(49_000)]}},
+    "a tree": lambda: bytewise() | {"model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"{i:05}" * 12, 0.0] for i in range(33_000)]}},
 }  # fmt: skip
 
 

@@ -67,8 +67,8 @@ def test_every_text_comes_back(kind: str, opened: dict[str, Tokenizer]) -> None:
     tokenizer = opened[kind]
     for text in random_texts(500, seed=1):
         ids = tokenizer.encode(text, eos=True)
-        # The library's own decoder takes a space that a text begins with for the one that it puts there.
-        lost = kind == "never" or (kind == "first" and text.startswith(" "))
+        # The library's Metaspace puts no space before a text that begins with one, and its decoder takes one away.
+        lost = kind in KINDS[3:] and (kind == "never" or text.startswith(" "))
         assert tokenizer.decode(ids) == text or (lost and tokenizer.decode(ids) == text.removeprefix(" "))
 
 
@@ -88,7 +88,7 @@ def test_a_long_text_is_cut_only_where_no_id_changes(
         rows = whole.encode_parts(parts, [i == 0 for i in range(len(parts))])
         assert [*chain(*rows)] == expected
         texts = [whole.decode_part(row, i == 0) for i, row in enumerate(rows)]
-        assert "".join(texts) == text or kind in ("never", "first")
+        assert "".join(texts) == text or kind in KINDS[3:]
     monkeypatch.setattr(borders, "PART_CHARS", 50)
     cut = [part for part in borders.split_text(text, 50, everywhere=False)]
     assert "".join(cut) == text and len(cut) > 100
