@@ -202,7 +202,11 @@ class LlamaJax(TemplateLM):
         if cut:
             _tell(f"{cut} of {len(asked)} requests exceed {self.max_length} tokens and lose their beginning")
         with tqdm(total=len(asked), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
-            scores = score(self.model, asked, self._rows, on_batch=lambda numbers: bar.update(len(numbers)) and None)
+
+            def count(numbers: Sequence[int]) -> None:
+                bar.update(len(numbers))
+
+            scores = score(self.model, asked, self._rows, on_batch=count)
         found = [(one.loglikelihood, one.greedy) for one in scores]
         for (texts, _before, _after), answer in zip(requests, found, strict=True):
             if texts is not None:
