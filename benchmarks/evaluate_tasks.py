@@ -152,8 +152,7 @@ def harness_models(args: argparse.Namespace, model: Any, folder: Path) -> tuple[
         hidden_size=shape.dim, num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads, vocab_size=shape.vocab_size,
         intermediate_size=shape.hidden_width, max_position_embeddings=shape.max_seq_len,
     )  # fmt: skip
-    peer: Any = transformers.LlamaForCausalLM(config)
-    peer = peer.to(torch.float32).eval()
+    peer = transformers.LlamaForCausalLM(config).eval()  # float32
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     tokenizer = transformers.LlamaTokenizer.from_pretrained(folder)
     return LlamaJax(model=model), HFLM(pretrained=peer, tokenizer=tokenizer, device="cpu", batch_size=args.batch_size)

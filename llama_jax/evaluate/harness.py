@@ -203,10 +203,10 @@ class LlamaJax(TemplateLM):
             _tell(f"{cut} of {len(asked)} requests exceed {self.max_length} tokens and lose their beginning")
         with tqdm(total=len(asked), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
 
-            def on_batch(numbers: Sequence[int]) -> None:
+            def count(numbers: Sequence[int]) -> None:
                 bar.update(len(numbers))
 
-            scores = score(self.model, asked, self._rows, on_batch=on_batch)
+            scores = score(self.model, asked, self._rows, on_batch=count)
         found = [(one.loglikelihood, one.greedy) for one in scores]
         for (texts, _before, _after), answer in zip(requests, found, strict=True):
             if texts is not None:
