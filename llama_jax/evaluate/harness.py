@@ -77,6 +77,7 @@ class LlamaJax(TemplateLM):
         sequence: int = 1,
         max_length: int | None = None,
         max_gen_toks: int = MAX_GEN_TOKS,
+        chat_template: str = "",
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -91,6 +92,7 @@ class LlamaJax(TemplateLM):
             data, fsdp, tensor, sequence: the mesh; see ``MeshArgs``. All 1: the fewest devices that hold the model.
             max_length: positions to use. None: the model's context.
             max_gen_toks: new tokens for tasks that name no number.
+            chat_template: the name or file of a chat template, instead of the model's own; see ``llama_jax.load``.
             batch_size: contexts in a forward pass. None, 1 (the harness's default) and "auto": as many as fill it.
             max_batch_size, device: are not used; the harness passes them to every model.
             model: a model that is already loaded, instead of ckpt.
@@ -99,7 +101,7 @@ class LlamaJax(TemplateLM):
         """
         super().__init__()
         if unknown:
-            known = "ckpt, compute_dtype, weights, cache, data, fsdp, tensor, sequence, max_length, max_gen_toks"
+            known = "ckpt, compute_dtype, weights, cache, data, fsdp, tensor, sequence, max_length, max_gen_toks, chat_template"
             raise UserError(f"model_args: expected some of {known}, found {', '.join(unknown)}")
         if model is None and not ckpt:
             raise UserError("model_args: expected ckpt=FOLDER, a checkpoint, found none")
@@ -116,7 +118,7 @@ class LlamaJax(TemplateLM):
         self.max_length = int(max_length or context)
         self.max_gen_toks = int(max_gen_toks)
         self.batch_size = batch_size
-        self._templated = False
+        self._templated, self._given_template = False, chat_template
         self._rows = _rows(batch_size)
 
     @property
@@ -167,7 +169,7 @@ class LlamaJax(TemplateLM):
     @functools.cached_property
     def _chat(self) -> ChatFormat:
         model = self.model
-        return choose(model.tokenizer, model.setup, model.chat_template, model.source)
+        return choose(model.tokenizer, model.setup, self._given_template or model.chat_template, model.source)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the chat template, which the harness writes into its results."""

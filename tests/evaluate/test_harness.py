@@ -21,6 +21,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 import llama_jax.compat.lm_eval_start  # noqa: F401
+from llama_jax.chat.named import NAMED
 from llama_jax.errors import UserError
 from llama_jax.evaluate.harness import LlamaJax
 from llama_jax.evaluate.scores import evaluate_task
@@ -95,20 +96,26 @@ def test_a_generation_is_the_models_own_up_to_a_stop(harness: LlamaJax, model: M
         harness.generate_until([asked("The owl", {"num_beams": 4})])
 
 
-def test_chat_prompts_are_text_whose_tokens_are_those_of_chat(harness: LlamaJax, model: Model) -> None:
+def test_chat_prompts_are_text_whose_tokens_are_those_of_chat(model: Model) -> None:
     history = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Who?"},
         {"role": "assistant", "content": "The owl."},
         {"role": "user", "content": "Why?"},
     ]
+    harness = LlamaJax(model=model, chat_template="llama2")
     text = harness.apply_chat_template(history)
     assert text == ("<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWho? [/INST] The owl. </s><s>[INST] Why? [/INST]")
     messages = [Message(one["role"], one["content"]) for one in history]  # type: ignore[arg-type]
     assert harness.tok_encode(text) == encode_dialog(model.tokenizer, messages)
     begun = harness.apply_chat_template([*history, {"role": "assistant", "content": "Since"}], False)
     assert begun == text + " Since"
-    assert harness.chat_template(True) == "llama2" and harness.tokenizer_name
+    assert harness.chat_template(True) == NAMED["llama2"].template and harness.tokenizer_name
+
+
+def test_a_model_without_a_chat_template_says_so(harness: LlamaJax) -> None:
+    with pytest.raises(UserError, match="expected a model with a chat template"):
+        harness.apply_chat_template([{"role": "user", "content": "Who?"}])
 
 
 @pytest.mark.parametrize(
