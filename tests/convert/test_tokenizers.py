@@ -31,7 +31,7 @@ def write_model(folder: Path, rows: int) -> ModelArgs:
         for w in named.values():
             writer.write(w)
     config = {
-        "model_type": "llama", "hidden_size": args.dim, "intermediate_size": args.hidden_dim, "num_hidden_layers": 1,
+        "model_type": "llama", "hidden_size": args.dim, "intermediate_size": args.hidden_width, "num_hidden_layers": 1,
         "num_attention_heads": args.n_heads, "num_key_value_heads": args.kv_heads, "vocab_size": rows, "rms_norm_eps": args.norm_eps,
         "max_position_embeddings": 128, "hidden_act": "silu", "rope_theta": args.rope_theta,
     }  # fmt: skip
