@@ -42,7 +42,7 @@ def stacked(weights: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
 
 
 def sizes(args: ModelArgs, vocab_size: int) -> tuple[int, ...]:
-    return args.dim, args.hidden_dim, args.n_layers, args.n_heads, args.kv_heads, vocab_size, args.max_seq_len
+    return args.dim, args.hidden_width, args.n_layers, args.n_heads, args.kv_heads, vocab_size, args.max_seq_len
 
 
 def is_shared(weights: dict[str, np.ndarray]) -> bool:
@@ -188,7 +188,7 @@ def test_a_file_is_what_run_c_computes_of_it_and_goes_back_to_the_byte(
     assert (back / "model.bin").read_bytes()[: path.stat().st_size - 0][:28] == path.read_bytes()[:28]
     theirs, written = np.fromfile(path, "<f4"), np.fromfile(back / "model.bin", "<f4")
     angles = np.abs(theirs - written) > 0
-    assert angles.sum() <= args.max_seq_len * args.head_dim, "nothing but a last digit of the tables of angles differs"
+    assert angles.sum() <= args.max_seq_len * args.head_width, "nothing but a last digit of the tables of angles differs"
     np.testing.assert_allclose(written[7:], theirs[7:], atol=1e-5)
     np.testing.assert_array_equal(run_c(back / "model.bin", tokens), run_c(path, tokens))
     # The folder that is written can be read as it is, by its name or by its file's.
@@ -219,7 +219,7 @@ def test_later_versions_are_read(
 def test_integers_whose_groups_cross_rows_are_read(args: ModelArgs, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     # The hidden width is no multiple of the group, which divides only dim.
     args = dataclasses.replace(args, multiple_of=1, max_seq_len=16)
-    assert args.hidden_dim % 64 and args.hidden_dim * args.dim % 64 == 0
+    assert args.hidden_width % 64 and args.hidden_width * args.dim % 64 == 0
     weights = random_weights(args, FLOAT32)
     path = file_of(version_2(args, weights, group=64), tmp_path / "v2", small_tokenizer)
     found = read_meta_folder(converted(path, tmp_path / "meta", to="meta"))
