@@ -36,6 +36,7 @@ def load(
     draft: str = "",
     draft_tokens: int = 4,
     exact: bool = False,
+    chat_template: str = "",
 ) -> "_Model":
     """Load a model for generation from a run folder (its best step), a step folder or a converted checkpoint.
 
@@ -56,6 +57,8 @@ def load(
         draft_tokens: tokens to draft per pass.
         exact: make completions bit-identical whatever else is in the batch, and with or without ``draft``. It is
             slower. Without it they are equal up to rounding, which in bfloat16 occasionally changes a token.
+        chat_template: the format of conversations: the path of a template, or "llama2", "llama3", "chatml", "zephyr" or
+            "vicuna". Empty: the model's own.
 
     Raises UserError if the folder is not a checkpoint, its matrices are quantized in another way, or the mesh does not
     divide the model.
@@ -63,4 +66,4 @@ def load(
     # Imported here, so that `import llama_jax` loads only the dataclasses.
     from llama_jax.generation import Model
 
-    return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens, exact)
+    return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens, exact, chat_template)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llama_jax.cli.flags import ESCAPED
+from llama_jax.cli.json_argument import json_line, load_json
 from llama_jax.errors import UserError, quoted
 from llama_jax.fields import (
     BELOW_1,
@@ -59,7 +60,7 @@ class DataArgs:
     """Share of the text to train on. 1: hold out nothing. The rest is held out for evaluation:
     the end of a plain text, by bytes; of records, and of several texts with a separator, documents chosen by a hash."""
     tokenizer_model_path: str = ""
-    """Path of a SentencePiece model.
+    """Path of a tokenizer: tokenizer.model, tokenizer.json, or a folder with them.
     Empty: train a BPE vocabulary on the training part and save it in the run folder."""
     vocab_size: int = 1024
     """Vocabulary size, in tokens, when a tokenizer is trained."""
@@ -203,6 +204,9 @@ class TrainArgs:
     """End the run with exit status 76 if nothing progresses for this many seconds. 0: never."""
     profile_steps: str = ""
     """Steps to profile, for example 10-15. The trace goes to profile/ in the run folder. Empty: none."""
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks to score at every evaluation: files in JSON lines, or folders of them, as evaluate --tasks takes them.
+    The scores are in metrics.jsonl, as task/<name>/accuracy."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events, to tensorboard/ in the run folder."""
 
@@ -326,16 +330,37 @@ class SampleArgs:
     r"""End a completion before the first of these strings. A string may begin or end inside a token.
     A flag takes one string: --stop . --stop '\n'.
     The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Also end a completion at these tokens, by id. Like EOS, they are left out of it. A flag takes several."""
+    ignore_eos: bool = False
+    """Do not end a completion at EOS, which stays among its tokens. It has no text."""
+    min_new_tokens: int = 0
+    """Do not sample EOS and stop_token_ids before the completion has this many tokens. Stop strings still end it."""
     max_new_tokens: int = 128
     """Maximum number of tokens to generate per prompt. The end of the context may stop a completion earlier."""
+    logprobs: int = 0
+    """Number of likeliest tokens to report for each token, with their log-probabilities under the model.
+    As those of the tokens themselves, they are taken before penalties, temperature and other changes. 0: none."""
+    echo: bool = False
+    """Begin the text of a result with its prompt, and report the log-probabilities of the prompt's tokens.
+    They take one more pass over the prompt."""
+    infill_format: Literal["psm", "spm"] = "psm"
+    """Order in which an infilling prompt has its texts. psm: prefix, suffix. spm: suffix, prefix."""
+    json_schema: str = ""
+    """Sample only tokens that continue a JSON text which fulfils this JSON Schema. {}: any JSON.
+    A flag may be the name of a file with a schema. Only max_new_tokens and the context may cut the text.
+    It needs the extra "grammar"."""
     n: int = 1
     """Number of completions per prompt, each with its own random numbers."""
     seed: int = 0
     """Random seed. A completion depends on its prompt, the seed and its number among the n, not on other prompts."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.json_schema, dict | bool):
+            object.__setattr__(self, "json_schema", json_line(self.json_schema))
 
     def check(self, prefix: str = "") -> None:
         """Raise UserError on impossible values. ``prefix`` precedes the field's name in the message."""
@@ -347,7 +372,9 @@ class SampleArgs:
             "repetition_penalty": (TINY, 1e6),
             "presence_penalty": (-1e6, 1e6),
             "frequency_penalty": (-1e6, 1e6),
+            "min_new_tokens": (0, LARGEST),
             "max_new_tokens": COUNT,
+            "logprobs": (0, LARGEST),
             "n": COUNT,
             "seed": (0, 2**32 - 1),
         }
@@ -355,10 +382,30 @@ class SampleArgs:
         for text in self.stop:
             expect(bool(typed(text, str, prefix + "stop")), prefix + "stop", "texts of one or more characters", "none")
             expect(not SURROGATE.search(text), prefix + "stop", "texts in UTF-8", ascii(text))
+        for token in self.stop_token_ids:
+            typed(token, int, prefix + "stop_token_ids")
+        expect(
+            self.min_new_tokens <= self.max_new_tokens,
+            prefix + "min_new_tokens",
+            f"at most the {self.max_new_tokens} of max_new_tokens",
+            self.min_new_tokens,
+        )
+        if self.json_schema:
+            _check_json_schema(self, prefix)
         for token, bias in self.logit_bias.items():
             typed(token, int, prefix + "logit_bias")
             typed(bias, float, prefix + "logit_bias")
             expect(bias <= LARGEST_FLOAT32, prefix + "logit_bias", f"numbers up to {LARGEST_FLOAT32}", bias)
+
+
+def _check_json_schema(args: SampleArgs, prefix: str) -> None:
+    """Raise UserError, after ``prefix``, if json_schema is not one, or stands beside settings that would break it."""
+    found = load_json(args.json_schema, f"{prefix}json_schema")
+    expect(isinstance(found, dict | bool), f"{prefix}json_schema", "a JSON Schema, an object", quoted(args.json_schema))
+    for name in ("stop", "ignore_eos", "min_new_tokens"):
+        given, default = getattr(args, name), getattr(SampleArgs(), name)
+        expected = f"{default} beside json_schema, which decides where the text ends"
+        expect(given == default, prefix + name, expected, f"{given!r}; leave one of them out")
 
 
 @dataclasses.dataclass(frozen=True)

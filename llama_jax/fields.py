@@ -24,6 +24,8 @@ def typed(value: Any, hint: Any, where: str) -> Any:
             return value
         expected = "one of " + ", ".join(map(repr, typing.get_args(hint)))
     else:
+        if typing.get_origin(hint) is tuple and type(value) in (list, tuple):  # TOML has lists
+            return tuple(typed(each, typing.get_args(hint)[0], where) for each in value)
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kinds = tuple(typing.get_origin(option) or option for option in options)
         if type(value) in kinds:

@@ -140,7 +140,8 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
                 del words[0]
                 default = _with(default, flag.path, None)
                 continue
-            lists.setdefault(name, []).extend(_take_groups(name, words, types, bool(equals), one_text))
+            once = _is_group(flag.hint) or (one_text and types == (str,))
+            lists.setdefault(name, []).extend(_take_groups(name, words, types, bool(equals), once))
         elif flag.hint is bool and equals:
             rest.append(_switch(name, value))
         elif flag.escaped and (equals or (words and not _is_flag(words[0]))):
@@ -148,6 +149,11 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
         else:
             rest.append(word)
     for name, groups in lists.items():
+        if _is_group(flags[name].hint):
+            if len(groups) > 1:
+                raise UserError(f"{name}: expected it once, found it {len(groups)} times; leave the others out")
+            default = _with(default, flags[name].path, groups[0])
+            continue
         hint, escaped = _several(flags[name].hint), flags[name].escaped
         if escaped:
             groups = [tuple(unescape(x) if isinstance(x, str) else x for x in group) for group in groups]
@@ -157,9 +163,9 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
 
 
 def _take_groups(
-    name: str, words: list[str], types: tuple[Any, ...], first_is_given: bool, one_text: bool
+    name: str, words: list[str], types: tuple[Any, ...], first_is_given: bool, once: bool
 ) -> Iterator[tuple[Any, ...]]:
-    """Take groups of values from the front of ``words``. Raises UserError if there is none."""
+    """Take groups of values from the front of ``words``, or one if ``once``. Raises UserError if there is none."""
     expected = " and ".join(_words_of(kind) for kind in types)
     group = _group(words, types, first_is_given)
     if group is None:
@@ -169,7 +175,7 @@ def _take_groups(
     while group is not None:
         del words[: len(types)]
         yield group
-        group = None if one_text and types == (str,) else _group(words, types, False)
+        group = None if once else _group(words, types, False)
 
 
 def _group(words: Sequence[str], types: tuple[Any, ...], first_is_given: bool) -> tuple[Any, ...] | None:
@@ -218,14 +224,19 @@ def _several(hint: Any) -> Any:
 
 
 def _element_types(hint: Any) -> tuple[Any, ...] | None:
-    """Return the types of a group of values if a flag takes several groups, else None."""
+    """Return the types of a group of values if a flag takes groups of values, else None."""
     hint = _several(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is dict:
         return arguments
     if origin is list or (origin is tuple and arguments[1:] == (...,)):
         return arguments[:1]
-    return None
+    return arguments if _is_group(hint) else None
+
+
+def _is_group(hint: Any) -> bool:
+    """Return whether a flag takes one group of values: it is a tuple of a fixed length."""
+    return typing.get_origin(hint) is tuple and ... not in typing.get_args(hint)
 
 
 def _is_flag(word: str) -> bool:

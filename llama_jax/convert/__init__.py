@@ -3,10 +3,11 @@
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from llama_jax.chat.formats import read_template
 from llama_jax.cli.progress import Progress
 from llama_jax.config import ModelArgs, Weights
 from llama_jax.convert import summary
@@ -57,8 +58,10 @@ class ConvertArgs:
     """Model to read if the folder holds several.
     auto: the one that transformers would load, else Meta's, else Mistral's."""
     tokenizer: str = ""
-    """Path of the SentencePiece model. Empty: tokenizer.model next to the weights.
-    If there is no vocabulary next to them, the one in the folder above."""
+    """Path of the tokenizer: tokenizer.model, tokenizer.json, or a folder with them.
+    Empty: the one next to the weights, else tokenizer.model in the folder above."""
+    chat_template: str = ""
+    """Chat template to keep, instead of the input's own: a file, or llama2, llama3, chatml, zephyr or vicuna."""
     max_seq_len: int = 0
     """Context length, in tokens. 0: use the input's value, else the family's: 4096, of LLaMA 3 8192, of 3.1 131072."""
     shards: int = 1
@@ -90,7 +93,7 @@ def convert(args: ConvertArgs) -> None:
     folder = location(args.input)
     note = skip_absent_tpu("converting")
     with contextlib.ExitStack() as stack:
-        source = open_source(folder, args, stack)
+        source = _with_template(open_source(folder, args, stack), args)
         if isinstance(source, OwnSource) and not args.dry_run:
             _check_outside(output, folder)
         if args.to == "llama2c":
@@ -136,6 +139,17 @@ def is_own(folder: Path) -> bool:
     return is_run or (folder / "model" / "model.json").is_file()
 
 
+def _with_template(source: Source, args: ConvertArgs) -> Source:
+    """Return the source with the chat template of --chat-template, and with warnings about templates."""
+    if args.chat_template:
+        template, notes = read_template(args.chat_template, source.tokenizer)
+        source.chat = replace(source.chat, template=template, has_none=False)
+        source.warnings += notes
+    if args.to == "meta" and (source.chat.template or source.chat.end_ids):
+        source.warnings.append("Meta's layout has no place for a chat template and end tokens, which are left out")
+    return source
+
+
 def _own(folder: Path, args: ConvertArgs) -> OwnSource:
     source = OwnSource(folder)
     if args.tokenizer or args.max_seq_len:
@@ -176,5 +190,5 @@ def write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str]
         elif args.to == "llama2c":
             remark = write_llama2c(source, folder, reader.blocks)
         else:
-            write_meta(source, folder, reader.blocks, args.shards)
+            remark = write_meta(source, folder, reader.blocks, args.shards)
     return reader, remark

@@ -31,6 +31,7 @@ class OwnSource:
         self._checkpoint = Checkpoint.find(path)
         self._checkpoint.check_plain("--input")
         self.args, self.tokenizer = self._checkpoint.args, self._checkpoint.tokenizer
+        self.chat = self._checkpoint.chat
         self.family = family_of(self.args, "model.json")
         self.decided = f"{self._checkpoint.folder / 'model' / 'model.json'}"
         self.description = f"{self._checkpoint.folder}: a checkpoint of llama-jax"
@@ -90,7 +91,7 @@ def write_own(source: Source, folder: Path, read_blocks: ReadBlocks, weights: We
             writing.popleft().result()
     for write in writing:
         write.result()
-    save_checkpoint(folder / "checkpoint", tree, source.args, source.tokenizer, weights)
+    save_checkpoint(folder / "checkpoint", tree, source.args, source.tokenizer, weights, source.chat)
     for path in (folder / "checkpoint").iterdir():
         path.rename(folder / path.name)
     (folder / "checkpoint").rmdir()

@@ -14,19 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.chat.formats import TEMPLATE, tokens_of
 from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, all_tensors
 from llama_jax.convert.safetensors import SafetensorsWriter
 from llama_jax.convert.source import ReadBlocks, Source, is_tied, main_type, raise_together, tie, types_of
 from llama_jax.convert.tensor_files import TensorFiles
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.chat_files import read_chat
 from llama_jax.foreign.config_json import read_config, stated, stored_type
 from llama_jax.foreign.family import family_of
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import CONFIG, INDEX, SINGLE, index_of, weight_files
 from llama_jax.foreign.rope import write_rope
-from llama_jax.foreign.tokenizer_json import tokenizer_json
-from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
+from llama_jax.foreign.tokenizer_json import tiktoken_json, tokenizer_json
+from llama_jax.foreign.vocabulary import find_tokenizer, fit_vocabulary
 from llama_jax.storage.files import write_atomically
 
 SHARD_BYTES = 5_000_000_000
@@ -48,16 +50,18 @@ class HuggingFaceSource:
         self.args = replace(config.args, tie_embeddings=self._tied and not both)
         expected = {self._name(tensor, layer): tensor.matrix(self.args) for tensor, layer in all_tensors(self.args)}
         raise_together(folder, CONFIG, stated(table), list(self._files.errors(expected, IGNORED.fullmatch)))
+        found, said = find_tokenizer(tokenizer, folder)
+        self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
+        self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size)
         self.dtypes, widened = types_of(self._files.types(self.args, self._name))
         if self._tied and both and is_tied(self, functools.partial(self._rows, verify=False)):
             tie(self)
-        self.tokenizer, said = find_tokenizer(tokenizer, folder)
-        check_vocabulary(self.args, self.tokenizer, folder)
         self.family = family_of(self.args, CONFIG, config.kind)
         self.decided = decided
         self.description = f"{folder}: {len(names)} file{'s'[: len(names) > 1]}"
         self.unknown = list(config.unknown)
-        self.warnings = [*config.warnings, *widened, *self._remarks(folder, stored_type(table)), *said]
+        of_files = self._remarks(folder, stored_type(table))
+        self.warnings = [*config.warnings, *widened, *of_files, *said, *fitted, *of_chat]
         self.checklists: list[Path] = []
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
@@ -127,19 +131,25 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
     write_atomically(folder / "config.json", json.dumps(_config(source), indent=2))
     generation = {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": _end_ids(source),
         "do_sample": True,
         "temperature": 0.6,
         "top_p": 0.9,
     }
     write_atomically(folder / "generation_config.json", json.dumps(generation, indent=2))
-    table, reason = tokenizer_json(tokenizer)
+    for name, content in tokenizer.files.items():
+        if name != "config.json":
+            write_atomically(folder / name, content)
+    if source.chat.template:
+        write_atomically(folder / TEMPLATE, source.chat.template)
+    if len(tokenizer.files) > 1 or "tokenizer.model" not in tokenizer.files:
+        return ""  # all of them are as they came
+    table, reason = (tokenizer_json if tokenizer.is_sentencepiece else tiktoken_json)(tokenizer)
     if table is not None:
         write_atomically(folder / "tokenizer.json", json.dumps(table, ensure_ascii=False, indent=1))
     write_atomically(
         folder / "tokenizer_config.json", json.dumps(_tokenizer_config(source, table is not None), indent=2)
     )
-    write_atomically(folder / "tokenizer.model", tokenizer.model_bytes)
     if table is None:
         return (
             f"tokenizer.json is not written, since none would encode like tokenizer.model ({reason}): encode with sentencepiece; "
@@ -199,25 +209,29 @@ def _config(source: Source) -> dict[str, Any]:
         "tie_word_embeddings": args.tie_embeddings,
         **({"sliding_window": args.sliding_window} if windowed else {}),
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": _end_ids(source),
         "torch_dtype": main_type(source).name,
         "dtype": main_type(source).name,
     }
 
 
+def _end_ids(source: Source) -> int | list[int]:
+    """Return eos_token_id: a number, or a list of several."""
+    ends = source.chat.end_ids or (source.tokenizer.eos_id,)
+    return ends[0] if len(ends) == 1 else list(ends)
+
+
 def _tokenizer_config(source: Source, whole: bool) -> dict[str, Any]:
     """Return tokenizer_config.json. ``whole``: tokenizer.json exists, so transformers need not build it."""
-    tokenizer, pieces = source.tokenizer, source.tokenizer.piece
+    tokenizer, tokens = source.tokenizer, tokens_of(source.tokenizer) | dict(source.chat.tokens)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast" if whole else "LlamaTokenizer",
-        "bos_token": pieces(tokenizer.bos_id),
-        "eos_token": pieces(tokenizer.eos_id),
-        "unk_token": pieces(tokenizer.unk_id),
+        **tokens,
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        # "<s>" in a text is text, as in tokenizer.model.
-        "split_special_tokens": True,
+        # "<s>" in a text is text, as in tokenizer.model. A chat template's must be a token, and transformers has one rule.
+        "split_special_tokens": tokenizer.is_sentencepiece and not source.chat.template,
         "legacy": True,
         "model_max_length": source.args.max_seq_len,
         "sp_model_kwargs": {},

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_jax.chat.formats import ChatSetup
 from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import TABLE, Tensor, halves_to_interleaved, interleaved_to_halves, tensors_of
 from llama_jax.convert.mapped import mapped
@@ -33,7 +34,7 @@ from llama_jax.foreign.llama2c import (
     tokenizer_bytes,
     tokenizer_of,
 )
-from llama_jax.foreign.vocabulary import check_vocabulary
+from llama_jax.foreign.vocabulary import fit_vocabulary
 from llama_jax.sentencepiece_settings import BPE, Settings
 from llama_jax.storage.files import raw_bytes, write_atomically
 from llama_jax.tokenizer import Tokenizer
@@ -78,15 +79,16 @@ class Llama2cSource:
         self.args = _arguments(header, path, max_seq_len)
         self._places = places(header, self.args)
         self._map: mmap.mmap = stack.enter_context(mapped(path))
-        self.tokenizer, said = tokenizer_of(path, header.vocab_size, tokenizer)
-        check_vocabulary(self.args, self.tokenizer, path)
+        found, said = tokenizer_of(path, header.vocab_size, tokenizer)
+        self.tokenizer, fitted = fit_vocabulary(self.args, found, path)
+        self.chat = ChatSetup(has_none=True)
         self.dtypes = {tensor.name: FLOAT32 for tensor in tensors_of(self.args)}
         self.family = family_of(self.args, path.name)
         self.decided = decided
         kind = f"8-bit integers in groups of {header.group}" if header.version == 2 else "float32"
         self.description = f"{path}: version {header.version}, of {kind}"
         self.unknown: list[str] = []
-        self.warnings = [*self._remarks(max_seq_len), *said]
+        self.warnings = [*self._remarks(max_seq_len), *said, *fitted]
         self.checklists: list[Path] = []
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:

@@ -27,12 +27,14 @@ from llama_jax.convert.layout import (
 from llama_jax.convert.source import Block, ReadBlocks, Source, raise_together, tied_by_contents, types_of
 from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.chat_files import metas_chat
 from llama_jax.foreign.family import family_of, is_llama3
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import PARAMS, shard_files
 from llama_jax.foreign.params_json import check_params, read_params, stated, width, write_params
-from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
+from llama_jax.foreign.vocabulary import find_tokenizer, fit_vocabulary
 from llama_jax.storage.files import write_atomically
+from llama_jax.tokenizers.files import MODEL
 
 # Meta stores this next to the weights, but it is a function of the configuration.
 IGNORED = {"rope.freqs"}
@@ -55,15 +57,16 @@ class MetaSource:
         if not any(OUTPUT.meta in shard.tensors for shard in self._shards):
             self.args = replace(self.args, tie_embeddings=True)
         raise_together(folder, PARAMS, stated(table), list(self._errors()))
-        self.tokenizer, said = find_tokenizer(tokenizer, folder)
-        check_vocabulary(self.args, self.tokenizer, folder)
+        found, said = find_tokenizer(tokenizer, folder)
+        self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
+        self.chat = metas_chat(self.tokenizer)
         self.dtypes, widened = types_of(self._types())
         tied = tied_by_contents(self, functools.partial(self._rows, verify=False))
         self.family = family_of(self.args, PARAMS)
         self.decided = decided
         self.description = f"{folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
         self.unknown = list(params.unknown)
-        self.warnings = [*params.warnings, *tied, *widened, *said]
+        self.warnings = [*params.warnings, *tied, *widened, *said, *fitted]
         self.checklists = find_checklists(folder, self.tokenizer.model_path)
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
@@ -173,8 +176,11 @@ def shard_shape(tensor: Tensor, args: ModelArgs, shards: int, by_rows: bool) -> 
     return tuple(shape)
 
 
-def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> None:
-    """Write a model in Meta's layout, in ``shards`` files. Raises UserError if its sizes are not divisible."""
+def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> str:
+    """Write a model in Meta's layout, in ``shards`` files. Return a remark about its tokenizer, or "".
+
+    Raises UserError if its sizes are not divisible.
+    """
     args, params = source.args, write_params(source.args)
     untied, by_rows = replace(args, tie_embeddings=False), is_llama3(args)
     for tensor in tensors_of(untied):
@@ -195,7 +201,12 @@ def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: in
             for i, part in _split(tensor, args, shards, by_rows, start, rows):
                 writers[i].write(tensor.meta.format(layer), part)
     write_atomically(folder / "params.json", params)
-    write_atomically(folder / "tokenizer.model", source.tokenizer.model_bytes)
+    files = source.tokenizer.files
+    for name in [MODEL] if MODEL in files else files:
+        write_atomically(folder / name, files[name])
+    if MODEL in files:
+        return ""
+    return f"there is no {MODEL}, which Meta's code reads, since the model came without; its {', '.join(sorted(files))} are there"
 
 
 def _with_output(source: Source, read_blocks: ReadBlocks) -> Iterator[Block]:

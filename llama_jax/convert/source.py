@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from llama_jax.chat.formats import ChatSetup
 from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, all_tensors, blocks
 from llama_jax.errors import UserError
@@ -25,6 +26,8 @@ class Source(Protocol):
     dtypes: dict[str, np.dtype]
     """The type of each tensor of ours, by its name. All layers of a tensor have one type."""
     tokenizer: Tokenizer
+    chat: ChatSetup
+    """Its chat template and end tokens."""
     family: str
     """The model family and layout, for the report."""
     decided: str

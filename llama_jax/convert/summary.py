@@ -50,6 +50,7 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
     }
     if len(set(source.dtypes.values())) > 1:
         rows["types"] = f"{types_text(source)}: each is kept"
+    rows |= {"chat": _chat_text(source)} if source.chat.template or source.chat.end_ids else {}
     for name, text in rows.items():
         print(f"{name:>10}  {text}")
     if source.unknown:
@@ -58,6 +59,14 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
         )
     for warning in source.warnings:
         print(f"{'warning':>10}  {warning}")
+
+
+def _chat_text(source: Source) -> str:
+    """Return what is kept about conversations."""
+    template = source.chat.template
+    texts = [f"a chat template of {len(template):,} characters"] if template else []
+    ends = [f"{quoted(source.tokenizer.piece(i), 40)} ({i})" for i in source.chat.end_ids]
+    return "; ".join(texts + ([f"a text ends with {' or '.join(ends)}"] if ends else []))
 
 
 def weight_bytes(source: Source) -> int:

@@ -42,7 +42,7 @@ POSITIONS = ("batch", "length")
 class Documents(NamedTuple):
     """The documents that lie side by side in rows [B, T]."""
 
-    segments: jax.Array  # int [B, T], the document of each token, beyond which it does not attend
+    segments: jax.Array  # int [B, T], the document of each token, beyond which it does not attend; below 0: shared
     positions: jax.Array  # int [B, T], the position of each token, for the rotary embedding
 
 
@@ -122,8 +122,11 @@ def attention(
 
 
 def same_segment(of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
-    """Return whether a query and a key are of one segment: int [B, T], int [B, S] -> bool [B, T, S]."""
-    return of_queries[:, :, None] == of_keys[:, None, :]
+    """Return whether a query and a key are of one segment: int [B, T], int [B, S] -> bool [B, T, S].
+
+    Keys of a segment below 0 are of every segment: what begins a row can be read by several that follow it.
+    """
+    return (of_queries[:, :, None] == of_keys[:, None, :]) | (of_keys < 0)[:, None, :]
 
 
 def in_window(of_queries: jax.Array, of_keys: jax.Array, window: int) -> jax.Array:

@@ -224,6 +224,10 @@ def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> 
         f"{key.partition('/')[2]} {loss:.4f}" for key, loss in record.items() if key.startswith("eval_loss/")
     ]:
         text += f" ({', '.join(of_each)})"
+    if of_tasks := [
+        f"{key.removeprefix('task/')} {value:.3f}" for key, value in record.items() if key.startswith("task/")
+    ]:
+        text += "; " + ", ".join(of_tasks)
     return text + (", the best so far" if best else "")
 
 

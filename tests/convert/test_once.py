@@ -47,9 +47,13 @@ def forget() -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The arrays, the arguments and the tokenizer of a checkpoint, without orbax's records, which have times."""
+    """The arrays, the arguments and the tokenizer of a checkpoint, without orbax's records, which have times and places."""
     files = [path for part in ("params", "model") for path in (folder / part).rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if not path.name.startswith("_")}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in files
+        if not path.name.startswith(("_", "commit"))
+    }
 
 
 def test_a_model_is_converted_once_told_and_used_again(
@@ -59,7 +63,7 @@ def test_a_model_is_converted_once_told_and_used_again(
     (folder,) = cache.iterdir()
     out, err = capsys.readouterr()
     assert found.folder == folder and out == ""
-    assert f"{model}: converting LLaMA 2 once into {folder}, " in err and "used from now on" in err
+    assert f"{model}: converting LLaMA" in err and f" once into {folder}, " in err and "used from now on" in err
     convert(ConvertArgs(input=str(model), output=str(tmp_path / "by hand")))
     assert contents(folder) == contents(tmp_path / "by hand"), "it is what the converter writes"
     assert len(contents(folder)) > 12

@@ -29,7 +29,7 @@ FOLDERS: dict[str, tuple[list[Any], str]] = {
     "gptq": ([whole, ("config.json", CONFIG | {"quantization_config": GPTQ})], r"quantization_config: .*'gptq'.* --weights int8"),
     "gptq of old": ([("quantize_config.json", {}), ("gptq_model-4bit.safetensors", "x")], r"\(GPTQ\)"),
     "longrope, before its tokenizer": ([whole, "no tokenizer", ("config.json", CONFIG | LONGROPE)], r"rope_scaling: rope_type: .*'longrope'"),
-    "llama 3's tokenizer": ([meta, ("tokenizer.model", "IQ== 0\nIg== 1\n")], r"tiktoken vocabulary, as LLaMA 3 has"),
+    "llama 3's tokenizer": ([meta, ("tokenizer.model", "IQ== 0\nIg== 1\n")], r"tokenizer\.model: expected a token for each of the 256 bytes"),
     "qwen": ([whole, ("config.json", CONFIG | {"model_type": "qwen2"})], r"model_type: expected 'llama' or 'mistral', found 'qwen2'"),
     "mistral's own": ([params, mistral], r"Mistral's layout .* python \S*convert_torch_weights\.py --input model --output checkpoints/model$"),
     "gpt-2, before its weights": ([("config.json", {"model_type": "gpt2"})], r"model_type: expected 'llama' or 'mistral', found 'gpt2'"),
