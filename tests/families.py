@@ -35,6 +35,17 @@ LLAMA31 = LLAMA3 | {
         "rope_type": "llama3",
     },
 }  # fmt: skip
+LLAMA32 = LLAMA31 | {
+    "rope_scaling": LLAMA31["rope_scaling"] | {"factor": 32.0},  # type: ignore[operator]
+    "tie_word_embeddings": True, "transformers_version": "4.45.0.dev0",
+}  # fmt: skip
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+    "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0",
+    "use_cache": True, "vocab_size": 32000,
+}  # fmt: skip
 # transformers 5 writes rope_parameters, with the theta in it, and dtype.
 OF_TRANSFORMERS_5 = {
     "rope_parameters": LLAMA31["rope_scaling"] | {"rope_theta": 500000.0},  # type: ignore[operator]
@@ -57,9 +68,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "LLaMA 3.1 by transformers 5": {
         key: value for key, value in LLAMA31.items() if key not in ("rope_scaling", "rope_theta", "torch_dtype")
     } | OF_TRANSFORMERS_5,
-    "LLaMA 3.2 with an output of its own": LLAMA31 | {
+    "LLaMA 3.2 1B": LLAMA32 | {
+        "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_hidden_layers": 16,
+    },
+    "LLaMA 3.2 3B": LLAMA32 | {
         "head_dim": 128, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_hidden_layers": 28,
-        "rope_scaling": LLAMA31["rope_scaling"] | {"factor": 32.0},  # type: ignore[operator]
     },
     "LLaMA 3.3": LLAMA31 | {
         "eos_token_id": [128001, 128008, 128009], "head_dim": 128, "hidden_size": 8192, "intermediate_size": 28672,
@@ -83,8 +96,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "biases in attention": LLAMA2 | {"attention_bias": True},
     "biases everywhere": LLAMA2 | {"attention_bias": True, "mlp_bias": True},
+    "Mistral 7B v0.1": MISTRAL,
+    "Mistral 7B v0.3": MISTRAL | {
+        "attention_dropout": 0.0, "rope_theta": 1000000.0, "sliding_window": None, "transformers_version": "4.42.0.dev0",
+        "vocab_size": 32768,
+    },
 }  # fmt: skip
-# Contexts before scaling are divided by this, so that 3,000 positions lie beyond all of them.
+# Contexts before scaling, and windows, are divided by this, so that 3,000 positions lie beyond all of them.
 SHORTER = 16
 
 
@@ -100,6 +118,8 @@ def tiny(name: str, rows: int) -> dict[str, Any]:
     }  # fmt: skip
     if "head_dim" in table:
         table["head_dim"] = 12 if own else 8
+    if table.get("sliding_window"):
+        table["sliding_window"] //= SHORTER
     scaling = table.get("rope_scaling") or table.get("rope_parameters") or {}
     if "original_max_position_embeddings" in scaling:
         scaling["original_max_position_embeddings"] //= SHORTER

@@ -84,11 +84,16 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return exps / exps.sum(axis=-1, keepdims=True)
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """One head's causal attention (Vaswani et al., 2017, equation 1): three [T, H] -> [T, H]."""
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | None = None) -> np.ndarray:
+    """One head's causal attention (Vaswani et al., 2017, equation 1): three [T, H] -> [T, H].
+
+    A window is the number of positions that a query sees, its own among them (Mistral 7B, section 2).
+    """
     scores = q @ k.T / np.sqrt(q.shape[1])
-    future = np.triu(np.ones(scores.shape, bool), k=1)
-    return softmax(np.where(future, -np.inf, scores)) @ v
+    for t in range(len(scores)):
+        scores[t, t + 1 :] = -np.inf
+        scores[t, : max(0, t + 1 - (window or t + 1))] = -np.inf
+    return softmax(scores) @ v
 
 
 def attention(x: np.ndarray, p: dict[str, np.ndarray], args: Any) -> np.ndarray:
@@ -100,7 +105,7 @@ def attention(x: np.ndarray, p: dict[str, np.ndarray], args: Any) -> np.ndarray:
         shared = n // (heads // kv_heads)
         q = rotate(x @ p["wq"][:, n] + _bias(p, "wq", n), *rope)
         k = rotate(x @ p["wk"][:, shared] + _bias(p, "wk", shared), *rope)
-        out += attend(q, k, x @ p["wv"][:, shared] + _bias(p, "wv", shared)) @ p["wo"][n]
+        out += attend(q, k, x @ p["wv"][:, shared] + _bias(p, "wv", shared), args.sliding_window) @ p["wo"][n]
     return out
 
 
@@ -125,7 +130,8 @@ def _llama(params: Any, row: np.ndarray, args: Any) -> np.ndarray:
         layer = _layer(params["layers"], i)
         x = x + attention(rms_norm(x, layer["attention_norm"], args.norm_eps), layer["attention"], args)
         x = x + feed_forward(rms_norm(x, layer["ffn_norm"], args.norm_eps), layer["feed_forward"])
-    return rms_norm(x, params["norm"], args.norm_eps) @ params["output"]
+    output = params["tok_embeddings"].T if args.tie_embeddings and "output" not in params else params["output"]
+    return rms_norm(x, params["norm"], args.norm_eps) @ output
 
 
 def _layer(tree: Any, i: int) -> Any:

@@ -103,10 +103,16 @@ def test_the_exit_statuses_are_those_of_the_code() -> None:
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, None),  # Vicuna with 16,384 tokens
         ({"attention_bias": True, "mlp_bias": True}, None),
         ({"head_dim": 32}, None),
+        ({"tie_word_embeddings": True}, None),
+        ({"model_type": "mistral", "num_key_value_heads": 2}, None),
+        ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 64}, None),
+        (
+            {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 64, "max_window_layers": 1},
+            "max_window_layers",
+        ),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_scaling"),  # Phi
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"qkv_bias": True}, "qkv_bias"),
-        ({"model_type": "mistral"}, "model_type"),
         ({"model_type": "qwen2"}, "model_type"),
         ({"model_type": "gemma"}, "model_type"),
         ({"num_local_experts": 8}, "num_local_experts"),  # Mixtral

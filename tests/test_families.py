@@ -1,5 +1,6 @@
 """Each row of docs/families.md: a tiny model with the keys of its published config.json, against transformers."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ from tests.families import (  # noqa: E402
 )
 
 # What takes long is tried on these: each constant once.
-SOME = ("LLaMA 3.1", "YaRN with all keys", "dynamic scaling", "heads of their own size", "biases everywhere")
+SOME = (
+    "LLaMA 3.1", "LLaMA 3.2 1B", "YaRN with all keys", "dynamic scaling", "heads of their own size", "biases everywhere",
+    "Mistral 7B v0.1",
+)  # fmt: skip
 QUICK = ("LLaMA 3.1", "biases everywhere")
 ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
@@ -61,13 +65,27 @@ def test_a_family_is_written_back_to_the_bit(
     folder = write_model(tmp_path / "hf", name, small_tokenizer, "bfloat16")
     run(input=folder, output=tmp_path / "ours")
     first, second = capsys.readouterr().out.splitlines()[:2]
-    assert first.startswith("    family  LLaMA") or first.startswith("    family  Code Llama")
+    known = name.split(" by ")[0].split(" 7B")[0].removesuffix(" 1B").removesuffix(" 3B")
+    plain = known if known in ("LLaMA 3", "LLaMA 3.1", "LLaMA 3.2", "Mistral", "Code Llama") else "LLaMA"
+    assert first.startswith(f"    family  {plain}") and ("tied embeddings" in first) == ("3.2" in name)
+    assert ("window 256" in first) == (name == "Mistral 7B v0.1")
     assert "(config.json)" in first and second.startswith("decided by  config.json")
     run(input=tmp_path / "ours", output=tmp_path / "back", to="huggingface")
     assert read_safetensors(tmp_path / "back") == read_safetensors(folder)
     before, after = (transformers.AutoConfig.from_pretrained(tmp_path / place) for place in ("hf", "back"))
-    for key in ("rope_parameters", "head_dim", "intermediate_size", "attention_bias", "mlp_bias", "rms_norm_eps"):
-        here, there = getattr(before, key), getattr(after, key)
+    for key in (
+        "rope_parameters",
+        "head_dim",
+        "intermediate_size",
+        "attention_bias",
+        "mlp_bias",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "sliding_window",
+    ):
+        # transformers' Mistral has no biases, and its LLaMA no window.
+        default = None if key == "sliding_window" else False
+        here, there = getattr(before, key, default), getattr(after, key, default)
         if key == "rope_parameters":
             here, there = ({k: v for k, v in x.items() if k not in ("type", "finetuned")} for x in (here, there))
         assert here == there, key
@@ -140,8 +158,10 @@ def test_int4_matrices_and_plain_biases_give_the_logits_of_these_weights(
     _, theirs = converted(name, small_tokenizer, tmp_path)
     run(input=tmp_path / "hf", output=tmp_path / "int4", weights="int4")
     ours = llama_jax.load(str(tmp_path / "int4"))
+    if ours.args.tie_embeddings:  # of which the output matrix alone is quantized
+        theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.clone())
     state = theirs.state_dict()
-    for tensor in tensors_of(ours.args):
+    for tensor in tensors_of(dataclasses.replace(ours.args, tie_embeddings=False)):
         for layer in range(ours.args.n_layers if tensor.layered else 1):
             leaf = ours.serving
             for key in tensor.name.split("/"):

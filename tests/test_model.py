@@ -175,8 +175,14 @@ CHANGES_SHAPES = {
     "vocab_size": 51,
     "multiple_of": 16,
     "ffn_dim_multiplier": 1.3,
+    "tie_embeddings": True,
 }
-CHANGES_RESULTS = {"norm_eps": 1e-2, "rope_theta": 1e3, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+CHANGES_RESULTS = {
+    "norm_eps": 1e-2,
+    "rope_theta": 1e3,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "sliding_window": 31,
+}
 
 
 def test_every_model_field_is_covered_by_a_claim_below() -> None:

@@ -11,17 +11,17 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.config import ModelArgs
-from llama_jax.convert.layout import TABLE, Tensor, blocks, halves_to_interleaved, interleaved_to_halves
+from llama_jax.convert.layout import TABLE, Tensor, halves_to_interleaved, interleaved_to_halves, tensors_of
 from llama_jax.convert.mapped import mapped
-from llama_jax.convert.source import ReadBlocks, Source
+from llama_jax.convert.source import ReadBlocks, Source, is_tied
 from llama_jax.errors import UserError
 from llama_jax.foreign.config_json import feed_forward_rule
+from llama_jax.foreign.family import family_of
 from llama_jax.foreign.keys import check_arguments
 from llama_jax.foreign.llama2c import (
     BOS,
@@ -34,7 +34,6 @@ from llama_jax.foreign.llama2c import (
     tokenizer_bytes,
     tokenizer_of,
 )
-from llama_jax.foreign.params_json import FIELDS
 from llama_jax.foreign.vocabulary import fit_vocabulary
 from llama_jax.sentencepiece_settings import BPE, Settings
 from llama_jax.storage.files import raw_bytes, write_atomically
@@ -83,8 +82,8 @@ class Llama2cSource:
         found, said = tokenizer_of(path, header.vocab_size, tokenizer)
         self.tokenizer, fitted = fit_vocabulary(self.args, found, path)
         self.chat = ChatSetup(has_none=True)
-        self.dtypes = {tensor.name: FLOAT32 for tensor in TABLE}
-        self.family = "LLaMA, in llama2.c's layout"
+        self.dtypes = {tensor.name: FLOAT32 for tensor in tensors_of(self.args)}
+        self.family = family_of(self.args, path.name)
         self.decided = decided
         kind = f"8-bit integers in groups of {header.group}" if header.version == 2 else "float32"
         self.description = f"{path}: version {header.version}, of {kind}"
@@ -94,8 +93,7 @@ class Llama2cSource:
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
         """Read rows; see Source."""
-        name = "tok_embeddings" if tensor.name == "output" and self._header.shared else tensor.name
-        shape = tensor.matrix(self.args)
+        name, shape = tensor.name, tensor.matrix(self.args)
         columns = math.prod(shape[1:])
         first, count = start * columns, (stop - start) * columns
         offset = self._places[name] + layer * self._bytes(name, math.prod(shape))
@@ -140,8 +138,6 @@ class Llama2cSource:
 
     def _remarks(self, max_seq_len: int) -> Iterator[str]:
         header = self._header
-        if header.shared and not getattr(self.args, "tie_embeddings", False):
-            yield "the output matrix is the embeddings: it is stored as a copy of them"
         if header.version == 2:
             yield "the matrices are of 8-bit integers: they are multiplied by their scales and stored as float32"
         if max_seq_len > header.max_seq_len:
@@ -170,9 +166,8 @@ def _arguments(header: Header, path: Path, max_seq_len: int) -> ModelArgs:
         norm_eps=NORM_EPS,
         rope_theta=ROPE_THETA,
         max_seq_len=max_seq_len or header.max_seq_len,
+        tie_embeddings=header.shared,
     )
-    if "tie_embeddings" in FIELDS:
-        args = dataclasses.replace(args, **cast(Any, {"tie_embeddings": header.shared}))
     return check_arguments(args, path, {})
 
 
@@ -204,11 +199,10 @@ def check_llama2c(source: Source) -> None:
     """Raise a UserError that names the key if run.c cannot compute the model or encode its texts."""
     args, default = source.args, ModelArgs()
     expected = {"norm_eps": NORM_EPS, "rope_theta": ROPE_THETA, "head_dim": args.dim // args.n_heads}
-    window = getattr(args, "sliding_window", None) or args.max_seq_len
     for field in dataclasses.fields(ModelArgs):
         name, found = field.name, getattr(args, field.name)
         wanted = expected.get(name, getattr(default, name))
-        if name in STATED or found in (wanted, None) or (name == "sliding_window" and window >= args.max_seq_len):
+        if name in STATED or found in (wanted, None) or (name == "sliding_window" and args.window is None):
             continue
         raise UserError(
             f"--to llama2c: {name}: expected {wanted}, which run.c has in it, found {found}; use another format"
@@ -231,7 +225,7 @@ def write_llama2c(source: Source, folder: Path, read_blocks: ReadBlocks) -> str:
     check_llama2c(source)
     header = Header(
         0, args.dim, args.hidden_width, args.n_layers, args.n_heads, args.kv_heads, args.vocab_size, args.max_seq_len,
-        shared=_is_shared(source),
+        shared=is_tied(source, source.rows),
     )  # fmt: skip
     at = places(header, args)
     with open(folder / MODEL, "wb") as file:
@@ -257,22 +251,7 @@ def written_bytes(source: Source) -> int:
     """Return the most bytes that ``write_llama2c`` writes into model.bin."""
     a = source.args
     sizes = a.dim, a.hidden_width, a.n_layers, a.n_heads, a.kv_heads, a.vocab_size, a.max_seq_len
-    return Header(0, *sizes, shared=False).size
-
-
-def _is_shared(source: Source) -> bool:
-    """Return whether the output matrix has the very numbers of the embeddings."""
-    if getattr(source.args, "tie_embeddings", False):
-        return True
-    first, last = TABLE[0], TABLE[-1]
-    if source.dtypes[first.name] != source.dtypes[last.name]:
-        return False
-    for start, stop in blocks(first, source.args, source.dtypes[first.name].itemsize):
-        a, b = (np.ascontiguousarray(source.rows(tensor, 0, start, stop)) for tensor in (first, last))
-        if a.tobytes() != b.tobytes():
-            return False
-        source.release()
-    return True
+    return Header(0, *sizes, shared=a.tie_embeddings).size
 
 
 def _remark(tokenizer: Tokenizer) -> str:

@@ -127,7 +127,9 @@ def _convert(place: Path, folder: Path) -> None:
                 f"{folder}: expected to write a conversion of {place} there, found: {error.strerror}; set XDG_CACHE_HOME to a "
                 f"folder that you may write to, or convert it yourself: {convert_command(place)}"
             ) from error
-        _tell(f"{place}: converting {source.family} once into {folder}, {bytes_text(need)}; it is used from now on")
+        _tell(
+            f"{place}: converting {source.family.partition(':')[0]} once into {folder}, {bytes_text(need)}; it is used from now on"
+        )
         for earlier in _earlier(place, folder):
             _tell(f"{place}: an earlier conversion of it is {earlier}; delete it if nothing uses it")
         for warning in source.warnings:

@@ -14,7 +14,7 @@ from llama_jax.build import count_parameters
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Weights
 from llama_jax.convert.checkpoint_source import parts
-from llama_jax.convert.layout import BLOCK_BYTES, all_tensors, blocks, tensors_of
+from llama_jax.convert.layout import BLOCK_BYTES, EMBEDDINGS, all_tensors, blocks, tensors_of
 from llama_jax.convert.llama2c import MODEL, TOKENIZER, written_bytes
 from llama_jax.convert.source import Source, main_type
 from llama_jax.devices.memory import bytes_of
@@ -89,7 +89,10 @@ def stored_bytes(source: Source, to: str, weights: Weights) -> int:
     """Return the bytes of all parameters in the form that will be written."""
     if to == "llama2c":
         return written_bytes(source)
-    return bytes_of([jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts(source, weights)])
+    size = bytes_of([jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts(source, weights)])
+    if to == "meta" and source.args.tie_embeddings:  # whose files have the output matrix too
+        size += math.prod(EMBEDDINGS.matrix(source.args)) * source.dtypes[EMBEDDINGS.name].itemsize
+    return size
 
 
 def peak_bytes(source: Source) -> int:
@@ -142,8 +145,8 @@ def print_table(source: Source) -> None:
 def close_dry_run() -> None:
     """Print what has been checked."""
     print(
-        "all tensors are there, with the right shapes; nothing was written and no value was read: a conversion also finds damage "
-        "and numbers that are not finite"
+        "all tensors are there, with the right shapes; nothing was written and no value was read, except to compare copies: "
+        "a conversion also finds damage and numbers that are not finite"
     )
 
 

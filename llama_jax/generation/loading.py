@@ -30,7 +30,7 @@ def load_parameters(checkpoint: Checkpoint, model: Llama, mesh: jax.sharding.Mes
         if weights == "auto" and not is_quantized and mesh.devices.flat[0].platform == "cpu":
             return checkpoint.restore("params", targets)
         arrays = checkpoint.restore_one_by_one("params", targets)
-        return layer_by_layer(arrays, shapes, "auto" if is_quantized else weights, mesh)
+        return layer_by_layer(arrays, shapes, "auto" if is_quantized else weights, mesh, model.dtype)
 
 
 def fitting_mesh(checkpoint: Checkpoint, model: Llama, weights: Weights) -> jax.sharding.Mesh:

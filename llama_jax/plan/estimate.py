@@ -117,7 +117,8 @@ def training_bytes(config: Config) -> float:
     size = 4 if train.compute_dtype == "float32" else 2
     keys_and_values = 2 * m.kv_heads * m.head_width
     kept = m.dim + KEPT[train.remat](m.dim, m.n_heads * m.head_width, keys_and_values, m.hidden_width, t)
-    layer = (count_parameters(m) - 2 * m.vocab_size * m.dim) / m.n_layers
+    tables = 1 if m.tie_embeddings else 2
+    layer = (count_parameters(m) - tables * m.vocab_size * m.dim) / m.n_layers
     working = 2 * size * layer / t + size * tokens * (3 * m.hidden_width / t + 6 * m.dim)
     if mesh.sequence > 1:
         working += size * rows * m.max_seq_len * keys_and_values / t

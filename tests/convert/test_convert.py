@@ -272,7 +272,7 @@ def test_rope_theta_is_found_wherever_transformers_puts_it(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": "qwen2"}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "q_proj.bias is missing"),
         ({"qkv_bias": True}, "qkv_bias"),

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 import llama_jax
+from llama_jax.checkpoint import save_checkpoint
 from llama_jax.config import ModelArgs
 from llama_jax.convert import ConvertArgs, convert
+from llama_jax.convert.checkpoint_source import OwnSource
+from llama_jax.convert.llama2c import check_llama2c
 from llama_jax.errors import UserError
 from llama_jax.foreign.llama2c import read_header, read_tokenizer
 from llama_jax.tokenizer import Tokenizer
 from tests.convert.test_convert import random_weights, read_meta_folder, same_bits, write_meta_folder
+from tests.test_model import random_params
 
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, multiple_of=16, max_seq_len=48)
 FLOAT32 = np.dtype("<f4")
@@ -182,13 +186,17 @@ def test_a_file_is_what_run_c_computes_of_it_and_goes_back_to_the_byte(
     path = file_of(version_0(args, tied(weights) if shared else weights), tmp_path / "in", small_tokenizer)
     ours = converted(path, tmp_path / "ours")
     tokens = [1, *np.random.default_rng(0).integers(3, args.vocab_size, 30).tolist()]
-    found = llama_jax.load(str(ours)).logits(np.array([tokens]))[0]
+    model = llama_jax.load(str(ours))
+    assert model.args.tie_embeddings == shared == ("output" not in model.params)
+    found = model.logits(np.array([tokens]))[0]
     np.testing.assert_allclose(found, run_c(path, tokens), atol=1e-4)
     back = converted(ours, tmp_path / "back", to="llama2c")
     assert (back / "model.bin").read_bytes()[: path.stat().st_size - 0][:28] == path.read_bytes()[:28]
     theirs, written = np.fromfile(path, "<f4"), np.fromfile(back / "model.bin", "<f4")
     angles = np.abs(theirs - written) > 0
-    assert angles.sum() <= args.max_seq_len * args.head_width, "nothing but a last digit of the tables of angles differs"
+    assert angles.sum() <= args.max_seq_len * args.head_width, (
+        "nothing but a last digit of the tables of angles differs"
+    )
     np.testing.assert_allclose(written[7:], theirs[7:], atol=1e-5)
     np.testing.assert_array_equal(run_c(back / "model.bin", tokens), run_c(path, tokens))
     # The folder that is written can be read as it is, by its name or by its file's.
@@ -208,7 +216,7 @@ def test_later_versions_are_read(
     found = read_meta_folder(converted(path, tmp_path / "meta2", to="meta"))
     said = capsys.readouterr().out
     assert "8-bit integers: they are multiplied by their scales and stored as float32" in said
-    assert ("the output matrix is the embeddings" in said) == shared
+    assert ("tied embeddings" in said) == shared
     for name, matrix in weights.items():
         if "norm" not in name:
             q, s = quantized(matrix, 32)
@@ -264,7 +272,17 @@ def test_the_vocabulary_is_spelled_as_llama2_c_spells_it(
     assert list(read_tokenizer(tmp_path / "out" / "tokenizer.bin")) == [(p.encode(), s) for p, s in pieces]
 
 
+def own(args: ModelArgs, tokenizer: Tokenizer, folder: Path) -> OwnSource:
+    save_checkpoint(folder, random_params(args), args, tokenizer)
+    return OwnSource(folder)
+
+
 def test_what_run_c_cannot_say_is_refused_by_name(args: ModelArgs, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    args = dataclasses.replace(args, max_seq_len=4096)
+    check_llama2c(own(args, small_tokenizer, tmp_path / "own0"))
+    check_llama2c(own(dataclasses.replace(args, sliding_window=4096), small_tokenizer, tmp_path / "own1"))
+    with pytest.raises(UserError, match=r"--to llama2c: sliding_window: expected None, .* found 9"):
+        check_llama2c(own(dataclasses.replace(args, sliding_window=9), small_tokenizer, tmp_path / "own2"))
     weights = random_weights(args, FLOAT32)
     for i, (key, value) in enumerate({"rope_theta": 1e6, "norm_eps": 1e-6}.items()):
         source = write_meta_folder(tmp_path / f"meta{i}", args, weights, 1, small_tokenizer, **{key: value})

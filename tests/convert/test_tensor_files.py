@@ -280,7 +280,9 @@ def mistral_folder(
     return folder
 
 
-def mistral_logits(tensors: dict[str, Any], ids: np.ndarray, heads: int, kv_heads: int, theta: float) -> np.ndarray:
+def mistral_logits(
+    tensors: dict[str, Any], ids: np.ndarray, heads: int, kv_heads: int, theta: float, window: int
+) -> np.ndarray:
     """What mistral-inference computes: neighbours as complex numbers, turned by position x theta^(-2i/H)."""
     x = tensors["tok_embeddings.weight"][torch.tensor(ids)]
     T, H = x.shape[0], x.shape[1] // heads
@@ -293,7 +295,7 @@ def mistral_logits(tensors: dict[str, Any], ids: np.ndarray, heads: int, kv_head
     def rotated(x: Any) -> Any:
         return torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * turns).flatten(-2)
 
-    mask = torch.full((T, T), -torch.inf).triu(1)
+    mask = torch.full((T, T), -torch.inf).triu(1) + torch.full((T, T), -torch.inf).tril(-window)
     for i in range(2):
         name = f"layers.{i}"
         h = normed(x, f"{name}.attention_norm")
@@ -309,16 +311,23 @@ def mistral_logits(tensors: dict[str, Any], ids: np.ndarray, heads: int, kv_head
     return (normed(x, "norm") @ tensors["output.weight"].T).numpy()
 
 
-@pytest.mark.parametrize("theta", [10000.0, 1000000.0])
+@pytest.mark.parametrize(("theta", "window"), [(10000.0, None), (1000000.0, None), (10000.0, 5)])
 def test_mistrals_layout_is_read_as_its_own_code_computes(
-    theta: float, model: Any, small_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    theta: float,
+    window: int | None,
+    model: Any,
+    small_tokenizer: Tokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = mistral_folder(model, tmp_path / "mistral", small_tokenizer, rope_theta=theta)
+    folder = mistral_folder(model, tmp_path / "mistral", small_tokenizer, rope_theta=theta, sliding_window=window)
     ours = llama_jax.load(str(converted(folder, tmp_path / "ours")))
-    assert "LLaMA, in Mistral's layout" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("    family  Mistral: ") and (f"window {window}" in said) == (window is not None)
     ids = np.random.default_rng(0).integers(3, small_tokenizer.vocab_size, (1, 40))
-    np.testing.assert_allclose(ours.logits(ids)[0], mistral_logits(as_mistral(model), ids[0], 4, 2, theta), atol=1e-4)
-    if theta == 10000:
+    expected = mistral_logits(as_mistral(model), ids[0], 4, 2, theta, window or 40)
+    np.testing.assert_allclose(ours.logits(ids)[0], expected, atol=1e-4)
+    if theta == 10000 and window is None:
         np.testing.assert_allclose(ours.logits(ids), model(torch.tensor(ids)).logits.detach().numpy(), atol=1e-4)
 
 
@@ -342,6 +351,24 @@ def test_mistrals_layout_in_several_files_is_read(
     (folder / files[1]).unlink()
     with pytest.raises(UserError, match=r"consolidated-00002-of-00002\.safetensors'? beside"):
         converted(folder, tmp_path / "x")
+
+
+@pytest.mark.parametrize("stored", ["once", "twice"])
+def test_mistrals_layout_is_tied_if_its_matrices_are(
+    stored: str, model: Any, small_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = mistral_folder(model, tmp_path / "mistral", small_tokenizer)
+    tensors = load_file(folder / "consolidated.safetensors")
+    tensors["output.weight"] = tensors["tok_embeddings.weight"].clone()
+    if stored == "once":
+        del tensors["output.weight"]
+    save_file(tensors, folder / "consolidated.safetensors")
+    back = converted(converted(folder, tmp_path / "ours"), tmp_path / "back", to="huggingface")
+    assert "the embeddings are the output matrix too" in capsys.readouterr().out
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    assert same(load_file(back / "model.safetensors"), expected)
 
 
 def test_what_a_mistral_folder_leaves_open_is_refused(model: Any, small_tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -67,7 +67,10 @@ VALUES: dict[str, list[Any]] = {
     "original_max_position_embeddings": [8, 64, None],
     "sliding_window": [None, 4, 64, 4096],
     "use_sliding_window": [False, True],
-    "layer_types": [["full_attention"] * 2, ["sliding_attention", "full_attention"], ["attention"] * 2, [], None],
+    "max_window_layers": [0, 1, 28, None],
+    "layer_types": [
+        ["full_attention"] * 2, ["sliding_attention", "full_attention"], ["attention"] * 2, ["sliding_attention"] * 2, [], None
+    ],
     "attention_chunk_size": [None, 4],
     "is_causal": [True, False],
     "pretraining_tp": [1, 2],
@@ -182,6 +185,12 @@ def ours(folder: Path) -> np.ndarray:
 @example({"num_attention_heads": 8, "num_key_value_heads": 4})
 @example({"tie_word_embeddings": True})
 @example({"num_hidden_layers": 1})
+@example({"model_type": "mistral", "sliding_window": 4})
+@example({"model_type": "mistral", "sliding_window": 4, "layer_types": ["sliding_attention"] * 2})
+@example({"model_type": "mistral", "sliding_window": 1, "max_window_layers": 0, "use_sliding_window": True})
+@example({"model_type": "mistral", "sliding_window": 4, "use_sliding_window": False})
+@example({"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": True})
+@example({"model_type": "mistral", "sliding_window": 4, "max_position_embeddings": 4})
 def test_logits_are_transformers_or_the_refusal_names_the_key(folder: Path, changes: dict[str, Any]) -> None:
     write(folder, changes)
     try:

@@ -41,7 +41,7 @@ def test_published_files_are_read_whole(table: dict[str, Any], hidden: int) -> N
     ("key", "value"),
     [
         ("use_scaled_rope", 1), ("rope_scaling_factor", 8), ("rope_scaling", {"factor": 8}), ("head_dim", 7), ("head_dim", "8"),
-        ("hidden_dim", 0), ("hidden_dim", "100"), ("intermediate_size", 0.5), ("sliding_window", 512), ("sliding_window", True), ("moe", {"num_experts": 8}),
+        ("hidden_dim", 0), ("hidden_dim", "100"), ("intermediate_size", 0.5), ("sliding_window", 0), ("sliding_window", True), ("moe", {"num_experts": 8}),
         ("quantization_args", {"group_size": 32}), ("lora_args", {"rank": 16}), ("qkv_bias", True), ("use_qk_norm", True),
         ("act_fn", "gelu"), ("causal", False), ("vision_num_cross_attention_layers", 8), ("attention_chunk_size", 8192),
         ("dim", "64"), ("dim", 64.0), ("dim", None), ("n_layers", 0), ("n_heads", 7), ("n_heads", True), ("n_kv_heads", 3), ("n_kv_heads", -1),
@@ -71,9 +71,10 @@ def test_what_counts_against_the_file_is_told() -> None:
     assert read_params(BASE, PATH, 400, 0).args.max_seq_len == ModelArgs().max_seq_len
 
 
-def test_a_window_is_neutral_where_the_context_is_no_longer() -> None:
-    assert read_params(BASE | {"sliding_window": 4096}, PATH, 400, 0).args.max_seq_len == 4096
-    assert read_params(BASE | {"sliding_window": 512}, PATH, 400, 512).args.max_seq_len == 512
+def test_a_window_is_read_and_has_no_effect_where_the_context_is_no_longer() -> None:
+    for window, context, effect in ((4096, 0, None), (512, 512, None), (512, 513, 512), (None, 0, None)):
+        args = read_params(BASE | {"sliding_window": window}, PATH, 400, context).args
+        assert (args.sliding_window, args.window) == (window, effect)
 
 
 SCALED = {
@@ -132,6 +133,7 @@ def test_sizes_that_are_stated_outright_are_taken() -> None:
         ({"head_dim": 16}, "head_dim: expected dim / n_heads"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
+        ({"sliding_window": 512}, "sliding_window"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"rope_scaling": SCALED | {"factor": 8.0, "low_freq_factor": 2.0}}, "rope_scaling"),
         ({"rope_scaling": SCALED | {"factor": 8.0, "original_max_position_embeddings": 4096}}, "rope_scaling"),
