@@ -89,7 +89,7 @@ def tie(source: Source) -> None:
 
 
 def tied_by_contents(source: Source, rows: Callable[..., np.ndarray]) -> list[str]:
-    """Tie the embeddings of a source in Meta's names if its tensors are tied, which params.json does not say.
+    """Set ``tie_embeddings`` of a source in Meta's names if its tensors are tied, which params.json does not say.
 
     Return a remark if they are. ``rows`` reads as ``source.rows`` does. A source without an output matrix is tied.
     """
