@@ -96,6 +96,8 @@ class _Process:
             return self._running
         if self._owner == os.getpid():
             self._stop()
+        elif not self._owner:
+            atexit.register(self.close)
         self._owner, self._running = os.getpid(), _start()
         return self._running
 
@@ -164,4 +166,3 @@ def _exchange(running: "subprocess.Popen[bytes]", request: bytes, deadline: floa
 
 
 _PROCESS = _Process()
-atexit.register(_PROCESS.close)

@@ -89,9 +89,9 @@ def tie(source: Source) -> None:
 
 
 def tied_by_contents(source: Source, rows: Callable[..., np.ndarray]) -> list[str]:
-    """Return a remark if the tensors of a source in Meta's names are tied, which params.json does not say, and tie them.
+    """Set ``tie_embeddings`` of a source in Meta's names if its tensors are tied, which params.json does not say.
 
-    ``rows`` reads as ``source.rows`` does. A source without an output matrix is tied.
+    Return a remark if they are. ``rows`` reads as ``source.rows`` does. A source without an output matrix is tied.
     """
     if not is_tied(source, rows):
         return []

@@ -148,7 +148,7 @@ class Engine:
 
     @property
     def _absent(self) -> np.ndarray:
-        """Which ids have no token: bool [V]."""
+        """Say of each id whether it has no token: bool [V]."""
         return self.tokenizer.absent(self.model.args.vocab_size)
 
     @property

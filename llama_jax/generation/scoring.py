@@ -41,8 +41,9 @@ def score(
 ) -> Scores:
     """Return the scores of the tokens of a prompt, which does not share a batch with others.
 
-    params: in the form for generation. cache_dtype: the type of keys and values. None: that of activations. absent: bool
-    [V], ids without a token. None: all have one. Raises UserError, naming ``source``, if a logit is not finite.
+    params: in the form for generation. cache_dtype: the type of keys and values. None: that of activations.
+    absent: bool [V], ids without a token. None: all have one.
+    Raises UserError, naming ``source``, if a logit is not finite.
     """
     absent = absent if absent is not None and absent.any() else None
     length = np.array([len(prompt)], np.int32)

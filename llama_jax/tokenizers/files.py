@@ -83,13 +83,13 @@ def _read(path: Path, name: str) -> bytes:
     """Return the content of a file of at most MAX_BYTES. Raises a UserError that names ``name``."""
     with user_errors(path, "read"):
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise UserError(
-                    f"{name}: expected a tokenizer of up to {MAX_BYTES:,} bytes, found a larger file; use another"
-                )
-            return path.read_bytes()
+            with path.open("rb") as file:
+                content: bytes = file.read(MAX_BYTES + 1)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise UserError(f"{name}: expected a tokenizer ({MODEL} or {TABLE}), found no such file") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{name}: expected a tokenizer of up to {MAX_BYTES:,} bytes, found a larger file; use another")
+    return content
 
 
 def _has_more(files: Files) -> bool:

@@ -5,6 +5,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -273,7 +275,7 @@ def test_the_vocabulary_is_spelled_as_llama2_c_spells_it(
 
 
 def own(args: ModelArgs, tokenizer: Tokenizer, folder: Path) -> OwnSource:
-    save_checkpoint(folder, random_params(args), args, tokenizer)
+    save_checkpoint(folder, jax.tree.map(jnp.asarray, random_params(args)), args, tokenizer)
     return OwnSource(folder)
 
 
