@@ -17,6 +17,8 @@ from llama_jax.convert.layout import from_ours, tensors_of  # noqa: E402
 from llama_jax.data import open_tokens  # noqa: E402
 from llama_jax.data.batches import train_batches  # noqa: E402
 from llama_jax.errors import UserError  # noqa: E402
+from llama_jax.foreign.config_json import read_config  # noqa: E402
+from llama_jax.foreign.family import family_of  # noqa: E402
 from llama_jax.ops.quantize import Matrix  # noqa: E402
 from llama_jax.tokenizer import Tokenizer  # noqa: E402
 from llama_jax.training.command import read_command  # noqa: E402
@@ -49,6 +51,21 @@ def converted(name: str, tokenizer: Tokenizer, place: Path) -> tuple[Any, Any]:
     return llama_jax.load(str(place / "ours")), transformers_model(folder)
 
 
+NAMES = {
+    "LLaMA 2": "LLaMA 2", "LLaMA 2 70B": "LLaMA 2", "Code Llama": "Code Llama", "TinyLlama": "LLaMA 2", "LLaMA 3": "LLaMA 3",
+    "LLaMA 3.1": "LLaMA 3.1", "LLaMA 3.1 by transformers 5": "LLaMA 3.1", "LLaMA 3.2 1B": "LLaMA 3.2", "LLaMA 3.2 3B": "LLaMA 3.2",
+    "LLaMA 3.3": "LLaMA 3.1 or 3.3", "Mistral 7B v0.1": "Mistral", "Mistral 7B v0.3": "Mistral",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_published_configuration_is_named_also_by_its_arguments_alone(name: str) -> None:
+    config = read_config(FAMILIES[name], Path("config.json"), 0)
+    for found in (family_of(config.args, "config.json", config.kind), family_of(config.args, "model.json")):
+        assert found.startswith(f"{NAMES[name]}: "), found
+        assert ("tied embeddings" in found) == ("3.2" in name) and ("window 4,096" in found) == ("v0.1" in name)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_logits_are_those_of_transformers(name: str, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     ours, theirs = converted(name, small_tokenizer, tmp_path)
@@ -65,9 +82,8 @@ def test_a_family_is_written_back_to_the_bit(
     folder = write_model(tmp_path / "hf", name, small_tokenizer, "bfloat16")
     run(input=folder, output=tmp_path / "ours")
     first, second = capsys.readouterr().out.splitlines()[:2]
-    known = name.split(" by ")[0].split(" 7B")[0].removesuffix(" 1B").removesuffix(" 3B")
-    plain = known if known in ("LLaMA 3", "LLaMA 3.1", "LLaMA 3.2", "Mistral", "Code Llama") else "LLaMA"
-    assert first.startswith(f"    family  {plain}") and ("tied embeddings" in first) == ("3.2" in name)
+    known = next((known for known in ("Mistral", "Code Llama") if name.startswith(known)), "LLaMA")
+    assert first.startswith(f"    family  {known}") and ("tied embeddings" in first) == ("3.2" in name)
     assert ("window 256" in first) == (name == "Mistral 7B v0.1")
     assert "(config.json)" in first and second.startswith("decided by  config.json")
     run(input=tmp_path / "ours", output=tmp_path / "back", to="huggingface")

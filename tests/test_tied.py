@@ -18,7 +18,7 @@ from llama_jax.build import count_parameters, make_model
 from llama_jax.checkpoint import Checkpoint, save_checkpoint
 from llama_jax.config import Config, MeshArgs, ModelArgs, SampleArgs
 from llama_jax.convert import ConvertArgs, convert
-from llama_jax.devices.sharding import make_mesh, parameter_shapes, parameter_shardings
+from llama_jax.devices.sharding import make_mesh, on_mesh, parameter_shapes, parameter_shardings
 from llama_jax.evaluate import evaluate
 from llama_jax.generation import Model
 from llama_jax.generation.serving import for_generation, generation_shapes
@@ -31,7 +31,8 @@ from llama_jax.plan.decoding import parameter_bytes
 from llama_jax.plan.estimate import training_bytes
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.training.flops import train_flops_per_token
-from tests import numpy_llama
+from tests import inside, numpy_llama
+from tests.commands import SMALL, STORIES
 from tests.convert.test_convert import random_weights, read_meta_folder, same_bits, write_meta_folder
 from tests.devices import test_sharding
 from tests.eight_devices import run_on_eight_devices
@@ -139,8 +140,13 @@ def test_generation_holds_the_table_once_and_a_quantized_model_an_output_matrix_
     assert step_bytes(served, 0) == step_bytes(for_generation(untied(model.params)), 0)
 
 
-@pytest.mark.parametrize("kind", ["auto", "int8", "int4"])
-@pytest.mark.parametrize("exact_rows", [0, 16])
+SLOWER = [
+    pytest.param(kind, rows, marks=pytest.mark.slow)
+    for kind, rows in (("int8", 0), ("auto", 16), ("int8", 16), ("int4", 16))
+]
+
+
+@pytest.mark.parametrize(("kind", "exact_rows"), [("auto", 0), ("int4", 0), *SLOWER])
 def test_tokens_are_those_of_the_untied_model(kind: Any, exact_rows: int, model: Model) -> None:
     prompts = prompts_of_lengths(model, [3, 40, 17])
     found = dataclasses.replace(model, module=model.module.clone(exact_rows=exact_rows))
@@ -182,7 +188,7 @@ def test_a_quantized_checkpoint_is_what_loading_makes_of_the_original(kind: Any,
     assert one == other and 0 < abs(one["loss"] - plain["loss"]) < 0.2
 
 
-@pytest.mark.parametrize("table", ["LLAMA_32_1B", "TINYLLAMA"])
+@pytest.mark.parametrize("table", ["LLAMA_32_1B", pytest.param("TINYLLAMA", marks=pytest.mark.slow)])
 def test_models_of_hugging_face_say_what_transformers_says_and_come_back_to_the_bit(
     table: str, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -194,7 +200,7 @@ def test_models_of_hugging_face_say_what_transformers_says_and_come_back_to_the_
     run(input=tmp_path / "hf", output=tmp_path / "ours")
     ours = llama_jax.load(str(tmp_path / "ours"))
     assert ours.args.tie_embeddings == tied == ("output" not in ours.params)
-    ids = np.random.default_rng(0).integers(3, small_tokenizer.vocab_size, (1, 1500))
+    ids = np.random.default_rng(0).integers(3, small_tokenizer.vocab_size, (1, 600))
     wanted = published.logits(reference, ids)
     assert np.abs(np.asarray(ours.logits(ids)) - wanted).max() < 1e-4
     prompt, eos = ids[0, :40].tolist(), small_tokenizer.eos_id
@@ -208,6 +214,16 @@ def test_models_of_hugging_face_say_what_transformers_says_and_come_back_to_the_
     back = published.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
     np.testing.assert_array_equal(published.logits(back, ids), wanted)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["LLAMA_32_1B", "TINYLLAMA"])
+def test_twenty_steps_give_the_losses_of_transformers_in_torch(
+    table: str, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    from tests import published
+
+    reference = published.tiny(tmp_path / "hf", getattr(published, table), small_tokenizer)
+    run(input=tmp_path / "hf", output=tmp_path / "ours")
     losses, theirs = published.train_both(reference, short(tmp_path / "ours", 48), steps=20)
     np.testing.assert_allclose(losses, theirs, rtol=1e-4)
 
@@ -259,23 +275,28 @@ def test_metas_files_are_tied_if_the_matrices_are_equal_and_come_back_to_the_bit
     assert same_bits(read_meta_folder(tmp_path / "back"), weights)
 
 
-def test_a_run_of_a_tied_model_resumes_and_is_fine_tuned(tmp_path: Path) -> None:
-    from tests import inside
-    from tests.commands import SMALL, STORIES
+COMMAND = ["train.py", *SMALL, *STORIES, "--model.tie-embeddings", "--model.sliding-window", "9"]
 
-    command = ["train.py", *SMALL, *STORIES, "--model.tie-embeddings", "--model.sliding-window", "9"]
-    whole = inside.run([*command, "--train.save-dir", "whole"], tmp_path)
+
+def test_a_run_of_a_tied_model_stores_one_array_and_its_moments(tmp_path: Path) -> None:
+    whole = inside.run([*COMMAND, "--train.max-steps=2", "--train.save-dir", "whole"], tmp_path)
     assert whole.returncode == 0, whole.stderr
     assert "tied embeddings, window 9" in whole.stdout
+    found = Checkpoint.find(tmp_path / "whole")
+    assert found.args.tie_embeddings and found.args.sliding_window == 9 and "output" not in found.arrays("params")
+    assert len([name for name in found.arrays("state") if name.endswith("tok_embeddings")]) == 2
+
+
+@pytest.mark.slow
+def test_a_run_of_a_tied_model_resumes_and_is_fine_tuned(tmp_path: Path) -> None:
+    whole = inside.run([*COMMAND, "--train.save-dir", "whole"], tmp_path)
+    assert whole.returncode == 0, whole.stderr
     for more in (["--train.max-steps=3"], []):
-        done = inside.run([*command, "--train.save-dir", "parts", *more], tmp_path)
+        done = inside.run([*COMMAND, "--train.save-dir", "parts", *more], tmp_path)
         assert done.returncode == 0, done.stderr
     one, other = (Checkpoint.find(tmp_path / name / "checkpoints" / "6") for name in ("whole", "parts"))
-    assert one.args.tie_embeddings and one.args.sliding_window == 9
     arrays = one.arrays("params")
     assert "output" not in arrays and other.arrays("params").keys() == arrays.keys()
-    moments = [name for name in one.arrays("state") if name.endswith("tok_embeddings")]
-    assert len(moments) == 2
     tuned = inside.run(
         ["train.py", *SMALL[5:], *STORIES, "--train.init-from", "whole", "--train.save-dir", "tuned"], tmp_path
     )
@@ -289,24 +310,40 @@ SERVED = {
     "data 2 x tensor 4": MeshArgs(data=2, tensor=4),
     "fsdp 2 x tensor 4": MeshArgs(data=1, fsdp=2, tensor=4),
 }
+FEW = ("one device", "fsdp 2 x tensor 4")
 
 
-def main() -> None:
+def loss_and_gradient(mesh: jax.sharding.Mesh, model: Model) -> list[Any]:
+    """The loss of a batch, and its gradient by the embeddings, on a mesh."""
+    ids = np.random.default_rng(0).integers(3, model.args.vocab_size, (8, 33))
+    params = jax.device_put(model.params, parameter_shardings(model.module, mesh))
+
+    def loss(params: Any) -> jax.Array:
+        return loss_sum(model.module, params, ids[:, :-1], ids[:, 1:], np.ones((8, 32), np.float32))
+
+    with on_mesh(mesh):
+        found, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    return [float(found), np.asarray(gradients["tok_embeddings"]).tolist()]
+
+
+def main(every: bool) -> None:
     """Print what training and generation of a tied model with a sliding window say on meshes of eight devices."""
     test_sharding.MODEL = dataclasses.replace(test_sharding.MODEL, tie_embeddings=True, sliding_window=11)
     test_sharding.STEPS = 5
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        found["trained"] = test_sharding.train_on(MESHES, False, Path(folder))
+        if every:
+            found["trained"] = test_sharding.train_on(MESHES, False, Path(folder))
         tokenizer = train_tokenizer(["The owl saw the fox by the river."] * 9, 280, Path(folder) / "t.model")
         model = build(
             tokenizer, dim=64, n_heads=8, n_kv_heads=4, multiple_of=64, tie_embeddings=True, sliding_window=11
         )
         prompts = prompts_of_lengths(model, [1, 30, 16])
-        for name, args in SERVED.items():
-            mesh = make_mesh(args, jax.devices()[:1] if name == "one device" else jax.devices())
+        for name in SERVED if every else FEW:
+            mesh = make_mesh(SERVED[name], jax.devices()[:1] if name == "one device" else jax.devices())
+            found[f"{name} gradient"] = loss_and_gradient(mesh, model)
             params = jax.device_put(model.params, parameter_shardings(model.module, mesh))
-            for kind in ("auto", "int8"):
+            for kind in ("auto", "int8") if every else ("auto",):
                 served = for_generation(params, kind)  # type: ignore[arg-type]
                 ids, logprobs = decode(model, prompts, GREEDY, 16, params=served)
                 found[f"{name} {kind}"] = ids.tolist(), logprobs.tolist()
@@ -315,9 +352,21 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def on_eight() -> Any:
-    return run_on_eight_devices("tests.test_tied")
+    return run_on_eight_devices("tests.test_tied", "all")
 
 
+def test_two_meshes_of_eight_devices_say_the_same_as_one_device() -> None:
+    found = run_on_eight_devices("tests.test_tied", "few")
+    loss, gradient = found["one device gradient"]
+    ids, logprobs = found["one device auto"]
+    for name in FEW:
+        assert found[f"{name} gradient"][0] == pytest.approx(loss, rel=1e-5)
+        np.testing.assert_allclose(found[f"{name} gradient"][1], gradient, atol=1e-4 * np.abs(gradient).max())
+        assert found[f"{name} auto"][0] == ids
+        np.testing.assert_allclose(found[f"{name} auto"][1], logprobs, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_training_on_eight_devices_equals_training_on_one(on_eight: Any) -> None:
     trained = on_eight["trained"]
     one = trained["one device"]
@@ -331,6 +380,7 @@ def test_training_on_eight_devices_equals_training_on_one(on_eight: Any) -> None
     assert trained["tensor 2 x fsdp 4"]["moments"] < 0.13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["auto", "int8"])
 def test_every_mesh_makes_the_tokens_of_one_device(on_eight: Any, kind: str) -> None:
     wanted, wanted_logprobs = on_eight[f"one device {kind}"]
@@ -341,4 +391,6 @@ def test_every_mesh_makes_the_tokens_of_one_device(on_eight: Any, kind: str) -> 
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    main(sys.argv[1] == "all")
