@@ -62,7 +62,8 @@ def test_the_file_that_python_reads_at_its_start_is_enough_and_imports_nothing(t
     (tmp_path / "llama_jax_lm_eval.pth").write_text((compat / "lm_eval_start.pth").read_text())
     program = (
         "import sys, site; before = {*sys.modules}; site.addsitedir(sys.argv[1]); "
-        "assert {*sys.modules} - before == {'_llama_jax_lm_eval'}; "
+        "made = {*sys.modules} - before; "  # nothing where the package is installed, which has done the same
+        "assert made <= {'_llama_jax_lm_eval'} and '_llama_jax_lm_eval' in sys.modules; "
         "from lm_eval.api.registry import get_model; print(get_model('llama-jax').__name__, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
