@@ -210,6 +210,9 @@ def test_every_field_can_be_set_by_its_flag():
         if name == "mixture":
             assert flags(flag, "a", "0.7", "b", "3").data.mixture == {"a": 0.7, "b": 3.0}
             continue
+        if name == "eval_tasks":
+            assert flags(flag, "a", "b").train.eval_tasks == ("a", "b")
+            continue
         if hint == str(bool):
             assert getattr(getattr(flags(flag), section), name) is not default
             continue
