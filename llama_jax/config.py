@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from llama_jax.cli.flags import ESCAPED
+from llama_jax.cli.flags import ESCAPED, SEVERAL
 from llama_jax.cli.json_argument import json_line, load_json
 from llama_jax.errors import UserError, quoted
 from llama_jax.fields import (
@@ -204,8 +204,8 @@ class TrainArgs:
     """End the run with exit status 76 if nothing progresses for this many seconds. 0: never."""
     profile_steps: str = ""
     """Steps to profile, for example 10-15. The trace goes to profile/ in the run folder. Empty: none."""
-    eval_tasks: tuple[str, ...] = ()
-    """Tasks to score at every evaluation: files in JSON lines, or folders of them, as evaluate --tasks takes them.
+    eval_tasks: tuple[str, ...] = dataclasses.field(default=(), metadata=SEVERAL)
+    """Tasks to score at every evaluation: files in JSON lines, or folders of them, as the evaluate command takes them.
     The scores are in metrics.jsonl, as task/<name>/accuracy."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events, to tensorboard/ in the run folder."""

@@ -114,7 +114,9 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
         ("llama-2-7b", "checkpoints/llama-2-7b", "llama-jax"),
         ("runs/tiny", "stories", "llama2c"),
     ):
-        result = forked.run(["convert_torch_weights.py", "--input", source, "--output", output, "--to", to], place)
+        argv = ["convert_torch_weights.py", "--input", source, "--output", output, "--to", to]
+        argv += ["--chat-template", "llama2"] * output.endswith("-chat")  # which Meta's vocabulary alone implies
+        result = forked.run(argv, place)
         assert result.returncode == 0, result.stderr
     (place / "stories" / "model.bin").rename(place / "stories15M.bin")
     make_corpora(place, stored)

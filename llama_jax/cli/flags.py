@@ -75,6 +75,8 @@ def unescape(text: str) -> str:
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 # The metadata of a dataclass field whose flag is unescaped. In TOML and Python it is a plain string.
 ESCAPED = {"escaped": True}
+# The metadata of a field of texts whose flag takes all that follow it, in a command with positional arguments, too.
+SEVERAL = {"several": True}
 
 
 class _Flag(NamedTuple):
@@ -83,6 +85,7 @@ class _Flag(NamedTuple):
     path: tuple[str, ...]  # names of the sections and of the field
     hint: Any
     escaped: bool
+    several: bool
 
 
 def _flags_of(kind: Any, prefix: str = "", path: tuple[str, ...] = ()) -> Iterator[tuple[str, _Flag]]:
@@ -96,7 +99,7 @@ def _flags_of(kind: Any, prefix: str = "", path: tuple[str, ...] = ()) -> Iterat
             yield from _flags_of(hint, f"{prefix}{name}." if name else prefix, inner)
         elif not _is_positional(notes):
             flag = "--" + (prefix + name).replace("_", "-")
-            yield flag, _Flag(inner, hint, bool(field.metadata.get("escaped")))
+            yield flag, _Flag(inner, hint, *(bool(field.metadata.get(name)) for name in ("escaped", "several")))
 
 
 def _is_annotated(hint: Any) -> bool:
@@ -118,7 +121,8 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
     """Return ``argv`` without flags of several values, and ``default`` with their values. Escapes are resolved.
 
     Such a flag takes one group of values (a value, or a key and its value) and then as many more as have its type. In a
-    command with positional arguments, a flag of plain texts takes one: ``--stop . --stop ! "Once upon a time"``.
+    command with positional arguments, a flag of plain texts takes one, unless it is marked as ``SEVERAL``:
+    ``--stop . --stop ! "Once upon a time"``.
     """
     flags, one_text = dict(_flags_of(kind)), _has_positional(kind)
     lists: dict[str, list[tuple[Any, ...]]] = {}
@@ -140,7 +144,7 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
                 del words[0]
                 default = _with(default, flag.path, None)
                 continue
-            once = _is_group(flag.hint) or (one_text and types == (str,))
+            once = _is_group(flag.hint) or (one_text and types == (str,) and not flag.several)
             lists.setdefault(name, []).extend(_take_groups(name, words, types, bool(equals), once))
         elif flag.hint is bool and equals:
             rest.append(_switch(name, value))

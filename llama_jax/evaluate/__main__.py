@@ -148,6 +148,7 @@ def _score_tasks(args: Arguments) -> None:
     """Print a line per checkpoint and task, then the table, and write --output. All files are checked first."""
     from llama_jax.convert.once import open_checkpoint
     from llama_jax.evaluate import report
+    from llama_jax.evaluate.scoring import context_of
     from llama_jax.evaluate.tasks import check_shots, read_tasks
 
     tasks = read_tasks(args.tasks, args.question_format)
@@ -171,7 +172,7 @@ def _score_tasks(args: Arguments) -> None:
             print(json.dumps(summary, allow_nan=False), flush=True)
             summaries.append(summary)
             lines.append(json.dumps(summary | {"per_item": result.per_item}, allow_nan=False))
-            _tell(report.remarks(task, summary, model.args.max_seq_len))
+            _tell(report.remarks(task, summary, context_of(model)))
             if args.output:
                 report.write_output(Path(args.output), lines)
     _tell([report.table(summaries)])

@@ -24,7 +24,7 @@ from llama_jax.chat.messages import Message
 from llama_jax.compat.lm_eval_start import NAMES
 from llama_jax.config import Cache, DType, MeshArgs, SampleArgs, Weights
 from llama_jax.errors import WRONG, UserError, quoted
-from llama_jax.evaluate.scoring import Request, encode_pairs, fit, score
+from llama_jax.evaluate.scoring import Request, context_of, encode_pairs, fit, score
 from llama_jax.generation import Model
 from llama_jax.tokenizer import Tokenizer
 
@@ -112,7 +112,7 @@ class LlamaJax(TemplateLM):
         self.model = model or Model.load(
             str(ckpt), compute_dtype, weights, cache, None if mesh == MeshArgs(data=1) else mesh
         )
-        context = self.model.args.max_seq_len
+        context = context_of(self.model)
         if max_length is not None and not 2 <= int(max_length) <= context:
             raise UserError(f"max_length: expected 2 to {context}, the model's context, found {max_length}")
         self.max_length = int(max_length or context)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.errors import UserError
-from llama_jax.evaluate.scoring import Request, Score, encode_pairs, fit, score
+from llama_jax.evaluate.scoring import Request, Score, context_of, encode_pairs, fit, score
 from llama_jax.evaluate.tasks import Task, joined, prompt_of
 from llama_jax.generation import Model
 
@@ -46,7 +46,7 @@ def asked(model: Model, task: Task, shots: int = 0, seed: int = 0) -> list[Asked
             try:
                 if not request.continuation:
                     raise UserError("expected a choice with tokens of its own, found one that its prompt takes in")
-                request, more = fit(request, model.args.max_seq_len)
+                request, more = fit(request, context_of(model))
             except UserError as error:
                 raise UserError(f"{task.path}: line {item.line}: {error}; shorten {text.strip()[:40]!r}") from None
             requests.append(request)
@@ -61,7 +61,7 @@ def _windows(model: Model, text: str) -> list[Request]:
     The first begins with BOS. The others begin with the last token of the one before; the last one, with as many of the
     tokens before as fill the context.
     """
-    ids, context = model.tokenizer.encode(text), model.args.max_seq_len
+    ids, context = model.tokenizer.encode(text), context_of(model)
     requests = []
     for start in range(0, len(ids) - 1, context):
         end = min(start + context, len(ids) - 1)

@@ -24,6 +24,8 @@ from llama_jax.generation import Model
 from llama_jax.generation.rows import not_finite
 from llama_jax.model import Llama
 from llama_jax.ops.attention import Documents
+from llama_jax.ops.rotary import original_length
+from llama_jax.rope_scaling import depends_on_length
 from llama_jax.tokenizer import Tokenizer
 
 # Tokens of a forward pass, if the caller does not say how many rows it has; and the maximum number of rows then.
@@ -108,6 +110,12 @@ class Packed(NamedTuple):
     predicted: int  # tokens that are scored
 
 
+def context_of(model: Model) -> int:
+    """Return the most positions of a forward pass. Longer rows would have other frequencies with dynamic scaling."""
+    args = model.args
+    return min(args.max_seq_len, original_length(args)) if depends_on_length(args.rope_scaling) else args.max_seq_len
+
+
 def score(
     model: Model,
     requests: Sequence[Request],
@@ -128,7 +136,9 @@ def score(
     """
     if not requests:
         return []
-    groups = _grouped(requests, share, MOST_CONTEXTS * model.args.max_seq_len)
+    # A sliding window counts places in the row. Dynamic frequencies depend on its length.
+    share = share and model.args.window is None and not depends_on_length(model.args.rope_scaling)
+    groups = _grouped(requests, share, MOST_CONTEXTS * context_of(model))
     module = model.module.clone(kernel="xla") if model.module.kernel == "splash" else model.module
     mesh = mesh_of(model.params)
     parts = _rows_divisor(mesh)
@@ -219,7 +229,7 @@ def _packed(requests: Sequence[Request], numbers: list[int]) -> Packed:
 
 def _batches(groups: Sequence[Packed], model: Model, rows: int, parts: int) -> Iterator[tuple[Shape, list[Packed]]]:
     """Yield the shape of each forward pass and the groups in it, the longest first."""
-    context = model.args.max_seq_len
+    context = context_of(model)
     devices = mesh_of(model.params).devices
     compiling = CPU_COMPILING if devices.flat[0].platform == "cpu" else COMPILING
     penalty = compiling / (2 * count_parameters(model.args))

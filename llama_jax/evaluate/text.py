@@ -20,14 +20,13 @@ from llama_jax.data.sources import find_files
 from llama_jax.data.text import replacement_warning
 from llama_jax.devices.compiling import GenerationProgram
 from llama_jax.errors import UserError
+from llama_jax.evaluate.scoring import context_of
 from llama_jax.generation import Model
 from llama_jax.generation.decode import empty_cache, next_logits, slots_read
 from llama_jax.generation.rows import not_finite
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
 from llama_jax.ops.loss import loss_sum, negative_log_likelihood
-from llama_jax.ops.rotary import original_length
-from llama_jax.rope_scaling import depends_on_length
 from llama_jax.tokenizer import Tokenizer
 
 
@@ -56,9 +55,7 @@ def evaluate(
     Returns the object that the command prints (see ``Arguments`` in __main__.py). Raises UserError if the text is
     missing, empty or not text, if the window does not fit the model, or if a loss is not finite.
     """
-    context = model.args.max_seq_len
-    if depends_on_length(model.args.rope_scaling):
-        context = min(context, original_length(model.args))  # Longer, the last window would have other frequencies.
+    context = context_of(model)
     window, stride = window or context, stride or window or context
     if not 0 < window <= context:
         raise UserError(f"--window: expected 1 to {context}, the model's context, found {window}")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llama_jax.config import MeshArgs
 from llama_jax.devices.sharding import make_mesh, parameter_shardings
 from llama_jax.errors import UserError
-from llama_jax.evaluate.scoring import GRAIN, Request, chosen_lengths, encode_pairs, fit, score
+from llama_jax.evaluate.scoring import GRAIN, Request, chosen_lengths, context_of, encode_pairs, fit, score
 from llama_jax.generation import Model
 from llama_jax.generation.serving import for_generation
 from llama_jax.ops.attention import attention
@@ -66,6 +66,28 @@ def test_scores_equal_those_of_whole_logits_shared_or_not_in_every_batch_and_ord
             assert other.loglikelihood == pytest.approx(found[i].loglikelihood, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "constants",
+    [{"sliding_window": 7}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}],
+    ids=["a sliding window", "dynamic scaling"],
+)
+def test_choices_are_not_read_together_where_places_or_lengths_count(
+    small_tokenizer: Tokenizer, constants: dict[str, Any]
+) -> None:
+    if "rope_scaling" in constants:
+        constants["rope_scaling"]["original_max_position_embeddings"] = CONTEXT // 2
+    model = build(small_tokenizer, max_seq_len=CONTEXT, **constants)
+    most = context_of(model)
+    assert most == (CONTEXT if "sliding_window" in constants else CONTEXT // 2)
+    requests = [fit(request, most)[0] for request in items(model, 4)]
+    for request, one in zip(requests, score(model, requests), strict=True):
+        ids = [*request.context, *request.continuation]
+        log_probs = np.asarray(jax.nn.log_softmax(model.logits([ids])))[0, len(request.context) - 1 : -1]
+        assert one.loglikelihood == pytest.approx(
+            log_probs[range(len(log_probs)), request.continuation].sum(), abs=1e-4
+        )
+
+
 def test_what_greedy_decoding_gives_is_told(model: Model) -> None:
     context = [1, 40, 50, 60]
     ids: list[int] = []
@@ -81,8 +103,12 @@ def test_a_row_may_exceed_the_context_when_each_of_its_continuations_fits(model:
     rng = np.random.default_rng(1)
     context = [1, *rng.integers(3, 300, CONTEXT - 11).tolist()]
     requests = [Request(context, rng.integers(3, 300, 11).tolist()) for _ in range(20)]
-    found = [one.loglikelihood for one in score(model, requests)]
-    assert found == pytest.approx([literal(model, request)[0] for request in requests], abs=1e-4)
+    for request, one in zip(requests, score(model, requests), strict=True):
+        ids = [*request.context, *request.continuation]
+        log_probs = np.asarray(jax.nn.log_softmax(model.logits([ids])))[0, len(request.context) - 1 : -1]
+        assert one.loglikelihood == pytest.approx(
+            log_probs[range(len(log_probs)), request.continuation].sum(), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

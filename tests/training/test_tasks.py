@@ -19,6 +19,7 @@ from llama_jax.evaluate.scores import evaluate_task
 from llama_jax.evaluate.suite import records
 from llama_jax.evaluate.tasks import read_tasks
 from llama_jax.training import loop
+from llama_jax.training.command import read_command
 from tests.processes import end, flags
 from tests.processes import start as start_job
 
@@ -101,6 +102,12 @@ def test_tasks_are_checked_before_anything_begins(folder: Path) -> None:
     with pytest.raises(UserError, match=r"^train\.eval_tasks: expected a held-out text"):
         nothing = dataclasses.replace(DATA, train_size=1.0)
         start(folder, "unheld", nothing, eval_tasks=(str(folder / "counting.jsonl"),))
+
+
+def test_the_flag_takes_several_files_and_the_text_comes_before_it() -> None:
+    argv = ["my.txt", "--train.eval-tasks", "a.jsonl", "b.jsonl", "--train.seed", "1"]
+    config, _ = read_command(argv)
+    assert config.train.eval_tasks == ("a.jsonl", "b.jsonl") and config.data.filepath == "my.txt"
 
 
 def test_a_list_of_tasks_is_kept_in_toml(tmp_path: Path) -> None:
