@@ -81,8 +81,8 @@ def test_choices_are_not_read_together_where_places_or_lengths_count(
     assert most == (CONTEXT if "sliding_window" in constants else CONTEXT // 2)
     requests = [fit(request, most)[0] for request in items(model, 4)]
     for request, one in zip(requests, score(model, requests), strict=True):
-        ids = [*request.context, *request.continuation]
-        log_probs = np.asarray(jax.nn.log_softmax(model.logits([ids])))[0, len(request.context) - 1 : -1]
+        ids = [*request.context, *request.continuation][:-1]
+        log_probs = np.asarray(jax.nn.log_softmax(model.logits([ids])))[0, len(request.context) - 1 :]
         assert one.loglikelihood == pytest.approx(
             log_probs[range(len(log_probs)), request.continuation].sum(), abs=1e-4
         )
@@ -104,8 +104,8 @@ def test_a_row_may_exceed_the_context_when_each_of_its_continuations_fits(model:
     context = [1, *rng.integers(3, 300, CONTEXT - 11).tolist()]
     requests = [Request(context, rng.integers(3, 300, 11).tolist()) for _ in range(20)]
     for request, one in zip(requests, score(model, requests), strict=True):
-        ids = [*request.context, *request.continuation]
-        log_probs = np.asarray(jax.nn.log_softmax(model.logits([ids])))[0, len(request.context) - 1 : -1]
+        ids = [*request.context, *request.continuation][:-1]
+        log_probs = np.asarray(jax.nn.log_softmax(model.logits([ids])))[0, len(request.context) - 1 :]
         assert one.loglikelihood == pytest.approx(
             log_probs[range(len(log_probs)), request.continuation].sum(), abs=1e-4
         )
