@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoint = open_checkpoint(args.ckpt)
     asked = _ask(args, argv, jobs, checkpoint)
     if not args.output:
-        _generate(args, asked)
+        _generate(args, checkpoint, asked)
         return
     names = ("ckpt", "compute_dtype", "weights", "cache", "exact", "chat", "system")
     made_with = {name: getattr(args, name) for name in names} | {"model": identity(checkpoint.folder)}
@@ -130,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
         _tell(f"{args.output} holds all {results.done} results already")
         return
     with results:
-        _generate(args, asked, results)
+        _generate(args, checkpoint, asked, results)
 
 
 def _check(args: Arguments) -> None:
@@ -232,19 +232,21 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "C
     return asked
 
 
-def _generate(args: Arguments, asked: "list[Asked]", results: "Results | None" = None) -> None:
+def _generate(
+    args: Arguments, checkpoint: "Checkpoint", asked: "list[Asked]", results: "Results | None" = None
+) -> None:
     """Load the model, then complete prompts, answer them, or save the results.
 
     If nothing is asked, hold a conversation.
     """
-    import llama_jax
     from llama_jax.cli.progress import working
+    from llama_jax.generation import Model
     from llama_jax.generation.console import Console
 
     mesh = None if args.mesh == ONE_DEVICE else args.mesh
     with working(f"loading {args.ckpt}", sys.stderr, shown=not args.quiet):
-        model = llama_jax.load(
-            args.ckpt, args.compute_dtype, args.weights, args.cache, mesh, args.draft, args.draft_tokens, args.exact,
+        model = Model.load(
+            checkpoint, args.compute_dtype, args.weights, args.cache, mesh, args.draft, args.draft_tokens, args.exact,
             args.chat_template,
         )  # fmt: skip
     console = Console(model, args.json, args.quiet)

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="parity needs torch, which the test extra brings for Python 3.11")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers, which the test extra brings")
 
+from llama_jax.config import SampleArgs  # noqa: E402
 from llama_jax.tokenizer import Tokenizer  # noqa: E402
 from tests.families import FAMILIES  # noqa: E402
 
@@ -53,6 +54,14 @@ def greedy(model: Any, prompt: list[int], count: int, eos: int) -> list[int]:
         suppress_tokens=[eos], pad_token_id=0,
     )  # fmt: skip
     return found[0, len(prompt) :].tolist()
+
+
+def check_says_the_same(ours: Any, reference: Any, ids: np.ndarray) -> None:
+    """Check that our model has the logits of transformers', and writes what it writes."""
+    assert np.abs(np.asarray(ours.logits(ids)) - logits(reference, ids)).max() < 1e-4
+    prompt, eos = ids[0, :40].tolist(), ours.tokenizer.eos_id
+    args = SampleArgs(temperature=0.0, max_new_tokens=50, logit_bias={eos: -np.inf})
+    assert ours.generate_ids([prompt], args)[0].token_ids == greedy(reference, prompt, 50, eos)
 
 
 class Loss(torch.nn.Module):

@@ -260,11 +260,7 @@ def test_mistral_says_what_transformers_says_and_comes_back_to_the_bit(
     ours = llama_jax.load(str(tmp_path / "ours"))
     assert ours.args.sliding_window == {16: 16, ...: 4096, None: None}[key]
     ids = np.random.default_rng(0).integers(3, small_tokenizer.vocab_size, (1, 4200 if key is ... else 600))
-    wanted = published.logits(reference, ids)
-    assert np.abs(np.asarray(ours.logits(ids)) - wanted).max() < 1e-4
-    prompt, eos = ids[0, :40].tolist(), small_tokenizer.eos_id
-    args = SampleArgs(temperature=0.0, max_new_tokens=50, logit_bias={eos: -np.inf})
-    assert ours.generate_ids([prompt], args)[0].token_ids == published.greedy(reference, prompt, 50, eos)
+    published.check_says_the_same(ours, reference, ids)
 
     run(input=tmp_path / "ours", output=tmp_path / "back", to="huggingface")
     back = published.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")

@@ -151,9 +151,8 @@ class ChatFormat:
         }
         return render(self.template, variables, self.name).text
 
-    def _is_same(self, messages: Sequence[Message], changed: Sequence[Message]) -> bool:
-        """Return whether two conversations, the first of which the template takes, have the same text."""
-        text = self.render(messages)
+    def _renders(self, changed: Sequence[Message], text: str) -> bool:
+        """Return whether the template makes ``text`` of a conversation."""
         try:
             return text == self.render(changed)
         except UserError:  # a template that looks at the message, and so does not leave it out
@@ -161,12 +160,13 @@ class ChatFormat:
 
     def _check_roles(self, messages: Sequence[Message]) -> None:
         """Raise UserError if the template leaves out a message of a role that not every template knows."""
-        for i, message in enumerate(messages):
-            if message.role in ("user", "assistant") or not message.content.strip():
-                continue
+        known = ("user", "assistant")
+        others = [(i, one) for i, one in enumerate(messages) if one.role not in known and one.content.strip()]
+        text = self.render(messages) if others else ""
+        for i, message in others:
             changed = list(messages)
             changed[i] = message._replace(content=f"{message.content}x")
-            if self._is_same(messages, changed):
+            if self._renders(changed, text):
                 raise UserError(
                     f"message {i + 1}: expected a role that the chat template knows ({self.name}), found {message.role}, "
                     "whose messages it leaves out; leave it out, or give another with --chat-template"

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from llama_jax.config import ModelArgs
 from llama_jax.convert import ConvertArgs, is_own, open_source, write
 from llama_jax.convert.output import new_folder
 from llama_jax.convert.source import Source
-from llama_jax.convert.summary import stored_bytes
+from llama_jax.convert.summary import disk_for, stored_bytes
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
 from llama_jax.foreign.commands import convert_command
@@ -151,11 +150,8 @@ def _opened(place: Path, stack: contextlib.ExitStack) -> Source:
 
 
 def _check_space(place: Path, folder: Path, need: int) -> None:
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < need * 1.01 + 10_000_000:
+    _, free, fits = disk_for(folder, need)
+    if not fits:
         raise UserError(
             f"{folder}: expected {bytes_text(need)} of free disk for a conversion of {place}, found {bytes_text(free)}; free "
             f"some, set XDG_CACHE_HOME to a folder on another disk, or convert it to one yourself: {convert_command(place)}"

@@ -100,20 +100,27 @@ def peak_bytes(source: Source) -> int:
     return BASE_BYTES + BLOCKS_HELD * min(2 * BLOCK_BYTES, weight_bytes(source))
 
 
+def disk_for(output: Path, need: int) -> tuple[Path, int, bool]:
+    """Return the nearest folder of ``output`` that exists, its free bytes, and whether ``need`` bytes fit there."""
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return place, free, free >= need * 1.01 + 10_000_000
+
+
 def check_space(source: Source, output: Path, to: str, weights: Weights, dry_run: bool) -> None:
     """Print the disk space needed and free, and the time to expect.
 
     Raises UserError if there is too little space. A dry run only prints, since the conversion may be on another
     machine.
     """
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
-    need, free = stored_bytes(source, to, weights), shutil.disk_usage(place).free
+    need = stored_bytes(source, to, weights)
+    place, free, fits = disk_for(output, need)
     print(f"{'disk':>10}  {bytes_text(need)} needed, {bytes_text(free)} free")
     if dry_run:
         return
-    if free < need * 1.01 + 10_000_000:
+    if not fits:
         raise UserError(
             f"{output}: expected {bytes_text(need)} of free disk, found {bytes_text(free)}; free some, or choose another disk"
         )

@@ -13,6 +13,7 @@ from llama_jax.errors import UserError, run_command
 from llama_jax.programs import typed
 
 if TYPE_CHECKING:
+    from llama_jax.checkpoint import Checkpoint
     from llama_jax.evaluate.tasks import Task
     from llama_jax.generation import Model
 
@@ -130,10 +131,8 @@ def _score_text(args: Arguments) -> None:
     from llama_jax.convert.once import open_checkpoint
     from llama_jax.evaluate.text import evaluate
 
-    for path in args.ckpt:
-        open_checkpoint(path)
-    for path in args.ckpt:
-        model = _load(args, path)
+    for path, checkpoint in [(path, open_checkpoint(path)) for path in args.ckpt]:
+        model = _load(args, path, checkpoint)
         try:
             found = evaluate(
                 model, args.text, args.window, args.stride, args.batch_size or WINDOWS, args.as_text, args.text_field
@@ -156,16 +155,16 @@ def _score_tasks(args: Arguments) -> None:
         check_shots(task, args.shots)
     if args.output:
         report.check_output(Path(args.output))
-    for path in args.ckpt:
-        open_checkpoint(path)  # converts a model of another project, which tells its own progress
+    # A model of another project is converted here, which tells its own progress.
+    opened = [(path, open_checkpoint(path)) for path in args.ckpt]
     _tell(
         f"--shots: no effect on {task.path}, whose records are documents"
         for task in tasks
         if args.shots and task.kind == "texts"
     )
     summaries, lines = [], list[str]()
-    for path in args.ckpt:
-        model = _load(args, path)
+    for path, checkpoint in opened:
+        model = _load(args, path, checkpoint)
         for task in tasks:
             result = _score_task(args, model, task)
             summary = {"task": task.name, "ckpt": path} | result.summary
@@ -188,13 +187,13 @@ def _score_task(args: Arguments, model: "Model", task: "Task") -> Any:
         return evaluate_task(model, task, args.shots, args.seed, args.batch_size, counting(progress))
 
 
-def _load(args: Arguments, path: str) -> "Model":
+def _load(args: Arguments, path: str, checkpoint: "Checkpoint") -> "Model":
     from llama_jax.cli.progress import working
     from llama_jax.generation import Model
 
     with working(f"loading {path}", sys.stderr):
         mesh = None if args.mesh == ONE_DEVICE else args.mesh
-        return Model.load(path, args.compute_dtype, args.weights, args.cache, mesh)
+        return Model.load(checkpoint, args.compute_dtype, args.weights, args.cache, mesh)
 
 
 def _tell(lines: Iterable[str]) -> None:

@@ -24,6 +24,7 @@ from llama_jax.generation import Model
 from llama_jax.generation.rows import not_finite
 from llama_jax.model import Llama
 from llama_jax.ops.attention import Documents
+from llama_jax.ops.loss import log_likelihood
 from llama_jax.ops.rotary import original_length
 from llama_jax.rope_scaling import depends_on_length
 from llama_jax.tokenizer import Tokenizer
@@ -193,8 +194,7 @@ def _judge(
     def judge(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, wanted = xs
         logits = cast(jax.Array, model.apply({"params": params}, x, method="logits"))
-        picked = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == wanted
+        return log_likelihood(logits, wanted), jnp.argmax(logits, axis=-1) == wanted
 
     found = jax.lax.map(judge, (chunks(hidden), chunks(jnp.asarray(targets))))
     logprobs, greedy = (x.swapaxes(0, 1).reshape(B, count * C)[:, :W] for x in found)

@@ -6,7 +6,7 @@ from pathlib import Path
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.commands import convert_command, merge_commands
 from llama_jax.foreign.config_json import QUANTIZED, read_config
-from llama_jax.foreign.keys import LFS_POINTER, read_json
+from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import (
     ADAPTER,
     CONFIG,
@@ -21,6 +21,7 @@ from llama_jax.foreign.layouts import (
 )
 from llama_jax.foreign.params_json import check_params
 from llama_jax.foreign.vocabulary import find_tokenizer
+from llama_jax.storage.files import LFS_POINTER
 from llama_jax.storage.locations import children, is_remote
 
 OTHER_FRAMEWORK = "load it with transformers, and save_pretrained it as safetensors"

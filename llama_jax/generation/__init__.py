@@ -67,7 +67,7 @@ class Model:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Path | Checkpoint,
         compute_dtype: DType = "auto",
         weights: Weights = "auto",
         cache: Cache = "auto",
@@ -77,14 +77,17 @@ class Model:
         exact: bool = False,
         chat_template: str = "",
     ) -> "Model":
-        """Load a model; see ``llama_jax.load``. Matrices are kept in compute_dtype or quantized."""
+        """Load a model; see ``llama_jax.load``. Matrices are kept in compute_dtype or quantized.
+
+        A checkpoint that is open already is not opened again, which would read its tokenizer twice.
+        """
         use_compilation_cache()
         if note := skip_absent_tpu("computing"):
             print(note, file=sys.stderr, flush=True)
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
-        checkpoint = open_checkpoint(path)
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
         weights = checkpoint.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
         module = make_model(checkpoint.args, compute_dtype, mesh=laid, exact=exact)

@@ -14,6 +14,7 @@ import numpy as np
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.ops.exact import rounded
+from llama_jax.ops.loss import log_likelihood
 
 
 class Sampler(flax.struct.PyTreeNode):
@@ -163,7 +164,7 @@ def sample(
     # If all rows take the likeliest token, no random numbers are needed, and none of the sums for top-p.
     ids = jax.lax.cond(jnp.any(sampler.temperature > 0), _draw, lambda *_: likeliest, sampler, changed, number)
     ids = jnp.where(sampler.temperature > 0, ids, likeliest)
-    logprobs = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    logprobs = log_likelihood(logits, ids)
     logprobs = jnp.where(is_finite, logprobs, jnp.nan)
     if sampler.penalties is not None:
         p = sampler.penalties

@@ -17,6 +17,7 @@ from llama_jax.generation.rows import not_finite
 from llama_jax.generation.sampling import likeliest_tokens
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
+from llama_jax.ops.loss import log_likelihood
 
 # Tokens of a pass, whose logits are all in memory.
 PASS = 512
@@ -99,8 +100,7 @@ def _score(
     is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
     if absent is not None:
         logits = jnp.where(absent, -jnp.inf, logits)
-    sums = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[0][:, None], axis=-1)[:, 0] - sums
+    chosen = log_likelihood(logits, targets[0])
     # As in sampling, a single logit that is not finite makes all of them worthless.
     chosen = jnp.where(is_finite, chosen, jnp.nan)
     return cache, chosen, *likeliest_tokens(logits, alternatives)

@@ -71,6 +71,12 @@ def loss_sum(
     return cross_entropy(hidden, as_array(params["output"]), targets, weights, model.loss_chunk)
 
 
+def log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Return log softmax(logits)[tokens] in nats: float32 [..., V] and int [...] -> float32 [...]."""
+    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
 def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Return -log softmax(logits)[targets] in nats: float32 [..., V] and int [...] -> float32 [...]."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

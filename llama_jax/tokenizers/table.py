@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llama_jax.errors import UserError, quoted
+from llama_jax.storage.files import check_downloaded
 from llama_jax.tokenizers.patterns import why_refused
 from llama_jax.tokenizers.reader import Added
 
@@ -27,12 +28,7 @@ Table = dict[str, Any]
 
 def parse_object(raw: bytes, name: str) -> Table:
     """Return the JSON object in a file. Raises a UserError that names ``name`` if there is none, or it is too large."""
-    if raw.startswith(b"version https://git-lfs"):
-        raise UserError(f"{name}: expected JSON, found a Git LFS pointer; fetch the file itself with git lfs pull")
-    if raw.lstrip()[:1] == b"<":
-        raise UserError(
-            f"{name}: expected JSON, found an HTML page, as failed downloads leave behind; download it again"
-        )
+    check_downloaded(raw, name)
     if raw.count(b",") > MAX_COMMAS or raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
         raise UserError(f"{name}: expected a tokenizer's JSON, found one with millions of values; use another file")
     twice: list[str] = []

@@ -143,7 +143,7 @@ def test_too_little_disk_and_a_cache_that_cannot_be_written_are_told(
 ) -> None:
     usage = shutil._ntuple_diskusage(1, 1, 1000)  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
-        patch.setattr(once.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
         with pytest.raises(
             UserError, match=r"expected [\d.]+ \w+ of free disk .* found 1.* XDG_CACHE_HOME .*--input .*model"
         ):

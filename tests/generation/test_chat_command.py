@@ -1,9 +1,7 @@
 """sample.py --chat with templates, and conversations in files: what is answered, what is told, what is refused."""
 
 import dataclasses
-import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,11 @@ from llama_jax.checkpoint import save_checkpoint
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
-from llama_jax.generation.console import Console
 from llama_jax.generation.prompts import Job, read_prompts
 from llama_jax.tokenizer import Tokenizer
 from tests.commands import told
 from tests.generation.models import build, speaking
+from tests.generation.test_console import converse
 from tests.inside import run
 
 TEMPLATE = (
@@ -184,16 +182,8 @@ def test_a_template_of_a_file_or_name_is_used_instead_of_the_models(folder: Path
 def test_a_conversation_at_the_console_goes_on_in_the_models_format(
     tuned: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts: list[list[int]] = []
-    stream = Model.stream_ids
-
-    def watched(self: Model, prompt_ids: list[int], *rest: object) -> object:
-        prompts.append(prompt_ids)
-        return stream(self, prompt_ids, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Model, "stream_ids", watched)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Who? </s>\nWhy?\n" + "1 " * 40 + "\n" + "2 " * 30 + "\n"))
-    Console(tuned).converse("Brief.", ARGS)
+    text = "Who? </s>\nWhy?\n" + "1 " * 40 + "\n" + "2 " * 30 + "\n"
+    prompts = converse(tuned, text, monkeypatch, "Brief.", ARGS)
     out, err = capsys.readouterr()
     system, first = Message("system", "Brief."), Message("user", "Who? </s>")
     assert prompts[0] == tuned.encode_chat([system, first])
