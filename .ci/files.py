@@ -38,6 +38,7 @@ EXPLAINED = {
     "launch/**": "recipes for clusters",
     "scripts/*": "what recipes start",
     "llama_jax/**.py": "the package",
+    "llama_jax/compat/*.pth": "what Python reads at its start",
     "llama_jax/py.typed": "says that the package has types",
     "notebooks/*.ipynb": "notebooks",
     "notebooks/*.md": "what the notebooks are",

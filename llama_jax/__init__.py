@@ -37,10 +37,12 @@ def load(
     draft_tokens: int = 4,
     exact: bool = False,
     adapter: str = "",
+    chat_template: str = "",
 ) -> "_Model":
     """Load a model for generation from a run folder (its best step), a step folder or a converted checkpoint.
 
-    A run that trained a low-rank adapter is loaded with the adapter's base.
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache. A run that
+    trained a low-rank adapter is loaded with the adapter's base.
 
     Arguments:
         path: the folder.
@@ -59,6 +61,8 @@ def load(
             slower. Without it they are equal up to rounding, which in bfloat16 occasionally changes a token.
         adapter: a run or checkpoint of a low-rank adapter of the model in ``path``. It is merged into plain matrices,
             and computed beside quantized ones. Empty: none, or the one in ``path``.
+        chat_template: the format of conversations: the path of a template, or "llama2", "llama3", "chatml", "zephyr" or
+            "vicuna". Empty: the model's own.
 
     Raises UserError if the folder is not a checkpoint, its matrices are quantized in another way, or the mesh does not
     divide the model.
@@ -66,4 +70,4 @@ def load(
     # Imported here, so that `import llama_jax` loads only the dataclasses.
     from llama_jax.generation import Model
 
-    return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens, exact, adapter)
+    return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens, exact, adapter, chat_template)

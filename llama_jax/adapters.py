@@ -44,8 +44,13 @@ def sides(args: ModelArgs, name: Target) -> tuple[int, int]:
     return sizes[inputs], sizes[outputs]
 
 
-def check_rank(args: ModelArgs, lora: LoraArgs) -> None:
-    """Raise UserError if the rank exceeds that of a target."""
+def check_targets(args: ModelArgs, lora: LoraArgs) -> None:
+    """Raise UserError if the model lacks a target, or the rank exceeds that of a target."""
+    if args.tie_embeddings and "output" in lora.targets:
+        raise UserError(
+            "lora.targets: expected matrices of the layers, since the output matrix of this model is its embeddings, found output; "
+            "leave it out"
+        )
     for name in lora.targets:
         if lora.rank > (most := min(sides(args, name))):
             raise UserError(

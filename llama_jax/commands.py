@@ -38,8 +38,8 @@ def convert(argv: Sequence[str]) -> None:
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Print the loss, perplexity and bits per byte of a text"""
-    importlib.import_module("llama_jax.evaluate").main(argv)
+    """Print the loss of a text, or scores on tasks: multiple choice, answers, documents"""
+    importlib.import_module("llama_jax.evaluate.__main__").main(argv)
 
 
 def plan(argv: Sequence[str]) -> None:

@@ -5,20 +5,34 @@ overrides the defaults. The docstring under each field is its help text.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import re
 import tomllib
-import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from llama_jax.cli.flags import ESCAPED
+from llama_jax.cli.flags import ESCAPED, SEVERAL
+from llama_jax.cli.json_argument import json_line, load_json
 from llama_jax.errors import UserError, quoted
+from llama_jax.fields import (
+    BELOW_1,
+    COUNT,
+    HUGE,
+    LARGEST,
+    LARGEST_FLOAT32,
+    POSITIVE,
+    SURROGATE,
+    TINY,
+    check_fields,
+    expect,
+    hints_of,
+    typed,
+)
 from llama_jax.lora_args import LoraArgs
-from llama_jax.rope_scaling import RopeScaling, check_scaling, depends_on_length, one_spelling
+from llama_jax.model_args import ModelArgs
+from llama_jax.rope_scaling import depends_on_length
 from llama_jax.storage.files import is_address
 
 T = TypeVar("T")
@@ -29,101 +43,6 @@ AttentionKernel = Literal["auto", "xla", "splash", "cudnn", "plain"]
 Weights = Literal["auto", "int8", "int4", "int4-64"]
 Cache = Literal["auto", "int8"]
 BadSteps = Literal["stop", "skip", "count"]
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_LARGEST, _HUGE = (1 << 31) - 1, 1e300
-_TINY, _BELOW_1, _LARGEST_FLOAT32 = 1e-30, math.nextafter(1, 0), 3.4e38
-# Ranges are (lowest, highest), both included. _COUNT is for counts, _POSITIVE for floats above 0.
-_COUNT = (1, _LARGEST)
-_POSITIVE = (_TINY, _HUGE)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelArgs:
-    """The shape of a LLaMA 2 model, with the names of Meta's params.json. By default, a 110M-parameter model."""
-
-    dim: int = 768
-    """Width of the residual stream, in features."""
-    n_layers: int = 12
-    """Number of transformer blocks."""
-    n_heads: int = 12
-    """Number of query heads. It must divide dim, and dim / n_heads must be even."""
-    n_kv_heads: int | None = None
-    """Number of key and value heads (grouped-query attention). It must divide n_heads. None: same as n_heads."""
-    vocab_size: int = -1
-    """Number of tokens in the vocabulary. -1: use the tokenizer's."""
-    multiple_of: int = 256
-    """Round the feed-forward width up to a multiple of this."""
-    ffn_dim_multiplier: float | None = None
-    """Multiply the feed-forward width by this. None: two thirds of 4 x dim."""
-    norm_eps: float = 1e-5
-    """Epsilon of RMSNorm, added to the mean square."""
-    rope_theta: float = 10000.0
-    """Base of the rotary embedding's wavelengths, in positions."""
-    max_seq_len: int = 4096
-    """Context length, in tokens: the length of training sequences and the limit of prompt plus completion."""
-    rope_scaling: RopeScaling | None = dataclasses.field(default=None, hash=False)
-    """Scaling of the rotary embedding to longer contexts, with the keys of config.json: rope_type (linear, dynamic,
-    llama3 or yarn), factor, and what else the type has. As a flag: rope_type linear factor 2. None: no scaling."""
-    head_dim: int | None = None
-    """Number of features per head. It must be even. None: dim / n_heads."""
-    hidden_dim: int | None = None
-    """Width of the feed-forward layer, in features. None: by Meta's rule, from dim, multiple_of and
-    ffn_dim_multiplier."""
-    attention_bias: bool = False
-    """Add a bias to queries, keys, values and the output of attention."""
-    mlp_bias: bool = False
-    """Add a bias to the three products of the feed-forward layer."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rope_scaling", one_spelling(self.rope_scaling))
-
-    @property
-    def kv_heads(self) -> int:
-        """The number of key and value heads, with None resolved to n_heads."""
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def head_width(self) -> int:
-        """The number of features per head, with None resolved to dim / n_heads."""
-        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def hidden_width(self) -> int:
-        """The width of the feed-forward layer, with None resolved by Meta's rule (llama/model.py, FeedForward): 11008
-        for the 7B model."""
-        if self.hidden_dim is not None:
-            return self.hidden_dim
-        hidden = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
-        return self.multiple_of * -(-hidden // self.multiple_of)
-
-    def check(self) -> None:
-        """Raise UserError if no model can have this shape."""
-        counts = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len", "head_dim", "hidden_dim")
-        positive = {"norm_eps": _POSITIVE, "rope_theta": _POSITIVE, "ffn_dim_multiplier": (_TINY, 1e6)}
-        _check_fields(self, "model.", dict.fromkeys(counts, _COUNT) | positive | {"vocab_size": (-1, _LARGEST)})
-        _check(self.vocab_size != 0, "model.vocab_size", "-1 or a positive number", self.vocab_size)
-        if self.head_dim is None:
-            _check(self.dim % self.n_heads == 0, "model.n_heads", f"a divisor of model.dim = {self.dim}", self.n_heads)
-        _check(
-            self.head_width % 2 == 0,
-            "model.n_heads" if self.head_dim is None else "model.head_dim",
-            f"heads of an even number of features, for the rotary embedding (model.dim = {self.dim})",
-            f"{self.n_heads} heads of {self.head_width}",
-        )
-        _check(
-            self.n_heads % self.kv_heads == 0,
-            "model.n_kv_heads",
-            f"a divisor of model.n_heads = {self.n_heads}",
-            self.kv_heads,
-        )
-        width = f"a feed-forward layer of 1 to {_LARGEST:,} units"
-        _check(0 < self.hidden_width <= _LARGEST, "model.ffn_dim_multiplier", width, self.hidden_width)
-        if self.rope_scaling is not None:
-            check_scaling(self.rope_scaling, "model.rope_scaling", self.head_width, self.rope_theta)
 
 
 BadRecords = Literal["error", "skip"]
@@ -142,7 +61,7 @@ class DataArgs:
     """Share of the text to train on. 1: hold out nothing. The rest is held out for evaluation:
     the end of a plain text, by bytes; of records, and of several texts with a separator, documents chosen by a hash."""
     tokenizer_model_path: str = ""
-    """Path of a SentencePiece model.
+    """Path of a tokenizer: tokenizer.model, tokenizer.json, or a folder with them.
     Empty: train a BPE vocabulary on the training part and save it in the run folder."""
     vocab_size: int = 1024
     """Vocabulary size, in tokens, when a tokenizer is trained."""
@@ -180,20 +99,20 @@ class DataArgs:
     def check(self) -> None:
         """Raise UserError on impossible values."""
         # The vocabulary must hold 256 bytes, 3 control tokens and some characters. SentencePiece's ids have 31 bits.
-        ranges: dict[str, tuple[float, float]] = {"train_size": (_TINY, 1.0), "vocab_size": (262, 1 << 24)}
-        _check_fields(self, "data.", ranges | {"stories": _COUNT, "cache_gb": (0.0, 1e9)})
+        ranges: dict[str, tuple[float, float]] = {"train_size": (TINY, 1.0), "vocab_size": (262, 1 << 24)}
+        check_fields(self, "data.", ranges | {"stories": COUNT, "cache_gb": (0.0, 1e9)})
         for name, weight in self.mixture.items():
             key = f"data.mixture, {quoted(name)}"
-            _check(bool(name), "data.mixture", "a path and its weight", "an empty path")
-            _check(not _SURROGATE.search(name), "data.mixture", "text in UTF-8", ascii(name))
-            _check(
+            expect(bool(name), "data.mixture", "a path and its weight", "an empty path")
+            expect(not SURROGATE.search(name), "data.mixture", "text in UTF-8", ascii(name))
+            expect(
                 isinstance(weight, int | float) and math.isfinite(weight) and weight > 0,
                 key,
                 "a weight above 0",
                 weight,
             )
         for name in ("filepath", "eval_filepath") if self.mixture else ():
-            _check(
+            expect(
                 not getattr(self, name), f"data.{name}", "none beside data.mixture, whose texts each hold out a part",
                 f"{getattr(self, name)}; leave one of the two out",
             )  # fmt: skip
@@ -271,7 +190,8 @@ class TrainArgs:
     """Folder for checkpoints, on disk or in object storage (gs://bucket/folder).
     Empty: checkpoints/ in the run folder."""
     init_from: str = ""
-    """Checkpoint to fine-tune: load its parameters, model arguments and tokenizer. Empty: random parameters."""
+    """Checkpoint to fine-tune: load its parameters, model arguments and tokenizer. Empty: random parameters.
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache."""
     seed: int = 0
     """Seed of the initial parameters and the order of batches."""
     bad_steps: BadSteps = "stop"
@@ -285,6 +205,9 @@ class TrainArgs:
     """End the run with exit status 76 if nothing progresses for this many seconds. 0: never."""
     profile_steps: str = ""
     """Steps to profile, for example 10-15. The trace goes to profile/ in the run folder. Empty: none."""
+    eval_tasks: tuple[str, ...] = dataclasses.field(default=(), metadata=SEVERAL)
+    """Tasks to score at every evaluation: files in JSON lines, or folders of them, as the evaluate command takes them.
+    The scores are in metrics.jsonl, as task/<name>/accuracy."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events, to tensorboard/ in the run folder."""
 
@@ -295,28 +218,28 @@ class TrainArgs:
             return range(0)
         match = re.fullmatch(r"([1-9][0-9]{0,9})(?:-([1-9][0-9]{0,9}))?", self.profile_steps)
         steps = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-        _check(len(steps) > 0, "train.profile_steps", "a step or first-last, as 10-15", repr(self.profile_steps))
+        expect(len(steps) > 0, "train.profile_steps", "a step or first-last, as 10-15", repr(self.profile_steps))
         return steps
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
         counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps")
         intervals = ("eval_interval", "log_interval", "save_interval", "keep")
-        natural = dict.fromkeys(("warmup_steps", "eval_iters", "keep_every", "resume_step"), (0, _LARGEST))
-        shares = dict.fromkeys(("beta1", "beta2"), (0.0, _BELOW_1)) | {
+        natural = dict.fromkeys(("warmup_steps", "eval_iters", "keep_every", "resume_step"), (0, LARGEST))
+        shares = dict.fromkeys(("beta1", "beta2"), (0.0, BELOW_1)) | {
             "min_lr_ratio": (0.0, 1.0),
             "seed": (0, 2**32 - 1),
         }
-        positive = {"lr": _POSITIVE, "eps": _POSITIVE, "weight_decay": (0.0, _HUGE), "grad_clip": (0.0, _HUGE)}
+        positive = {"lr": POSITIVE, "eps": POSITIVE, "weight_decay": (0.0, HUGE), "grad_clip": (0.0, HUGE)}
         positive |= dict.fromkeys(("watchdog_seconds", "save_minutes", "eval_minutes"), (0.0, 1e9))
-        positive |= {"spike_factor": (0.0, _HUGE)}
-        _check_fields(self, "train.", dict.fromkeys(counts + intervals, _COUNT) | natural | shares | positive)
+        positive |= {"spike_factor": (0.0, HUGE)}
+        check_fields(self, "train.", dict.fromkeys(counts + intervals, COUNT) | natural | shares | positive)
         no_spikes = self.spike_factor == 0 or self.spike_factor > 1
-        _check(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)
+        expect(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)
         _ = self.profile_range
         on_disk = "a folder on disk (--train.checkpoint-dir may be in object storage)"
-        _check(not is_address(self.save_dir), "train.save_dir", on_disk, self.save_dir)
-        _check(
+        expect(not is_address(self.save_dir), "train.save_dir", on_disk, self.save_dir)
+        expect(
             self.batch_size % self.gradient_accumulation_steps == 0,
             "train.gradient_accumulation_steps",
             f"a divisor of train.batch_size = {self.batch_size}",
@@ -340,11 +263,11 @@ class MeshArgs:
     def check(self) -> None:
         """Raise UserError on impossible values."""
         sizes = dataclasses.asdict(self)
-        _check_fields(self, "mesh.", dict.fromkeys(sizes, (-1, _LARGEST)))
+        check_fields(self, "mesh.", dict.fromkeys(sizes, (-1, LARGEST)))
         for name, size in sizes.items():
-            _check(size != 0, f"mesh.{name}", "-1 or a positive number", size)
+            expect(size != 0, f"mesh.{name}", "-1 or a positive number", size)
         left = [name for name, size in sizes.items() if size == -1]
-        _check(len(left) <= 1, "mesh", "-1 (what is left) in one place; give the others, --mesh.data too, a size", left)
+        expect(len(left) <= 1, "mesh", "-1 (what is left) in one place; give the others, --mesh.data too, a size", left)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,10 +288,10 @@ class DistributedArgs:
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
-        counts: dict[str, tuple[float, float]] = dict.fromkeys(("num_processes", "timeout_seconds"), _COUNT)
-        _check_fields(self, "distributed.", counts | {"process_id": (0, _LARGEST)})
+        counts: dict[str, tuple[float, float]] = dict.fromkeys(("num_processes", "timeout_seconds"), COUNT)
+        check_fields(self, "distributed.", counts | {"process_id": (0, LARGEST)})
         address = self.coordinator_address
-        _check(
+        expect(
             not address or bool(re.fullmatch(r"\S+:\d{1,5}", address)),
             "distributed.coordinator_address",
             'a host and a port, such as "10.0.0.1:1234"',
@@ -376,7 +299,7 @@ class DistributedArgs:
         )
         if None not in (self.process_id, self.num_processes):
             last = typing.cast(int, self.num_processes) - 1
-            _check(self.process_id in range(last + 1), "distributed.process_id", f"0 to {last}", self.process_id)
+            expect(self.process_id in range(last + 1), "distributed.process_id", f"0 to {last}", self.process_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,39 +331,82 @@ class SampleArgs:
     r"""End a completion before the first of these strings. A string may begin or end inside a token.
     A flag takes one string: --stop . --stop '\n'.
     The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Also end a completion at these tokens, by id. Like EOS, they are left out of it. A flag takes several."""
+    ignore_eos: bool = False
+    """Do not end a completion at EOS, which stays among its tokens. It has no text."""
+    min_new_tokens: int = 0
+    """Do not sample EOS and stop_token_ids before the completion has this many tokens. Stop strings still end it."""
     max_new_tokens: int = 128
     """Maximum number of tokens to generate per prompt. The end of the context may stop a completion earlier."""
+    logprobs: int = 0
+    """Number of likeliest tokens to report for each token, with their log-probabilities under the model.
+    As those of the tokens themselves, they are taken before penalties, temperature and other changes. 0: none."""
+    echo: bool = False
+    """Begin the text of a result with its prompt, and report the log-probabilities of the prompt's tokens.
+    They take one more pass over the prompt."""
+    infill_format: Literal["psm", "spm"] = "psm"
+    """Order in which an infilling prompt has its texts. psm: prefix, suffix. spm: suffix, prefix."""
+    json_schema: str = ""
+    """Sample only tokens that continue a JSON text which fulfils this JSON Schema. {}: any JSON.
+    A flag may be the name of a file with a schema. Only max_new_tokens and the context may cut the text.
+    It needs the extra "grammar"."""
     n: int = 1
     """Number of completions per prompt, each with its own random numbers."""
     seed: int = 0
     """Random seed. A completion depends on its prompt, the seed and its number among the n, not on other prompts."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.json_schema, dict | bool):
+            object.__setattr__(self, "json_schema", json_line(self.json_schema))
 
     def check(self, prefix: str = "") -> None:
         """Raise UserError on impossible values. ``prefix`` precedes the field's name in the message."""
         ranges: dict[str, tuple[float, float]] = {
             "temperature": (0.0, 1e6),
-            "top_p": (_TINY, 1.0),
-            "top_k": (0, _LARGEST),
+            "top_p": (TINY, 1.0),
+            "top_k": (0, LARGEST),
             "min_p": (0.0, 1.0),
-            "repetition_penalty": (_TINY, 1e6),
+            "repetition_penalty": (TINY, 1e6),
             "presence_penalty": (-1e6, 1e6),
             "frequency_penalty": (-1e6, 1e6),
-            "max_new_tokens": _COUNT,
-            "n": _COUNT,
+            "min_new_tokens": (0, LARGEST),
+            "max_new_tokens": COUNT,
+            "logprobs": (0, LARGEST),
+            "n": COUNT,
             "seed": (0, 2**32 - 1),
         }
-        _check_fields(self, prefix, ranges)
+        check_fields(self, prefix, ranges)
         for text in self.stop:
-            _check(bool(_typed(text, str, prefix + "stop")), prefix + "stop", "texts of one or more characters", "none")
-            _check(not _SURROGATE.search(text), prefix + "stop", "texts in UTF-8", ascii(text))
+            expect(bool(typed(text, str, prefix + "stop")), prefix + "stop", "texts of one or more characters", "none")
+            expect(not SURROGATE.search(text), prefix + "stop", "texts in UTF-8", ascii(text))
+        for token in self.stop_token_ids:
+            typed(token, int, prefix + "stop_token_ids")
+        expect(
+            self.min_new_tokens <= self.max_new_tokens,
+            prefix + "min_new_tokens",
+            f"at most the {self.max_new_tokens} of max_new_tokens",
+            self.min_new_tokens,
+        )
+        if self.json_schema:
+            _check_json_schema(self, prefix)
         for token, bias in self.logit_bias.items():
-            _typed(token, int, prefix + "logit_bias")
-            _typed(bias, float, prefix + "logit_bias")
-            _check(bias <= _LARGEST_FLOAT32, prefix + "logit_bias", f"numbers up to {_LARGEST_FLOAT32}", bias)
+            typed(token, int, prefix + "logit_bias")
+            typed(bias, float, prefix + "logit_bias")
+            expect(bias <= LARGEST_FLOAT32, prefix + "logit_bias", f"numbers up to {LARGEST_FLOAT32}", bias)
+
+
+def _check_json_schema(args: SampleArgs, prefix: str) -> None:
+    """Raise UserError, after ``prefix``, if json_schema is not one, or stands beside settings that would break it."""
+    found = load_json(args.json_schema, f"{prefix}json_schema")
+    expect(isinstance(found, dict | bool), f"{prefix}json_schema", "a JSON Schema, an object", quoted(args.json_schema))
+    for name in ("stop", "ignore_eos", "min_new_tokens"):
+        given, default = getattr(args, name), getattr(SampleArgs(), name)
+        expected = f"{default} beside json_schema, which decides where the text ends"
+        expect(given == default, prefix + name, expected, f"{given!r}; leave one of them out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -491,7 +457,7 @@ def from_dict(kind: type[T], table: dict[str, Any], source: str, prefix: str = "
     Error messages name ``source`` and then the key, with ``prefix`` before it. Raises UserError on an unknown key or a
     value of the wrong type.
     """
-    hints = _hints(kind)  # type: ignore[arg-type]
+    hints = hints_of(kind)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = prefix + key
@@ -507,7 +473,7 @@ def from_dict(kind: type[T], table: dict[str, Any], source: str, prefix: str = "
                 raise UserError(f"{source}: {name}: expected a table [{name}], found {value!r}")
             values[field] = from_dict(typing.cast(type, hints[field]), value, source, f"{name}.")
         else:
-            values[field] = _typed(value, hints[field], f"{source}: {name}")
+            values[field] = typed(value, hints[field], f"{source}: {name}")
     return kind(**values)
 
 
@@ -529,56 +495,3 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """Return ``value`` if it has the type ``hint``. An int is converted to a float. Raises UserError otherwise."""
-    if typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint):
-            return value
-        expected = "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    else:
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        kinds = tuple(typing.get_origin(option) or option for option in options)
-        if type(value) in kinds:
-            return value
-        if tuple in kinds and type(value) is list and all(type(each) is str for each in value):
-            return tuple(value)
-        if float in kinds and type(value) is int and abs(value) < 1 << 1000:
-            return float(value)
-        expected = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
-    raise UserError(f"{where}: expected {expected}, found {value!r}")
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Return the types of a dataclass's fields.
-
-    Cached, because each of thousands of prompts may bring its own settings.
-    """
-    return typing.get_type_hints(kind)
-
-
-def _check_fields(args: Any, prefix: str, ranges: dict[str, tuple[float, float]]) -> None:
-    """Raise UserError if a field of a dataclass has the wrong type or a number outside its range (lowest, highest)."""
-    for name, hint in _hints(type(args)).items():  # type: ignore[arg-type]
-        key, value = prefix + name, getattr(args, name)
-        _typed(value, hint, key)
-        if isinstance(value, str):
-            _check(value.isascii() or not _SURROGATE.search(value), key, "text in UTF-8", ascii(value))
-        if name in ranges and value is not None:
-            low, high = ranges[name]
-            expected = (
-                f"{low:,} to {high:,}" if isinstance(high, int) and isinstance(low, int) else _float_range(low, high)
-            )
-            _check(low <= value <= high, key, expected, value)
-
-
-def _float_range(low: float, high: float) -> str:
-    start = "above 0" if low == _TINY else f"{low} or more"
-    return start + {_HUGE: "", _BELOW_1: ", below 1"}.get(high, f", up to {high:g}")
-
-
-def _check(holds: bool, key: str, expected: str, found: object) -> None:
-    if not holds:
-        raise UserError(f"{key}: expected {expected}, found {found}")

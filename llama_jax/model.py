@@ -26,7 +26,7 @@ from llama_jax.ops.attention import Documents, attention, attention_over_cache, 
 from llama_jax.ops.cache import KVCache, KVPair, LayerCache
 from llama_jax.ops.embedding import embed, embed_few
 from llama_jax.ops.linear import linear
-from llama_jax.ops.parameters import bias, norm_weight, one_by_one, weight
+from llama_jax.ops.parameters import bias, norm_weight, one_by_one, output_weight, weight
 from llama_jax.ops.remat import AFTER_ATTENTION, POLICIES
 from llama_jax.ops.rotary import Angles, quarter_turn, rotary_angles
 
@@ -51,18 +51,19 @@ def rotary(x: jax.Array, angles: Angles, exact_rows: int = 0) -> jax.Array:
     return (a + b).astype(x.dtype)
 
 
-def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+def plain_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, window: int | None = None
+) -> jax.Array:
     """Compute softmax(q k / sqrt(H)) v, where position t sees positions 0 to t (Vaswani et al., 2017, section 3.2.1).
 
     q: [B, T, N, H]; k, v: [B, S, K, H], S = T. Each KV head serves G = N/K query heads. Given segments, int [B, T],
-    positions see only those of their own segment. Returns [B, T, N, H] of v's dtype. The kernels in ops/attention.py
-    compute the same in less memory.
+    positions see only those of their own segment, and given a window, only the last ``window`` (Mistral 7B, section 2).
+    Returns [B, T, N, H] of v's dtype. The kernels in ops/attention.py compute the same in less memory.
     """
-    B, T, N, H = q.shape
-    K = k.shape[2]
+    (B, T, N, H), K = q.shape, k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    visible: Any = np.tril(np.ones((T, T), bool))
+    visible: Any = np.tri(T, dtype=bool) & ~np.tri(T, k=-(window or T), dtype=bool)
     if segments is not None:
         visible = visible & same_segment(segments, segments)[:, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
@@ -99,13 +100,11 @@ class Attention(nn.Module):
         q = rotary(product("BTD,DNH->BTNH", x, wq, bias=bq), angles, self.exact_rows)
         k = rotary(product("BTD,DKH->BTKH", x, wk, bias=bk), angles, self.exact_rows)
         v = product("BTD,DKH->BTKH", x, wv, bias=bv)
-        new = None
         if cache is not None:
-            y, new = attention_over_cache(q, k, v, cache, self.kernel, self.exact_rows)
-        elif self.kernel == "plain":
-            y = plain_attention(q, k, v, segments)
+            y, new = attention_over_cache(q, k, v, cache, self.kernel, self.exact_rows, a.window)
         else:
-            y = attention(q, k, v, self.kernel, segments)
+            attend = plain_attention if self.kernel == "plain" else functools.partial(attention, kernel=self.kernel)
+            y, new = attend(q, k, v, segments=segments, window=a.window), None
         return product("BTNH,NHD->BTD", y, wo, bias=bo), new
 
 
@@ -172,11 +171,12 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         a = self.args
-        self.tok_embeddings = weight(self, "tok_embeddings", 1.0, vocab=a.vocab_size, embed=a.dim)
+        std = a.dim**-0.5 if a.tie_embeddings else 1.0
+        self.tok_embeddings = weight(self, "tok_embeddings", std, vocab=a.vocab_size, embed=a.dim)
         given = self.has_variable("params", "layers")
         self.layers = self.get_variable("params", "layers") if given else self.param("layers", self._init_layers)
         self.norm = norm_weight(self, "norm", a.dim)
-        self.output = weight(self, "output", a.dim**-0.5, embed=a.dim, vocab=a.vocab_size)
+        self.output = output_weight(self, self.tok_embeddings, a.tie_embeddings)
 
     def __call__(self, token_ids: jax.Array, documents: Documents | None = None) -> jax.Array:
         """Return the logits of the token after each position: int [B, T] -> float32 [B, T, V]."""
@@ -208,8 +208,7 @@ class Llama(nn.Module):
         segments, positions = documents or (None, None if cache is None else cache.positions(T))
         angles = rotary_angles(a, T, positions, cache)
         lookup = embed if cache is None else embed_few
-        x = lookup(cast(jax.Array, self.tok_embeddings), token_ids, self.dtype)
-        x = constrain(x, "batch", "length", None)
+        x = constrain(lookup(cast(jax.Array, self.tok_embeddings), token_ids, self.dtype), "batch", "length", None)
         block = Block(a, self.kernel, self.exact_rows, name="layers", parent=None)
 
         def layer(x: jax.Array, weights: Any, angles: Angles, cache: LayerCache | None) -> tuple[jax.Array, Any]:

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from llama_jax.cli.flags import ESCAPED, parse_flags
+from llama_jax.cli.json_argument import json_argument
 from llama_jax.config import Cache, DType, MeshArgs, SampleArgs, Weights
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
 from llama_jax.tokenizer import clean
 
 if TYPE_CHECKING:
-    from llama_jax.checkpoint.adapted import Found
+    from llama_jax.checkpoint.adapted import WholeModel
     from llama_jax.generation.prompts import Asked, Job
     from llama_jax.generation.results import Results
 
+# The default of --infill: there is nothing around a gap, so there is none.
+NO_GAP = ("", "")
 # The default mesh. It is passed on as None, which places the model on the fewest devices that hold it.
 ONE_DEVICE = MeshArgs(data=1)
 
@@ -35,12 +38,16 @@ class Arguments:
     If there are none, prompts are read from standard input, one per line."""
     ckpt: str = ""
     """Checkpoint to load: a run folder (its best step), a step folder or a converted checkpoint.
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache.
     A low-rank adapter is loaded with its base."""
     adapter: str = ""
     """Low-rank adapter of the model in --ckpt to use: a run folder or a checkpoint. Empty: none, or that of --ckpt."""
     chat: bool = False
-    """Use the format of Meta's chat models. Each prompt is answered separately.
+    """Answer prompts, each separately, in the format that the model was tuned on (its chat template).
     Without prompts, hold a conversation in which each line of standard input is a turn."""
+    chat_template: str = ""
+    """With --chat: the format of conversations, instead of the model's own.
+    A file with a template in Jinja, as transformers reads it, or llama2, llama3, chatml, zephyr or vicuna."""
     system: str = dataclasses.field(default="", metadata=ESCAPED)
     r"""With --chat: the system message, which precedes the conversation.
     The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""
@@ -49,7 +56,11 @@ class Arguments:
     The role is "system", "user" or "assistant"."""
     prompts_file: str = ""
     """File with one prompt per line. -: standard input.
-    In a .jsonl file, each line is a JSON object with "prompt" and, optionally, its own settings, such as "top_p"."""
+    In a .jsonl file, each line is a JSON object with "prompt" and, optionally, its own settings, such as "top_p".
+    "messages" in place of "prompt" is a conversation to answer. "max_tokens" is another name of "max_new_tokens"."""
+    infill: tuple[str, str] = NO_GAP
+    """A prefix and a suffix: generate the text between them, with a model that has Code Llama's vocabulary.
+    In a .jsonl file, a line has "prefix" and "suffix" in place of "prompt". With --echo, print the whole text."""
     too_long: Literal["refuse", "skip", "cut"] = "refuse"
     """How to treat a prompt that fills the context. refuse: exit with an error.
     skip: do not complete it; its result says too_long.
@@ -90,31 +101,41 @@ def main(argv: Sequence[str]) -> None:
     program = typed("sample")
     description = f'Generate text: {program} --ckpt runs/tiny "Once upon a time"'
     args = parse_flags(Arguments, argv, Arguments(), program, description)
+    if args.sample.json_schema:
+        schema = json_argument(args.sample.json_schema, "json_schema")
+        args = dataclasses.replace(args, sample=dataclasses.replace(args.sample, json_schema=schema))
     _check(args)
     conversing = args.chat and not (args.prompts or args.prompts_file or args.messages)
-    if not (conversing or args.prompts or args.messages) and args.prompts_file in ("", "-") and _is_terminal():
+    if (
+        not (conversing or args.prompts or args.messages or args.infill != NO_GAP)
+        and args.prompts_file in ("", "-")
+        and _is_terminal()
+    ):
         _tell("reading prompts from standard input, one a line; Ctrl-D ends them, Ctrl-C the program")
 
-    from llama_jax.checkpoint.adapted import Found
+    from llama_jax.chat.formats import template_digest
     from llama_jax.checkpoint.identity import identity
+    from llama_jax.convert.once import open_model
     from llama_jax.generation.results import Results
 
     jobs = [] if conversing else _jobs(args)
-    checkpoint = Found.find(args.ckpt, args.adapter)
+    args = _with_chat(args, jobs)
+    checkpoint = open_model(args.ckpt, args.adapter)
     if note := checkpoint.note(args.weights):
         _tell(note)
     asked = _ask(args, argv, jobs, checkpoint)
     if not args.output:
-        _generate(args, asked)
+        _generate(args, checkpoint, asked)
         return
     names = ("ckpt", "compute_dtype", "weights", "cache", "exact", "chat", "system")
     made_with = {name: getattr(args, name) for name in names} | {"model": identity(checkpoint.folder)}
+    made_with["chat_template"] = template_digest(args.chat_template) if args.chat_template else ""
     results = Results(args.output, asked, made_with)
     if results.all_done:
         _tell(f"{args.output} holds all {results.done} results already")
         return
     with results:
-        _generate(args, asked, results)
+        _generate(args, checkpoint, asked, results)
 
 
 def _check(args: Arguments) -> None:
@@ -122,7 +143,7 @@ def _check(args: Arguments) -> None:
     args.mesh.check()
     if not args.ckpt:
         raise UserError(f"--ckpt: expected a checkpoint folder, found none; {typed('train')} makes one in runs/tiny")
-    if not args.chat and (args.system or args.messages):
+    if not args.chat and (args.messages or (args.system and not args.prompts_file)):
         raise UserError("--system and --messages: expected --chat beside them, found none")
     if args.messages and (args.prompts or args.prompts_file or args.system):
         raise UserError("--messages: expected the whole conversation in the file, found prompts or --system as well")
@@ -131,6 +152,10 @@ def _check(args: Arguments) -> None:
             f"--prompts-file: expected all prompts in the file, found others as arguments, {args.prompts[0]!r} first; leave one "
             "out, and give each --stop one text"
         )
+    if args.infill != NO_GAP and (args.prompts or args.prompts_file or args.chat):
+        raise UserError("--infill: expected no prompts and no --chat beside it, found some; leave one of them out")
+    if args.chat and args.sample.echo:
+        raise UserError("--echo: expected prompts to complete, found --chat, which answers them; leave it out")
     conversing = args.chat and not (args.prompts or args.prompts_file)
     if args.output and conversing:
         raise UserError("--output: expected prompts, found a conversation; leave it out")
@@ -138,32 +163,58 @@ def _check(args: Arguments) -> None:
         raise UserError(f"n: expected 1 for a conversation, found {args.sample.n}")
 
 
+def _with_chat(args: Arguments, jobs: "list[Job]") -> Arguments:
+    """Return the arguments, with --chat if the jobs are conversations. Raises UserError if only some of them are."""
+    from llama_jax.generation.prompts import check_kinds
+
+    if not args.chat and jobs and check_kinds(jobs):
+        return dataclasses.replace(args, chat=True)
+    if not args.chat and (args.system or args.chat_template):
+        name = "--system" if args.system else "--chat-template"
+        raise UserError(f"{name}: expected --chat beside it, found none")
+    return args
+
+
 def _jobs(args: Arguments) -> "list[Job]":
     """Return the jobs from the command line, a file or standard input."""
-    from llama_jax.generation import chat
+    from llama_jax.chat.messages import read_messages
     from llama_jax.generation.prompts import Job, given_prompts, read_prompts
 
     if args.messages:
-        return [Job(chat.read_messages(Path(args.messages))[-1].content, args.sample, args.messages)]
+        messages = tuple(read_messages(Path(args.messages)))
+        return [Job(messages[-1].content, args.sample, args.messages, messages)]
+    if args.infill != NO_GAP:
+        prefix, suffix = map(clean, args.infill)
+        return [Job(prefix, args.sample, "--infill", suffix=suffix)]
     if args.prompts:
         return given_prompts(args.prompts, args.sample)
     return read_prompts(args.prompts_file, args.sample)
 
 
-def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "Found") -> "list[Asked]":
+def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "WholeModel") -> "list[Asked]":
     """Return the jobs in the form that the model gets. Print warnings about them, and about flags without effect."""
-    from llama_jax.generation import chat
-    from llama_jax.generation.prompts import Job, ask, idle_settings, names_of_files, pasted, told_of
+    from llama_jax.chat.formats import choose
+    from llama_jax.generation.prompts import (
+        Job,
+        ask,
+        dialog_of,
+        idle_reports,
+        idle_settings,
+        names_of_files,
+        pasted,
+        told_of,
+    )
 
     context, tokenizer = checkpoint.args.max_seq_len, checkpoint.tokenizer
-    dialogs: list[list[chat.Message]] = []
-    if args.messages:
-        dialogs = [chat.read_messages(Path(args.messages))]
-    elif args.chat:
-        start = [chat.Message("system", clean(args.system))] if args.system else []
-        dialogs = [[*start, chat.Message("user", job.prompt)] for job in jobs]
-    asked = ask(jobs, tokenizer, context, args.too_long, dialogs)
+    dialogs, chat = [], None
+    if args.chat:
+        chat = choose(tokenizer, checkpoint.chat, args.chat_template, args.ckpt)
+        dialogs = [dialog_of(job, clean(args.system)) for job in jobs]
+        if not jobs:
+            chat.check(clean(args.system))
+    asked = ask(jobs, tokenizer, context, args.too_long, dialogs, chat, bool(args.draft))
     lines = [
+        *(chat.notes if chat else ()),
         *told_of(asked, context),
         pasted(tokenizer, (job.prompt for job in jobs)),
         idle_settings(jobs or [Job("", args.sample)]),
@@ -178,6 +229,7 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "F
         lines.append("--draft-tokens: no effect without --draft")
     if args.json and args.output:
         lines.append("--json: no effect beside --output, which is JSON always")
+    lines.append(idle_reports(jobs, bool(args.json or args.output)))
     if args.too_long != "refuse" and not jobs:
         lines.append("--too-long: no effect on a conversation, which forgets its oldest turns")
     for line in filter(None, lines):
@@ -185,26 +237,28 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "F
     return asked
 
 
-def _generate(args: Arguments, asked: "list[Asked]", results: "Results | None" = None) -> None:
+def _generate(
+    args: Arguments, checkpoint: "WholeModel", asked: "list[Asked]", results: "Results | None" = None
+) -> None:
     """Load the model, then complete prompts, answer them, or save the results.
 
     If nothing is asked, hold a conversation.
     """
-    import llama_jax
     from llama_jax.cli.progress import working
+    from llama_jax.generation import Model
     from llama_jax.generation.console import Console
 
     mesh = None if args.mesh == ONE_DEVICE else args.mesh
     with working(f"loading {args.ckpt}", sys.stderr, shown=not args.quiet):
-        model = llama_jax.load(
-            args.ckpt, args.compute_dtype, args.weights, args.cache, mesh, args.draft, args.draft_tokens, args.exact,
-            args.adapter,
+        model = Model.load(
+            checkpoint, args.compute_dtype, args.weights, args.cache, mesh, args.draft, args.draft_tokens, args.exact,
+            chat_template=args.chat_template,
         )  # fmt: skip
     console = Console(model, args.json, args.quiet)
     if not asked:
         console.converse(clean(args.system), args.sample)
     elif results is not None:
-        console.save(asked, results, strip=args.chat)
+        console.save(asked, results, chat=args.chat)
     elif args.chat:
         console.answer(asked)
     else:

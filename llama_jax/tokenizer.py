@@ -1,111 +1,209 @@
-"""SentencePiece tokenizers: load, train with LLaMA 2's settings, encode, decode, stream."""
+"""Tokenizers of every kind behind one class: load, encode, decode, stream. Training is SentencePiece's.
 
-import collections
+The readers of the kinds are in tokenizers/.
+"""
+
 import functools
-import io
+import hashlib
 import itertools
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import sentencepiece as spm
 
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import write_atomically
-from llama_jax.storage.locations import location, user_errors
-from llama_jax.words import SPACE_MARK, Encoded, Words, can_encode, encode_whole
+from llama_jax.storage.locations import children
+from llama_jax.tokenizers import files as of_files
+from llama_jax.tokenizers import tiktoken
+from llama_jax.tokenizers.borders import PART_CHARS, split_text
+from llama_jax.tokenizers.files import MODEL, TABLE, Files
+from llama_jax.tokenizers.reader import Added, Reader, clean
+from llama_jax.tokenizers.sentencepiece import SentencePieceReader
+from llama_jax.tokenizers.training import trained_model
+from llama_jax.words import SPACE_MARK
 
-# SentencePiece holds a whole string in memory, so longer texts are encoded in parts of about this many characters.
-PART_CHARS = 32_768
-# Once so many characters were encoded, the word encoder is made. With fewer, SentencePiece is done before that.
-WORTH_WORDS = 1 << 18
-# SentencePiece's trainer skips longer sentences (trainer_spec.max_sentence_length).
-MAX_SENTENCE_BYTES = 4192
+__all__ = [
+    "PART_CHARS",
+    "SPACE_MARK",
+    "TextStream",
+    "Tokenizer",
+    "clean",
+    "split_text",
+    "train_tokenizer",
+    "trained_model",
+]
 
 
 class Tokenizer:
-    """A SentencePiece model, with LLaMA 2's use of BOS and EOS.
+    """A tokenizer of any kind, with LLaMA's use of BOS and EOS.
 
-    Raises UserError if ``model_path`` is not a SentencePiece model.
+    ``path`` is a tokenizer.model (SentencePiece's, or LLaMA 3's of tiktoken), a tokenizer.json, or a folder with these.
+    Raises UserError if it is none of them, or if nothing says which token ends a text.
 
     Example:
         tokenizer = Tokenizer("tokenizer.model")
         tokenizer.decode(tokenizer.encode("Once upon a time"))  # "Once upon a time"
     """
 
-    def __init__(self, model_path: str | Path):
-        self.model_path = location(model_path)
-        with user_errors(self.model_path, "read"):
-            try:
-                self.model_bytes = self.model_path.read_bytes()
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-                raise UserError(f"{model_path}: expected a SentencePiece model, found no such file") from None
-        self._sp = spm.SentencePieceProcessor()
-        try:
-            self._sp.LoadFromSerializedProto(self.model_bytes)
-            self.vocab_size: int = self._sp.vocab_size()
-        except (RuntimeError, TypeError, UnicodeDecodeError):  # UnicodeDecodeError if its message quotes invalid bytes
+    def __init__(self, path: str | Path):
+        self._open(of_files.read_files(path), None)
+
+    def _open(self, files: Files, rows: int | None) -> None:
+        """Open the files. Added tokens whose ids are not below ``rows`` are left out."""
+        self._files = files
+        self.place, self.model_path = files.place, files.path
+        # What a checkpoint keeps, by name.
+        self.files: Mapping[str, bytes] = files.contents
+        # Lines about what was decided, which commands print.
+        self.notes: list[str] = []
+        self._reader = self._read(files, rows)
+        self.vocab_size: int = self._reader.vocab_size
+        if rows is not None and self.vocab_size > rows:
             raise UserError(
-                f"{model_path}: expected a SentencePiece model (tokenizer.model), found {_kind(self.model_bytes)}"
-            ) from None
-        if self.vocab_size == 0:
-            raise UserError(f"{model_path}: expected a SentencePiece model, found an empty one")
-        try:
-            self._sp.id_to_piece(list(range(self.vocab_size)))
-            self._sp.decode([max(self._sp.unk_id(), 0)])
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{model_path}: expected pieces in UTF-8, found {quoted(error.object)}; the file is damaged, use another copy"
-            ) from None
-        # A model without BOS (T5's, for example) separates documents with EOS instead.
-        bos, eos = self._sp.bos_id(), self._sp.eos_id()
-        if bos < 0 and eos < 0:
-            raise UserError(f"{model_path}: expected a vocabulary with BOS or EOS, found neither")
-        self.bos_id: int = bos if bos >= 0 else eos
-        self.eos_id: int = eos if eos >= 0 else bos
-        self.unk_id: int = self._sp.unk_id()
-        # SentencePiece prepends a space to its input, and some models strip white space. Each later part of a document
-        # is therefore encoded after a mark (a newline or a letter) whose ids are then removed; see encode_parts.
-        self._encoded = 0  # characters, of all texts so far
-        self._marks = next((marks for marks in _MARKS if self._reads_whole(*marks)), ("", ""))
+                f"{self.model_path}: expected up to {rows:,} tokens, one per row of the model's embeddings, found {self.vocab_size:,}; "
+                "give the model's own tokenizer"
+            )
+        self.unk_id: int = self._reader.unk_id
+        # The ids of control tokens and added tokens by their texts, such as "<s>".
+        self.specials: Mapping[str, int] = self._reader.specials
+        self.bos_id, self.eos_id, self.adds_bos = self._ends()
 
-    def piece(self, token_id: int) -> str:
-        """Return a token's entry in the vocabulary, for example "<s>" for BOS."""
-        return self._sp.id_to_piece(token_id)
+    def _read(self, files: Files, rows: int | None) -> Reader:
+        more = [token for token in of_files.more_tokens(files) if rows is None or token.id < rows]
+        listed = [token for token in of_files.added_of(files.tables.get(TABLE, {})) if rows is None or token.id < rows]
+        name = str(files.path)
+        if files.main == TABLE:
+            return _table_reader(files.tables[TABLE], name, more, rows)
+        model = files.contents[MODEL]
+        if tiktoken.is_tiktoken(model):
+            return _table_reader(tiktoken.table_of(model, name), name, [], rows)
+        return SentencePieceReader(model, name, [*listed, *more], *of_files.behind_specials(files))
 
-    def score(self, token_id: int) -> float:
-        """Return a token's score. In a BPE vocabulary it is minus the token's rank."""
-        return self._sp.get_score(token_id)
-
-    def is_text(self, token_id: int) -> bool:
-        """Return whether a token stands for text: it is not a control token, unknown, unused or a byte."""
-        sp = self._sp
-        return not (
-            sp.is_control(token_id) or sp.is_unknown(token_id) or sp.is_byte(token_id) or sp.is_unused(token_id)
+    def _ends(self) -> tuple[int, int, bool]:
+        """Return the ids of BOS and EOS, and whether BOS begins a text."""
+        reader, files = self._reader, self._files
+        if isinstance(reader, SentencePieceReader):
+            # A model without BOS (T5's, for example) separates documents with EOS instead.
+            bos, eos = reader.bos_id, reader.eos_id
+            own = {"bos": bos if bos >= 0 else eos, "eos": eos if eos >= 0 else bos}
+            ids = {text: i for text, i in reader.specials.items() if i >= reader.own_size}
+            named, told = of_files.named_ids(files, ids)
+            self.notes += told
+            ends = own | named
+            return ends["bos"], ends["eos"], True
+        if files.main == MODEL:
+            return reader.specials[tiktoken.BOS], reader.specials[tiktoken.EOS], True
+        named, told = of_files.named_ids(
+            files, {reader.piece(i): i for i in range(reader.vocab_size)} | {**reader.specials}
         )
+        self.notes += told
+        if "eos" not in named:
+            raise UserError(
+                f"{files.path}: expected {of_files.CONFIG} or {of_files.MAP} beside it to name eos_token, one of the tokenizer's, found none "
+                "that does; copy the model's own files there"
+            )
+        if "bos" not in named:
+            self.notes.append("the tokenizer has no BOS: a text begins without, and EOS stands between documents")
+            return named["eos"], named["eos"], False
+        begins = of_files.begins_with_bos(files, self._reader.piece(named["bos"]))
+        if begins is None:
+            self.notes.append(
+                f"{files.path.name} does not say that BOS begins a text, as it does here and in Meta's code; add_bos_token in {of_files.CONFIG} decides"
+            )
+        elif not begins:
+            self.notes.append(f"a text begins without BOS, as {of_files.CONFIG} says (add_bos_token)")
+        return named["bos"], named["eos"], begins is not False
+
+    def within(self, rows: int) -> "Tokenizer":
+        """Return the tokenizer of a model with ``rows`` embeddings: without added tokens that have none.
+
+        They are text, since no model could read them. Raises UserError if other tokens have no row.
+        """
+        if self.vocab_size <= rows:
+            return self
+        fitting = Tokenizer.__new__(Tokenizer)
+        fitting._open(self._files, rows)
+        lost = sorted(self.specials.keys() - fitting.specials.keys())
+        shown = ", ".join(quoted(text, 30) for text in lost[:4])
+        fitting.notes.append(
+            f"{len(lost):,} added token{'s'[: len(lost) > 1]} ({shown}) without a row in the model: {'they are' if len(lost) > 1 else 'it is'} text"
+        )
+        return fitting
 
     @functools.cached_property
-    def byte_ids(self) -> list[int]:
-        """The ids of the tokens that stand for single bytes of UTF-8."""
-        return [i for i in range(self._sp.vocab_size()) if self._sp.is_byte(i)]
+    def digest(self) -> str:
+        """The digest of what decides the ids. Of a SentencePiece model alone it is the file's SHA-256."""
+        main = hashlib.sha256(self.model_bytes).hexdigest()
+        added = sorted(of_files.more_tokens(self._files))
+        if isinstance(self._reader, SentencePieceReader):
+            added = sorted({*added, *of_files.added_of(self._files.tables.get(TABLE, {}))})
+            added = [token for token in added if token.id >= self._reader.own_size or not token.special]
+        if self._files.main == MODEL and not added:
+            return main
+        about = [main, self.bos_id, self.eos_id, self.adds_bos, [list(token) for token in added]]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+    @property
+    def is_sentencepiece(self) -> bool:
+        """Whether the vocabulary is SentencePiece's."""
+        return isinstance(self._reader, SentencePieceReader)
+
+    @property
+    def model_bytes(self) -> bytes:
+        """The content of the file that holds the vocabulary."""
+        return self.files[self._files.main]
+
+    def piece(self, token_id: int) -> str:
+        """Return a token's entry in the vocabulary, for example "<s>" for BOS, or "" for an id without a token."""
+        return self._reader.piece(token_id)
+
+    def score(self, token_id: int) -> float:
+        """Return a token's score in a SentencePiece model. In a BPE vocabulary it is minus the token's rank."""
+        assert isinstance(self._reader, SentencePieceReader)
+        return self._reader.score(token_id)
+
+    def is_text(self, token_id: int) -> bool:
+        """Return whether a token stands for text: it is not a special token, unknown, unused or a byte."""
+        return self._reader.is_text(token_id)
+
+    def absent(self, rows: int) -> np.ndarray:
+        """Say of each of a model's rows whether it has no token: bool [rows]. Such a row is padding."""
+        known = self._known_ids
+        return ~np.pad(known, (0, max(0, rows - len(known))))[:rows]
+
+    @functools.cached_property
+    def _known_ids(self) -> np.ndarray:
+        return np.array([self.piece(i) != "" for i in range(self.vocab_size)], bool)
+
+    @property
+    def byte_ids(self) -> Sequence[int]:
+        """The ids of the tokens that stand for single bytes, which are no characters of their own."""
+        return self._reader.byte_ids
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False, specials: bool = False) -> list[int]:
         """Return the token ids of ``text``, with BOS first and EOS last if asked.
 
-        ``decode`` restores the text, except U+2581, which SentencePiece uses for a space. Lone surrogates, which UTF-8
-        cannot represent, become U+FFFD.
+        ``specials``: the texts of special tokens that stand in ``text``, such as "<s>", become these tokens. Otherwise
+        they are text. Tokens that a fine-tune added as ordinary ones are always found, as by transformers. A tokenizer
+        whose files say so (``adds_bos``) begins no text with BOS. ``decode`` restores the text, except what the
+        tokenizer normalizes: SentencePiece uses U+2581 for a space. Lone surrogates, which UTF-8 cannot represent,
+        become U+FFFD.
         """
-        parts = list(split_text(clean(text)))
-        ids, _ = self.encode_batch(parts, _starts(parts))
-        return [self.bos_id] * bos + ids.tolist() + [self.eos_id] * eos
+        ids = self._reader.encode(clean(text), specials)
+        return self._begun(ids, bos) + [self.eos_id] * eos
+
+    def _begun(self, ids: list[int], bos: bool = True) -> list[int]:
+        """Return a text's ids with BOS first, if asked and if the tokenizer does so. An empty text is BOS alone."""
+        return [self.bos_id, *ids] if bos and (self.adds_bos or not ids) else ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Return ``encode(text)`` for each text. It is several times faster for many short texts."""
-        documents = [list(split_text(clean(text))) for text in texts]
-        rows = iter(self.encode_parts(list(chain(*documents)), list(chain(*map(_starts, documents)))))
-        return [[self.bos_id, *chain.from_iterable(itertools.islice(rows, len(parts)))] for parts in documents]
+        whole = {i for i, text in enumerate(texts) if len(text) > PART_CHARS}
+        short = [clean(text) for i, text in enumerate(texts) if i not in whole]
+        rows = iter(self.encode_parts(short, [True] * len(short)))
+        return [self.encode(text) if i in whole else self._begun(next(rows)) for i, text in enumerate(texts)]
 
     def encode_parts(self, parts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
         """Return the token ids of each part. The parts may belong to one document or to several.
@@ -122,78 +220,68 @@ class Tokenizer:
 
         The numbers are int64 [parts]. This is the fastest way to encode much text.
         """
-        marks = ["" if start else self._mark(part) for part, start in zip(parts, starts, strict=True)]
-        ids, lengths = self._encode([mark + part for mark, part in zip(marks, parts, strict=True)])
-        if any(marks):
-            of_mark = {mark: len(self._sp.encode(mark)) for mark in {*marks}}
-            cuts = np.minimum([of_mark[mark] for mark in marks], lengths)
-            place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # of each id in its part
-            ids, lengths = ids[place >= np.repeat(cuts, lengths)], lengths - cuts
-        return ids, lengths
-
-    def _encode(self, texts: list[str]) -> Encoded:
-        if "_words" not in self.__dict__:
-            self._encoded += sum(map(len, texts))
-            if self._encoded < WORTH_WORDS:
-                return encode_whole(self._sp, texts)
-        return self._words.encode(texts) if self._words else encode_whole(self._sp, texts)
-
-    @functools.cached_property
-    def _words(self) -> Words | None:
-        return Words(self.model_bytes) if can_encode(self.model_bytes) else None
+        return self._reader.encode_batch(parts, starts)
 
     def decode_part(self, ids: Sequence[int], start: bool) -> str:
         """Return the text of the ids of one part from ``encode_parts``, without unknown tokens.
 
         ``start`` says whether the part begins its document.
         """
-        known = [i for i in ids if i != self.unk_id]
-        if start or not self._marks[0]:
-            return self._sp.decode(known)
-        mark = [i for i in self._sp.encode(self._marks[0]) if i != self.unk_id]
-        return self._sp.decode(mark + known).removeprefix(self._sp.decode(mark))
+        return self._reader.decode_part(ids, start)
 
-    def _mark(self, part: str) -> str:
-        return self._marks[part.startswith(" ")]
-
-    def _reads_whole(self, after_line: str, after_word: str) -> bool:
-        """Return whether parts encoded after these marks get the same ids as in the whole text, for a few samples."""
-        probes = [("a", " b"), ("a\n", "b"), ("the fox\n", "owl saw"), ("1\n", "\u4e2d"), ("a.\n", "Zebra  x")]
-        for before, part in probes:
-            mark = after_word if part.startswith(" ") else after_line
-            row = self._sp.encode(mark + part)[len(self._sp.encode(mark)) :]
-            if self._sp.encode(before) + row != self._sp.encode(before + part):
-                return False
-        return True
-
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """Return the text of token ids. Control tokens such as BOS and EOS have none; invalid UTF-8 becomes U+FFFD.
 
-        Raises UserError on an id outside the vocabulary.
+        ``specials``: the texts of control tokens are shown. Raises UserError on an id outside the vocabulary.
         """
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise UserError(f"token id: expected 0 to {self.vocab_size - 1}, found {i}")
-        return self._sp.decode(ids)
+        return self._reader.decode(ids, specials)
 
     def stream(self, prompt_ids: Sequence[int]) -> "TextStream":
         """Return a stream that decodes the tokens after ``prompt_ids`` piece by piece."""
         return TextStream(self, prompt_ids)
 
 
-def _kind(content: bytes) -> str:
-    """Describe a file that is not a SentencePiece model, for an error message."""
-    first = content[:200].lstrip()
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", first):
-        return "a tiktoken vocabulary, as LLaMA 3 has, which is not read; use a model with SentencePiece's, such as LLaMA 2"
-    if first.startswith(b"{"):
-        return "JSON, such as Hugging Face's tokenizer.json, which is not read; give the tokenizer.model"
-    if first.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer; fetch the file itself with git lfs pull"
-    if first.startswith(b"<"):
-        return "an HTML page, as failed downloads leave behind; download it again"
-    return "something else"
+def keep_tokenizer(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """Keep a tokenizer at ``path``, a run's or token folder's tokenizer.model, or its files beside it, by their names.
+
+    Raises UserError if other files of a tokenizer are there, which would be read with these.
+    """
+    folder, names = path.parent, tokenizer.files.keys()
+    if others := sorted(name for name in {*of_files.KEPT} - names if (folder / name).exists()):
+        raise UserError(
+            f"{folder}: expected no files of another tokenizer, found {', '.join(others)}; delete them, or choose another folder"
+        )
+    for name, content in tokenizer.files.items():
+        write_atomically(path if [*names] == [MODEL] else folder / name, content)
+    return tokenizer
+
+
+def is_kept(path: Path) -> bool:
+    """Return whether ``keep_tokenizer`` has kept a tokenizer at ``path``."""
+    return path.exists() or (path.parent / TABLE).exists()
+
+
+def kept_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer that ``keep_tokenizer`` has kept at ``path``. Raises UserError if there is none."""
+    found = {child.name for child in children(path.parent)}
+    return Tokenizer(path.parent if found & {*of_files.KEPT[1:]} else path)
+
+
+def _table_reader(table: Mapping[str, object], name: str, more: Sequence[Added], rows: int | None) -> Reader:
+    """Return the reader of a tokenizer.json's table. The library is imported late, because not all need it."""
+    from llama_jax.tokenizers.table import check_table
+    from llama_jax.tokenizers.table_reader import TableReader
+
+    found = dict(table)
+    check_table(found, name)
+    if rows is not None:
+        listed = found.get("added_tokens")
+        found["added_tokens"] = [token for token in listed if token["id"] < rows] if isinstance(listed, list) else None
+    return TableReader(found, name, more)
 
 
 class TextStream:
@@ -240,94 +328,7 @@ class TextStream:
             self._ids, self._before, self._shown = kept, len(kept), shown
 
 
-def clean(text: str) -> str:
-    """Return ``text`` with lone surrogates (from undecodable arguments, say), which UTF-8 lacks, replaced by U+FFFD."""
-    return _SURROGATE.sub("\ufffd", text)
-
-
-# Candidate marks to encode a part after: (if a line ended before the part, if a word did).
-_MARKS = (("\n", "\n"), ("a\n", "a"))
-_SURROGATE = re.compile("[\ud800-\udfff]")
-# A position that no token crosses: after a newline, or before a space, if no white space follows.
-_BORDER = re.compile(rf"(?<=\n)(?=[^\s{SPACE_MARK}])|(?<=[^\s{SPACE_MARK}])(?= [^\s{SPACE_MARK}])")
-
-
-def _starts(parts: Sequence[str]) -> list[bool]:
-    """Say of each part of one document whether it begins the document."""
-    return [i == 0 for i in range(len(parts))]
-
-
-def split_text(text: str, part_chars: int = PART_CHARS) -> Iterator[str]:
-    """Yield ``text`` in consecutive parts of about ``part_chars`` characters, cut where no token crosses.
-
-    If there is no such place (a single enormous word), a part is cut at four times that length.
-    """
-    start = 0
-    while len(text) - start > part_chars:
-        border = _BORDER.search(text, start + part_chars, min(len(text), start + 4 * part_chars))
-        end = border.start() if border else min(len(text), start + 4 * part_chars)
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
 def train_tokenizer(sentences: Iterable[str], vocab_size: int, output: Path) -> Tokenizer:
     """Train a vocabulary (``trained_model``), save it as ``output`` and return its tokenizer."""
     write_atomically(output, trained_model(sentences, vocab_size))
     return Tokenizer(output)
-
-
-def trained_model(sentences: Iterable[str], vocab_size: int) -> bytes:
-    """Train a BPE vocabulary with LLaMA 2's settings. Return the content of its SentencePiece model.
-
-    ``sentences`` are lines of text of any length. The vocabulary is smaller than ``vocab_size`` if the text has too few
-    different pairs to fill it. Raises UserError if there is no text.
-    """
-    lines = _spell_rare_characters(list(_short_lines(sentences)), vocab_size)
-    if not lines:
-        raise UserError("data.filepath: expected text to train a vocabulary on, found nothing but white space")
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=0.99995,
-        byte_fallback=True,
-        split_digits=True,
-        add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        allow_whitespace_only_pieces=True,
-        max_sentence_length=MAX_SENTENCE_BYTES,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
-def _spell_rare_characters(lines: list[str], vocab_size: int) -> list[str]:
-    """Split lines at characters too rare to get a vocabulary entry of their own, which are encoded as bytes.
-
-    The 256 bytes and three control tokens come first; single characters get at most half of the remaining entries.
-    """
-    counts = collections.Counter(char for char in itertools.chain.from_iterable(lines) if char != " ")
-    room = max(1, (vocab_size - 259) // 2)
-    marks = [char for char, _ in counts.most_common() if not char.isspace()]
-    # White space other than the space gets the entries that are left, minus one for the space itself.
-    white = [char for char, _ in counts.most_common() if char.isspace()]
-    left = vocab_size - 260 - min(room, len(marks))
-    rare = marks[room:] + white[left:]
-    if not rare:
-        return lines
-    border = {ord(char): "\n" for char in rare}
-    return [part for line in lines for part in line.translate(border).split("\n") if part.strip()]
-
-
-def _short_lines(sentences: Iterable[str]) -> Iterator[str]:
-    """Yield lines that the trainer accepts: not empty, not too long, and without NUL."""
-    step = MAX_SENTENCE_BYTES // 4  # a character has at most 4 bytes
-    for sentence in sentences:
-        for line in clean(sentence).replace("\0", " ").split("\n"):
-            yield from (line[i : i + step] for i in range(0, len(line), step) if line[i : i + step].strip())

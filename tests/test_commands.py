@@ -20,9 +20,12 @@ import pytest
 import tyro
 import zstandard
 
+from llama_jax.checkpoint import save_checkpoint
 from tests import bucket, forked, inside
 from tests.commands import ROOT, SHORT_RUN, SMALL, SMALL_MODEL, STORIES, run, told
 from tests.data.test_token_files import llm_c, megatron, nano_gpt
+from tests.generation.models import never_ending
+from tests.generation.test_infill import code_tokenizer
 from tests.processes import free_address
 
 
@@ -112,13 +115,24 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
         ("llama-2-7b", "Llama-2-7b-hf", "huggingface"),
         ("llama-2-7b", "checkpoints/llama-2-7b-chat", "llama-jax"),
         ("llama-2-7b", "checkpoints/llama-2-7b", "llama-jax"),
+        ("llama-2-7b", "checkpoints/zephyr", "llama-jax"),
+        ("runs/tiny", "stories", "llama2c"),
     ):
-        result = forked.run(["convert_torch_weights.py", "--input", source, "--output", output, "--to", to], place)
+        argv = ["convert_torch_weights.py", "--input", source, "--output", output, "--to", to]
+        # Meta's vocabulary implies the first of these, and files of Hugging Face's bring them.
+        argv += ["--chat-template", "llama2"] * output.endswith("-chat") + ["--chat-template", "zephyr"] * (
+            "zephyr" in output
+        )
+        result = forked.run(argv, place)
         assert result.returncode == 0, result.stderr
     if of_each == "all":
         adapters = ["--train.init-from", "checkpoints/llama-2-7b", "--lora.rank", "4", "--train.save-dir", "runs/tuned"]
         result = forked.run(["train.py", "--data.filepath", "my.txt", *SHORT_RUN, *adapters], place)
         assert result.returncode == 0, result.stderr
+    (place / "stories" / "model.bin").rename(place / "stories15M.bin")
+    (place / "code").mkdir(exist_ok=True)
+    model = never_ending(code_tokenizer(place / "code"), max_seq_len=128)
+    save_checkpoint(place / "checkpoints" / "code-llama-7b", model.params, model.args, model.tokenizer)
     make_corpora(place, stored)
     (place / "conversation.json").write_text('[{"role": "user", "content": "Hi"}]')
     (place / "prompts.jsonl").write_text('{"prompt": "The fox"}\n{"prompt": "The owl", "stop": ["."], "n": 3}\n')

@@ -201,7 +201,9 @@ def test_every_field_is_a_flag_with_help(capsys):
         assert f" {flag} " in words, flag
         help_text = words.split(f" {flag} ")[1].split(" --")[0]
         # the type, a sentence of help, and the default
-        assert re.search(r"[A-Za-z].*\. .*\((default: |optional)", help_text), f"{flag}: {help_text}"
+        # (flags that stand in this one's help end what is looked at)
+        needed = r"[A-Za-z].*\. .*\((default: |optional)" if name != "eval_tasks" else r"[A-Za-z].*files in JSON lines"
+        assert re.search(needed, help_text), f"{flag}: {help_text}"
 
 
 def test_every_field_can_be_set_by_its_flag():
@@ -214,6 +216,14 @@ def test_every_field_can_be_set_by_its_flag():
             continue
         if name == "targets":
             assert flags(flag, "wq", "output").lora.targets == ("wq", "output")
+            continue
+        if name == "rope_scaling":
+            changed = flags(flag, "type", "linear", "factor", "2").model
+            assert changed.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+            assert flags(flag, "None", default=Config(model=changed)).model.rope_scaling is None
+            continue
+        if name == "eval_tasks":
+            assert flags(flag, "a.jsonl", "b").train.eval_tasks == ("a.jsonl", "b")
             continue
         if hint == str(bool):
             assert getattr(getattr(flags(flag), section), name) is not default
@@ -287,7 +297,7 @@ def test_the_configurations_that_come_with_the_project_are_sound():
 def test_model_args_are_used_from_python():
     args = ModelArgs(n_layers=48, n_heads=48)
     args.check()
-    assert (args.n_layers, args.n_heads, args.kv_heads, args.head_dim) == (48, 48, 48, 16)
+    assert (args.n_layers, args.n_heads, args.kv_heads, args.head_width) == (48, 48, 48, 16)
     assert ModelArgs(n_heads=48, n_kv_heads=8).kv_heads == 8
 
 
@@ -301,7 +311,7 @@ def test_model_args_are_used_from_python():
     ids=["7B", "13B", "70B"],
 )
 def test_the_feed_forward_width_is_metas(args, hidden):
-    assert args.hidden_dim == hidden
+    assert args.hidden_width == hidden
 
 
 def test_a_refused_command_ends_with_one_line_and_status_2_and_debug_shows_the_traceback(tmp_path):
@@ -333,3 +343,71 @@ def test_train_py_refuses_bad_arguments_in_one_line_with_status_2(tmp_path, argv
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "truncate": False}
+
+
+def test_a_scaling_of_rotary_embeddings_is_a_flag_a_table_and_a_dict_and_all_are_the_same(tmp_path):
+    flags = "--model.rope-scaling rope_type yarn factor 4 original_max_position_embeddings 4096 truncate false"
+    by_flag = parse_flags(Config, flags.split(), Config(), "train.py", "").model
+    text = '[model.rope_scaling]\ntype = "yarn"\nfactor = 4\noriginal_max_position_embeddings = 4096\ntruncate = false'
+    by_table = load_toml(toml(tmp_path, text)).model
+    by_dict = ModelArgs(rope_scaling={**YARN, "attention_factor": None})
+    assert by_flag == by_table == by_dict and hash(by_flag) == hash(by_dict)
+    assert by_dict.rope_scaling == YARN
+    again = toml(tmp_path, to_toml(Config(model=by_flag)))
+    assert load_toml(again).model == by_flag
+    for args in (
+        by_flag,
+        ModelArgs(rope_scaling={"type": "default"}),
+        ModelArgs(head_dim=32, hidden_dim=7, mlp_bias=True),
+    ):
+        args.check()
+
+
+def test_no_scaling_has_one_spelling():
+    for scaling in (None, {}, {"rope_type": "default"}, {"type": "default"}):
+        assert ModelArgs(rope_scaling=scaling) == ModelArgs()
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ("linear", "expected dict or nothing, found 'linear'"),
+        ({"rope_type": "longrope", "factor": 2.0}, "found 'longrope'"),
+        ({"rope_type": 3}, "expected a rope_type of default, linear, dynamic, llama3, yarn, found 3"),
+        ({"rope_type": "linear"}, "expected factor beside rope_type linear, found no factor"),
+        ({"rope_type": "llama3", "factor": 8.0}, "found no low_freq_factor"),
+        ({"rope_type": "linear", "factor": "two"}, "factor: expected a number above 0, found 'two'"),
+        ({"rope_type": "linear", "factor": 0}, "factor: expected a number above 0"),
+        ({"rope_type": "linear", "factor": float("nan")}, "factor: expected a number above 0"),
+        ({"rope_type": "linear", "factor": True}, "factor: expected a number above 0"),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}, "found 'beta_fast'; leave it out"),
+        ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 0.5}, "a number of tokens"),
+        ({"rope_type": "yarn", "factor": 2.0, "truncate": 1.0}, "truncate: expected true or false"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0},
+            "high_freq_factor: expected more than low_freq_factor = 4.0, found 1.0",
+        ),
+    ],
+)  # fmt: skip
+def test_a_scaling_that_is_not_computed_is_refused_by_its_key(scaling, words):
+    with pytest.raises(UserError, match=r"model\.rope_scaling: ") as caught:
+        ModelArgs(rope_scaling=scaling).check()
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_document_has_no_length_of_its_own_beside_a_scaling_that_depends_on_it():
+    model = ModelArgs(rope_scaling={"type": "dynamic", "factor": 2.0})
+    Config(model=model).check()
+    with pytest.raises(UserError, match=r"data\.document_mask: .*rope_scaling dynamic"):
+        Config(model=model, data=DataArgs(document_mask=True)).check()
+
+
+def test_heads_of_their_own_size_need_not_divide_the_width():
+    ModelArgs(dim=20, n_heads=3, head_dim=8).check()
+    with pytest.raises(UserError, match=r"model\.n_heads: expected a divisor"):
+        ModelArgs(dim=20, n_heads=3).check()
+    with pytest.raises(UserError, match=r"model\.head_dim: expected heads of an even number"):
+        ModelArgs(head_dim=7).check()

@@ -14,6 +14,7 @@ from llama_jax.errors import UserError
 from llama_jax.foreign import config_json, params_json
 from llama_jax.foreign.config_json import read_config
 from tests.commands import ROOT
+from tests.families import FAMILIES
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -99,17 +100,26 @@ def test_the_exit_statuses_are_those_of_the_code() -> None:
         ({}, None),
         ({"rope_theta": 1e6}, None),  # Code Llama
         ({"some_new_key": 3}, None),  # listed
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),  # LLaMA 3.1
-        ({"model_type": "mistral"}, "model_type"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, None),  # Vicuna with 16,384 tokens
+        ({"attention_bias": True, "mlp_bias": True}, None),
+        ({"head_dim": 32}, None),
+        ({"tie_word_embeddings": True}, None),
+        ({"model_type": "mistral", "num_key_value_heads": 2}, None),
+        ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 64}, None),
+        (
+            {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 64, "max_window_layers": 1},
+            "max_window_layers",
+        ),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_scaling"),  # Phi
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"qkv_bias": True}, "qkv_bias"),
         ({"model_type": "qwen2"}, "model_type"),
         ({"model_type": "gemma"}, "model_type"),
         ({"num_local_experts": 8}, "num_local_experts"),  # Mixtral
-        ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
         ({"embedding_multiplier": 12.0}, "embedding_multiplier"),
         ({"sliding_window": 64}, "sliding_window"),
-        ({"head_dim": 32}, "head_dim"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ],
@@ -131,3 +141,16 @@ def test_every_key_that_the_support_table_names_is_one_that_decides() -> None:
     known = {*config_json.READ, *config_json.NEUTRAL, *params_json.READ, *params_json.NEUTRAL}
     named = set(re.findall(r"`([a-z]+_[a-z_]+)`", table))
     assert {"model_type", "rope_scaling", "use_scaled_rope", "vision_args", "num_local_experts"} <= named <= known
+
+
+def test_the_families_are_those_that_are_tested() -> None:
+    page = (DOCS / "families.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \|", page.split("For each row")[0], re.MULTILINE)
+    named = ", ".join(row.replace(", and ", ", ") for row in rows[1:])
+    assert set(re.split(r", ", named)) == set(FAMILIES)
+
+
+def test_every_key_that_the_page_of_families_refuses_is_one_that_decides() -> None:
+    table = (DOCS / "families.md").read_text().split("## What is refused")[1]
+    known = {*config_json.READ, *config_json.NEUTRAL, *params_json.READ, *params_json.NEUTRAL, *config_json.IGNORED}
+    assert {"qk_norm", "pretraining_tp"} <= set(re.findall(r"`([a-z]+_[a-z_]+)`", table)) <= known

@@ -77,6 +77,38 @@ def test_model_equals_numpy_llama_with_other_constants() -> None:
     np.testing.assert_allclose(logits_of(params, ids, args), numpy_llama.llama(params, ids, args), atol=1e-4)
 
 
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"type": "linear", "factor": 3.0},
+    "dynamic": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16},
+    "dynamic, of a short text": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 50},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn with all": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 0.9,
+        "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False,
+    },
+    "yarn with a factor of attention": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_model_equals_numpy_llama_with_scaled_rotary_embeddings(name: str) -> None:
+    args = dataclasses.replace(ARGS, head_dim=16, rope_scaling=SCALINGS[name])
+    args.check()
+    params, ids = random_params(args), random_ids(2, 40, args.vocab_size)
+    np.testing.assert_allclose(logits_of(params, ids, args), numpy_llama.llama(params, ids, args), atol=1e-4)
+
+
+def test_model_equals_numpy_llama_with_heads_and_widths_of_their_own_and_biases() -> None:
+    args = dataclasses.replace(ARGS, head_dim=6, hidden_dim=37, attention_bias=True, mlp_bias=True)
+    params, ids = random_params(args), random_ids(2, 40, args.vocab_size)
+    assert sum("bias" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)) == 7
+    np.testing.assert_allclose(logits_of(params, ids, args), numpy_llama.llama(params, ids, args), atol=1e-4)
+
+
 def test_a_token_never_influences_an_earlier_position() -> None:
     T = 130  # three blocks of attention
     params, ids = random_params(ARGS), random_ids(1, T, ARGS.vocab_size)
@@ -95,8 +127,10 @@ def test_a_token_never_influences_an_earlier_position() -> None:
         (ModelArgs(4096, 32, 32, vocab_size=32000), 6_738_415_616),
         (ModelArgs(5120, 40, 40, vocab_size=32000), 13_015_864_320),
         (ModelArgs(8192, 80, 64, 8, vocab_size=32000, multiple_of=4096, ffn_dim_multiplier=1.3), 68_976_648_192),
+        (ModelArgs(4096, 32, 32, 8, vocab_size=128256, hidden_dim=14336), 8_030_261_248),
+        (ModelArgs(2048, 22, 32, 4, vocab_size=32000, hidden_dim=5632), 1_100_048_384),
     ],
-    ids=["7B", "13B", "70B"],
+    ids=["7B", "13B", "70B", "LLaMA 3.1 8B", "TinyLlama"],
 )
 def test_published_sizes_have_their_exact_parameter_counts(args: ModelArgs, count: int) -> None:
     assert count_parameters(args) == count
@@ -130,6 +164,10 @@ def test_parameters_have_the_documented_names_shapes_and_axes() -> None:
 
 
 CHANGES_SHAPES = {
+    "head_dim": 16,
+    "hidden_dim": 40,
+    "attention_bias": True,
+    "mlp_bias": True,
     "dim": 64,
     "n_layers": 3,
     "n_heads": 8,
@@ -137,8 +175,14 @@ CHANGES_SHAPES = {
     "vocab_size": 51,
     "multiple_of": 16,
     "ffn_dim_multiplier": 1.3,
+    "tie_embeddings": True,
 }
-CHANGES_RESULTS = {"norm_eps": 1e-2, "rope_theta": 1e3}
+CHANGES_RESULTS = {
+    "norm_eps": 1e-2,
+    "rope_theta": 1e3,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "sliding_window": 31,
+}
 
 
 def test_every_model_field_is_covered_by_a_claim_below() -> None:
@@ -239,7 +283,7 @@ def test_initial_matrices_have_their_documented_spread() -> None:
         (layers["attention"]["wo"], args.dim**-0.5),
         (layers["feed_forward"]["w1"], args.dim**-0.5),
         (layers["feed_forward"]["w3"], args.dim**-0.5),
-        (layers["feed_forward"]["w2"], (residual * args.hidden_dim) ** -0.5),
+        (layers["feed_forward"]["w2"], (residual * args.hidden_width) ** -0.5),
     ]
     for matrix, std in expected:
         np.testing.assert_allclose(np.std(matrix), std, rtol=0.02)

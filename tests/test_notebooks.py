@@ -105,7 +105,8 @@ def test_weights_in_hugging_faces_layout_are_converted_and_sampled(small_tokeniz
     """In place of a download: a tiny model of random numbers, written as Hugging Face ships models."""
     model = build(small_tokenizer, n_layers=1)
     save_checkpoint(tmp_path / "random", model.params, model.args, small_tokenizer)
-    convert(ConvertArgs(input=str(tmp_path / "random"), output=str(tmp_path / "tiny-hf"), to="huggingface"))
+    source, output = str(tmp_path / "random"), str(tmp_path / "tiny-hf")
+    convert(ConvertArgs(input=source, output=output, to="huggingface", chat_template="llama2"))
     found = {
         "LLAMA_JAX_NOTEBOOK_WEIGHTS": str(tmp_path / "tiny-hf"),
         "LLAMA_JAX_NOTEBOOK_PLACE": str(tmp_path / "place"),

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.errors import UserError
-from llama_jax.tokenizer import WORTH_WORDS, Tokenizer, split_text, train_tokenizer
+from llama_jax.tokenizer import Tokenizer, split_text, train_tokenizer
+from llama_jax.tokenizers.sentencepiece import WORTH_WORDS
 
 # SentencePiece writes a space as U+2581, and UTF-8 holds no surrogates.
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
@@ -124,9 +125,9 @@ def test_much_text_in_small_batches_is_encoded_word_by_word_too(small_tokenizer)
     tokenizer = Tokenizer(small_tokenizer.model_path)
     batch = ["the fox went to the river"] * 100
     for _ in range(WORTH_WORDS // (100 * len(batch[0])) + 1):
-        assert "_words" not in vars(tokenizer)
+        assert "_words" not in vars(tokenizer._reader)
         tokenizer.encode_batch(batch, [True] * len(batch))
-    assert "_words" in vars(tokenizer)
+    assert "_words" in vars(tokenizer._reader)
 
 
 @pytest.mark.parametrize("text", [c * 300_000 for c in "x \n字"], ids=lambda text: ascii(text[0]))

@@ -15,9 +15,9 @@ import sentencepiece as spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax import tokenizer as tokenizer_module
 from llama_jax import words as words_module
 from llama_jax.tokenizer import Tokenizer, split_text
+from llama_jax.tokenizers import sentencepiece as sentencepiece_module
 from llama_jax.words import Words, can_encode
 
 LINES = [
@@ -71,7 +71,7 @@ texts = st.lists(st.sampled_from(ATOMS), max_size=25).map("".join) | st.text(st.
 @pytest.fixture(scope="module", autouse=True)
 def every_text_is_encoded_by_words():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "WORTH_WORDS", 0)
+        patch.setattr(sentencepiece_module, "WORTH_WORDS", 0)
         patch.setattr(words_module, "MOST_UNSEEN", 1e9)
         yield
 
@@ -109,11 +109,11 @@ def check_equal(tokenizer, documents):
 
 @pytest.mark.parametrize("name", [*BY_WORDS, *WHOLE])
 def test_only_models_whose_borders_are_safe_are_encoded_by_words(models, name):
-    assert can_encode(models[name].model_bytes) == (models[name]._words is not None) == (name in BY_WORDS)
+    assert can_encode(models[name].model_bytes) == (models[name]._reader._words is not None) == (name in BY_WORDS)
 
 
 def test_llama2s_model_and_those_trained_here_are_encoded_by_words(small_tokenizer, llama2_tokenizer):
-    assert small_tokenizer._words and llama2_tokenizer._words
+    assert small_tokenizer._reader._words and llama2_tokenizer._reader._words
 
 
 def test_a_model_with_unused_pieces_is_not_encoded_by_words(models):
@@ -145,7 +145,7 @@ def test_parts_behind_marks_have_the_ids_that_sentencepiece_gives_them(models, l
     for tokenizer in (llama2_tokenizer, *models.values()):
         sp, expected = bare(tokenizer), []
         for part, start in zip(parts, starts, strict=True):
-            mark = "" if start else tokenizer._mark(part)
+            mark = "" if start else tokenizer._reader._marks[part.startswith(" ")]
             expected.append(sp.encode(mark + part)[len(sp.encode(mark)) :])
         assert tokenizer.encode_parts(parts, starts) == expected
         ids, lengths = tokenizer.encode_batch(parts, starts)
@@ -211,12 +211,12 @@ def test_texts_with_the_encoders_own_control_characters_are_given_to_sentencepie
 
 
 def test_a_little_text_makes_no_word_encoder(models, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "WORTH_WORDS", 100)
+    monkeypatch.setattr(sentencepiece_module, "WORTH_WORDS", 100)
     tokenizer = Tokenizer(models["as LLaMA 2"].model_path)
     for times in (1, 9, 1):
         assert tokenizer.encode("the fox saw " * times, bos=False) == bare(tokenizer).encode("the fox saw " * times)
-        assert ("_words" in tokenizer.__dict__) == (times == 9 or "_words" in tokenizer.__dict__)
-    assert tokenizer._words
+        assert ("_words" in tokenizer._reader.__dict__) == (times == 9 or "_words" in tokenizer._reader.__dict__)
+    assert tokenizer._reader._words
 
 
 def test_nothing_has_no_ids(models):
@@ -246,7 +246,7 @@ def test_processes_may_be_given_a_tokenizer(models, method):
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.apply(encoded, (tokenizer,)) == here
     sent = pickle.loads(pickle.dumps(tokenizer))
-    assert len(tokenizer._words._known) > 1 and len(sent._words._known) == 1, "the words stay behind"
+    assert len(tokenizer._reader._words._known) > 1 and len(sent._reader._words._known) == 1, "the words stay behind"
 
 
 def test_the_shared_texts_have_sentencepieces_ids(shared, llama2_tokenizer, small_tokenizer):

@@ -2,7 +2,9 @@
 
     <step>/params/                  the parameters: model.py's tree in float32, or quantized, or an adapter's
     <step>/model/model.json         the model arguments; "weights" if they are quantized; "adapter" of an adapter
-    <step>/model/tokenizer.model    the tokenizer
+    <step>/model/tokenizer.model    the tokenizer; of another kind tokenizer.json and the files that came with it
+    <step>/model/chat_template.jinja  its chat template, if it has one
+    <step>/model/generation.json    its end tokens, if they are not the tokenizer's (chat/formats.py)
     <step>/model/origin.json        the run that made it and its training text, if a run made it
     <step>/state/                   the optimizer's state, if training can resume from it
     <step>/metrics/metrics          the held-out loss, if the step was evaluated
@@ -26,6 +28,7 @@ from etils import epath
 from jax.tree_util import KeyPath, tree_leaves_with_path
 from tensorstore import TensorStore
 
+from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.checkpoint.stored_array import open_array, saver_of_stored_arrays
 from llama_jax.compat.orbax_internals import COMMITTED
@@ -34,7 +37,7 @@ from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.folders import found_in
 from llama_jax.storage import checksums
 from llama_jax.storage.locations import absolute, children, is_remote, location, user_errors
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import Tokenizer, kept_tokenizer
 
 ORIGIN = "origin.json"
 # The key of model.json which says that checksums.json is written last.
@@ -53,7 +56,8 @@ class ModelFilesHandler(ocp.CheckpointHandler):
         table = dataclasses.asdict(args.model) | ({} if args.weights == "auto" else {"weights": args.weights})
         table |= {} if args.adapter is None else {"adapter": dataclasses.asdict(args.adapter)}
         (folder / "model.json").write_text(json.dumps(table | {PROMISE: True}, indent=1))
-        (folder / "tokenizer.model").write_bytes(args.tokenizer.model_bytes)
+        for name, content in {**args.tokenizer.files, **args.chat.files}.items():
+            (folder / name).write_bytes(content)
         if args.origin:
             (folder / ORIGIN).write_text(json.dumps(args.origin, indent=1))
 
@@ -71,6 +75,7 @@ class ModelFiles(ocp.args.CheckpointArgs):
     tokenizer: Tokenizer
     weights: Weights = "auto"
     origin: dict[str, Any] | None = None
+    chat: ChatSetup = ChatSetup()
     adapter: AdapterRecord | None = None
 
 
@@ -83,6 +88,8 @@ class Checkpoint:
     tokenizer: Tokenizer
     weights: Weights = "auto"
     """The quantization of its matrices. auto: none."""
+    chat: ChatSetup = ChatSetup()
+    """Its chat template and end tokens."""
     adapter: AdapterRecord | None = None
     """The base and settings of its parameters, if they are a low-rank adapter (adapted.py). None: a whole model."""
 
@@ -123,12 +130,16 @@ class Checkpoint:
         adapter = None if "adapter" not in table else AdapterRecord.read(table.pop("adapter"), str(source))
         args = from_dict(ModelArgs, table, str(source))
         args.check()
-        tokenizer = Tokenizer(folder / "model" / "tokenizer.model")
-        if tokenizer.vocab_size != args.vocab_size:
+        tokenizer = kept_tokenizer(folder / "model" / "tokenizer.model")
+        try:
+            tokenizer = tokenizer.within(args.vocab_size)
+        except UserError:
             raise UserError(
-                f"{source}: expected vocab_size {tokenizer.vocab_size}, the size of its tokenizer, found {args.vocab_size}"
-            )
-        return cls(folder, args, tokenizer, weights, adapter)
+                f"{source}: expected vocab_size {tokenizer.vocab_size} or more, the size of its tokenizer, found {args.vocab_size}"
+            ) from None
+        with user_errors(folder, "read"):
+            chat = ChatSetup.read(folder / "model")
+        return cls(folder, args, tokenizer, weights, chat, adapter)
 
     def chosen(self, weights: Weights) -> Weights:
         """Return the quantization to use if ``weights`` is requested. auto: as stored.
@@ -306,6 +317,7 @@ def save_checkpoint(
     model: ModelArgs,
     tokenizer: Tokenizer,
     weights: Weights = "auto",
+    chat: ChatSetup = ChatSetup(),
     adapter: AdapterRecord | None = None,
 ) -> None:
     """Write a checkpoint without optimizer state, as converters do.
@@ -315,7 +327,7 @@ def save_checkpoint(
     """
     if folder.exists():
         raise UserError(f"{folder}: expected a new folder, found one that exists; choose another")
-    files = ModelFiles(model, tokenizer, weights, adapter=adapter)
+    files = ModelFiles(model, tokenizer, weights, chat=chat, adapter=adapter)
     args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), model=files)
     handlers = ocp.CompositeCheckpointHandler(params=saver_of_stored_arrays(), model=ModelFilesHandler())
     with user_errors(folder, "write"):

@@ -1,8 +1,10 @@
 """Finds the base of an adapter: by the path that the adapter's checkpoint has, or where the user says it is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.checkpoint.identity import identity
 from llama_jax.config import ModelArgs, Weights
@@ -15,20 +17,26 @@ MOVED = "name the base with --ckpt, and the adapter with --adapter"
 
 
 @dataclass(frozen=True)
-class Found:
+class WholeModel:
     """A whole model: a checkpoint and, perhaps, an adapter of it."""
 
     base: Checkpoint
     adapter: Checkpoint | None = None
 
     @classmethod
-    def find(cls, path: str | Path, adapter: str | Path = "", remedy: str = MOVED) -> "Found":
+    def find(
+        cls,
+        path: str | Path,
+        adapter: str | Path = "",
+        remedy: str = MOVED,
+        opened: Callable[[str | Path], Checkpoint] = Checkpoint.find,
+    ) -> "WholeModel":
         """Open the checkpoint at ``path``, with the base if it is an adapter, or with ``adapter``.
 
-        remedy: what to do if the base of an adapter is not where it was. Raises UserError if there is no checkpoint, or
-        if the base is missing or another one.
+        remedy: what to do if the base of an adapter is not where it was. opened: opens the checkpoint at a path. Raises
+        UserError if there is no checkpoint, or if the base is missing or another one.
         """
-        found = Checkpoint.find(path)
+        found = opened(path)
         if not adapter:
             return cls(found) if found.adapter is None else cls(base_of_adapter(found, remedy), found)
         tuned = Checkpoint.find(adapter)
@@ -58,6 +66,11 @@ class Found:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer."""
         return self.described.tokenizer
+
+    @property
+    def chat(self) -> ChatSetup:
+        """The chat template and end tokens."""
+        return self.described.chat
 
     @property
     def folder(self) -> Path:

@@ -75,6 +75,8 @@ def unescape(text: str) -> str:
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 # The metadata of a dataclass field whose flag is unescaped. In TOML and Python it is a plain string.
 ESCAPED = {"escaped": True}
+# The metadata of a field of texts whose flag takes all that follow it, in a command with positional arguments, too.
+SEVERAL = {"several": True}
 
 
 class _Flag(NamedTuple):
@@ -83,6 +85,7 @@ class _Flag(NamedTuple):
     path: tuple[str, ...]  # names of the sections and of the field
     hint: Any
     escaped: bool
+    several: bool
 
 
 def _flags_of(kind: Any, prefix: str = "", path: tuple[str, ...] = ()) -> Iterator[tuple[str, _Flag]]:
@@ -96,7 +99,7 @@ def _flags_of(kind: Any, prefix: str = "", path: tuple[str, ...] = ()) -> Iterat
             yield from _flags_of(hint, f"{prefix}{name}." if name else prefix, inner)
         elif not _is_positional(notes):
             flag = "--" + (prefix + name).replace("_", "-")
-            yield flag, _Flag(inner, hint, bool(field.metadata.get("escaped")))
+            yield flag, _Flag(inner, hint, *(bool(field.metadata.get(name)) for name in ("escaped", "several")))
 
 
 def _is_annotated(hint: Any) -> bool:
@@ -118,7 +121,8 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
     """Return ``argv`` without flags of several values, and ``default`` with their values. Escapes are resolved.
 
     Such a flag takes one group of values (a value, or a key and its value) and then as many more as have its type. In a
-    command with positional arguments, a flag of plain texts takes one: ``--stop . --stop ! "Once upon a time"``.
+    command with positional arguments, a flag of plain texts takes one, unless it is marked as ``SEVERAL``:
+    ``--stop . --stop ! "Once upon a time"``.
     """
     flags, one_text = dict(_flags_of(kind)), _has_positional(kind)
     lists: dict[str, list[tuple[Any, ...]]] = {}
@@ -136,7 +140,12 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
             rest.append(word)
         elif (types := _element_types(flag.hint)) is not None:
             words = [value, *words] if equals else words
-            lists.setdefault(name, []).extend(_take_groups(name, words, types, bool(equals), one_text))
+            if words[:1] == ["None"] and _several(flag.hint) is not flag.hint:
+                del words[0]
+                default = _with(default, flag.path, None)
+                continue
+            once = _is_group(flag.hint) or (one_text and types == (str,) and not flag.several)
+            lists.setdefault(name, []).extend(_take_groups(name, words, types, bool(equals), once))
         elif flag.hint is bool and equals:
             rest.append(_switch(name, value))
         elif flag.escaped and (equals or (words and not _is_flag(words[0]))):
@@ -144,6 +153,11 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
         else:
             rest.append(word)
     for name, groups in lists.items():
+        if _is_group(flags[name].hint):
+            if len(groups) > 1:
+                raise UserError(f"{name}: expected it once, found it {len(groups)} times; leave the others out")
+            default = _with(default, flags[name].path, groups[0])
+            continue
         hint, escaped = _several(flags[name].hint), flags[name].escaped
         if escaped:
             groups = [tuple(unescape(x) if isinstance(x, str) else x for x in group) for group in groups]
@@ -153,9 +167,9 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
 
 
 def _take_groups(
-    name: str, words: list[str], types: tuple[Any, ...], first_is_given: bool, one_text: bool
+    name: str, words: list[str], types: tuple[Any, ...], first_is_given: bool, once: bool
 ) -> Iterator[tuple[Any, ...]]:
-    """Take groups of values from the front of ``words``. Raises UserError if there is none."""
+    """Take groups of values from the front of ``words``, or one if ``once``. Raises UserError if there is none."""
     expected = " and ".join(_words_of(kind) for kind in types)
     group = _group(words, types, first_is_given)
     if group is None:
@@ -165,7 +179,7 @@ def _take_groups(
     while group is not None:
         del words[: len(types)]
         yield group
-        group = None if one_text and types == (str,) else _group(words, types, False)
+        group = None if once else _group(words, types, False)
 
 
 def _group(words: Sequence[str], types: tuple[Any, ...], first_is_given: bool) -> tuple[Any, ...] | None:
@@ -214,14 +228,19 @@ def _several(hint: Any) -> Any:
 
 
 def _element_types(hint: Any) -> tuple[Any, ...] | None:
-    """Return the types of a group of values if a flag takes several groups, else None."""
+    """Return the types of a group of values if a flag takes groups of values, else None."""
     hint = _several(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is dict:
         return arguments
     if origin is list or (origin is tuple and arguments[1:] == (...,)):
         return arguments[:1]
-    return None
+    return arguments if _is_group(hint) else None
+
+
+def _is_group(hint: Any) -> bool:
+    """Return whether a flag takes one group of values: it is a tuple of a fixed length."""
+    return typing.get_origin(hint) is tuple and ... not in typing.get_args(hint)
 
 
 def _is_flag(word: str) -> bool:

@@ -3,17 +3,19 @@
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from llama_jax.chat.formats import read_template
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.cli.progress import Progress
-from llama_jax.config import Weights
+from llama_jax.config import ModelArgs, Weights
 from llama_jax.convert import summary
 from llama_jax.convert.adapter import export_adapter, import_adapter
 from llama_jax.convert.checkpoint_source import OwnSource, write_own
 from llama_jax.convert.huggingface import HuggingFaceSource, check_config, write_huggingface
+from llama_jax.convert.llama2c import Llama2cSource, check_llama2c, write_llama2c
 from llama_jax.convert.merged import MergedSource, base_at
 from llama_jax.convert.meta import MetaSource, verify_checklist, write_meta
 from llama_jax.convert.mistral import MistralSource
@@ -27,11 +29,13 @@ from llama_jax.foreign.layouts import Layout, find_layout, is_adapter
 from llama_jax.foreign.params_json import check_writable
 from llama_jax.storage.locations import is_remote, location, on_disk
 
-Format = Literal["llama-jax", "huggingface", "meta", "peft"]
+Format = Literal["llama-jax", "huggingface", "meta", "peft", "llama2c"]
+CHECKS: dict[str, Callable[[ModelArgs], None]] = {"huggingface": check_config, "meta": check_writable}
 SOURCES: dict[str, Callable[..., Source]] = {
     "huggingface": HuggingFaceSource,
     "meta": MetaSource,
     "mistral": MistralSource,
+    "llama2c": Llama2cSource,
 }
 
 
@@ -42,6 +46,7 @@ class ConvertArgs:
     input: str = ""
     """Folder to read. It holds config.json and *.safetensors or pytorch_model*.bin (Hugging Face), params.json and
     consolidated.*.pth (Meta) or consolidated*.safetensors (Mistral), or a checkpoint of training or of this command.
+    Of llama2.c, a model file (stories15M.bin).
     A low-rank adapter is merged into its base, unless it is written as peft. An adapter of PEFT needs --base."""
     output: str = ""
     """Folder to write. It must not exist."""
@@ -60,8 +65,10 @@ class ConvertArgs:
     """Model to read if the folder holds several.
     auto: the one that transformers would load, else Meta's, else Mistral's."""
     tokenizer: str = ""
-    """Path of the SentencePiece model. Empty: tokenizer.model next to the weights.
-    If there is no vocabulary next to them, the one in the folder above."""
+    """Path of the tokenizer: tokenizer.model, tokenizer.json, or a folder with them.
+    Empty: the one next to the weights, else tokenizer.model in the folder above."""
+    chat_template: str = ""
+    """Chat template to keep, instead of the input's own: a file, or llama2, llama3, chatml, zephyr or vicuna."""
     max_seq_len: int = 0
     """Context length, in tokens. 0: use the input's value, else the family's: 4096, of LLaMA 3 8192, of 3.1 131072."""
     shards: int = 1
@@ -97,24 +104,25 @@ def convert(args: ConvertArgs) -> None:
     if args.to == "peft":
         return export_adapter(folder, args, output)
     with contextlib.ExitStack() as stack:
-        source = open_source(folder, args, stack)
+        source = _with_template(open_source(folder, args, stack), args)
         if isinstance(source, OwnSource) and not args.dry_run:
             _check_outside(output, folder)
+        if args.to == "llama2c":
+            check_llama2c(source)
         summary.announce(source, args.to, output, args.weights)
-        if args.to != "llama-jax":
-            (check_config if args.to == "huggingface" else check_writable)(source.args)
+        if args.to in CHECKS:
+            CHECKS[args.to](source.args)
         if note:
             print(f"{'note':>10}  {note}")
-        summary.check_space(source, output, args.weights, args.dry_run)
+        summary.check_space(source, output, args.to, args.weights, args.dry_run)
         if args.dry_run:
             summary.print_table(source)
             _verify_checklists(source)
             summary.close_dry_run()
             return
         with new_folder(output) as temporary:
-            _verify_checklists(source)
             began = time.perf_counter()
-            reader, remark = _write(source, temporary, args)
+            reader, remark = write(source, temporary, args)
         seconds = time.perf_counter() - began
         warnings = list(filter(None, [remark, reader.not_finite()]))
         summary.close(source, args.to, output, args.weights, reader.digest(), seconds, warnings)
@@ -124,11 +132,9 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
     """Open the checkpoint in ``folder``, in any format. Raises UserError if there is none."""
     if not is_remote(folder) and not folder.exists():
         raise UserError(f"--input: expected a folder, found nothing at {folder}{hub_hint(folder)}")
-    if not is_remote(folder) and not folder.is_dir():
+    if not is_remote(folder) and not folder.is_dir() and find_layout(folder) is None:
         raise UserError(f"--input: {folder}: expected a folder, {found_in(folder)}")
-    is_run = (folder / "config.toml").is_file() and (folder / "checkpoints").exists()
-    is_own = args.layout == "auto" and (is_run or (folder / "model" / "model.json").is_file())
-    found = None if is_own else find_layout(folder, args.layout)
+    found = None if args.layout == "auto" and is_own(folder) else find_layout(folder, args.layout)
     if found is None:
         return _own(folder, args)
     if args.base:
@@ -139,7 +145,24 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
         raise UserError(
             f"--input: expected Meta's or Hugging Face's files on disk, found {folder}; copy them (gcloud storage cp -r)"
         )
-    return SOURCES[found.layout](folder, found.decided, args.tokenizer, args.max_seq_len, stack)
+    return SOURCES[found.layout](found.path, found.decided, args.tokenizer, args.max_seq_len, stack)
+
+
+def is_own(folder: Path) -> bool:
+    """Return whether ``folder`` is a run or a checkpoint of this project, whatever else is in it."""
+    is_run = (folder / "config.toml").is_file() and (folder / "checkpoints").exists()
+    return is_run or (folder / "model" / "model.json").is_file()
+
+
+def _with_template(source: Source, args: ConvertArgs) -> Source:
+    """Return the source with the chat template of --chat-template, and with warnings about templates."""
+    if args.chat_template:
+        template, notes = read_template(args.chat_template, source.tokenizer)
+        source.chat = replace(source.chat, template=template, has_none=False)
+        source.warnings += notes
+    if args.to == "meta" and (source.chat.template or source.chat.end_ids):
+        source.warnings.append("Meta's layout has no place for a chat template and end tokens, which are left out")
+    return source
 
 
 def _own(folder: Path, args: ConvertArgs) -> OwnSource:
@@ -171,8 +194,12 @@ def _verify_checklists(source: Source) -> None:
         print(f"{'checksums':>10}  {count} files match {path}")
 
 
-def _write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str]:
-    """Write the model into ``folder``. Return the reader, which has seen all values, and a remark about the result."""
+def write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str]:
+    """Verify the model's checklists and write it into ``folder`` as ``args`` say.
+
+    Return the reader, which has seen all values, and a remark about the result.
+    """
+    _verify_checklists(source)
     with Progress("converting", summary.weight_bytes(source), "B") as progress, source.verified():
         reader = Reader(source, progress)
         remark = ""
@@ -180,6 +207,8 @@ def _write(source: Source, folder: Path, args: ConvertArgs) -> tuple[Reader, str
             write_own(source, folder, reader.blocks, args.weights)
         elif args.to == "huggingface":
             remark = write_huggingface(source, folder, reader.blocks)
+        elif args.to == "llama2c":
+            remark = write_llama2c(source, folder, reader.blocks)
         else:
-            write_meta(source, folder, reader.blocks, args.shards)
+            remark = write_meta(source, folder, reader.blocks, args.shards)
     return reader, remark

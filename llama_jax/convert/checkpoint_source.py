@@ -15,7 +15,7 @@ import tensorstore as ts
 from llama_jax.checkpoint import Checkpoint, save_checkpoint
 from llama_jax.checkpoint.stored_array import ArrayOnDisk, create_array
 from llama_jax.config import ModelArgs, Weights
-from llama_jax.convert.layout import Tensor, from_ours, tensors_of, tile, to_ours
+from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, from_ours, tensors_of, tile, to_ours
 from llama_jax.convert.source import Block, ReadBlocks, Source
 from llama_jax.foreign.family import family_of
 from llama_jax.ops.quantize import Matrix, quantize
@@ -31,6 +31,7 @@ class OwnSource:
         self._checkpoint = Checkpoint.find(path)
         self._checkpoint.check_plain("--input")
         self.args, self.tokenizer = self._checkpoint.args, self._checkpoint.tokenizer
+        self.chat = self._checkpoint.chat
         self.family = family_of(self.args, "model.json")
         self.decided = f"{self._checkpoint.folder / 'model' / 'model.json'}"
         self.description = f"{self._checkpoint.folder}: a checkpoint of llama-jax"
@@ -90,7 +91,7 @@ def write_own(source: Source, folder: Path, read_blocks: ReadBlocks, weights: We
             writing.popleft().result()
     for write in writing:
         write.result()
-    save_checkpoint(folder / "checkpoint", tree, source.args, source.tokenizer, weights)
+    save_checkpoint(folder / "checkpoint", tree, source.args, source.tokenizer, weights, source.chat)
     for path in (folder / "checkpoint").iterdir():
         path.rename(folder / path.name)
     (folder / "checkpoint").rmdir()
@@ -99,8 +100,9 @@ def write_own(source: Source, folder: Path, read_blocks: ReadBlocks, weights: We
 def parts(source: Source, weights: Weights) -> Iterator[Part]:
     """Yield every array of a checkpoint."""
     args = source.args
-    for tensor in tensors_of(args):
-        dtype = source.dtypes[tensor.name]
+    tied = args.tie_embeddings and weights != "auto"
+    for tensor in (*tensors_of(args), *([OUTPUT] if tied else [])):
+        dtype = source.dtypes[EMBEDDINGS.name if tied and tensor == OUTPUT else tensor.name]
         layers, one = ((args.n_layers,), (1,)) if tensor.layered else ((), ())
         shape, tiles = tensor.sizes(args), tile(tensor, args, dtype.itemsize)
         if not _quantized(tensor, weights):
@@ -114,8 +116,13 @@ def parts(source: Source, weights: Weights) -> Iterator[Part]:
 
 
 def _values(block: Block, args: ModelArgs, weights: Weights) -> Iterator[tuple[str, tuple[slice, ...], np.ndarray]]:
-    """Yield the arrays to write for a block: name, index (after the layer axis) and values."""
+    """Yield the arrays to write for a block: name, index (after the layer axis) and values.
+
+    Rows of tied embeddings are also those of the output matrix, of which a quantized checkpoint has one.
+    """
     tensor, start, rows = block.tensor, block.start, block.rows
+    if tensor == EMBEDDINGS and args.tie_embeddings and weights != "auto":
+        yield from _values(block._replace(tensor=OUTPUT), args, weights)
     if not _quantized(tensor, weights):
         yield tensor.name, *to_ours(tensor, args, rows, start)
         return

@@ -1,36 +1,39 @@
 """Hugging Face's layout: config.json, and safetensors or what torch saved, in one file or several. Read, written."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llama_jax.chat.formats import TEMPLATE, tokens_of
 from llama_jax.config import ModelArgs
-from llama_jax.convert.layout import Tensor, all_tensors
+from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, all_tensors
 from llama_jax.convert.safetensors import SafetensorsWriter
-from llama_jax.convert.source import ReadBlocks, Source, main_type, raise_together, types_of
+from llama_jax.convert.source import ReadBlocks, Source, is_tied, main_type, raise_together, tie, types_of
 from llama_jax.convert.tensor_files import TensorFiles
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.chat_files import read_chat
 from llama_jax.foreign.config_json import read_config, stated, stored_type
 from llama_jax.foreign.family import family_of
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import CONFIG, INDEX, SINGLE, index_of, weight_files
 from llama_jax.foreign.rope import write_rope
-from llama_jax.foreign.tokenizer_json import tokenizer_json
-from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
+from llama_jax.foreign.tokenizer_json import tiktoken_json, tokenizer_json
+from llama_jax.foreign.vocabulary import find_tokenizer, fit_vocabulary
 from llama_jax.storage.files import write_atomically
 
 SHARD_BYTES = 5_000_000_000
 # Older files contain this function of the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class HuggingFaceSource:
@@ -41,22 +44,33 @@ class HuggingFaceSource:
         config = read_config(table, folder / CONFIG, max_seq_len)
         names = weight_files(folder, table)
         self._files = TensorFiles(folder, names, stack)
-        self._tied, self.args = config.tied, config.args
+        # Transformers ties two tensors that are both stored only if they are equal.
+        self._tied = config.args.tie_embeddings
+        both = {EMBEDDINGS.huggingface, OUTPUT.huggingface} <= self._files.places.keys()
+        self.args = replace(config.args, tie_embeddings=self._tied and not both)
         expected = {self._name(tensor, layer): tensor.matrix(self.args) for tensor, layer in all_tensors(self.args)}
         raise_together(folder, CONFIG, stated(table), list(self._files.errors(expected, IGNORED.fullmatch)))
-        self.tokenizer, said = find_tokenizer(tokenizer, folder)
-        check_vocabulary(self.args, self.tokenizer, folder)
+        found, said = find_tokenizer(tokenizer, folder)
+        self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
+        self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size)
         self.dtypes, widened = types_of(self._files.types(self.args, self._name))
-        self.family = family_of(self.args, CONFIG)
+        if self._tied and both and is_tied(self, functools.partial(self._rows, verify=False)):
+            tie(self)
+        self.family = family_of(self.args, CONFIG, config.kind)
         self.decided = decided
         self.description = f"{folder}: {len(names)} file{'s'[: len(names) > 1]}"
         self.unknown = list(config.unknown)
-        self.warnings = [*config.warnings, *widened, *self._remarks(folder, stored_type(table)), *said]
+        of_files = self._remarks(folder, stored_type(table))
+        self.warnings = [*config.warnings, *widened, *of_files, *said, *fitted, *of_chat]
         self.checklists: list[Path] = []
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
         """Read rows; see Source."""
-        return self._files.read(self._name(tensor, layer), start, stop)
+        return self._rows(tensor, layer, start, stop)
+
+    def _rows(self, tensor: Tensor, layer: int, start: int, stop: int, verify: bool = True) -> np.ndarray:
+        """Read rows. ``verify`` is that of TensorFiles.read."""
+        return self._files.read(self._name(tensor, layer), start, stop, verify)
 
     def origin(self, tensor: Tensor, layer: int) -> str:
         """Return the tensor's name and file; see Source."""
@@ -76,8 +90,8 @@ class HuggingFaceSource:
         Of two tied tensors, it is the one that is stored, as in transformers.
         """
         name = tensor.huggingface.format(layer)
-        if self._tied and name not in self._files.places:
-            return {EMBEDDINGS: OUTPUT, OUTPUT: EMBEDDINGS}.get(name, name)
+        if self._tied and tensor in (EMBEDDINGS, OUTPUT) and name not in self._files.places:
+            return OUTPUT.huggingface if tensor == EMBEDDINGS else EMBEDDINGS.huggingface
         return name
 
     def _remarks(self, folder: Path, stored_type: str) -> Iterator[str]:
@@ -85,8 +99,11 @@ class HuggingFaceSource:
         places, kinds = self._files.places, sorted({dtype.name for dtype in self.dtypes.values()})
         if stored_type and kinds != [stored_type]:
             yield f"config.json says {stored_type}, to which transformers converts the weights; they are kept as {' and '.join(kinds)}"
-        if self._tied and {EMBEDDINGS, OUTPUT} <= places.keys():
-            yield f"config.json says tie_word_embeddings, and the files have both {EMBEDDINGS} and {OUTPUT}: both are read, as by transformers"
+        if self._tied and not self.args.tie_embeddings:
+            yield (
+                f"config.json says tie_word_embeddings, and the files have {EMBEDDINGS.huggingface} and another "
+                f"{OUTPUT.huggingface}: both are read and the embeddings are not tied, as by transformers"
+            )
         elsewhere = [
             name for name, file in index_of(folder, list(self._files.files)).items() if places.get(name) != file
         ]
@@ -114,19 +131,25 @@ def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> 
     write_atomically(folder / "config.json", json.dumps(_config(source), indent=2))
     generation = {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": _end_ids(source),
         "do_sample": True,
         "temperature": 0.6,
         "top_p": 0.9,
     }
     write_atomically(folder / "generation_config.json", json.dumps(generation, indent=2))
-    table, reason = tokenizer_json(tokenizer)
+    for name, content in tokenizer.files.items():
+        if name != "config.json":
+            write_atomically(folder / name, content)
+    if source.chat.template:
+        write_atomically(folder / TEMPLATE, source.chat.template)
+    if len(tokenizer.files) > 1 or "tokenizer.model" not in tokenizer.files:
+        return ""  # all of them are as they came
+    table, reason = (tokenizer_json if tokenizer.is_sentencepiece else tiktoken_json)(tokenizer)
     if table is not None:
         write_atomically(folder / "tokenizer.json", json.dumps(table, ensure_ascii=False, indent=1))
     write_atomically(
         folder / "tokenizer_config.json", json.dumps(_tokenizer_config(source, table is not None), indent=2)
     )
-    write_atomically(folder / "tokenizer.model", tokenizer.model_bytes)
     if table is None:
         return (
             f"tokenizer.json is not written, since none would encode like tokenizer.model ({reason}): encode with sentencepiece; "
@@ -141,6 +164,12 @@ def check_config(args: ModelArgs) -> None:
         raise UserError(
             f"--to huggingface: n_heads: expected a divisor of dim = {args.dim}, as transformers does, found {args.n_heads}"
         )
+    for name in ("attention_bias", "mlp_bias") if args.sliding_window is not None else ():
+        if getattr(args, name):
+            raise UserError(
+                f"--to huggingface: {name}: expected none beside sliding_window {args.sliding_window:,}, since transformers' "
+                "Mistral has no biases and its LLaMA no window, found it; keep this project's format"
+            )
 
 
 def _divide(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
@@ -160,9 +189,11 @@ def _divide(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 def _config(source: Source) -> dict[str, Any]:
     args, tokenizer = source.args, source.tokenizer
+    # Transformers' LLaMA has no sliding window. Its Mistral is the same model with one.
+    windowed = args.sliding_window is not None
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["MistralForCausalLM" if windowed else "LlamaForCausalLM"],
+        "model_type": "mistral" if windowed else "llama",
         "hidden_size": args.dim,
         "intermediate_size": args.hidden_width,
         "num_hidden_layers": args.n_layers,
@@ -175,27 +206,32 @@ def _config(source: Source) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": args.attention_bias,
         "mlp_bias": args.mlp_bias,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": args.tie_embeddings,
+        **({"sliding_window": args.sliding_window} if windowed else {}),
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": _end_ids(source),
         "torch_dtype": main_type(source).name,
         "dtype": main_type(source).name,
     }
 
 
+def _end_ids(source: Source) -> int | list[int]:
+    """Return eos_token_id: a number, or a list of several."""
+    ends = source.chat.end_ids or (source.tokenizer.eos_id,)
+    return ends[0] if len(ends) == 1 else list(ends)
+
+
 def _tokenizer_config(source: Source, whole: bool) -> dict[str, Any]:
     """Return tokenizer_config.json. ``whole``: tokenizer.json exists, so transformers need not build it."""
-    tokenizer, pieces = source.tokenizer, source.tokenizer.piece
+    tokenizer, tokens = source.tokenizer, tokens_of(source.tokenizer) | dict(source.chat.tokens)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast" if whole else "LlamaTokenizer",
-        "bos_token": pieces(tokenizer.bos_id),
-        "eos_token": pieces(tokenizer.eos_id),
-        "unk_token": pieces(tokenizer.unk_id),
+        **tokens,
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        # "<s>" in a text is text, as in tokenizer.model.
-        "split_special_tokens": True,
+        # "<s>" in a text is text, as in tokenizer.model. A chat template's must be a token, and transformers has one rule.
+        "split_special_tokens": tokenizer.is_sentencepiece and not source.chat.template,
         "legacy": True,
         "model_max_length": source.args.max_seq_len,
         "sp_model_kwargs": {},

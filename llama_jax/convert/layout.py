@@ -89,16 +89,20 @@ TABLE = (
 )  # fmt: skip
 
 
-def tensors_of(args: ModelArgs) -> tuple[Tensor, ...]:
-    """Return the lines of the table that a model has."""
-    return tuple(tensor for tensor in TABLE if not tensor.field or getattr(args, tensor.field))
-
-
 def axis_sizes(args: ModelArgs) -> dict[str, int]:
     """Return the size of each axis by its letter."""
     return {
         "D": args.dim, "N": args.n_heads, "K": args.kv_heads, "H": args.head_width, "F": args.hidden_width, "V": args.vocab_size
     }  # fmt: skip
+
+
+EMBEDDINGS, OUTPUT = TABLE[0], TABLE[-1]
+
+
+def tensors_of(args: ModelArgs) -> tuple[Tensor, ...]:
+    """Return the lines of the table that a model has. With tied embeddings it has no output matrix of its own."""
+    table = TABLE[:-1] if args.tie_embeddings else TABLE
+    return tuple(tensor for tensor in table if not tensor.field or getattr(args, tensor.field))
 
 
 def all_tensors(args: ModelArgs) -> Iterator[tuple[Tensor, int]]:

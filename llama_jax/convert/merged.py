@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from llama_jax.adapters import PLACES
 from llama_jax.checkpoint import Checkpoint
-from llama_jax.checkpoint.adapted import Found
+from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.config import Weights
 from llama_jax.convert.checkpoint_source import OwnSource, quantized_rows
 from llama_jax.convert.layout import Tensor, tensors_of
@@ -24,11 +24,11 @@ class MergedSource(OwnSource):
     one does.
     """
 
-    def __init__(self, found: Found):
+    def __init__(self, found: WholeModel):
         assert found.adapter is not None and found.adapter.adapter is not None
         self._checkpoint, self._adapter, self._lora = found.base, found.adapter, found.adapter.adapter.lora
         self._weights: Weights = found.chosen("auto")
-        self.args, self.tokenizer = found.args, found.tokenizer
+        self.args, self.tokenizer, self.chat = found.args, found.tokenizer, found.chat
         self.family = family_of(self.args, "model.json")
         self.decided = f"{found.folder / 'model' / 'model.json'}"
         self.description = f"{found.folder}: an adapter of rank {self._lora.rank}, merged into {found.base.folder}"
@@ -48,7 +48,7 @@ class MergedSource(OwnSource):
             for tensor in tensors_of(self.args)
         }
         self._targets = {"/".join(PLACES[name]): name for name in self._lora.targets}
-        self._factors = lru_cache(maxsize=2)(factors_of)
+        self._factors = lru_cache(maxsize=2)(partial(factors_of, self._adapter))
         if self._weights != "auto":
             self.warnings.append(
                 f"the adapter was trained beside matrices in {self._weights}: it is merged into those, and the result is stored "
@@ -66,7 +66,7 @@ class MergedSource(OwnSource):
         else:
             rows = self._stored_rows(tensor, layer, start, stop)
         if tensor.name in self._targets:
-            a, b = self._factors(self._adapter, self._targets[tensor.name], layer)
+            a, b = self._factors(self._targets[tensor.name], layer)
             rows = rows.astype(np.float32) + self._lora.scale * (b[:, start:stop].T @ a.T)
         return rows.astype(self.dtypes[tensor.name])
 
@@ -96,8 +96,8 @@ class MergedSource(OwnSource):
         return (values.reshape(groups, -1, outputs) * scales[:, None]).reshape(-1, outputs).T
 
 
-def base_at(found: Checkpoint, given: str) -> Found:
+def base_at(found: Checkpoint, given: str) -> WholeModel:
     """Return an adapter with its base, which is where it was, or at the path ``given``."""
     if given:
-        return Found.find(given, found.folder)
-    return Found.find(found.folder, remedy="say where it is: --base PATH")
+        return WholeModel.find(given, found.folder)
+    return WholeModel.find(found.folder, remedy="say where it is: --base PATH")

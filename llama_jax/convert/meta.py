@@ -1,10 +1,12 @@
 """Meta's layout: params.json and consolidated.NN.pth, each with a shard of every tensor. Read, checked and written."""
 
 import contextlib
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,27 @@ import numpy as np
 
 from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import (
+    EMBEDDINGS,
+    OUTPUT,
     TABLE,
     Tensor,
     all_tensors,
+    blocks,
     halves_to_interleaved,
     interleaved_to_halves,
     tensors_of,
 )
-from llama_jax.convert.source import ReadBlocks, Source, raise_together, types_of
+from llama_jax.convert.source import Block, ReadBlocks, Source, raise_together, tied_by_contents, types_of
 from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.chat_files import metas_chat
 from llama_jax.foreign.family import family_of, is_llama3
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import PARAMS, shard_files
 from llama_jax.foreign.params_json import check_params, read_params, stated, width, write_params
-from llama_jax.foreign.vocabulary import check_vocabulary, find_tokenizer
+from llama_jax.foreign.vocabulary import find_tokenizer, fit_vocabulary
 from llama_jax.storage.files import write_atomically
+from llama_jax.tokenizers.files import MODEL
 
 # Meta stores this next to the weights, but it is a function of the configuration.
 IGNORED = {"rope.freqs"}
@@ -47,29 +54,37 @@ class MetaSource:
         rows *= len(self._shards) if self._by_rows else 1
         params = read_params(table, folder / PARAMS, rows, max_seq_len)
         self.args = params.args
+        if not any(OUTPUT.meta in shard.tensors for shard in self._shards):
+            self.args = replace(self.args, tie_embeddings=True)
         raise_together(folder, PARAMS, stated(table), list(self._errors()))
-        self.tokenizer, said = find_tokenizer(tokenizer, folder)
-        check_vocabulary(self.args, self.tokenizer, folder)
+        found, said = find_tokenizer(tokenizer, folder)
+        self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
+        self.chat = metas_chat(self.tokenizer)
         self.dtypes, widened = types_of(self._types())
+        tied = tied_by_contents(self, functools.partial(self._rows, verify=False))
         self.family = family_of(self.args, PARAMS)
         self.decided = decided
         self.description = f"{folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
         self.unknown = list(params.unknown)
-        self.warnings = [*params.warnings, *widened, *said]
+        self.warnings = [*params.warnings, *tied, *widened, *said, *fitted]
         self.checklists = find_checklists(folder, self.tokenizer.model_path)
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
         """Read rows; see Source."""
+        return self._rows(tensor, layer, start, stop)
+
+    def _rows(self, tensor: Tensor, layer: int, start: int, stop: int, verify: bool = True) -> np.ndarray:
+        """Read rows. ``verify`` is that of TorchFile.read."""
         name, axis = tensor.meta.format(layer), shard_axis(tensor, self._by_rows)
         if axis is None:
-            return self._shards[0].read(name, start, stop)
+            return self._shards[0].read(name, start, stop, verify)
         if axis == 1:
-            rows = self._joined(tensor, [shard.read(name, start, stop) for shard in self._shards], axis=1)
+            rows = self._joined(tensor, [shard.read(name, start, stop, verify) for shard in self._shards], axis=1)
         else:
             size = tensor.matrix(self.args)[0] // len(self._shards)
             parts = []
             for i in range(start // size, -(-stop // size)):
-                parts.append(self._shards[i].read(name, max(start - i * size, 0), min(stop - i * size, size)))
+                parts.append(self._shards[i].read(name, max(start - i * size, 0), min(stop - i * size, size), verify))
             rows = self._joined(tensor, parts, axis=0)
         return interleaved_to_halves(rows, self.args.head_width) if tensor.rotary else rows
 
@@ -161,28 +176,46 @@ def shard_shape(tensor: Tensor, args: ModelArgs, shards: int, by_rows: bool) -> 
     return tuple(shape)
 
 
-def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> None:
-    """Write a model in Meta's layout, in ``shards`` files. Raises UserError if its sizes are not divisible."""
+def write_meta(source: Source, folder: Path, read_blocks: ReadBlocks, shards: int) -> str:
+    """Write a model in Meta's layout, in ``shards`` files. Return a remark about its tokenizer, or "".
+
+    Raises UserError if its sizes are not divisible.
+    """
     args, params = source.args, write_params(source.args)
-    by_rows = is_llama3(args)
-    for tensor in tensors_of(args):
+    untied, by_rows = replace(args, tie_embeddings=False), is_llama3(args)
+    for tensor in tensors_of(untied):
         axis = shard_axis(tensor, by_rows)
         size = 0 if axis is None else tensor.matrix(args)[axis]
         if size % shards:
             raise UserError(f"--shards: expected a divisor of {size} ({tensor.name}), found {shards}")
-    shapes = {t.meta.format(layer): shard_shape(t, args, shards, by_rows) for t, layer in all_tensors(args)}
-    dtypes = {t.meta.format(layer): source.dtypes[t.name] for t, layer in all_tensors(args)}
+    types = {OUTPUT.name: source.dtypes[EMBEDDINGS.name]} | source.dtypes
+    shapes = {t.meta.format(layer): shard_shape(t, args, shards, by_rows) for t, layer in all_tensors(untied)}
+    dtypes = {t.meta.format(layer): types[t.name] for t, layer in all_tensors(untied)}
     with ExitStack() as stack:
         writers = [
             stack.enter_context(TorchFileWriter(folder / f"consolidated.{i:02}.pth", dtypes, shapes))
             for i in range(shards)
         ]
-        for tensor, layer, start, rows in read_blocks():
+        for tensor, layer, start, rows in _with_output(source, read_blocks):
             rows = halves_to_interleaved(rows, args.head_width) if tensor.rotary else rows
             for i, part in _split(tensor, args, shards, by_rows, start, rows):
                 writers[i].write(tensor.meta.format(layer), part)
     write_atomically(folder / "params.json", params)
-    write_atomically(folder / "tokenizer.model", source.tokenizer.model_bytes)
+    files = source.tokenizer.files
+    for name in [MODEL] if MODEL in files else files:
+        write_atomically(folder / name, files[name])
+    if MODEL in files:
+        return ""
+    return f"there is no {MODEL}, which Meta's code reads, since the model came without; its {', '.join(sorted(files))} are there"
+
+
+def _with_output(source: Source, read_blocks: ReadBlocks) -> Iterator[Block]:
+    """Yield every block, and those of the output matrix of tied embeddings, which Meta's files have in every model."""
+    yield from read_blocks()
+    dtype = source.dtypes[EMBEDDINGS.name]
+    for start, stop in blocks(EMBEDDINGS, source.args, dtype.itemsize) if source.args.tie_embeddings else ():
+        yield Block(OUTPUT, 0, start, source.rows(EMBEDDINGS, 0, start, stop).astype(dtype, copy=False))
+        source.release()
 
 
 def _split(

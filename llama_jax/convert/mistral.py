@@ -5,20 +5,24 @@ neighbours, as Meta's does, so queries and keys are permuted as Meta's are.
 """
 
 import contextlib
+import dataclasses
+import functools
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llama_jax.convert.layout import TABLE, Tensor, all_tensors, interleaved_to_halves
-from llama_jax.convert.source import raise_together, types_of
+from llama_jax.convert.layout import OUTPUT, TABLE, Tensor, all_tensors, interleaved_to_halves
+from llama_jax.convert.source import raise_together, tied_by_contents, types_of
 from llama_jax.convert.tensor_files import TensorFiles
 from llama_jax.errors import UserError
+from llama_jax.foreign.chat_files import read_chat
+from llama_jax.foreign.family import family_of
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import PARAMS, consolidated_files
 from llama_jax.foreign.params_json import check_params, read_params, stated
-from llama_jax.foreign.vocabulary import MODEL, check_vocabulary, find_tokenizer
+from llama_jax.foreign.vocabulary import MODEL, find_tokenizer, fit_vocabulary
 
 # Meta's and Mistral's files may hold this function of the configuration.
 IGNORED = {"rope.freqs"}
@@ -35,22 +39,30 @@ class MistralSource:
         self._files = TensorFiles(folder, names, stack)
         params = read_params(table, folder / PARAMS, self._rows_of_embeddings(folder), max_seq_len)
         self.args = params.args
+        if OUTPUT.meta not in self._files.places:
+            self.args = dataclasses.replace(self.args, tie_embeddings=True)
         expected = {_name(tensor, layer): tensor.matrix(self.args) for tensor, layer in all_tensors(self.args)}
         raise_together(folder, PARAMS, stated(table), list(self._files.errors(expected, IGNORED.__contains__)))
         tokenizer, noted = _versioned(tokenizer, folder)
-        self.tokenizer, said = find_tokenizer(tokenizer, folder)
-        check_vocabulary(self.args, self.tokenizer, folder)
+        found, said = find_tokenizer(tokenizer, folder)
+        self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
+        self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size)
         self.dtypes, widened = types_of(self._files.types(self.args, _name))
-        self.family = "LLaMA, in Mistral's layout"
+        tied = tied_by_contents(self, functools.partial(self._rows, verify=False))
+        self.family = family_of(self.args, PARAMS, "mistral" if table.get("hidden_dim") else "llama")
         self.decided = decided
         self.description = f"{folder}: {len(names)} file{'s'[: len(names) > 1]}"
         self.unknown = list(params.unknown)
-        self.warnings = [*params.warnings, *widened, *noted, *said]
+        self.warnings = [*params.warnings, *tied, *widened, *noted, *said, *fitted, *of_chat]
         self.checklists: list[Path] = []
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
         """Read rows; see Source."""
-        rows = self._files.read(_name(tensor, layer), start, stop)
+        return self._rows(tensor, layer, start, stop)
+
+    def _rows(self, tensor: Tensor, layer: int, start: int, stop: int, verify: bool = True) -> np.ndarray:
+        """Read rows. ``verify`` is that of TensorFiles.read."""
+        rows = self._files.read(_name(tensor, layer), start, stop, verify)
         return interleaved_to_halves(rows, self.args.head_width) if tensor.rotary else rows
 
     def origin(self, tensor: Tensor, layer: int) -> str:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.adapters import PLACES, sides
+from llama_jax.adapters import PLACES, check_targets, sides
 from llama_jax.checkpoint import Checkpoint, save_checkpoint
 from llama_jax.checkpoint.adapted import digest_of
 from llama_jax.checkpoint.adapter_record import AdapterRecord
@@ -131,14 +131,16 @@ def read_peft(folder: Path, base: Checkpoint) -> tuple[LoraArgs, dict[str, Any]]
             f"{path}: {quoted(unknown[0])}: expected a key that this project knows, found {quoted(table[unknown[0]])}; it may "
             "change what the adapter computes: merge it with PEFT instead"
         )
-    return replace(lora, targets=targets), tree
+    lora = replace(lora, targets=targets)
+    check_targets(base.args, lora)
+    return lora, tree
 
 
 def save_adapter(folder: Path, base: Checkpoint, lora: LoraArgs, tree: dict[str, Any]) -> None:
     """Write an adapter as a checkpoint of this project, which knows its base."""
     record = AdapterRecord(str(absolute(base.folder)), digest_of(base), lora)
     tree = jax.tree.map(jnp.asarray, tree)
-    save_checkpoint(folder / "checkpoint", tree, base.args, base.tokenizer, adapter=record)
+    save_checkpoint(folder / "checkpoint", tree, base.args, base.tokenizer, chat=base.chat, adapter=record)
     for path in (folder / "checkpoint").iterdir():
         path.rename(folder / path.name)
     (folder / "checkpoint").rmdir()

@@ -1,6 +1,7 @@
 """The interface of checkpoints that a converter reads: any format, in blocks of rows."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from llama_jax.chat.formats import ChatSetup
 from llama_jax.config import ModelArgs
-from llama_jax.convert.layout import Tensor, all_tensors
+from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, all_tensors, blocks
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 
@@ -24,6 +26,8 @@ class Source(Protocol):
     dtypes: dict[str, np.dtype]
     """The type of each tensor of ours, by its name. All layers of a tensor have one type."""
     tokenizer: Tokenizer
+    chat: ChatSetup
+    """Its chat template and end tokens."""
     family: str
     """The model family and layout, for the report."""
     decided: str
@@ -57,6 +61,47 @@ class Source(Protocol):
         Raises UserError at the end of the block.
         """
         ...
+
+
+def is_tied(source: Source, rows: Callable[..., np.ndarray]) -> bool:
+    """Return whether the output matrix of a source is the embeddings, or equals them to the bit.
+
+    ``rows`` reads as ``source.rows`` does. Matrices that are not tied differ in the first row, and no more is read.
+    """
+    if source.args.tie_embeddings:
+        return True
+    dtype = source.dtypes[EMBEDDINGS.name]
+    if source.dtypes[OUTPUT.name] != dtype:
+        return False
+    for start, stop in blocks(EMBEDDINGS, source.args, dtype.itemsize):
+        for end in (start + 1, stop):
+            one, other = (_bits(rows(tensor, 0, start, end)) for tensor in (EMBEDDINGS, OUTPUT))
+            if not np.array_equal(one, other):
+                return False
+        source.release()
+    return True
+
+
+def tie(source: Source) -> None:
+    """Remove the output matrix of a source, which equals its embeddings."""
+    source.args = dataclasses.replace(source.args, tie_embeddings=True)
+    source.dtypes.pop(OUTPUT.name, None)
+
+
+def tied_by_contents(source: Source, rows: Callable[..., np.ndarray]) -> list[str]:
+    """Set ``tie_embeddings`` of a source in Meta's names if its tensors are tied, which params.json does not say.
+
+    Return a remark if they are. ``rows`` reads as ``source.rows`` does. A source without an output matrix is tied.
+    """
+    if not is_tied(source, rows):
+        return []
+    found = f"there is no {OUTPUT.meta}" if source.args.tie_embeddings else f"{OUTPUT.meta} equals {EMBEDDINGS.meta}"
+    tie(source)
+    return [f"{found}: the embeddings are the output matrix too, as in LLaMA 3.2 1B and 3B"]
+
+
+def _bits(rows: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(rows).view(np.uint8)
 
 
 class Block(NamedTuple):

@@ -14,11 +14,12 @@ from llama_jax.build import count_parameters
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Weights
 from llama_jax.convert.checkpoint_source import parts
-from llama_jax.convert.layout import BLOCK_BYTES, all_tensors, blocks, tensors_of
+from llama_jax.convert.layout import BLOCK_BYTES, EMBEDDINGS, all_tensors, blocks, tensors_of
+from llama_jax.convert.llama2c import MODEL, TOKENIZER, written_bytes
 from llama_jax.convert.source import Source, main_type
 from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError, quoted
-from llama_jax.foreign.family import scaling_text
+from llama_jax.foreign.family import constants_of
 from llama_jax.programs import typed
 from llama_jax.storage.files import raw_bytes
 
@@ -37,14 +38,11 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
         "model": f"{count_parameters(args):,} parameters of {main_type(source).name}, {bytes_text(size)}: dim {args.dim}, "
         f"{args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} kv heads, hidden {args.hidden_width}",
         "constants": ", ".join(
-            filter(
-                None,
-                (
-                    f"norm_eps {args.norm_eps:g}, rope_theta {args.rope_theta:g}",
-                    scaling_text(args),
-                    f"context {args.max_seq_len:,}",
-                ),
-            )
+            [
+                f"norm_eps {args.norm_eps:g}, rope_theta {args.rope_theta:g}",
+                *constants_of(args),
+                f"context {args.max_seq_len:,}",
+            ]
         ),
         "tokenizer": f"{source.tokenizer.model_path}, {source.tokenizer.vocab_size:,} tokens",
         "output": f"{output if output != Path() else '(none given)'}, as {to}{f' with {weights} matrices' if weights != 'auto' else ''}",
@@ -52,6 +50,7 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
     }
     if len(set(source.dtypes.values())) > 1:
         rows["types"] = f"{types_text(source)}: each is kept"
+    rows |= {"chat": _chat_text(source)} if source.chat.template or source.chat.end_ids else {}
     for name, text in rows.items():
         print(f"{name:>10}  {text}")
     if source.unknown:
@@ -60,6 +59,14 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
         )
     for warning in source.warnings:
         print(f"{'warning':>10}  {warning}")
+
+
+def _chat_text(source: Source) -> str:
+    """Return what is kept about conversations."""
+    template = source.chat.template
+    texts = [f"a chat template of {len(template):,} characters"] if template else []
+    ends = [f"{quoted(source.tokenizer.piece(i), 40)} ({i})" for i in source.chat.end_ids]
+    return "; ".join(texts + ([f"a text ends with {' or '.join(ends)}"] if ends else []))
 
 
 def weight_bytes(source: Source) -> int:
@@ -78,9 +85,14 @@ def types_text(source: Source) -> str:
     return "; ".join([*rarer, f"{main.name} in all others"])
 
 
-def stored_bytes(source: Source, weights: Weights) -> int:
+def stored_bytes(source: Source, to: str, weights: Weights) -> int:
     """Return the bytes of all parameters in the form that will be written."""
-    return bytes_of([jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts(source, weights)])
+    if to == "llama2c":
+        return written_bytes(source)
+    size = bytes_of([jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts(source, weights)])
+    if to == "meta" and source.args.tie_embeddings:  # whose files have the output matrix too
+        size += math.prod(EMBEDDINGS.matrix(source.args)) * source.dtypes[EMBEDDINGS.name].itemsize
+    return size
 
 
 def peak_bytes(source: Source) -> int:
@@ -88,20 +100,27 @@ def peak_bytes(source: Source) -> int:
     return BASE_BYTES + BLOCKS_HELD * min(2 * BLOCK_BYTES, weight_bytes(source))
 
 
-def check_space(source: Source, output: Path, weights: Weights, dry_run: bool) -> None:
+def disk_for(output: Path, need: int) -> tuple[Path, int, bool]:
+    """Return the nearest folder of ``output`` that exists, its free bytes, and whether ``need`` bytes fit there."""
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return place, free, free >= need * 1.01 + 10_000_000
+
+
+def check_space(source: Source, output: Path, to: str, weights: Weights, dry_run: bool) -> None:
     """Print the disk space needed and free, and the time to expect.
 
     Raises UserError if there is too little space. A dry run only prints, since the conversion may be on another
     machine.
     """
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
-    need, free = stored_bytes(source, weights), shutil.disk_usage(place).free
+    need = stored_bytes(source, to, weights)
+    place, free, fits = disk_for(output, need)
     print(f"{'disk':>10}  {bytes_text(need)} needed, {bytes_text(free)} free")
     if dry_run:
         return
-    if free < need * 1.01 + 10_000_000:
+    if not fits:
         raise UserError(
             f"{output}: expected {bytes_text(need)} of free disk, found {bytes_text(free)}; free some, or choose another disk"
         )
@@ -133,8 +152,8 @@ def print_table(source: Source) -> None:
 def close_dry_run() -> None:
     """Print what has been checked."""
     print(
-        "all tensors are there, with the right shapes; nothing was written and no value was read: a conversion also finds damage "
-        "and numbers that are not finite"
+        "all tensors are there, with the right shapes; nothing was written and no value was read, except to compare copies: "
+        "a conversion also finds damage and numbers that are not finite"
     )
 
 
@@ -151,6 +170,7 @@ def close(
         "llama-jax": f'{typed("sample")} --ckpt {shlex.quote(str(output))} "Once upon a time"',
         "huggingface": f"AutoModelForCausalLM.from_pretrained({str(output)!r})",
         "meta": f"torch.load({str(output / 'consolidated.00.pth')!r}, weights_only=True)",
+        "llama2c": f"./run {shlex.quote(str(output / MODEL))} -z {shlex.quote(str(output / TOKENIZER))}, in llama2.c's folder",
     }
     print(f"now try:\n  {commands[to]}")
     for warning in warnings:

@@ -52,9 +52,13 @@ class TensorFiles:
         """Return the type and shape of a tensor."""
         return self.files[self.places[name]].tensors[name]
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return rows ``start`` to ``stop`` of a tensor as an array on the mapped file."""
-        return self.files[self.places[name]].read(name, start, stop)
+    def read(self, name: str, start: int, stop: int, verify: bool = True) -> np.ndarray:
+        """Return rows ``start`` to ``stop`` of a tensor as an array on the mapped file.
+
+        ``verify`` is that of TorchFile.read. Safetensors have no checksums.
+        """
+        file = self.files[self.places[name]]
+        return file.read(name, start, stop, verify) if isinstance(file, TorchFile) else file.read(name, start, stop)
 
     def origin(self, name: str) -> str:
         """Return the name of a tensor, and its file if there are several."""

@@ -7,6 +7,7 @@ size of the file. Keys are strings, and nothing that may be nested is ever hashe
 """
 
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.config_json import QUANTIZED
 
 # LLaMA 2 70B's pickles have about 200 kB.
 MAX_BYTES = 2_000_000
@@ -246,6 +248,10 @@ class _Machine:
             self._refuse("expected a module and a name, found neither")
         name = b".".join(lines).decode("latin-1")
         if name not in GLOBALS:
+            if re.fullmatch(r"torch\.(Byte|Char|Short|Int|Long|Q\w+)Storage", name):
+                self._refuse(
+                    f"expected floats, found a reference to {quoted(name)}, as of quantized matrices; {QUANTIZED}"
+                )
             self._refuse(
                 f"expected weights only, found a reference to {quoted(name)}, which is not run; if the source is one that "
                 "you trust, load the file with torch and save its state_dict alone"

@@ -14,7 +14,7 @@ from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
 from llama_jax.data.corpus import WithHeldOut
 from llama_jax.data.finding import Text, as_before, find_text, origin_of, write_stories
-from llama_jax.data.manifest import MANIFEST, TOKENIZER, read_manifest, sha256, write_manifest
+from llama_jax.data.manifest import MANIFEST, TOKENIZER, read_manifest, write_manifest
 from llama_jax.data.mixing import load_mixture, open_mixture
 from llama_jax.data.opened import AnyData, Data, MixedData
 from llama_jax.data.origin import Origin, difference
@@ -28,7 +28,7 @@ from llama_jax.data.vocabulary import Sentences
 from llama_jax.data.workers import Run, run_tasks
 from llama_jax.errors import UserError
 from llama_jax.storage.files import is_address, write_atomically
-from llama_jax.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.tokenizer import Tokenizer, is_kept, keep_tokenizer, kept_tokenizer, train_tokenizer
 
 __all__ = [
     "AnyData", "Data", "MixedData", "Origin", "Text", "difference", "encode_text", "find_text", "load_data", "open_data", "open_tokens", "origin_of",
@@ -106,7 +106,7 @@ def _open_one(args: DataArgs, folder: Path, tokenizer_path: Path) -> Data:
         tokens = open_pretokenized(args, files, read_manifest(folder))
     else:
         tokens = open_tokens(folder)
-    return Data(tokens, Tokenizer(tokenizer_path), args.filepath or f"{args.stories:,} built-in stories")
+    return Data(tokens, kept_tokenizer(tokenizer_path), args.filepath or f"{args.stories:,} built-in stories")
 
 
 def encode_text(
@@ -202,14 +202,14 @@ def _refuse(found: str) -> None:
 def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, begun: bool) -> Tokenizer:
     """Return the tokenizer that the user gives, the one at ``path`` if it still fits, or a new one."""
     given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
-    if (begun or _is_vocabulary_of(args, text.corpus, known)) and path.exists():
-        kept = Tokenizer(path)
-        if given is not None and given.model_bytes != kept.model_bytes:
+    if (begun or _is_vocabulary_of(args, text.corpus, known)) and is_kept(path):
+        kept = kept_tokenizer(path)
+        if given is not None and given.digest != kept.digest:
             raise UserError(
                 f"data.tokenizer_model_path: expected the tokenizer that {path} holds, found another in "
                 f"{args.tokenizer_model_path}; choose another --train.save-dir"
             )
-        if known is None or known.tokenizer_sha256 == sha256(kept.model_bytes):
+        if known is None or known.tokenizer_sha256 == kept.digest:
             return kept
         if begun:
             raise UserError(
@@ -220,11 +220,11 @@ def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, beg
             f"warning: {path}: expected the tokenizer that made these tokens, found another: trained again", flush=True
         )
     if given is not None:
-        made = _save(given, path)
+        made = keep_tokenizer(given, path)
     else:
         with working(f"training a vocabulary of {args.vocab_size:,} tokens"):
             made = train_tokenizer(Sentences(text.corpus.parts("train")), args.vocab_size, path)
-    if begun and known is not None and known.tokenizer_sha256 not in ("", sha256(made.model_bytes)):
+    if begun and known is not None and known.tokenizer_sha256 not in ("", made.digest):
         path.unlink()
         raise UserError(
             f"{path}: expected the tokenizer that the run began with, found none, and a newly trained one differs; restore it "
@@ -243,9 +243,9 @@ def _load_prepared(
 ) -> Data:
     """Open tokens made by ``prepare``. The run gets copies of their tokenizer and manifest, out of ``prepared``."""
     where = _without_home(args.filepath)
-    tokens, tokenizer = open_tokens(where, args.cache_gb), Tokenizer(prepared / TOKENIZER)
+    tokens, tokenizer = open_tokens(where, args.cache_gb), kept_tokenizer(prepared / TOKENIZER)
     manifest = tokens.manifest
-    if manifest.tokenizer_sha256 != sha256(tokenizer.model_bytes):
+    if manifest.tokenizer_sha256 != tokenizer.digest:
         raise UserError(
             f"{where}: expected the tokenizer.model that made these tokens, found another; prepare them again"
         )
@@ -259,18 +259,18 @@ def _load_prepared(
             raise UserError(
                 f"data.{name}: expected {made!r}, with which the tokens in {where} were prepared, found {asked!r}; prepare them again"
             )
-    others = [Path(args.tokenizer_model_path)] if args.tokenizer_model_path else []
-    for other in [*others, *([path] if begun and path.exists() else [])]:
-        if Tokenizer(other).model_bytes != tokenizer.model_bytes:
+    others = [Tokenizer(args.tokenizer_model_path)] if args.tokenizer_model_path else []
+    for other in [*others, *([kept_tokenizer(path)] if begun and is_kept(path) else [])]:
+        if other.digest != tokenizer.digest:
             raise UserError(
-                f"data.filepath: expected tokens of {other}, found tokens of another tokenizer in {where}; "
+                f"data.filepath: expected tokens of {other.model_path}, found tokens of another tokenizer in {where}; "
                 "prepare the text with that one"
             )
     known = _known(folder, begun, began_with)
     if begun and known is not None:
         _refuse(difference(known, manifest.origin))
     write_atomically(folder / MANIFEST, (prepared / MANIFEST).read_bytes())
-    return Data(tokens, _save(tokenizer, path), where, notes=tokens.notes)
+    return Data(tokens, keep_tokenizer(tokenizer, path), where, notes=tokens.notes)
 
 
 def _without_home(filepath: str) -> str:
@@ -288,9 +288,4 @@ def _load_pretokenized(
         _refuse(difference(known, tokens.manifest.origin))
     folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder, tokens.manifest)
-    return Data(tokens, _save(Tokenizer(args.tokenizer_model_path), path), args.filepath)
-
-
-def _save(tokenizer: Tokenizer, path: Path) -> Tokenizer:
-    write_atomically(path, tokenizer.model_bytes)
-    return tokenizer
+    return Data(tokens, keep_tokenizer(Tokenizer(args.tokenizer_model_path), path), args.filepath)

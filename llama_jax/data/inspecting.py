@@ -17,7 +17,7 @@ from llama_jax.config import DataArgs
 from llama_jax.data.counting import HEAD_TOKENS, Documents, Texts, Tokens
 from llama_jax.data.finding import Text, find_text
 from llama_jax.data.lost import Losses
-from llama_jax.data.manifest import TOKENIZER, read_manifest, sha256
+from llama_jax.data.manifest import TOKENIZER, read_manifest
 from llama_jax.data.parts import SPLITS
 from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
 from llama_jax.data.reading import Read, ReadingArgs, check_text, files_of, read_parts
@@ -30,7 +30,7 @@ from llama_jax.data.tokens import TokenSet, open_tokens
 from llama_jax.errors import UserError, quoted
 from llama_jax.programs import typed
 from llama_jax.storage.locations import on_disk
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import Tokenizer, is_kept, kept_tokenizer
 
 # Limits of a batch, which is encoded at once: parts and bytes.
 PARTS_AT_ONCE, BYTES_AT_ONCE = 2048, 1 << 22
@@ -44,7 +44,7 @@ class InspectArgs(ReadingArgs):
     """Count what a corpus holds, all of it: nothing is held out. A folder of prepared tokens can be inspected, too."""
 
     tokenizer_model_path: str = ""
-    """Path of a SentencePiece model, by which tokens are counted. Empty: count bytes alone."""
+    """Path of a tokenizer (a file, or a folder of its files), by which tokens are counted. Empty: count bytes alone."""
     json: bool = False
     """Print one JSON object on standard output, and all else on standard error."""
     picture: str = ""
@@ -156,10 +156,11 @@ def _tokenizer_of(args: DataArgs, prepared: Path) -> Tokenizer:
                 f"--{name.replace('_', '-')}: expected none, as {prepared} holds tokens, found {quoted(getattr(args, name))}; leave it out"
             )
     path = prepared / TOKENIZER
-    tokenizer = Tokenizer(path if path.exists() or not args.tokenizer_model_path else args.tokenizer_model_path)
+    is_ours = is_kept(path) or not args.tokenizer_model_path
+    tokenizer = kept_tokenizer(path) if is_ours else Tokenizer(args.tokenizer_model_path)
     given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else tokenizer
     manifest = read_manifest(prepared)
-    if manifest is not None and {sha256(t.model_bytes) for t in (tokenizer, given)} != {manifest.tokenizer_sha256}:
+    if manifest is not None and {t.digest for t in (tokenizer, given)} != {manifest.tokenizer_sha256}:
         raise UserError(
             f"--tokenizer-model-path: expected the tokenizer that made the tokens in {prepared}, found another; leave it out"
         )

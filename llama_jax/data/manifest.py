@@ -13,6 +13,7 @@ from llama_jax.data.origin import Origin
 from llama_jax.data.parts import SPLITS, TextFile
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import write_atomically
+from llama_jax.tokenizer import Tokenizer
 
 VERSION = 3
 # This version had no checksums, and found other documents if there was a separator.
@@ -82,6 +83,9 @@ class Manifest:
     empty_records: int = 0
     made_by: str = ""  # the programs that made the token files, if others did
     shards: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # tokens of each shard; empty: one file
+    tokenizer_files: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # digests of its files; empty: TOKENIZER alone
     tokens_sha256: str = ""  # what a run that began with an earlier version knows its tokens by
 
     @property
@@ -93,6 +97,11 @@ class Manifest:
             self.eval_source, self.eval_files,
         )  # fmt: skip
 
+    @property
+    def digests_of_tokenizer(self) -> dict[str, str]:
+        """The SHA-256 of each file of the tokenizer, by its name."""
+        return self.tokenizer_files or {TOKENIZER: self.tokenizer_sha256}
+
     def shard_tokens(self, split: str) -> list[int]:
         """Return the number of tokens of each file of a split."""
         return self.shards.get(split) or [self.tokens[split]]
@@ -100,6 +109,11 @@ class Manifest:
     def lossy(self, split: str) -> bool:
         """Return whether decoding the tokens of a split loses some of its text."""
         return self.counts is not None and bool(self.counts.lost_bytes[split] or self.counts.unknown[split])
+
+
+def digests_of_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the digests of a tokenizer's files by their names. Empty: it is tokenizer.model alone."""
+    return {} if [*tokenizer.files] == [TOKENIZER] else {name: sha256(raw) for name, raw in tokenizer.files.items()}
 
 
 def sha256(content: bytes) -> str:
@@ -149,7 +163,10 @@ def parse_manifest(content: bytes, folder: str, is_ours: bool = False) -> Manife
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json."""
-    write_atomically(folder / MANIFEST, _sealed(dataclasses.asdict(manifest)))
+    table = dataclasses.asdict(manifest)
+    if not manifest.tokenizer_files:  # as earlier versions write it
+        del table["tokenizer_files"]
+    write_atomically(folder / MANIFEST, _sealed(table))
 
 
 def _sealed(table: dict[str, Any]) -> bytes:

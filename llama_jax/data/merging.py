@@ -19,7 +19,7 @@ from llama_jax.programs import typed
 from llama_jax.storage.files import remove_leftovers
 from llama_jax.storage.locations import on_disk
 from llama_jax.storage.owner import owning
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import kept_tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def merge(output: Path) -> None:
         if manifest is not None and not parts:
             print(f"{output}: holds these tokens already, whole")
             tokens = open_tokens(output)
-            report(Data(tokens, Tokenizer(output / TOKENIZER), manifest.source), output)
+            report(Data(tokens, kept_tokenizer(output / TOKENIZER), manifest.source), output)
             return
         if len(parts) != 1:
             raise UserError(
@@ -70,7 +70,7 @@ def _merged(folder: Path, output: Path) -> Data:
         )
     args = from_dict(DataArgs, about["data"], str(folder / ABOUT))
     text = find_text(args, output)
-    tokenizer = Tokenizer(output / TOKENIZER)
+    tokenizer = kept_tokenizer(output / TOKENIZER)
     job = job_of_parts(args, text, tokenizer, output)
     if missing := missing_parts(job):
         raise UserError(

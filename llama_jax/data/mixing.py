@@ -17,7 +17,7 @@ from llama_jax.data.tokens import find_prepared
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError
 from llama_jax.storage.files import write_atomically
-from llama_jax.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.tokenizer import Tokenizer, is_kept, kept_tokenizer, train_tokenizer
 
 # What the vocabulary of a mixture was trained on.
 VOCABULARY = "vocabulary.json"
@@ -41,21 +41,21 @@ def load_mixture(
     sources = {}
     for name in args.mixture:
         print(f"source {name}", flush=True)
-        given = replace(source_args(args, name), tokenizer_model_path=str(tokenizer.model_path))
+        given = replace(source_args(args, name), tokenizer_model_path=str(tokenizer.place))
         known = began_with.get(name)
         sources[name] = load(given, folder_of(folder, name), begun and known is not None, known)
-    return MixedData(sources, shares_of(args), Tokenizer(tokenizer_path))
+    return MixedData(sources, shares_of(args), kept_tokenizer(tokenizer_path))
 
 
 def open_mixture(
     args: DataArgs, folder: Path, tokenizer_path: Path, open_source: Callable[[DataArgs, Path], Data]
 ) -> MixedData:
     """Open the data that another process's ``load_mixture`` made."""
-    opened = {}
+    opened, tokenizer = {}, kept_tokenizer(tokenizer_path)
     for name in args.mixture:
-        given = replace(source_args(args, name), tokenizer_model_path=str(tokenizer_path))
+        given = replace(source_args(args, name), tokenizer_model_path=str(tokenizer.place))
         opened[name] = open_source(given, folder_of(folder, name))
-    return MixedData(opened, shares_of(args), Tokenizer(tokenizer_path))
+    return MixedData(opened, shares_of(args), tokenizer)
 
 
 def source_args(args: DataArgs, name: str) -> DataArgs:
@@ -76,9 +76,9 @@ def _tokenizer(args: DataArgs, folder: Path, path: Path, begun: bool) -> Tokeniz
     for name in args.mixture:
         if (prepared := find_prepared(name)) is not None:
             print(f"the tokenizer of {name} is that of all sources", flush=True)
-            return Tokenizer(prepared / TOKENIZER)
-    if begun and path.exists():
-        return Tokenizer(path)  # each source's tokens tell whether it is the one that they began with
+            return kept_tokenizer(prepared / TOKENIZER)
+    if begun and is_kept(path):
+        return kept_tokenizer(path)  # each source's tokens tell whether it is the one that they began with
     return _trained(args, folder, path)
 
 
@@ -97,7 +97,7 @@ def _trained(args: DataArgs, folder: Path, path: Path) -> Tokenizer:
         pass
     with working(f"training a vocabulary of {args.vocab_size:,} tokens on {len(corpora)} sources"):
         tokenizer = train_tokenizer(_sentences(corpora, shares), args.vocab_size, path)
-    table = {"trained_on": key, "tokenizer_sha256": sha256(tokenizer.model_bytes)}
+    table = {"trained_on": key, "tokenizer_sha256": tokenizer.digest}
     write_atomically(folder / VOCABULARY, json.dumps(table))
     return tokenizer
 

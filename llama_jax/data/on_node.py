@@ -84,11 +84,10 @@ def _check_shared(work: Wanted, task: int) -> None:
     job = work.job
     if not (job.folder / work.mark).exists():
         raise _not_shared(job.folder.parent, "", "--output")
-    try:
-        same = sha256(job.tokenizer.read_bytes()) == work.tokenizer_sha256
-    except OSError as error:
-        raise _not_shared(job.tokenizer, error.strerror or "") from None
-    if not same:
+    if not job.tokenizer.exists():
+        raise _not_shared(job.tokenizer, "No such file or directory")
+    if _tokenizer(job.tokenizer, work.tokenizer_sha256).digest != work.tokenizer_sha256:
+        _tokenizer.cache_clear()
         raise _not_shared(job.tokenizer, "another tokenizer")
     with contextlib.suppress(OSError):  # a file that is named by its full path needs no folder
         os.chdir(work.here)

@@ -24,7 +24,6 @@ from typing import Any
 
 from llama_jax.cli.progress import duration
 from llama_jax.data.encode import Job, read_result
-from llama_jax.data.manifest import sha256
 from llama_jax.data.on_node import Wanted, encode_on_node, version
 from llama_jax.data.workers import KEPT, Process, Run, Said, answering, running_process
 from llama_jax.errors import UserError
@@ -156,7 +155,7 @@ def _marked(job: Job, tasks: Sequence[int]) -> Iterator[Wanted]:
     mark.touch()
     files = tuple((place, "" if place.is_remote else place.mark()) for place in job.corpus.places)
     try:
-        yield Wanted(job, tuple(tasks), mark.name, os.getcwd(), sha256(job.tokenizer.read_bytes()), files)
+        yield Wanted(job, tuple(tasks), mark.name, os.getcwd(), Tokenizer(job.tokenizer).digest, files)
     finally:
         mark.unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from llama_jax.config import DataArgs
 from llama_jax.data import find_text
 from llama_jax.data.encode import Job, read_result
 from llama_jax.data.finding import Text
-from llama_jax.data.manifest import TOKENIZER, UNFINISHED, read_manifest, sha256
+from llama_jax.data.manifest import TOKENIZER, UNFINISHED, read_manifest
 from llama_jax.data.parts import TextFile
 from llama_jax.data.reading import check_text
 from llama_jax.data.shards import RefuseOthers, encode_tasks, job_of
@@ -23,7 +23,7 @@ from llama_jax.errors import UserError
 from llama_jax.programs import typed
 from llama_jax.storage.files import is_address, write_atomically
 from llama_jax.storage.owner import owning
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import Tokenizer, is_kept, keep_tokenizer, kept_tokenizer
 
 FILES = "files.json"
 
@@ -85,7 +85,7 @@ def job_of_parts(args: DataArgs, text: Text, tokenizer: Tokenizer, output: Path)
     """Return the job that all parts share. What its files look like decides whether results belong to it."""
     place = args.filepath if is_address(args.filepath) else os.path.abspath(os.path.expanduser(args.filepath))
     about = {"source": text.source, "data": dataclasses.asdict(dataclasses.replace(args, filepath=place))}
-    made_from = f"{text.corpus.stamp()} {sha256(tokenizer.model_bytes)}"
+    made_from = f"{text.corpus.stamp()} {tokenizer.digest}"
     return job_of(text.corpus, tokenizer, output, made_from, RefuseOthers("--output"), about)
 
 
@@ -123,9 +123,9 @@ def _note_files(text: Text, part: PartOf, folder: Path) -> None:
 
 def _put_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write a copy of the tokenizer, unless it is there. Raises UserError if another one is."""
-    if not path.exists():
-        write_atomically(path, tokenizer.model_bytes)
-    if path.read_bytes() != tokenizer.model_bytes:
+    if not is_kept(path):
+        keep_tokenizer(tokenizer, path)
+    if kept_tokenizer(path).digest != tokenizer.digest:
         raise UserError(
             f"--tokenizer-model-path: expected the tokenizer of the other parts, {path}, found another one in {tokenizer.model_path}; "
             "take that one, or choose another --output"

@@ -13,7 +13,7 @@ from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
 from llama_jax.data import Data, Text, encode_text, find_text, origin_of
 from llama_jax.data.finding import cut_at_end
-from llama_jax.data.manifest import DOCUMENTS, MANIFEST, SUMS, TOKENIZER, UNFINISHED, read_manifest, sha256
+from llama_jax.data.manifest import DOCUMENTS, MANIFEST, SUMS, TOKENIZER, UNFINISHED, read_manifest
 from llama_jax.data.origin import difference
 from llama_jax.data.partial import PartOf, prepare_part
 from llama_jax.data.places import BLOCK_BYTES
@@ -27,11 +27,12 @@ from llama_jax.programs import typed
 from llama_jax.storage.files import remove_leftovers
 from llama_jax.storage.locations import on_disk
 from llama_jax.storage.owner import owning
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import Tokenizer, is_kept, kept_tokenizer
+from llama_jax.tokenizers.files import KEPT
 
 # The --filepath that stands for it.
 STANDARD_INPUT = "-"
-NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, DOCUMENTS, TOKENIZER)
+NAMES = (*(f"{split}.bin" for split in SPLITS), SUMS, DOCUMENTS, *KEPT)
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class PrepareArgs(ReadingArgs):
     It is plain text, JSON lines, parquet or arrow, also compressed, as its bytes tell.
     Of a folder all *.txt and all files of records are read, recursively."""
     tokenizer_model_path: str = ""
-    """Path of a SentencePiece model. Empty: train a BPE vocabulary on the text."""
+    """Path of a tokenizer: tokenizer.model, tokenizer.json, or a folder with them.
+    Empty: train a BPE vocabulary on the text."""
     output: str = ""
-    """Folder to write: train.bin, eval.bin, checksums.bin, tokenizer.model, manifest.json.
+    """Folder to write: train.bin, eval.bin, checksums.bin, the tokenizer's files, manifest.json.
     Tokens of another text in it are never replaced."""
     vocab_size: int = DataArgs.vocab_size
     """Vocabulary size, in tokens, when a tokenizer is trained."""
@@ -121,7 +123,7 @@ def prepare(args: PrepareArgs) -> None:
         if args.filepath == STANDARD_INPUT:
             text = stack.enter_context(_standard_input(data_args, output))
         if _holds(output, text, args, given):
-            data = Data(open_tokens(output), Tokenizer(output / TOKENIZER), text.source, notes=text.notes)
+            data = Data(open_tokens(output), kept_tokenizer(output / TOKENIZER), text.source, notes=text.notes)
             print(f"{output}: holds these tokens already, whole")
         else:
             _check_free(output, given)
@@ -204,7 +206,7 @@ def _holds(output: Path, text: Text, args: PrepareArgs, given: Tokenizer | None)
         text = cut_at_end(text)
     asked = replace(
         origin_of(text),
-        tokenizer_sha256=sha256(given.model_bytes) if given is not None else "",
+        tokenizer_sha256=given.digest if given is not None else "",
         trained_vocab_size=0 if given is not None else args.vocab_size,
     )
     if found := difference(manifest.origin, asked):
@@ -214,7 +216,7 @@ def _holds(output: Path, text: Text, args: PrepareArgs, given: Tokenizer | None)
         )
     try:
         open_tokens(output).check()
-        return (output / TOKENIZER).exists()
+        return is_kept(output / TOKENIZER)
     except UserError as error:
         print(f"warning: {error}: made again", file=sys.stderr)
         (output / UNFINISHED).touch()
@@ -228,7 +230,7 @@ def _check_free(output: Path, given: Tokenizer | None) -> None:
         return
     for path in [*token_files(output), *(output / name for name in NAMES)]:
         name = path.name
-        same = name == TOKENIZER and given is not None and path.is_file() and path.read_bytes() == given.model_bytes
+        same = given is not None and name in given.files and path.is_file() and path.read_bytes() == given.files[name]
         if path.exists() and not same:
             raise UserError(
                 f"--output: expected a new folder, found {path}, which is not this command's; choose another --output"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
-from llama_jax.data.manifest import UNFINISHED, VERSION, Manifest, sha256
+from llama_jax.data.manifest import UNFINISHED, VERSION, Manifest
 from llama_jax.data.parts import SPLITS, HeldOut
 from llama_jax.data.token_files import Examined, JoinedStream, TokenFile, by_split, cut_at, examined, find_token_files
 from llama_jax.data.tokens import TokenSet
@@ -63,7 +63,7 @@ def open_pretokenized(args: DataArgs, files: Sequence[TokenFile], manifest: Mani
             text_sha256=hashlib.sha256(text.encode()).hexdigest(),
             train_size=args.train_size,
             separator="",
-            tokenizer_sha256=sha256(tokenizer.model_bytes),
+            tokenizer_sha256=tokenizer.digest,
             trained_vocab_size=0,
             dtype=parts.train.dtype.str,
             tokens={"train": parts.train.size, "eval": parts.eval.size},

@@ -25,6 +25,7 @@ from llama_jax.data.manifest import (
     SUMS,
     VERSION,
     Manifest,
+    digests_of_files,
     read_manifest,
     sha256,
     write_manifest,
@@ -72,7 +73,7 @@ def prepare(
     unfinished tokens of another text, which are removed without it. ``expected`` is what the tokens must be; raises
     UserError if they are not. ``run`` encodes the tasks.
     """
-    text_sha256, tokenizer_sha256 = corpus.digest(), sha256(tokenizer.model_bytes)
+    text_sha256, tokenizer_sha256 = corpus.digest(), tokenizer.digest
     if (kept := _kept(folder, corpus, tokenizer_sha256, expected)) is not None:
         _check_expected(folder, expected, kept.manifest)
         return kept
@@ -134,7 +135,7 @@ def job_of(
     if not (results / ABOUT).exists():
         write_atomically(results / ABOUT, json.dumps(about))
     dtype = DTYPES[tokenizer.vocab_size > 1 << 16]
-    return Job(corpus, tasks, Path(tokenizer.model_path).absolute(), dtype, results.absolute())
+    return Job(corpus, tasks, Path(tokenizer.place).absolute(), dtype, results.absolute())
 
 
 def unfinished_in(folder: Path) -> list[Path]:
@@ -223,7 +224,8 @@ def join(
             text_sha256=corpus.digest(),
             train_size=corpus.train_size,
             separator=corpus.separator.decode(),
-            tokenizer_sha256=sha256(tokenizer.model_bytes),
+            tokenizer_sha256=tokenizer.digest,
+            tokenizer_files=digests_of_files(tokenizer),
             trained_vocab_size=trained_vocab_size,
             dtype=job.dtype,
             tokens={split: counts[split].tokens for split in SPLITS},

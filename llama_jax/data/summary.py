@@ -46,7 +46,8 @@ def remarks(data: Data) -> list[str]:
     """Return further lines about a text: what was left out, and what may be unintended."""
     manifest = data.tokens.manifest
     skipped = Skipped(manifest.skipped_records, manifest.skipped_examples, manifest.empty_records)
-    lines = [*data.notes, replacement_warning(manifest.replaced_sequences), skipped_warning(skipped)]
+    decided = [f"{data.tokenizer.model_path}: {note}" for note in data.tokenizer.notes]
+    lines = [*data.notes, *decided, replacement_warning(manifest.replaced_sequences), skipped_warning(skipped)]
     if manifest.trained_vocab_size > data.tokenizer.vocab_size:
         lines.append(
             f"vocabulary: {manifest.trained_vocab_size:,} was asked for, and the text has pairs for {data.tokenizer.vocab_size:,}"

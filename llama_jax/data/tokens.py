@@ -26,7 +26,6 @@ from llama_jax.data.manifest import (
     MANIFEST,
     SUMS,
     TOKEN_FILE,
-    TOKENIZER,
     Manifest,
     parse_manifest,
     read_manifest,
@@ -132,10 +131,12 @@ def open_tokens(folder: str | Path, cache_gb: float = DataArgs.cache_gb) -> Toke
     if manifest is None:
         raise UserError(f"{folder}: expected a folder of prepared tokens with manifest.json, found none; make it again")
     dtype = np.dtype(manifest.dtype)
-    tokenizer = folder / TOKENIZER
-    if manifest.block_bytes and tokenizer.exists() and sha256(tokenizer.read_bytes()) != manifest.tokenizer_sha256:
+    for name, digest in manifest.digests_of_tokenizer.items():
+        path = folder / name
+        if not manifest.block_bytes or not path.exists() or sha256(path.read_bytes()) == digest:
+            continue
         raise UserError(
-            f"{tokenizer}: expected the tokenizer that made these tokens, found another, or a damaged one; restore it, or delete "
+            f"{path}: expected the tokenizer that made these tokens, found another, or a damaged one; restore it, or delete "
             f"{folder} and prepare them again"
         )
     sums = _read_sums(folder, manifest)
@@ -179,7 +180,7 @@ def _description_at(address: str) -> _Description | None:
             f"{bucket.name_of(MANIFEST)}: expected tokens with checksums, found those of an earlier version, without; prepare them again"
         )
     folder = cache_folder() / sha256(content)[:16]
-    digests = {MANIFEST: sha256(content), TOKENIZER: manifest.tokenizer_sha256, SUMS: manifest.sha256[SUMS]}
+    digests = {MANIFEST: sha256(content), SUMS: manifest.sha256[SUMS], **manifest.digests_of_tokenizer}
     if DOCUMENTS in manifest.sha256 and sum(manifest.documents.values()) <= FEW_DOCUMENTS:
         digests[DOCUMENTS] = manifest.sha256[DOCUMENTS]
     keep_small_files(bucket, folder, digests)

@@ -177,6 +177,7 @@ def main() -> None:
     tasks = queue.SimpleQueue[int]()
     threading.Thread(target=_read_tasks, args=(sys.stdin.buffer, tasks), daemon=True).start()
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is a process per core already
     tokenizer = Tokenizer(job.tokenizer)
     # Documents are many tuples, none of them in a cycle. To look for cycles in them took a fifth of the time.
     gc.freeze()

@@ -35,7 +35,7 @@ def merge_commands(path: Path) -> str:
         f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(path)!r}).merge_and_unload()"
         f".save_pretrained({str(merged)!r})"
     )
-    return f"{_python(program)} && {convert_command(merged, path.name, Path('BASE/tokenizer.model'))}, with BASE for the base's folder"
+    return f"{_python(program)} && {convert_command(merged, path.name, Path('BASE'))}, with BASE for the base's folder"
 
 
 def _python(program: str) -> str:

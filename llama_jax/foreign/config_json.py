@@ -17,7 +17,7 @@ from llama_jax.foreign.keys import Keys, Neutral, check_arguments, names, take
 from llama_jax.foreign.rope import NO_ROPE, read_rope
 
 NO_BIAS = "this project has biases by attention_bias and mlp_bias alone"
-NO_WINDOW = "this project attends to the whole context"
+NO_WINDOW = "this project attends to the whole context, or to one sliding window in all layers"
 NO_EXPERTS = "this project has no mixtures of experts"
 QUANTIZED = (
     "take the model that it was quantized from, and quantize it here with --weights int8 or int4 of the converter"
@@ -39,10 +39,14 @@ NAMES = {
 READ = names(
     """hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size rms_norm_eps
     max_position_embeddings rope_theta rope_parameters rope_scaling partial_rotary_factor original_max_position_embeddings
-    attention_bias mlp_bias head_dim model_type sliding_window
+    attention_bias mlp_bias head_dim model_type sliding_window use_sliding_window max_window_layers
     layer_types query_pre_attn_scalar tie_word_embeddings torch_dtype dtype bos_token_id eos_token_id transformers_weights
     auto_map"""
 )
+SOFT_CAPS = (
+    "attn_softcap", "attn_soft_cap", "attn_logit_softcap", "attn_logit_softcapping", "final_softcap", "final_logit_softcap",
+    "final_logit_softcapping", "logit_softcap", "logit_softcapping", "logits_soft_cap", "softcap",
+)  # fmt: skip
 NEUTRAL = {
     "hidden_act": Neutral(("silu", "swish"), "this project has SwiGLU alone"),
     "is_causal": Neutral((True,), NO_WINDOW),
@@ -54,18 +58,18 @@ NEUTRAL = {
     "fusion_config": Neutral(({},)),
     "kv_sharing_modes": Neutral(()),
     **dict.fromkeys(("quantization_config", "quantization", "compression_config"), Neutral((), QUANTIZED)),
-    **dict.fromkeys(("qkv_bias", "attn_bias", "use_bias", "use_qkv_bias"), Neutral((False,), NO_BIAS)),
+    **dict.fromkeys(("qkv_bias", "attn_bias", "use_bias", "use_qkv_bias", "add_qkv_bias", "add_bias_linear", "attention_out_bias", "bias"),
+                    Neutral((False,), NO_BIAS)),
     "attention_chunk_size": Neutral((), NO_WINDOW),
-    "use_sliding_window": Neutral((False,), NO_WINDOW),
     **dict.fromkeys(("rope_local_base_freq", "local_rope_theta", "global_rope_theta", "rotary_dim", "no_rope_layers",
                      "no_rope_layer_interval"), Neutral((), NO_ROPE)),
     "rotary_pct": Neutral((1,), NO_ROPE),
     "rope_interleaved": Neutral((False,), NO_ROPE),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap", "clip_qkv", "attention_multiplier",
-                     "attention_scale", "swiglu_limit"), Neutral(())),
+    **dict.fromkeys(SOFT_CAPS, Neutral(())),
+    **dict.fromkeys(("clip_qkv", "attention_multiplier", "attention_scale", "swiglu_limit"), Neutral(())),
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "scale_emb", "scale_depth"), Neutral((1,))),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe", "moe_intermediate_size"), Neutral((0,), NO_EXPERTS)),
-    **dict.fromkeys(("use_qk_norm", "qk_norm", "alibi", "parallel_residual", "use_parallel_residual", "parallel_attn"), Neutral((False,))),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm", "alibi", "parallel_residual", "use_parallel_residual", "parallel_attn"), Neutral((False,))),
 }  # fmt: skip
 IGNORED = names(
     """architectures transformers_version _name_or_path name_or_path _commit_hash initializer_range use_cache pad_token_id
@@ -83,6 +87,13 @@ IGNORED = names(
     num_return_sequences output_scores output_logits return_dict_in_generate encoder_no_repeat_ngram_size
     assistant_confidence_threshold assistant_lookbehind num_assistant_tokens num_assistant_tokens_schedule target_lookbehind"""
 )
+FAMILIES = {"llama": "LLaMA", "mistral": "Mistral"}
+"""The models of transformers that this project runs, by model_type."""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 1 << 17},
+}
+"""Values of keys that are not there, where they are not those of transformers' LLaMA."""
 KEYS = Keys(READ, NEUTRAL, IGNORED)
 # Values to try for Meta's rule of the feed-forward width: Meta's own first, then powers of two.
 MULTIPLIERS = (None, 1.3)
@@ -94,8 +105,8 @@ class Config:
     """The content of config.json."""
 
     args: ModelArgs
-    tied: bool
-    """Whether the output matrix is the embedding matrix, if the files hold only one of the two."""
+    kind: str
+    """Its model_type."""
     warnings: tuple[str, ...]
     unknown: tuple[str, ...]
     """Keys that were not read and may have a meaning."""
@@ -108,10 +119,12 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
     cannot express the model.
     """
     kind = table.get("model_type", "llama")
-    if kind != "llama":
+    if kind not in FAMILIES:
         raise UserError(
-            f"{path}: model_type: expected 'llama', found {quoted(kind)}; this project runs only LLaMA models"
+            f"{path}: model_type: expected 'llama' or 'mistral', found {quoted(kind)}; this project runs only LLaMA models "
+            "and Mistral's of the same shape"
         )
+    table = DEFAULTS[kind] | table
     KEYS.check(table, path)
     dim, heads = take(table, "hidden_size", int, path), take(table, "num_attention_heads", int, path)
     hidden = take(table, "intermediate_size", int, path)
@@ -135,11 +148,14 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
         head_dim=None if head_width * heads == dim else head_dim,
         attention_bias=take(table, "attention_bias", bool, path, False),
         mlp_bias=take(table, "mlp_bias", bool, path, False),
+        tie_embeddings=take(table, "tie_word_embeddings", bool, path, False),
+        sliding_window=take(table, "sliding_window", int, path, None) if kind == "mistral" else None,
     )
     if args.hidden_width != hidden:
         args = dataclasses.replace(args, hidden_dim=hidden)
     check_arguments(args, path, NAMES)
-    _check_heads(table, args, path)
+    _check_windows(table, args, path, kind)
+    _check_heads(table, args, path, kind)
     warnings = list(rope.warnings)
     if max_seq_len > rope.context:
         warnings.append(
@@ -150,8 +166,7 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
         warnings.append(
             "config.json names the model's own code (auto_map): it is not run, and transformers' LLaMA is assumed"
         )
-    tied = take(table, "tie_word_embeddings", bool, path, False)
-    return Config(args, tied, tuple(warnings), tuple(KEYS.unknown(table) + list(rope.unknown)))
+    return Config(args, kind, tuple(warnings), tuple(KEYS.unknown(table) + list(rope.unknown)))
 
 
 def stated(table: dict[str, Any]) -> str:
@@ -164,7 +179,9 @@ def stated(table: dict[str, Any]) -> str:
         "num_key_value_heads",
         "vocab_size",
     )
-    return ", ".join(f"{key} {quoted(table[key], 20)}" if key in table else f"no {key}" for key in keys)
+    shown = [f"{key} {quoted(table[key], 20)}" if key in table else f"no {key}" for key in keys]
+    optional = ("head_dim", "attention_bias", "mlp_bias")
+    return ", ".join(shown + [f"{key} {quoted(table[key], 20)}" for key in optional if table.get(key)])
 
 
 def stored_type(table: dict[str, Any]) -> str:
@@ -189,24 +206,45 @@ def _published_rule(dim: int, hidden: int, path: Path) -> tuple[int, float | Non
     return None
 
 
-def _check_heads(table: dict[str, Any], args: ModelArgs, path: Path) -> None:
-    """Raise UserError if a key about heads or their attention window is not neutral for this model."""
+def _check_heads(table: dict[str, Any], args: ModelArgs, path: Path, kind: str) -> None:
+    """Raise UserError if a key about heads or biases is not neutral for this model."""
     scalar = take(table, "query_pre_attn_scalar", float, path, args.head_width)
     if scalar != args.head_width:
         raise UserError(
             f"{path}: query_pre_attn_scalar: expected {args.head_width}, the features of a head, found {scalar:g}; "
             "this project scales scores by these"
         )
+    for name in ("attention_bias", "mlp_bias") if kind == "mistral" else ():
+        if getattr(args, name):
+            raise UserError(
+                f"{path}: {name}: expected false, found true; transformers' Mistral ignores this key and has no biases: "
+                "delete it, or write the model_type that is meant"
+            )
+
+
+def _check_windows(table: dict[str, Any], args: ModelArgs, path: Path, kind: str) -> None:
+    """Raise UserError if the keys about attention windows contradict each other, or give layers different windows."""
     window = take(table, "sliding_window", int, path, None)
-    if window is not None and window < args.max_seq_len:
+    if kind == "llama" and window is not None and window < args.max_seq_len:
+        advice = f"with --max-seq-len {window}, the window is the context" if window > 0 else "write null"
         raise UserError(
             f"{path}: sliding_window: expected null, or the context of {args.max_seq_len:,} or more, found {window:,}; "
-            f"{NO_WINDOW}: with --max-seq-len {window}, the window is the context"
-            if window > 0
-            else f"{path}: sliding_window: expected null, found {window:,}; {NO_WINDOW}"
+            f"transformers' LLaMA has no window and its Mistral has one (model_type): {advice}"
         )
-    layers = table.get("layer_types") or []
-    if not isinstance(layers, list) or any(kind not in ("full_attention", "attention") for kind in layers):
+    windowed = args.sliding_window is not None
+    uses = take(table, "use_sliding_window", bool, path, windowed)
+    if uses != windowed:
+        expected = "true, as sliding_window says" if windowed else "false, as there is no sliding_window"
         raise UserError(
-            f"{path}: layer_types: expected full_attention in each layer, found {quoted(layers)}; {NO_WINDOW}"
+            f"{path}: use_sliding_window: expected {expected}, found {str(uses).lower()}; transformers' {FAMILIES[kind]} "
+            "ignores this key: delete it, or write sliding_window as it is meant"
+        )
+    full_layers = take(table, "max_window_layers", int, path, 0)
+    if windowed and full_layers:
+        raise UserError(f"{path}: max_window_layers: expected 0 or null, found {full_layers}; {NO_WINDOW}")
+    layers = table.get("layer_types") or []
+    expected_types = ("sliding_attention",) if windowed else ("full_attention", "attention")
+    if not isinstance(layers, list) or any(found not in expected_types for found in layers):
+        raise UserError(
+            f"{path}: layer_types: expected {expected_types[0]} in each layer, found {quoted(layers)}; {NO_WINDOW}"
         )

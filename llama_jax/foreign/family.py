@@ -7,12 +7,13 @@ from llama_jax.rope_scaling import ORIGINAL
 LLAMA3_ROWS = 128_256
 
 
-def family_of(args: ModelArgs, source: str) -> str:
+def family_of(args: ModelArgs, source: str, kind: str = "llama") -> str:
     """Return the family's name with the constants in which a model differs from LLaMA 2's plain form.
 
-    source: the file that has the constants. Example: "LLaMA 3.1: rope_scaling llama3 (factor 8), 8 KV heads, ...".
+    source: the file that has the constants. kind: the model_type, llama or mistral, where a file tells it.
+    Example: "LLaMA 3.1: rope_scaling llama3 (factor 8), 8 KV heads, ...".
     """
-    return f"{_name(args)}: {', '.join(_facts(args))} ({source})"
+    return f"{'Mistral' if kind == 'mistral' else _name(args)}: {', '.join(_facts(args))} ({source})"
 
 
 def is_llama3(args: ModelArgs) -> bool:
@@ -23,6 +24,10 @@ def is_llama3(args: ModelArgs) -> bool:
 def _name(args: ModelArgs) -> str:
     if args.attention_bias or args.mlp_bias or args.head_dim is not None:
         return "LLaMA of other constants"
+    # Mistral 7B. Later than v0.1 it has no window, and differs from LLaMA 3 8B by its vocabulary.
+    shape = args.dim, args.hidden_width, args.n_heads, args.kv_heads
+    if args.sliding_window is not None or (shape == (4096, 14336, 32, 8) and not is_llama3(args)):
+        return "Mistral"
     scaling = args.rope_scaling
     if scaling is not None and scaling["rope_type"] != "llama3":
         return "LLaMA of scaled context"
@@ -40,15 +45,16 @@ def _name(args: ModelArgs) -> str:
 
 
 def _facts(args: ModelArgs) -> list[str]:
-    facts = [scaling_text(args), f"rope_theta {args.rope_theta:g}"]
-    facts.append(f"{args.kv_heads} KV heads" if args.kv_heads != args.n_heads else f"{args.n_heads} heads")
-    if args.head_dim is not None:
-        facts.append(f"head_dim {args.head_dim}")
-    facts += [name for name in ("attention_bias", "mlp_bias") if getattr(args, name)]
-    return [*filter(None, facts), f"{args.vocab_size:,} rows"]
+    heads = f"{args.kv_heads} KV heads" if args.kv_heads != args.n_heads else f"{args.n_heads} heads"
+    return [*constants_of(args), f"rope_theta {args.rope_theta:g}", heads, f"{args.vocab_size:,} rows"]
 
 
-def scaling_text(args: ModelArgs) -> str:
-    """Return the scaling of the rotary embedding in words, or "" if there is none."""
+def constants_of(args: ModelArgs) -> list[str]:
+    """Return the constants that a LLaMA 2 does not have, in words."""
     scaling = args.rope_scaling
-    return "" if scaling is None else f"rope_scaling {scaling['rope_type']} (factor {scaling['factor']:g})"
+    found = [] if scaling is None else [f"rope_scaling {scaling['rope_type']} (factor {scaling['factor']:g})"]
+    if args.head_dim is not None:
+        found.append(f"head_dim {args.head_dim}")
+    found += [name for name in ("attention_bias", "mlp_bias") if getattr(args, name)]
+    found += ["tied embeddings"] if args.tie_embeddings else []
+    return found if args.sliding_window is None else [*found, f"window {args.sliding_window:,}"]

@@ -6,10 +6,11 @@ from pathlib import Path
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.commands import adapter_command, convert_command, merge_commands
 from llama_jax.foreign.config_json import QUANTIZED, read_config
-from llama_jax.foreign.keys import LFS_POINTER, read_json
+from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import (
     ADAPTER,
     CONFIG,
+    ORIGINAL,
     PARAMS,
     SHARD,
     Found,
@@ -20,10 +21,10 @@ from llama_jax.foreign.layouts import (
 )
 from llama_jax.foreign.params_json import check_params
 from llama_jax.foreign.vocabulary import find_tokenizer
+from llama_jax.storage.files import LFS_POINTER
 from llama_jax.storage.locations import children, is_remote
 
 OTHER_FRAMEWORK = "load it with transformers, and save_pretrained it as safetensors"
-ORIGINAL = "take the model that it was made from, as safetensors"
 # A name in a folder of another project, what the folder is, and what to do.
 MARKS = (
     (r"quantize_config\.json", "a model of quantized matrices (GPTQ)", QUANTIZED),
@@ -80,7 +81,7 @@ def hub_hint(path: Path) -> str:
 
 def _model(path: Path, found: Found) -> str:
     """Say what to do about a model in another layout. Raises UserError if it cannot be converted."""
-    if not is_remote(path):
+    if not is_remote(path) and found.layout != "llama2c":
         if found.layout == "huggingface":
             config = read_json(path / CONFIG)
             read_config(config, path / CONFIG, 0)
@@ -89,7 +90,9 @@ def _model(path: Path, found: Found) -> str:
             (consolidated_files if found.layout == "mistral" else shard_files)(path)
             check_params(read_json(path / PARAMS), path / PARAMS)
         find_tokenizer("", path)
-    whose = {"huggingface": "Hugging Face's", "meta": "Meta's", "mistral": "Mistral's"}[found.layout]
+    whose = {"huggingface": "Hugging Face's", "meta": "Meta's", "mistral": "Mistral's", "llama2c": "llama2.c's"}[
+        found.layout
+    ]
     return (
         f"found a model in {whose} layout ({found.decided}); convert it, and give the result: {convert_command(path)}"
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from llama_jax.config import ModelArgs
 from llama_jax.errors import UserError, quoted
+from llama_jax.storage.files import check_downloaded
 
 MAX_LAYERS = 1000
 
@@ -65,12 +66,7 @@ def read_json(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
         raise UserError(f"{path}: expected a JSON file, found none") from None
     if len(raw) > limit:
         raise UserError(f"{path}: expected a JSON file of up to {limit:,} bytes, found a larger one")
-    if raw.lstrip()[:1] == b"<":
-        raise UserError(
-            f"{path}: expected JSON, found an HTML page, as failed downloads leave behind; download it again"
-        )
-    if raw.startswith(LFS_POINTER):
-        raise UserError(f"{path}: expected JSON, found a Git LFS pointer; fetch the file itself with git lfs pull")
+    check_downloaded(raw, str(path))
     twice: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -92,9 +88,6 @@ def read_json(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
             f"{path}: {quoted(twice[0])}: expected the key once, found it twice with different values; delete one"
         )
     return found
-
-
-LFS_POINTER = b"version https://git-lfs"
 
 
 def take(table: dict[str, Any], key: str, kind: type, path: Path | str, default: Any = ...) -> Any:

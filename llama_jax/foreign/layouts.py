@@ -12,9 +12,10 @@ from typing import Any, Literal
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.commands import convert_command, merge_commands
 from llama_jax.foreign.keys import read_json, take
-from llama_jax.storage.locations import children
+from llama_jax.foreign.llama2c import model_files, read_header
+from llama_jax.storage.locations import children, is_remote
 
-Layout = Literal["auto", "huggingface", "meta", "mistral", "llama-jax"]
+Layout = Literal["auto", "huggingface", "meta", "mistral", "llama2c", "llama-jax"]
 CONFIG, PARAMS, ADAPTER = "config.json", "params.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -23,6 +24,7 @@ HUGGING_FACE = (SINGLE, INDEX, *PICKLED)
 CONSOLIDATED, CONSOLIDATED_INDEX = "consolidated.safetensors", "consolidated.safetensors.index.json"
 NUMBERED = re.compile(r"consolidated-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 SHARD = re.compile(r"consolidated\.\d+\.pth", re.ASCII)
+ORIGINAL = "take the model that it was made from, as safetensors"
 # Names of weights in any project.
 WEIGHTS = re.compile(
     r"((model|pytorch_model|consolidated|adapter_model|tf_model|flax_model|lit_model)\b.*"
@@ -37,10 +39,13 @@ MAX_FILES = 1000
 
 @dataclass(frozen=True)
 class Found:
-    """The layout of a folder, the files that decide it, and files of other models next to them."""
+    """The layout of a model, and where it is."""
 
-    layout: Literal["huggingface", "meta", "mistral"]
+    layout: Literal["huggingface", "meta", "mistral", "llama2c"]
     decided: str
+    """The files that decide the layout, and files of other models next to them."""
+    path: Path
+    """The folder, or the file of llama2.c's."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -52,8 +57,12 @@ def is_adapter(folder: Path) -> bool:
 def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
     """Return the layout of ``folder``, complete or not. None if it is of no layout, or not the ``wanted`` one.
 
-    Raises UserError if the folder holds two models and nothing decides between them.
+    ``folder`` may also be a file of llama2.c's. Raises UserError if the folder holds two models and nothing decides
+    between them.
     """
+    if not is_remote(folder) and folder.is_file():
+        header = read_header(folder) if wanted in ("auto", "llama2c") else None
+        return None if header is None else Found("llama2c", f"the header of {folder.name}", folder)
     names = sorted(path.name for path in children(folder))
     shards = [name for name in names if SHARD.fullmatch(name)]
     config = (folder / CONFIG).is_file()
@@ -65,19 +74,31 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
                 "convert the model without it with --layout huggingface, or merge it first (peft's merge_and_unload)"
             )
         decided = f"{CONFIG} and {_some(read or [SINGLE])}, which transformers would load"
-        return Found("huggingface", decided + _not_read(names, [CONFIG, *read]))
+        return Found("huggingface", decided + _not_read(names, [CONFIG, *read]), folder)
     if wanted == "meta" or (wanted == "auto" and shards):
         return Found(
-            "meta", f"{PARAMS} and {_some(shards or ['consolidated.00.pth'])}{_not_read(names, [PARAMS, *shards])}"
+            "meta",
+            f"{PARAMS} and {_some(shards or ['consolidated.00.pth'])}{_not_read(names, [PARAMS, *shards])}",
+            folder,
         )
     mistral = [name for name in names if name in (CONSOLIDATED, CONSOLIDATED_INDEX) or NUMBERED.fullmatch(name)]
     if wanted == "mistral" or (wanted == "auto" and mistral and (folder / PARAMS).is_file()):
         return Found(
-            "mistral", f"{PARAMS} and {_some(mistral or [CONSOLIDATED])}{_not_read(names, [PARAMS, *mistral])}"
+            "mistral", f"{PARAMS} and {_some(mistral or [CONSOLIDATED])}{_not_read(names, [PARAMS, *mistral])}", folder
         )
     if wanted == "auto" and (config or (folder / PARAMS).is_file()):
-        return Found("huggingface", CONFIG) if config else Found("meta", PARAMS)
-    return None
+        return Found("huggingface", CONFIG, folder) if config else Found("meta", PARAMS, folder)
+    return _llama2c(folder) if wanted in ("auto", "llama2c") else None
+
+
+def _llama2c(folder: Path) -> Found | None:
+    """Return llama2.c's model in ``folder``, or None. Raises UserError if there are several."""
+    files = model_files(folder)
+    if len(files) > 1:
+        raise UserError(
+            f"{folder}: expected one model, found several of llama2.c's: {_some([path.name for path in files])}; give the file"
+        )
+    return Found("llama2c", f"the header of {files[0].name}", files[0]) if files else None
 
 
 def weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
@@ -159,7 +180,10 @@ def index_of(folder: Path, files: list[str]) -> dict[str, str]:
 
 
 def _there(folder: Path, name: str, by: Path) -> str:
-    """Return ``name``, which the file ``by`` names, if it is a file of weights in ``folder``. Raises UserError if not."""
+    """Return ``name``, which the file ``by`` names, if it is a file of weights in ``folder``.
+
+    Raises UserError if not.
+    """
     kind = "bin" if by.name == PICKLED[1] or name in PICKLED else "safetensors"
     if not re.fullmatch(rf"[\w.-]+\.{kind}", name, re.ASCII) or not (folder / name).is_file():
         link = (
@@ -184,6 +208,8 @@ def _instead(folder: Path) -> str:
         return f"an adapter (LoRA); merge it into its base: {merge_commands(folder)}"
     if any(re.fullmatch(r"pytorch_model-\d{5}-of-\d{5}\.bin", name) for name in names):
         return f"shards of it without {PICKLED[1]}, which lists them; download that too"
+    if gguf := next((name for name in sorted(names) if name.endswith(".gguf")), None):
+        return f"a model in GGUF ({quoted(gguf, 60)}), which is not read; {ORIGINAL}"
     if CONSOLIDATED in names:
         return f"{CONSOLIDATED}, in Mistral's layout, whose configuration is {PARAMS}; download that too"
     if any(SHARD.fullmatch(path.name) for path in children(folder / "original")):

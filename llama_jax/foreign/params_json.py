@@ -7,7 +7,7 @@ from typing import Any
 
 from llama_jax.config import ModelArgs
 from llama_jax.errors import UserError, quoted
-from llama_jax.foreign.config_json import NO_EXPERTS, NO_WINDOW, QUANTIZED, feed_forward_rule
+from llama_jax.foreign.config_json import NO_EXPERTS, NO_WINDOW, QUANTIZED, SOFT_CAPS, feed_forward_rule
 from llama_jax.foreign.family import LLAMA3_ROWS
 from llama_jax.foreign.keys import Keys, Neutral, check_arguments, names, take
 from llama_jax.rope_scaling import ORIGINAL, RopeScaling
@@ -45,11 +45,10 @@ NEUTRAL = {
     "vision_chunk_size": Neutral((-1,), "this project has no images"),
     "vision_num_cross_attention_layers": Neutral((-1,), "this project has no images"),
     **dict.fromkeys(("vision_args", "vision_encoder"), Neutral((), "this project has no images")),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attn_temperature_tuning"), Neutral((False,))),
+    **dict.fromkeys((*SOFT_CAPS, "attn_temperature_tuning"), Neutral((False,))),
 }  # fmt: skip
 IGNORED = names("max_batch_size model_parallel_size dropout dtype vision_max_num_chunks max_position_embeddings name")
 KEYS = Keys(READ, NEUTRAL, IGNORED)
-FIELDS = frozenset(field.name for field in dataclasses.fields(ModelArgs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +92,10 @@ def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len:
         rope_theta=take(table, "rope_theta", float, path, theta),
         max_seq_len=max_seq_len or take(table, "max_seq_len", int, path, context),
         rope_scaling=scaling,
+        sliding_window=take(table, "sliding_window", int, path, None),
     )
     args = _with_sizes(table, args, path)
     check_arguments(args, path, {})
-    _check_window(table, args, path)
     unknown = KEYS.unknown(table) + (sorted(outer.keys() - {"model"}) if table is not outer else [])
     return Params(args, (*told, *_warnings(table, args, path)), tuple(unknown))
 
@@ -156,6 +155,11 @@ def check_writable(args: ModelArgs) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(args, name):
             raise UserError(f"--to meta: {name}: expected none, since Meta's code has no biases, found it; {advice}")
+    if args.window is not None:
+        raise UserError(
+            f"--to meta: sliding_window: expected none, or the context of {args.max_seq_len:,} positions, since Meta's code has "
+            f"no windows, found {args.window:,}; {advice}"
+        )
 
 
 def _usual_factor(dim: int, n_layers: int) -> float:
@@ -201,15 +205,6 @@ def _with_sizes(table: dict[str, Any], args: ModelArgs, path: Path) -> ModelArgs
                 raise UserError(f"{path}: {key}: expected {args.hidden_dim}, as hidden_dim says, found {hidden}")
             args = dataclasses.replace(args, hidden_dim=hidden)
     return args
-
-
-def _check_window(table: dict[str, Any], args: ModelArgs, path: Path) -> None:
-    """Raise UserError if attention does not see the whole context."""
-    window = take(table, "sliding_window", int, path, None)
-    if window is not None and window < args.max_seq_len and "sliding_window" not in FIELDS:
-        raise UserError(
-            f"{path}: sliding_window: expected null or the context of {args.max_seq_len:,}, found {window:,}; {NO_WINDOW}"
-        )
 
 
 def _warnings(table: dict[str, Any], args: ModelArgs, path: Path) -> list[str]:

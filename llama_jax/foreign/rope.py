@@ -66,7 +66,7 @@ def read_rope(table: dict[str, Any], path: Path, head_width: int, trained: int) 
 
 def write_rope(args: ModelArgs) -> dict[str, Any]:
     """Return the keys of config.json for a model's rotary embedding, as transformers 4 and 5 spell them."""
-    scaling: dict[str, Any] = dict(cast(Any, args.rope_scaling or {}))
+    scaling = dict(cast(dict[str, Any], args.rope_scaling or {}))
     trained = args.max_seq_len
     if scaling.get("rope_type") == "linear" and (args.max_seq_len / scaling["factor"]).is_integer():
         trained = int(args.max_seq_len / scaling["factor"])

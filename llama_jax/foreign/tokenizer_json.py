@@ -15,6 +15,7 @@ from typing import Any
 from llama_jax.errors import quoted
 from llama_jax.sentencepiece_settings import BPE, UNUSED, USER_DEFINED, Settings, piece_types
 from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizers import tiktoken
 
 SPACE = "\u2581"  # SentencePiece's mark of a space
 # Patterns for SentencePiece's remove_extra_whitespaces: leading spaces, repeated spaces, trailing marks.
@@ -61,6 +62,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[dict[str, Any] | None, str]:
         if reader.encode(text) != tokenizer.encode(text, bos=False):
             return None, f"it encodes {quoted(text, 40)} differently"
     return table, ""
+
+
+def tiktoken_json(tokenizer: Tokenizer) -> tuple[dict[str, Any] | None, str]:
+    """Return the table of tokenizer.json for LLaMA 3's tokenizer.model, which puts BOS first. There always is one."""
+    table = tiktoken.table_of(tokenizer.model_bytes, str(tokenizer.model_path))
+    return table | {"post_processor": _bos_first(tokenizer.piece(tokenizer.bos_id), tokenizer.bos_id)}, ""
 
 
 def pipeline(settings: Settings) -> dict[str, Any]:
@@ -154,10 +161,22 @@ def _own_texts(tokenizer: Tokenizer) -> Iterator[str]:
     yield from (f"a{pieces[i]} {pieces[i]}b" for i in range(tokenizer.vocab_size) if not tokenizer.is_text(i))
 
 
+def _bos_first(bos: str, bos_id: int) -> dict[str, Any]:
+    """Return the post-processor that puts BOS before a text."""
+    return {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }  # fmt: skip
+
+
 def _table(tokenizer: Tokenizer) -> dict[str, Any]:
     settings = Settings.of(tokenizer.model_bytes)
     pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
-    bos = pieces[tokenizer.bos_id]
     leading = 1_000_000 if settings.collapse else int(settings.dummy_prefix)  # spaces that decoding drops
     return {
         "version": "1.0",
@@ -165,15 +184,7 @@ def _table(tokenizer: Tokenizer) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [],
         **pipeline(settings),
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
+        "post_processor": _bos_first(pieces[tokenizer.bos_id], tokenizer.bos_id),
         "decoder": {
             "type": "Sequence",
             "decoders": [

@@ -1,6 +1,6 @@
 """Finds the tokenizer that belongs to a folder's weights, and reports files that contradict it.
 
-The folder's own tokenizer.model is used if the tokenizer.json next to it holds the same pieces. Without one,
+The folder's own files are used if tokenizer.model and the tokenizer.json next to it hold the same pieces. Without them,
 tokenizer.model is taken from the folder above, where Meta's downloads have it, unless the weights have another
 vocabulary.
 """
@@ -15,12 +15,14 @@ from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.tokenizer_json import SPACE, merges, pipeline, why_not_written
 from llama_jax.sentencepiece_settings import BPE, Settings
 from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizers.files import ADDED, CONFIG, IDS, MAP, MODEL, TABLE
 
-MODEL, TABLE, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 # Files of other kinds of vocabularies.
 OTHERS = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model")
 # LLaMA 3's file has 9 MB.
-MAX_TABLE = 200_000_000
+MAX_TABLE = 64_000_000
+# More rows without a token are no padding: the tokenizer is another model's.
+MOST_PADDING = 4096
 
 
 def find_tokenizer(given: str, folder: Path) -> tuple[Tokenizer, list[str]]:
@@ -28,42 +30,87 @@ def find_tokenizer(given: str, folder: Path) -> tuple[Tokenizer, list[str]]:
 
     Raises UserError if there is none, or none that is known to be the model's.
     """
-    own, beside = folder / MODEL, folder / TABLE
-    if not given and not own.is_file():
+    if given:
+        tokenizer = Tokenizer(given)
+    elif (folder / MODEL).is_file():
+        tokenizer = _own(folder)
+    elif (folder / TABLE).is_file():
+        try:
+            tokenizer = Tokenizer(folder)
+        except UserError:  # it names no EOS, perhaps; then the folder above may hold the same vocabulary with more
+            if not any((place / MODEL).is_file() for place in _places_above(folder)):
+                raise
+            return _above(folder)
+        return tokenizer, [*_contradictions(folder, tokenizer), *tokenizer.notes]
+    else:
         return _above(folder)
-    tokenizer = Tokenizer(given or own)
-    warnings = [*_contradictions(folder, tokenizer)]
-    if not beside.is_file():
-        return tokenizer, warnings
+    return tokenizer, [
+        *_contradictions(folder, tokenizer), *tokenizer.notes, *_two_files(given, folder, tokenizer)
+    ]  # fmt: skip
+
+
+def _own(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a folder with tokenizer.model: that alone if the files beside it cannot be read."""
     try:
-        pieces, rules = difference(read_json(beside, MAX_TABLE), tokenizer)
+        return Tokenizer(folder)
+    except UserError:
+        for name in (TABLE, CONFIG, MAP, ADDED):
+            try:
+                if (folder / name).is_file():
+                    read_json(folder / name, MAX_TABLE)
+            except UserError:  # it is no JSON, which the warnings tell
+                return Tokenizer(folder / MODEL)
+        raise
+
+
+def _two_files(given: str, folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield how the tokenizer.json beside the weights differs from the tokenizer.model that is given or beside it.
+
+    Raises UserError if two files of the folder have different vocabularies.
+    """
+    beside, model = folder / TABLE, tokenizer if given else None
+    if not beside.is_file():
+        return
+    try:
+        if model is None:
+            model = tokenizer if tokenizer.is_sentencepiece else Tokenizer(folder / MODEL)
+        if not model.is_sentencepiece:
+            return
+        pieces, rules = difference(read_json(beside, MAX_TABLE), model)
     except UserError as error:
-        return tokenizer, [*warnings, str(error)]
+        yield str(error)
+        return
     if pieces and not given:
         raise UserError(
             f"{folder}: expected one vocabulary, found two: {pieces} in {TABLE}, which transformers reads, and in {MODEL}; "
-            f"delete the wrong one, or give the path of one for sentencepiece with --tokenizer"
+            f"delete the wrong one, or give the path of one with --tokenizer"
         )
     if pieces or rules:
-        warnings.append(f"{beside} differs from {given or MODEL}, which is used: {pieces or rules}")
-    return tokenizer, warnings
+        used = given or tokenizer.model_path.name
+        other = MODEL if used == TABLE else TABLE
+        yield f"{folder / other} differs from {used}, which is used: {pieces or rules}"
 
 
-def check_vocabulary(args: ModelArgs, tokenizer: Tokenizer, folder: Path) -> None:
-    """Raise UserError if the tokenizer and the model's embeddings differ in size."""
-    if args.vocab_size == tokenizer.vocab_size:
-        return
+def fit_vocabulary(args: ModelArgs, tokenizer: Tokenizer, folder: Path) -> tuple[Tokenizer, list[str]]:
+    """Return the tokenizer of a model with ``args``, and what to tell if it has not a token per row of the embeddings.
+
+    Rows behind the last token are padding. Added tokens without a row are left out. Raises UserError if other tokens
+    have no row, or so many rows have no token that the tokenizer is another model's.
+    """
+    rows, tokens = args.vocab_size, tokenizer.vocab_size
     advice = "give the model's own tokenizer with --tokenizer"
-    added = sorted({(i, text) for i, text in _added_tokens(folder) if i >= tokenizer.vocab_size})
-    if args.vocab_size > tokenizer.vocab_size and added:
-        advice = (
-            f"the other rows are of added tokens ({', '.join(quoted(text, 30) for _, text in added[:4])}), which this project does "
-            f"not support: remove them with transformers' model.resize_token_embeddings({tokenizer.vocab_size}), and save it"
+    if rows < tokens:
+        fitting = tokenizer.within(rows)
+        return fitting, fitting.notes[len(tokenizer.notes) :]
+    empty = int(tokenizer.absent(rows).sum())
+    if empty > MOST_PADDING:
+        raise UserError(
+            f"{folder}: expected a token for each of the model's {rows:,} rows, or a few without, found {tokens:,} tokens in "
+            f"{tokenizer.model_path}; {advice}"
         )
-    raise UserError(
-        f"{folder}: expected the {tokenizer.vocab_size:,} rows of {tokenizer.model_path}, found {args.vocab_size:,} "
-        f"embeddings; {advice}"
-    )
+    if empty:
+        return tokenizer, [f"{empty:,} of the model's {rows:,} rows have no token: they are padding, and never sampled"]
+    return tokenizer, []
 
 
 def difference(table: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, str]:
@@ -127,10 +174,14 @@ def _same_pipeline(table: dict[str, Any], settings: Settings) -> bool:
     return first is None and any(then == metaspace | {"prepend_scheme": scheme} for scheme in schemes)
 
 
+def _places_above(folder: Path) -> list[Path]:
+    """Return the folder above, and the one above what a link points to."""
+    return list(dict.fromkeys((folder.absolute().parent, folder.resolve().parent)))
+
+
 def _above(folder: Path) -> tuple[Tokenizer, list[str]]:
     """Return the tokenizer of the folder above and warnings. Raises UserError if it belongs to another model."""
-    places = dict.fromkeys((folder.absolute().parent, folder.resolve().parent))
-    found = [place / MODEL for place in places if (place / MODEL).is_file()]
+    found = [place / MODEL for place in _places_above(folder) if (place / MODEL).is_file()]
     beside = folder / TABLE
     if len({path.read_bytes() for path in found}) > 1:
         raise UserError(
@@ -142,13 +193,16 @@ def _above(folder: Path) -> tuple[Tokenizer, list[str]]:
         reason = f"no {MODEL} there or in the folder above"
         if found:
             tokenizer = Tokenizer(found[0])
-            pieces, rules = difference(table, tokenizer)
+            pieces, rules = (
+                difference(table, tokenizer) if tokenizer.is_sentencepiece else ("it is of another kind", "")
+            )
             if not pieces and not rules:
                 note = f"{found[0]}, in the folder above, is used: it agrees with {TABLE} beside the weights"
                 return tokenizer, [note, *_contradictions(folder, tokenizer)]
             reason = f"{found[0]}, in the folder above, to differ: {pieces or rules}"
         raise UserError(
-            f"{folder}: expected {MODEL} beside the weights, found {TABLE} alone, {_kind(table)}, and {reason}; {_way_on(table)}"
+            f"{folder}: expected {CONFIG} beside {TABLE} to name eos_token, found {TABLE} alone, and {reason}; copy the model's own "
+            "files there, or give its tokenizer with --tokenizer"
         )
     others = [name for name in OTHERS if (folder / name).is_file()]
     kind = _text(_small_files(folder)[0].get(CONFIG, {}).get("tokenizer_class"))
@@ -156,36 +210,23 @@ def _above(folder: Path) -> tuple[Tokenizer, list[str]]:
         others.append(f"tokenizer_class {quoted(kind, 40)} in {CONFIG}")
     if others:
         raise UserError(
-            f"{folder}: expected {MODEL}, found another kind of vocabulary ({', '.join(others)}); this project reads "
-            "only SentencePiece's: if the model has one, give its path with --tokenizer"
+            f"{folder}: expected {MODEL} or {TABLE}, found another kind of vocabulary ({', '.join(others)}); this project reads "
+            f"{MODEL} and {TABLE}: if the model has one, give its path with --tokenizer"
         )
     if not found:
         raise UserError(
-            f"{folder}: expected {MODEL} there or in the folder above, found none; give its path with --tokenizer"
+            f"{folder}: expected {MODEL} or {TABLE} there, or {MODEL} in the folder above, found none; give its path with --tokenizer"
         )
     tokenizer = Tokenizer(found[0])
     return tokenizer, [*_contradictions(folder, tokenizer)]
-
-
-def _is_bytewise(table: dict[str, Any]) -> bool:
-    return "ByteLevel" in str(table.get("pre_tokenizer"))
-
-
-def _kind(table: dict[str, Any]) -> str:
-    size = len(_dict(_dict(table.get("model")).get("vocab")))
-    return f"{'a byte-level vocabulary, as LLaMA 3 has,' if _is_bytewise(table) else 'a vocabulary'} of {size:,} pieces"
-
-
-def _way_on(table: dict[str, Any]) -> str:
-    if _is_bytewise(table):
-        return "this project reads only SentencePiece's vocabularies: use a model that has one, such as LLaMA 2"
-    return f"give the path of the model's own {MODEL} with --tokenizer: often it is in the model that this one was tuned from"
 
 
 def _contradictions(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield what the small files next to the weights say about BOS and EOS that the tokenizer does not do."""
     tables, errors = _small_files(folder)
     yield from errors
+    if not tokenizer.is_sentencepiece:
+        return  # the files decide; see Tokenizer.notes
     settings = tables.get(CONFIG, {})
     if settings.get("add_bos_token") is False:
         yield f"{CONFIG} says add_bos_token false: transformers begins a text without BOS, this project with it"
@@ -197,14 +238,15 @@ def _contradictions(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
             ids = number if isinstance(number, list) else [] if number is None else [number]
             if text is not None and text != tokenizer.piece(ours):
                 yield f"{name} has {token}_token {quoted(text, 30)}, the tokenizer {quoted(tokenizer.piece(ours), 30)}, which is used"
+            used = "which is used" if token == "bos" else "which training adds; completions end with the file's"
             if ids and ids != [ours]:
-                yield f"{name} has {token}_token_id {quoted(number, 40)}, the tokenizer {ours}, which is used"
+                yield f"{name} has {token}_token_id {quoted(number, 40)}, the tokenizer {ours}, {used}"
 
 
 def _small_files(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return the files next to the weights that mention tokens, by name, and errors of those that cannot be read."""
     tables, errors = {}, []
-    for name in (CONFIG, "special_tokens_map.json", "generation_config.json", "config.json"):
+    for name in (CONFIG, MAP, ADDED, *IDS):
         if (folder / name).is_file():
             try:
                 tables[name] = read_json(folder / name, MAX_TABLE)
@@ -224,16 +266,3 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def _list(value: Any, kinds: type | tuple[type, ...] = dict) -> list[Any]:
     return [item for item in value if isinstance(item, kinds)] if isinstance(value, list) else []
-
-
-def _added_tokens(folder: Path) -> Iterator[tuple[int, str]]:
-    """Yield the tokens, with ids, that the files of ``folder`` add to a vocabulary."""
-    for name in (TABLE, CONFIG, "added_tokens.json"):
-        try:
-            table = read_json(folder / name, MAX_TABLE)
-        except UserError:
-            continue
-        yield from ((t["id"], _text(t) or "") for t in _list(table.get("added_tokens")) if isinstance(t.get("id"), int))
-        decoder = _dict(table.get("added_tokens_decoder"))
-        yield from ((int(i), _text(t) or "") for i, t in decoder.items() if i.isdecimal() and len(i) < 12)
-        yield from ((i, text) for text, i in table.items() if name == "added_tokens.json" and isinstance(i, int))

@@ -1,9 +1,10 @@
 """Generation: a loaded model, its logits, and completions of prompts."""
 
 import functools
+import itertools
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,25 +14,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.build import make_model
-from llama_jax.checkpoint.adapted import Found
+from llama_jax.chat.formats import ChatFormat, ChatSetup, choose
+from llama_jax.chat.messages import Message, as_messages
+from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
+from llama_jax.convert.once import open_model
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.sharding import make_mesh
 from llama_jax.errors import UserError, quoted
-from llama_jax.generation.chat import Message, encode_dialog
 from llama_jax.generation.decode import Row, logits_of_tokens
+from llama_jax.generation.grammar import check_schema
+from llama_jax.generation.infill import encode_infill, with_infill_end
 from llama_jax.generation.loading import fitting_mesh, load_parameters
 from llama_jax.generation.passes import Engine, OnProgress
 from llama_jax.generation.prompts import pasted
 from llama_jax.generation.rows import Completion as Completion
-from llama_jax.generation.rows import not_finite
-from llama_jax.generation.sampling import check_bias
+from llama_jax.generation.rows import echoed, not_finite
+from llama_jax.generation.sampling import check_tokens
 from llama_jax.generation.serving import for_generation
 from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import Tokenizer, clean
 
 # The draft that needs no second model, and the maximum number of tokens to draft at a time.
 LOOKUP, MOST_GUESSES = "lookup", 64
@@ -52,11 +57,17 @@ class Model:
     """The source of drafted tokens (speculative.py)."""
     source: str = "the model"
     """The checkpoint that it was loaded from, for error messages."""
+    end_ids: tuple[int, ...] = ()
+    """The tokens that end a completion. Empty: EOS."""
+    setup: ChatSetup = ChatSetup()
+    """The part of its checkpoint that is about conversations."""
+    chat_template: str = ""
+    """The name or file of a chat template to use instead of the model's own. Empty: its own."""
 
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Path | WholeModel,
         compute_dtype: DType = "auto",
         weights: Weights = "auto",
         cache: Cache = "auto",
@@ -65,15 +76,19 @@ class Model:
         draft_tokens: int = 4,
         exact: bool = False,
         adapter: str | Path = "",
+        chat_template: str = "",
     ) -> "Model":
-        """Load a model; see ``llama_jax.load``. Matrices are kept in compute_dtype or quantized."""
+        """Load a model; see ``llama_jax.load``. Matrices are kept in compute_dtype or quantized.
+
+        A checkpoint that is open already is not opened again, which would read its tokenizer twice.
+        """
         use_compilation_cache()
         if note := skip_absent_tpu("computing"):
             print(note, file=sys.stderr, flush=True)
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
-        found = Found.find(path, adapter)
+        found = path if isinstance(path, WholeModel) else open_model(path, adapter)
         weights = found.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
         module = make_model(found.args, compute_dtype, mesh=laid, exact=exact)
@@ -81,8 +96,18 @@ class Model:
             laid = fitting_mesh(found.base, module, weights)
         params = load_parameters(found.base, module, laid, weights, found.adapter)
         guesser = load_draft(draft, draft_tokens, compute_dtype, found, laid) if draft else None
-        source = str(found.folder)
-        return cls(found.args, params, found.tokenizer, module, CACHE_DTYPES[cache], guesser, source)
+        return cls(
+            found.args,
+            params,
+            found.tokenizer,
+            module,
+            CACHE_DTYPES[cache],
+            guesser,
+            str(found.folder),
+            found.chat.end_ids,
+            found.chat,
+            chat_template,
+        )
 
     def logits(self, token_ids: Any) -> jax.Array:
         """Return the logits of the token after each position: int [B, T] -> float32 [B, T, V].
@@ -129,19 +154,68 @@ class Model:
         """
         if isinstance(prompts, str):
             raise UserError("prompts: expected a list of strings, found one string; put it in a list")
-        return self.generate_ids([self.encode(prompt) for prompt in prompts], args, on_progress)
+        texts = list(prompts)
+        return self._complete(
+            [self.encode(text) for text in texts], [(clean(text), "") for text in texts], args, on_progress
+        )
+
+    def infill(
+        self,
+        gaps: Iterable[tuple[str, str]],
+        args: SampleArgs | Sequence[SampleArgs] = SampleArgs(),
+        on_progress: OnProgress | None = None,
+    ) -> list[Completion]:
+        """Return what stands between the texts of each gap (prefix, suffix), by a model with Code Llama's vocabulary.
+
+        A completion also ends at <EOT>. With ``echo``, its text is the whole: prefix, completion, suffix. The other
+        arguments are those of ``generate``. Raises UserError if the vocabulary has no tokens for infilling.
+
+        Example:
+            (middle,) = model.infill([("def add(a, b):\\n", "\\n    return c")])
+        """
+        texts = list(gaps)
+        if not all(isinstance(gap, tuple | list) and len(gap) == 2 for gap in texts):
+            raise UserError(f"gaps: expected pairs of texts (prefix, suffix), found {quoted(texts)}")
+        settings = settings_of(args, len(texts))
+        ids = [encode_infill(self.tokenizer, *gap, one.infill_format) for gap, one in zip(texts, settings, strict=True)]
+        ended = [with_infill_end(one, self.tokenizer) for one in settings]
+        return self._complete(ids, texts, ended, on_progress)
 
     def chat(
-        self, messages: Sequence[Message], args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
+        self,
+        messages: Sequence[Message | Mapping[str, str]],
+        args: SampleArgs = SampleArgs(),
+        on_progress: OnProgress | None = None,
     ) -> Completion:
-        """Return the answer to a conversation in the format of Meta's chat models.
+        """Return the answer to a conversation, in the format that the model was tuned on.
 
-        ``messages`` are an optional system message, then user and assistant in turn, the last one from the user. Raises
-        UserError if they are not.
+        ``messages`` are Messages or {"role": ..., "content": ...}: usually an optional system message, then user and
+        assistant in turn, the last one from the user. Raises UserError if the model has no chat template, or the
+        template does not take them.
         """
         check_one(args, "an answer")
-        (completion,) = self.generate_ids([encode_dialog(self.tokenizer, messages)], args, on_progress)
+        rows = self.rows([self.encode_chat(messages)], args)
+        (completion,) = self.completions(rows, on_progress, self.turn_end_ids)
         return stripped(completion)
+
+    def encode_chat(self, messages: Sequence[Message | Mapping[str, str]]) -> list[int]:
+        """Return the token ids that a conversation is answered from, as ``chat`` and sample.py --chat do."""
+        known = "chat_format" in self.__dict__
+        ids = self.chat_format.encode(as_messages(messages))
+        if not known:
+            for note in self.chat_format.notes:
+                warnings.warn(note, stacklevel=2)
+        return ids
+
+    @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """The format of its conversations. Raises UserError if there is none."""
+        return choose(self.tokenizer, self.setup, self.chat_template, self.source)
+
+    @property
+    def turn_end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: those of a completion, and the one that its chat template writes there."""
+        return frozenset(self.end_ids or (self.tokenizer.eos_id,)) | self.chat_format.end_ids
 
     def generate_ids(
         self,
@@ -150,47 +224,70 @@ class Model:
         on_progress: OnProgress | None = None,
     ) -> list[Completion]:
         """Run ``generate`` for prompts that are token ids."""
-        return list(self.completions(self.rows(prompts, args), on_progress))
+        return self._complete(prompts, [], args, on_progress)
+
+    def _complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        around: Sequence[tuple[str, str]],
+        args: SampleArgs | Sequence[SampleArgs],
+        on_progress: OnProgress | None,
+    ) -> list[Completion]:
+        """Return completions. With ``echo``, each stands between the texts of ``around``, or behind its prompt's."""
+        rows = self.rows(prompts, args)
+        texts = {id(ids): text for ids, text in zip(prompts, around, strict=False)}
+        completions = zip(rows, self.completions(rows, on_progress), strict=True)
+        return [
+            echoed(one, *texts.get(id(ids), (self.tokenizer.decode(ids), ""))) if given.echo else one
+            for (ids, given, _), one in completions
+        ]
 
     def rows(self, prompts: Sequence[Sequence[int]], args: SampleArgs | Sequence[SampleArgs]) -> list[Row]:
         """Return a row (prompt, settings, number among the prompt's n) per completion.
 
         Raises UserError as ``generate`` does.
         """
-        settings = [args] * len(prompts) if isinstance(args, SampleArgs) else list(args)
-        if len(settings) != len(prompts):
-            raise UserError(f"args: expected one SampleArgs, or {len(prompts)}, one a prompt; found {len(settings)}")
+        settings = settings_of(args, len(prompts))
         alone = isinstance(args, SampleArgs)
         checked: set[int] = set()  # ids of settings, because many prompts may share one
         for number, (ids, given) in enumerate(zip(prompts, settings, strict=True), 1):
             if id(given) not in checked:
                 prefix = "" if alone else f"prompt {number}: "
                 given.check(prefix)
-                check_bias(given, self.args.vocab_size, prefix)
+                check_tokens(given, self.args.vocab_size, prefix)
+                check_schema(given, self.tokenizer, self.draft is not None, prefix)
                 checked.add(id(given))
             self._check_prompt(ids, number)
         return [(ids, given, i) for ids, given in zip(prompts, settings, strict=True) for i in range(given.n)]
 
-    def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
+    def completions(
+        self, rows: Sequence[Row], on_progress: OnProgress | None = None, end_ids: Collection[int] = ()
+    ) -> Iterator[Completion]:
         """Yield a completion of each row, in order, as soon as it is done.
 
-        The rows are split into passes that fit memory.
+        The rows are split into passes that fit memory. end_ids: the tokens that end a completion. Empty: the model's.
         """
-        return self._engine.completions(rows, on_progress)
+        return self._engine(end_ids).completions(rows, on_progress)
 
     def stream(
         self, prompt: str, args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
     ) -> Iterator[str]:
         """Yield the text of ``generate([prompt])`` piece by piece, one token at a time."""
-        return self.stream_ids(self.encode(prompt), args, on_progress)
+        pieces = self.stream_ids(self.encode(prompt), replace(args, echo=False), on_progress)
+        return itertools.chain([clean(prompt)] if args.echo else [], pieces)
 
     def stream_ids(
-        self, prompt_ids: Sequence[int], args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
+        self,
+        prompt_ids: Sequence[int],
+        args: SampleArgs = SampleArgs(),
+        on_progress: OnProgress | None = None,
+        end_ids: Collection[int] = (),
     ) -> Iterator[str]:
-        """Run ``stream`` for a prompt of token ids."""
+        """Run ``stream`` for a prompt of token ids. end_ids: the tokens that end it. Empty: the model's."""
         check_one(args, "a stream")
         (row,) = self.rows([prompt_ids], args)
-        return self._engine.stream(row, on_progress)
+        start = [self.tokenizer.decode(prompt_ids)] if args.echo else []
+        return itertools.chain(start, self._engine(end_ids).stream(row, on_progress))
 
     def encode(self, prompt: str) -> list[int]:
         """Return a prompt's token ids. Warns of control tokens and chat tags in it, which are read as plain text."""
@@ -222,12 +319,12 @@ class Model:
         """The parameters in the form that generation uses."""
         return for_generation(self.params)
 
-    @property
-    def _engine(self) -> Engine:
-        return Engine(self.module, self.serving, self.tokenizer, self.cache_dtype, self.draft, self.source)
+    def _engine(self, end_ids: Collection[int] = ()) -> Engine:
+        draft, source, ends = self.draft, self.source, end_ids or self.end_ids
+        return Engine(self.module, self.serving, self.tokenizer, self.cache_dtype, draft, source, ends)
 
 
-def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Found, mesh: jax.sharding.Mesh) -> Draft:
+def load_draft(draft: str, tokens: int, compute_dtype: DType, target: WholeModel, mesh: jax.sharding.Mesh) -> Draft:
     """Return ``lookup`` or a model as draft, on the mesh of the target.
 
     Raises UserError if ``draft`` is neither "lookup" nor a checkpoint with the target's tokenizer.
@@ -236,7 +333,7 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Found, mes
         raise UserError(f"draft_tokens: expected 1 to {MOST_GUESSES}, found {tokens}")
     if draft == LOOKUP:
         return Draft(tokens)
-    checkpoint = Found.find(draft)
+    checkpoint = open_model(draft)
     pieces, wanted = (
         [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
         for tokenizer in (checkpoint.tokenizer, target.tokenizer)
@@ -253,6 +350,14 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Found, mes
     module = make_model(checkpoint.args, compute_dtype, mesh=mesh)
     params = load_parameters(checkpoint.base, module, mesh, checkpoint.chosen("auto"), checkpoint.adapter)
     return Draft(tokens, module, for_generation(params))
+
+
+def settings_of(args: SampleArgs | Sequence[SampleArgs], count: int) -> list[SampleArgs]:
+    """Return the settings of each of ``count`` prompts. Raises UserError if there are more or fewer."""
+    settings = [args] * count if isinstance(args, SampleArgs) else list(args)
+    if len(settings) != count:
+        raise UserError(f"args: expected one SampleArgs, or {count}, one a prompt; found {len(settings)}")
+    return settings
 
 
 def stripped(answer: Completion) -> Completion:

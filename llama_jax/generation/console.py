@@ -1,6 +1,7 @@
 """Generation in a terminal: completions and conversations."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -12,14 +13,15 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from llama_jax.chat.messages import Message
 from llama_jax.cli.progress import Progress, working
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, check_one, stripped
-from llama_jax.generation.chat import Message, encode_dialog, fit_dialog, without_tags
 from llama_jax.generation.passes import OnProgress, Step
 from llama_jax.generation.prompts import Asked, Job, pasted, standard_input
 from llama_jax.generation.results import SKIPPED, Results, result
+from llama_jax.generation.rows import echoed
 from llama_jax.generation.stats import Meter
 from llama_jax.tokenizer import clean
 
@@ -53,8 +55,10 @@ class Console:
         """Print the completions of prompts. A single one is printed as it is generated."""
         if self._is_one_text(asked):
             self._meter.begin()
-            pieces = self._model.stream_ids(asked[0].ids, asked[0].job.args, self._meter)
-            self._print_stream(pieces, start=asked[0].job.prompt)
+            (one,) = asked
+            pieces = self._model.stream_ids(one.ids, dataclasses.replace(one.job.args, echo=False), self._meter)
+            before, after = _shown(one)
+            self._print_stream(itertools.chain(pieces, [after]), start=before)
             return
         self._run(asked, self._printer(show_prompt=True))
 
@@ -63,18 +67,18 @@ class Console:
         if self._is_one_text(asked):
             self._print_stream(self._answer_pieces(asked[0].ids, asked[0].job.args))
             return
-        self._run(asked, self._printer(show_prompt=False))
+        self._run(asked, self._printer(show_prompt=False), chat=True)
 
-    def save(self, asked: Sequence[Asked], results: Results, strip: bool) -> None:
+    def save(self, asked: Sequence[Asked], results: Results, chat: bool) -> None:
         """Add the missing completions to ``results``, each as soon as it is done.
 
-        ``strip``: remove outer white space.
+        ``chat``: they are answers, which have no outer white space.
         """
 
         def take(_: Asked, completion: Completion) -> None:
-            results.add(stripped(completion) if strip else completion)
+            results.add(stripped(completion) if chat else completion)
 
-        self._run(asked, take, results.done, with_bar=True)
+        self._run(asked, take, results.done, with_bar=True, chat=chat)
 
     def _is_one_text(self, asked: Sequence[Asked]) -> bool:
         return len(asked) == 1 and asked[0].job.args.n == 1 and not asked[0].skipped and not self._as_json
@@ -106,7 +110,7 @@ class Console:
         try:
             context = self._model.args.max_seq_len
             room = min(args.max_new_tokens, context // ANSWER_SHARE)
-            fitting, dropped = fit_dialog(self._model.tokenizer, asked, context - room)
+            fitting, dropped = self._model.chat_format.fit(asked, context - room)
             if dropped:
                 turns = "turn is" if dropped == 1 else f"{dropped} turns are"
                 _tell(f"the conversation has outgrown the context of {context} tokens: the oldest {turns} forgotten")
@@ -114,36 +118,50 @@ class Console:
         except UserError as error:  # about this message; the conversation continues without it
             _tell(f"error: {error}")
             return asked[:-1]
-        return [*fitting, Message("assistant", without_tags(text))]
+        return [*fitting, self._model.chat_format.said(text)]
 
     def _answer(self, messages: list[Message], args: SampleArgs, interrupted: Callable[[], bool]) -> str:
         """Print the answer to a conversation. Return its text."""
-        ids = encode_dialog(self._model.tokenizer, messages)
+        ids = self._model.chat_format.encode(messages)
         if not self._as_json:
             return self._print_stream(self._answer_pieces(ids, args), until=interrupted)
         self._meter.begin()
-        (completion,) = self._model.generate_ids([ids], args, self._meter)
+        rows = self._model.rows([ids], args)
+        (completion,) = self._model.completions(rows, self._meter, self._model.turn_end_ids)
         self._printer(show_prompt=False)(Asked(Job(messages[-1].content, args), ids), completion)
         return completion.text
 
     def _answer_pieces(self, prompt: Sequence[int], args: SampleArgs) -> Iterator[str]:
         """Yield the answer piece by piece, without leading white space. Raises UserError before the first piece."""
         self._meter.begin()
-        return _stripped(self._model.stream_ids(prompt, args, self._meter))
+        return _stripped(self._model.stream_ids(prompt, args, self._meter, self._model.turn_end_ids))
 
-    def _run(self, asked: Sequence[Asked], take: Take, done: int = 0, with_bar: bool = False) -> None:
-        """Pass the completions of ``asked`` after the first ``done`` to ``take``, in order, as they are done."""
+    def _run(
+        self, asked: Sequence[Asked], take: Take, done: int = 0, with_bar: bool = False, chat: bool = False
+    ) -> None:
+        """Pass the completions of ``asked`` after the first ``done`` to ``take``, in order, as they are done.
+
+        ``chat``: they are answers, which end with the end of a turn.
+        """
+        ends = self._model.turn_end_ids if chat else ()
         wanted = [(one, number) for one in asked for number in range(one.job.args.n)][done:]
         rows = [(one.ids, one.job.args, number) for one, number in wanted if not one.skipped]
         total = done + len(wanted)
         progress = Progress("generating", total, "completion", done) if with_bar and not self._quiet else None
         self._meter.begin()
         with progress or contextlib.nullcontext():
-            made = self._model.completions(rows, self._watching(progress))
+            made = self._model.completions(rows, self._watching(progress), ends)
             for one, _ in wanted:
                 if one.skipped and progress is not None:
                     progress.update(1)
-                take(one, SKIPPED if one.skipped else self._next(made, with_bar))
+                take(one, SKIPPED if one.skipped else self._echoed(one, self._next(made, with_bar)))
+
+    def _echoed(self, asked: Asked, completion: Completion) -> Completion:
+        """Return a completion with the texts around it, if its settings say so."""
+        if not asked.job.args.echo:
+            return completion
+        before = self._model.tokenizer.decode(asked.ids) if asked.cut and asked.job.suffix is None else asked.job.prompt
+        return echoed(completion, before, asked.job.suffix or "")
 
     def _next(self, made: Iterator[Completion], with_bar: bool) -> Completion:
         """Return the next completion. Without a bar, say that it is being made."""
@@ -194,7 +212,8 @@ class Console:
                 ascii_only = not _is_utf8(sys.stdout)
                 print(json.dumps(result(asked, completion), ensure_ascii=ascii_only, allow_nan=False), flush=True)
             else:
-                text = asked.job.prompt + completion.text if show_prompt else completion.text
+                before, after = _shown(asked) if show_prompt and not asked.job.args.echo else ("", "")
+                text = before + completion.text + after
                 print(("\n---\n" if printed else "") + text, flush=True)
             printed += 1
 
@@ -203,6 +222,13 @@ class Console:
     def _say(self, text: str) -> None:
         if not self._quiet:
             _tell(text)
+
+
+def _shown(asked: Asked) -> tuple[str, str]:
+    """Return the texts that are printed before and after a completion: its prompt; around a gap, only with ``echo``."""
+    if asked.job.suffix is None:
+        return asked.job.prompt, ""
+    return (asked.job.prompt, asked.job.suffix) if asked.job.args.echo else ("", "")
 
 
 def _is_utf8(stream: TextIO | None) -> bool:

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from llama_jax.config import SampleArgs
 from llama_jax.devices.compiling import GenerationProgram
 from llama_jax.devices.sharding import mesh_axes_of, mesh_of, on_every_device, on_mesh, spec, with_shardings
-from llama_jax.generation.sampling import Sampler, make_sampler, sample
+from llama_jax.generation.sampling import Sampler, likeliest_tokens, make_sampler, sample
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
 
@@ -45,10 +45,23 @@ class DecodeState(flax.struct.PyTreeNode):
 
 
 class Sampled(NamedTuple):
-    """The tokens of a chunk, and their log-probabilities under the model at temperature 1, over all tokens."""
+    """The tokens of a chunk, and their log-probabilities under the model at temperature 1, over all tokens.
 
-    ids: np.ndarray  # int32 [B, tokens of the chunk]
-    logprobs: np.ndarray  # float32 [B, tokens of the chunk]
+    Programs return jax.Arrays, generators yield NumPy's. The last two are None unless alternatives are asked for.
+    """
+
+    ids: Any  # int32 [B, tokens of the chunk]
+    logprobs: Any  # float32 [B, tokens of the chunk]
+    top_ids: Any = None  # int32 [B, tokens of the chunk, alternatives]
+    top_logprobs: Any = None  # float32, of the same shape
+
+    def fetched(self, rows: int) -> "Sampled":
+        """Return the first ``rows`` rows in the host's memory."""
+        return Sampled(*(None if x is None else np.asarray(x)[:rows] for x in self))
+
+    def of(self, row: int) -> tuple[Any, ...]:
+        """Return the fields of one row, without the axis of rows."""
+        return tuple(None if x is None else x[row] for x in self)
 
 
 @functools.partial(GenerationProgram, static_argnames=("model", "end"), donate_argnames=("cache",))
@@ -87,24 +100,55 @@ def next_logits(
     return cast(jax.Array, model.apply({"params": params}, of(hidden), method="logits")), cache
 
 
-@functools.partial(GenerationProgram, static_argnames=("model", "steps", "end"), donate_argnames=("state",))
+@functools.partial(
+    GenerationProgram, static_argnames=("model", "steps", "end", "alternatives"), donate_argnames=("state",)
+)
 def decode_chunk(
-    model: Llama, params: Any, state: DecodeState, steps: int, end: int
-) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
+    model: Llama, params: Any, state: DecodeState, steps: int, end: int, alternatives: int = 0
+) -> tuple[DecodeState, Sampled]:
     """Run ``steps`` steps. Each samples a token per row and computes the logits of the next one.
 
-    end: the number of the cache's slots to read, at least as many as are filled after the last step.
-    Returns the new state, and the ids (int32) and log-probabilities (float32) of the tokens, each [B, steps].
+    end: the number of the cache's slots to read, at least as many as are filled after the last step. alternatives: the
+    number of likeliest tokens to return for each token. Returns the new state and the tokens.
     """
 
-    def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
-        ids, logprobs, sampler = sample(state.sampler, state.logits, state.made, bool(model.exact_rows))
-        logits, cache = next_logits(model, params, ids[:, None], state.cache, end)
-        return DecodeState(cache, logits[:, 0], sampler, state.made + 1), (ids, logprobs)
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, ...]]:
+        made, sampler = choose(model, state.sampler, state.logits, state.made, alternatives)
+        logits, cache = next_logits(model, params, made[0][:, None], state.cache, end)
+        return DecodeState(cache, logits[:, 0], sampler, state.made + 1), made
 
-    state, (ids, logprobs) = jax.lax.scan(step, state, None, length=steps)
+    state, made = jax.lax.scan(step, state, None, length=steps)
     # Every process reads the results.
-    return state, (on_every_device(ids.T), on_every_device(logprobs.T))
+    return state, Sampled(*(on_every_device(x.swapaxes(0, 1)) for x in made))
+
+
+def choose(
+    model: Llama, sampler: Sampler, logits: jax.Array, number: jax.Array, alternatives: int
+) -> tuple[tuple[jax.Array, ...], Sampler]:
+    """Run ``sample`` on logits [B, V].
+
+    Return the fields of Sampled for one step, each [B, ...], and the new sampler.
+    """
+    exact = bool(model.exact_rows)
+    ids, logprobs, sampler = sample(sampler, logits, number, exact)
+    if alternatives and sampler.absent is not None:
+        logits = jnp.where(sampler.absent, -jnp.inf, logits)
+    top = likeliest_tokens(logits, alternatives, exact) if alternatives else ()
+    return (ids, logprobs, *top), sampler
+
+
+@functools.partial(jax.jit, static_argnames=("model", "alternatives"), donate_argnames=("state",))
+def sample_once(
+    model: Llama, state: DecodeState, alternatives: int, allowed: ArrayLike | None = None
+) -> tuple[DecodeState, Sampled]:
+    """Sample a token of each row, which no cache holds yet. Return the state and the tokens.
+
+    allowed: the tokens that each row may sample, as bits, uint32 [B, W]. None: all.
+    """
+    sampler = state.sampler.replace(allowed=allowed)
+    made, sampler = choose(model, sampler, state.logits, state.made, alternatives)
+    state = state.replace(sampler=sampler.replace(allowed=None), made=state.made + 1)
+    return state, Sampled(*(on_every_device(x[:, None]) for x in made))
 
 
 @functools.partial(GenerationProgram, static_argnames=("model", "cache_dtype"))
@@ -119,40 +163,54 @@ def logits_of_tokens(model: Llama, params: Any, token_ids: jax.Array, cache_dtyp
 
 
 def generate_chunks(
-    model: Llama, params: Any, rows: Sequence[Row], max_new_tokens: int, steps: int = CHUNK, cache_dtype: Any = None
+    model: Llama,
+    params: Any,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    steps: int = CHUNK,
+    cache_dtype: Any = None,
+    absent: np.ndarray | None = None,
 ) -> Iterator[Sampled]:
     """Yield the tokens that follow the prompts, ``steps`` at a time, until there are ``max_new_tokens`` or more.
 
     params: in the form for generation (serving.py). Rows and heads are sharded over their mesh. cache_dtype: the type
-    of keys and values. None: the type of activations. Rows continue after EOS, and the caller cuts them. The result of
-    a row does not depend on the other rows.
+    of keys and values. None: the type of activations. absent: bool [V], ids without a token, which are never sampled.
+    Rows continue after EOS, and the caller cuts them. The result of a row does not depend on the other rows.
     """
     mesh = mesh_of(params)
-    count = len(rows)
+    count, alternatives = len(rows), alternatives_of(rows)
     rows = pad_rows(rows, mesh)
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     slots = slots_read(longest + max_new_tokens + steps)
-    compiled_meanwhile = functools.partial(_chunk_compiled_meanwhile, model, params, steps, slots_read(longest + steps))
+    static = steps, slots_read(longest + steps), alternatives
+    compiled_meanwhile = functools.partial(_chunk_compiled_meanwhile, model, params, static)
     with on_mesh(mesh):
-        state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype, compiled_meanwhile)
+        state = read_prompts(
+            model, params, rows, longest, slots, cache_dtype or model.dtype, compiled_meanwhile, absent
+        )
     waiting = None
     for done in range(0, max_new_tokens, steps):
         # Start the next chunk before this one is yielded, so that the device computes while the caller works.
         end = slots_read(longest + done + steps)
         with on_mesh(mesh):
             state = state.replace(cache=ensure_slots(state.cache, end))
-            state, made = decode_chunk(model, params, state, steps, end)
+            state, made = decode_chunk(model, params, state, steps, end, alternatives)
         if waiting is not None:
-            yield Sampled(*(np.asarray(x)[:count] for x in waiting))
+            yield waiting.fetched(count)
         waiting = made
     if waiting is not None:
-        yield Sampled(*(np.asarray(x)[:count] for x in waiting))
+        yield waiting.fetched(count)
+
+
+def alternatives_of(rows: Sequence[Row]) -> int:
+    """Return the number of alternatives of the row that asks for most. Callers leave out what others do not ask for."""
+    return max(args.logprobs for _, args, _ in rows)
 
 
 def _chunk_compiled_meanwhile(
-    model: Llama, params: Any, steps: int, end: int, state: DecodeState
+    model: Llama, params: Any, static: tuple[int, int, int], state: DecodeState
 ) -> contextlib.AbstractContextManager[None]:
-    """Compile the chunk that follows ``state`` while the block reads the prompts.
+    """Compile the chunk that follows ``state``, for ``static`` (steps, end, alternatives), while the block runs.
 
     This is half the wait for the first token of a deep model. It is for one device: on several, the compiler decides
     how the state is sharded after the prompts are read.
@@ -160,9 +218,9 @@ def _chunk_compiled_meanwhile(
     mesh = mesh_of(params)
     if mesh.size > 1:
         return contextlib.nullcontext()
-    shapes = jax.eval_shape(lambda state: state.replace(cache=ensure_slots(state.cache, end)), state)
+    shapes = jax.eval_shape(lambda state: state.replace(cache=ensure_slots(state.cache, static[1])), state)
     state = with_shardings(shapes, state_shardings(shapes, mesh))
-    return decode_chunk.compiled_meanwhile(model, params, state, steps, end)
+    return decode_chunk.compiled_meanwhile(model, params, state, *static)
 
 
 def pad_rows(rows: Sequence[Row], mesh: jax.sharding.Mesh) -> Sequence[Row]:
@@ -179,11 +237,12 @@ def read_prompts(
     slots: int,
     cache_dtype: Any,
     meanwhile: Callable[[DecodeState], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    absent: np.ndarray | None = None,
 ) -> DecodeState:
     """Read the prompts in passes, under the mesh, and return the state after them.
 
     longest: the slots that the longest prompt takes. slots: the slots of a cache that does not grow. meanwhile: given
-    the state before any prompt is read, the context in which they are read.
+    the state before any prompt is read, the context in which they are read. absent: bool [V], ids without a token.
     """
     mesh = mesh_of(params)
     slots = slots_read(longest) if caches_grow() else slots
@@ -192,7 +251,8 @@ def read_prompts(
     tokens = np.zeros((len(rows), longest), np.int32)
     for row, begin, (prompt, _, _) in zip(tokens, first, rows, strict=True):
         row[begin : begin + len(prompt)] = prompt
-    state = _state_on(mesh, model, make_sampler(rows, model.args.vocab_size), first, slots, cache_dtype, lengths)
+    sampler = make_sampler(rows, model.args.vocab_size, absent)
+    state = _state_on(mesh, model, sampler, first, slots, cache_dtype, lengths)
     logits, cache = state.logits, state.cache
     with meanwhile(state):
         for start in range(0, longest, tokens_a_pass()):

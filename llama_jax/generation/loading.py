@@ -41,7 +41,7 @@ def load_parameters(
         if weights == "auto" and not is_quantized and mesh.devices.flat[0].platform == "cpu":
             return checkpoint.restore("params", targets)
         arrays = checkpoint.restore_one_by_one("params", targets)
-        return layer_by_layer(arrays, shapes, "auto" if is_quantized else weights, mesh)
+        return layer_by_layer(arrays, shapes, "auto" if is_quantized else weights, mesh, model.dtype)
 
 
 def _load_adapted(

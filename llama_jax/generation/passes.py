@@ -1,15 +1,17 @@
 """Generates many completions in passes that fit into memory, and reports progress."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.config import ModelArgs
 from llama_jax.devices.memory import bytes_of, memory_of
+from llama_jax.generation.constrained import generate_constrained
 from llama_jax.generation.decode import (
     CHUNK,
     Row,
@@ -20,7 +22,9 @@ from llama_jax.generation.decode import (
     slots_read,
     tokens_a_pass,
 )
-from llama_jax.generation.rows import Completion, PartialCompletion
+from llama_jax.generation.grammar import Constraints
+from llama_jax.generation.rows import Completion, PartialCompletion, alternatives, ends_of, for_sampler
+from llama_jax.generation.scoring import Scores, score
 from llama_jax.generation.speculative import Draft, generate_speculatively
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
@@ -62,6 +66,7 @@ class Engine:
     cache_dtype: Any = None  # None: the type of activations
     draft: Draft | None = None
     source: str = "the model"  # its name in errors
+    end_ids: Collection[int] = ()  # the tokens that end a completion; empty: EOS
 
     def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
         """Yield a completion per row in order, each as soon as it and all before it are finished."""
@@ -89,7 +94,7 @@ class Engine:
         report(0, 0, 0)
         for chunk in self._chunks([row], steps=1):
             before = len(growing.ids)
-            growing.push(chunk.ids[0], chunk.logprobs[0])
+            growing.push(*chunk.of(0))
             report(1, max(0, len(growing.ids) - before), int(bool(growing.finish_reason)))
             yield growing.take()
             if growing.finish_reason:
@@ -102,26 +107,67 @@ class Engine:
         for chunk in self._chunks(rows, CHUNK):
             open_rows = [row for row in growing if not row.finish_reason]
             before = sum(len(row.ids) for row in growing)
-            for row, ids, logprobs in zip(growing, chunk.ids, chunk.logprobs, strict=True):
-                row.push(ids, logprobs)
+            for i, row in enumerate(growing):
+                row.push(*chunk.of(i))
             finished = sum(bool(row.finish_reason) for row in open_rows)
             # A stop string may remove tokens of the previous chunk.
             tokens = max(0, sum(len(row.ids) for row in growing) - before)
             report(chunk.ids.shape[1], tokens, finished)
             if finished == len(open_rows):
                 break
-        return [row.completion() for row in growing]
+        return self._with_prompts(rows, [row.completion() for row in growing])
+
+    def _with_prompts(self, rows: Sequence[Row], completions: list[Completion]) -> list[Completion]:
+        """Add what the model says of their prompts to the completions of rows that ask for it (``echo``)."""
+        scored: dict[tuple[int, int], Scores] = {}  # several completions of a prompt share its ids
+
+        def with_prompt(row: Row, completion: Completion) -> Completion:
+            prompt, args, _ = row
+            if not args.echo:
+                return completion
+            key = id(prompt), args.logprobs
+            if key not in scored:
+                scored[key] = score(
+                    self.model, self.params, prompt, args.logprobs, self.cache_dtype, self.source, self._absent
+                )
+            logprobs, top = scored[key]
+            shown = [alternatives(self.tokenizer, ids, values, args.logprobs) for ids, values in top]
+            return replace(
+                completion,
+                prompt_token_ids=[int(token) for token in prompt],
+                prompt_logprobs=[None, *logprobs],
+                prompt_top_logprobs=[None, *shown] if args.logprobs else [],
+            )
+
+        return [with_prompt(row, completion) for row, completion in zip(rows, completions, strict=True)]
 
     def _growing(self, row: Row) -> PartialCompletion:
         prompt, args, _ = row
-        return PartialCompletion(self.tokenizer, prompt, args, self.model.args.max_seq_len, self.source)
+        context = self.model.args.max_seq_len
+        return PartialCompletion(self.tokenizer, prompt, args, context, self.source, self._end_ids)
+
+    @property
+    def _absent(self) -> np.ndarray:
+        """Say of each id whether it has no token: bool [V]."""
+        return self.tokenizer.absent(self.model.args.vocab_size)
+
+    @property
+    def _end_ids(self) -> Collection[int]:
+        return self.end_ids or (self.tokenizer.eos_id,)
 
     def _chunks(self, rows: Sequence[Row], steps: int) -> Iterator[Sampled]:
         longest = new_tokens(self.model.args, rows)
+        absent = self._absent
+        ends = [ends_of(args, self._end_ids) for _, args, _ in rows]
+        rows = [for_sampler(row, self._end_ids) for row in rows]
+        if any(args.json_schema for _, args, _ in rows):
+            constraints = Constraints(self.tokenizer, rows, ends, self.model.args.vocab_size)
+            return generate_constrained(self.model, self.params, rows, longest, constraints, self.cache_dtype, absent)
         if self.draft is None:
-            return generate_chunks(self.model, self.params, rows, longest, steps, self.cache_dtype)
-        eos = self.tokenizer.eos_id
-        return generate_speculatively(self.model, self.params, rows, longest, self.draft, eos, self.cache_dtype)
+            return generate_chunks(self.model, self.params, rows, longest, steps, self.cache_dtype, absent)
+        return generate_speculatively(
+            self.model, self.params, rows, longest, self.draft, ends, self.cache_dtype, absent
+        )
 
 
 def split(

@@ -10,10 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from llama_jax.chat.formats import ChatFormat
+from llama_jax.chat.llama2 import TAGS
+from llama_jax.chat.messages import Message, as_messages
+from llama_jax.cli.json_argument import json_argument, json_line
 from llama_jax.config import SampleArgs, from_dict
 from llama_jax.errors import UserError, quoted
-from llama_jax.generation.chat import TAGS, Message, encode_dialog, fit_dialog
-from llama_jax.generation.sampling import check_bias
+from llama_jax.generation.grammar import check_schema
+from llama_jax.generation.infill import encode_infill, with_infill_end
+from llama_jax.generation.sampling import check_tokens
 from llama_jax.tokenizer import Tokenizer, clean
 
 TooLong = Literal["refuse", "skip", "cut"]
@@ -32,6 +37,10 @@ class Job(NamedTuple):
     args: SampleArgs
     where: str = ""
     """Its name in errors: "prompt 2", "prompts.txt: line 7"."""
+    messages: tuple[Message, ...] = ()
+    """A conversation to answer, whose last message is ``prompt``. Empty: the prompt alone."""
+    suffix: str | None = None
+    """The text behind the gap that is to be filled. The prompt is the text before it. None: there is no gap."""
 
 
 class Asked(NamedTuple):
@@ -54,7 +63,7 @@ def given_prompts(prompts: Iterable[str], args: SampleArgs) -> list[Job]:
 def read_prompts(path: str, args: SampleArgs) -> list[Job]:
     """Read one prompt per line, skipping blank lines.
 
-    A .jsonl file has {"prompt": ...} with fields that override ``args``.
+    A .jsonl file has {"prompt": ...} or {"messages": [...]} with fields that override ``args``.
 
     ``path`` is a file, or "-" or "" for standard input. Raises UserError if a line is something else.
     """
@@ -71,6 +80,31 @@ def read_prompts(path: str, args: SampleArgs) -> list[Job]:
     if not jobs:
         raise UserError(f"{path}: expected one or more prompts, found none; give one a line")
     return jobs
+
+
+def dialog_of(job: Job, system: str) -> list[Message]:
+    """Return the conversation of a job to answer, behind the system message ``system`` unless it is empty.
+
+    Raises UserError if the conversation has a system message of its own.
+    """
+    messages = list(job.messages) or [Message("user", job.prompt)]
+    if not system:
+        return messages
+    if messages[0].role == "system":
+        raise UserError(f"{job.where}: expected messages without a system message beside --system, found one")
+    return [Message("system", system), *messages]
+
+
+def check_kinds(jobs: Sequence[Job]) -> bool:
+    """Return whether the jobs are conversations to answer. Raises UserError if only some of them are."""
+    answered = [job for job in jobs if job.messages]
+    others = [job for job in jobs if not job.messages]
+    if answered and others:
+        raise UserError(
+            f"{others[0].where}: expected messages, as {answered[0].where} has, found a prompt; give --chat to answer "
+            "prompts, too"
+        )
+    return bool(answered)
 
 
 def standard_input() -> Iterator[str]:
@@ -151,16 +185,34 @@ def _job(line: str, args: SampleArgs, where: str) -> Job:
         raise UserError(f"{where}: expected a JSON object, found {quoted(str(error))}") from None
     pairs = [(name.replace("-", "_"), value) for name, value in found] if isinstance(found, _Pairs) else []
     given = dict(pairs)
-    prompt = given.pop("prompt", None)
+    names = [name for name, _ in pairs]
+    suffix = given.pop("suffix", None)
+    if not isinstance(suffix, str | None):
+        raise UserError(f"{where}: suffix: expected a text, found {quoted(suffix)}")
+    if "messages" in given and "prompt" not in given and suffix is None:
+        messages = tuple(as_messages(_plain(given.pop("messages")), f"{where}: messages"))
+        prompt = messages[-1].content
+    else:
+        prompt = given.pop("prefix" if suffix is not None and "prefix" in given else "prompt", None)
+        messages = ()
     if not isinstance(prompt, str):
-        shown = quoted(dict(found) if isinstance(found, _Pairs) else found)
-        raise UserError(f'{where}: expected an object with a text as "prompt", found {shown}')
-    if len(pairs) > 1 + len(given):
-        names = [name for name, _ in pairs]
+        shown = quoted(_plain(found))
+        raise UserError(f'{where}: expected an object with a text as "prompt", or with "messages", found {shown}')
+    if "messages" in given:
+        raise UserError(f"{where}: expected a prompt or messages, found both; leave one out")
+    if "max_tokens" in given:
+        if "max_new_tokens" in given:
+            raise UserError(f"{where}: expected max_tokens or max_new_tokens, found both; leave one out")
+        given["max_new_tokens"] = given.pop("max_tokens")
+    if len(pairs) > len({*names}):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{where}: {twice}: expected a key once, found it twice")
     if isinstance(stop := given.get("stop"), str) or type(stop) is list:
         given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if type(ids := given.get("stop_token_ids")) is list:
+        given["stop_token_ids"] = tuple(ids)
+    if "json_schema" in given:
+        given["json_schema"] = _schema(given["json_schema"], f"{where}: json_schema")
     if isinstance(bias := given.get("logit_bias"), _Pairs):
         try:
             given["logit_bias"] = {int(token): value for token, value in bias}
@@ -170,11 +222,25 @@ def _job(line: str, args: SampleArgs, where: str) -> Job:
         changed = from_dict(SampleArgs, given, where)
         args = dataclasses.replace(args, **{name: getattr(changed, name) for name in given})
         args.check(f"{where}: ")
-    return Job(clean(prompt), args, where)
+    return Job(clean(prompt), args, where, messages, suffix=None if suffix is None else clean(suffix))
+
+
+def _schema(found: Any, where: str) -> str:
+    """Return a schema of a line of JSON as text. It is a value, or a text as on the command line. "": none."""
+    if isinstance(found, str):
+        return json_argument(found, where) if found else ""
+    return json_line(_plain(found))
 
 
 class _Pairs(list[tuple[str, Any]]):
     """The pairs of a JSON object, including repeated keys."""
+
+
+def _plain(value: Any) -> Any:
+    """Return a JSON value with dicts for its objects."""
+    if isinstance(value, _Pairs):
+        return {name: _plain(item) for name, item in value}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def ask(
@@ -183,22 +249,36 @@ def ask(
     context: int,
     too_long: TooLong,
     dialogs: Sequence[Sequence[Message]] = (),
+    chat: ChatFormat | None = None,
+    drafts: bool = False,
 ) -> list[Asked]:
     """Encode the jobs for a model with a context of ``context`` tokens.
 
-    ``dialogs`` are the conversations to answer; if there are none, prompts are completed. ``too_long`` says what to do
-    with a prompt that fills the context. Raises a UserError that names the prompt if it is refused or its settings are
-    impossible.
+    ``dialogs`` are the conversations to answer, in the format ``chat``; if there are none, prompts are completed.
+    ``too_long`` says what to do with a prompt that fills the context, ``drafts`` whether tokens will be drafted. Raises
+    a UserError that names the prompt if it is refused or its settings are impossible.
     """
+    jobs = _with_infill_ends(jobs, tokenizer)
     rows = [] if dialogs else tokenizer.encode_all([job.prompt for job in jobs])
+    for i, job in enumerate(jobs):
+        if dialogs and (job.suffix is not None or job.args.echo):
+            found = "a prefix and a suffix" if job.suffix is not None else "echo"
+            raise UserError(
+                f"{job.where}: expected a message to answer, found {found}; leave it out, or leave out --chat"
+            )
+        if job.suffix is not None:
+            rows[i] = encode_infill(tokenizer, job.prompt, job.suffix, job.args.infill_format)
     for job, messages in zip(jobs, dialogs, strict=False):
+        assert chat is not None
         try:
-            rows.append(encode_dialog(tokenizer, messages))
+            rows.append(chat.encode(messages))
         except UserError as error:
             raise UserError(f"{job.where}: {error}") from None
     asked = [Asked(job, ids) for job, ids in zip(jobs, rows, strict=True)]
     for settings, where in {id(job.args): (job.args, job.where) for job in reversed(jobs)}.values():
-        check_bias(settings, tokenizer.vocab_size, f"{where}: " if len(jobs) > 1 else "")
+        prefix = f"{where}: " if len(jobs) > 1 else ""
+        check_tokens(settings, tokenizer.vocab_size, prefix)
+        check_schema(settings, tokenizer, drafts, prefix)
     long = [i for i, one in enumerate(asked) if len(one.ids) >= context]
     if long and too_long == "refuse":
         others = len(long) - 1
@@ -212,7 +292,7 @@ def ask(
             asked[i] = asked[i]._replace(skipped=True)
             continue
         most = context - min(jobs[i].args.max_new_tokens, max(1, context // FREE_SHARE))
-        ids = _cut_dialog(tokenizer, dialogs[i], most) if dialogs else _cut(asked[i].ids, most)
+        ids = _cut_dialog(chat, dialogs[i], most) if dialogs and chat is not None else _cut(tokenizer, asked[i], most)
         if len(ids) >= context:
             raise UserError(
                 f"{_named(asked[i], i)}: expected a system prompt and format of fewer than {context} tokens, the model's "
@@ -229,19 +309,31 @@ def _named(asked: Asked, index: int) -> str:
     return f"{number} ({start})" if where in ("", number) else f"{where} ({number}, {start})"
 
 
-def _cut(ids: Sequence[int], most: int) -> list[int]:
-    """Return BOS and the end of a prompt, ``most`` tokens in all."""
+def _with_infill_ends(jobs: Sequence[Job], tokenizer: Tokenizer) -> list[Job]:
+    """Return the jobs, of which those with a gap also end at <EOT>. Raises UserError if the vocabulary has none."""
+    ended: dict[int, SampleArgs] = {}  # by the id of settings, which many jobs may share
+    for job in jobs:
+        if job.suffix is not None and id(job.args) not in ended:
+            ended[id(job.args)] = with_infill_end(job.args, tokenizer)
+    return [job if job.suffix is None else job._replace(args=ended[id(job.args)]) for job in jobs]
+
+
+def _cut(tokenizer: Tokenizer, asked: Asked, most: int) -> list[int]:
+    """Return the beginning token and the end of a prompt, ``most`` tokens in all. Of a gap, the prefix is cut."""
+    ids, job = asked.ids, asked.job
+    if job.suffix is not None:
+        return encode_infill(tokenizer, job.prompt, job.suffix, job.args.infill_format, len(ids) - most)
     return [ids[0], *ids[len(ids) - most + 1 :]] if most > 1 else [ids[0]]
 
 
-def _cut_dialog(tokenizer: Tokenizer, messages: Sequence[Message], most: int) -> list[int]:
+def _cut_dialog(chat: ChatFormat, messages: Sequence[Message], most: int) -> list[int]:
     """Encode a conversation without its oldest turns and, if needed, without the beginning of its last message."""
-    messages, _ = fit_dialog(tokenizer, messages, most)
+    messages, _ = chat.fit(messages, most)
     *before, last = messages
 
     def ids(length: int) -> list[int]:
         kept = last.content[len(last.content) - length :]
-        return encode_dialog(tokenizer, [*before, last._replace(content=kept)])
+        return chat.encode([*before, last._replace(content=kept)])
 
     fits, over = 0, len(last.content)
     if len(ids(over)) <= most:
@@ -269,7 +361,7 @@ def told_of(asked: Sequence[Asked], context: int) -> list[str]:
 
 def pasted(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
     """Return a line that names control tokens and chat tags that ``texts`` contain as plain text, or ""."""
-    controls = (tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id))
+    controls = [text for text, i in tokenizer.specials.items() if not tokenizer.is_text(i) and i != tokenizer.unk_id]
     marks = [mark for mark in dict.fromkeys((*controls, *TAGS)) if mark.strip()]
     joined = "\0".join(texts)
     found = [mark for mark in marks if mark in joined]
@@ -301,3 +393,17 @@ def idle_settings(jobs: Sequence[Job]) -> str:
     if any(job.args.n > 1 for job in jobs):
         line += ("; " if line else "") + "--n: all completions of a prompt are the same at temperature 0"
     return line
+
+
+def idle_reports(jobs: Sequence[Job], as_json: bool) -> str:
+    """Return a line about settings without effect on ``jobs``, or "". ``as_json``: whether results are JSON."""
+    lines = []
+    if not as_json and any(job.args.logprobs for job in jobs):
+        lines.append("--logprobs: no effect on plain text; --json and --output have them")
+    if not as_json and any(job.args.echo and job.suffix is None for job in jobs):
+        lines.append("--echo: no effect on plain text, which begins with the prompt always")
+    if any(job.args.ignore_eos and job.args.min_new_tokens and not job.args.stop_token_ids for job in jobs):
+        lines.append("--min-new-tokens: no effect beside --ignore-eos, since no token ends the text")
+    if any(job.args.infill_format != "psm" and job.suffix is None for job in jobs):
+        lines.append("--infill-format: no effect on a prompt without a suffix; see --infill")
+    return "; ".join(lines)

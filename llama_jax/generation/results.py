@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from llama_jax.chat.messages import Message
+from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.prompts import Asked
 from llama_jax.generation.rows import Completion
@@ -32,7 +35,16 @@ def result(asked: Asked, completion: Completion) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "logprobs": completion.logprobs,
     }
-    return record | ({"cut_tokens": asked.cut} if asked.cut else {})
+    for name in ("top_logprobs", "prompt_token_ids", "prompt_logprobs", "prompt_top_logprobs"):
+        if found := getattr(completion, name):
+            record[name] = [_as_json(one) for one in found]
+    gap = {} if asked.job.suffix is None else {"suffix": asked.job.suffix}
+    return record | gap | ({"cut_tokens": asked.cut} if asked.cut else {})
+
+
+def _as_json(found: Any) -> Any:
+    """Return a number as it is, and the alternatives of a token as objects."""
+    return [alternative._asdict() for alternative in found] if isinstance(found, list) else found
 
 
 class Results:
@@ -118,9 +130,12 @@ class Results:
             sample = dataclasses.asdict(args)
             # As in JSON, except that an infinite bias, which JSON lacks, becomes text.
             bias = {str(token): value if abs(value) < 1e300 else str(value) for token, value in args.logit_bias.items()}
-            made = self._settings | sample | {"logit_bias": bias, "stop": list(args.stop)}
+            lists = {"stop": list(args.stop), "stop_token_ids": list(args.stop_token_ids)}
+            made = self._settings | sample | {"logit_bias": bias} | lists
             self._made[id(args)] = {name: clean(x) if isinstance(x, str) else x for name, x in made.items()}
         made = self._made[id(args)]
+        if asked.job.messages:
+            made = made | {"conversation": _digest(asked.job.messages)}
         return made | ({"too_long": "skip" if asked.skipped else "cut"} if asked.skipped or asked.cut else {})
 
     def _read(self) -> tuple[int, int]:
@@ -151,6 +166,11 @@ class Results:
             raise UserError(
                 f"{where}: expected a result of the prompt {quoted(asked.job.prompt)}, found {quoted(prompt)}; {_ANOTHER}"
             )
+        if record.get("suffix") != asked.job.suffix:
+            raise UserError(
+                f"{where}: expected a result with the suffix {quoted(asked.job.suffix)}, found {quoted(record.get('suffix'))}; "
+                f"{_ANOTHER}"
+            )
         if not isinstance(made_with, dict):
             raise UserError(f"{where}: expected settings in made_with, found {quoted(made_with)}; {_ANOTHER}")
         expected = self._made_with(asked)
@@ -161,6 +181,8 @@ class Results:
                     f"model in {quoted(made_with.get('ckpt'))}; go on with that one, or give another --output"
                 )
             expected = expected | {"ckpt": made_with.get("ckpt")}  # the checkpoint may be a copy
+        if "chat_template" not in made_with:  # of an earlier version, which did not say which conversation it was
+            expected = {name: value for name, value in expected.items() if name != "conversation"}
         for name in (*expected, *(made_with.keys() & _LATER.keys())):
             wanted, found = expected.get(name, _LATER.get(name)), made_with.get(name, _LATER.get(name))
             if name != "model" and wanted != found:
@@ -169,5 +191,15 @@ class Results:
                 )
 
 
+def _digest(messages: Sequence[Message]) -> str:
+    """Return a digest of a conversation, of which a result shows the last message only."""
+    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+
+
 # Settings that files of earlier versions lack, with the values they were made with.
-_LATER: dict[str, Any] = {"exact": False, "too_long": "refuse"}
+_LATER: dict[str, Any] = {
+    "exact": False, "too_long": "refuse", "chat_template": "", "conversation": "", "stop_token_ids": [],
+} | {
+    name: getattr(SampleArgs(), name)
+    for name in ("ignore_eos", "min_new_tokens", "logprobs", "echo", "infill_format", "json_schema")
+}  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.ops.exact import rounded
+from llama_jax.ops.loss import log_likelihood
 
 
 class Sampler(flax.struct.PyTreeNode):
@@ -26,6 +27,16 @@ class Sampler(flax.struct.PyTreeNode):
     filters: dict[str, jax.Array]  # rule of FILTERS -> each row's value [B]; rules that no row uses are absent
     bias: jax.Array | None  # float32 [B, V]
     penalties: "Penalties | None"
+    absent: jax.Array | None = None  # bool [B, V]: whether the vocabulary has no such token; padding is never sampled
+    not_yet: "NotYet | None" = None
+    allowed: jax.Array | None = None  # uint32 [B, W], the tokens that each row may sample, as bits; None: all
+
+
+class NotYet(flax.struct.PyTreeNode):
+    """The tokens that a row may not sample yet: those that would end a completion that is too short."""
+
+    ends: jax.Array  # bool [B, V]: whether a token ends a row
+    until: jax.Array  # int32 [B]: the number of the first token that may be one of them
 
 
 class Penalties(flax.struct.PyTreeNode):
@@ -38,33 +49,55 @@ class Penalties(flax.struct.PyTreeNode):
     counts: jax.Array  # int32 [B, V]: how often the completion contains a token
 
 
-def check_bias(args: SampleArgs, vocab_size: int, prefix: str = "") -> None:
-    """Raise UserError, after ``prefix``, if logit_bias names a token that does not exist, or forbids all tokens."""
-    for token in args.logit_bias:
-        if not 0 <= token < vocab_size:
-            raise UserError(f"{prefix}logit_bias: expected ids from 0 to {vocab_size - 1}, found {token}")
-    forbidden = int((_float32(args.logit_bias.values()) == -np.inf).sum())
-    if forbidden == vocab_size:
+def check_tokens(args: SampleArgs, vocab_size: int, prefix: str = "") -> None:
+    """Raise UserError, after ``prefix``, if settings name tokens that do not exist, or leave none to sample."""
+    for name, ids in (("logit_bias", args.logit_bias), ("stop_token_ids", args.stop_token_ids)):
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise UserError(f"{prefix}{name}: expected ids from 0 to {vocab_size - 1}, found {token}")
+    if args.logprobs > vocab_size:
+        raise UserError(
+            f"{prefix}logprobs: expected up to {vocab_size}, the size of the vocabulary, found {args.logprobs}"
+        )
+    biases = zip(args.logit_bias, _float32(args.logit_bias.values()), strict=True)
+    forbidden = {token for token, bias in biases if bias == -np.inf}
+    if len(forbidden) == vocab_size:
         raise UserError(
             f"{prefix}logit_bias: expected a token that may be said, found all {vocab_size} forbidden; leave one out"
         )
+    if args.min_new_tokens and len(forbidden.union(args.stop_token_ids)) == vocab_size:
+        raise UserError(
+            f"{prefix}min_new_tokens: expected a token that does not end the text, found all {vocab_size} in logit_bias and "
+            "stop_token_ids; leave one out"
+        )
 
 
-def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int) -> Sampler:
-    """Return the sampler of rows of (prompt, settings, number of the row among the prompt's ``n``)."""
+def make_sampler(
+    rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int, absent: np.ndarray | None = None
+) -> Sampler:
+    """Return the sampler of rows of (prompt, settings, number of the row among the prompt's ``n``).
+
+    The tokens that end a row are its ``stop_token_ids``: callers that generate name EOS among them (rows.py).
+    absent: bool [V], which ids have no token. None: all have one.
+    """
     settings = [args for _, args, _ in rows]
     filters = {
         name: jnp.array([getattr(args, name) for args in settings], rule.dtype)
         for name, rule in FILTERS.items()
         if any(getattr(args, name) != rule.off for args in settings)
     }
-    penalties = bias = None
+    penalties = bias = not_yet = None
     if any(a.repetition_penalty != 1 or a.presence_penalty or a.frequency_penalty for a in settings):
         penalties = _make_penalties(rows, vocab_size)
     if any(args.logit_bias for args in settings):
         bias = np.zeros((len(rows), vocab_size), np.float32)
         for row, args in zip(bias, settings, strict=True):
             row[list(args.logit_bias)] = _float32(args.logit_bias.values())
+    if any(args.min_new_tokens for args in settings):
+        ends = np.zeros((len(rows), vocab_size), bool)
+        for row, args in zip(ends, settings, strict=True):
+            row[list(args.stop_token_ids)] = True
+        not_yet = NotYet(jnp.asarray(ends), jnp.array([args.min_new_tokens for args in settings], jnp.int32))
     seeds = np.array([args.seed for args in settings], np.uint32)
     keys = _row_keys(seeds, np.array([number for _, _, number in rows], np.uint32))
     # Greedy rows ignore what follows the temperature. A temperature too small to divide by in float32 counts as 0.
@@ -76,6 +109,8 @@ def make_sampler(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_si
         filters,
         None if bias is None else jnp.asarray(bias),
         penalties,
+        None if absent is None or not absent.any() else jnp.asarray(np.broadcast_to(absent, (len(rows), vocab_size))),
+        not_yet,
     )
 
 
@@ -121,13 +156,16 @@ def sample(
             return jax.tree.map(lambda x: x[0], sample(*jax.tree.map(lambda x: x[None], row)))
 
         return jax.lax.map(one, (sampler, logits, number))
-    changed = _penalised(sampler, logits)
+    is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    if sampler.absent is not None:
+        logits = jnp.where(sampler.absent, -jnp.inf, logits)
+    changed = _changed(sampler, logits, number)
     likeliest = jnp.argmax(changed, axis=-1).astype(jnp.int32)
     # If all rows take the likeliest token, no random numbers are needed, and none of the sums for top-p.
     ids = jax.lax.cond(jnp.any(sampler.temperature > 0), _draw, lambda *_: likeliest, sampler, changed, number)
     ids = jnp.where(sampler.temperature > 0, ids, likeliest)
-    logprobs = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-    logprobs = jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), logprobs, jnp.nan)
+    logprobs = log_likelihood(logits, ids)
+    logprobs = jnp.where(is_finite, logprobs, jnp.nan)
     if sampler.penalties is not None:
         p = sampler.penalties
         counted = p.counts.at[jnp.arange(len(ids)), ids].add(1)
@@ -135,8 +173,8 @@ def sample(
     return ids, logprobs, sampler
 
 
-def _penalised(sampler: Sampler, logits: jax.Array) -> jax.Array:
-    """Return the logits after penalties and bias.
+def _changed(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Array:
+    """Return the logits after penalties and bias, with -inf for tokens that may not be sampled.
 
     Repetition is penalised as in CTRL (Keskar et al., 2019, section 4.1), with multiplication for negative logits.
     Presence and frequency are penalised as in OpenAI's API.
@@ -146,7 +184,15 @@ def _penalised(sampler: Sampler, logits: jax.Array) -> jax.Array:
         logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
         logits -= jnp.where(p.counts > 0, p.presence[:, None], 0.0)
         logits -= rounded(p.frequency[:, None] * p.counts)
-    return logits if sampler.bias is None else logits + sampler.bias
+    if sampler.bias is not None:
+        logits += sampler.bias
+    if (n := sampler.not_yet) is not None:
+        logits = jnp.where(n.ends & (number < n.until)[:, None], -jnp.inf, logits)
+    if sampler.allowed is not None:
+        tokens = jnp.arange(logits.shape[-1])
+        bits = sampler.allowed[:, tokens // 32] >> (tokens % 32).astype(jnp.uint32) & 1
+        logits = jnp.where(bits == 1, logits, -jnp.inf)
+    return logits
 
 
 def _draw(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Array:
@@ -167,6 +213,20 @@ def _draw(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Array:
     return jnp.min(
         jnp.where(passed > border, jnp.arange(probs.shape[-1], dtype=jnp.int32), probs.shape[-1] - 1), axis=-1
     )
+
+
+@jax.named_scope("alternatives")
+def likeliest_tokens(logits: jax.Array, count: int, one_by_one: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Return the ``count`` likeliest tokens of each row, the likeliest first, of float32 [B, V].
+
+    Returns ids, int32 [B, count], and log-probabilities, float32 [B, count], which are those of ``sample``. Equal
+    tokens are ordered by id. ``one_by_one``: as in ``sample``.
+    """
+    if one_by_one:
+        ids, logprobs = jax.lax.map(lambda row: likeliest_tokens(row[None], count), logits)
+        return ids[:, 0], logprobs[:, 0]
+    values, ids = jax.lax.top_k(logits, min(count, logits.shape[-1]))
+    return ids, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _top_k(probs: jax.Array, top_k: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import KeyPath, tree_leaves_with_path, tree_map_with_path
+from jax.tree_util import DictKey, KeyPath, tree_leaves_with_path, tree_map_with_path
 
 from llama_jax.checkpoint import key_name
 from llama_jax.config import Weights
@@ -18,11 +18,14 @@ from llama_jax.model import Llama
 from llama_jax.ops.parameters import AXES, is_vector
 from llama_jax.ops.quantize import Matrix, flat, quantize
 
+OUTPUT: KeyPath = (DictKey("output"),)
+
 
 def for_generation(params: Any, weights: Weights = "auto") -> Any:
     """Convert parameters to the form for generation: a tree per layer, with matrices as Matrix, on the same mesh.
 
-    params: stacked as in a checkpoint. Parameters that are already converted are returned unchanged.
+    params: stacked as in a checkpoint. Parameters that are already converted are returned unchanged. Tied embeddings
+    remain one array, unless they are quantized: then they are kept, and the output matrix is their quantized copy.
     weights: the quantization of matrices. On one CPU, matrices that are not quantized share the memory of ``params``.
     """
     if isinstance(params["layers"], tuple):
@@ -31,14 +34,36 @@ def for_generation(params: Any, weights: Weights = "auto") -> Any:
 
 
 def layer_by_layer(
-    arrays: Iterable[tuple[KeyPath, jax.Array]], like: Any, weights: Weights, mesh: jax.sharding.Mesh
+    arrays: Iterable[tuple[KeyPath, jax.Array]], like: Any, weights: Weights, mesh: jax.sharding.Mesh, dtype: Any = None
 ) -> Any:
     """Convert the arrays of a checkpoint to the form for generation, each as soon as it is read.
 
     arrays: each with its path in the checkpoint's tree. like: a tree of the same structure, which may be quantized.
-    weights: the quantization of matrices. Returns the tree of converted arrays, on the mesh.
+    weights: the quantization of matrices. dtype: the type of embeddings. None: as they are. Returns the tree of
+    converted arrays, on the mesh.
     """
-    return _in_trees({path: _unstacked(path, w, weights, mesh) for path, w in arrays}, like)
+    made: dict[KeyPath, Any] = {}
+    copied = _is_copied(like, weights)
+    for path, w in arrays:
+        if key_name(path[-1]) == "tok_embeddings":
+            if copied:
+                made[OUTPUT] = _unstacked(OUTPUT, w.T, weights, mesh)
+            w = w if dtype is None else w.astype(dtype)
+        made[path] = _unstacked(path, w, weights, mesh)
+    return _in_trees(made, like | {"output": like["tok_embeddings"]} if copied else like)
+
+
+def _is_copied(params: Any, weights: Weights) -> bool:
+    """Return whether generation needs an output matrix that is a copy of the embeddings, the only one in ``params``.
+
+    Tied embeddings are looked up unquantized, as those of other models, so a quantized output matrix is another array.
+    """
+    return weights != "auto" and "output" not in params
+
+
+def _with_output(params: Any, weights: Weights) -> Any:
+    """Return parameters with the output matrix to quantize, even if they are tied."""
+    return params | {"output": params["tok_embeddings"].T} if _is_copied(params, weights) else params
 
 
 def stacked(arrays: Iterable[tuple[KeyPath, jax.Array]], like: Any, weights: Weights, mesh: jax.sharding.Mesh) -> Any:
@@ -46,8 +71,13 @@ def stacked(arrays: Iterable[tuple[KeyPath, jax.Array]], like: Any, weights: Wei
 
     The arguments are those of ``layer_by_layer``. Each array is converted as soon as it is read.
     """
-    made = {path: _stacked_on(w, path, weights, mesh) for path, w in arrays}
-    return tree_map_with_path(lambda path, _: made[path], like)
+    made: dict[KeyPath, Any] = {}
+    copied = _is_copied(like, weights)
+    for path, w in arrays:
+        if copied and key_name(path[-1]) == "tok_embeddings":
+            made[OUTPUT] = _stacked_on(w.T, OUTPUT, weights, mesh)
+        made[path] = _stacked_on(w, path, weights, mesh)
+    return tree_map_with_path(lambda path, _: made[path], like | {"output": like["tok_embeddings"]} if copied else like)
 
 
 @functools.partial(jax.jit, static_argnames=("path", "weights", "mesh"))
@@ -118,29 +148,34 @@ def _quantized(w: jax.Array, inputs: int, weights: Weights, stacked: bool) -> Ma
 def checkpoint_shapes(model: Llama, weights: Weights, stored: Mapping[str, Any] | None = None) -> Any:
     """Return the shapes and types in which generation reads the parameters of a checkpoint.
 
-    Weights of norms and biases are float32. All others have the model's dtype. weights: the quantization of the checkpoint.
-    stored: the arrays of the checkpoint by name, in whose types to read matrices other than embeddings. None: in the
-    model's.
+    Weights of norms and biases are float32. All others have the model's dtype. weights: the quantization of the
+    checkpoint. stored: the arrays of the checkpoint by name, in whose types to read tied embeddings, and matrices other
+    than embeddings. None: in the model's.
     """
 
     def typed(path: KeyPath, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if is_vector(path):
             return s
         array = (stored or {}).get("/".join(map(key_name, path)))
-        if array is None or key_name(path[-1]) == "tok_embeddings":
+        if array is None or (key_name(path[-1]) == "tok_embeddings" and not model.args.tie_embeddings):
             return jax.ShapeDtypeStruct(s.shape, model.dtype)
         return jax.ShapeDtypeStruct(s.shape, array.dtype)
 
     shapes = tree_map_with_path(typed, parameter_shapes(model))
     if weights == "auto":
         return shapes
-    return jax.eval_shape(lambda params: tree_map_with_path(lambda path, w: _form(path, w, weights), params), shapes)
+
+    def form(params: Any) -> Any:
+        return tree_map_with_path(lambda path, w: _form(path, w, weights), _with_output(params, weights))
+
+    return jax.eval_shape(form, shapes)
 
 
 def generation_shapes(model: Llama, weights: Weights) -> Any:
     """Return the shapes and types of the parameters in the form for generation."""
 
     def form(params: Any) -> Any:
+        params = _with_output(params, weights)
         arrays = ((path, _in_layers(path, _form(path, w, weights))) for path, w in tree_leaves_with_path(params))
         return _in_trees(dict(arrays), params)
 
@@ -149,8 +184,11 @@ def generation_shapes(model: Llama, weights: Weights) -> Any:
 
 def stacked_shapes(model: Llama, weights: Weights) -> Any:
     """Return the shapes and types of the parameters in the form of ``stacked``."""
-    shapes = checkpoint_shapes(model, "auto")
-    return jax.eval_shape(lambda params: tree_map_with_path(lambda path, w: _form(path, w, weights), params), shapes)
+
+    def form(params: Any) -> Any:
+        return tree_map_with_path(lambda path, w: _form(path, w, weights), _with_output(params, weights))
+
+    return jax.eval_shape(form, checkpoint_shapes(model, "auto"))
 
 
 def generation_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -10,6 +10,7 @@ B rows, T tokens that are checked together, V vocab.
 
 import functools
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,11 +24,14 @@ from llama_jax.generation.decode import (
     DecodeState,
     Row,
     Sampled,
+    alternatives_of,
+    choose,
     ensure_slots,
     next_logits,
     pad_rows,
     prompt_slots,
     read_prompts,
+    sample_once,
     slots_read,
 )
 from llama_jax.generation.sampling import Sampler, sample
@@ -67,68 +71,71 @@ def generate_speculatively(
     rows: Sequence[Row],
     max_new_tokens: int,
     draft: Draft,
-    eos_id: int,
+    end_ids: Sequence[AbstractSet[int]],
     cache_dtype: Any = None,
+    absent: np.ndarray | None = None,
 ) -> Iterator[Sampled]:
     """Yield what ``generate_chunks`` yields, in chunks as long as the guesses were right. All rows advance equally.
 
-    Rows that have produced EOS do not limit the chunk.
+    end_ids: the tokens that end each row. Rows that have produced one do not limit the chunk. absent: as there.
     """
-    mesh, count = mesh_of(params), len(rows)
+    mesh, count, alternatives = mesh_of(params), len(rows), alternatives_of(rows)
     rows = pad_rows(rows, mesh)
+    end_ids = [*end_ids, *[end_ids[-1]] * (len(rows) - count)]
     longest = prompt_slots(max(len(prompt) for prompt, _, _ in rows))
     slots = slots_read(longest + max_new_tokens + draft.tokens + 1)
     with on_mesh(mesh):
-        state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype)
+        state = read_prompts(model, params, rows, longest, slots, cache_dtype or model.dtype, absent=absent)
         guesser = Lookup(draft.tokens) if draft.model is None else DraftModel(draft, rows, longest, slots)
-        state, ids, logprobs = _first(model, state)
+        state, found = sample_once(model, state, alternatives)
     texts = [list(prompt) for prompt, _, _ in rows]
-    filled, made = longest, 0
+    filled, made, kept = longest, 0, 1
     while True:
-        ids, logprobs = np.asarray(ids), np.asarray(logprobs)
-        for text, row in zip(texts, ids.tolist(), strict=True):
+        found = Sampled(*(None if x is None else np.asarray(x)[:, :kept] for x in found))
+        for text, row in zip(texts, found.ids.tolist(), strict=True):
             text += row
-        yield Sampled(ids[:count], logprobs[:count])
-        made += ids.shape[1]
+        yield found.fetched(count)
+        made += kept
         if made >= max_new_tokens:
             return
-        waited_for = np.array([eos_id not in text[len(text) - made :] for text in texts])
+        waited_for = np.array(
+            [ends.isdisjoint(text[len(text) - made :]) for ends, text in zip(end_ids, texts, strict=True)]
+        )
         with on_mesh(mesh):
             guessed = guesser.guess(texts, state)
             fed = np.concatenate([[[text[-1]] for text in texts], guessed], axis=1).astype(np.int32)
             end = slots_read(filled + fed.shape[1])
             state = state.replace(cache=ensure_slots(state.cache, end))
-            state, ids, logprobs, kept = _check(model, params, state, fed, waited_for, end)
-        kept = int(kept)
-        ids, logprobs, filled = ids[:, :kept], logprobs[:, :kept], filled + kept
+            state, found, right = _check(model, params, state, fed, waited_for, end, alternatives)
+        kept = int(right)
+        filled += kept
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
-def _first(model: Llama, state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """Sample the first token of each row, which no cache holds yet. Return ids and log-probabilities, each [B, 1]."""
-    ids, logprobs, sampler = sample(state.sampler, state.logits, state.made, bool(model.exact_rows))
-    state = state.replace(sampler=sampler, made=state.made + 1)
-    return state, on_every_device(ids[:, None]), on_every_device(logprobs[:, None])
-
-
-@functools.partial(GenerationProgram, static_argnames=("model", "end"), donate_argnames=("state",))
+@functools.partial(GenerationProgram, static_argnames=("model", "end", "alternatives"), donate_argnames=("state",))
 def _check(
-    model: Llama, params: Any, state: DecodeState, fed: jax.Array, waited_for: jax.Array, end: int
-) -> tuple[DecodeState, jax.Array, jax.Array, jax.Array]:
+    model: Llama,
+    params: Any,
+    state: DecodeState,
+    fed: jax.Array,
+    waited_for: jax.Array,
+    end: int,
+    alternatives: int,
+) -> tuple[DecodeState, Sampled, jax.Array]:
     """Sample after each of ``fed`` [B, T], a row's last token and its guesses.
 
-    Return the state, ids and log-probabilities [B, T], and how many of them to keep: one more than the guesses that
-    were right in all rows ``waited_for`` [B].
+    Return the state, the tokens, and how many of each row to keep: one more than the guesses that were right in all
+    rows ``waited_for`` [B].
     """
     logits, cache = next_logits(model, params, fed, state.cache, end)
 
-    def one(carry: tuple[Sampler, jax.Array], now: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    def one(carry: tuple[Sampler, jax.Array], now: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
         sampler, number = carry
-        ids, logprobs, sampler = sample(sampler, now, number, bool(model.exact_rows))
-        return (sampler, number + 1), (ids, logprobs)
+        made, sampler = choose(model, sampler, now, number, alternatives)
+        return (sampler, number + 1), made
 
-    _, (ids, logprobs) = jax.lax.scan(one, (state.sampler, state.made), logits.swapaxes(0, 1))
-    ids, logprobs = ids.T, logprobs.T
+    _, made = jax.lax.scan(one, (state.sampler, state.made), logits.swapaxes(0, 1))
+    sampled = Sampled(*(x.swapaxes(0, 1) for x in made))
+    ids = sampled.ids
     right = jnp.cumprod(ids[:, :-1] == fed[:, 1:], axis=1).sum(axis=1)
     kept = 1 + jnp.min(jnp.where(waited_for, right, fed.shape[1] - 1))
     sampler = state.sampler
@@ -139,7 +146,7 @@ def _check(
     # The slots after the last right guess are overwritten later.
     cache = cache.replace(slot=state.cache.slot + kept)
     state = DecodeState(cache, state.logits, sampler, state.made + kept)
-    return state, on_every_device(ids), on_every_device(logprobs), on_every_device(kept)
+    return state, jax.tree.map(on_every_device, sampled), on_every_device(kept)
 
 
 class Lookup:
@@ -199,22 +206,43 @@ class DraftModel:
         count = self._draft.tokens
         end = slots_read(slot + count + 1)
         cache = ensure_slots(self._cache, end).replace(slot=np.int32(slot))
-        ids, self._cache = _propose(self._model, self._draft.params, cache, last, state.sampler, state.made, count, end)
+        ids, self._cache = _propose(
+            self._model, self._draft.params, cache, last, state.sampler, state.made, count, end, state.logits.shape[-1]
+        )
         return np.asarray(ids)
 
 
-@functools.partial(GenerationProgram, static_argnames=("model", "count", "end"), donate_argnames=("cache",))
+@functools.partial(
+    GenerationProgram, static_argnames=("model", "count", "end", "vocab_size"), donate_argnames=("cache",)
+)
 def _propose(
-    model: Llama, params: Any, cache: KVCache, last: jax.Array, sampler: Sampler, made: jax.Array, count: int, end: int
+    model: Llama,
+    params: Any,
+    cache: KVCache,
+    last: jax.Array,
+    sampler: Sampler,
+    made: jax.Array,
+    count: int,
+    end: int,
+    vocab_size: int,
 ) -> tuple[jax.Array, KVCache]:
-    """Draft ``count`` tokens after ``last`` [B, 1]: int32 [B, count]. The returned cache holds all of them."""
+    """Draft ``count`` tokens after ``last`` [B, 1]: int32 [B, count]. The returned cache holds all of them.
+
+    ``vocab_size`` is the target's number of rows, which the draft's may differ from by padding.
+    """
 
     def step(carry: Any, _: Any) -> tuple[Any, jax.Array]:
         cache, fed, sampler, number = carry
         logits, cache = next_logits(model, params, fed, cache, end)
-        ids, _logprobs, sampler = sample(sampler, logits[:, 0], number)
+        ids, _logprobs, sampler = sample(sampler, _as_wide(logits[:, 0], vocab_size), number)
         return (cache, ids[:, None], sampler, number + 1), ids
 
     start: Any = (cache, last, sampler, made)
     (cache, *_), ids = jax.lax.scan(step, start, None, length=count + 1)
     return on_every_device(ids[:count].T), cache
+
+
+def _as_wide(logits: jax.Array, vocab_size: int) -> jax.Array:
+    """Return logits of ``vocab_size`` tokens, float32 [B, V], without the padding of another model or with more."""
+    logits = logits[:, :vocab_size]
+    return jnp.pad(logits, ((0, 0), (0, vocab_size - logits.shape[1])), constant_values=-jnp.inf)

@@ -17,9 +17,10 @@ def step_bytes(params: Any, cached_bytes: int) -> int:
     """Return the bytes that a decoding step reads, for any number of rows: the parameters and the filled part of the
     cache.
 
-    The embedding table is left out, because only one row per token is read from it.
+    The embedding table is left out unless it is the output matrix too, because only one row per token is read from it.
     """
-    return bytes_of({name: part for name, part in params.items() if name != "tok_embeddings"}) + cached_bytes
+    looked_up = ("tok_embeddings",) if "output" in params else ()
+    return bytes_of({name: part for name, part in params.items() if name not in looked_up}) + cached_bytes
 
 
 class Meter:

@@ -42,7 +42,7 @@ POSITIONS = ("batch", "length")
 class Documents(NamedTuple):
     """The documents that lie side by side in rows [B, T]."""
 
-    segments: jax.Array  # int [B, T], the document of each token, beyond which it does not attend
+    segments: jax.Array  # int [B, T], the document of each token, beyond which it does not attend; below 0: shared
     positions: jax.Array  # int [B, T], the position of each token, for the rotary embedding
 
 
@@ -92,11 +92,13 @@ def attention(
     v: jax.Array,
     kernel: AttentionKernel = "xla",
     segments: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Compute softmax attention over a sequence, in which query t sees keys 0 to t of its own segment.
 
     q: [B, T, N, H]; k, v: [B, T, K, H]. Keys and values are not repeated: query head n reads KV head n // G.
     segments: int [B, T], the document of each position. None: all positions of a row are of one document.
+    window: the number of keys, up to t, that query t sees at most. None: all of them.
     Returns [B, T, N, H] of q's dtype. Scores and softmax are float32.
     """
     # Scale the query instead of the scores, before it is kept for the backward pass.
@@ -109,11 +111,10 @@ def attention(
         mask = None if own is None else (own, gather_shards(own, "length", axis=1))
         start = jax.lax.axis_index(shard_axes("length")) * T if k.shape[1] > T else None
         if kernel == "splash" and T % LANES == 0:
-            return _splash(q, k, v, start, mask)
+            return _splash(q, k, v, start, mask, window)
         if kernel == "cudnn":
-            same = None if mask is None else same_segment(*mask)[:, None]
-            return jax.nn.dot_product_attention(q, k, v, mask=same, scale=1.0, is_causal=True, implementation="cudnn")
-        return _attend_in_blocks(q, k, v, start, mask)
+            return _cudnn(q, k, v, mask, window)
+        return _attend_in_blocks(q, k, v, start, mask, window)
 
     documents = () if segments is None else (segments,)
     axes = (QUERIES, KEYS, KEYS, *(POSITIONS for _ in documents))
@@ -121,14 +122,44 @@ def attention(
 
 
 def same_segment(of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
-    """Return whether a query and a key are of one segment: int [B, T], int [B, S] -> bool [B, T, S]."""
-    return of_queries[:, :, None] == of_keys[:, None, :]
+    """Return whether a query and a key are of one segment: int [B, T], int [B, S] -> bool [B, T, S].
+
+    Keys of a segment below 0 are of every segment: what begins a row can be read by several that follow it.
+    """
+    return (of_queries[:, :, None] == of_keys[:, None, :]) | (of_keys < 0)[:, None, :]
+
+
+def in_window(of_queries: jax.Array, of_keys: jax.Array, window: int) -> jax.Array:
+    """Return whether a key is among the ``window`` keys up to a query: positions int [..., T], [S] -> [..., T, S]."""
+    return of_keys > of_queries[..., None] - window
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None, window: int | None) -> jax.Array:
+    """Run cuDNN's kernel on scaled queries. Tokens see only their own segment and the window, if given."""
+    mask, local = None, None if window is None else (window - 1, 0)
+    if segments is not None:
+        mask, local = same_segment(*segments), None
+        if window is not None:  # The mask says both, because not every version of cuDNN takes both.
+            at = jnp.arange(q.shape[1])
+            mask &= in_window(at, at, window)
+        mask = mask[:, None]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=1.0, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None, segments: Segments | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array | None,
+    segments: Segments | None = None,
+    window: int | None = None,
 ) -> jax.Array:
-    """Run the TPU kernel on scaled queries from position ``start``. Tokens see only their own segment, if given."""
+    """Run the TPU kernel on scaled queries from position ``start``.
+
+    Tokens see only their own segment and the window, if given. The kernel skips blocks outside the window.
+    """
     # Imported here, because Pallas takes as long to import as everything else.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -141,8 +172,9 @@ def _splash(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
+    visible = masks.CausalMask((S, S)) if window is None else masks.LocalMask((S, S), (window - 1, 0), 0)
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((S, S))] * N), block_sizes=sizes, head_shards=1, q_seq_shards=S // T,
+        masks.MultiHeadMask([visible] * N), block_sizes=sizes, head_shards=1, q_seq_shards=S // T,
         residual_checkpoint_name=ATTENTION,
     )  # fmt: skip
     if start is not None:
@@ -166,7 +198,12 @@ def _rows_of(of_blocks: jax.Array, start: jax.Array, T: int, S: int) -> jax.Arra
 
 
 def _attend_in_blocks(
-    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None, segments: Segments | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array | None,
+    segments: Segments | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Compute ``attention`` of scaled queries from position ``start`` (None: 0)."""
     B, T, N, H = q.shape
@@ -178,31 +215,43 @@ def _attend_in_blocks(
     blocks = []
     for at in range(0, T, block):
         end = min(at + block, T)
-        seen = end if start is None else k.shape[2]
-        visible = jnp.arange(seen) <= (jnp.arange(at, end) + (0 if start is None else start))[:, None]
+        begin, seen = 0, end if start is None else k.shape[2]
+        if window is not None and start is None:
+            begin = max(0, at - window + 1)
+        keys, queries = jnp.arange(begin, seen), jnp.arange(at, end) + (0 if start is None else start)
+        visible = keys <= queries[:, None]
+        if window is not None:
+            visible &= in_window(queries, keys, window)
         if segments is not None:
             of_queries, of_keys = segments
-            visible = (visible & same_segment(of_queries[:, at:end], of_keys[:, :seen]))[:, None, None]
+            visible = (visible & same_segment(of_queries[:, at:end], of_keys[:, begin:seen]))[:, None, None]
         bias = jnp.where(visible, 0.0, -jnp.inf)
-        blocks.append(_softmax_attention(q[:, :, :, at:end], k[:, :, :seen], v[:, :, :seen], bias))
+        blocks.append(_softmax_attention(q[:, :, :, at:end], k[:, :, begin:seen], v[:, :, begin:seen], bias))
     out = jnp.concatenate(blocks, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def attention_over_cache(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, kernel: AttentionKernel, exact_rows: int = 0
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: LayerCache,
+    kernel: AttentionKernel,
+    exact_rows: int = 0,
+    window: int | None = None,
 ) -> tuple[jax.Array, KVPair]:
     """Attend from new tokens to those in a layer's cache and to themselves.
 
-    q [B, T, N, H]; k, v [B, T, K, H]. exact_rows: not 0 in exact generation (exact.py). Returns [B, T, N, H] of q's
+    q [B, T, N, H]; k, v [B, T, K, H]. exact_rows: not 0 in exact generation (exact.py). window: the number of tokens,
+    up to its own, that a token sees at most. The cache keeps all. Returns [B, T, N, H] of q's
     dtype, and the new keys and values in the type that the cache stores. In exact generation, it returns the layer's
     slots instead, which include the new keys and values.
     """
     new = cache.k.stored(k), cache.v.stored(v)
     if exact_rows:
         new = cache.k.write(new[0], cache.slot), cache.v.write(new[1], cache.slot)
-        return exact.attention(q, *new, cache.slot), new
-    return cached_attention(q, *new, cache.k, cache.v, cache.slot, cache.first, kernel), new
+        return exact.attention(q, *new, cache.slot, window), new
+    return cached_attention(q, *new, cache.k, cache.v, cache.slot, cache.first, kernel, window), new
 
 
 @jax.named_scope("attention")
@@ -215,12 +264,14 @@ def cached_attention(
     slot: jax.Array,
     first: jax.Array,
     kernel: AttentionKernel = "xla",
+    window: int | None = None,
 ) -> jax.Array:
     """Attend from new tokens to those in a cache and to themselves.
 
     q [B, T, N, H]; k, v [B, T, K, H], as the cache will store them from ``slot`` on; cached [B, K, S, H], of which
-    slots from the row's ``first`` [B] to slot - 1 are visible. A query before its row's first slot is padding. It sees
-    only itself, so that its unused softmax stays finite. Returns [B, T, N, H] of q's dtype.
+    slots from the row's ``first`` [B] to slot - 1 are visible, of which a query sees those among the ``window`` up to
+    its own, if given. A query before its row's first slot is padding. It sees only itself, so that its unused softmax
+    stays finite. Returns [B, T, N, H] of q's dtype.
     """
     B, T, N, H = q.shape
     K, S = cached_k.values.shape[1:3]
@@ -230,7 +281,7 @@ def cached_attention(
         tokens = (new + slot >= first[:, None]).astype(jnp.int32)
         whole_length = (("batch", None, heads, None) for heads in ("heads", "kv_heads", "kv_heads"))
         local = shard_by_shard(
-            lambda q, k, v, tokens: _splash(q, k, v, None, (tokens, tokens)),
+            lambda q, k, v, tokens: _splash(q, k, v, None, (tokens, tokens), window),
             ("batch", "length", "heads"),  # a kernel needs all axes of the mesh to be manual
             (*whole_length, ("batch", None)),
             ("batch", None, "heads", None),
@@ -240,7 +291,12 @@ def cached_attention(
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
     seen = (jnp.arange(S) < slot) & (jnp.arange(S) >= first[:, None])
     of_cache = jnp.where(seen, 0.0, -jnp.inf)[:, None]
+    if window is not None:  # Queries see different slots. Each row of scores is a query of a head, [B, N T, S].
+        near = jnp.where(in_window(slot + new, jnp.arange(S), window), 0.0, -jnp.inf)
+        of_cache += jnp.tile(near, (N, 1))
     of_new = ((new <= new[:, None]) & (new + slot >= first[:, None, None])) | (new == new[:, None])
+    if window is not None:
+        of_new &= in_window(new, new, window)
     of_new = jnp.where(of_new, 0.0, -jnp.inf)[:, None, None]
 
     # Put all heads' rows on one axis, because an axis of few queries per head would use a TPU's vector registers badly.

@@ -25,18 +25,20 @@ ROWS, CPU_ROWS = 64, 16
 QUERIES, TILE = 8, 256
 
 
-def product_in_blocks(x: jax.Array, values: jax.Array, rows: int) -> jax.Array:
+def product_in_blocks(x: jax.Array, values: jax.Array, rows: int, transposed: bool = False) -> jax.Array:
     """Return x @ values in float32, [R, D], [D, F] -> [R, F], as products of ``rows`` rows, the last one padded with
     zeros.
 
-    The result of a row depends on the shape of its product, but not on the row's place in it.
+    transposed: values are [F, D]. The result of a row depends on the shape of its product, but not on the row's place
+    in it.
     """
+    equation = "RD,FD->RF" if transposed else "RD,DF->RF"
     blocks = jnp.pad(x, [(0, -len(x) % rows), (0, 0)]).reshape(-1, rows, x.shape[1])
 
     def product(block: jax.Array) -> jax.Array:
-        return jnp.einsum("RD,DF->RF", block, values.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum(equation, block, values.astype(x.dtype), preferred_element_type=jnp.float32)
 
-    result = jax.lax.map(product, blocks).reshape(-1, values.shape[1])[: len(x)]
+    result = jax.lax.map(product, blocks).reshape(-1, values.shape[0 if transposed else 1])[: len(x)]
     # A trick: the barrier keeps the compiler from fusing this with what follows. Fused, it would differ between
     # programs.
     return jax.lax.optimization_barrier(result)
@@ -60,12 +62,13 @@ def rounded(x: jax.Array) -> jax.Array:
 
 
 @jax.named_scope("attention")
-def attention(q: jax.Array, k: KVArray, v: KVArray, slot: jax.Array) -> jax.Array:
+def attention(q: jax.Array, k: KVArray, v: KVArray, slot: jax.Array, window: int | None = None) -> jax.Array:
     """Attend causally over a cache that holds the new tokens: q [B, T, N, H]; k, v [B, K, S, H] -> [B, T, N, H] of q's
     dtype.
 
-    Each row's tokens are in slots 0 and following, the new ones from ``slot`` [B] on. S is a multiple of TILE. Slots
-    that a query does not see add zeros after those it sees, which changes no sum.
+    Each row's tokens are in slots 0 and following, the new ones from ``slot`` [B] on. S is a multiple of TILE. A query
+    sees its own slot and those before it, ``window`` of them if given. Slots that it does not see add zeros before and
+    after those it sees, which changes no sum.
     """
     B, T, N, H = q.shape
     K, S = k.values.shape[1:3]
@@ -84,7 +87,10 @@ def attention(q: jax.Array, k: KVArray, v: KVArray, slot: jax.Array) -> jax.Arra
         scores = _float32("BKIRH,BKISH->BKIRS", jnp.broadcast_to(q, (B, K, tiles, G * Q, H)), k.values)
         if k.scales is not None:
             scores = rounded(scores * k.scales[:, :, :, None])
-        scores = jnp.where(of_slot <= position, scores, -jnp.inf)
+        seen = of_slot <= position
+        if window is not None:
+            seen &= of_slot > position - window
+        scores = jnp.where(seen, scores, -jnp.inf)
         weights = jnp.exp(scores - jnp.max(scores, axis=(2, 4), keepdims=True))
         with jax.default_matmul_precision("highest"):
             norm = _float32("BKIRS,BKISH->BKIRH", weights, jnp.ones((B, K, tiles, TILE, 1)))

@@ -7,6 +7,7 @@ matrices, in the way that is fastest on each platform. Fine-tuning multiplies by
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -112,7 +113,9 @@ def _flat(equation: str, x: jax.Array, w: Matrix, exact_rows: int) -> jax.Array:
     grouped = w.scales is not None and w.scales.shape[0] > 1
     values = w.dequantized().reshape(w.values.shape) if grouped else w.values
     if exact_rows:
-        product = exact.product_in_blocks(x, values, exact_rows)
+        product = exact.product_in_blocks(x, values, exact_rows, w.is_transposed)
+    elif w.is_transposed:
+        product = jax.lax.platform_dependent(x, values, tpu=_rows_of_table_on_tpu, default=_rows_of_table)
     else:
         product = jax.lax.platform_dependent(
             x, values, cpu=_rows_on_cpu, cuda=_rows_on_gpu, tpu=_rows_on_tpu, default=_rows
@@ -127,11 +130,18 @@ def _rows(x: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.einsum("RD,DF->RF", x, values.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _rows_on_tpu(x: jax.Array, values: jax.Array) -> jax.Array:
+def _rows_of_table(x: jax.Array, values: jax.Array) -> jax.Array:
+    return jnp.einsum("RD,FD->RF", x, values.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _rows_on_tpu(x: jax.Array, values: jax.Array, rows: Callable[..., jax.Array] = _rows) -> jax.Array:
     # A trick: padding rows make the TPU use its matrix unit instead of multiplying element by element.
-    product = _rows(jnp.pad(x, [(0, max(0, MATRIX_ROWS - len(x))), (0, 0)]), values)[: len(x)]
+    product = rows(jnp.pad(x, [(0, max(0, MATRIX_ROWS - len(x))), (0, 0)]), values)[: len(x)]
     # A trick: without the barrier, the layout that later operations prefer reaches the matrix, and XLA transposes it.
     return jax.lax.optimization_barrier(product)
+
+
+_rows_of_table_on_tpu = functools.partial(_rows_on_tpu, rows=_rows_of_table)
 
 
 def _rows_on_gpu(x: jax.Array, values: jax.Array) -> jax.Array:

@@ -15,33 +15,42 @@ from llama_jax.ops.attention import Documents
 from llama_jax.ops.linear import linear, low_rank_inputs
 from llama_jax.ops.quantize import Adapted, Matrix
 
-TOKENS, HIDDEN, OUTPUT = ("batch", "length"), ("batch", "length", None), ("embed", "vocab")
+TOKENS, HIDDEN = ("batch", "length"), ("batch", "length", None)
+# The logical axes of the output matrix by the letters of its axes. "VD": it is the table of tied embeddings.
+AXES = {"DV": ("embed", "vocab"), "VD": ("vocab", "embed")}
+# Those of a quantized output matrix's scales, and of an adapter's second factor.
 SCALES, FACTOR = (None, "vocab"), ("rank", "vocab")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 @jax.named_scope("loss")
 def cross_entropy(
-    hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int = 512
+    hidden: jax.Array,
+    output: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk_tokens: int = 512,
+    axes: str = "DV",
 ) -> jax.Array:
     """Return the sum over all positions of weights x -log softmax(hidden @ output)[targets], in nats, float32 [].
 
-    hidden: [B, T, D]; output: [D, V]; targets: int [B, T]; weights: float32 [B, T], not differentiated. The gradient is
-    computed along with the loss in chunks of ``chunk_tokens``, while the chunk's logits exist. Each device gathers the
-    output matrix once and processes its own positions; the matrix's gradient is summed over devices once, at the end.
+    hidden: [B, T, D]; output: [D, V], or [V, D] if ``axes`` are "VD"; targets: int [B, T]; weights: float32 [B, T], not
+    differentiated. The gradient is computed along with the loss in chunks of ``chunk_tokens``, while the chunk's logits
+    exist. Each device gathers the output matrix once and processes its own positions; the matrix's gradient is summed
+    over devices once, at the end.
     """
 
     def local(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        output = _gathered(output, hidden.dtype)
+        output = _gathered(output, hidden.dtype, axes)
 
         def chunk(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
             x, y, w = xs
-            return total + jnp.sum(w * negative_log_likelihood(_logits(x, output), y)), None
+            return total + jnp.sum(w * negative_log_likelihood(_logits(x, output, axes), y)), None
 
         total, _ = jax.lax.scan(chunk, jnp.zeros((), jnp.float32), _chunks(chunk_tokens, hidden, targets, weights))
         return jax.lax.psum(total, shard_axes(*TOKENS))
 
-    return shard_by_shard(local, TOKENS, (HIDDEN, OUTPUT, TOKENS, TOKENS), ())(hidden, output, targets, weights)
+    return shard_by_shard(local, TOKENS, (HIDDEN, AXES[axes], TOKENS, TOKENS), ())(hidden, output, targets, weights)
 
 
 def loss_sum(
@@ -59,7 +68,10 @@ def loss_sum(
     """
     documents = None if segments is None else Documents(jnp.asarray(segments), jnp.asarray(positions))
     hidden = cast(jax.Array, model.apply({"params": params}, inputs, documents, method="hidden"))
-    output, chunk = params["output"], model.loss_chunk
+    chunk = model.loss_chunk
+    if "output" not in params:
+        return cross_entropy(hidden, params["tok_embeddings"], targets, weights, chunk, "VD")
+    output = params["output"]
     if isinstance(output, Matrix):
         nothing, none = jnp.zeros((*hidden.shape[:2], 0), hidden.dtype), jnp.zeros((0, *output.shape[1:]))
         return frozen_cross_entropy(hidden, output, nothing, none, targets, weights, chunk)
@@ -67,6 +79,12 @@ def loss_sum(
         low = low_rank_inputs(hidden, output)
         return frozen_cross_entropy(hidden, output.base, low, output.b, targets, weights, chunk)
     return cross_entropy(hidden, output, targets, weights, chunk)
+
+
+def log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Return log softmax(logits)[tokens] in nats: float32 [..., V] and int [...] -> float32 [...]."""
+    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
 def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -86,12 +104,12 @@ def _with_gradient(logits: jax.Array, y: jax.Array, w: jax.Array, dtype: jnp.dty
     return loss, ((exps / norm - is_target) * w[..., None]).astype(dtype)
 
 
-def _gathered(output: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return gather_shards(output.astype(dtype), "embed", axis=0)
+def _gathered(output: jax.Array, dtype: jnp.dtype, axes: str) -> jax.Array:
+    return gather_shards(output.astype(dtype), "embed", axis=axes.index("D"))
 
 
-def _logits(x: jax.Array, output: jax.Array) -> jax.Array:
-    return jnp.einsum("BCD,DV->BCV", x, output, preferred_element_type=jnp.float32)
+def _logits(x: jax.Array, output: jax.Array, axes: str) -> jax.Array:
+    return jnp.einsum(f"BCD,{axes}->BCV", x, output, preferred_element_type=jnp.float32)
 
 
 def _chunks(tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -104,31 +122,36 @@ def _chunks(tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @jax.named_scope("loss")
-def _forward(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int):
+def _forward(
+    hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int, axes: str
+):
     def local(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
         B, T, D = hidden.shape
-        output = _gathered(output, hidden.dtype)
+        output = _gathered(output, hidden.dtype, axes)
 
         def chunk(carry: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, ...]):
             total, d_output = carry
             x, y, w = xs
-            loss, d_logits = _with_gradient(_logits(x, output), y, w, x.dtype)
+            loss, d_logits = _with_gradient(_logits(x, output, axes), y, w, x.dtype)
             total += loss
-            dx = linear("BCV,DV->BCD", d_logits, output)
+            dx = linear(f"BCV,{axes}->BCD", d_logits, output)
             d_output += jnp.einsum("BCD,BCV->DV", x, d_logits, preferred_element_type=jnp.float32)
             return (total, d_output), dx
 
-        start = jnp.zeros((), jnp.float32), jnp.zeros(output.shape, jnp.float32)
+        # The gradient is [D, V] in the loop, for which a CPU need not transpose each chunk's logits.
+        shape = tuple(output.shape[axes.index(axis)] for axis in "DV")
+        start = jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32)
         (total, d_output), dx = jax.lax.scan(chunk, start, _chunks(chunk_tokens, hidden, targets, weights))
+        d_output = d_output if axes == "DV" else d_output.T
         dx = dx.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
-        return jax.lax.psum(total, shard_axes(*TOKENS)), dx, sum_shards(d_output, "embed", 0, *TOKENS)
+        return jax.lax.psum(total, shard_axes(*TOKENS)), dx, sum_shards(d_output, "embed", axes.index("D"), *TOKENS)
 
-    results = shard_by_shard(local, TOKENS, (HIDDEN, OUTPUT, TOKENS, TOKENS), ((), HIDDEN, OUTPUT))
+    results = shard_by_shard(local, TOKENS, (HIDDEN, AXES[axes], TOKENS, TOKENS), ((), HIDDEN, AXES[axes]))
     total, d_hidden, d_output = results(hidden, output, targets, weights)
     return total, (d_hidden, d_output.astype(output.dtype))
 
 
-def _backward(chunk_tokens: int, saved: tuple[jax.Array, jax.Array], d_total: jax.Array):
+def _backward(chunk_tokens: int, axes: str, saved: tuple[jax.Array, jax.Array], d_total: jax.Array):
     d_hidden, d_output = saved
     return (d_hidden * d_total).astype(d_hidden.dtype), d_output * d_total, None, None
 
@@ -169,7 +192,7 @@ def frozen_cross_entropy(
 
 def _over_shards(local: Any, output: Matrix, out_axes: Any) -> Any:
     """Return ``local`` run per shard; see shard_by_shard. Its last arguments are the arrays of ``output``."""
-    parts = (OUTPUT, SCALES)[: len(jax.tree.leaves(output))]
+    parts = (AXES["DV"], SCALES)[: len(jax.tree.leaves(output))]
     return shard_by_shard(local, TOKENS, (HIDDEN, HIDDEN, FACTOR, TOKENS, TOKENS, *parts), out_axes)
 
 
@@ -180,7 +203,9 @@ def _dequantized(output: Matrix, parts: Any, dtype: jnp.dtype) -> jax.Array:
 
 
 def _adapted_logits(x: jax.Array, output: jax.Array, low: jax.Array, b: jax.Array) -> jax.Array:
-    return _logits(x, output) + jnp.einsum("BCR,RV->BCV", low, b.astype(low.dtype), preferred_element_type=jnp.float32)
+    return _logits(x, output, "DV") + jnp.einsum(
+        "BCR,RV->BCV", low, b.astype(low.dtype), preferred_element_type=jnp.float32
+    )
 
 
 @jax.named_scope("loss")

@@ -6,7 +6,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 
-from llama_jax.ops.quantize import Weight
+from llama_jax.ops.quantize import Weight, transposed
 
 # Logical axes (devices/sharding.py) of the inputs and outputs of matrices. The embeddings have a row per token.
 AXES = {
@@ -29,12 +29,24 @@ def weight(module: nn.Module, name: str, std: float, **axes: int) -> Weight:
     Generation may hold it in another form of the same shape (quantize.py). Raises ValueError if a parameter is given
     that has another shape.
 
-    Initial embeddings are N(0, 1), other matrices N(0, 1 / fan-in) (PaLM paper, section 5). The output matrix of a
-    feed-forward layer is also divided by the square root of the number of terms in the residual stream, 2 L, so that
-    the variance does not grow with depth (GPT-2 paper, section 2.3). The output matrix of attention is not, because a
-    mean over positions is already small.
+    Initial embeddings are N(0, 1), other matrices N(0, 1 / fan-in) (PaLM paper, section 5). Tied embeddings are
+    N(0, 1 / D), because they are the output matrix too, and with N(0, 1) logits would have a deviation of sqrt(D).
+    Either way a fresh model's loss is about ln V + 1/2. The output matrix of a feed-forward layer is also divided by
+    the square root of the number of terms in the residual stream, 2 L, so that the variance does not grow with depth
+    (GPT-2 paper, section 2.3). The output matrix of attention is not, because a mean over positions is already small.
     """
     return _parameter(module, name, nn.initializers.normal(std), axes)
+
+
+def output_weight(module: nn.Module, table: Weight, tied: bool) -> Weight:
+    """Return the output matrix [D, V] of a module with the embeddings ``table`` [V, D], which is the table if ``tied``.
+
+    A quantized model has an output matrix of its own even then, because its embeddings are not quantized.
+    """
+    V, D = table.shape
+    if tied and not module.has_variable("params", "output"):
+        return transposed(cast(jax.Array, table))
+    return weight(module, "output", D**-0.5, embed=D, vocab=V)
 
 
 def norm_weight(module: nn.Module, name: str, dim: int) -> jax.Array:

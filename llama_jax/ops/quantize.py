@@ -39,9 +39,13 @@ class Matrix(flax.struct.PyTreeNode):
     """float32 [groups, outputs], or [L, groups, outputs]. int8 has one group."""
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     """The shape of the original weight, in which inputs and outputs may be several axes each."""
+    is_transposed: bool = flax.struct.field(pytree_node=False, default=False)
+    """Whether ``values`` are [outputs, inputs] instead, as those of tied embeddings are."""
 
     def dequantized(self) -> jax.Array:
         """Return the weight as an array of ``shape``, in float32 if it is quantized."""
+        if self.is_transposed:
+            return self.values.T
         if self.scales is None:
             return self.values.reshape(self.shape)
         groups, outputs = self.scales.shape
@@ -89,6 +93,11 @@ def as_array(w: Weight) -> jax.Array:
 def flat(w: jax.Array, inputs: int) -> Matrix:
     """Return ``w`` as a plain Matrix. Products sum over the first ``inputs`` axes of ``w``."""
     return Matrix(w.reshape(math.prod(w.shape[:inputs]), -1), None, w.shape)
+
+
+def transposed(table: jax.Array) -> Matrix:
+    """Return the output matrix [D, V] of tied embeddings, which is the table [V, D] itself and no copy of it."""
+    return Matrix(table, None, table.shape[::-1], is_transposed=True)
 
 
 def quantize(w: jax.Array, inputs: int, kind: str) -> Matrix:

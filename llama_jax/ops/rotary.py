@@ -107,7 +107,10 @@ def _llama3(plain: np.ndarray, scaling: dict[str, Any], original: int) -> np.nda
 
 
 def _yarn(args: ModelArgs, scaling: dict[str, Any]) -> tuple[np.ndarray, float]:
-    """Interpolate low frequencies, keep high ones, and sharpen attention (YaRN, Peng et al., 2023, sections 3.2-3.4)."""
+    """Return frequencies of which low ones are interpolated, and the factor that sharpens attention.
+
+    This is YaRN (Peng et al., 2023, sections 3.2-3.4).
+    """
     H, theta, factor, original = args.head_width, args.rope_theta, scaling["factor"], original_length(args)
 
     def feature(turns: float) -> float:

@@ -32,6 +32,7 @@ from llama_jax.plan.cost import Schedule, schedule_of
 from llama_jax.plan.hlo import HBM, Program
 from llama_jax.plan.settings import vocabulary, with_vocabulary
 from llama_jax.plan.topology import Topology
+from llama_jax.training.flops import keys_per_query
 from llama_jax.training.step import batch_shapes, compile_train_step, make_optimizer, state_shapes
 
 
@@ -209,7 +210,8 @@ def _plan(
     if decoding is None and (kept := _kept_bytes(program, config.model.n_layers)):
         parts |= {"kept for the backward pass": kept}
     parts |= {"temporaries": max(0, peak - sum(parts.values()))}
-    return plan(peak, parts, schedule_of(program, topology.chip), text)
+    seen = keys_per_query(config.model) / config.model.max_seq_len
+    return plan(peak, parts, schedule_of(program, topology.chip, seen), text)
 
 
 def _kept_bytes(program: Program, layers: int) -> int:

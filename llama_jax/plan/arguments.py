@@ -78,10 +78,10 @@ def read_request(argv: Sequence[str]) -> Request:
     base, given = file or Config(), given_flags(rest)
     args = _parse(rest, base, given)
     if args.train.init_from:
-        from llama_jax.checkpoint import Checkpoint  # imported here, because orbax takes seconds
+        from llama_jax.convert.once import model_arguments  # imported here, because orbax takes seconds
 
         # As in train.py, the model's shape comes from the checkpoint.
-        args = _parse(rest, dataclasses.replace(base, model=Checkpoint.find(args.train.init_from).args), given)
+        args = _parse(rest, dataclasses.replace(base, model=model_arguments(args.train.init_from)), given)
     if not args.topology.strip():
         raise UserError(f"--topology: expected a slice such as {EXAMPLES}, found none")
     _check(args, given)

@@ -140,16 +140,19 @@ class Schedule:
         return self.cost.matrix + self.cost.other + self.blocking + self.kernels
 
 
-def schedule_of(program: Program, chip: Chip) -> Schedule:
-    """Return the cost of one run of a program."""
-    return Schedule(_Reader(program, chip).cost_of_entry(), chip)
+def schedule_of(program: Program, chip: Chip, seen: float = 0.5) -> Schedule:
+    """Return the cost of one run of a program.
+
+    seen: the share of all pairs of a query and a key that attention looks at. A causal mask leaves half of them.
+    """
+    return Schedule(_Reader(program, chip, seen).cost_of_entry(), chip)
 
 
 class _Reader:
     """Sums the cost of a program's computations, each computed once."""
 
-    def __init__(self, program: Program, chip: Chip):
-        self._program, self._chip = program, chip
+    def __init__(self, program: Program, chip: Chip, seen: float):
+        self._program, self._chip, self._seen = program, chip, seen
         self._done: dict[str, Cost] = {}
 
     def cost_of_entry(self) -> Cost:
@@ -232,8 +235,8 @@ class _Reader:
         heads = [a for o in i.operands if o in names for a in names[o].results if len(a.dims) >= 3 and "f" in a.dtype]
         products = next((n for part, n in KERNEL_PRODUCTS.items() if f"_{part}" in name), 0)
         if products and len(heads) > 1:
-            # A causal mask halves the 2 FLOPs per pair.
-            cost.kernel_flops += products * math.prod(heads[0].dims) * heads[1].dims[-2]
+            pairs = math.prod(heads[0].dims) * heads[1].dims[-2]
+            cost.kernel_flops += products * 2 * self._seen * pairs
 
     def _bytes(self, i: Instruction, names: dict[str, Instruction]) -> float:
         """Return the bytes that an instruction reads from and writes to HBM.

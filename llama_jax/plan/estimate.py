@@ -19,14 +19,14 @@ TENSOR = (1, 2, 4, 8)
 SEQUENCE = (1, 2, 4, 8)
 # A device gets a part of a sequence of at least this many positions.
 FEWEST_POSITIONS = 4096
-# Features per token and layer that a policy keeps besides the residual stream, as a function of D, keys and values, F,
-# and t tensor shards.
+# Features per token and layer that a policy keeps besides the residual stream, as a function of D, the features
+# Q of all query heads, keys and values, F, and t tensor shards.
 KEPT = {
-    "none": lambda D, KV, F, t: 9 * D + (3 * D + KV + 6 * F) / t,
-    "dots": lambda D, KV, F, t: D + (2 * D + KV + 2 * F) / t,
-    "attention": lambda D, KV, F, t: D + (2 * D + KV) / t,
-    "offload": lambda D, KV, F, t: 0,
-    "full": lambda D, KV, F, t: 0,
+    "none": lambda D, Q, KV, F, t: 9 * D + (3 * Q + KV + 6 * F) / t,
+    "dots": lambda D, Q, KV, F, t: D + (2 * Q + KV + 2 * F) / t,
+    "attention": lambda D, Q, KV, F, t: D + (2 * Q + KV) / t,
+    "offload": lambda D, Q, KV, F, t: 0,
+    "full": lambda D, Q, KV, F, t: 0,
 }
 
 
@@ -116,8 +116,9 @@ def training_bytes(config: Config) -> float:
     tokens = rows * m.max_seq_len / mesh.sequence
     size = 4 if train.compute_dtype == "float32" else 2
     keys_and_values = 2 * m.kv_heads * m.head_width
-    kept = m.dim + KEPT[train.remat](m.dim, keys_and_values, m.hidden_width, t)
-    layer = (count_parameters(m) - 2 * m.vocab_size * m.dim) / m.n_layers
+    kept = m.dim + KEPT[train.remat](m.dim, m.n_heads * m.head_width, keys_and_values, m.hidden_width, t)
+    tables = 1 if m.tie_embeddings else 2
+    layer = (count_parameters(m) - tables * m.vocab_size * m.dim) / m.n_layers
     working = 2 * size * layer / t + size * tokens * (3 * m.hidden_width / t + 6 * m.dim)
     if mesh.sequence > 1:
         working += size * rows * m.max_seq_len * keys_and_values / t

@@ -10,7 +10,7 @@ from llama_jax.config import Config
 from llama_jax.data.manifest import TOKENIZER, read_manifest
 from llama_jax.data.mixture import folder_of
 from llama_jax.data.tokens import find_prepared
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import Tokenizer, kept_tokenizer
 
 # LLaMA 2's vocabulary.
 VOCAB_SIZE = 32000
@@ -35,8 +35,8 @@ def vocabulary(config: Config, stated: bool = False) -> Found:
         return Found(Tokenizer(data.tokenizer_model_path).vocab_size, data.tokenizer_model_path)
     for name in data.mixture or [data.filepath]:
         if (prepared := find_prepared(name)) is not None:
-            path = prepared / TOKENIZER
-            return Found(Tokenizer(path).vocab_size, str(path))
+            tokenizer = kept_tokenizer(prepared / TOKENIZER)
+            return Found(tokenizer.vocab_size, str(tokenizer.model_path))
     if data.filepath or data.mixture or stated:
         return Found(data.vocab_size, "data.vocab_size, of the tokenizer that the run will train")
     return Found(

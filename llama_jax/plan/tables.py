@@ -8,6 +8,7 @@ from llama_jax.cli.progress import duration
 from llama_jax.config import Config
 from llama_jax.devices.chips import GiB
 from llama_jax.devices.sharding import describe
+from llama_jax.foreign.family import constants_of
 from llama_jax.plan import Plan
 from llama_jax.plan.advice import Advice
 from llama_jax.plan.cost import BETWEEN_SLICES, KERNEL_EFFICIENCY
@@ -129,8 +130,8 @@ def model_rows(config: Config, vocabulary: Found) -> Rows:
     return [
         (
             "model",
-            f"{count_parameters(m):,} parameters: dim {m.dim}, {m.n_layers} layers, {m.n_heads} heads, {m.kv_heads} kv heads, "
-            f"context {m.max_seq_len:,}",
+            f"{count_parameters(m):,} parameters: dim {m.dim}, {m.n_layers} layers, {m.n_heads} heads, "
+            + ", ".join([f"{m.kv_heads} kv heads", *constants_of(m), f"context {m.max_seq_len:,}"]),
         ),
         ("vocabulary", f"{m.vocab_size:,}: {vocabulary.source}"),
     ]

@@ -8,8 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_jax.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
+
+# How a file of Git LFS begins that was not fetched itself.
+LFS_POINTER = b"version https://git-lfs"
 
 
 def is_address(path: str) -> bool:
@@ -58,3 +63,13 @@ def raw_bytes(array: "np.ndarray") -> memoryview:
     import numpy as np  # imported here, so that a command can check its flags without it
 
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def check_downloaded(raw: bytes, name: str) -> None:
+    """Raise a UserError that names ``name`` if the content of a JSON file is what failed downloads leave behind."""
+    if raw.lstrip()[:1] == b"<":
+        raise UserError(
+            f"{name}: expected JSON, found an HTML page, as failed downloads leave behind; download it again"
+        )
+    if raw.startswith(LFS_POINTER):
+        raise UserError(f"{name}: expected JSON, found a Git LFS pointer; fetch the file itself with git lfs pull")

@@ -32,6 +32,10 @@ NAME = ".owner"
 BEAT_SECONDS, DEAD_SECONDS, LOOK_SECONDS = 10.0, 60.0, 1.0
 
 
+class InUse(UserError):
+    """Another process owns the folder."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """The owner of a folder. ``boot``, ``namespace`` and ``started`` distinguish processes with the same number."""
@@ -129,12 +133,12 @@ def owning(folder: Path, key: str, advice: str) -> Iterator[Owner]:
     """Own the existing ``folder`` during the block.
 
     ``key`` is the setting that names the folder, and ``advice`` says what to do if another process owns it. In that
-    case a UserError is raised that says "in use" and names the owner.
+    case InUse is raised that says "in use" and names the owner.
     """
     place: _Place = _Bucket(folder) if is_address(str(folder)) else _Disk(folder)
     record = Record.of_this_process()
     if (found := place.acquire(record)) is not None:
-        raise UserError(
+        raise InUse(
             f"{key}: expected a folder that nobody else writes, found {folder} in use by {found.name}; {advice}"
         )
     owner = Owner(folder, place, record)

@@ -14,10 +14,11 @@ from llama_jax.training.bad_steps import raise_not_finite
 from llama_jax.training.run import Run
 from llama_jax.training.start import evaluated
 from llama_jax.training.step import TrainState
+from llama_jax.training.tasks import task_scores
 
 
 def evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dict[str, Any], int]:
-    """Return the held-out loss as values for a record, or none and the signal that arrived meanwhile.
+    """Return the held-out loss and the scores of tasks as values for a record, or none and the signal that arrived.
 
     Raises UserError if the loss is not finite.
     """
@@ -30,11 +31,14 @@ def evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dic
             what = "held-out loss" + (f" of {name}" if name else "")
             raise_not_finite(what, loss, step, saved_at, run.best_saved())
         losses[name] = loss
+    of_tasks, stop = task_scores(run, state.params)
+    if stop:
+        return {}, stop
     run.timer.evaluated = time.monotonic()
     run.consensus.forget()
     loss, bits = run.data.combine(losses, run.config.data.document_mask)
     of_each = {f"eval_loss/{name}": loss for name, loss in losses.items() if name}
-    return {"eval_loss": loss, "eval_bits_per_byte": bits, **of_each}, 0
+    return {"eval_loss": loss, "eval_bits_per_byte": bits, **of_each, **of_tasks}, 0
 
 
 def _loss_of(run: Run, state: TrainState, stream: Tokens) -> tuple[float, int]:

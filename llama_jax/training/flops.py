@@ -13,12 +13,19 @@ def train_flops_per_token(args: ModelArgs, lora: LoraArgs = LoraArgs()) -> float
     """Return the FLOPs of the forward and backward pass per token.
 
     6 x (parameters without the embedding) + 6 x L x T x N H for causal attention. Attention counts visible pairs only,
-    half of the square; recomputation is not counted. For 7B at 4096 this is 42.9e9.
-    Frozen matrices have no gradient, so that with adapters they count 4 times, and the adapters 6 times.
+    half of the square, or fewer with a sliding window; recomputation is not counted. Tied embeddings count once, as the
+    output matrix. For 7B at 4096 this is 42.9e9. Frozen matrices have no gradient, so that with adapters they count 4
+    times, and the adapters 6 times.
     """
-    matrices = count_parameters(args) - args.vocab_size * args.dim
+    matrices = count_parameters(args) - (0 if args.tie_embeddings else args.vocab_size * args.dim)
     products = 4.0 * matrices + 6.0 * count_adapter(args, lora) if lora.rank else 6.0 * matrices
-    return products + 6.0 * args.n_layers * args.max_seq_len * args.n_heads * args.head_width
+    return products + 12.0 * args.n_layers * args.n_heads * args.head_width * keys_per_query(args)
+
+
+def keys_per_query(args: ModelArgs) -> float:
+    """Return the mean number of keys that a query sees: T / 2, or W - W^2 / 2T with a window of W of T positions."""
+    seen = args.window or args.max_seq_len
+    return seen * (1 - seen / (2 * args.max_seq_len))
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -9,7 +9,7 @@ import jax
 from tqdm import tqdm
 
 from llama_jax.build import count_parameters
-from llama_jax.checkpoint.adapted import Found
+from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.data import AnyData, Data
@@ -21,6 +21,7 @@ from llama_jax.data.summary import documents_text, held_out_text, remarks, repea
 from llama_jax.devices.compiling import platform_of
 from llama_jax.devices.memory import check_memory
 from llama_jax.devices.sharding import describe
+from llama_jax.foreign.family import constants_of
 from llama_jax.model import Llama
 from llama_jax.ops.attention import choose_kernel
 from llama_jax.programs import typed
@@ -58,7 +59,7 @@ def announce(
         (
             "model",
             f"{count_parameters(model):,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, "
-            f"{model.kv_heads} kv heads, context {model.max_seq_len}",
+            + ", ".join([f"{model.kv_heads} kv heads", *constants_of(model), f"context {model.max_seq_len}"]),
         ),
         (
             "text",
@@ -163,7 +164,7 @@ def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:
     return f"learning rate {train.lr:g} after a warm-up of {warmup:,} steps{cut}, then a cosine to {train.lr * train.min_lr_ratio:g}"
 
 
-def first_state_text(opened: Opened, base: Found | None) -> str:
+def first_state_text(opened: Opened, base: WholeModel | None) -> str:
     """Return a line about what happens before the first step: parameters are read, or made."""
     if opened.start:
         return f"reading the checkpoint of step {opened.start:,}"
@@ -239,6 +240,10 @@ def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> 
         f"{key.partition('/')[2]} {loss:.4f}" for key, loss in record.items() if key.startswith("eval_loss/")
     ]:
         text += f" ({', '.join(of_each)})"
+    if of_tasks := [
+        f"{key.removeprefix('task/')} {value:.3f}" for key, value in record.items() if key.startswith("task/")
+    ]:
+        text += "; " + ", ".join(of_tasks)
     return text + (", the best so far" if best else "")
 
 

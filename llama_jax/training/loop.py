@@ -28,6 +28,7 @@ from llama_jax.devices.distributed import (
 from llama_jax.devices.memory import keep_freed_memory
 from llama_jax.devices.sharding import batch_sharding, check_divisible, make_mesh, on_mesh
 from llama_jax.errors import UserError
+from llama_jax.evaluate.tasks import Task
 from llama_jax.generation import Model
 from llama_jax.storage.locations import real_name
 from llama_jax.training import log
@@ -41,6 +42,7 @@ from llama_jax.training.run import Run, Timer
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.saving import CheckpointWriter
 from llama_jax.training.start import (
+    chat_of,
     evaluated,
     evaluation_is_missing,
     first_state,
@@ -57,6 +59,7 @@ from llama_jax.training.step import (
     compile_train_step,
     make_optimizer,
 )
+from llama_jax.training.tasks import encode_tasks, read_on_main
 from llama_jax.training.tensorboard import check_installed
 from llama_jax.training.tuning import Tuning
 from llama_jax.training.watchdog import Watchdog
@@ -98,16 +101,17 @@ def train(config: Config, signals: StopSignals | None = None, notes: Sequence[st
         start_job(config.distributed)
         stack.enter_context(lost_processes_told())
         only_main_prints()
+        tasks = read_on_main(config.train.eval_tasks)
         opened = stack.enter_context(opening(config.train))
         opened.notes[:0] = notes
         signals.before_leaving += [held.release for held in opened.owners]
-        stopped = _train(config, clock, opened, signals)
+        stopped = _train(config, clock, opened, signals, tasks)
     if stopped:
         sys.exit(status_of(stopped))
     return opened.folder
 
 
-def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -> int:
+def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, tasks: Sequence[Task]) -> int:
     """Train the opened run. Return the signal that ended it early, after saving, or 0."""
     folder, start = opened.folder, opened.start
     mesh = make_mesh(config.mesh)
@@ -127,17 +131,19 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals) -
     if tuning is not None:
         module = tuning.suited(module)
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
+    encoded = encode_tasks(tasks, config.model, data, module)
     log.announce(settled, data, mesh, module, opened, tuning)
     log.check_state_fits(config.model, mesh, None if tuning is None else tuning.bytes_of_state(module))
     write_start(opened, settled, data.record())
     if config.train.tensorboard and is_main():
         folder.write_events(start)
     prompt, consensus, timer = first_words(config, data), Consensus(3), Timer(config.train)
-    writer = CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_every)
+    chat = chat_of(opened, base)
+    writer = CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_every, chat)
     with writer, contextlib.closing(folder):
         run = Run(
             config, folder, opened, settled, data, mesh, module, writer, prompt, clock, signals, consensus, timer,
-            tuning=tuning,
+            tasks=encoded, tuning=tuning,
         )  # fmt: skip
         folder.write_best(writer.steps)
         owed = bool(from_main(evaluation_is_missing(opened, settled, data)))

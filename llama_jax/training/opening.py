@@ -18,9 +18,10 @@ from typing import Any
 import jax
 
 from llama_jax.checkpoint import DAMAGED, ORIGIN, Checkpoint, steps_in
-from llama_jax.checkpoint.adapted import Found
+from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import working
 from llama_jax.config import Config, ModelArgs, TrainArgs
+from llama_jax.convert.once import model_arguments, open_model
 from llama_jax.data import Origin
 from llama_jax.data.opened import origins
 from llama_jax.devices.distributed import on_main
@@ -110,17 +111,18 @@ def starting_model(train: TrainArgs, lora: LoraArgs = LoraArgs()) -> ModelArgs:
     folder = RunFolder(train.save_dir)
     begun = children(folder.checkpoints) or folder.read_record().saved
     stored = folder.stored_config() if begun else None
-    return base_of(train, lora).args if stored is None else stored.model
+    # JAX must not start before the processes of a job have met, so that nothing is converted here.
+    return model_arguments(train.init_from) if stored is None else stored.model
 
 
-def base_of(train: TrainArgs, lora: LoraArgs = LoraArgs()) -> Found:
+def base_of(train: TrainArgs, lora: LoraArgs = LoraArgs()) -> WholeModel:
     """Return the checkpoint of ``init_from``, which adapters may continue. Raises UserError if it cannot be trained."""
-    found = Found.find(train.init_from, remedy="put the base back, or fine-tune another checkpoint")
+    found = open_model(train.init_from, remedy="put the base back, or fine-tune another checkpoint")
     if not lora.rank:
-        if found.adapter is not None:
+        if found.lora is not None:
             raise UserError(
                 f"train.init_from: expected a whole model, to train without adapters, found an adapter in {found.folder}; "
-                f"train it further with --lora.rank {found.adapter.adapter.lora.rank}, or merge it first: "  # type: ignore[union-attr]
+                f"train it further with --lora.rank {found.lora.rank}, or merge it first: "
                 f"{typed('convert')} --input {train.init_from} --output merged"
             )
         if found.base.weights != "auto":

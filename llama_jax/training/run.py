@@ -1,7 +1,7 @@
 """A run while it trains: what stays the same over its steps, and what is due by time."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from llama_jax.training.opening import Opened
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.saving import CheckpointWriter
 from llama_jax.training.start import Settled
+from llama_jax.training.tasks import EncodedTask
 from llama_jax.training.tuning import Tuning
 
 
@@ -41,6 +42,7 @@ class Run:
     evaluate: Callable[..., Any] | None = None  # the compiled eval_step; None if nothing is held out
     tuning: Tuning | None = None  # the adapters that are trained; None: the whole model is
     frozen: tuple[Any, ...] = ()  # the base of adapters, a further argument of the compiled steps
+    tasks: Sequence[EncodedTask] = ()  # train.eval_tasks
 
     @property
     def steps(self) -> int:

@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import ModelFiles, ModelFilesHandler, is_whole, losses_of
 from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.compat.orbax_internals import COMMITTED, TEMPORARY
@@ -30,12 +31,13 @@ class CheckpointWriter:
         store: the folder.
         keep: number of newest checkpoints to keep.
         keep_every: keep checkpoints at multiples of this step. 0: none.
+        chat: the chat template and end tokens of the model.
 
     Every process of a job has a writer. Process 0 writes the small files and deletes.
     """
 
-    def __init__(self, store: Path, keep: int = 3, keep_every: int = 0):
-        self._store, self._keep, self._keep_every = store, keep, keep_every
+    def __init__(self, store: Path, keep: int = 3, keep_every: int = 0, chat: ChatSetup = ChatSetup()):
+        self._store, self._keep, self._keep_every, self._chat = store, keep, keep_every, chat
         self._is_main = jax.process_index() == 0
         with user_errors(store, "write"):
             store.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ class CheckpointWriter:
         items = {
             "params": ocp.args.StandardSave(params),
             "state": ocp.args.StandardSave(state),
-            "model": ModelFiles(model, tokenizer, origin=origin, adapter=adapter),
+            "model": ModelFiles(model, tokenizer, origin=origin, chat=self._chat, adapter=adapter),
         }
         if eval_loss is not None:
             items["metrics"] = ocp.args.JsonSave({"eval_loss": eval_loss})

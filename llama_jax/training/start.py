@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
+from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import Checkpoint
-from llama_jax.checkpoint.adapted import Found
+from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import AnyData, Data, load_data, open_data
 from llama_jax.data.batches import windows_of
@@ -37,7 +38,7 @@ class Settled:
     """The rows of a mixture's sources. None: a single text."""
 
 
-def open_text(args: DataArgs, base: Found | None, opened: Opened) -> AnyData:
+def open_text(args: DataArgs, base: WholeModel | None, opened: Opened) -> AnyData:
     """Open the tokens of the run. Process 0 makes them first if needed.
 
     Raises UserError if the run had other tokens, or if a document mask is asked for and the tokens mark no documents.
@@ -151,7 +152,7 @@ def first_state(
     mesh: jax.sharding.Mesh,
     seed: int,
     opened: Opened,
-    base: Found | None,
+    base: WholeModel | None,
     tuning: Tuning | None = None,
 ) -> TrainState:
     """Return the first state: the checkpoint to resume from, the one to fine-tune, or random parameters or adapters."""
@@ -167,6 +168,13 @@ def first_state(
         with source.verified():
             params = source.restore("params", shapes.params)
     return init_state(module, optimizer, mesh, seed, params, *adapting)
+
+
+def chat_of(opened: Opened, base: WholeModel | None) -> ChatSetup:
+    """Return the chat template and end tokens of the run: those of the checkpoint that it began with."""
+    if opened.start:
+        return Checkpoint.find(opened.folder.checkpoints / str(opened.start)).chat
+    return ChatSetup(has_none=True) if base is None else base.chat
 
 
 def first_words(config: Config, data: AnyData) -> str:
@@ -192,20 +200,22 @@ def _held_lr(now: TrainArgs, before: TrainArgs, steps_before: int, opened: Opene
     return float(learning_rate(before, steps_before)(opened.start))
 
 
-def _with_tokenizer_of(source: Found, args: DataArgs) -> DataArgs:
+def _with_tokenizer_of(source: WholeModel, args: DataArgs) -> DataArgs:
     """Return data arguments with the tokenizer of a checkpoint. Raises UserError if the user asks for another one."""
     asked = args.tokenizer_model_path
-    if asked and Tokenizer(asked).model_bytes != source.tokenizer.model_bytes:
+    if asked and Tokenizer(asked).digest != source.tokenizer.digest:
         raise UserError(
             f"data.tokenizer_model_path: expected the tokenizer of {source.folder}, found another in {asked}; leave it out"
         )
-    return replace(args, tokenizer_model_path=str(source.tokenizer.model_path))
+    return replace(args, tokenizer_model_path=str(source.tokenizer.place))
 
 
 def _resolve(config: Config, data: AnyData) -> Config:
     """Return the configuration with all that the data decide. Raises UserError if the vocabulary size differs."""
     size = data.tokenizer.vocab_size
-    if config.model.vocab_size not in (-1, size):
+    if config.train.init_from and config.model.vocab_size != -1:
+        _check_rows(size := config.model.vocab_size, data)
+    elif config.model.vocab_size not in (-1, size):
         raise UserError(
             f"model.vocab_size: expected {size}, the size of the tokenizer, or -1, found {config.model.vocab_size}"
         )
@@ -215,6 +225,17 @@ def _resolve(config: Config, data: AnyData) -> Config:
         separator = manifest.separator.replace("\\", "\\\\")
         data_args = replace(data_args, train_size=manifest.train_size, separator=separator)
     return replace(config, model=replace(config.model, vocab_size=size), data=data_args)
+
+
+def _check_rows(rows: int, data: AnyData) -> None:
+    """Raise UserError if a token of the data has no row in a model of ``rows`` embeddings. It may have more rows."""
+    data.tokenizer.within(rows)
+    for text in data.sources.values():
+        if (largest := max(text.tokens.manifest.largest_id.values(), default=0)) >= rows:
+            raise UserError(
+                f"{text.source}: expected tokens with a row in the model, which has {rows:,}, found id {largest:,}; prepare the text "
+                "with the tokenizer of the model's checkpoint"
+            )
 
 
 def _restore_optimizer(checkpoint: Checkpoint, shapes: TrainState) -> Any:

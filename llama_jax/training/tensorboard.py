@@ -24,7 +24,8 @@ class Events:
     def __init__(self, folder: Path, start: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1, flush_secs=10)
+        # Files are named by their second, in which there may be two starts.
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1, flush_secs=10, filename_suffix=f".{start:09d}")
 
     def write(self, record: dict[str, Any]) -> None:
         """Write every number of a record at its step. It is on disk within ten seconds."""

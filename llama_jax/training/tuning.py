@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from llama_jax.adapters import check_rank, count_adapter
+from llama_jax.adapters import check_targets, count_adapter
 from llama_jax.checkpoint import Checkpoint
-from llama_jax.checkpoint.adapted import Found, check_base, digest_of
+from llama_jax.checkpoint.adapted import WholeModel, check_base, digest_of
 from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.config import Config, Weights
 from llama_jax.devices.memory import bytes_of
@@ -34,7 +34,7 @@ class Tuning:
     record: AdapterRecord
 
     @classmethod
-    def of(cls, config: Config, opened: Opened, found: Found | None) -> "Tuning":
+    def of(cls, config: Config, opened: Opened, found: WholeModel | None) -> "Tuning":
         """Return the base of a new run, ``found``, or else of the run that is resumed.
 
         Raises UserError if the settings do not fit the base or the adapter to continue, or if a resumed run's base is
@@ -46,7 +46,7 @@ class Tuning:
             lora = replace(lora, base_weights=before.base_weights)
         else:
             base = found.base
-            check_rank(found.args, lora)
+            check_targets(found.args, lora)
             if found.lora is not None:
                 lora = _continued(lora, found.lora, found)
         weights = _weights(lora, base)
@@ -98,7 +98,7 @@ def _weights(lora: LoraArgs, base: Checkpoint) -> Weights:
     return base.chosen(lora.base_weights)
 
 
-def _continued(lora: LoraArgs, before: LoraArgs, found: Found) -> LoraArgs:
+def _continued(lora: LoraArgs, before: LoraArgs, found: WholeModel) -> LoraArgs:
     """Return the settings of a run that continues an adapter. Raises UserError if the adapter has others."""
     for name in SAME:
         old, new = getattr(before, name), getattr(lora, name)

@@ -133,7 +133,7 @@ def test_hugging_face_to_ours_to_hugging_face_is_exact(
 
 def numpy_params(weights: Weights, args: ModelArgs) -> Any:
     """Our tree, made from Meta's tensors by the definitions in DESIGN's table, element by element."""
-    N, K, H = args.n_heads, args.kv_heads, args.head_dim
+    N, K, H = args.n_heads, args.kv_heads, args.head_width
 
     def halves(w: np.ndarray, heads: int) -> np.ndarray:
         out = np.empty_like(w)
@@ -272,12 +272,14 @@ def test_rope_theta_is_found_wherever_transformers_puts_it(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": "qwen2"}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": ...}, "rope_type"),
-        ({"head_dim": 16}, "head_dim"),
+        ({"attention_bias": True}, "q_proj.bias is missing"),
+        ({"qkv_bias": True}, "qkv_bias"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: expected factor"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}, "rope_parameters": ...}, "rope_type"),
+        ({"head_dim": 16}, "shape"),
+        ({"head_dim": 7}, "head_dim"),
         ({"hidden_size": ...}, "hidden_size"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"hidden_size": True}, "hidden_size"),
@@ -309,7 +311,7 @@ def test_any_feed_forward_width_has_a_rule_that_makes_it(hidden: int) -> None:
 
     for dim in (64, 288, 4096, 5120, 8192):
         multiple, multiplier = feed_forward_rule(dim, hidden, Path("config.json"))
-        made = ModelArgs(dim=dim, n_heads=1, multiple_of=multiple, ffn_dim_multiplier=multiplier).hidden_dim
+        made = ModelArgs(dim=dim, n_heads=1, multiple_of=multiple, ffn_dim_multiplier=multiplier).hidden_width
         assert made == hidden, (dim, multiple, multiplier)
     assert feed_forward_rule(4096, 11008, Path()) == (256, None)
     assert feed_forward_rule(8192, 28672, Path()) == (4096, 1.3)
@@ -427,7 +429,7 @@ def test_a_tokenizer_of_another_model_is_refused(
     args: ModelArgs, small_tokenizer: Tokenizer, tmp_path: Path, golden: Path
 ) -> None:
     source = write_meta_folder(tmp_path / "meta", args, random_weights(args, BFLOAT16), 1, small_tokenizer)
-    with pytest.raises(UserError, match=r"512 rows of .* found 400 embeddings"):
+    with pytest.raises(UserError, match=r"expected up to 400 tokens, .* found 512"):
         run(input=source, output=tmp_path / "ours", tokenizer=golden / "tokenizer.model")
 
 
@@ -515,7 +517,7 @@ def test_blocks_are_whole_tiles_of_bounded_size(sizes: tuple[Any, ...], itemsize
 @pytest.mark.parametrize("name", [tensor.name for tensor in TABLE])
 def test_a_block_goes_to_its_place_and_back(name: str) -> None:
     tensor = next(t for t in TABLE if t.name == name)
-    args = dataclasses.replace(ARGS, vocab_size=24)
+    args = dataclasses.replace(ARGS, vocab_size=24, head_dim=6)
     matrix = np.arange(np.prod(tensor.matrix(args))).reshape(tensor.matrix(args))
     whole = np.zeros(tensor.sizes(args), int)
     for start, stop in blocks(tensor, args, 4):

@@ -27,7 +27,7 @@ Weights = dict[str, "torch.Tensor"]
 def random_weights(args: ModelArgs, dtype: Any, seed: int) -> Weights:
     """A model in Meta's names and shapes, of values that ``dtype`` holds exactly."""
     generator = torch.Generator().manual_seed(seed)
-    D, N, K, H, F, V = args.dim, args.n_heads, args.kv_heads, args.head_dim, args.hidden_dim, args.vocab_size
+    D, N, K, H, F, V = args.dim, args.n_heads, args.kv_heads, args.head_width, args.hidden_width, args.vocab_size
 
     def matrix(*shape: int) -> Any:
         return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
@@ -84,10 +84,12 @@ def hugging_face(args: ModelArgs, weights: Weights) -> Any:
     """The same model in transformers, with q and k permuted by Hugging Face's own rule."""
 
     def permute(w: Any, heads: int) -> Any:
-        return w.view(heads, args.head_dim // 2, 2, args.dim).transpose(1, 2).reshape(heads * args.head_dim, args.dim)
+        return (
+            w.view(heads, args.head_width // 2, 2, args.dim).transpose(1, 2).reshape(heads * args.head_width, args.dim)
+        )
 
     config = transformers.LlamaConfig(
-        hidden_size=args.dim, intermediate_size=args.hidden_dim, num_hidden_layers=args.n_layers,
+        hidden_size=args.dim, intermediate_size=args.hidden_width, num_hidden_layers=args.n_layers,
         num_attention_heads=args.n_heads, num_key_value_heads=args.kv_heads, vocab_size=args.vocab_size,
         max_position_embeddings=1024, rms_norm_eps=args.norm_eps, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta}, attn_implementation="eager",

@@ -108,8 +108,8 @@ def test_the_width_must_divide_over_fsdp_and_the_feed_forward_over_tensor() -> N
     with pytest.raises(UserError, match=r"^model.dim.*mesh.fsdp = 128"):
         check_divisible(abstract_mesh(fsdp=128), MODEL, TrainArgs(batch_size=128))
     odd = ModelArgs(dim=64, n_heads=8, vocab_size=96, multiple_of=1, max_seq_len=32, ffn_dim_multiplier=0.9)
-    assert odd.hidden_dim % 2 == 1
-    with pytest.raises(UserError, match=f"feed-forward width.* found {odd.hidden_dim}"):
+    assert odd.hidden_width % 2 == 1
+    with pytest.raises(UserError, match=f"feed-forward width.* found {odd.hidden_width}"):
         check_divisible(abstract_mesh(tensor=2), odd, TRAIN)
 
 
@@ -246,7 +246,7 @@ def test_a_checkpoint_of_any_mesh_is_resumed_on_any_other(trained: dict[str, Any
 
 def test_parameters_and_moments_lie_in_shards_as_the_table_says(trained: dict[str, Any]) -> None:
     whole = trained["one device"]["shards"]
-    L, D, N, K, H, F, V = 2, 64, 8, 2, 8, MODEL.hidden_dim, 96
+    L, D, N, K, H, F, V = 2, 64, 8, 2, 8, MODEL.hidden_width, 96
     assert whole["layers/attention/wq"] == [L, D, N, H]
     for name in trained.keys() & {"data 8", "sequence 2 x data 4"}:
         assert trained[name]["shards"] == whole and trained[name]["moments"] == 1.0

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="parity needs transfor
 
 from llama_jax.convert.checkpoint_source import to_ours  # noqa: E402
 from llama_jax.convert.huggingface import HuggingFaceSource  # noqa: E402
-from llama_jax.convert.layout import TABLE  # noqa: E402
+from llama_jax.convert.layout import tensors_of  # noqa: E402
 from llama_jax.errors import UserError  # noqa: E402
 from llama_jax.foreign.config_json import KEYS, read_config  # noqa: E402
 from llama_jax.foreign.keys import read_json  # noqa: E402
@@ -34,11 +34,16 @@ ROPE = st.fixed_dictionaries(
         "rope_type": st.sampled_from(["default", "linear", "dynamic", "llama3", "yarn", None, "x"]),
         "type": st.sampled_from(["default", "linear", "dynamic", None]),
         "rope_theta": st.sampled_from([1e4, 1e6, 500000, 5.0, None, "1e4"]),
-        "factor": st.sampled_from([1.0, 2, 4.0]),
+        "factor": st.sampled_from([1.0, 2, 4.0, None]),
+        "attention_factor": st.sampled_from([0.7, None]),
+        "mscale": st.sampled_from([0.7, 0]),
+        "mscale_all_dim": st.just(0.9),
+        "beta_fast": st.sampled_from([8.0, 0]),
+        "truncate": st.booleans(),
         "partial_rotary_factor": st.sampled_from([1.0, 0.5]),
         "original_max_position_embeddings": st.sampled_from([8, 64]),
         "low_freq_factor": st.just(1.0),
-        "high_freq_factor": st.just(4.0),
+        "high_freq_factor": st.sampled_from([4.0, 1.0]),
         "full_attention": st.just({"rope_theta": 5.0}),
     },
 )
@@ -50,7 +55,7 @@ VALUES: dict[str, list[Any]] = {
     "num_attention_heads": [1, 2, 4, 8, 3, 0, -4, None],
     "num_key_value_heads": [1, 2, 4, None, ..., 0, 3],
     "vocab_size": [400, 399, 401, -1],
-    "max_position_embeddings": [64, 24, ..., 0],
+    "max_position_embeddings": [64, 24, 16, ..., 0],
     "rms_norm_eps": [1e-5, 0.5, 0.0, ..., "1e-5", 1, -1.0, float("nan")],
     "rope_theta": [1e4, 1e6, 500000, 5.0, ..., None, "10000", True, 0, -3.0, float("inf")],
     "hidden_act": ["silu", "swish", "gelu", "relu", ..., None],
@@ -59,9 +64,13 @@ VALUES: dict[str, list[Any]] = {
     "head_dim": [8, 16, None, ..., 0, 8.5],
     "tie_word_embeddings": [False, True, ..., None, 1],
     "partial_rotary_factor": [1.0, 0.5, ...],
+    "original_max_position_embeddings": [8, 64, None],
     "sliding_window": [None, 4, 64, 4096],
     "use_sliding_window": [False, True],
-    "layer_types": [["full_attention"] * 2, ["sliding_attention", "full_attention"], ["attention"] * 2, [], None],
+    "max_window_layers": [0, 1, 28, None],
+    "layer_types": [
+        ["full_attention"] * 2, ["sliding_attention", "full_attention"], ["attention"] * 2, ["sliding_attention"] * 2, [], None
+    ],
     "attention_chunk_size": [None, 4],
     "is_causal": [True, False],
     "pretraining_tp": [1, 2],
@@ -69,6 +78,7 @@ VALUES: dict[str, list[Any]] = {
     "quantization_config": [None, {}, {"quant_method": "gptq", "bits": 4}],
     "logit_scale": [1.0, 3.0],
     "attn_logit_softcapping": [None, 5.0],
+    "attn_softcap": [None, 5.0],
     "query_pre_attn_scalar": [8, 4],
     "num_experts": [0, 4],
     "model_type": ["llama", "mistral", "gpt2", ...],
@@ -127,7 +137,7 @@ def ours(folder: Path) -> np.ndarray:
         source = HuggingFaceSource(folder, "", "", 0, stack)
         args = source.args
         params: dict[str, Any] = {}
-        for tensor in TABLE:
+        for tensor in tensors_of(args):
             layers = []
             for layer in range(args.n_layers if tensor.layered else 1):
                 rows = np.array(source.rows(tensor, layer, 0, tensor.matrix(args)[0]), np.float32)
@@ -148,11 +158,39 @@ def ours(folder: Path) -> np.ndarray:
 @example({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}, "rope_scaling": {"rope_type": "default"}})
 @example({"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 4.0}})
 @example({"rope_scaling": {"type": "linear", "factor": 4.0}})
+@example({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16})
+@example(
+    {
+        "rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64},
+        "max_position_embeddings": 16,
+    }
+)
+@example({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}})
+@example({"rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 8}, "rope_theta": 1e6})
+@example(
+    {
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        "original_max_position_embeddings": 64,
+    }
+)
+@example({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}})
+@example(
+    {
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "original_max_position_embeddings": 8,
+    }
+)
 @example({"rope_scaling": {"type": "linear", "factor": 1.0}, "rope_theta": 1e6})
 @example({"is_causal": False})
 @example({"num_attention_heads": 8, "num_key_value_heads": 4})
 @example({"tie_word_embeddings": True})
 @example({"num_hidden_layers": 1})
+@example({"model_type": "mistral", "sliding_window": 4})
+@example({"model_type": "mistral", "sliding_window": 4, "layer_types": ["sliding_attention"] * 2})
+@example({"model_type": "mistral", "sliding_window": 1, "max_window_layers": 0, "use_sliding_window": True})
+@example({"model_type": "mistral", "sliding_window": 4, "use_sliding_window": False})
+@example({"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": True})
+@example({"model_type": "mistral", "sliding_window": 4, "max_position_embeddings": 4})
 def test_logits_are_transformers_or_the_refusal_names_the_key(folder: Path, changes: dict[str, Any]) -> None:
     write(folder, changes)
     try:
@@ -189,7 +227,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_are_read_whole(name: str) -> None:
     config = read_config(LLAMA2 | PUBLISHED[name], Path("config.json"), 0)
-    assert config.args.hidden_dim == 11008 and not config.unknown and not config.warnings
+    assert config.args.hidden_width == 11008 and not config.unknown and not config.warnings
 
 
 def test_every_key_of_transformers_configuration_is_known() -> None:

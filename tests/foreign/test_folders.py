@@ -18,7 +18,7 @@ from tests.commands import ROOT, SMALL, told
 from tests.foreign.test_layouts import CONFIG, config, meta, mistral, original, params, pickled, stale, whole
 
 GPTQ = {"quant_method": "gptq", "bits": 4}
-LLAMA3 = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+LONGROPE = {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}
 # Files of a folder, by name or by function, and what is said of it.
 FOLDERS: dict[str, tuple[list[Any], str]] = {
     "hugging face's": ([config, whole], r"Hugging Face's layout .* python \S*convert_torch_weights\.py --input model --output checkpoints/model$"),
@@ -28,12 +28,15 @@ FOLDERS: dict[str, tuple[list[Any], str]] = {
     "an adapter with a configuration": ([config, ("adapter_config.json", {})], r"an adapter \(LoRA\); .*merge_and_unload"),
     "gptq": ([whole, ("config.json", CONFIG | {"quantization_config": GPTQ})], r"quantization_config: .*'gptq'.* --weights int8"),
     "gptq of old": ([("quantize_config.json", {}), ("gptq_model-4bit.safetensors", "x")], r"\(GPTQ\)"),
-    "llama 3, before its tokenizer": ([whole, "no tokenizer", ("config.json", CONFIG | LLAMA3)], r"rope_scaling: rope_type: .*'llama3'"),
-    "llama 3's tokenizer": ([meta, ("tokenizer.model", "IQ== 0\nIg== 1\n")], r"tiktoken vocabulary, as LLaMA 3 has"),
-    "mistral": ([whole, ("config.json", CONFIG | {"model_type": "mistral"})], r"model_type: expected 'llama', found 'mistral'"),
+    "longrope, before its tokenizer": ([whole, "no tokenizer", ("config.json", CONFIG | LONGROPE)], r"rope_scaling: rope_type: .*'longrope'"),
+    "llama 3's tokenizer": ([meta, ("tokenizer.model", "IQ== 0\nIg== 1\n")], r"tokenizer\.model: expected a token for each of the 256 bytes"),
+    "qwen": ([whole, ("config.json", CONFIG | {"model_type": "qwen2"})], r"model_type: expected 'llama' or 'mistral', found 'qwen2'"),
     "mistral's own": ([params, mistral], r"Mistral's layout .* python \S*convert_torch_weights\.py --input model --output checkpoints/model$"),
-    "gpt-2, before its weights": ([("config.json", {"model_type": "gpt2"})], r"model_type: expected 'llama', found 'gpt2'"),
+    "gpt-2, before its weights": ([("config.json", {"model_type": "gpt2"})], r"model_type: expected 'llama' or 'mistral', found 'gpt2'"),
     "gguf": ([("model.gguf", "GGUF")], r"a model in GGUF"),
+    "gguf with a configuration": ([config, ("model.Q4_K_M.gguf", "GGUF")], r"a model in GGUF \('model.Q4_K_M.gguf'\), which is not read; take the model that it was made from"),
+    "awq": ([whole, ("config.json", CONFIG | {"quantization_config": {"quant_method": "awq", "bits": 4}})], r"quantization_config: .*'awq'.* --weights int8"),
+    "bitsandbytes": ([whole, ("config.json", CONFIG | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})], r"quantization_config: .*bitsandbytes.* --weights int8"),
     "no configuration": ([whole], r"weights without a config\.json or params\.json"),
     "no weights": ([config], r"found neither; download the weights too"),
     "lost shards": ([config, stale], r"expected 'model-00001-of-00002\.safetensors' beside it"),
@@ -146,12 +149,16 @@ def test_a_snapshot_of_a_cache_is_called_by_its_models_name(place: Path) -> None
     ],
     ids=["sample", "evaluate", "train"],
 )
-def test_commands_say_it_in_one_line_and_leave_nothing(
+def test_commands_say_why_a_model_cannot_be_converted_and_leave_nothing(
     argv: list[str], tmp_path: Path, small_tokenizer: Tokenizer
 ) -> None:
-    make(tmp_path, [config, whole], small_tokenizer)
+    make(
+        tmp_path,
+        [whole, ("config.json", CONFIG | {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}), "no tokenizer"],
+        small_tokenizer,
+    )
     (tmp_path / "text").write_text("The fox went to the river.\n" * 50)
-    line = told(inside.run(argv, tmp_path))
-    assert line.endswith(f"python {ROOT}/convert_torch_weights.py --input model --output checkpoints/model")
+    line = told(inside.run(argv, tmp_path, environment={"XDG_CACHE_HOME": str(tmp_path / "cache")}))
+    assert "model: expected a model that can be converted, found: model/config.json: rope_scaling: " in line
     shutil.rmtree(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["text"]

@@ -1,5 +1,6 @@
 """The tokenizer of a folder of weights: its own, or the folder above's where that is known to be the same."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -8,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from llama_jax.config import ModelArgs
 from llama_jax.errors import UserError
 from llama_jax.foreign.tokenizer_json import SPACE, tokenizer_json
-from llama_jax.foreign.vocabulary import check_vocabulary, difference, find_tokenizer
+from llama_jax.foreign.vocabulary import MOST_PADDING, difference, find_tokenizer, fit_vocabulary
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 from tests.conftest import TEXT
 from tests.foreign.test_layouts import ARGS
@@ -36,6 +38,10 @@ def table(small_tokenizer: Tokenizer) -> Table:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "models" / "llama").mkdir(parents=True)
     return tmp_path / "models" / "llama"
+
+
+def rows(count: int) -> ModelArgs:
+    return dataclasses.replace(ARGS, vocab_size=count)
 
 
 def put(folder: Path, tokenizer: Tokenizer) -> None:
@@ -171,15 +177,13 @@ def test_a_unigram_table_is_compared_by_its_pieces(tmp_path: Path) -> None:
     assert difference({"model": {"type": "BPE", "vocab": vocab}}, tokenizer)[1]
 
 
-def test_llama_3s_is_told_by_its_kind(shared: Path, folder: Path, small_tokenizer: Tokenizer) -> None:
-    source = shared / "tokenizers" / "llama3" / "tokenizer.json"
-    (folder / "tokenizer.json").symlink_to(source)
-    with pytest.raises(UserError, match=r"byte-level vocabulary, as LLaMA 3 has, of 128,000 pieces"):
+def test_a_tokenizer_json_that_names_no_end_of_text_is_refused_alone(folder: Path, table: Table) -> None:
+    put_table(folder, table)
+    with pytest.raises(UserError, match=r"tokenizer\.json: expected .* to name eos_token, .* found none"):
         find_tokenizer("", folder)
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
-    with pytest.raises(UserError, match=r"a tiktoken vocabulary, as LLaMA 3 has"):
-        find_tokenizer("", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    found, _ = find_tokenizer("", folder)
+    assert (found.bos_id, found.eos_id) == (1, 2) and found.model_path == folder / "tokenizer.json"
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tekken.json"])
@@ -246,18 +250,43 @@ def test_what_small_files_say_rightly_is_not_told(folder: Path, small_tokenizer:
     assert find_tokenizer("", folder)[1] == []
 
 
-def test_rows_of_added_tokens_are_named_with_the_way_to_take_them_away(
+def test_rows_without_a_token_are_told_and_other_models_tokenizers_refused(
     folder: Path, small_tokenizer: Tokenizer
 ) -> None:
-    import dataclasses
+    assert fit_vocabulary(rows(400), small_tokenizer, folder) == (small_tokenizer, [])
+    found, (told,) = fit_vocabulary(rows(448), small_tokenizer, folder)
+    assert found is small_tokenizer and "48 of the model's 448 rows have no token" in told
+    with pytest.raises(
+        UserError, match=r"for each of the model's 4,497 rows, or a few without, found 400 tokens .* --tokenizer"
+    ):
+        fit_vocabulary(rows(401 + MOST_PADDING), small_tokenizer, folder)
+    with pytest.raises(UserError, match=r"expected up to 399 tokens, one per row .* found 400"):
+        fit_vocabulary(rows(399), small_tokenizer, folder)
 
+
+def test_added_tokens_without_a_row_are_told_and_left_out(folder: Path, small_tokenizer: Tokenizer) -> None:
     put(folder, small_tokenizer)
-    more = dataclasses.replace(ARGS, vocab_size=401)
-    with pytest.raises(UserError, match=r"expected the 400 rows of .* found 401 embeddings; give the model's own"):
-        check_vocabulary(more, small_tokenizer, folder)
     (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": 400}))
-    with pytest.raises(UserError, match=r"added tokens \('\[PAD\]'\).*resize_token_embeddings\(400\)"):
-        check_vocabulary(more, small_tokenizer, folder)
+    tokenizer, said = find_tokenizer("", folder)
+    assert not said and tokenizer.specials["[PAD]"] == 400
+    assert fit_vocabulary(rows(401), tokenizer, folder) == (tokenizer, [])
+    fitting, (told,) = fit_vocabulary(rows(400), tokenizer, folder)
+    assert fitting.vocab_size == 400 and "'[PAD]'" in told and "without a row" in told
+
+
+def test_a_fine_tunes_tokenizer_json_wins_over_the_bases_model_beside_it_and_above(
+    folder: Path, small_tokenizer: Tokenizer, table: Table
+) -> None:
+    put(folder, small_tokenizer)
+    put(folder.parent, small_tokenizer)
+    table["added_tokens"] = [{"id": 400, "content": "<|im_end|>", "special": True}]
+    put_table(folder, table)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|im_end|>"}))
+    for _ in range(2):
+        found, said = find_tokenizer("", folder)
+        assert found.model_path == folder / "tokenizer.json" and found.eos_id == 400 and found.bos_id == 1
+        assert any("EOS is '<|im_end|>'" in line for line in said)
+        (folder / "tokenizer.model").unlink(missing_ok=True)
 
 
 def test_an_unreadable_tokenizer_json_is_told_beside_a_model_and_refused_alone(

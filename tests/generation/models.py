@@ -53,7 +53,7 @@ def decode_rows(
     params = model.serving if params is None else params
     chunks = list(generate_chunks(model.module, params, rows, count, steps=steps, cache_dtype=cache_dtype))
     assert len(chunks) == -(-count // steps) and all(chunk.ids.shape == (len(rows), steps) for chunk in chunks)
-    ids, logprobs = (np.concatenate(part, axis=1) for part in zip(*chunks, strict=True))
+    ids, logprobs = (np.concatenate([chunk[part] for chunk in chunks], axis=1) for part in (0, 1))
     return ids[:, :count], logprobs[:, :count]
 
 

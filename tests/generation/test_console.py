@@ -32,7 +32,7 @@ ARGS = SampleArgs(temperature=0.0, max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def model(small_tokenizer: Tokenizer) -> Model:
-    return speaking(build(small_tokenizer, max_seq_len=128))
+    return dataclasses.replace(speaking(build(small_tokenizer, max_seq_len=128)), chat_template="llama2")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,8 @@ class Terminal:
 
 
 def test_ctrl_c_ends_an_answer_then_at_the_prompt_the_program(folder: Path) -> None:
-    terminal = Terminal([str(ROOT / "sample.py"), "--ckpt", "model", "--chat", "--max-new-tokens", "4000"], folder)
+    argv = [str(ROOT / "sample.py"), "--ckpt", "model", "--chat", "--chat-template", "llama2"]
+    terminal = Terminal([*argv, "--max-new-tokens", "4000"], folder)
     assert "/reset" in terminal.until("> ")
     terminal.type("Who?\n")
     terminal.until("Who?\r\n")
@@ -198,7 +199,7 @@ def test_answers_to_several_questions_are_stripped_and_stand_apart(
 ) -> None:
     conversations = [[Message("user", "Who?")], [Message("user", "Why?")]]
     jobs = [Job(messages[-1].content, ARGS) for messages in conversations]
-    Console(model).answer(ask(jobs, model.tokenizer, 128, "refuse", conversations))
+    Console(model).answer(ask(jobs, model.tokenizer, 128, "refuse", conversations, model.chat_format))
     expected = [model.chat(messages, ARGS).text for messages in conversations]
     assert capsys.readouterr().out == "\n---\n".join(text + "\n" for text in expected)[:-1] + "\n"
 
@@ -213,13 +214,13 @@ def test_a_split_is_told_in_one_line(
 
 def test_questions_of_a_file_are_answered_each_by_itself(folder: Path) -> None:
     (folder / "questions.txt").write_text("Who?\nWhy?\n")
-    argv = ["sample.py", "--ckpt", "model", "--chat", "--max-new-tokens", "6", "--quiet"]
+    argv = ["sample.py", "--ckpt", "model", "--chat", "--chat-template", "llama2", "--max-new-tokens", "6", "--quiet"]
     result = run([*argv, "--prompts-file", "questions.txt", "--output", "answers.jsonl"], folder)
     assert result.returncode == 0 and result.stdout == result.stderr == ""
     records = [json.loads(line) for line in (folder / "answers.jsonl").read_bytes().splitlines()]
     printed = run([*argv, "Who?", "Why?"], folder).stdout
     assert printed == "\n---\n".join(r["completion"] + "\n" for r in records)
-    other = run([*argv[:3], *argv[4:], "--prompts-file", "questions.txt", "--output", "answers.jsonl"], folder)
+    other = run([*argv[:3], *argv[6:], "--prompts-file", "questions.txt", "--output", "answers.jsonl"], folder)
     assert other.returncode == 2 and "made with chat False, found True" in other.stderr
 
 

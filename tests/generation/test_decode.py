@@ -202,7 +202,7 @@ def test_a_cache_is_written_where_it_lies(model: Model) -> None:
     state = decoding.DecodeState(cache, logits, make_sampler(rows, model.args.vocab_size), jnp.zeros(B, jnp.int32))
     lowered = decoding.decode_chunk.lower(model.module, model.serving, state, steps=4, end=slots)
     memory = lowered.compile().memory_analysis()
-    one = 2 * model.args.n_layers * B * slots * model.args.kv_heads * model.args.head_dim * 4
+    one = 2 * model.args.n_layers * B * slots * model.args.kv_heads * model.args.head_width * 4
     assert memory.alias_size_in_bytes >= one
     assert memory.temp_size_in_bytes < one / 2
 

@@ -123,6 +123,19 @@ def test_each_row_ends_at_its_own_eos(model: Model) -> None:
         assert after.finish_reason == ("stop" if at < 40 else "length")
 
 
+@pytest.mark.parametrize("draft", [None, Draft(4)])
+def test_any_of_several_tokens_ends_a_row(model: Model, draft: Draft | None) -> None:
+    prompts, args = ["Once upon a time", "The owl saw", "A boat"], dataclasses.replace(GREEDY, max_new_tokens=40)
+    free = model.generate(prompts, args)
+    ends = (free[0].token_ids[5], free[1].token_ids[9])
+    ending = dataclasses.replace(model, end_ids=ends, draft=draft)
+    for before, after, text in zip(free, ending.generate(prompts, args), prompts, strict=True):
+        at = min((before.token_ids.index(end) for end in ends if end in before.token_ids), default=40)
+        assert after.token_ids == before.token_ids[:at]
+        assert after.finish_reason == ("stop" if at < 40 else "length")
+        assert "".join(ending.stream(text, args)) == after.text
+
+
 @pytest.mark.parametrize("args", [GREEDY, SampleArgs(temperature=1.0, top_p=1.0, max_new_tokens=60, seed=5)])
 def test_a_stream_joins_to_the_text_of_generate(model: Model, args: SampleArgs) -> None:
     for prompt in ("Once upon a time", ""):

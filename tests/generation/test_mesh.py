@@ -1,5 +1,6 @@
 """Generation over a mesh says what one device says: heads over "tensor", rows over "data"."""
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from llama_jax.config import MeshArgs, SampleArgs
 from llama_jax.devices.sharding import make_mesh, on_mesh, parameter_shardings, spec
+from llama_jax.generation import Model
 from llama_jax.generation.serving import for_generation
 from llama_jax.ops.linear import linear
 from llama_jax.ops.quantize import flat, quantize
@@ -26,6 +28,23 @@ MESHES = {
 }
 LENGTHS = [1, 7, 70, 30, 16]  # five rows, which no mesh here divides
 GREEDY, SAMPLED = SampleArgs(temperature=0.0), SampleArgs(temperature=1.0, seed=3)
+
+
+OPTIONS = [
+    SampleArgs(
+        temperature=1.0, seed=3, max_new_tokens=12, logprobs=2, min_new_tokens=5, stop_token_ids=(9,), echo=True
+    ),
+    SampleArgs(temperature=1.0, seed=4, max_new_tokens=30, json_schema='{"enum": ["fox", 12, [null]]}'),
+    SampleArgs(temperature=1.0, seed=5, max_new_tokens=12),
+]
+# The meshes on which the options are tried: rows over some devices, vocabulary over others.
+TRIED = ("one device", "data 2 x tensor 4")
+
+
+def with_options(model: Model) -> list[Any]:
+    """What completions with options say."""
+    done = model.generate_ids(prompts_of_lengths(model, [5, 17, 3]), OPTIONS)
+    return [[c.token_ids, c.text, [[a.id for a in top] for top in c.top_logprobs], c.prompt_logprobs[1:]] for c in done]
 
 
 def collectives(kind: str) -> list[str]:
@@ -59,6 +78,8 @@ def main() -> None:
                 for kind, sample in {"greedy": GREEDY, "sampled": SAMPLED}.items():
                     ids, logprobs = decode(model, prompts, sample, 24, params=served)
                     found[name][f"{kind} {weights}"] = ids.tolist(), logprobs.tolist()
+            if name in TRIED:
+                found[name]["options"] = with_options(dataclasses.replace(model, params=for_generation(params)))
             wq = served["layers"][0]["attention"]["wq"]
             found[name]["shard"] = wq.values.addressable_shards[0].data.shape
         found["collectives"] = {kind: collectives(kind) for kind in ("auto", "int8")}
@@ -77,6 +98,13 @@ def test_every_mesh_makes_the_tokens_of_one_device(found: Any, mesh: str, kind: 
     wanted, wanted_logprobs = found["one device"][kind]
     assert ids == wanted
     np.testing.assert_allclose(logprobs, wanted_logprobs, atol=1e-4)
+
+
+def test_a_mesh_knows_every_option(found: Any) -> None:
+    for one, wanted in zip(found[TRIED[1]]["options"], found[TRIED[0]]["options"], strict=True):
+        assert one[:3] == wanted[:3]
+        np.testing.assert_allclose(one[3], wanted[3], atol=1e-4)
+    assert json.loads(found[TRIED[1]]["options"][1][1]) in ("fox", 12, [None])
 
 
 @pytest.mark.parametrize(

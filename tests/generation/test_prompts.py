@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.chat.formats import ChatFormat, ChatSetup, choose
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation.chat import Message, read_messages
@@ -142,7 +143,11 @@ def asked(
 ) -> list[Asked]:
     jobs = [Job(text, replace(ARGS, **settings), f"p.txt: line {2 * i}") for i, text in enumerate(texts, 1)]
     dialogs = [[Message("user", text)] for text in texts] if chat else []
-    return ask(jobs, tokenizer, CONTEXT, too_long, dialogs)
+    return ask(jobs, tokenizer, CONTEXT, too_long, dialogs, llama2_format(tokenizer))
+
+
+def llama2_format(tokenizer: Tokenizer) -> ChatFormat:
+    return choose(tokenizer, ChatSetup(), "llama2", "model")
 
 
 LONG = "1 2 3 4 5 6 7 8 9 " * 5
@@ -184,12 +189,14 @@ def test_a_conversation_that_is_cut_keeps_the_format_and_the_end(small_tokenizer
     turns = [Message("user", "1 2 3 4 5 6"), Message("assistant", "7 8"), Message("user", "9 " * 40 + "the end")]
     for messages in (turns, turns[2:]):
         context = 64
-        (found,) = ask([Job("", ARGS)], small_tokenizer, context, "cut", [messages])
+        chat = llama2_format(small_tokenizer)
+        (found,) = ask([Job("", ARGS)], small_tokenizer, context, "cut", [messages], chat)
         assert context // 2 < len(found.ids) <= context - context // 4 and found.cut > 0
         text = small_tokenizer.decode(found.ids)
         assert text.startswith("[INST] ") and text.endswith("the end [/INST]") and "7 8" not in text
     with pytest.raises(UserError, match="expected a system prompt and format of fewer than 20 tokens"):
-        ask([Job("", ARGS, "m.json")], small_tokenizer, 20, "cut", [[Message("system", LONG), Message("user", "a")]])
+        dialogs = [[Message("system", LONG), Message("user", "a")]]
+        ask([Job("", ARGS, "m.json")], small_tokenizer, 20, "cut", dialogs, chat)
 
 
 def test_tags_in_a_message_are_told_by_the_line(small_tokenizer: Tokenizer) -> None:

@@ -41,11 +41,12 @@ def drafts(model: Model, small_tokenizer: Tokenizer) -> dict[str, Draft]:
 
 
 def speculate(
-    model: Model, rows: Any, draft: Draft, eos_id: int = -1, cache_dtype: Any = None
+    model: Model, rows: Any, draft: Draft, end_id: int = -1, cache_dtype: Any = None
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Ids and log-probabilities, each [B, COUNT], and how many passes over the model they took."""
-    chunks = list(generate_speculatively(model.module, model.serving, rows, COUNT, draft, eos_id, cache_dtype))
-    ids, logprobs = (np.concatenate(part, axis=1) for part in zip(*chunks, strict=True))
+    ends = [{end_id} for _ in rows]
+    chunks = list(generate_speculatively(model.module, model.serving, rows, COUNT, draft, ends, cache_dtype))
+    ids, logprobs = (np.concatenate([chunk[part] for chunk in chunks], axis=1) for part in (0, 1))
     return ids[:, :COUNT], logprobs[:, :COUNT], len(chunks)
 
 

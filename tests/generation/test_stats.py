@@ -26,7 +26,7 @@ def test_a_step_reads_all_parameters_but_the_embedding_table_and_the_filled_cach
     args = model.args
     held = sum(leaf.size for leaf in jax.tree.leaves(model.params)) - args.vocab_size * args.dim
     assert step_bytes(model.params, 1000) == 4 * held + 1000
-    assert slot_bytes(model.module) == 2 * args.n_layers * args.kv_heads * args.head_dim * 4
+    assert slot_bytes(model.module) == 2 * args.n_layers * args.kv_heads * args.head_width * 4
     output = quantize(jnp.ones((64, 32)), 1, "int4")
     assert (
         step_bytes({"tok_embeddings": jnp.ones((9, 9)), "output": output}, 0) == 64 * 32 // 2 + 4 * output.scales.size

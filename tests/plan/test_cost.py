@@ -126,6 +126,10 @@ def test_a_kernel_is_timed_by_half_of_its_square_of_scores(schedule: Schedule) -
     assert schedule.seconds == pytest.approx(cost.matrix + cost.other + schedule.blocking + schedule.kernels)
 
 
+def test_a_kernel_is_timed_by_the_pairs_that_a_sliding_window_leaves(schedule: Schedule, program: Program) -> None:
+    assert schedule_of(program, CHIP, 0.125).kernels == pytest.approx(schedule.kernels / 4)
+
+
 def test_a_slice_counts_as_read_and_not_what_it_is_cut_from(schedule: Schedule) -> None:
     x, w, y, heads = 64 * 128 * 2, 128 * 256 * 2, 64 * 256 * 2, 2 * 256 * 128 * 2
     product, gather, copy, stacking = x + w + y, x + w, x, 2 * y

@@ -82,7 +82,7 @@ def test_every_candidate_divides_the_model_the_batch_and_the_chips(
         c.config.check()
         assert mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence == topology.chips
         assert c.rows * mesh.data * mesh.fsdp * train.gradient_accumulation_steps == batch
-        assert not any(size % mesh.tensor for size in (heads, model.hidden_dim, 512))
+        assert not any(size % mesh.tensor for size in (heads, model.hidden_width, 512))
         assert model.dim % mesh.fsdp == 0 and length % mesh.sequence == 0
         assert c.bytes > 0 and c.seconds > 0
     if batch % topology.chips == 0 and model.dim % topology.chips == 0:

@@ -105,7 +105,7 @@ def test_the_parts_add_up(planned: dict[str, Any]) -> None:
 
 @needs_libtpu
 def test_parameters_and_optimizer_take_a_quarter_on_each_of_four_chips(planned: dict[str, Any]) -> None:
-    D, K, H, F, V, L = 256, 1, 128, MODEL.hidden_dim, 256, 2
+    D, K, H, F, V, L = 256, 1, 128, MODEL.hidden_width, 256, 2
     matrices = L * (2 * D * D + 2 * D * K * H + 3 * D * F) + 2 * V * D
     norms = (2 * L + 1) * D
     assert planned["parts"]["bytes"]["parameters"] == matrices + 4 * norms  # a quarter of 4 bytes each; norms are whole

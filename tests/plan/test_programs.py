@@ -143,7 +143,7 @@ def test_no_logits_of_a_whole_batch_are_held_in_float32(compiled: Compiled) -> N
 
 def test_every_parameter_lies_in_parts_on_all_chips_and_the_norms_alone_are_whole(compiled: Compiled) -> None:
     model, chips, program = compiled.case.model, compiled.case.chips, compiled.program
-    D, F, V, L = model.dim, model.hidden_dim, model.vocab_size, model.n_layers
+    D, F, V, L = model.dim, model.hidden_width, model.vocab_size, model.n_layers
     shard = (L * (4 * D * D + 3 * D * F) + 2 * V * D) // chips + (2 * L + 1) * D
     assert compiled.planned["parts"]["bytes"]["parameters"] == 4 * shard
     given = sum(i.size for i in program.computations[program.entry] if i.opcode == "parameter")

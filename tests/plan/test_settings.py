@@ -57,7 +57,7 @@ def test_a_vocabulary_that_is_assumed_is_said_to_be() -> None:
 
 
 def test_a_tokenizer_that_is_missing_is_no_reason_to_assume_one() -> None:
-    with pytest.raises(UserError, match=r"nowhere\.model: expected a SentencePiece model"):
+    with pytest.raises(UserError, match=r"nowhere\.model: expected a tokenizer"):
         found_vocabulary("--data.tokenizer-model-path", "nowhere.model")
 
 

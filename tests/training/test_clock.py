@@ -126,7 +126,7 @@ def test_a_record_tells_speeds_a_device_and_the_utilisation_that_the_formula_giv
     assert (record["run_seconds"], record["run_step_seconds"]) == (200, 50)
     assert (record["bad_steps"], record["skipped_steps"]) == (2, 1)
     # 6 x (matrices and norms, without the embedding) + 6 L T D, each token: causal attention counted once, nothing twice.
-    hidden = model.hidden_dim
+    hidden = model.hidden_width
     parameters = 2 * (4 * 16 * 16 + 3 * 16 * hidden + 2 * 16) + 16 + 16 * 100
     assert record["mfu"] == pytest.approx(64 * (6 * parameters + 6 * 2 * 32 * 16) / 1e6)
     assert (second["step_seconds"], second["start_seconds"], second["data_seconds"]) == (1.0, 0, 0)

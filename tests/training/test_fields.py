@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed in (("a.txt", 0), ("b.txt", 1)):
         rng = random.Random(seed)
         (folder / name).write_text("\n".join(" ".join(rng.choices(words, k=8)) for _ in range(200)))
+    (folder / "task.jsonl").write_text('{"context": "the cat", "choices": ["sat", "mat"], "answer": 0}\n')
     return folder
 
 
@@ -103,6 +104,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         "n_epochs": 2, "max_steps": 3, "batch_size": 2, "compute_dtype": "bfloat16", "eval_interval": 1, "eval_iters": 2,
         "log_interval": 2, "save_interval": 1, "save_dir": "elsewhere", "init_from": "base", "seed": 1, "bad_steps": "skip",
         "spike_factor": 1.001, "profile_steps": "2", "tensorboard": True, "keep": 1,
+        "eval_tasks": ("task.jsonl",),
     },
 }  # fmt: skip
 # What the optimizer alone reads, and what that changes: test_step.py.
@@ -125,7 +127,7 @@ def test_every_field_is_covered() -> None:
     read_at_all |= {"cache_gb"}  # tests/data/test_remote.py
     assert fields["data"] == set(CHANGED["data"]) | read_at_all
     assert fields["train"] == set(CHANGED["train"]) | OPTIMIZER | set(SAME_NUMBERS) | ELSEWHERE
-    assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING)
+    assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING) | OPTIONS
     # LoraArgs: tests/training/test_lora.py.
     # ModelArgs: tests/test_model.py; MeshArgs: tests/devices/test_sharding.py; DistributedArgs: tests/devices/test_distributed.py.
     assert {f.name for f in dataclasses.fields(Config)} == {"model", "data", "train", "mesh", "distributed", "lora"}
@@ -137,6 +139,8 @@ def test_a_changed_field_changes_the_run(section: str, field: str, folder: Path,
     changes: dict[str, Any] = {field: value}
     if field in ("filepath", "eval_filepath", "tokenizer_model_path", "save_dir", "init_from"):
         changes[field] = str(folder / value)
+    if field == "eval_tasks":
+        changes[field] = (str(folder / "task.jsonl"),)
     compared = base
     if field == "tokenizer_model_path":  # the very tokenizer that would be trained: nothing else may change
         assert outcome(folder, field, section, **changes) | {"folder": ""} == base | {"folder": ""}
@@ -215,7 +219,11 @@ SAMPLING: dict[str, Any] = {
     "max_new_tokens": 3,
     "n": 2,
     "seed": 5,
+    "logprobs": 2,
+    "echo": True,
 }
+# tests/generation/test_options.py, test_infill.py and test_grammar.py
+OPTIONS = {"min_new_tokens", "ignore_eos", "stop_token_ids", "infill_format", "json_schema"}
 
 
 @pytest.mark.parametrize("field", SAMPLING)

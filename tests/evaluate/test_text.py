@@ -15,7 +15,7 @@ import sentencepiece as spm
 from llama_jax.config import ModelArgs, SampleArgs
 from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.errors import UserError
-from llama_jax.evaluate import _windows, evaluate
+from llama_jax.evaluate.text import _windows, evaluate
 from llama_jax.generation import Model
 from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer

@@ -1,12 +1,10 @@
-"""Loss, perplexity and bits per byte of a text: ``python -m llama_jax.evaluate --ckpt runs/x --text held_out.txt``."""
+"""Loss, perplexity and bits per byte of a text, window by window: ``evaluate --text``."""
 
 import contextlib
 import functools
-import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from llama_jax.checkpoint.adapted import Found
-from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import Progress, working
-from llama_jax.config import Cache, DType, Weights
 from llama_jax.data.corpus import corpus_of
 from llama_jax.data.lost import Losses, examples, loss_warning
 from llama_jax.data.sources import find_files
 from llama_jax.data.text import replacement_warning
 from llama_jax.devices.compiling import GenerationProgram
-from llama_jax.errors import UserError, run_command
+from llama_jax.errors import UserError
+from llama_jax.evaluate.scoring import context_of
 from llama_jax.generation import Model
 from llama_jax.generation.decode import empty_cache, next_logits, slots_read
 from llama_jax.generation.rows import not_finite
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
 from llama_jax.ops.loss import loss_sum, negative_log_likelihood
-from llama_jax.ops.rotary import original_length
-from llama_jax.programs import typed
-from llama_jax.rope_scaling import depends_on_length
 from llama_jax.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class EvaluateArgs:
-    """Score a text and print one JSON line.
-
-    It holds loss (nats per token), perplexity, bits_per_byte, tokens, bytes, lost_share, window, stride and bos.
-    lost_share is the share of the text's bytes that the tokenizer does not restore. bits_per_byte is null unless it is
-    0.
-    """
-
-    ckpt: str = ""
-    """A run folder (its best step), a step folder, or a converted checkpoint.
-    A low-rank adapter is loaded with its base."""
-    adapter: str = ""
-    """Low-rank adapter of the model in --ckpt to use: a run folder or a checkpoint. Empty: none, or that of --ckpt."""
-    text: str = ""
-    """A text: a file, a folder, a glob or an address; plain text or records, as --data.filepath of training.
-    Files, or the texts of records, are joined, with a BOS before each."""
-    text_field: str = ""
-    """Field of the records that holds the text. Empty: "text", or else the only field with texts."""
-    as_text: bool = False
-    """Read files as plain text even if they look like something else, such as JSON lines or HTML.
-    Bytes that are not UTF-8 become U+FFFD."""
-    window: int = 0
-    """Number of positions in a forward pass. 0: the model's context."""
-    stride: int = 0
-    """Number of positions between the starts of two windows. A stride below the window gives each token more context.
-    0: the window."""
-    batch_size: int = 8
-    """Number of windows in a forward pass."""
-    compute_dtype: DType = "auto"
-    """Data type of activations and matmuls. auto: bfloat16 on TPU and GPU, float32 on CPU."""
-    weights: Weights = "auto"
-    """Quantization of the matrices: int8, int4 or int4-64. auto: as stored."""
-    cache: Cache = "auto"
-    """Quantization of keys and values. int8: score token by token, each against an int8 cache, which is slower.
-    auto: none."""
 
 
 def evaluate(
@@ -97,12 +52,10 @@ def evaluate(
         as_text: also read files that do not look like text.
         text_field: the field of records with the text. Empty: "text", or else the only field with texts.
 
-    Returns the object that the command prints (see EvaluateArgs). Raises UserError if the text is missing, empty or not
-    text, if the window does not fit the model, or if a loss is not finite.
+    Returns the object that the command prints (see ``Arguments`` in __main__.py). Raises UserError if the text is
+    missing, empty or not text, if the window does not fit the model, or if a loss is not finite.
     """
-    context = model.args.max_seq_len
-    if depends_on_length(model.args.rope_scaling):
-        context = min(context, original_length(model.args))  # Longer, the last window would have other frequencies.
+    context = context_of(model)
     window, stride = window or context, stride or window or context
     if not 0 < window <= context:
         raise UserError(f"--window: expected 1 to {context}, the model's context, found {window}")
@@ -198,26 +151,3 @@ def _loss_sum_over_cache(
     empty = empty_cache(model, jnp.zeros(B, jnp.int32), slots_read(T) if model.exact_rows else T, cache_dtype)
     by_position = tuple(jnp.swapaxes(x, 0, 1) for x in (inputs, targets, weights))
     return jnp.sum(jax.lax.scan(step, empty, by_position)[1])
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line ``argv``. None: that of this process."""
-    program = typed("evaluate")
-    description = f"Loss, perplexity and bits per byte of a text: {program} --ckpt runs/x --text held_out.txt"
-    args = parse_flags(EvaluateArgs, argv, EvaluateArgs(), program, description)
-    for name in ("ckpt", "text"):
-        if not getattr(args, name):
-            raise UserError(f"--{name}: expected a path, found none")
-    if note := Found.find(args.ckpt, args.adapter).note(args.weights):
-        print(note, file=sys.stderr)
-    with working(f"loading {args.ckpt}", sys.stderr):
-        model = Model.load(args.ckpt, args.compute_dtype, args.weights, args.cache, adapter=args.adapter)
-    try:
-        found = evaluate(model, args.text, args.window, args.stride, args.batch_size, args.as_text, args.text_field)
-    except UserError as error:
-        raise UserError(str(error).replace("--data.", "--")) from error
-    print(json.dumps(found, allow_nan=False))
-
-
-if __name__ == "__main__":
-    run_command(main)

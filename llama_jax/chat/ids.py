@@ -1,0 +1,151 @@
+"""The token ids of a rendered conversation: a template's special tokens are tokens, a message's are text.
+
+A message may hold the text of a special token, such as "<|eot_id|>". In the rendered text nothing tells it from the
+template's own. So the conversation is rendered once more, with stand-ins for the characters of special tokens in its
+messages. A special token of that text was written by the template. With the stand-ins replaced again, both texts must
+be equal. They are not if the template looks for such characters in a message (for "</think>", say). Then only special
+tokens in messages get a stand-in, or, if no special token comes from a message, the plain text is right.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from llama_jax.chat.messages import Message
+from llama_jax.errors import UserError
+from llama_jax.tokenizer import Tokenizer
+
+Render = Callable[[Sequence[Message]], str]
+# Stand-ins are taken from these characters, which Unicode leaves to private use.
+PRIVATE = range(0xF0000, 0xFFFFE)
+# The start and end of a special token in a text.
+Span = tuple[int, int]
+
+
+def encode_rendered(tokenizer: Tokenizer, render: Render, messages: Sequence[Message]) -> list[int]:
+    """Return the token ids of the text that ``render`` makes of ``messages``.
+
+    Raises UserError if a template changes a message in such a way that its text and a special token cannot be told
+    apart.
+    """
+    text = render(messages)
+    specials = tokenizer.specials
+    own = own_spans(text, render, messages, tuple(specials))
+    names = {text[begin:end] for begin, end in own}
+    # Ordinary tokens that somebody has added are found in every text, but not those that the template writes itself.
+    kept = {name for name, i in specials.items() if not tokenizer.is_text(i)} | names
+    typed = [text[begin:end] for begin, end in set(spans(text, tuple(specials))) - set(own)]
+    if kept.isdisjoint(typed):
+        return tokenizer.encode(text, bos=False, specials=True)
+    ids: list[int] = []
+    fresh = _starts_anew(tokenizer)
+    for start, (begin, end) in zip([0, *(end for _, end in own)], [*own, (len(text), len(text))], strict=True):
+        if start < begin:
+            parts = _cut(text[start:begin], tuple(name for name in names if tokenizer.is_text(specials[name])))
+            starts = [fresh or start == 0] + [False] * (len(parts) - 1)
+            ids += itertools.chain.from_iterable(tokenizer.encode_parts(parts, starts))
+        if begin < end:
+            ids.append(specials[text[begin:end]])
+    return ids
+
+
+def _cut(text: str, names: tuple[str, ...]) -> list[str]:
+    """Return ``text`` in parts, none of which holds one of ``names`` whole."""
+    cuts = [begin + 1 for begin, end in spans(text, names) if end - begin > 1]
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
+def own_spans(text: str, render: Render, messages: Sequence[Message], specials: tuple[str, ...]) -> list[Span]:
+    """Return where the special tokens stand in ``text`` that the template itself has written. Raises UserError."""
+    found = spans(text, specials)
+    if not found or not any(_is_suspect(message.content, specials) for message in messages):
+        return found
+    stand_ins = _stand_ins(text, messages, specials)
+    sure = None  # the template's special tokens, as far as it writes the same with stand-ins
+    for mark in (_mark_characters, _mark_tokens):
+        try:
+            marked = render([m._replace(content=mark(m.content, stand_ins, specials)) for m in messages])
+        except UserError:  # a template that looks into its messages
+            continue
+        spelled = marked.translate({ord(new): old for old, new in stand_ins.items()})
+        own = spans(marked, specials)
+        names = [marked[begin:end] for begin, end in own]
+        sure = names if mark is _mark_characters else sure
+        if spelled == text and names == sure:
+            return own
+    if sure == [text[begin:end] for begin, end in found]:
+        return found
+    raise UserError(
+        f"messages: expected text without {_first_special(messages, specials)}, which is a special token of the model and "
+        "which the chat template would not keep as text; leave it out"
+    )
+
+
+def spans(text: str, specials: tuple[str, ...]) -> list[Span]:
+    """Return where special tokens stand in ``text``, from the left, the longest first."""
+    return [match.span() for match in _pattern(specials).finditer(text)]
+
+
+@functools.lru_cache(4)
+def _pattern(specials: tuple[str, ...]) -> re.Pattern[str]:
+    longest = sorted(filter(None, specials), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or "(?!)")
+
+
+def _is_suspect(content: str, specials: tuple[str, ...]) -> bool:
+    """Return whether a special token of the rendered text could have characters of ``content``."""
+    return bool(set(content) & _marks(specials)) or _is_inside(content, specials)
+
+
+def _is_inside(content: str, specials: tuple[str, ...]) -> bool:
+    """Return whether a message is a part of a special token, which a template would write around it."""
+    word = content.strip()
+    return bool(word) and any(word in special for special in specials)
+
+
+@functools.lru_cache(4)
+def _marks(specials: tuple[str, ...]) -> frozenset[str]:
+    """Return the characters of special tokens to replace: their signs, or, of a token without any, its first letter."""
+    found: set[str] = set()
+    for special in filter(None, specials):
+        signs = {c for c in special if not c.isalnum() and not c.isspace() and c != "_"}
+        found |= signs or {special[0].lower(), special[0].upper()}
+    return frozenset(c for c in found if len(c) == 1)
+
+
+def _stand_ins(text: str, messages: Sequence[Message], specials: tuple[str, ...]) -> dict[str, str]:
+    """Return a stand-in for each character that may be replaced, none of which occurs in the conversation."""
+    inside = {c for m in messages if _is_inside(m.content, specials) for c in m.content if not c.isspace()}
+    taken = set(itertools.chain(text, *(message.content for message in messages)))
+    free = (chr(code) for code in PRIVATE if chr(code) not in taken)
+    return dict(zip(sorted(_marks(specials) | inside), free, strict=False))
+
+
+def _mark_characters(content: str, stand_ins: Mapping[str, str], specials: tuple[str, ...]) -> str:
+    """Return a message with a stand-in for every sign of special tokens, and for all characters of a part of one."""
+    chosen = set(content) if _is_inside(content, specials) else _marks(specials)
+    return content.translate({ord(old): new for old, new in stand_ins.items() if old in chosen})
+
+
+def _mark_tokens(content: str, stand_ins: Mapping[str, str], specials: tuple[str, ...]) -> str:
+    """Return a message with a stand-in for the first character of each special token in it."""
+    first = [begin for begin, _ in spans(content, specials) if content[begin] in stand_ins]
+    characters = list(content)
+    for begin in first:
+        characters[begin] = stand_ins[content[begin]]
+    return "".join(characters)
+
+
+def _first_special(messages: Sequence[Message], specials: tuple[str, ...]) -> str:
+    """Return the special token that a message holds, for an error."""
+    found = [m.content[begin:end] for m in messages for begin, end in spans(m.content, specials)]
+    return found[0] if found else "the characters of special tokens"
+
+
+def _starts_anew(tokenizer: Tokenizer) -> bool:
+    """Return whether text behind a special token is encoded like a text of its own, as most tokenizers do."""
+    special = next(iter(tokenizer.specials), "")
+    return not special or tokenizer.encode(f"{special}a", bos=False, specials=True)[1:] == tokenizer.encode(
+        "a", bos=False
+    )

@@ -1,0 +1,112 @@
+"""Reads what Hugging Face's small files say about conversations: the chat template, and the tokens that end a text.
+
+As transformers does: of the templates, chat_template.jinja wins over tokenizer_config.json, and of the end tokens,
+generation_config.json over config.json.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llama_jax.chat.formats import ChatSetup, read_template_file, tokens_of
+from llama_jax.chat.renderer import MOST_TEMPLATE
+from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.keys import read_json
+from llama_jax.tokenizer import Tokenizer
+
+TEMPLATE, OLD_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
+SETTINGS, TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+MAX_JSON = 200_000_000
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# The tokens that end a turn in Meta's own code for LLaMA 3 (llama3/llama/tokenizer.py: stop_tokens).
+METAS_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+
+
+def read_chat(folder: Path, tokenizer: Tokenizer, rows: int) -> tuple[ChatSetup, list[str]]:
+    """Return what the files in ``folder`` say about conversations, and warnings.
+
+    rows: the number of embeddings, which end tokens must be among.
+    """
+    warnings: list[str] = []
+    template = _template(folder, warnings)
+    ends = _end_ids(folder, rows, warnings)
+    tokens = tokens_of(tokenizer)
+    theirs = tokens | _tokens(folder)
+    plain = not ends or ends == (tokenizer.eos_id,)
+    return ChatSetup(template, () if plain else ends, {} if theirs == tokens else theirs, not template), warnings
+
+
+def metas_chat(tokenizer: Tokenizer) -> ChatSetup:
+    """Return the end tokens of Meta's own code, which has no files about them."""
+    ends = tuple(tokenizer.specials[text] for text in METAS_ENDS if text in tokenizer.specials)
+    return ChatSetup(end_ids=ends if len(ends) > 1 else ())
+
+
+def _template(folder: Path, warnings: list[str]) -> str:
+    """Return the chat template of a folder, or "" if it has none."""
+    more = folder / MORE_TEMPLATES
+    if more.is_dir():
+        named = ", ".join(sorted(quoted(path.stem, 30) for path in more.glob("*.jinja"))[:4])
+        warnings.append(f"{MORE_TEMPLATES}: {named}: only the default chat template is kept")
+    if (folder / TEMPLATE).is_file():
+        return read_template_file(folder / TEMPLATE)
+    for name in (SETTINGS, OLD_TEMPLATE):
+        found = _json(folder / name).get("chat_template")
+        if isinstance(found, list):
+            found = _default(found, name, warnings)
+        if isinstance(found, dict):
+            found = found.get("default")
+        if isinstance(found, str) and len(found) > MOST_TEMPLATE:
+            warnings.append(f"{name}: chat_template: {len(found):,} characters are too many, and are not kept")
+        elif isinstance(found, str) and found.strip():
+            return found
+        elif found is not None and not isinstance(found, str):
+            warnings.append(f"{name}: chat_template: expected a text, found {quoted(found, 40)}: it is not kept")
+    return ""
+
+
+def _default(found: list[Any], name: str, warnings: list[str]) -> str | None:
+    """Return the default one of several named templates."""
+    named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+    others = ", ".join(quoted(key, 30) for key in named if key != "default")
+    if others:
+        kept = "only the default one is kept" if "default" in named else "none is the default, and none is kept"
+        warnings.append(f"{name}: chat_template has {others}: {kept}")
+    return named.get("default")
+
+
+def _end_ids(folder: Path, rows: int, warnings: list[str]) -> tuple[int, ...]:
+    """Return the ids that end a text, or none if the files do not say."""
+    for name in ("generation_config.json", "config.json"):
+        found = _json(folder / name).get("eos_token_id")
+        listed = found if isinstance(found, list) else [] if found is None else [found]
+        ids = [i for i in listed if type(i) is int and 0 <= i < rows]
+        if len(ids) < len(listed):
+            warnings.append(
+                f"{name}: eos_token_id {quoted(found, 40)}: ids that are not of the model's {rows:,} tokens are left out"
+            )
+        if ids:
+            return tuple(dict.fromkeys(ids))
+    return ()
+
+
+def _tokens(folder: Path) -> dict[str, str]:
+    """Return the texts of special tokens by their names, as far as the files have them."""
+    return dict(_named(folder, TOKENS)) | dict(_named(folder, SETTINGS))
+
+
+def _named(folder: Path, name: str) -> Iterator[tuple[str, str]]:
+    table = _json(folder / name)
+    for key in NAMES:
+        token = table.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            yield key, text
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return the object in a file, or {} if there is none or it cannot be read, which others tell."""
+    try:
+        return read_json(path, MAX_JSON)
+    except UserError:
+        return {}

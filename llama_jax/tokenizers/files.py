@@ -1,0 +1,209 @@
+"""Finds the files of a tokenizer, and what they say: which reader, which tokens are added, which are BOS and EOS.
+
+The files decide in this order. A folder with tokenizer.model alone is SentencePiece's (or tiktoken's, told by its
+content). With a tokenizer.json beside it, SentencePiece's model is read unless the tokenizer.json has tokens that the
+model lacks: then it is the fine-tune's, and is read in its place.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llama_jax.errors import UserError, quoted
+from llama_jax.storage.locations import children, location, user_errors
+from llama_jax.tokenizers import tiktoken
+from llama_jax.tokenizers.reader import Added
+from llama_jax.tokenizers.table import MAX_BYTES, MAX_ID, Table, added_by_decoder, added_of, parse_object
+
+MODEL, TABLE, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
+# What a checkpoint keeps of a tokenizer. The last two only where nothing else names BOS and EOS.
+KEPT = (MODEL, TABLE, CONFIG, MAP, ADDED)
+IDS = ("generation_config.json", "config.json")
+MAX_SMALL = 16_000_000
+TOKENS = ("bos", "eos")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a tokenizer, by name, and where they are."""
+
+    place: Path
+    """The file or folder that opens this tokenizer again."""
+    path: Path
+    """The file that holds the vocabulary."""
+    main: str
+    """The name under which a checkpoint keeps it."""
+    contents: Mapping[str, bytes]
+    tables: Mapping[str, Table]
+    """Those in JSON, read."""
+
+
+def read_files(path: str | Path) -> Files:
+    """Read the tokenizer at ``path``: a file, or a folder of them. Raises UserError if there is none."""
+    place = location(path)
+    with user_errors(place, "read"):
+        if found := [child for child in children(place) if child.name in (*KEPT, *IDS)]:
+            return _in_folder(place, {child.name: child for child in found})
+        if place.is_dir():
+            raise UserError(f"{path}: expected a tokenizer ({MODEL} or {TABLE}), found a folder with neither")
+        content = _read(place, str(path))
+    if content.lstrip()[:1] != b"{":
+        return Files(place, place, MODEL, {MODEL: content}, {})
+    beside = {child.name: child for child in children(place.parent) if child.name in (*KEPT[2:], *IDS)}
+    return _in_folder(place, {**beside, TABLE: place})
+
+
+def _in_folder(place: Path, paths: dict[str, Path]) -> Files:
+    """Read the tokenizer's files among those of a folder. ``place`` opens them again."""
+    if MODEL not in paths and TABLE not in paths:
+        raise UserError(f"{place}: expected a tokenizer ({MODEL} or {TABLE}), found {', '.join(sorted(paths))} alone")
+    contents = {name: _read(paths[name], str(paths[name])) for name in KEPT if name in paths}
+    tables = {name: parse_object(raw, str(paths[name])) for name, raw in contents.items() if name != MODEL}
+    if set(contents) == {MODEL}:
+        return Files(paths[MODEL], paths[MODEL], MODEL, contents, {})
+    main = MODEL if MODEL in contents else TABLE
+    files = Files(place, paths[main], main, contents, tables)
+    if TABLE in contents and main == MODEL and _has_more(files):
+        files = Files(place, paths[TABLE], TABLE, contents, tables)
+    if files.main == TABLE and _id_of(files, "eos", None) is None:
+        for name in IDS:  # the first that says what EOS is comes along
+            if name in paths:
+                raw = _read(paths[name], str(paths[name]))
+                more = replace(
+                    files, contents={**contents, name: raw}, tables={**tables, name: parse_object(raw, name)}
+                )
+                if _id_of(more, "eos", None) is not None:
+                    return more
+    return files
+
+
+def _read(path: Path, name: str) -> bytes:
+    """Return the content of a file of at most MAX_BYTES. Raises a UserError that names ``name``."""
+    with user_errors(path, "read"):
+        try:
+            with path.open("rb") as file:
+                content: bytes = file.read(MAX_BYTES + 1)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise UserError(f"{name}: expected a tokenizer ({MODEL} or {TABLE}), found no such file") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{name}: expected a tokenizer of up to {MAX_BYTES:,} bytes, found a larger file; use another")
+    return content
+
+
+def _has_more(files: Files) -> bool:
+    """Return whether tokenizer.json, or a file with it, has tokens that tokenizer.model lacks."""
+    if tiktoken.is_tiktoken(files.contents[MODEL]):
+        return True  # the table has the names of the special tokens, which the model lacks
+    size = _pieces_in(files.contents[MODEL])
+    return any(token.id >= size for token in [*added_of(files.tables[TABLE]), *more_tokens(files)])
+
+
+def _pieces_in(model: bytes) -> int:
+    """Return the number of pieces of a SentencePiece model. Raises ``UserError`` if it is none."""
+    from llama_jax.tokenizers.sentencepiece import loaded
+
+    return int(loaded(model, MODEL).vocab_size())
+
+
+def more_tokens(files: Files) -> list[Added]:
+    """Return the tokens that the files next to the vocabulary add to it."""
+    listed = added_by_decoder(files.tables.get(CONFIG, {}))
+    known = {token.text for token in listed}
+    plain = files.tables.get(ADDED, {})
+    named = {text for table in files.tables.values() for text in _texts(table)}
+    return listed + [
+        # transformers takes the tokens of this file for special if the tokenizer uses them as such.
+        Added(i, text, special=text in named)
+        for text, i in plain.items()
+        if type(i) is int and 0 <= i < MAX_ID and text and text not in known
+    ]
+
+
+def behind_specials(files: Files) -> tuple[bool, bool]:
+    """Return how transformers goes on behind a special token: without a space mark, and without one before a space.
+
+    tokenizer.json says so by its Metaspace, or else tokenizer_config.json by ``legacy``.
+    """
+    if TABLE not in files.tables:
+        return files.tables.get(CONFIG, {}).get("legacy") is False, False
+    then = files.tables[TABLE].get("pre_tokenizer")
+    if not isinstance(then, dict) or then.get("type") != "Metaspace":
+        return False, False
+    return then.get("prepend_scheme", "always") != "always", True
+
+
+def _texts(table: Table) -> Iterator[str]:
+    """Yield the texts that a table names as BOS, EOS, PAD and the like."""
+    for key, value in table.items():
+        if key.endswith("_token") and (text := text_of(value)):
+            yield text
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = table.get(key)
+        for value in listed if isinstance(listed, list) else ():
+            if text := text_of(value):
+                yield text
+
+
+def text_of(token: Any) -> str | None:
+    """Return the text of a token that a file names, by itself or with flags."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
+def named_ids(files: Files, ids: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
+    """Return the ids of "bos" and "eos" that the files name, and what is worth telling.
+
+    ids: the ids of all tokens by their texts.
+    """
+    found = {which: _id_of(files, which, ids) for which in TOKENS}
+    told = [
+        f"{which.upper()} is {quoted(text, 40)}, as {name} says"
+        for which, named in found.items()
+        if named
+        for _, text, name in [named]
+    ]
+    return {which: named[0] for which, named in found.items() if named is not None}, told
+
+
+def _id_of(files: Files, which: str, ids: Mapping[str, int] | None) -> tuple[int, str, str] | None:
+    """Return the id of BOS or EOS, its text, and the file that names it. Without ``ids``, any id will do."""
+    for name in (CONFIG, MAP):
+        text = text_of(files.tables.get(name, {}).get(f"{which}_token"))
+        if text and (ids is None or text in ids):
+            return (-1 if ids is None else ids[text]), text, name
+    texts = {i: text for text, i in (ids or {}).items()}
+    for name in IDS:
+        number = files.tables.get(name, {}).get(f"{which}_token_id")
+        first = number[0] if isinstance(number, list) and number else number
+        if type(first) is int and (ids is None or first in texts):
+            return first, texts.get(first, ""), name
+    return None
+
+
+def begins_with_bos(files: Files, bos: str) -> bool | None:
+    """Return whether transformers puts BOS before a text, as the files say. None: they do not say."""
+    stated = files.tables.get(CONFIG, {}).get("add_bos_token")
+    if isinstance(stated, bool):
+        return stated
+    return (
+        True
+        if any(token == bos for token in _first_tokens(files.tables.get(TABLE, {}).get("post_processor")))
+        else None
+    )
+
+
+def _first_tokens(processor: Any) -> Sequence[str]:
+    """Return the special tokens with which a post-processor begins a text."""
+    if not isinstance(processor, dict):
+        return ()
+    if processor.get("type") == "Sequence":
+        steps = processor.get("processors")
+        return [text for step in (steps if isinstance(steps, list) else []) for text in _first_tokens(step)]
+    if isinstance(processor.get("cls"), list):
+        return [str(processor["cls"][0])] if processor["cls"] else ()
+    single = processor.get("single")
+    first = single[0] if isinstance(single, list) and single and isinstance(single[0], dict) else {}
+    special = first.get("SpecialToken")
+    return [str(special.get("id"))] if isinstance(special, dict) else ()

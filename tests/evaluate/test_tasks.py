@@ -1,0 +1,131 @@
+"""Tasks in JSON lines: what is read, what is refused by name, and the prompts that are made of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_jax.errors import UserError
+from llama_jax.evaluate.tasks import Item, check_shots, joined, parse_task, prompt_of, read_tasks, shots_of
+
+CHOICE = {"context": "The owl saw", "choices": ["a fox", "the river"], "answer": 1}
+
+
+def written(folder: Path, *records: Any, name: str = "task.jsonl") -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_records_of_three_kinds_are_read(tmp_path: Path) -> None:
+    (task,) = read_tasks([written(tmp_path, CHOICE, CHOICE | {"id": 7, "context": ""})])
+    assert (task.name, task.kind) == ("task", "choices")
+    assert task.items == (
+        Item(1, "The owl saw", ("a fox", "the river"), 1),
+        Item(2, "", ("a fox", "the river"), 1),
+    )
+    (task,) = read_tasks([written(tmp_path, {"question": "Who?", "answer": "the fox"})])
+    assert task.kind == "answers" and task.items == (Item(1, "Question: Who?\nAnswer:", ("the fox",), 0),)
+    (task,) = read_tasks([written(tmp_path, {"text": "An owl.\n"})])
+    assert task.kind == "texts" and task.items == (Item(1, "", ("An owl.\n",), 0),)
+
+
+def test_the_format_of_questions_can_be_chosen(tmp_path: Path) -> None:
+    path = written(tmp_path, {"question": "Who {x}?", "answer": "the fox"})
+    (task,) = read_tasks([path], "Q: {question} A:")
+    assert task.items[0].prompt == "Q: Who {x}? A:"
+    with pytest.raises(UserError, match=r"^--question-format: expected a text with {question}"):
+        read_tasks([path], "Q:")
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"context": "a", "choices": ["b", "c"], "answer": 2}, "answer: expected the number .*0 to 1, found 2"),
+        ({"context": "a", "choices": ["b", "c"], "answer": True}, "answer: expected the number .*found True"),
+        ({"context": "a", "choices": ["b", "c"], "answer": "c"}, "answer: expected the number .*found 'c'"),
+        ({"context": "a", "choices": ["b", "c"]}, "answer: expected the number .*found none"),
+        ({"context": "a", "choices": ["b"], "answer": 0}, "choices: expected a list of two or more"),
+        ({"context": "a", "choices": ["b", " "], "answer": 0}, "choices: expected a list of two or more"),
+        ({"context": "a", "choices": "bc", "answer": 0}, "choices: expected a list of two or more"),
+        ({"context": "a", "answer": 3}, "answer: expected a text, .*found 3"),
+        ({"context": "a"}, "answer: expected a text, .*found none"),
+        ({"context": 3, "answer": "b"}, "context: expected a text, found 3"),
+        ({"question": " ", "answer": "b"}, "question: expected a text, found ' '"),
+        ({"question": "a", "context": "a", "answer": "b"}, "expected one of .*found both"),
+        ({"prompt": "a", "answer": "b"}, "expected one of the keys .*found 'prompt', 'answer'"),
+        ({"text": ""}, "text: expected a text, found ''"),
+        ([1], r"expected a JSON object, found \[1\]"),
+        ({"text": "A whole document."}, "expected a record like the first, multiple choice, found documents"),
+    ],
+)
+def test_a_bad_record_is_named_with_its_file_line_and_key(tmp_path: Path, record: Any, words: str) -> None:
+    with pytest.raises(UserError, match=rf"task\.jsonl: line 2: {words}"):
+        read_tasks([written(tmp_path, CHOICE, record)])
+
+
+def test_files_that_are_missing_empty_or_no_json_are_named(tmp_path: Path) -> None:
+    for content, words in ((b"", "expected one or more records"), (b"{", "line 1: expected a JSON object, found"),
+                           (b"\xff\xfe", "expected text in UTF-8, found UTF-16")):  # fmt: skip
+        (tmp_path / "bad.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=rf"bad\.jsonl: {words}"):
+            read_tasks([str(tmp_path / "bad.jsonl")])
+    with pytest.raises(UserError, match=r"^--tasks: expected a file of records in JSON lines, found no file .*none"):
+        read_tasks([str(tmp_path / "none.jsonl")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^--tasks: expected JSON lines in the folder .*empty, found no file"):
+        read_tasks([str(tmp_path / "empty")])
+
+
+def test_a_folder_is_its_files_and_tasks_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a/x.jsonl", "a/y.jsonl", "b/x.jsonl"):
+        written(tmp_path, CHOICE, name=name)
+    found = read_tasks([str(tmp_path / "a"), str(tmp_path / "b" / "x.jsonl")])
+    assert [task.name for task in found] == [str(tmp_path / "a/x.jsonl"), "y", str(tmp_path / "b/x.jsonl")]
+    with pytest.raises(UserError, match="expected each file once"):
+        read_tasks([str(tmp_path / "a"), str(tmp_path / "a" / "x.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        ("So", "it is", " it is"),
+        ("So ", "it is", "it is"),
+        ("So\n", "it", "it"),
+        ("So", "\nit", "\nit"),
+        ("", "it", "it"),
+    ],
+)
+def test_a_space_comes_between_unless_there_is_white_space(prompt: str, answer: str, text: str) -> None:
+    assert joined(prompt, answer) == text
+
+
+def numbered(count: int, answer: str = "b{}") -> bytes:
+    return "".join(json.dumps({"context": f"a{i}", "answer": answer.format(i)}) + "\n" for i in range(count)).encode()
+
+
+def test_examples_follow_from_the_seed_and_the_items_number_and_are_other_records() -> None:
+    task = parse_task("t", "t.jsonl", numbered(6))
+    assert prompt_of(task, 2, 0, 0) == "a2"
+    drawn = [[item.line - 1 for item in shots_of(task, index, 3, 0)] for index in range(6)]
+    assert all(index not in lines and len({*lines}) == 3 for index, lines in enumerate(drawn))
+    assert len({tuple(lines) for lines in drawn}) > 2
+    assert [[item.line - 1 for item in shots_of(task, index, 3, 1)] for index in range(6)] != drawn
+    one, two, three = drawn[4]
+    assert prompt_of(task, 4, 3, 0) == f"a{one} b{one}\n\na{two} b{two}\n\na{three} b{three}\n\na4"
+
+
+def test_a_record_that_stands_twice_is_no_example_for_itself() -> None:
+    task = parse_task("t", "t.jsonl", numbered(3) + numbered(3))
+    for index, item in enumerate(task.items):
+        assert item.prompt not in [shot.prompt for shot in shots_of(task, index, 4, 0)]
+        assert len(shots_of(task, index, 5, 0)) == 5, "where there are too few others it is"
+
+
+def test_more_examples_than_records_are_refused() -> None:
+    task = parse_task("t", "t.jsonl", numbered(3))
+    check_shots(task, 2)
+    with pytest.raises(UserError, match=r"^--shots: expected up to 2, since t\.jsonl has 3 records, found 3"):
+        check_shots(task, 3)

@@ -1,0 +1,103 @@
+"""Chat templates and end tokens in Hugging Face's small files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_jax.chat.formats import ChatSetup, tokens_of
+from llama_jax.foreign.chat_files import metas_chat, read_chat
+from llama_jax.tokenizer import Tokenizer
+from tests.chat.vocabularies import LLAMA3, Vocabulary
+
+NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+
+
+def read(folder: Path, tokenizer: Tokenizer, files: dict[str, Any]) -> tuple[ChatSetup, list[str]]:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return read_chat(folder, tokenizer, tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("files", "template", "words"),
+    [
+        ({}, "", ""),
+        ({"tokenizer_config.json": {"chat_template": "a"}}, "a", ""),
+        ({"tokenizer_config.json": {"chat_template": NAMED}}, "plain", "only the default one is kept"),
+        ({"tokenizer_config.json": {"chat_template": NAMED[1:]}}, "plain", ""),
+        ({"tokenizer_config.json": {"chat_template": NAMED[:1]}}, "", "none is the default"),
+        ({"tokenizer_config.json": {"chat_template": 3}}, "", "expected a text, found 3"),
+        ({"tokenizer_config.json": {"chat_template": "a" * 300_000}}, "", "too many"),
+        ({"chat_template.json": {"chat_template": "b"}}, "b", ""),
+        ({"chat_template.jinja": "c\n", "tokenizer_config.json": {"chat_template": "a"}}, "c\n", ""),
+        ({"tokenizer_config.json": {"chat_template": "a"}, "chat_template.json": {"chat_template": "b"}}, "a", ""),
+        ({"chat_template.jinja": "c", "additional_chat_templates/tool.jinja": "d"}, "c", "'tool': only the default"),
+    ],
+)
+def test_the_template_is_the_one_that_transformers_takes(
+    tmp_path: Path, small_tokenizer: Tokenizer, files: dict[str, Any], template: str, words: str
+) -> None:
+    chat, warnings = read(tmp_path, small_tokenizer, files)
+    assert chat.template == template and len(warnings) == bool(words) and words in "".join(warnings)
+
+
+@pytest.mark.parametrize(
+    ("general", "model", "ends"),
+    [
+        (None, None, ()),
+        (None, 2, ()),
+        ([2], 5, ()),
+        ([2, 7], None, (2, 7)),
+        ([7, 2, 7], [2], (7, 2)),
+        (None, [2, 9], (2, 9)),
+        (9, [2, 7], (9,)),
+        ([2, 10**6], [2], ()),
+        ([True, "x", 8], [2], (8,)),
+    ],
+)
+def test_the_end_tokens_are_those_of_generation_config_or_config(
+    tmp_path: Path, small_tokenizer: Tokenizer, general: Any, model: Any, ends: tuple[int, ...]
+) -> None:
+    files: dict[str, Any] = {} if general is None else {"generation_config.json": {"eos_token_id": general}}
+    files |= {"config.json": {"eos_token_id": model}}
+    chat, warnings = read(tmp_path, small_tokenizer, files)
+    assert chat.end_ids == ends
+    assert bool(warnings) == (general in ([2, 10**6], [True, "x", 8]))
+
+
+def test_names_of_tokens_are_kept_if_they_are_not_the_tokenizers(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    same = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": None}
+    assert read(tmp_path, small_tokenizer, {"tokenizer_config.json": same})[0] == ChatSetup(has_none=True)
+    other = same | {"eos_token": "<|im_end|>", "pad_token": {"content": "<pad>"}}
+    chat, _ = read(tmp_path, small_tokenizer, {"special_tokens_map.json": other, "tokenizer_config.json": same})
+    assert chat.tokens == tokens_of(small_tokenizer) | {"pad_token": "<pad>"}
+    chat, _ = read(tmp_path, small_tokenizer, {"tokenizer_config.json": other})
+    assert chat.tokens["eos_token"] == "<|im_end|>" and chat.tokens["bos_token"] == "<s>"
+
+
+def test_metas_llama3_ends_where_metas_code_ends(small_tokenizer: Tokenizer) -> None:
+    vocabulary = Vocabulary(LLAMA3)
+    ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    assert metas_chat(vocabulary).end_ids == tuple(vocabulary.specials[text] for text in ends)  # type: ignore[arg-type]
+    assert metas_chat(small_tokenizer) == ChatSetup()
+
+
+def test_what_is_known_about_conversations_is_kept_in_files(tmp_path: Path) -> None:
+    for number, chat in enumerate(
+        (
+            ChatSetup(),
+            ChatSetup("{{ é }}\n"),
+            ChatSetup("", (5, 2), {"bos_token": "<s>"}),
+            ChatSetup("a", (1,)),
+            ChatSetup(has_none=True),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, content in chat.files.items():
+            (folder / name).write_bytes(content)
+        assert ChatSetup.read(folder) == chat
+        assert len(list(folder.iterdir())) == bool(chat.template) + bool(chat.end_ids or chat.tokens or chat.has_none)
