@@ -17,6 +17,7 @@ import llama_jax
 from llama_jax.adapters import joined
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Config, DataArgs, ModelArgs, SampleArgs, TrainArgs
+from llama_jax.convert import ConvertArgs, convert
 from llama_jax.convert.checkpoint_source import OwnSource, write_own
 from llama_jax.errors import UserError
 from llama_jax.generation import Model
@@ -40,12 +41,19 @@ def undrawn() -> Iterator[None]:
         yield
 
 
-def train(folder: Path, lora: LoraArgs = LORA, base: str = "base", text: str = "b.txt", **changes: Any) -> str:
+def train(
+    folder: Path,
+    lora: LoraArgs = LORA,
+    base: str = "base",
+    text: str = "b.txt",
+    args: ModelArgs = MODEL,
+    **changes: Any,
+) -> str:
     """What a run prints, in the folder beside its text and its base."""
     root = folder.parent
-    args = dataclasses.replace(RUN, save_dir=str(folder), init_from=str(root / base) if base else "", **changes)
+    run = dataclasses.replace(RUN, save_dir=str(folder), init_from=str(root / base) if base else "", **changes)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        loop.train(Config(MODEL, DataArgs(str(root / text), vocab_size=280), args, lora=lora))
+        loop.train(Config(args, DataArgs(str(root / text), vocab_size=280), run, lora=lora))
     return out.getvalue()
 
 
@@ -280,3 +288,36 @@ def test_a_base_that_moved_or_changed_is_refused_by_name_and_found_where_it_is_s
     finally:
         shutil.rmtree(root / "base", ignore_errors=True)
         (root / "moved").rename(root / "base")
+
+
+RELATIVES = {
+    "tied": {"tie_embeddings": True},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "of other sizes": {"head_dim": 16, "hidden_dim": 48, "sliding_window": 8, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("tied", "int8"), ("biased", "auto"), ("of other sizes", "int4")])
+def test_relatives_of_llama_2_are_bases_too(root: Path, tmp_path: Path, kind: str, weights: Any) -> None:
+    for name in ("a.txt", "b.txt"):
+        shutil.copy(root / name, tmp_path)
+    args = dataclasses.replace(MODEL, **RELATIVES[kind])
+    train(tmp_path / "base", LoraArgs(), "", "a.txt", args=args)
+    train(tmp_path / "tuned", dataclasses.replace(LORA, base_weights=weights), args=args)
+    losses = [record["train_loss"] for record in records(tmp_path / "tuned")]
+    assert losses[-1] < losses[0] - 0.02
+    tokens = np.arange(3, 15)[None]
+    found = llama_jax.load(tmp_path / "tuned" / "checkpoints" / "6", "float32").logits(tokens)
+    convert(ConvertArgs(input=str(tmp_path / "tuned"), output=str(tmp_path / "merged")))
+    expected = llama_jax.load(tmp_path / "merged", "float32").logits(tokens)
+    # The quantized output matrix of a tied model is not merged: it would be the embeddings as well.
+    np.testing.assert_allclose(found, expected, atol=0.1 if kind == "tied" else 1e-4)
+
+
+def test_the_output_of_a_tied_model_has_no_adapter(root: Path, tmp_path: Path) -> None:
+    shutil.copy(root / "a.txt", tmp_path)
+    args = dataclasses.replace(MODEL, tie_embeddings=True)
+    train(tmp_path / "base", LoraArgs(), "", "a.txt", args=args)
+    lora = dataclasses.replace(LORA, targets=("wq", "output"))
+    said = refusal(tmp_path / "tuned", lora, text="a.txt", args=args)
+    assert said.startswith("lora.targets: expected matrices of the layers") and not (tmp_path / "tuned").exists()
