@@ -148,6 +148,9 @@ def test_unknown_fields_of_a_file_are_named_with_what_is_known(tmp_path: Path, s
 def test_texts_stay_texts_and_are_not_mixed_with_conversations(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
     write(tmp_path / "a.jsonl", [{"text": "an owl", "messages": [USER._asdict()]}])
     assert [(f.field, f.chats) for f in find_files(str(tmp_path / "a.jsonl")).files] == [("text", "")]
+    assert find_files(str(tmp_path / "a.jsonl")).notes == [
+        "records have text and messages: text is taken; --data.text-field messages takes these"
+    ]
     chosen = find_files(str(tmp_path / "a.jsonl"), text_field="messages").files
     assert [(f.field, f.chats) for f in chosen] == [("messages", "messages")]
     write(tmp_path / "b.jsonl", [RECORDS["messages"]])

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from llama_jax.chat.named import LLAMA2
 from llama_jax.config import Config, DataArgs, MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import PackedBatch, train_batches
 from llama_jax.data.conversations import open_chats
+from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
 from llama_jax.ops.loss import loss_sum
@@ -41,7 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer)
     (folder / "tokenizer.model").write_bytes(small_tokenizer.model_bytes)
     write(folder / "chats.jsonl", 0, 200)
     write(folder / "held_out.jsonl", 1, 20)
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(WORDS * 4)}) + "\n" for _ in range(50)))
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(WORDS * 4) + str(i)}) + "\n" for i in range(50))
+    )
     return folder
 
 
@@ -147,12 +151,12 @@ def test_the_loss_of_a_packed_batch_is_the_sum_of_its_conversations_alone(whole:
     chats = open_chats(folder / "whole" / "tokens").train
     args = dataclasses.replace(MODEL, vocab_size=llama_jax.load(folder / "whole").args.vocab_size)
     model, length = Llama(args, jnp.float32), MODEL.max_seq_len
-    from llama_jax.devices.sharding import parameter_shapes
-
     params = random_params(parameter_shapes(model))
-    batch = PackedBatch(*(np.stack(c) for c in zip(*(chats.row(length, n) for n in range(6)), strict=True)))
+    last = chats.sequences(length)
+    sequences = [0, 1, *range(last - 4, last)]  # the longest conversations, and those that share a sequence
+    batch = PackedBatch(*(np.stack(c) for c in zip(*(chats.row(length, n) for n in sequences), strict=True)))
     together = float(loss_sum(model, params, *batch))
-    members = [n for sequence in range(6) for n in chats.members(length, sequence)]
+    members = [n for sequence in sequences for n in chats.members(length, sequence)]
     assert len(members) > 8
     rows = []
     for number in members:
@@ -214,8 +218,8 @@ def test_what_a_run_on_conversations_needs_is_said(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_losses_are_the_same_on_every_mesh(whole: Any, folder: Path) -> None:
-    found = run_on_eight_devices(__file__, str(folder))
-    for name, losses in json.loads(found).items():
+    found = run_on_eight_devices("tests.training.test_chats", str(folder))
+    for name, losses in found.items():
         for a, b in zip(losses, whole[0], strict=True):
             assert a["target_tokens"] == b["target_tokens"]
             assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4), name
@@ -224,8 +228,6 @@ def test_losses_are_the_same_on_every_mesh(whole: Any, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    import os
-
     os.chdir(sys.argv[1])
     meshes = {"fsdp 8": MeshArgs(data=1, fsdp=8), "tensor 2 x fsdp 4": MeshArgs(data=1, fsdp=4, tensor=2)}
     print(json.dumps({name: run(name.replace(" ", ""), mesh=mesh)[0] for name, mesh in meshes.items()}))
