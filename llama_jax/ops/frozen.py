@@ -51,7 +51,7 @@ def _inputs(equation: str) -> int:
 
 
 def _operand(w: Matrix, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
-    """Return the flat matrix to multiply by, [I, O] of ``dtype``, and the scales [O] of outputs that it lacks, or None."""
+    """Return the flat matrix to multiply by, [I, O] of ``dtype``, and its outputs' scales [O] if it lacks them."""
     inputs, outputs = w.values.shape
     if w.scales is None or w.scales.shape[0] > 1:
         return w.dequantized().reshape(inputs, outputs).astype(dtype), None
