@@ -69,9 +69,11 @@ class Tuning:
         lora, weights = self.adapting.lora, self.adapting.weights
         form = f"matrices in {weights}" if weights != "auto" else f"in {module.dtype.name}"
         size = bytes_of(stacked_shapes(module, weights)) / 1e6
+        context, length = self.base.args.max_seq_len, module.args.max_seq_len
+        kept = f"; its context of {context:,} stays, beyond the {length:,} of training" if length < context else ""
         return [
             ("adapters", lora.text(count_adapter(module.args, lora))),
-            ("base", f"{self.base.folder}, frozen, {form}: {size:,.0f} MB"),
+            ("base", f"{self.base.folder}, frozen, {form}: {size:,.0f} MB{kept}"),
         ]
 
 
