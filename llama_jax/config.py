@@ -433,11 +433,6 @@ class Config:
         """Raise UserError on impossible values, in a section or between sections."""
         for section in (self.model, self.data, self.train, self.mesh, self.distributed, self.lora):
             section.check()
-        if self.lora.rank and not self.train.init_from:
-            raise UserError(
-                "lora.rank: expected train.init_from beside it, the checkpoint to fine-tune, found none; give "
-                "--train.init-from, or leave lora.rank out"
-            )
         if self.data.document_mask and depends_on_length(self.model.rope_scaling):
             raise UserError(
                 "data.document_mask: expected a rotary embedding that does not depend on the length of the text, found "

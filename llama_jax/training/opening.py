@@ -164,8 +164,8 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
         run.owners.append(stack.enter_context(owning(store, "train.checkpoint_dir", IN_USE)))
     start = _start(run, store, steps, train.resume_step)
     run.notes += folder.read_metrics(start)
-    origin = _origin(store, start) if start else {TARGETS: 0}
-    run.targets = origin.get(TARGETS)
+    origin = _origin(store, start) if start else {}
+    run.targets = origin.get(TARGETS) if start else 0
     run.texts = _texts(run, run.record.text or origin.get("text"))
     known = run.record.id or origin.get("run") or uuid.uuid4().hex
     run.record = dataclasses.replace(run.record, id=known, store=str(absolute(store)) if outside else "")
