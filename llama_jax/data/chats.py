@@ -1,5 +1,6 @@
 """Corpora of conversations, which train.py reads directly: their records, and which of them are held out."""
 
+import collections
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -75,6 +76,39 @@ class Chats(Records):
             f"{self.sources[0].name}: expected text, found conversations ({self.kinds}); train.py reads them directly: "
             "--train.init-from CHECKPOINT --data.filepath FILE"
         )
+
+
+def count_chats(corpus: Chats) -> dict[str, Any]:
+    """Return what a corpus of conversations holds, for JSON. Records that are wrong are counted."""
+    kinds: collections.Counter[str] = collections.Counter()
+    messages = answers = 0
+    for found in corpus.conversations():
+        record = found.record
+        kinds[record.kind if isinstance(record, Conversation) else "preferences"] += 1
+        said = record.messages if isinstance(record, Conversation) else (*record.prompt, *record.chosen)
+        messages += len(said)
+        answers += sum(message.role == "assistant" for message in said)
+    wrong = {"wrong_records": corpus.skipped.count, "examples": corpus.skipped.examples}
+    return {
+        "conversations": sum(kinds.values()),
+        "kinds": dict(kinds),
+        "messages": messages,
+        "answers": answers,
+        **wrong,
+    }
+
+
+def text_of_chats(found: dict[str, Any], source: str) -> str:
+    """Return the result of ``count_chats`` in words."""
+    kinds = ", ".join(f"{kind} ({count:,})" for kind, count in found["kinds"].items()) or "none"
+    lines = [
+        f"{source}: {found['conversations']:,} conversations, by their fields: {kinds}",
+        f"{found['messages']:,} messages, of which {found['answers']:,} are answers",
+        "train.py reads them directly: --train.init-from CHECKPOINT --data.filepath FILE",
+    ]
+    if found["wrong_records"]:
+        lines.append(f"warning: {found['wrong_records']:,} records are wrong: {'; '.join(found['examples'])}")
+    return "\n".join(lines)
 
 
 def _content(record: Conversation | Preference) -> bytes:

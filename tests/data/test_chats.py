@@ -20,6 +20,7 @@ from llama_jax.data.batches import PackedBatch, eval_batches, train_batches
 from llama_jax.data.chat_records import Conversation, Preference, parsed
 from llama_jax.data.chat_summary import chat_rows, marked
 from llama_jax.data.conversations import Conversations, open_chats
+from llama_jax.data.inspecting import main as inspect_main
 from llama_jax.data.preparing import main as prepare_main
 from llama_jax.data.sources import find_files
 from llama_jax.errors import UserError
@@ -356,6 +357,19 @@ def test_prepare_says_who_reads_conversations(chats: Path, tmp_path: Path) -> No
         UserError, match=rf"^{chats}: expected text, found conversations \(messages\); train.py reads them directly"
     ):
         prepare_main(["--filepath", str(chats), "--output", str(tmp_path / "out")])
+
+
+def test_inspect_says_what_conversations_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.jsonl", [*RECORDS.values(), {"messages": [USER._asdict()]}])
+    inspect_main(["--filepath", path])
+    said = capsys.readouterr().out
+    assert (
+        f"{path}: 4 conversations, by their fields: messages (1), conversations (1)" in said and "4 are answers" in said
+    )
+    assert f"warning: 1 records are wrong: {path}: line 5: message 1: expected an answer" in said
+    inspect_main(["--filepath", path, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["conversations"], found["messages"], found["wrong_records"]) == (4, 8, 1)
 
 
 def test_what_counts_is_shown(chats: Path, tmp_path: Path, small_tokenizer: Tokenizer) -> None:
