@@ -35,7 +35,21 @@ class PackedBatch(NamedTuple):
     positions: np.ndarray  # int32 [B, T]: the position of each input in its document
 
 
-AnyBatch = TypeVar("AnyBatch", Batch, PackedBatch)
+class PairBatch(NamedTuple):
+    """A batch for preferences: rows hold pairs of answers to a prompt, each answer with its prompt as a document.
+
+    Pair p of a row is of the segments 2p, the chosen answer, and 2p + 1, the rejected one. Padding is of the next one.
+    """
+
+    inputs: np.ndarray  # int32 [B, T]
+    targets: np.ndarray  # int32 [B, T]
+    weights: np.ndarray  # float32 [B, T]: 1 at tokens of a chosen answer, -1 at those of a rejected one, else 0
+    segments: np.ndarray  # int32 [B, T]
+    positions: np.ndarray  # int32 [B, T]
+    reference: np.ndarray  # float32 [B, T]: the log-likelihood of each target by the reference; NaN where weights are 0
+
+
+AnyBatch = TypeVar("AnyBatch", Batch, PackedBatch, PairBatch)
 
 
 class OwnRows:
