@@ -234,9 +234,9 @@ def test_every_field_can_be_set_by_its_flag():
             "compute_dtype": "bfloat16",
             "bad_steps": "skip",
             "bad_records": "skip",
-            "base_weights": "int8",
             "loss_on": "all",
             "too_long": "drop",
+            "base_weights": "int8",
         }.get(name, "7" if "int" in hint or "float" in hint else "x")
         config = flags(flag, value)
         changed = getattr(getattr(config, section), name)

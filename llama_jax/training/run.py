@@ -53,17 +53,17 @@ class Run:
         """The total number of steps of the run."""
         return self.settled.steps
 
+    @property
+    def bos_id(self) -> int:
+        """The token that begins a document."""
+        return self.data.tokenizer.bos_id
+
     def whole(self, params: Any) -> Any:
         """Return the parameters of the model that is trained, from those that a step changes."""
         if self.tuning is None:
             return params
         (base,) = self.frozen
         return self.tuning.adapting.whole(self.config.model, base, params)
-
-    @property
-    def bos_id(self) -> int:
-        """The token that begins a document."""
-        return self.data.tokenizer.bos_id
 
     def masked(self, batches: Iterator[Batch | PackedBatch]) -> Iterator[Any]:
         """Return the batches, with their documents if data.document_mask asks for them."""
