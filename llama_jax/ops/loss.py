@@ -318,7 +318,8 @@ def _likelihoods_forward(hidden: jax.Array, output: jax.Array, targets: jax.Arra
 
 
 def _likelihoods_backward(chunk_tokens: int, axes: str, saved: tuple[jax.Array, ...], d_found: jax.Array):
-    _, (d_hidden, d_output) = _forward(*saved, -d_found, chunk_tokens, axes)
+    hidden, output, targets = saved
+    _, (d_hidden, d_output) = _forward(hidden, output, targets, -d_found, chunk_tokens, axes)
     return d_hidden, d_output, None
 
 
@@ -354,7 +355,8 @@ def _frozen_likelihoods_forward(
 
 
 def _frozen_likelihoods_backward(chunk_tokens: int, saved: Any, d_found: jax.Array):
-    _, (d_hidden, d_low, d_b) = _frozen_forward(*saved, -d_found, chunk_tokens)
+    hidden, output, low, b, targets = saved
+    _, (d_hidden, d_low, d_b) = _frozen_forward(hidden, output, low, b, targets, -d_found, chunk_tokens)
     return d_hidden, None, d_low, d_b, None
 
 

@@ -131,6 +131,11 @@ def _check(args: PlanConfig, given: set[str]) -> None:
             f"lora.rank: expected 0, since plan does not count adapters and a frozen base yet, found {args.lora.rank}; leave it "
             "out to plan the training of the whole model"
         )
+    if args.train.objective != "next-token":
+        raise UserError(
+            f"train.objective: expected next-token, since plan does not count preferences yet, found {args.train.objective}; leave it "
+            "out to plan next-token training"
+        )
     if args.advice < 0:
         raise UserError(f"--advice: expected 0 or more, found {args.advice}")
     training = {flag for flag in given if flag.startswith("train.")} - {"train.compute_dtype", "train.init_from"}

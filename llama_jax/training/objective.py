@@ -21,6 +21,8 @@ from llama_jax.ops.loss import log_likelihoods, loss_sum
 # Sums over pairs of what metrics.jsonl has means of.
 Rewards = dict[str, jax.Array]
 REWARDS = ("reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected")
+# A margin up to this is a tie: rounding makes as much of a model that is compared with itself.
+TIE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Dpo:
         losses = (1 - self.label_smoothing) * jax.nn.softplus(-margins) + self.label_smoothing * jax.nn.softplus(
             margins
         )
-        right = 0.5 * (1 + jnp.sign(margins))  # a tie counts half
+        right = 0.5 * (1 + jnp.sign(jnp.where(jnp.abs(margins) > TIE, margins, 0.0)))  # a tie counts half
         values = dict(zip(REWARDS, (margins, right, chosen, rejected), strict=True))
         return jnp.sum(losses * is_pair), {name: jnp.sum(value * is_pair) for name, value in values.items()}
 

@@ -182,7 +182,8 @@ def test_neither_padding_nor_prompts_nor_an_unknown_reference_behind_them_reach_
 def test_a_pair_has_the_same_loss_alone_and_beside_others() -> None:
     rows = pairs(4)
     alone = [[pair] for row in rows for pair in row]
-    a, b = mean_loss(POLICY, given(rows)), mean_loss(POLICY, given(alone))
+    loss = jax.jit(mean_loss)
+    a, b = loss(POLICY, given(rows)), loss(POLICY, given(alone))
     assert float(a) == pytest.approx(float(b), abs=1e-6)
 
 
@@ -220,7 +221,7 @@ def results(sizes: dict[str, int], parts: int = 1, tuned: str = "whole") -> list
     return found + [float(x) for x in evaluation(state.params, placed[0], *base)]
 
 
-@pytest.mark.parametrize("tuned", ["whole", "int8"])
+@pytest.mark.parametrize("tuned", ["whole", pytest.param("int8", marks=pytest.mark.slow)])
 def test_accumulation_is_the_large_batch(tuned: str) -> None:
     np.testing.assert_allclose(results({"data": 1}, 4, tuned), results({"data": 1}, 1, tuned), rtol=2e-5, atol=1e-6)
 
