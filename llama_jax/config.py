@@ -136,11 +136,12 @@ class TrainArgs:
     """
 
     objective: ObjectiveName = "next-token"
-    """What training minimizes.
+    """Objective of training.
     next-token: the cross entropy of each next token.
     dpo: the loss of direct preference optimization, over pairs of a chosen and a rejected answer."""
     dpo_beta: float = 0.1
-    """DPO's beta, the factor of log-likelihood ratios. The larger it is, the closer the model stays to its reference."""
+    """DPO's beta, the factor of log-likelihood ratios.
+    The larger it is, the closer the model stays to its reference."""
     dpo_label_smoothing: float = 0.0
     """Share of the pairs that DPO takes to be labelled the wrong way round. 0: none, as in the paper."""
     lr: float = 3e-4

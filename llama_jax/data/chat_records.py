@@ -173,7 +173,10 @@ def _dialogue(text: str) -> list[Message]:
 
 
 def _common(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    """Return the beginning that two conversations have in common, up to an answer. Raises UserError if there is none."""
+    """Return the beginning that two conversations have in common, up to an answer.
+
+    Raises UserError if there is none.
+    """
     most = min(len(chosen), len(rejected)) - 1
     same = next((i for i in range(most) if chosen[i] != rejected[i]), most)
     while same and not (chosen[same].role == rejected[same].role == "assistant"):

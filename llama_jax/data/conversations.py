@@ -143,8 +143,9 @@ def padding(length: int) -> PackedRow:
 
 
 class Pairs(Conversations):
-    """The preferences of a split: conversation 2i is the chosen answer of pair i with its prompt, 2i + 1 the rejected one.
+    """The preferences of a split.
 
+    Conversation 2i is the chosen answer of pair i with its prompt, and 2i + 1 the rejected one.
     A sequence has twice the positions of the model's context, ``length``. So a pair has room in one, whatever fits the
     model, and the loss of a pair is that of one row.
     """

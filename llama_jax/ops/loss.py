@@ -94,7 +94,7 @@ def _hidden(
 
 
 def _of_output(plain: Any, frozen: Any, model: Any, params: Any, hidden: jax.Array, *given: ArrayLike) -> jax.Array:
-    """Return a function of hidden states, the output matrix and ``given``: ``frozen`` if the matrix is, else ``plain``."""
+    """Return the value of ``frozen`` if the output matrix is, else of ``plain``, for hidden states and ``given``."""
     chunk = model.loss_chunk
     if "output" not in params:
         return cast(jax.Array, plain(hidden, params["tok_embeddings"], *given, chunk, "VD"))

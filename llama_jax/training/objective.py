@@ -1,4 +1,4 @@
-"""What training minimizes: the cross entropy of next tokens, or the DPO loss of preferences.
+"""The objective of training: the cross entropy of next tokens, or the DPO loss of preferences.
 
 DPO is direct preference optimization (Rafailov et al., 2023). A pair's margin says how much likelier than the reference
 the model finds the chosen answer, less the same of the rejected one. The reference is the model that training began
@@ -77,7 +77,8 @@ class Dpo:
     def of_likelihoods(self, found: jax.Array, batch: PairBatch) -> tuple[jax.Array, Rewards]:
         """Return ``sums`` from the log-likelihoods of the batch's targets, float32 [B, T].
 
-        Ratios are taken token by token. Sums over an answer may be hundreds of nats, whose difference would lose digits.
+        Ratios are taken token by token. Sums over an answer may be hundreds of nats, whose difference would lose
+        digits.
         """
         weights = jnp.asarray(batch.weights)
         ratios = jnp.where(weights != 0, found - batch.reference, 0.0)

@@ -44,7 +44,7 @@ class Settled:
     schedule: Schedule | None = None
     """The rows of a mixture's sources. None: a single text."""
     objective: Objective = NextToken()
-    """What training minimizes, and the positions of its rows."""
+    """The objective of training, which knows the positions of its rows."""
 
 
 def open_text(config: Config, base: WholeModel | None, opened: Opened) -> AnyData:
@@ -119,7 +119,7 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
 
 
 def objective_of(config: Config, data: AnyData) -> Objective:
-    """Return what training minimizes."""
+    """Return the objective of a run."""
     train, length = config.train, config.model.max_seq_len
     if train.objective == "next-token":
         return NextToken()
@@ -214,7 +214,7 @@ def _params_of(base: WholeModel, tuning: Tuning | None, shapes: TrainState) -> A
 
 
 def params_before(module: Any, optimizer: Any, mesh: jax.sharding.Mesh, base: WholeModel, tuning: Tuning | None) -> Any:
-    """Return the parameters that a run began with, ``base``. New adapters change nothing, whatever their first values."""
+    """Return the parameters that a run began with, out of ``base``. New adapters are zero: they change nothing."""
     shapes = state_shapes(module, optimizer, mesh, *(() if tuning is None else (tuning.adapting,)))
     params = _params_of(base, tuning, shapes)
     if params is not None:
