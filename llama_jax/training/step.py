@@ -53,6 +53,7 @@ class StepMetrics(NamedTuple):
     loss: jax.Array  # nats per token, or per pair
     grad_norm: jax.Array  # before clipping
     history: LossHistory
+    targets: jax.Array | int = 0  # int32 []: tokens of the batch that count in the loss
     rewards: Rewards | None = None  # of preferences: means over the pairs of the batch
 
 
@@ -161,7 +162,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: AnyBatch, base: Any = None) -> tuple[TrainState, StepMetrics]:
-        count = jnp.maximum(objective.count(cast(Any, batch)), 1)
+        count, targets = jnp.maximum(objective.count(cast(Any, batch)), 1), jnp.count_nonzero(batch.weights)
         rows = None if adapting is None else jnp.arange(len(batch.weights))
 
         def part_loss(params: Any, part: AnyBatch, rows: Any) -> tuple[jax.Array, Rewards]:
@@ -187,7 +188,7 @@ def make_train_step(
             norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=loss, grad_norm=norm)
             params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state), StepMetrics(loss, norm, opt_state[-1], rewards)
+        return TrainState(params, opt_state), StepMetrics(loss, norm, opt_state[-1], targets, rewards)
 
     return train_step
 

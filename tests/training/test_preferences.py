@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import shutil
@@ -91,6 +92,8 @@ def test_a_run_begins_at_log_2_and_learns_which_answer_is_preferred(name: str, r
         assert found[0][key] == pytest.approx(0.0, abs=1e-5)
     assert found[-1]["train_loss"] < found[0]["train_loss"] - 0.02
     assert found[-1]["reward_margin"] > 0.02 and found[-1]["reward_accuracy"] > 0.8
+    ends = [record["target_tokens"] for record in found]
+    assert ends[0] > 0 and all(a < b for a, b in itertools.pairwise(ends))
     for record in found:
         difference = record["reward_chosen"] - record["reward_rejected"]
         assert record["reward_margin"] == pytest.approx(difference, abs=1e-6)
