@@ -85,14 +85,14 @@ def parts_of(config: Config, settled: Settled, data: AnyData, folder: Path) -> l
     return parts
 
 
-def identity_of(found: WholeModel, weights: str) -> dict[str, str]:
-    """Return what decides the values besides the answers: the model's parameters, and the quantization of its base."""
-    adapter = "" if found.adapter is None else digest_of(found.adapter)
+def identity_of(run: Run, found: WholeModel) -> dict[str, str]:
+    """Return what decides the values besides the answers: the parameters, and the types that they are held in."""
     return {
         "model": str(found.folder.absolute()),
         "base": digest_of(found.base),
-        "adapter": adapter,
-        "weights": weights,
+        "adapter": "" if found.adapter is None else digest_of(found.adapter),
+        "weights": "auto" if run.tuning is None else run.tuning.adapting.weights,
+        "dtype": run.module.dtype.name,
     }
 
 
@@ -104,7 +104,7 @@ def prepare(run: Run, parts: list[Part], found: WholeModel | None) -> bool:
     folder = run.folder.path / FOLDER
     if is_main():
         if found is not None:
-            wanted = json.dumps(identity_of(found, _weights(run)))
+            wanted = json.dumps(identity_of(run, found))
             if not (folder / RECORD).exists() or (folder / RECORD).read_text() != wanted:
                 shutil.rmtree(folder, ignore_errors=True)
                 write_atomically(folder / RECORD, wanted)
@@ -129,7 +129,7 @@ def check_reference(run: Run, found: WholeModel) -> None:
     """Raise UserError if ``found`` is not the model that the run began with."""
     path = run.folder.path / FOLDER / RECORD
     known = text_from_main(path.read_text() if is_main() and path.exists() else "")
-    table, now = json.loads(known or "{}"), identity_of(found, _weights(run))
+    table, now = json.loads(known or "{}"), identity_of(run, found)
     if any(table.get(key) != now[key] for key in ("base", "adapter", "weights")):
         raise UserError(
             f"train.init_from: expected the model that this run began with{_named(table)}, to be the reference of more preferences, "
@@ -139,10 +139,6 @@ def check_reference(run: Run, found: WholeModel) -> None:
 
 def _named(table: dict[str, Any]) -> str:
     return f" ({table['model']})" if "model" in table else ""
-
-
-def _weights(run: Run) -> str:
-    return "auto" if run.tuning is None else run.tuning.adapting.weights
 
 
 def compute(run: Run, parts: list[Part], params: Any) -> None:

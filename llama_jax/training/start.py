@@ -107,6 +107,10 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
     lines = [str(change) for change in found]
     if stored.data.document_mask != config.data.document_mask:
         lines.append("losses up to here and from here on are not comparable, since documents are read in another way")
+    if any(getattr(stored.train, name) != getattr(config.train, name) for name in ("dpo_beta", "dpo_label_smoothing")):
+        lines.append(
+            "losses and margins up to here and from here on are not comparable, since DPO scales them otherwise"
+        )
     if stored.data.mixture != config.data.mixture and config.data.mixture:
         lines.append(
             "held-out losses are means by the weights, so that those up to here and from here on are not comparable"

@@ -24,6 +24,7 @@ from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs
 from llama_jax.training import loop, reference
 from llama_jax.training.clock import TIMES
+from tests import processes
 
 MODEL = ModelArgs(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, multiple_of=16, max_seq_len=48)
 RUN = TrainArgs(
@@ -52,7 +53,9 @@ def train(folder: Path, lora: LoraArgs = LORA, base: str = "base", text: str = "
     root = folder.parent
     of_data = {name: changes.pop(name) for name in list(changes) if name in DataArgs.__dataclass_fields__}
     run = dataclasses.replace(RUN, save_dir=str(folder), init_from=str(root / base) if base else "", **changes)
-    data = DataArgs(str(root / text), **{"vocab_size": 300, "train_size": 0.7, "chat_template": "llama2"} | of_data)
+    data = DataArgs(
+        str(root / text) if text else "", **{"vocab_size": 300, "train_size": 0.7, "chat_template": "llama2"} | of_data
+    )
     with contextlib.redirect_stdout(io.StringIO()) as out:
         loop.train(Config(MODEL, data, run, lora=lora))
     return out.getvalue()
@@ -197,10 +200,10 @@ def test_a_steps_reference_is_what_the_run_began_with_not_the_base_below_it(root
     assert found[0]["reward_margin"] == pytest.approx(0.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("field", ["dpo_beta", pytest.param("dpo_label_smoothing", marks=pytest.mark.slow)])
-def test_a_changed_field_changes_the_run(field: str, root: Path) -> None:
-    train(root / field, **{field: 0.3})
-    found, known = records(root / field), records(root / "preferred")
+@pytest.mark.slow
+def test_label_smoothing_changes_the_run(root: Path) -> None:
+    train(root / "smoothed", dpo_label_smoothing=0.3)
+    found, known = records(root / "smoothed"), records(root / "preferred")
     assert found[1]["train_loss"] != pytest.approx(known[1]["train_loss"], rel=1e-6)
 
 
@@ -238,6 +241,27 @@ def test_the_objective_of_a_run_does_not_change(root: Path) -> None:
         assert message.startswith("train.objective: expected 'dpo', with which the run in"), message
 
 
+def test_a_mixture_of_preferences_is_read_by_its_weights_and_each_source_is_evaluated(root: Path) -> None:
+    (root / "more.jsonl").write_text("".join(json.dumps(pair(i)) + "\n" for i in range(30, 54)))
+    mixture = {str(root / "pairs.jsonl"): 0.5, str(root / "more.jsonl"): 0.5}
+    told = train(root / "mixed", text="", mixture=mixture)
+    found = records(root / "mixed")
+    assert found[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-5) and found[-1]["reward_margin"] > 0.02
+    of_each = [found[-1][f"eval_loss/{name}"] for name in mixture]
+    assert found[-1]["eval_loss"] == pytest.approx(np.mean(of_each)) and told.count("room for two answers") == 2
+    assert len(list((root / "mixed" / "reference").glob("*.npy"))) == 4
+
+
+def test_another_beta_is_told_when_a_run_goes_on(root: Path) -> None:
+    shutil.copytree(root / "preferred", root / "other beta")
+    told = train(root / "other beta", dpo_beta=0.3, resume_step=3)
+    assert "train.dpo_beta 0.1 -> 0.3" in told and "losses and margins up to here and from here on" in told
+    found, known = records(root / "other beta"), records(root / "preferred")
+    assert found[:3] == known[:3] and found[3]["reward_margin"] == pytest.approx(
+        3 * known[3]["reward_margin"], rel=1e-3
+    )
+
+
 def test_pairs_that_teach_nothing_are_left_out_and_counted(root: Path) -> None:
     same = [pair(i) | {"rejected": pair(i)["chosen"]} for i in range(30, 33)]
     long = [pair(i) | {"prompt": "the cat " * 60} for i in range(2)]
@@ -246,3 +270,26 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted(root: Path) -> None:
     told = train(root / "some", text="some.jsonl")
     assert "3 pairs were left out, as both answers are the same" in told
     assert "2 were left out, as nothing that counts was left of them" in told
+
+
+@pytest.mark.slow
+def test_two_processes_and_eight_devices_have_the_numbers_of_one(root: Path) -> None:
+    """Each process reads its own rows, and all know the reference of all of them."""
+    settings = {
+        "train.init-from": root / "base", "train.objective": "dpo", "data.filepath": root / "pairs.jsonl", "lora.rank": 4,
+        "data.chat-template": "llama2", "data.train-size": 0.7, "train.lr": 2e-3, "train.warmup-steps": 1, "train.eps": 1e-3,
+        "train.max-steps": 6, "train.batch-size": 8, "train.eval-interval": 3, "train.log-interval": 1,
+    }  # fmt: skip
+
+    def run(name: str, count: int, devices: int, **mesh: int) -> list[dict[str, Any]]:
+        argv = ["train.py", *(f"--{key}={value}" for key, value in settings.items()), f"--train.save-dir={root / name}"]
+        argv += [f"--mesh.{axis}={size}" for axis, size in mesh.items()]
+        for status, _, err in processes.end(processes.start(argv, count, devices, fork=False)):
+            assert status == 0, err
+        return records(root / name)
+
+    one = run("one", 1, 1)
+    for found in (run("two", 2, 1, data=1, fsdp=2), run("eight", 1, 8, tensor=2, fsdp=4, data=1)):
+        for a, b in zip(found, one, strict=True):
+            assert a == pytest.approx(b, rel=3e-5, abs=2e-6), a["step"]
+    assert one[-1]["eval_reward_margin"] > 0.02
