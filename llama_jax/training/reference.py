@@ -9,7 +9,7 @@ A file has the log-likelihoods of a split's sequences, float32 [sequences, posit
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,12 +25,12 @@ from llama_jax.data.manifest import sha256
 from llama_jax.devices.distributed import from_main, is_main, main_first, text_from_main
 from llama_jax.devices.sharding import batch_sharding, on_mesh
 from llama_jax.errors import UserError
-from llama_jax.storage.files import remove_leftovers, replacing, write_atomically
+from llama_jax.storage.files import remove_leftovers, replacing
 from llama_jax.training.run import Run
 from llama_jax.training.start import Settled
 from llama_jax.training.step import compile_reference_step
 
-FOLDER, RECORD = "reference", "reference.json"
+FOLDER = "reference"
 # What is computed is written after so many seconds.
 SAVE_SECONDS = 60
 
@@ -104,10 +104,11 @@ def prepare(run: Run, parts: list[Part], found: WholeModel | None) -> bool:
     folder = run.folder.path / FOLDER
     if is_main():
         if found is not None:
-            wanted = json.dumps(identity_of(run, found))
-            if not (folder / RECORD).exists() or (folder / RECORD).read_text() != wanted:
+            wanted = identity_of(run, found)
+            if run.opened.record.reference != wanted:
                 shutil.rmtree(folder, ignore_errors=True)
-                write_atomically(folder / RECORD, wanted)
+                run.opened.record = replace(run.opened.record, reference=wanted)
+                run.folder.write_record(run.opened.record)
         if folder.is_dir():
             remove_leftovers(folder)
     length = run.config.model.max_seq_len
@@ -127,9 +128,8 @@ def prepare(run: Run, parts: list[Part], found: WholeModel | None) -> bool:
 
 def check_reference(run: Run, found: WholeModel) -> None:
     """Raise UserError if ``found`` is not the model that the run began with."""
-    path = run.folder.path / FOLDER / RECORD
-    known = text_from_main(path.read_text() if is_main() and path.exists() else "")
-    table, now = json.loads(known or "{}"), identity_of(run, found)
+    table = json.loads(text_from_main(json.dumps(run.opened.record.reference)))
+    now = identity_of(run, found)
     if any(table.get(key) != now[key] for key in ("base", "adapter", "weights")):
         raise UserError(
             f"train.init_from: expected the model that this run began with{_named(table)}, to be the reference of more preferences, "
