@@ -135,6 +135,14 @@ def with_field(file: CorpusFile, wanted: str, key: str = "data.filepath") -> Cor
     )
 
 
+def also_chats(file: CorpusFile) -> str:
+    """Return the field of messages that records have beside the text that is taken, or an empty text."""
+    if file.format == "text" or file.chats or file.field != TEXT:
+        return ""
+    strings, others = _fields(file, "")
+    return next((name for name in LISTS if name in others), "") if TEXT in strings else ""
+
+
 def values_of(file: CorpusFile) -> Iterator[tuple[int, Any, str, int]]:
     """Yield of each record of a file its number, its value, its fault, and how many byte sequences were replaced.
 
