@@ -448,16 +448,6 @@ class Config:
         """Raise UserError on impossible values, in a section or between sections."""
         for section in (self.model, self.data, self.train, self.mesh, self.distributed, self.lora):
             section.check()
-        if self.lora.rank and not self.train.init_from:
-            raise UserError(
-                "lora.rank: expected train.init_from beside it, the checkpoint to fine-tune, found none; give "
-                "--train.init-from, or leave lora.rank out"
-            )
-        if self.train.objective == "dpo" and not self.train.init_from:
-            raise UserError(
-                "train.objective: expected train.init_from beside dpo, the model to train and to compare it with, found none; give "
-                "--train.init-from"
-            )
         if self.train.objective == "dpo" and self.data.loss_on != "answers":
             raise UserError(
                 f"data.loss_on: expected answers beside train.objective dpo, which compares answers alone, found {self.data.loss_on}; "

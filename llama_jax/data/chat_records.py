@@ -183,7 +183,7 @@ def _common(chosen: list[Message], rejected: list[Message]) -> list[Message]:
         same -= 1
     if not same:
         raise UserError(
-            "expected a prompt, or conversations in chosen and rejected that begin alike, found no prompt and no common beginning; add "
-            "the field prompt"
+            "expected the fields prompt, chosen and rejected, found no prompt, and no common beginning of conversations in chosen and "
+            "rejected; add the prompt"
         )
     return chosen[:same]

@@ -65,7 +65,7 @@ from llama_jax.training.step import (
 )
 from llama_jax.training.tasks import encode_tasks, read_on_main
 from llama_jax.training.tensorboard import check_installed
-from llama_jax.training.tuning import Tuning
+from llama_jax.training.tuning import Tuning, check_has_base
 from llama_jax.training.watchdog import Watchdog
 
 SAMPLE_TOKENS = 48
@@ -92,6 +92,7 @@ def train(config: Config, signals: StopSignals | None = None, notes: Sequence[st
     """
     clock = Clock()
     config.check()
+    check_has_base(config)
     with contextlib.ExitStack() as stack:
         signals = signals or stack.enter_context(StopSignals())
         stack.enter_context(output_may_vanish())
@@ -133,7 +134,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     adapting = None if tuning is None else tuning.adapting
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
     if tuning is not None:
-        module = tuning.suited(module)
+        module = tuning.adapting.suited(module)
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
     encoded = encode_tasks(tasks, config.model, data, module)
     log.announce(settled, data, mesh, module, opened, tuning)
