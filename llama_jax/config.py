@@ -43,6 +43,7 @@ AttentionKernel = Literal["auto", "xla", "splash", "cudnn", "plain"]
 Weights = Literal["auto", "int8", "int4", "int4-64"]
 Cache = Literal["auto", "int8"]
 BadSteps = Literal["stop", "skip", "count"]
+ObjectiveName = Literal["next-token", "dpo"]
 
 
 BadRecords = Literal["error", "skip"]
@@ -134,6 +135,15 @@ class TrainArgs:
     The defaults are those of the LLaMA 2 paper (section 2.1), except batch size and length.
     """
 
+    objective: ObjectiveName = "next-token"
+    """Objective of training.
+    next-token: the cross entropy of each next token.
+    dpo: the loss of direct preference optimization, over pairs of a chosen and a rejected answer."""
+    dpo_beta: float = 0.1
+    """DPO's beta, the factor of log-likelihood ratios.
+    The larger it is, the closer the model stays to its reference."""
+    dpo_label_smoothing: float = 0.0
+    """Share of the pairs that DPO takes to be labelled the wrong way round. 0: none, as in the paper."""
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
@@ -241,8 +251,13 @@ class TrainArgs:
         }
         positive = {"lr": POSITIVE, "eps": POSITIVE, "weight_decay": (0.0, HUGE), "grad_clip": (0.0, HUGE)}
         positive |= dict.fromkeys(("watchdog_seconds", "save_minutes", "eval_minutes"), (0.0, 1e9))
-        positive |= {"spike_factor": (0.0, HUGE)}
+        positive |= {"spike_factor": (0.0, HUGE), "dpo_beta": POSITIVE, "dpo_label_smoothing": (0.0, 0.5)}
         check_fields(self, "train.", dict.fromkeys(counts + intervals, COUNT) | natural | shares | positive)
+        for name in ("dpo_beta", "dpo_label_smoothing") if self.objective != "dpo" else ():
+            given, default = getattr(self, name), getattr(TrainArgs, name)
+            expect(
+                given == default, f"train.{name}", "train.objective dpo beside it", f"train.objective {self.objective}"
+            )
         no_spikes = self.spike_factor == 0 or self.spike_factor > 1
         expect(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)
         _ = self.profile_range
@@ -433,6 +448,11 @@ class Config:
         """Raise UserError on impossible values, in a section or between sections."""
         for section in (self.model, self.data, self.train, self.mesh, self.distributed, self.lora):
             section.check()
+        if self.train.objective == "dpo" and self.data.loss_on != "answers":
+            raise UserError(
+                f"data.loss_on: expected answers beside train.objective dpo, which compares answers alone, found {self.data.loss_on}; "
+                "leave it out"
+            )
         if self.data.document_mask and depends_on_length(self.model.rope_scaling):
             raise UserError(
                 "data.document_mask: expected a rotary embedding that does not depend on the length of the text, found "

@@ -233,6 +233,7 @@ def test_every_field_can_be_set_by_its_flag():
             "attention": "xla",
             "compute_dtype": "bfloat16",
             "bad_steps": "skip",
+            "objective": "dpo",
             "bad_records": "skip",
             "loss_on": "all",
             "too_long": "drop",

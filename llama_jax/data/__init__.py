@@ -13,6 +13,7 @@ from llama_jax.chat.examples import chat_example
 from llama_jax.cli.flags import unescape
 from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
+from llama_jax.data.chat_records import PREFERENCES
 from llama_jax.data.chats import Chats
 from llama_jax.data.conversations import open_chats
 from llama_jax.data.corpus import WithHeldOut
@@ -38,6 +39,12 @@ __all__ = [
     "AnyData", "Data", "MixedData", "Origin", "Talking", "Text", "chat_example", "difference", "encode_text", "find_text", "load_data", "open_data", "open_tokens", "origin_of",
     "write_stories",
 ]  # fmt: skip
+
+
+NOT_PREFERENCES = (
+    "data.filepath: expected preferences (records with prompt, chosen and rejected), of which train.objective dpo learns, found "
+    "{} in {}; give others, or leave --train.objective out"
+)
 
 
 def load_data(
@@ -88,6 +95,8 @@ def _load_one(
     talking: Talking | None,
 ) -> Data:
     """Return the data of one text; see ``load_data``."""
+    if talking is not None and talking.preferences and (find_prepared(args.filepath) or find_pretokenized(args)):
+        raise UserError(NOT_PREFERENCES.format("tokens of a text", args.filepath))
     if (prepared := find_prepared(args.filepath)) is not None:
         data = _load_prepared(args, prepared, folder, tokenizer_path, begun, began_with)
     elif files := find_pretokenized(args):
@@ -96,6 +105,8 @@ def _load_one(
         text = find_text(args, folder, begun)
         if talking is not None and is_chats(text):
             data = _load_chats(args, text, folder, tokenizer_path, begun, began_with, talking)
+        elif talking is not None and talking.preferences:
+            raise UserError(NOT_PREFERENCES.format("text", text.source))
         else:
             data = encode_text(args, text, folder, tokenizer_path, workers, begun, began_with)
     data.tokens.check_in_background()
@@ -185,14 +196,29 @@ def _load_chats(
     tokenizer = _tokenizer(args, text, tokenizer_path, known, begun)
     first = _parts_of(text.corpus)[0]
     assert isinstance(first, Chats)
+    for part in _parts_of(text.corpus):
+        assert isinstance(part, Chats)
+        _check_kinds(part, talking.preferences)
     chat = format_of(args, tokenizer, talking, first.sources[0].chats)
     if begun and known is not None:
-        settings = settings_of(args, chat, talking.length)
+        settings = settings_of(args, chat, talking)
         _refuse(difference(known, replace(origin_of(text), chats=settings)))
-    tokens = encode_chats(args, text, tokenizer, chat, talking.length, folder)
+    tokens = encode_chats(args, text, tokenizer, chat, talking, folder)
     if begun and known is not None:
         _refuse(difference(known, tokens.manifest.origin))
     return Data(tokens, tokenizer, text.source, notes=text.notes + chat.notes, chat=chat)
+
+
+def _check_kinds(corpus: Chats, preferences: bool) -> None:
+    """Raise UserError if there are preferences, and DPO is not asked for, or the other way round."""
+    for file in corpus.sources:
+        if preferences and file.chats != PREFERENCES:
+            raise UserError(NOT_PREFERENCES.format(f"conversations ({file.chats})", file.name))
+        if not preferences and file.chats == PREFERENCES:
+            raise UserError(
+                f"data.filepath: expected text or conversations, found preferences (prompt, chosen, rejected) in {file.name}; train on "
+                "them with --train.objective dpo"
+            )
 
 
 def _parts_of(corpus: AnyCorpus) -> list[AnyCorpus]:

@@ -10,7 +10,7 @@ import grain
 import jax
 import numpy as np
 
-from llama_jax.data.conversations import Conversations, PackedRow, Stream, padding
+from llama_jax.data.conversations import Conversations, PackedRow, PairRow, Stream
 from llama_jax.data.mixture import Mixed
 from llama_jax.data.stream import Tokens
 
@@ -36,7 +36,21 @@ class PackedBatch(NamedTuple):
     positions: np.ndarray  # int32 [B, T]: the position of each input in its document
 
 
-AnyBatch = TypeVar("AnyBatch", Batch, PackedBatch)
+class PairBatch(NamedTuple):
+    """A batch for preferences: rows hold pairs of answers to a prompt, each answer with its prompt as a document.
+
+    Pair p of a row is of the segments 2p, the chosen answer, and 2p + 1, the rejected one. Padding is of the next one.
+    """
+
+    inputs: np.ndarray  # int32 [B, T]
+    targets: np.ndarray  # int32 [B, T]
+    weights: np.ndarray  # float32 [B, T]: 1 at tokens of a chosen answer, -1 at those of a rejected one, else 0
+    segments: np.ndarray  # int32 [B, T]
+    positions: np.ndarray  # int32 [B, T]
+    reference: np.ndarray  # float32 [B, T]: the log-likelihood of each target by the reference; NaN where weights are 0
+
+
+AnyBatch = TypeVar("AnyBatch", Batch, PackedBatch, PairBatch)
 
 
 class OwnRows:
@@ -89,7 +103,7 @@ class Sequences:
         self._conversations, self._length = conversations, length
         self.per_epoch = windows_of(conversations, length)
 
-    def row(self, index: int, window: int) -> PackedRow:
+    def row(self, index: int, window: int) -> PackedRow | PairRow:
         """Return a sequence. The number of the run's row does not matter."""
         return self._conversations.row(self._length, window)
 
@@ -98,8 +112,6 @@ class _Rows:
     """The rows of a run: ``rows[i]`` is the i-th, int32 [length + 1] of a text, or a sequence of conversations."""
 
     def __init__(self, source: Stream | Mixed, length: int, seed: int):
-        # Grain's order of epoch e with seed s is that of epoch e + 1 with seed s - 1, so hash the seed.
-        order = int(np.random.SeedSequence(seed).generate_state(1)[0])
         streams = source.streams if isinstance(source, Mixed) else {"": source}
         self._schedule = source.schedule if isinstance(source, Mixed) else None
         self._rows = {}
@@ -109,13 +121,33 @@ class _Rows:
                 windows = Sequences(stream, length)
             else:
                 windows = Windows(stream, length, seed)
-            shuffled = grain.MapDataset.range(windows.per_epoch).shuffle(seed=order).repeat()
-            self._rows[name] = shuffled.map_with_index(windows.row)
+            self._rows[name] = _order(windows.per_epoch, seed).map_with_index(windows.row)
 
-    def __getitem__(self, index: int) -> np.ndarray | PackedRow:
+    def __getitem__(self, index: int) -> np.ndarray | PackedRow | PairRow:
         name, number = ("", index) if self._schedule is None else self._schedule.place(index)
-        row: np.ndarray | PackedRow = self._rows[name][number]
+        row: np.ndarray | PackedRow | PairRow = self._rows[name][number]
         return row
+
+
+def _order(count: int, seed: int) -> Any:
+    """Return the windows of a stream in the order in which a run reads them, epoch after epoch."""
+    # Grain's order of epoch e with seed s is that of epoch e + 1 with seed s - 1, so hash the seed.
+    order = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.MapDataset.range(count).shuffle(seed=order).repeat()
+
+
+def train_windows(source: Stream | Mixed, batch_size: int, length: int, seed: int, stop: int) -> dict[str, np.ndarray]:
+    """Return the windows of each stream that steps 1 to ``stop`` read, in ascending order. A single one has no name."""
+    if isinstance(source, Mixed):
+        streams, rows = source.streams, source.schedule.rows_before(stop)
+    else:
+        streams, rows = {"": source}, {"": stop * batch_size}
+    found = {}
+    for name, stream in streams.items():
+        count, read = windows_of(stream, length), rows.get(name, 0)
+        order = _order(count, seed)
+        found[name] = np.arange(count) if read >= count else np.sort([int(order[i]) for i in range(read)]).astype(int)
+    return found
 
 
 def train_batches(
@@ -127,7 +159,7 @@ def train_batches(
     stop: int,
     own: np.ndarray | None = None,
     bos_id: int = -1,
-) -> Iterator[Batch | PackedBatch]:
+) -> Iterator[Batch | PackedBatch | PairBatch]:
     """Yield the batches of steps ``start`` to ``stop`` - 1, only rows ``own`` of each (None: all).
 
     Of each stream, every window is read once an epoch, in a new order each time. Threads of grain read ahead. Batches
@@ -144,10 +176,12 @@ def train_batches(
     yield from steps.to_iter_dataset(options)
 
 
-def _stacked(rows: Sequence[np.ndarray | PackedRow], bos_id: int) -> Batch | PackedBatch:
-    """Return rows as a batch: a packed one if any of them is a sequence of conversations."""
+def _stacked(rows: Sequence[np.ndarray | PackedRow | PairRow], bos_id: int = -1) -> Batch | PackedBatch | PairBatch:
+    """Return rows as a batch: a packed one if any of them is a sequence of conversations. Pairs are all or none."""
+    if isinstance(rows[0], PairRow):
+        return PairBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
     if any(isinstance(row, PackedRow) for row in rows):
-        packed = [row if isinstance(row, PackedRow) else _with_documents(row, bos_id) for row in rows]
+        packed = [row if isinstance(row, PackedRow) else _with_documents(row, bos_id) for row in rows]  # type: ignore[arg-type]
         return PackedBatch(*(np.stack(column) for column in zip(*packed, strict=True)))
     tokens = np.stack(rows)  # type: ignore[arg-type]
     return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
@@ -175,9 +209,34 @@ def windows_of(stream: Stream, length: int) -> int:
     return max(1, -(-len(stream) // length))
 
 
+def eval_windows(stream: Stream, length: int, limit: int = 0) -> np.ndarray:
+    """Return the windows of a held-out stream that an evaluation reads. ``limit`` is that of ``eval_batches``."""
+    whole = stream.sequences(length) if isinstance(stream, Conversations) else max(0, -(-(len(stream) - 1) // length))
+    groups = -(-whole // EVAL_ROWS)
+    if not 0 < limit < groups:
+        return np.arange(whole)
+    chosen = np.arange(limit) * groups // limit
+    windows = (chosen[:, None] * EVAL_ROWS + np.arange(EVAL_ROWS)).ravel()
+    return windows
+
+
+def batches_of(
+    stream: Conversations, windows: np.ndarray, batch_size: int, length: int, own: np.ndarray
+) -> Iterator[PackedBatch | PairBatch]:
+    """Yield the sequences ``windows`` of conversations in batches, only rows ``own`` of each. The last is padded.
+
+    A window behind the last sequence is padding, too.
+    """
+    known = stream.sequences(length)
+    for first in range(0, len(windows), batch_size):
+        wanted = [int(windows[r]) if r < len(windows) else known for r in first + own]
+        rows = [stream.row(length, window) if window < known else stream.padding(length) for window in wanted]
+        yield cast(PackedBatch | PairBatch, _stacked(rows))
+
+
 def eval_batches(
     stream: Stream, batch_size: int, length: int, limit: int = 0, own: np.ndarray | None = None
-) -> Iterator[Batch | PackedBatch]:
+) -> Iterator[Batch | PackedBatch | PairBatch]:
     """Yield the stream in order, with each token but the first predicted once. The end is padded.
 
     Of conversations it yields their sequences in order, all of which are complete.
@@ -186,19 +245,14 @@ def eval_batches(
     every ``batch_size``. 0: all groups. ``own`` are the rows of each batch to read. None: all.
     """
     own = np.arange(batch_size) if own is None else own
+    windows = eval_windows(stream, length, limit)
+    if isinstance(stream, Conversations):
+        yield from batches_of(stream, windows, batch_size, length, own)
+        return
     count = len(stream) - 1
-    whole = stream.sequences(length) if isinstance(stream, Conversations) else max(0, -(-count // length))
-    windows = np.arange(whole)
-    groups = -(-len(windows) // EVAL_ROWS)
-    if 0 < limit < groups:
-        chosen = np.arange(limit) * groups // limit
-        windows = (chosen[:, None] * EVAL_ROWS + np.arange(EVAL_ROWS)).ravel()
     for first in range(0, len(windows), batch_size):
         rows = first + own
         # Windows after the last one are padding.
-        if isinstance(stream, Conversations):
-            yield _stacked([stream.row(length, windows[r]) if r < len(windows) else padding(length) for r in rows], -1)
-            continue
         starts = np.where(rows < len(windows), windows[np.minimum(rows, len(windows) - 1)] * length, count + 1)
         tokens = np.zeros((len(starts), length + 1), np.int32)
         for row, start in zip(tokens, starts.tolist(), strict=True):

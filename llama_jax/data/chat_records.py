@@ -4,11 +4,13 @@
     conversations                 [{"from": "human", "value": "..."}, ...]
     prompt, completion            two texts
     instruction, input, output    texts; input may be absent or empty
-    prompt, chosen, rejected      texts or messages: an answer that is preferred to another
+    prompt, chosen, rejected      texts or messages: an answer that is preferred to another. Without a prompt, both are
+                                  conversations, whose common beginning is the prompt
 
 A record may have other fields, which are not read.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,9 +19,10 @@ from llama_jax.chat.messages import ROLES, Message
 from llama_jax.errors import UserError, quoted
 from llama_jax.tokenizer import clean
 
+PREFERENCES = "preferences"
 # The fields that a record of each kind has, the most telling first.
 KINDS: dict[str, tuple[str, ...]] = {
-    "preferences": ("chosen", "rejected"),
+    PREFERENCES: ("chosen", "rejected"),
     "messages": ("messages",),
     "conversations": ("conversations",),
     "prompt and completion": ("prompt", "completion"),
@@ -38,6 +41,8 @@ SIDES = {
     "bot": "assistant",
     "chatgpt": "assistant",
 }
+# What begins a turn in a dialogue that is one text, as in the HH sets.
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 # Between an instruction and its input, in a format that does not say otherwise, and in the layout "instruction".
 INPUT, INPUT_HEADING = "\n\n", "\n\n### Input:\n"
 
@@ -79,7 +84,7 @@ def parsed(record: Any) -> Conversation | Preference:
     if not kind:
         names = ", ".join(map(str, fields)) or "none"
         raise UserError(f"expected a conversation, by the fields {KNOWN}; found the fields {names}")
-    if kind == "preferences":
+    if kind == PREFERENCES:
         return _preference(fields)
     if kind in LISTS:
         messages = _messages(fields[kind], kind)
@@ -129,18 +134,56 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
 
 def _preference(fields: Mapping[str, Any]) -> Preference:
     """Return a preference. The answers may be texts, messages, or whole conversations that begin with the prompt."""
-    if "prompt" not in fields:
-        raise UserError("expected the fields prompt, chosen and rejected, found no prompt")
-    given = fields["prompt"]
-    prompt = [Message("user", clean(given))] if isinstance(given, str) else _messages(given, "prompt")
+    given = fields.get("prompt") or None
+    chosen, rejected = (_side(fields[name], name, given is None) for name in ("chosen", "rejected"))
+    prompt, start = [], 0
+    if given is not None:
+        prompt = [Message("user", clean(given))] if isinstance(given, str) else _messages(given, "prompt")
+    if given is None or all(side[0].role != "assistant" for side in (chosen, rejected)):
+        both = _common(chosen, rejected)
+        start = len(both)
+        shorter, longer = sorted((prompt, both), key=len)
+        if longer[len(longer) - len(shorter) :] != shorter and longer[: len(shorter)] != shorter:
+            raise UserError("prompt: expected the beginning of both chosen and rejected, found another one")
+        prompt = longer
     sides = []
-    for name in ("chosen", "rejected"):
-        found = fields[name]
-        answer = [Message("assistant", clean(found))] if isinstance(found, str) else _messages(found, name)
-        answer = answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
+    for name, answer in (("chosen", chosen[start:]), ("rejected", rejected[start:])):
         try:
             check_turns([*prompt, *answer])
         except UserError as error:
             raise UserError(f"prompt and {name}: {error}") from None
         sides.append(tuple(answer))
     return Preference(tuple(prompt), *sides)
+
+
+def _side(found: Any, name: str, is_whole: bool) -> list[Message]:
+    """Return an answer, or a whole conversation. A whole one may be a text, in the layout of the HH sets."""
+    if isinstance(found, str):
+        return (_dialogue(found) if is_whole else []) or [Message("assistant", clean(found))]
+    return _messages([found] if isinstance(found, Mapping) else found, name)
+
+
+def _dialogue(text: str) -> list[Message]:
+    """Return the turns of a text of \\n\\nHuman: ... \\n\\nAssistant: ..., of other texts none."""
+    parts = TURN.split(text)
+    if parts[0].strip() or len(parts) < 4 or parts[1] != "Human":
+        return []
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [Message(roles[who], clean(what.strip())) for who, what in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _common(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    """Return the beginning that two conversations have in common, up to an answer.
+
+    Raises UserError if there is none.
+    """
+    most = min(len(chosen), len(rejected)) - 1
+    same = next((i for i in range(most) if chosen[i] != rejected[i]), most)
+    while same and not (chosen[same].role == rejected[same].role == "assistant"):
+        same -= 1
+    if not same:
+        raise UserError(
+            "expected the fields prompt, chosen and rejected, found no prompt, and no common beginning of conversations in chosen and "
+            "rejected; add the prompt"
+        )
+    return chosen[:same]

@@ -1,7 +1,7 @@
 """The report about conversations before training: how many there are, what counts of them, and one of them, marked."""
 
 from llama_jax.config import Config
-from llama_jax.data.conversations import Conversations, runs_of
+from llama_jax.data.conversations import PAIRED, Conversations, Pairs, runs_of
 from llama_jax.data.manifest import Manifest
 from llama_jax.data.opened import Data, percent
 from llama_jax.data.parts import SPLITS
@@ -18,6 +18,8 @@ def chat_rows(data: Data, config: Config, length: int) -> list[tuple[str, str]]:
     """Return what a run prints about its conversations, as pairs of a name and a text."""
     manifest, chats = data.tokens.manifest, data.tokens.manifest.chats
     assert chats is not None and isinstance(data.tokens.train, Conversations) and data.chat is not None
+    if isinstance(data.tokens.train, Pairs):
+        return _pair_rows(data, data.tokens.train, config, length)
     count = {split: manifest.documents[split] for split in SPLITS}
     tokens, targets = manifest.tokens["train"], chats.targets["train"]
     packing = data.tokens.train.packing(length)
@@ -44,6 +46,35 @@ def chat_rows(data: Data, config: Config, length: int) -> list[tuple[str, str]]:
     return [*rows, ("example", f"what counts is in {MARKS[0]} {MARKS[1]}\n" + _indented(example))]
 
 
+def _pair_rows(data: Data, pairs: Pairs, config: Config, length: int) -> list[tuple[str, str]]:
+    """Return what a run prints about its preferences."""
+    manifest, chats = data.tokens.manifest, data.tokens.manifest.chats
+    assert chats is not None and data.chat is not None
+    count = {split: manifest.documents[split] // 2 for split in SPLITS}
+    packing = pairs.packing(length)
+    per_epoch = -(-packing.windows // config.train.batch_size)
+    alike = sum(chats.alike.values())
+    rows = [
+        ("pairs", f"{count['train']:,} to train on, {count['eval']:,} held out ({held_out_of(manifest)})"),
+        ("format", data.chat.name),
+        (
+            "loss",
+            f"on the tokens of both answers, with the one that ends each: {chats.targets['train']:,} of {manifest.tokens['train']:,}",
+        ),
+        (
+            "packing",
+            f"{packing.windows:,} sequences of {pairs.positions(length):,}, room for two answers of {length:,}; "
+            f"{percent(packing.padding)} padding; an epoch has {per_epoch:,} steps of {count['train'] / per_epoch:,.0f} pairs",
+        ),
+        ("too long", _too_long(manifest, length)),
+        *([("alike", f"{alike:,} pairs were left out, as both answers are the same")] if alike else []),
+    ]
+    for number, name in enumerate(("chosen", "rejected")):
+        example = _indented(marked(pairs, number, data.tokenizer))
+        rows.append((name, f"what counts is in {MARKS[0]} {MARKS[1]}\n{example}"))
+    return rows
+
+
 def held_out_of(manifest: Manifest) -> str:
     """Describe how the held-out conversations were chosen."""
     return (
@@ -57,7 +88,8 @@ def _too_long(manifest: Manifest, length: int) -> str:
     chats = manifest.chats
     assert chats is not None
     cut, dropped, without = (sum(of.values()) for of in (chats.cut, chats.dropped, chats.without_target))
-    lost = [f"{cut:,} conversations were cut to {length + 1:,} tokens"] * bool(cut)
+    what = "pairs" if PAIRED in chats.settings else "conversations"
+    lost = [f"{cut:,} {what} were cut to {length + 1:,} tokens"] * bool(cut)
     lost += [f"{dropped:,} were dropped"] * bool(dropped)
     lost += [f"{without:,} were left out, as nothing that counts was left of them"] * bool(without)
     return f"{', '.join(lost) or 'none'} (the longest has {chats.longest:,} tokens; data.too_long {chats.settings['too_long']})"

@@ -19,6 +19,9 @@ from llama_jax.data.stream import Tokens, TokenStream
 from llama_jax.data.tokens import TokenSet, document_starts, open_tokens
 from llama_jax.errors import UserError
 
+# The key of the settings in a manifest by which conversations are pairs of answers.
+PAIRED = "objective"
+
 
 def counted_name(split: str) -> str:
     """Return the name of the file that says which tokens of a split count."""
@@ -33,6 +36,17 @@ class PackedRow(NamedTuple):
     weights: np.ndarray  # float32 [T]
     segments: np.ndarray  # int32 [T]
     positions: np.ndarray  # int32 [T]
+
+
+class PairRow(NamedTuple):
+    """A sequence of T positions that holds pairs of answers, each answer by itself; see batches.PairBatch."""
+
+    inputs: np.ndarray  # int32 [T]
+    targets: np.ndarray  # int32 [T]
+    weights: np.ndarray  # float32 [T]
+    segments: np.ndarray  # int32 [T]
+    positions: np.ndarray  # int32 [T]
+    reference: np.ndarray  # float32 [T]
 
 
 class Conversations:
@@ -69,6 +83,15 @@ class Conversations:
         first = start % 8
         return self.stream[start:stop].astype(np.int32), bits[first : first + stop - start].astype(bool)
 
+    def asked(self, record: int) -> int:
+        """Return the conversation that is asked about of a record, of which there are ``records``."""
+        return record
+
+    @property
+    def records(self) -> int:
+        """The number of records that the conversations are of."""
+        return self.count
+
     def sequences(self, length: int) -> int:
         """Return the number of sequences of ``length`` positions that hold all conversations once."""
         return self.packing(length).windows
@@ -84,12 +107,13 @@ class Conversations:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  a run has one or two of these objects, and keeps them
     def _packed(self, length: int) -> tuple[Packing, np.ndarray, np.ndarray]:
-        packing = pack(np.diff(self._starts) - 1, length)
-        order = np.argsort(packing.window, kind="stable")
-        firsts = np.searchsorted(packing.window[order], np.arange(packing.windows + 1))
-        return packing, order, firsts
+        return _with_members(pack(np.diff(self._starts) - 1, length))
 
-    def row(self, length: int, sequence: int) -> PackedRow:
+    def padding(self, length: int) -> PackedRow | PairRow:
+        """Return a sequence that holds nothing."""
+        return padding(length)
+
+    def row(self, length: int, sequence: int) -> PackedRow | PairRow:
         """Return a sequence of ``length`` positions. What no conversation fills is padding, a segment of its own."""
         row = padding(length)
         at = 0
@@ -106,10 +130,73 @@ class Conversations:
         return row
 
 
+def _with_members(packing: Packing) -> tuple[Packing, np.ndarray, np.ndarray]:
+    """Return a packing, its documents sorted by their windows, and the first of each window among these."""
+    order = np.argsort(packing.window, kind="stable")
+    return packing, order, np.searchsorted(packing.window[order], np.arange(packing.windows + 1))
+
+
 def padding(length: int) -> PackedRow:
     """Return a sequence that holds nothing."""
     inputs, targets, segments = (np.zeros(length, np.int32) for _ in range(3))
     return PackedRow(inputs, targets, np.zeros(length, np.float32), segments, np.arange(length, dtype=np.int32))
+
+
+class Pairs(Conversations):
+    """The preferences of a split.
+
+    Conversation 2i is the chosen answer of pair i with its prompt, and 2i + 1 the rejected one.
+    A sequence has twice the positions of the model's context, ``length``. So a pair has room in one, whatever fits the
+    model, and the loss of a pair is that of one row.
+    """
+
+    reference: np.ndarray | None = None
+    """The log-likelihoods of the reference, float32 [sequences, positions]. None: they are not known yet."""
+
+    @property
+    def records(self) -> int:
+        """The number of pairs."""
+        return self.count // 2
+
+    def asked(self, record: int) -> int:
+        """Return the chosen answer of a pair."""
+        return 2 * record
+
+    @staticmethod
+    def positions(length: int) -> int:
+        """Return the number of positions of a sequence."""
+        return 2 * length
+
+    def most_pairs(self, length: int) -> int:
+        """Return the most pairs of a sequence."""
+        return int(np.bincount(self.packing(length).window).max()) if self.count else 0
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  as above
+    def _packed(self, length: int) -> tuple[Packing, np.ndarray, np.ndarray]:
+        sizes = (np.diff(self._starts) - 1).reshape(-1, 2).sum(axis=1)
+        return _with_members(pack(sizes, self.positions(length)))
+
+    def padding(self, length: int) -> PairRow:
+        """Return a sequence that holds nothing."""
+        row = padding(self.positions(length))
+        row.positions[length:] -= length
+        return PairRow(*row, np.full(self.positions(length), np.nan, np.float32))
+
+    def row(self, length: int, sequence: int) -> PairRow:
+        """Return a sequence of pairs. Tokens of chosen answers have the weight 1, those of rejected ones -1."""
+        row = self.padding(length)
+        members, at = self.members(length, sequence), 0
+        for segment, number in enumerate(side for pair in members for side in (2 * pair, 2 * pair + 1)):
+            ids, counted = self.conversation(number)
+            end = at + len(ids) - 1
+            row.inputs[at:end], row.targets[at:end] = ids[:-1], ids[1:]
+            row.weights[at:end] = counted[1:] * (-1.0 if segment % 2 else 1.0)
+            row.segments[at:end] = segment
+            row.positions[at:end] = np.arange(end - at)
+            at = end
+        row.segments[at:] = 2 * len(members)
+        row.positions[at:] = np.arange(len(row.positions) - at) % length
+        return row if self.reference is None else row._replace(reference=self.reference[sequence])
 
 
 # What a run reads: the tokens of a text, or conversations.
@@ -142,6 +229,7 @@ def open_chats(folder: Path) -> ChatTokens:
     assert manifest.chats is not None
     starts = document_starts(folder, manifest)
     all_count = manifest.chats.settings["loss_on"] == "all"
+    kind = Pairs if PAIRED in manifest.chats.settings else Conversations
     splits = {}
     for split, stream in (("train", tokens.train), ("eval", tokens.eval)):
         path = folder / counted_name(split)
@@ -150,7 +238,7 @@ def open_chats(folder: Path) -> ChatTokens:
             raise UserError(
                 f"{path}: expected the mask of these conversations, found another, or none; delete {folder} and make it again"
             )
-        splits[split] = Conversations(stream, starts[split], np.frombuffer(raw, np.uint8), all_count)
+        splits[split] = kind(stream, starts[split], np.frombuffer(raw, np.uint8), all_count)
     return ChatTokens(splits["train"], splits["eval"], manifest, _streams=tokens)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from llama_jax.data.batches import Batch, PackedBatch, with_documents
+from llama_jax.data.batches import Batch, PackedBatch, PairBatch, with_documents
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 
@@ -16,7 +16,7 @@ from llama_jax.tokenizer import Tokenizer
 LOOKED_AT = 1_000_000
 
 
-def masked(batches: Iterable[Batch | PackedBatch], bos_id: int) -> Iterator[PackedBatch]:
+def masked(batches: Iterable[Batch | PackedBatch | PairBatch], bos_id: int) -> Iterator[PackedBatch | PairBatch]:
     """Yield each batch with its documents; see ``with_documents``. One that is packed has them."""
     for batch in batches:
         yield with_documents(batch, bos_id) if isinstance(batch, Batch) else batch

@@ -68,6 +68,8 @@ class ChatCounts:
     without_target: dict[str, int]
     """Conversations that were left out because nothing that counts was left of them."""
     longest: int = 0
+    alike: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Preferences that were left out because both answers are the same."""
 
 
 @dataclass(frozen=True)

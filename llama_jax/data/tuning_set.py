@@ -14,9 +14,9 @@ from llama_jax.chat.formats import ChatFormat, ChatSetup, choose, tokens_of
 from llama_jax.chat.named import INSTRUCTION, NAMED, PLAIN
 from llama_jax.cli.progress import Progress
 from llama_jax.config import DataArgs
-from llama_jax.data.chat_records import INPUT, INPUT_HEADING, Conversation
+from llama_jax.data.chat_records import INPUT, INPUT_HEADING, PREFERENCES, Conversation, Preference
 from llama_jax.data.chats import Chats, Found
-from llama_jax.data.conversations import ChatTokens, counted_name, open_chats
+from llama_jax.data.conversations import PAIRED, ChatTokens, counted_name, open_chats, runs_of
 from llama_jax.data.corpus import WithHeldOut
 from llama_jax.data.finding import Text
 from llama_jax.data.manifest import (
@@ -49,6 +49,8 @@ class Talking:
     setup: ChatSetup
     source: str
     length: int
+    preferences: bool = False
+    """Whether it is tuned on pairs of answers, by DPO."""
 
 
 def format_of(args: DataArgs, tokenizer: Tokenizer, talking: Talking, kind: str) -> ChatFormat:
@@ -89,13 +91,18 @@ def kept_setup(setup: ChatSetup, chat_format: ChatFormat) -> ChatSetup:
 
 
 def encode_chats(
-    args: DataArgs, text: Text, tokenizer: Tokenizer, chat_format: ChatFormat, length: int, folder: Path
+    args: DataArgs,
+    text: Text,
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat,
+    talking: Talking,
+    folder: Path,
 ) -> ChatTokens:
     """Return the conversations of ``text`` from ``folder`` if it holds exactly these, else newly encoded there.
 
     Raises UserError if a record is wrong and none may be skipped, or if no conversation is left to train on.
     """
-    settings = settings_of(args, chat_format, length)
+    settings, length = settings_of(args, chat_format, talking), talking.length
     if (kept := _kept(folder, text, tokenizer, settings)) is not None:
         return kept
     corpora = [text.corpus.train, text.corpus.eval] if isinstance(text.corpus, WithHeldOut) else [text.corpus]
@@ -112,7 +119,7 @@ def encode_chats(
             for split in SPLITS
         }
         writers = {split: _Writer(dtype, *opened[split]) for split in SPLITS}
-        encoder = _Encoder(args, tokenizer, chat_format, length, writers)
+        encoder = _Encoder(args, tokenizer, chat_format, length, writers, talking.preferences)
         with Progress("conversations", None, "conversations") as progress:
             for number, corpus in enumerate(corpora):
                 assert isinstance(corpus, Chats)
@@ -137,14 +144,15 @@ def encode_chats(
     return open_chats(folder)
 
 
-def settings_of(args: DataArgs, chat_format: ChatFormat, length: int) -> dict[str, str]:
+def settings_of(args: DataArgs, chat_format: ChatFormat, talking: Talking) -> dict[str, str]:
     """Return what decides the tokens of conversations, besides these and the tokenizer."""
     template = f"{chat_format.template} {sorted(chat_format.tokens.items())}"
     return {
         "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16],
         "loss_on": args.loss_on,
         "too_long": args.too_long,
-        "max_seq_len": str(length),
+        "max_seq_len": str(talking.length),
+        **({PAIRED: "dpo"} if talking.preferences else {}),
     }
 
 
@@ -204,41 +212,67 @@ class _Encoder:
     chat_format: ChatFormat
     length: int
     writers: dict[str, _Writer]
+    preferences: bool = False
     kinds: dict[str, int] = field(default_factory=dict)
     targets: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     cut: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     without_target: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    alike: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     longest: int = 0
 
     def add(self, corpus: Chats, found: Found, split: str) -> None:
         """Encode a record, and write it unless it is left out."""
         try:
-            ids, counts = self._example(found)
+            examples = self._pair(found) if self.preferences else [self._example(found)]
         except UserError as error:
             corpus.refuse(found.file, found.number, str(error))
             return
-        self.longest = max(self.longest, len(ids))
+        longest = max(len(ids) for ids, _ in examples)
+        self.longest = max(self.longest, longest)
         # All tokens but the last are inputs, of which a sequence has room for max_seq_len.
-        too_long = len(ids) > self.length + 1
+        too_long = longest > self.length + 1
         if too_long and self.args.too_long == "drop":
             self.dropped[split] += 1
             return
-        ids, counts = ids[: self.length + 1], counts[: self.length + 1]
-        targets = len(ids) - 1 if self.args.loss_on == "all" else sum(counts[1:])
-        if not targets:
+        examples = [(ids[: self.length + 1], counts[: self.length + 1]) for ids, counts in examples]
+        targets = [len(ids) - 1 if self.args.loss_on == "all" else sum(counts[1:]) for ids, counts in examples]
+        if not all(targets):
             self.without_target[split] += 1
             return
+        if self.preferences and examples[0] == examples[1]:
+            self.alike[split] += 1
+            return
         self.cut[split] += too_long
-        self.targets[split] += targets
-        self.writers[split].add(ids, counts)
+        self.targets[split] += sum(targets)
+        for ids, counts in examples:
+            self.writers[split].add(ids, counts)
+
+    def _pair(self, found: Found) -> list[tuple[list[int], list[int]]]:
+        """Return the examples of a chosen and of a rejected answer. Answers within the prompt do not count."""
+        record = found.record
+        if not isinstance(record, Preference):
+            raise UserError(
+                f"expected a preference (prompt, chosen, rejected), of which train.objective dpo learns, found a record of {record.kind}"
+            )
+        before = sum(message.role == "assistant" for message in record.prompt)
+        examples = []
+        for answer in (record.chosen, record.rejected):
+            ids, counts = chat_example(self.tokenizer, [*record.prompt, *answer], self.chat_format)
+            answers = [run for counted, run in runs_of(np.array(counts, bool)) if counted]
+            for run in answers[:before]:
+                counts[run] = [0] * (run.stop - run.start)
+            examples.append((ids, counts))
+        self.kinds[PREFERENCES] = self.kinds.get(PREFERENCES, 0) + 1
+        self.text_bytes[found.split] += sum(len(message.content.encode()) for part in record for message in part)
+        return examples
 
     def _example(self, found: Found) -> tuple[list[int], list[int]]:
         record = found.record
         if not isinstance(record, Conversation):
             raise UserError(
-                "expected a conversation, found a preference (prompt, chosen, rejected), of which next-token training has no use"
+                "expected a conversation, found a preference (prompt, chosen, rejected), of which --train.objective dpo learns"
             )
         template = self.chat_format.template
         if template in (PLAIN, INSTRUCTION) and not self.args.chat_template:
@@ -260,11 +294,11 @@ class _Encoder:
             return
         left_out = {
             "too long": sum(self.dropped.values()), "without a token that counts": sum(self.without_target.values()),
-            "held out": len(self.writers["eval"].starts),
+            "with two answers that are the same": sum(self.alike.values()), "held out": len(self.writers["eval"].starts),
         }  # fmt: skip
         words = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
         raise UserError(
-            f"data.filepath: expected conversations to train on, found none in {source}{f' ({words})' if words else ''}; give more, or a "
+            f"data.filepath: expected {PREFERENCES if self.preferences else 'conversations'} to train on, found none in {source}{f' ({words})' if words else ''}; give more, or a "
             "larger data.train_size or model.max_seq_len"
         )
 
@@ -311,6 +345,6 @@ def _manifest(
         skipped_examples=corpus.skipped.examples,
         chats=ChatCounts(
             settings, chat_format.name, encoder.kinds, encoder.targets, encoder.cut, encoder.dropped, encoder.without_target,
-            encoder.longest,
+            encoder.longest, encoder.alike,
         ),
     )  # fmt: skip

@@ -131,6 +131,11 @@ def _check(args: PlanConfig, given: set[str]) -> None:
             f"--{adapters[0].replace('_', '-')}: expected flags of decoding beside --decode, found one of training; leave it out: an "
             "adapter is merged into plain matrices"
         )
+    if args.train.objective != "next-token":
+        raise UserError(
+            f"train.objective: expected next-token, since plan does not count preferences yet, found {args.train.objective}; leave it "
+            "out and double --model.max-seq-len to plan a step of as many tokens"
+        )
     if args.advice < 0:
         raise UserError(f"--advice: expected 0 or more, found {args.advice}")
     training = {flag for flag in given if flag.startswith("train.")} - {"train.compute_dtype", "train.init_from"}

@@ -42,8 +42,8 @@ def questions_of(data: AnyData, seed: int, length: int) -> list[Question]:
     for source in chats_in(data).values():
         streams = [stream for stream in (source.tokens.eval, source.tokens.train) if stream.size]
         assert isinstance(streams[0], Conversations)
-        chosen = np.random.default_rng(seed).permutation(streams[0].count)[:TRIES]
-        asked = (_question(streams[0], int(number), data.tokenizer) for number in chosen)
+        chosen = np.random.default_rng(seed).permutation(streams[0].records)[:TRIES]
+        asked = (_question(streams[0], streams[0].asked(int(record)), data.tokenizer) for record in chosen)
         found += [question for question in asked if question is not None and len(question.ids) < length][:QUESTIONS]
     return found[:QUESTIONS]
 

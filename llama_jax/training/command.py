@@ -13,8 +13,8 @@ from llama_jax.errors import UserError
 from llama_jax.programs import typed
 
 # The shipped configurations that give the settings of a run without --config, and of one that starts from a checkpoint.
-# The last one trains adapters.
-DEFAULT, FINE_TUNING, ADAPTERS = "tiny", "finetune", "lora"
+# The third one trains adapters, the last two train on preferences, without and with adapters.
+DEFAULT, FINE_TUNING, ADAPTERS, DPO, DPO_ADAPTERS = "tiny", "finetune", "lora", "dpo", "dpo-lora"
 # Pairs of settings that decide the same thing. If both are given, the second one wins.
 PAIRS = (
     ("train.n_epochs", "train.max_steps"),
@@ -37,8 +37,9 @@ class Command(Config):
 def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     """Return the configuration of a command line, and a note for each conflict between two settings.
 
-    Without --config, defaults come from tiny.toml, from finetune.toml with --train.init-from, and from lora.toml with
-    --lora.rank as well. Raises UserError if the command line is wrong.
+    Without --config, defaults come from tiny.toml, from finetune.toml with --train.init-from, from lora.toml with
+    --lora.rank as well, and from dpo.toml or dpo-lora.toml with --train.objective dpo. Raises UserError if the command
+    line is wrong.
     """
     named, rest = take_option(list(argv), "--config")
     source, found = (shipped(DEFAULT), []) if named is None else find_config(named)
@@ -48,7 +49,7 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
         from llama_jax.training.opening import starting_model
 
         if named is None:
-            source = shipped(ADAPTERS if config.lora.rank else FINE_TUNING)
+            source = shipped(_tuning_settings(config))
             file = load_toml(source)
             notes.append(
                 f"settings of {source.stem}: learning rate {file.train.lr:g}, {file.train.n_epochs} epochs; flags override them"
@@ -64,6 +65,13 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     config = dataclasses.replace(config, train=train)
     config.check()
     return config, found + notes
+
+
+def _tuning_settings(config: Config) -> str:
+    """Return the name of the shipped configuration for what a run trains."""
+    if config.train.objective == "dpo":
+        return DPO_ADAPTERS if config.lora.rank else DPO
+    return ADAPTERS if config.lora.rank else FINE_TUNING
 
 
 def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:

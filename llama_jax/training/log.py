@@ -49,7 +49,8 @@ def announce(
     """Print what the run will do."""
     config, steps = settled.config, settled.steps
     model, train = config.model, config.train
-    tokens = train.batch_size * model.max_seq_len
+    positions = settled.objective.length(model)
+    tokens = train.batch_size * positions
     to_train_on, held_out = (
         sum(text.tokens.manifest.tokens[split] for text in data.sources.values()) for split in SPLITS
     )
@@ -80,6 +81,7 @@ def announce(
             f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
             f"{train_flops_per_token(model, config.lora) * tokens * steps / 1e12:,.1f} TFLOP",
         ),
+        *objective_rows(train, opened),
         ("rate", rate_text(train, steps, settled.held_lr)),
         (
             "devices",
@@ -99,7 +101,7 @@ def announce(
             print(f"{name}: {line}" if name and not line.startswith(name) else line)
     if data.floor is not None:
         print(f"{'floor':>10}  {data.floor:.3f} bits per byte, the entropy of the stories' grammar")
-    for line in mask_lines(config, mesh, module, data) if config.data.document_mask else ():
+    for line in mask_lines(config, mesh, module, data, positions) if config.data.document_mask else ():
         print(f"{'mask':>10}  {line}")
     for note in opened.notes:
         print(f"{'note':>10}  {note}")
@@ -149,7 +151,25 @@ def epochs_text(data: AnyData, schedule: Schedule | None, length: int, step: int
     return lines
 
 
-def mask_lines(config: Config, mesh: jax.sharding.Mesh, module: Llama, data: AnyData) -> list[str]:
+def objective_rows(train: TrainArgs, opened: Opened) -> list[tuple[str, str]]:
+    """Return what a run prints about what it minimizes, if that is not the cross entropy of tokens."""
+    if train.objective == "next-token":
+        return []
+    smoothing = f", label smoothing {train.dpo_label_smoothing:g}" if train.dpo_label_smoothing else ""
+    return [
+        (
+            "objective",
+            f"DPO with beta {train.dpo_beta:g}{smoothing}; the loss is a mean over pairs, log 2 at the start",
+        ),
+        (
+            "reference",
+            f"{train.init_from}, as the run began with it: its log-likelihoods are computed once, before the first step, and kept in "
+            f"{opened.folder.path / 'reference'}; no second model is held",
+        ),
+    ]
+
+
+def mask_lines(config: Config, mesh: jax.sharding.Mesh, module: Llama, data: AnyData, positions: int) -> list[str]:
     """Say what the document mask does, and what it means for the kernel of attention."""
     model, train = config.model, config.train
     lines = ["attention and positions stay inside each conversation"] if chats_in(data) else []
@@ -164,7 +184,7 @@ def mask_lines(config: Config, mesh: jax.sharding.Mesh, module: Llama, data: Any
         lines.append(f"attention is {module.kernel}: {without} takes no mask over an odd number of positions")
     if module.kernel == "cudnn":
         rows = train.batch_size // train.gradient_accumulation_steps // (mesh.shape["data"] * mesh.shape["fsdp"])
-        size = bytes_text(rows * model.max_seq_len**2 * module.dtype.itemsize)
+        size = bytes_text(rows * positions**2 * module.dtype.itemsize)
         lines.append(f"cudnn reads the mask from memory: {size} a device, and as much again in the backward pass")
     return lines
 
@@ -231,7 +251,10 @@ def progress_text(record: dict[str, Any], devices: int) -> str:
     The most important comes first: a narrow terminal shows only what fits.
     """
     loss = "loss not finite" if record["train_loss"] is None else f"loss {record['train_loss']:.3f}"
-    parts = [loss, f"{record['tokens_per_second_per_device']:,.0f} tokens/s" + (" a device" if devices > 1 else "")]
+    parts = [loss]
+    if "reward_margin" in record:
+        parts.append(f"margin {record['reward_margin'] or 0.0:.3f}, {record['reward_accuracy'] or 0.0:.0%} right")
+    parts += [f"{record['tokens_per_second_per_device']:,.0f} tokens/s" + (" a device" if devices > 1 else "")]
     if record["bad_steps"]:
         parts.append(f"{record['bad_steps']:,} bad")
     parts += [
@@ -263,13 +286,17 @@ def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> 
         f"{key.removeprefix('task/')} {value:.3f}" for key, value in record.items() if key.startswith("task/")
     ]:
         text += "; " + ", ".join(of_tasks)
+    if "eval_reward_margin" in record:
+        text += f", margin {record['eval_reward_margin']:.4f}, {record['eval_reward_accuracy']:.1%} right"
     return text + (", the best so far" if best else "")
 
 
 def loss_text(record: dict[str, Any]) -> str:
     """Return a record's held-out loss, also in bits per byte if the tokenizer loses no text."""
     bits = record["eval_bits_per_byte"]
-    return f"{record['eval_loss']:.4f} nats a token" + ("" if bits is None else f", {bits:.3f} bits per byte")
+    return f"{record['eval_loss']:.4f} nats a {'pair' if 'eval_reward_margin' in record else 'token'}" + (
+        "" if bits is None else f", {bits:.3f} bits per byte"
+    )
 
 
 def say(text: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from llama_jax.build import make_model
+from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import Progress, working
 from llama_jax.cli.stopping import NAMES, StopSignals, output_may_vanish, status_of
 from llama_jax.config import Config, SampleArgs, TrainArgs
@@ -32,7 +33,7 @@ from llama_jax.errors import UserError
 from llama_jax.evaluate.tasks import Task
 from llama_jax.generation import Model
 from llama_jax.storage.locations import real_name
-from llama_jax.training import log
+from llama_jax.training import log, reference
 from llama_jax.training.answers import answer, append, questions_of
 from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Clock, Recorder
@@ -50,6 +51,7 @@ from llama_jax.training.start import (
     first_state,
     first_words,
     open_text,
+    params_before,
     settle,
     write_start,
 )
@@ -129,7 +131,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     train, mask = config.train, config.data.document_mask
     if config.lora.rank and tuning is None:
         tuning = Tuning.of(config, opened, None)
-    adapting = () if tuning is None else (tuning.adapting,)
+    adapting = None if tuning is None else tuning.adapting
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
     if tuning is not None:
         module = tuning.adapting.suited(module)
@@ -160,21 +162,42 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
             with working(f"reading {tuning.base.folder}", shown=is_main()):
                 run.frozen = (tuning.load_base(module, mesh),)
         began = time.perf_counter()
-        batch = batch_shapes(config.train, config.model, mesh, mask)
+        if config.train.objective == "dpo":
+            _know_reference(run, optimizer, state, base)
+        batch = batch_shapes(config.train, config.model, mesh, mask, settled.objective)
         with working("compiling the training step", shown=is_main()):
             compiled = compile_train_step(
-                module, optimizer, mesh, config.train.gradient_accumulation_steps, batch, *adapting
+                module, optimizer, mesh, config.train.gradient_accumulation_steps, batch, adapting, settled.objective
             )
         log.announce_cost(compiled, mesh, time.perf_counter() - began)
         if evaluated(data):
             with working("compiling the evaluation", shown=is_main()):
-                run.evaluate = compile_eval_step(module, mesh, config.train, config.model, mask, *adapting)
+                run.evaluate = compile_eval_step(
+                    module, mesh, config.train, config.model, mask, adapting, settled.objective
+                )
         if owed:
             make_up_evaluation(run, state, start)
         end, stopped = _loop(run, compiled, state, start)
         signals.set_mode("ignore")
         _finish(run, end)
     return stopped
+
+
+def _know_reference(run: Run, optimizer: Any, state: TrainState, base: WholeModel | None) -> None:
+    """Read the log-likelihoods of the model that the run began with, and compute those that are missing.
+
+    ``state`` is the first one if the run begins, with ``base``. If it resumes, that model is read again if needed.
+    """
+    parts = reference.parts_of(run.config, run.settled, run.data, run.folder.path)
+    if not reference.prepare(run, parts, base):
+        return
+    params = state.params
+    if run.opened.start:
+        base = base_of(run.config.train, run.config.lora)
+        reference.check_reference(run, base)
+        with working(f"reading {base.folder}", shown=is_main()):
+            params = params_before(run.module, optimizer, run.mesh, base, run.tuning)
+    reference.compute(run, parts, params)
 
 
 def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int) -> tuple[int, int]:
@@ -184,14 +207,15 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     """
     args, clock, folder = run.config.train, run.clock, run.folder.path
     length = run.config.model.max_seq_len
-    own = OwnRows(batch_sharding(run.mesh), args.batch_size, length)
+    own = OwnRows(batch_sharding(run.mesh), args.batch_size, run.positions)
     source = run.data.rows(run.settled.schedule)
     batches = train_batches(source, args.batch_size, length, args.seed, start, run.steps, own.rows, run.bos_id)
     unread: list[UserError] = []
     readable = _readable(run.masked(batches), unread)
     recorder = Recorder(
-        run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_in_steps, run.settled.held_lr
-    )
+        run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_in_steps, run.settled.held_lr,
+        run.positions,
+    )  # fmt: skip
     pending: list[StepMetrics] = []
     saved_at, announced, stop, step = start, False, 0, start
     with (

@@ -11,7 +11,7 @@ from llama_jax.chat.formats import ChatSetup
 from llama_jax.cli.stopping import StopSignals
 from llama_jax.config import Config, TrainArgs
 from llama_jax.data import AnyData
-from llama_jax.data.batches import Batch, PackedBatch
+from llama_jax.data.batches import Batch, PackedBatch, PairBatch
 from llama_jax.data.document_mask import masked
 from llama_jax.devices.distributed import Consensus, is_main
 from llama_jax.training.answers import Question
@@ -54,6 +54,11 @@ class Run:
         return self.settled.steps
 
     @property
+    def positions(self) -> int:
+        """The number of positions of a batch's rows."""
+        return self.settled.objective.length(self.config.model)
+
+    @property
     def bos_id(self) -> int:
         """The token that begins a document."""
         return self.data.tokenizer.bos_id
@@ -65,7 +70,7 @@ class Run:
         (base,) = self.frozen
         return self.tuning.adapting.whole(self.config.model, base, params)
 
-    def masked(self, batches: Iterator[Batch | PackedBatch]) -> Iterator[Any]:
+    def masked(self, batches: Iterator[Batch | PackedBatch | PairBatch]) -> Iterator[Any]:
         """Return the batches, with their documents if data.document_mask asks for them."""
         return masked(batches, self.bos_id) if self.config.data.document_mask else batches
 

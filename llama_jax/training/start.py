@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import Checkpoint
@@ -14,6 +15,7 @@ from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import AnyData, Data, Talking, load_data, open_data
 from llama_jax.data.batches import windows_of
+from llama_jax.data.conversations import Pairs
 from llama_jax.data.document_mask import LOOKED_AT, check_documents, check_marks
 from llama_jax.data.mixture import Schedule
 from llama_jax.data.opened import chat_format_of, chats_in
@@ -24,8 +26,9 @@ from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.training.answers import keep_until
 from llama_jax.training.bad_steps import LossHistory
+from llama_jax.training.objective import Dpo, NextToken, Objective
 from llama_jax.training.opening import Opened
-from llama_jax.training.settings import changes, rate_text
+from llama_jax.training.settings import changes, check_same, rate_text
 from llama_jax.training.step import TrainState, init_state, learning_rate, shardings_of, state_shapes
 from llama_jax.training.tuning import Tuning
 
@@ -40,6 +43,8 @@ class Settled:
     changed: tuple[str, ...] = ()
     schedule: Schedule | None = None
     """The rows of a mixture's sources. None: a single text."""
+    objective: Objective = NextToken()
+    """The objective of training, which knows the positions of its rows."""
 
 
 def open_text(config: Config, base: WholeModel | None, opened: Opened) -> AnyData:
@@ -50,10 +55,12 @@ def open_text(config: Config, base: WholeModel | None, opened: Opened) -> AnyDat
     args = config.data if base is None else _with_tokenizer_of(base, config.data)
     if args.document_mask and args.tokenizer_model_path:
         check_marks(Tokenizer(args.tokenizer_model_path))  # before a text is encoded, which may take hours
-    folder = opened.folder
+    folder, preferences = opened.folder, config.train.objective == "dpo"
+    if opened.start and opened.stored is not None:
+        check_same(opened.stored, config, folder.path, "train", "objective")
     tokens = folder.path / "tokens"
     source = "the model" if base is None else str(base.folder)
-    talking = Talking(_chat_before(opened, base), source, config.model.max_seq_len)
+    talking = Talking(_chat_before(opened, base), source, config.model.max_seq_len, preferences)
     data = main_first(
         lambda: load_data(
             args, tokens, folder.tokenizer_path, begun=opened.start > 0, began_with=opened.texts, talking=talking
@@ -86,20 +93,24 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
     config = _resolve(config, data)
     config.check()
     steps = steps_of_run(config, data)
-    schedule = _schedule(config, opened)
+    schedule, objective = _schedule(config, opened), objective_of(config, data)
     if not opened.start:
         if config.train.hold_lr:
             raise UserError("train.hold_lr: expected a run to resume, found a new one; leave it out")
-        return Settled(config, steps, schedule=schedule)
+        return Settled(config, steps, schedule=schedule, objective=objective)
     stored = opened.stored
     if stored is None:
-        return Settled(config, steps, schedule=schedule)
+        return Settled(config, steps, schedule=schedule, objective=objective)
     found = changes(stored, config, opened.folder.path)
     before = steps_of_run(_resolve(stored, data), data)
     held = _held_lr(config.train, stored.train, before, opened)
     lines = [str(change) for change in found]
     if stored.data.document_mask != config.data.document_mask:
         lines.append("losses up to here and from here on are not comparable, since documents are read in another way")
+    if any(getattr(stored.train, name) != getattr(config.train, name) for name in ("dpo_beta", "dpo_label_smoothing")):
+        lines.append(
+            "losses and margins up to here and from here on are not comparable, since DPO scales them otherwise"
+        )
     if stored.data.mixture != config.data.mixture and config.data.mixture:
         lines.append(
             "held-out losses are means by the weights, so that those up to here and from here on are not comparable"
@@ -108,7 +119,17 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
     was_held = opened.record.held_lr if stored.train.hold_lr else None
     if rate and (was_held is None or held != was_held):
         lines.append(rate)
-    return Settled(config, steps, held, tuple(lines), schedule)
+    return Settled(config, steps, held, tuple(lines), schedule, objective)
+
+
+def objective_of(config: Config, data: AnyData) -> Objective:
+    """Return the objective of a run."""
+    train, length = config.train, config.model.max_seq_len
+    if train.objective == "next-token":
+        return NextToken()
+    streams = [stream for text in data.sources.values() for stream in (text.tokens.train, text.tokens.eval)]
+    most = max(stream.most_pairs(length) for stream in streams if isinstance(stream, Pairs))
+    return Dpo(train.dpo_beta, train.dpo_label_smoothing, most, Pairs.positions(length))
 
 
 def _schedule(config: Config, opened: Opened) -> Schedule | None:
@@ -183,13 +204,30 @@ def first_state(
     if opened.start:
         checkpoint = Checkpoint.find(opened.folder.checkpoints / str(opened.start))
         return TrainState(checkpoint.restore("params", shapes.params), _restore_optimizer(checkpoint, shapes))
-    params, source = None, None
-    if base is not None:
-        source = base.base if tuning is None else base.adapter
-    if source is not None:
-        with source.verified():
-            params = source.restore("params", shapes.params)
+    params = None if base is None else _params_of(base, tuning, shapes)
     return init_state(module, optimizer, mesh, seed, params, *adapting)
+
+
+def _params_of(base: WholeModel, tuning: Tuning | None, shapes: TrainState) -> Any:
+    """Return the parameters that a run which begins with ``base`` changes. None: those of new adapters."""
+    source = base.base if tuning is None else base.adapter
+    if source is None:
+        return None
+    with source.verified():
+        return source.restore("params", shapes.params)
+
+
+def params_before(module: Any, optimizer: Any, mesh: jax.sharding.Mesh, base: WholeModel, tuning: Tuning | None) -> Any:
+    """Return the parameters that a run began with, out of ``base``. New adapters are zero: they change nothing."""
+    shapes = state_shapes(module, optimizer, mesh, *(() if tuning is None else (tuning.adapting,)))
+    params = _params_of(base, tuning, shapes)
+    if params is not None:
+        return params
+    zeros = jax.jit(
+        lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.params),
+        out_shardings=shardings_of(shapes.params),
+    )
+    return zeros()
 
 
 def chat_of(opened: Opened, base: WholeModel | None, data: AnyData) -> ChatSetup:

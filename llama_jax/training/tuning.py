@@ -78,11 +78,16 @@ class Tuning:
 
 
 def check_has_base(config: Config) -> None:
-    """Raise UserError if there are adapters to train and no checkpoint to adapt."""
+    """Raise UserError if there are adapters to train, or preferences, and no checkpoint to begin with."""
     if config.lora.rank and not config.train.init_from:
         raise UserError(
             "lora.rank: expected train.init_from beside it, the checkpoint to fine-tune, found none; give --train.init-from, or "
             "leave lora.rank out"
+        )
+    if config.train.objective == "dpo" and not config.train.init_from:
+        raise UserError(
+            "train.objective: expected train.init_from beside dpo, the model to train and to compare it with, found none; give "
+            "--train.init-from"
         )
 
 
