@@ -33,38 +33,40 @@ SHORT_SHARE = 0.25
 SHORT = "Answer in one word."
 
 LOST = """
-    - One [weather] [daytime] {name} {Animal} lost {a colour} {thing} [spot].
-      On [weekday] {name} {Animal} lost {a thing} {at place} the [scenic] {place}.
-    - {name2} {Animal2} [ran] over and found it [spot].
-      But then {a trait} {animal2} named {name2} {Animal2} found it.
+    - One [weather] [daytime] {a trait} {animal} named {name} {Animal} lost {a colour} {thing} [spot].
+      On [weekday] {name} {Animal}, {a trait} {animal}, lost {a thing} {at place} the [scenic] {place}.
+    - {A trait2} {animal2} named {name2} {Animal2} [ran] over and found it.
+      But then {name2} {Animal2}, {a trait2} {animal2}, found it [spot].
 """
 MEAL = """
-    - One [weather] [daytime] {name} {Animal} [ran] to the [scenic] {place} with [tasty] {food}.
-      {name} {Animal} had a [basket] of [tasty] {food}.
-    - There sat {name2} {Animal2}, {sad} and hungry.
-      Then came {name2} {Animal2}, {a trait} {animal2}, who was hungry.
+    - One [weather] [daytime] {a trait} {animal} named {name} {Animal} [ran] to the {place} with [tasty] {food}.
+      {name} {Animal}, {a trait} {animal}, had a [basket] of [tasty] {food}.
+    - There sat {name2} {Animal2}, {a trait2} {animal2}, {sad} and hungry.
+      Then came {a trait2} {animal2} named {name2} {Animal2}, who was hungry.
 """
 BUILT = """
-    - On [weekday] {name} {Animal} began to build {a colour} {project} {at place} the {place}.
-      {name} {Animal}, {a trait2} {animal}, began to build {a project}.
-    - {name2} {Animal2} [ran] over to help with {a tool}.
-      {name2} {Animal2}, {a trait} {animal2}, came to help with [number] [material].
+    - On [weekday] {name} {Animal}, {a trait} {animal}, began to build {a colour} {project}.
+      {A trait} {animal} named {name} {Animal} began to build {a project} {at place} the {place}.
+    - {A trait2} {animal2} named {name2} {Animal2} [ran] over to help with {a tool}.
+      {name2} {Animal2}, {a trait2} {animal2}, came to help with [number] [material].
 """
 PRESENT = """
-    - It was the birthday of {name} {Animal}, {a trait2} {animal}.
-      On [weekday] {name} {Animal} had a birthday.
-    - {name2} {Animal2} [ran] over and gave {him} {a colour} {thing}.
-      {name2} {Animal2} brought {a colour} {thing} and [tasty] {food}.
+    - It was the birthday of {name} {Animal}, {a trait} {animal}.
+      On [weekday] {a trait} {animal} named {name} {Animal} had a birthday.
+    - {A trait2} {animal2} named {name2} {Animal2} [ran] over and gave {him} {a colour} {thing}.
+      {name2} {Animal2}, {a trait2} {animal2}, brought {a colour} {thing} and [tasty] {food}.
 """
 INTRODUCTION = """
-    - Hello, I am {name} {Animal}.
-      Hello, my name is {name} {Animal}.
-    - This is my friend {name2} {Animal2}.
-      I came with my friend {name2} {Animal2}.
+    - Hello, I am {name} {Animal}, {a trait} {animal}.
+      Hello, I am {a trait} {animal} named {name} {Animal}.
+    - This is my friend {name2} {Animal2}, {a trait2} {animal2}.
+      I came with {a trait2} {animal2} named {name2} {Animal2}.
 """
 ROLE = """
-    - Let us play that you are {name} {Animal}, and I am {name2} {Animal2}.
-      Be {name} {Animal}, {a trait} {animal}, and I am {name2} {Animal2}.
+    - Let us play that you are {name} {Animal}, {a trait} {animal},
+      Be {a trait} {animal} named {name} {Animal},
+    - and I am {a trait2} {animal2} named {name2} {Animal2}.
+      and I am {name2} {Animal2}, {a trait2} {animal2}.
 """
 
 

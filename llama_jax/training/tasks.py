@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SETTING = "train.eval_tasks"
 # The value of each kind of task that a record has, as task/<name>/<value>.
-VALUES = {"choices": "accuracy", "answers": "accuracy", "texts": "loss"}
+VALUES = {"choices": "accuracy", "answers": "accuracy", "chats": "accuracy", "texts": "loss"}
 
 
 class EncodedTask(NamedTuple):
