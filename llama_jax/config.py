@@ -45,6 +45,8 @@ BadSteps = Literal["stop", "skip", "count"]
 
 
 BadRecords = Literal["error", "skip"]
+LossOn = Literal["answers", "all"]
+TooLong = Literal["cut", "drop"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,13 @@ class DataArgs:
     A document that the start of a sequence cuts begins again there, at position 0.
     The first token of the next document is not predicted."""
 
+    chat_template: str = ""
+    """The format of conversations: a file with a template in Jinja, or llama2, llama3, chatml, zephyr, vicuna, plain
+    or instruction. Checkpoints keep it, and sample.py talks in it. Empty: the model's own."""
+    loss_on: LossOn = "answers"
+    """The tokens of conversations that count in the loss: answers, with the token that ends each of them, or all."""
+    too_long: TooLong = "cut"
+    """Conversations of more tokens than max_seq_len and one: cut (keep the beginning) or drop."""
     cache_gb: float = 100.0
     """Gigabytes of the local disk for prepared tokens that are behind an address, over all runs of this machine.
     They are kept in ~/.cache/llama_jax/tokens (or $XDG_CACHE_HOME/llama_jax/tokens).

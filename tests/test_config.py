@@ -229,6 +229,8 @@ def test_every_field_can_be_set_by_its_flag():
             "compute_dtype": "bfloat16",
             "bad_steps": "skip",
             "bad_records": "skip",
+            "loss_on": "all",
+            "too_long": "drop",
         }.get(name, "7" if "int" in hint or "float" in hint else "x")
         config = flags(flag, value)
         changed = getattr(getattr(config, section), name)

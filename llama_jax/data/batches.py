@@ -3,13 +3,14 @@
 Each process reads only the rows that its devices hold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import grain
 import jax
 import numpy as np
 
+from llama_jax.data.conversations import Conversations, PackedRow, Stream, padding
 from llama_jax.data.mixture import Mixed
 from llama_jax.data.stream import Tokens
 
@@ -81,65 +82,113 @@ class Windows:
         return row.astype(np.int32)
 
 
-class _Rows:
-    """The rows of a run: ``rows[i]`` is the i-th, int32 [length + 1]."""
+class Sequences:
+    """The conversations of a run in sequences of ``length`` positions, each read once an epoch; see Conversations."""
 
-    def __init__(self, source: Tokens | Mixed, length: int, seed: int):
+    def __init__(self, conversations: Conversations, length: int):
+        self._conversations, self._length = conversations, length
+        self.per_epoch = windows_of(conversations, length)
+
+    def row(self, index: int, window: int) -> PackedRow:
+        """Return a sequence. The number of the run's row does not matter."""
+        return self._conversations.row(self._length, window)
+
+
+class _Rows:
+    """The rows of a run: ``rows[i]`` is the i-th, int32 [length + 1] of a text, or a sequence of conversations."""
+
+    def __init__(self, source: Stream | Mixed, length: int, seed: int):
         # Grain's order of epoch e with seed s is that of epoch e + 1 with seed s - 1, so hash the seed.
         order = int(np.random.SeedSequence(seed).generate_state(1)[0])
         streams = source.streams if isinstance(source, Mixed) else {"": source}
         self._schedule = source.schedule if isinstance(source, Mixed) else None
         self._rows = {}
         for name, stream in streams.items():
-            windows = Windows(stream, length, seed)
+            windows: Sequences | Windows
+            if isinstance(stream, Conversations):
+                windows = Sequences(stream, length)
+            else:
+                windows = Windows(stream, length, seed)
             shuffled = grain.MapDataset.range(windows.per_epoch).shuffle(seed=order).repeat()
             self._rows[name] = shuffled.map_with_index(windows.row)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray | PackedRow:
         name, number = ("", index) if self._schedule is None else self._schedule.place(index)
-        row: np.ndarray = self._rows[name][number]
+        row: np.ndarray | PackedRow = self._rows[name][number]
         return row
 
 
 def train_batches(
-    source: Tokens | Mixed,
+    source: Stream | Mixed,
     batch_size: int,
     length: int,
     seed: int,
     start: int,
     stop: int,
     own: np.ndarray | None = None,
-) -> Iterator[Batch]:
+    bos_id: int = -1,
+) -> Iterator[Batch | PackedBatch]:
     """Yield the batches of steps ``start`` to ``stop`` - 1, only rows ``own`` of each (None: all).
 
-    Of each stream, every window is read once an epoch, in a new order each time. Threads of grain read ahead.
+    Of each stream, every window is read once an epoch, in a new order each time. Threads of grain read ahead. Batches
+    with conversations are packed; ``bos_id`` begins the documents of a text among them.
     """
     rows = _Rows(source, length, seed)
     own = np.arange(batch_size) if own is None else own
-    steps = grain.MapDataset.range(start, stop).map(lambda s: np.stack([rows[s * batch_size + int(r)] for r in own]))
+    steps = grain.MapDataset.range(start, stop).map(
+        lambda s: _stacked([rows[s * batch_size + int(r)] for r in own], bos_id)
+    )
     streams = source.streams.values() if isinstance(source, Mixed) else [source]
     readers = max(getattr(stream, "readers", 2) for stream in streams)  # more of them if each waits for an answer
     options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=max(8, readers))
-    for tokens in steps.to_iter_dataset(options):
-        yield Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
+    yield from steps.to_iter_dataset(options)
 
 
-def windows_of(stream: Tokens, length: int) -> int:
-    """Return the number of windows of ``length`` tokens that go around a stream once."""
+def _stacked(rows: Sequence[np.ndarray | PackedRow], bos_id: int) -> Batch | PackedBatch:
+    """Return rows as a batch: a packed one if any of them is a sequence of conversations."""
+    if any(isinstance(row, PackedRow) for row in rows):
+        packed = [row if isinstance(row, PackedRow) else _with_documents(row, bos_id) for row in rows]
+        return PackedBatch(*(np.stack(column) for column in zip(*packed, strict=True)))
+    tokens = np.stack(rows)  # type: ignore[arg-type]
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
+
+
+def _with_documents(tokens: np.ndarray, bos_id: int) -> PackedRow:
+    batch = Batch(tokens[None, :-1], tokens[None, 1:], np.ones((1, len(tokens) - 1), np.float32))
+    return PackedRow(*(array[0] for array in with_documents(batch, bos_id)))
+
+
+def with_documents(batch: Batch, bos_id: int) -> PackedBatch:
+    """Return the batch with segments and positions, and with weight 0 for each target that begins another document."""
+    begins = batch.inputs == bos_id
+    index = np.arange(batch.inputs.shape[1], dtype=np.int32)
+    first = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    segments = np.cumsum(begins, axis=1, dtype=np.int32)
+    weights = batch.weights * (batch.targets != bos_id)
+    return PackedBatch(batch.inputs, batch.targets, weights, segments, index - first)
+
+
+def windows_of(stream: Stream, length: int) -> int:
+    """Return the number of rows of ``length`` tokens that go around a stream once, or hold all its conversations."""
+    if isinstance(stream, Conversations):
+        return max(1, stream.sequences(length))
     return max(1, -(-len(stream) // length))
 
 
 def eval_batches(
-    stream: Tokens, batch_size: int, length: int, limit: int = 0, own: np.ndarray | None = None
-) -> Iterator[Batch]:
+    stream: Stream, batch_size: int, length: int, limit: int = 0, own: np.ndarray | None = None
+) -> Iterator[Batch | PackedBatch]:
     """Yield the stream in order, with each token but the first predicted once. The end is padded.
+
+    Of conversations it yields their sequences in order, all of which are complete.
 
     ``limit`` is the maximum number of groups of EVAL_ROWS windows, spread evenly over the stream; they are the same for
     every ``batch_size``. 0: all groups. ``own`` are the rows of each batch to read. None: all.
     """
     own = np.arange(batch_size) if own is None else own
     count = len(stream) - 1
-    windows = np.arange(max(0, -(-count // length)))
+    whole = stream.sequences(length) if isinstance(stream, Conversations) else max(0, -(-count // length))
+    windows = np.arange(whole)
     groups = -(-len(windows) // EVAL_ROWS)
     if 0 < limit < groups:
         chosen = np.arange(limit) * groups // limit
@@ -147,6 +196,9 @@ def eval_batches(
     for first in range(0, len(windows), batch_size):
         rows = first + own
         # Windows after the last one are padding.
+        if isinstance(stream, Conversations):
+            yield _stacked([stream.row(length, windows[r]) if r < len(windows) else padding(length) for r in rows], -1)
+            continue
         starts = np.where(rows < len(windows), windows[np.minimum(rows, len(windows) - 1)] * length, count + 1)
         tokens = np.zeros((len(starts), length + 1), np.int32)
         for row, start in zip(tokens, starts.tolist(), strict=True):

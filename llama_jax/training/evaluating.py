@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_jax.cli.progress import working
 from llama_jax.data.batches import OwnRows, eval_batches
-from llama_jax.data.stream import Tokens
+from llama_jax.data.conversations import Stream
 from llama_jax.devices.distributed import from_main, is_main
 from llama_jax.devices.sharding import batch_sharding, on_mesh
 from llama_jax.training import log
@@ -41,7 +41,7 @@ def evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dic
     return {"eval_loss": loss, "eval_bits_per_byte": bits, **of_each, **of_tasks}, 0
 
 
-def _loss_of(run: Run, state: TrainState, stream: Tokens) -> tuple[float, int]:
+def _loss_of(run: Run, state: TrainState, stream: Stream) -> tuple[float, int]:
     """Return the loss of a held-out stream in nats a token, and the signal that arrived meanwhile, or 0."""
     args, length = run.config.train, run.config.model.max_seq_len
     total = weight = 0.0

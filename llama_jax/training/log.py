@@ -14,8 +14,9 @@ from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.data import AnyData, Data
 from llama_jax.data.batches import windows_of
+from llama_jax.data.chat_summary import chat_rows
 from llama_jax.data.mixture import Schedule
-from llama_jax.data.opened import MixedData, percent
+from llama_jax.data.opened import MixedData, chats_in, percent
 from llama_jax.data.parts import SPLITS
 from llama_jax.data.summary import documents_text, held_out_text, remarks, repeats_warning
 from llama_jax.devices.compiling import platform_of
@@ -45,6 +46,12 @@ def announce(settled: Settled, data: AnyData, mesh: jax.sharding.Mesh, module: L
         sum(text.tokens.manifest.tokens[split] for text in data.sources.values()) for split in SPLITS
     )
     epochs = steps * tokens / to_train_on
+    if chats_in(data):  # padding makes a sequence shorter than its positions
+        epochs = (
+            steps
+            * train.batch_size
+            / sum(windows_of(text.tokens.train, model.max_seq_len) for text in data.sources.values())
+        )
     device = jax.devices()[0]
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     rows = [
@@ -76,12 +83,14 @@ def announce(settled: Settled, data: AnyData, mesh: jax.sharding.Mesh, module: L
         print(f"{name:>10}  {text}")
     for name, part in data.sources.items():
         of_it = _epochs(part, settled.schedule, name, steps, model.max_seq_len) if name else epochs
-        repeats = repeats_warning(part.tokens.manifest.tokens["train"], of_it, model.max_seq_len)
+        repeats = repeats_warning(
+            part.tokens.manifest.tokens["train"], of_it, model.max_seq_len if part.chat is None else 0
+        )
         for line in filter(None, [*remarks(part), repeats]):
             print(f"{name}: {line}" if name and not line.startswith(name) else line)
     if data.floor is not None:
         print(f"{'floor':>10}  {data.floor:.3f} bits per byte, the entropy of the stories' grammar")
-    for line in mask_lines(config, mesh, module) if config.data.document_mask else ():
+    for line in mask_lines(config, mesh, module, data) if config.data.document_mask else ():
         print(f"{'mask':>10}  {line}")
     for note in opened.notes:
         print(f"{'note':>10}  {note}")
@@ -102,7 +111,10 @@ def _text_rows(data: AnyData, settled: Settled, length: int) -> list[tuple[str, 
             rows.append(
                 (f"source {i + 1}", f"{name}: {share}, {epochs:.1f} epochs of {manifest.tokens['train']:,} tokens")
             )
-        rows += [("documents", documents_text(manifest)), ("held out", held_out_text(manifest))]
+        if text.chat is None:
+            rows += [("documents", documents_text(manifest)), ("held out", held_out_text(manifest))]
+        else:
+            rows += chat_rows(text, settled.config, length)
     return rows
 
 
@@ -128,13 +140,15 @@ def epochs_text(data: AnyData, schedule: Schedule | None, length: int, step: int
     return lines
 
 
-def mask_lines(config: Config, mesh: jax.sharding.Mesh, module: Llama) -> list[str]:
+def mask_lines(config: Config, mesh: jax.sharding.Mesh, module: Llama, data: AnyData) -> list[str]:
     """Say what the document mask does, and what it means for the kernel of attention."""
     model, train = config.model, config.train
-    lines = [
-        "attention, positions and loss stay inside each document; one that a sequence's start cuts begins again there",
-        "losses, of training and held out, are means over the tokens that follow another of their document",
-    ]
+    lines = ["attention and positions stay inside each conversation"] if chats_in(data) else []
+    if len(chats_in(data)) < len(data.sources):
+        lines += [
+            "attention, positions and loss stay inside each document; one that a sequence's start cuts begins again there",
+            "losses, of training and held out, are means over the tokens that follow another of their document",
+        ]
     platform, shards = platform_of(mesh.devices.flat[0]), mesh.shape["sequence"]
     without = choose_kernel(train.attention, platform, model, module.dtype, shards)
     if without != module.kernel:
@@ -188,6 +202,11 @@ def announce_cost(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, second
 def printable(text: str) -> str:
     """Return ``text`` with control characters, which a terminal would obey, escaped. Line ends and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def quoted_lines(text: str) -> str:
+    """Return a sample for the terminal, with a mark before each line."""
+    return "  | " + printable(text).replace("\n", "\n  | ")
 
 
 def progress_text(record: dict[str, Any], devices: int) -> str:
@@ -281,7 +300,9 @@ def bad_steps_text(record: dict[str, Any]) -> str:
     )
 
 
-def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str, changed: Sequence[str] = ()) -> str:
+def closing_text(
+    folder: RunFolder, step: int, clock: Clock, prompt: str, changed: Sequence[str] = (), talks: bool = False
+) -> str:
     """Return the last lines of a run: how it went, where the files are, and what to type next."""
     total = clock.total
     lines = [f"at step {step:,} after {total:,.0f} s" + speed_text(clock, folder.records)]
@@ -296,8 +317,9 @@ def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str, change
     lines.append(
         f"checkpoints: {folder.checkpoints}   losses: {path / 'losses.png'}   numbers: {path / 'metrics.jsonl'}"
     )
+    if talks:
+        lines[-1] += f"   answers: {folder.samples_path}"
     lines.append("now try:")
-    lines.append(
-        f"  {typed('sample')} --ckpt {shlex.quote(str(path))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}"
-    )
+    asked = "--chat" if talks else shlex.quote(prompt)
+    lines.append(f"  {typed('sample')} --ckpt {shlex.quote(str(path))} {asked} --max-new-tokens {NEXT_TOKENS}")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from llama_jax.cli.progress import Progress, working
 from llama_jax.cli.stopping import NAMES, StopSignals, output_may_vanish, status_of
 from llama_jax.config import Config, SampleArgs, TrainArgs
 from llama_jax.data.batches import OwnRows, train_batches
+from llama_jax.data.opened import chat_format_of
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.distributed import (
@@ -32,6 +33,7 @@ from llama_jax.evaluate.tasks import Task
 from llama_jax.generation import Model
 from llama_jax.storage.locations import real_name
 from llama_jax.training import log
+from llama_jax.training.answers import answer, append, questions_of
 from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Clock, Recorder
 from llama_jax.training.evaluating import evaluate, is_best, make_up_evaluation
@@ -115,7 +117,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     folder, start = opened.folder, opened.start
     mesh = make_mesh(config.mesh)
     base = base_of(config.train) if config.train.init_from and not start else None
-    data = open_text(config.data, base, opened)
+    data = open_text(config, base, opened)
     settled = settle(config, data, opened)
     config = settled.config
     check_divisible(mesh, config.model, config.train)
@@ -124,18 +126,19 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     train, mask = config.train, config.data.document_mask
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
-    encoded = encode_tasks(tasks, config.model, data, module)
+    chat = chat_of(opened, base, data)
+    encoded = encode_tasks(tasks, config.model, data, module, chat)
     log.announce(settled, data, mesh, module, opened)
     log.check_state_fits(config.model, mesh)
     write_start(opened, settled, data.record())
     if config.train.tensorboard and is_main():
         folder.write_events(start)
     prompt, consensus, timer = first_words(config, data), Consensus(3), Timer(config.train)
-    chat = chat_of(opened, base)
     writer = CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_every, chat)
     with writer, contextlib.closing(folder):
         run = Run(
-            config, folder, opened, settled, data, mesh, module, writer, prompt, clock, signals, consensus, timer, tasks=encoded
+            config, folder, opened, settled, data, mesh, module, writer, prompt, clock, signals, consensus, timer, tasks=encoded,
+            chat=chat, questions=questions_of(data, train.seed, config.model.max_seq_len),
         )  # fmt: skip
         folder.write_best(writer.steps)
         owed = bool(from_main(evaluation_is_missing(opened, settled, data)))
@@ -170,7 +173,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     length = run.config.model.max_seq_len
     own = OwnRows(batch_sharding(run.mesh), args.batch_size, length)
     source = run.data.rows(run.settled.schedule)
-    batches = train_batches(source, args.batch_size, length, args.seed, start, run.steps, own.rows)
+    batches = train_batches(source, args.batch_size, length, args.seed, start, run.steps, own.rows, run.bos_id)
     unread: list[UserError] = []
     readable = _readable(run.masked(batches), unread)
     recorder = Recorder(
@@ -224,7 +227,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                     saved_at = step
                 if evaluating and not stop:
                     with clock.spent_on("sample"), progress.busy("making a sample"):
-                        stop = _draw(run, state.params)
+                        stop = _draw(run, state.params, step)
                     if stop and saved_at < step:
                         with clock.spent_on("saving"):
                             _save(run, state, step, record.get("eval_loss"))
@@ -283,8 +286,10 @@ def _note_saved(run: Run) -> None:
         run.folder.write_best(steps)
 
 
-def _draw(run: Run, sample: Any) -> int:
+def _draw(run: Run, sample: Any, step: int) -> int:
     """Print a sample of the model, and draw the losses if the plot is old. If that fails, training continues.
+
+    Of a model that is tuned on conversations, the samples are answers; one is printed, all are in samples.jsonl.
 
     Return the signal that arrived meanwhile, or 0.
     """
@@ -298,10 +303,15 @@ def _draw(run: Run, sample: Any) -> int:
     try:
         if run.config.model.max_seq_len > 1:
             model = Model(run.config.model, sample, run.data.tokenizer, run.module)
-            args = SampleArgs(temperature=0.7, max_new_tokens=SAMPLE_TOKENS, seed=run.config.train.seed)
+            chat = chat_format_of(run.data)
             with on_mesh(run.mesh):
-                (completion,) = model.generate([run.prompt], args, heed)
-            log.say("  | " + log.printable(run.prompt + completion.text).replace("\n", "\n  | "))
+                if chat is not None and run.questions:
+                    given = answer(model, run.questions, run.chat, chat, heed)
+                    _tell_answers(run, step, given)
+                elif run.prompt:
+                    args = SampleArgs(temperature=0.7, max_new_tokens=SAMPLE_TOKENS, seed=run.config.train.seed)
+                    (completion,) = model.generate([run.prompt], args, heed)
+                    log.say(log.quoted_lines(run.prompt + completion.text))
         plot = run.folder.plot_path
         if not plot.exists() or time.time() - plot.stat().st_mtime > PLOT_SECONDS:
             _plot(run)
@@ -312,6 +322,13 @@ def _draw(run: Run, sample: Any) -> int:
     return stop
 
 
+def _tell_answers(run: Run, step: int, given: Sequence[str]) -> None:
+    """Print the first answer, and add all to samples.jsonl."""
+    log.say(log.quoted_lines(f"{run.questions[0].text}[[{given[0]}]]"))
+    if is_main():
+        append(run.folder.samples_path, step, run.questions, given)
+
+
 def _plot(run: Run) -> None:
     if is_main():
         plot_losses(run.folder.plot_path, run.folder.records, str(run.folder.path), run.data.floor)
@@ -320,7 +337,7 @@ def _plot(run: Run) -> None:
 def _finish(run: Run, step: int) -> None:
     with run.clock.spent_on("sample"):
         _plot(run)
-    print(log.closing_text(run.folder, step, run.clock, run.prompt, run.settled.changed))
+    print(log.closing_text(run.folder, step, run.clock, run.prompt, run.settled.changed, bool(run.questions)))
 
 
 def _check_profile_steps(args: TrainArgs, steps: int) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 
+from llama_jax.chat.formats import ChatSetup
 from llama_jax.cli.stopping import StopSignals
 from llama_jax.config import Config, TrainArgs
 from llama_jax.data import AnyData
-from llama_jax.data.batches import Batch
+from llama_jax.data.batches import Batch, PackedBatch
 from llama_jax.data.document_mask import masked
 from llama_jax.devices.distributed import Consensus, is_main
+from llama_jax.training.answers import Question
 from llama_jax.training.clock import Clock
 from llama_jax.training.opening import Opened
 from llama_jax.training.run_folder import RunFolder
@@ -40,15 +42,22 @@ class Run:
     timer: "Timer"
     evaluate: Callable[..., Any] | None = None  # the compiled eval_step; None if nothing is held out
     tasks: Sequence[EncodedTask] = ()  # train.eval_tasks
+    chat: ChatSetup = ChatSetup()  # what checkpoints keep about conversations
+    questions: Sequence[Question] = ()  # of conversations that are held out
 
     @property
     def steps(self) -> int:
         """The total number of steps of the run."""
         return self.settled.steps
 
-    def masked(self, batches: Iterator[Batch]) -> Iterator[Any]:
+    @property
+    def bos_id(self) -> int:
+        """The token that begins a document."""
+        return self.data.tokenizer.bos_id
+
+    def masked(self, batches: Iterator[Batch | PackedBatch]) -> Iterator[Any]:
         """Return the batches, with their documents if data.document_mask asks for them."""
-        return masked(batches, self.data.tokenizer.bos_id) if self.config.data.document_mask else batches
+        return masked(batches, self.bos_id) if self.config.data.document_mask else batches
 
     def best_saved(self) -> int:
         """Return the step of the best checkpoint, or 0 if there is none."""

@@ -42,6 +42,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
         self.metrics_path = self.path / "metrics.jsonl"
+        self.samples_path = self.path / "samples.jsonl"
         self.plot_path = self.path / "losses.png"
         self.tokenizer_path = self.path / "tokenizer.model"
         self.best_path = self.path / "best.json"

@@ -11,13 +11,17 @@ import jax
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Config, DataArgs, TrainArgs
-from llama_jax.data import AnyData, Data, load_data, open_data
+from llama_jax.data import AnyData, Data, Talking, load_data, open_data
 from llama_jax.data.batches import windows_of
 from llama_jax.data.document_mask import LOOKED_AT, check_documents, check_marks
 from llama_jax.data.mixture import Schedule
+from llama_jax.data.opened import chat_format_of, chats_in
+from llama_jax.data.tokens import TokenSet
+from llama_jax.data.tuning_set import kept_setup
 from llama_jax.devices.distributed import is_main, main_first, text_from_main
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
+from llama_jax.training.answers import keep_until
 from llama_jax.training.bad_steps import LossHistory
 from llama_jax.training.opening import Opened
 from llama_jax.training.settings import changes, rate_text
@@ -36,25 +40,40 @@ class Settled:
     """The rows of a mixture's sources. None: a single text."""
 
 
-def open_text(args: DataArgs, base: Checkpoint | None, opened: Opened) -> AnyData:
+def open_text(config: Config, base: Checkpoint | None, opened: Opened) -> AnyData:
     """Open the tokens of the run. Process 0 makes them first if needed.
 
     Raises UserError if the run had other tokens, or if a document mask is asked for and the tokens mark no documents.
     """
-    args = args if base is None else _with_tokenizer_of(base, args)
+    args = config.data if base is None else _with_tokenizer_of(base, config.data)
     if args.document_mask and args.tokenizer_model_path:
         check_marks(Tokenizer(args.tokenizer_model_path))  # before a text is encoded, which may take hours
     folder = opened.folder
     tokens = folder.path / "tokens"
+    source = "the model" if base is None else str(base.folder)
+    talking = Talking(_chat_before(opened, base), source, config.model.max_seq_len)
     data = main_first(
-        lambda: load_data(args, tokens, folder.tokenizer_path, begun=opened.start > 0, began_with=opened.texts),
-        lambda: open_data(args, tokens, folder.tokenizer_path),
+        lambda: load_data(
+            args, tokens, folder.tokenizer_path, begun=opened.start > 0, began_with=opened.texts, talking=talking
+        ),
+        lambda: open_data(args, tokens, folder.tokenizer_path, talking),
     )
-    if args.document_mask:
+    chats = chats_in(data)
+    if (args.document_mask or chats) and len(chats) < len(data.sources):
         check_marks(data.tokenizer)
         for text in data.sources.values():
+            if text.chat is not None:
+                continue
+            assert isinstance(text.tokens, TokenSet)
             check_documents(text.tokens.train[:LOOKED_AT], data.tokenizer.bos_id, text.source)
     return data
+
+
+def _chat_before(opened: Opened, base: Checkpoint | None) -> ChatSetup:
+    """Return the chat template and end tokens of the checkpoint that the run began with, or resumes from."""
+    if opened.start:
+        return Checkpoint.find(opened.folder.checkpoints / str(opened.start)).chat
+    return ChatSetup(has_none=True) if base is None else base.chat
 
 
 def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
@@ -63,6 +82,7 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
     Raises UserError if the run cannot be resumed with it.
     """
     config = _resolve(config, data)
+    config.check()
     steps = steps_of_run(config, data)
     schedule = _schedule(config, opened)
     if not opened.start:
@@ -105,6 +125,8 @@ def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
         opened.set_aside()
     folder.write_config(settled.config)
     folder.write_metrics()
+    if is_main():
+        keep_until(folder.samples_path, opened.start)
     begun = {
         "time": datetime.now().astimezone().isoformat(" ", "seconds"),
         "host": socket.gethostname(),
@@ -159,16 +181,17 @@ def first_state(
     return init_state(module, optimizer, mesh, seed, params)
 
 
-def chat_of(opened: Opened, base: Checkpoint | None) -> ChatSetup:
-    """Return the chat template and end tokens of the run: those of the checkpoint that it began with."""
-    if opened.start:
-        return Checkpoint.find(opened.folder.checkpoints / str(opened.start)).chat
-    return ChatSetup(has_none=True) if base is None else base.chat
+def chat_of(opened: Opened, base: Checkpoint | None, data: AnyData) -> ChatSetup:
+    """Return the chat template and end tokens of the run: those of its conversations, or of where it began."""
+    before, chat = _chat_before(opened, base), chat_format_of(data)
+    return before if chat is None else kept_setup(before, chat)
 
 
 def first_words(config: Config, data: AnyData) -> str:
     """Return the prompt of samples: the opening of the stories, or the first words of a line of the held-out text."""
-    tokens = [text.tokens for text in data.sources.values()]
+    tokens = [text.tokens for text in data.sources.values() if isinstance(text.tokens, TokenSet)]
+    if not tokens:  # conversations, of which questions are asked instead (answers.py)
+        return ""
     stream = next((each.eval for each in tokens if each.eval.size), tokens[0].train)
     text = data.tokenizer.decode(stream[:256].tolist())
     lines = [line.split() for line in text.splitlines()[1:] if line.isprintable()]
@@ -209,6 +232,8 @@ def _resolve(config: Config, data: AnyData) -> Config:
             f"model.vocab_size: expected {size}, the size of the tokenizer, or -1, found {config.model.vocab_size}"
         )
     data_args = config.data
+    if chats_in(data):  # conversations are packed, each by itself
+        data_args = replace(data_args, document_mask=True)
     if isinstance(data, Data):
         manifest = data.tokens.manifest
         separator = manifest.separator.replace("\\", "\\\\")
