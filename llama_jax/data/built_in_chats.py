@@ -108,40 +108,48 @@ class Subject:
     questions: list[Question]
 
 
-EITHER = _of_both(
-    ("What animal was {name}? / Tell me what animal {name} was.", "{name} was {a animal}.", "{animal}"),
-    ("Was {name} a boy or a girl?", "{name} was a {child name}.", "{child name}"),
-)
+EITHER = _of_both(("Was {name} a boy or a girl?", "{name} was a {child name}.", "{child name}"))
 SUBJECTS = (
     Subject("lost", 2, "user", parse_steps(LOST), [
         _question("Who lost the {thing}? / Tell me who lost the {thing}.", "{name} lost it.", "{name}"),
         _question("Who found the {thing}? / Tell me who found the {thing}.", "{name2} found it.", "{name2}"),
+        _question("What animal lost the {thing}? / Tell me what animal lost the {thing}.", "The {animal} lost it.", "{animal}"),
+        _question("What animal found the {thing}? / Tell me what animal found it.", "The {animal2} found it.", "{animal2}"),
         *EITHER,
     ]),
     Subject("meal", 2, "user", parse_steps(MEAL), [
         _question("Who had the {food}? / Tell me who had the {food}.", "{name} had the food.", "{name}"),
         _question("Who was hungry? / Tell me who was hungry.", "{name2} was hungry.", "{name2}"),
+        _question("What animal had the {food}? / Tell me what animal had the {food}.", "The {animal} had the food.", "{animal}"),
+        _question("What animal was hungry? / Tell me what animal was hungry.", "The {animal2} was hungry.", "{animal2}"),
         *EITHER,
     ]),
     Subject("built", 2, "user", parse_steps(BUILT), [
         _question("Who began to build? / Tell me who began to build the {project}.", "{name} began to build it.", "{name}"),
         _question("Who came to help? / Tell me who came to help.", "{name2} came to help.", "{name2}"),
+        _question("What animal began to build? / Tell me what animal began to build the {project}.", "The {animal} began to build it.", "{animal}"),
+        _question("What animal came to help? / Tell me what animal came to help.", "The {animal2} came to help.", "{animal2}"),
         *EITHER,
     ]),
     Subject("present", 2, "user", parse_steps(PRESENT), [
         _question("Who had a birthday? / Tell me who had a birthday.", "{name} had a birthday.", "{name}"),
         _question("Who gave the {thing}? / Tell me who gave the {thing}.", "{name2} gave it.", "{name2}"),
+        _question("What animal had a birthday? / Tell me what animal had a birthday.", "The {animal} had a birthday.", "{animal}"),
+        _question("What animal gave the {thing}? / Tell me what animal gave the {thing}.", "The {animal2} gave it.", "{animal2}"),
         *EITHER,
     ]),
     Subject("introduction", 1, "before", parse_steps(INTRODUCTION), [
         _question("What is my name? / Who am I?", "It is {name}.", "{name}"),
         _question("Who is my friend? / Tell me who came with me.", "It is {name2}.", "{name2}"),
+        _question("What animal am I? / Tell me what animal I am.", "It is {a animal}.", "{animal}"),
+        _question("What animal is my friend? / Tell me what animal came with me.", "It is {a animal2}.", "{animal2}"),
         *EITHER,
     ]),
     Subject("role", 1, "system", parse_steps(ROLE), [
         _question("What is your name? / Who are you?", "I am {name}.", "{name}"),
         _question("What animal are you? / Tell me what animal you are.", "I am {a animal}.", "{animal}"),
         _question("Who am I? / What is my name?", "It is {name2}.", "{name2}"),
+        _question("What animal am I? / Tell me what animal I am.", "It is {a animal2}.", "{animal2}"),
     ]),
 )  # fmt: skip
 GREETING = parse("Hello, {name}!")

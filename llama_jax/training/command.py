@@ -61,24 +61,23 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
         config, more = _parse(rest, file)
         train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
         # The model's shape comes from the checkpoint. Flags may only change what leaves its parameters as they are.
-        try:
-            model = starting_model(train)
-        except UserError as error:
-            raise UserError(f"{error}{_first(train.init_from)}") from None
-        config, notes = _parse(rest, dataclasses.replace(file, model=model))[0], notes + more
+        _check_base(train.init_from)
+        config, notes = _parse(rest, dataclasses.replace(file, model=starting_model(train)))[0], notes + more
     train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
     config = dataclasses.replace(config, train=train)
     config.check()
     return config, found + notes
 
 
-def _first(base: str) -> str:
-    """Return what to type first, if ``base`` is where a configuration of the package leaves a model, and none is there."""
+def _check_base(base: str) -> None:
+    """Raise UserError if ``base`` is where a configuration of the package leaves a model, and none is there."""
     path = Path(base)
-    if path != Path("runs", path.name) or path.name not in names() or any(path.glob("checkpoints/*")):
-        return ""
+    if path != Path("runs", path.name) or path.name not in names() or path.exists():
+        return
     config = "" if path.name == DEFAULT else f" --config {path.name}"
-    return f"; train it first: {typed('train')}{config}"
+    raise UserError(
+        f"train.init_from: expected a model, found nothing in {base}; train it first: {typed('train')}{config}"
+    )
 
 
 def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
