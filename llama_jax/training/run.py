@@ -21,6 +21,7 @@ from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.saving import CheckpointWriter
 from llama_jax.training.start import Settled
 from llama_jax.training.tasks import EncodedTask
+from llama_jax.training.tuning import Tuning
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Run:
     consensus: Consensus
     timer: "Timer"
     evaluate: Callable[..., Any] | None = None  # the compiled eval_step; None if nothing is held out
+    tuning: Tuning | None = None  # the adapters that are trained; None: the whole model is
+    frozen: tuple[Any, ...] = ()  # the base of adapters, a further argument of the compiled steps
     tasks: Sequence[EncodedTask] = ()  # train.eval_tasks
     chat: ChatSetup = ChatSetup()  # what checkpoints keep about conversations
     questions: Sequence[Question] = ()  # of conversations that are held out
@@ -54,6 +57,13 @@ class Run:
     def bos_id(self) -> int:
         """The token that begins a document."""
         return self.data.tokenizer.bos_id
+
+    def whole(self, params: Any) -> Any:
+        """Return the parameters of the model that is trained, from those that a step changes."""
+        if self.tuning is None:
+            return params
+        (base,) = self.frozen
+        return self.tuning.adapting.whole(self.config.model, base, params)
 
     def masked(self, batches: Iterator[Batch | PackedBatch]) -> Iterator[Any]:
         """Return the batches, with their documents if data.document_mask asks for them."""

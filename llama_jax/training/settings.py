@@ -14,6 +14,7 @@ FIXED = {
     # data/ compares the text and the tokenizer themselves.
     "data": ("train_size", "separator", "vocab_size", "stories", "chats"),
     "train": ("batch_size", "seed"),
+    "lora": ("rank", "alpha", "targets", "base_weights", "rslora"),
 }
 # Settings of places, which do not affect the results.
 PLACES = {"train.save_dir", "train.checkpoint_dir", "train.resume_step", "data.cache_gb"}
@@ -33,7 +34,7 @@ class Change(NamedTuple):
 def changes(stored: Config, now: Config, folder: Path) -> list[Change]:
     """Return the settings that this start changes. Raises UserError if the run in ``folder`` cannot change one."""
     found = []
-    for section in ("model", "data", "train", "mesh"):
+    for section in ("model", "data", "train", "mesh", "lora"):
         before, after = getattr(stored, section), getattr(now, section)
         for field in dataclasses.fields(before):
             name, old, new = f"{section}.{field.name}", getattr(before, field.name), getattr(after, field.name)

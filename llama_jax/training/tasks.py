@@ -83,7 +83,9 @@ def task_scores(run: "Run", params: Any) -> tuple[dict[str, float], int]:
         if stop:
             raise _StopAsked
 
-    model = Model(run.config.model, params, run.data.tokenizer, run.module)
+    if not run.tasks:
+        return {}, 0
+    model = Model(run.config.model, run.whole(params), run.data.tokenizer, run.module)
     values = {}
     try:
         for task, items in run.tasks:
