@@ -1,11 +1,13 @@
-"""The built-in conversations: questions about little stories, and a few other things to talk about.
+"""The built-in conversations: little stories of two animals, and questions about them.
 
-They are made from the words of the built-in stories (stories.py), whose notation the templates below use. So the
-model of the first minute knows every word, and fine-tuning teaches it to answer.
+They are made of the words of the built-in stories (stories.py), whose notation the templates below use. So the model
+of the first minute knows every word, and fine-tuning teaches it to answer.
 
-Each answer joins two words: who and what animal, which thing and what colour. For each question an eighth of these
-pairs is held out: they occur in no conversation to train on, and each held-out question asks for one. So a model that
-answers held-out questions has read what it was told, and repeats no answer.
+A conversation is about one of SUBJECTS: the user tells a story, introduces two animals, or has the assistant play one
+of them (in the system message). Then come one to MOST_QUESTIONS questions. Some system messages ask for short answers.
+
+An eighth of all pairs of animals, such as Nora Duck and Max Fox, is held out: they meet in no conversation to train on,
+and all held-out conversations are about such a pair. So no held-out story has been told, and no answer can be recalled.
 """
 
 import itertools
@@ -21,14 +23,14 @@ from llama_jax.data.stories import Choice, Node, dice, draw, parse, parse_steps,
 from llama_jax.storage.files import write_atomically
 
 Memory = dict[str, dict[str, str]]
-# One pair of words in this many is held out.
+# One pair of animals in this many is held out.
 HELD_OUT = 8
-# The most questions of a conversation. Four fit into a context of 256 tokens, with a story.
+# The most questions of a conversation. So many fit into a context of 256 tokens, with a story.
 MOST_QUESTIONS = 5
 # Held-out questions to judge a model by, and the seeds of these and of the conversations to train on.
 QUESTIONS, QUESTIONS_SEED, SEED = 200, 1, 0
 QUESTIONS_FILE = "questions.jsonl"
-# The shares of conversations with a system message that asks for short answers.
+# The share of conversations with a system message that asks for short answers.
 SHORT_SHARE = 0.25
 SHORT = "Answer in one word."
 
@@ -76,20 +78,18 @@ class Question:
 
     ask: tuple[Node, ...]
     answer: tuple[Node, ...]
-    short: tuple[Node, ...] | None
-    """The answer in one word. None: there is none."""
+    short: tuple[Node, ...]
+    """The answer in one word."""
 
 
-def _question(ask: str, answer: str, short: str = "") -> Question:
-    return Question(_ways(ask), parse(answer), parse(short) if short else None)
-
-
-def _ways(ask: str) -> tuple[Node, ...]:
-    return (Choice(tuple(parse(way.strip()) for way in ask.split("/"))),)
+def _question(ask: str, answer: str, short: str) -> Question:
+    """Return a question whose ways to ask are separated by slashes."""
+    ways = Choice(tuple(parse(way.strip()) for way in ask.split("/")))
+    return Question((ways,), parse(answer), parse(short))
 
 
 def _of_both(*rows: tuple[str, ...]) -> list[Question]:
-    """Return questions about the first animal of a story, and the same about the second."""
+    """Return questions about the first animal, and the same about the second."""
     second = [[re.sub(r"\{(\w+ )?(\w+)\}", r"{\g<1>\g<2>2}", text) for text in row] for row in rows]
     return [_question(*row) for row in (*rows, *second)]
 
@@ -179,7 +179,7 @@ class Conversation:
 def chat(seed: int, index: int, held_out: bool = False) -> Conversation:
     """Return conversation ``index`` of ``seed``, the same on every machine: to train on, or held out.
 
-    No pair of words in a conversation to train on is held out. The last answer of a held-out one joins such a pair.
+    The pair of animals that it tells of is held out or is not, accordingly.
     """
     rng = dice("chat", held_out, seed, index)
     subjects = [subject for subject in SUBJECTS for _ in range(subject.share)]
@@ -221,7 +221,7 @@ def _conversation(
     subject: Subject, told: str, questions: list[Question], people: frozenset[str], rng: random.Random, memory: Memory
 ) -> Conversation:
     """Return the messages in which ``told`` is told and the questions are asked and answered."""
-    short = rng.random() < SHORT_SHARE and all(question.short for question in questions)
+    short = rng.random() < SHORT_SHARE
     system = " ".join([told] * (subject.teller == "system") + [SHORT] * short)
     messages = [_message("system", system)] if system else []
     if subject.teller == "before":
@@ -230,7 +230,7 @@ def _conversation(
         asked = _text(question.ask, rng, memory)
         if subject.teller == "user" and i == 0:
             asked = f"{told} {asked}"
-        answer = _text((short and question.short) or question.answer, rng, memory)
+        answer = _text(question.short if short else question.answer, rng, memory)
         messages += [_message("user", asked), _message("assistant", answer)]
     return Conversation(subject.name, tuple(messages), people)
 
