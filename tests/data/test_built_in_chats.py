@@ -15,6 +15,7 @@ from llama_jax.data.stories import BOYS, GIRLS, RULES, story, words
 TRAIN = list(itertools.islice(chats(0), 2000))
 HELD_OUT = list(itertools.islice(chats(0, held_out=True), 1000))
 NAMES, ANIMALS = BOYS + GIRLS, words(RULES["animal"])
+FRIENDS = "found|hungry|came to|came with me|gave|friend|helped|met"
 FULL = rf"\b({'|'.join(NAMES)}) ({'|'.join(map(str.capitalize, ANIMALS))})\b"
 
 
@@ -43,7 +44,7 @@ def test_the_user_and_the_assistant_speak_in_turn() -> None:
         turns = roles[roles[0] == "system" :]
         assert turns == ["user", "assistant"] * (len(turns) // 2) and turns
     counts = collections.Counter(sum(m["role"] == "assistant" for m in one.messages) for one in TRAIN)
-    assert set(counts) == {1, 2, 3, 4, 5, 6} and min(counts[i] for i in (1, 2, 3, 4, 5)) > 200
+    assert set(counts) == {1, 2, 3, 4, 5} and min(counts[i] for i in (1, 2, 3, 4)) > 200
     assert sum(one.messages[0]["role"] == "system" for one in TRAIN) > 200
 
 
@@ -62,7 +63,7 @@ def test_answers_are_right() -> None:
             if "boy or a girl" in question:
                 right = "boy" if named in BOYS else "girl"
             else:
-                friends = r"\bI\b|my name" if one.subject == "role" else "found|hungry|came|gave|friend"
+                friends = r"\bI\b|my name" if one.subject == "role" else FRIENDS
                 person = second if re.search(friends, question) else first
                 right = person[1].lower() if "animal" in question else person[0]
             assert said == right if short else re.search(rf"\b{right}\b", said), (question, said, right)
