@@ -37,7 +37,7 @@ from llama_jax.training.answers import answer, append, questions_of
 from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Clock, Recorder
 from llama_jax.training.evaluating import evaluate, is_best, make_up_evaluation
-from llama_jax.training.opening import Opened, base_of, opening
+from llama_jax.training.opening import TARGETS, Opened, base_of, opening
 from llama_jax.training.plot import plot_losses
 from llama_jax.training.profile import Profile, check_profiler
 from llama_jax.training.run import Run, Timer
@@ -144,8 +144,8 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     writer = CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_every, chat)
     with writer, contextlib.closing(folder):
         run = Run(
-            config, folder, opened, settled, data, mesh, module, writer, prompt, clock, signals, consensus, timer, tasks=encoded,
-            chat=chat, questions=questions_of(data, train.seed, config.model.max_seq_len), tuning=tuning,
+            config, folder, opened, settled, data, mesh, module, writer, prompt, clock, signals, consensus, timer,
+            tasks=encoded, tuning=tuning, chat=chat, questions=questions_of(data, train.seed, config.model.max_seq_len),
         )  # fmt: skip
         folder.write_best(writer.steps)
         owed = bool(from_main(evaluation_is_missing(opened, settled, data)))
@@ -216,11 +216,11 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
             saving = step % args.save_interval == 0 or last or bool(stop or save_due)
             logging = on_time or last or step % args.log_interval == 0
             if evaluating or saving or logging:
-                found = jax.device_get(pending)
-                pending.clear()
+                found = _fetched(run, pending)
                 for line in judge(args, found, step - len(found) + 1, saved_at, run.best_saved()):
                     log.say(line)
                 record = recorder.record(step, found[-1])
+                record |= {} if run.opened.targets is None else {TARGETS: run.opened.targets}
                 progress.note(log.progress_text(record, run.mesh.devices.size), record["step_seconds"])
                 if not announced:
                     announced = True
@@ -250,6 +250,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                 break
         if unread and saved_at < step and jax.process_count() == 1:
             with clock.spent_on("saving"):
+                _fetched(run, pending)
                 _save(run, state, step, None)
         with clock.spent_on("saving"), progress.busy("saving"):
             run.writer.wait()
@@ -261,6 +262,15 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     if stop:
         print(f"stopped by {NAMES[stop]} at step {step:,}, saved; rerun the same command to resume")  # type: ignore[index]
     return step, stop
+
+
+def _fetched(run: Run, pending: list[StepMetrics]) -> list[StepMetrics]:
+    """Return the results of steps on the host, of which ``pending`` is emptied. Count the tokens of their losses."""
+    found: list[StepMetrics] = jax.device_get(pending)
+    pending.clear()
+    if run.opened.targets is not None:
+        run.opened.targets += sum(int(each.targets) for each in found)
+    return found
 
 
 def _readable(batches: Iterable[Any], unread: list[UserError]) -> Iterator[Any]:
@@ -282,7 +292,7 @@ def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> No
         "store": real_name(run.folder.checkpoints),
         "host": socket.gethostname(),
         "text": run.opened.record.text,
-    }
+    } | ({} if run.opened.targets is None else {TARGETS: run.opened.targets})
     record = None if run.tuning is None else run.tuning.record
     run.writer.save(
         step, state.params, state.opt_state, run.config.model, run.data.tokenizer, eval_loss, origin, record

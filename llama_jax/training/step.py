@@ -50,6 +50,7 @@ class StepMetrics(NamedTuple):
     loss: jax.Array  # nats per token
     grad_norm: jax.Array  # before clipping
     history: LossHistory
+    targets: jax.Array | int = 0  # int32 []: tokens of the batch that count in the loss
 
 
 def learning_rate(args: TrainArgs, steps: int, held: float | None = None) -> optax.Schedule:
@@ -156,7 +157,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch | PackedBatch, base: Any = None) -> tuple[TrainState, StepMetrics]:
-        total_weight = jnp.maximum(jnp.sum(batch.weights), 1)
+        total_weight, targets = jnp.maximum(jnp.sum(batch.weights), 1), jnp.count_nonzero(batch.weights)
         rows = None if adapting is None else jnp.arange(len(batch.weights))
 
         def part_loss(params: Any, part: Batch | PackedBatch, rows: Any) -> jax.Array:
@@ -180,7 +181,7 @@ def make_train_step(
             norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=loss, grad_norm=norm)
             params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state), StepMetrics(loss, norm, opt_state[-1])
+        return TrainState(params, opt_state), StepMetrics(loss, norm, opt_state[-1], targets)
 
     return train_step
 
