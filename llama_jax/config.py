@@ -75,6 +75,8 @@ class DataArgs:
     Empty: each file is one document. Of records each is a document, and there is no separator."""
     stories: int = 12000
     """Number of built-in stories to generate when filepath is empty (12,000 are about 7 MB)."""
+    chats: int = 0
+    """Number of built-in conversations to generate when filepath is empty, in place of stories. 0: none."""
     eval_filepath: str = ""
     """Held-out text of its own, in any of the forms of filepath, which is then trained on as a whole.
     Empty: hold out a part of the text (train_size)."""
@@ -110,7 +112,7 @@ class DataArgs:
         """Raise UserError on impossible values."""
         # The vocabulary must hold 256 bytes, 3 control tokens and some characters. SentencePiece's ids have 31 bits.
         ranges: dict[str, tuple[float, float]] = {"train_size": (TINY, 1.0), "vocab_size": (262, 1 << 24)}
-        check_fields(self, "data.", ranges | {"stories": COUNT, "cache_gb": (0.0, 1e9)})
+        check_fields(self, "data.", ranges | {"stories": COUNT, "chats": (0, LARGEST), "cache_gb": (0.0, 1e9)})
         for name, weight in self.mixture.items():
             key = f"data.mixture, {quoted(name)}"
             expect(bool(name), "data.mixture", "a path and its weight", "an empty path")
@@ -124,6 +126,11 @@ class DataArgs:
         for name in ("filepath", "eval_filepath") if self.mixture else ():
             expect(
                 not getattr(self, name), f"data.{name}", "none beside data.mixture, whose texts each hold out a part",
+                f"{getattr(self, name)}; leave one of the two out",
+            )  # fmt: skip
+        for name in ("filepath", "mixture") if self.chats else ():
+            expect(
+                not getattr(self, name), f"data.{name}", "none beside data.chats, the built-in conversations",
                 f"{getattr(self, name)}; leave one of the two out",
             )  # fmt: skip
 

@@ -152,14 +152,16 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
         if of_each == "the first" and (known or of_parts or "llama_jax.plan" in program):
             continue
         if argv[0] == "train.py":
-            argv += [] if "--train.init-from" in argv else SMALL_MODEL
+            tunes = "configs/chat-tiny.toml" in argv  # the small model of this place, with room for a conversation
+            argv += [] if "--train.init-from" in argv or tunes else SMALL_MODEL
+            argv += ["--model.max-seq-len=256", "--data.chats=40"] if tunes else []
             argv += [*SHORT_RUN, "--train.max-steps=3"]  # with one evaluation
             argv += ["--train.gradient-accumulation-steps", "1"]
-            argv += [] if "--data.mixture" in argv else ["--train.save-dir", f"documented/{i}"]  # one that goes on
+            argv += [] if "--data.mixture" in argv or tunes else ["--train.save-dir", f"documented/{i}"]  # others go on
             # runs/tuned, as it is made above, has a smaller rank and no template.
             argv += ["--lora.rank", "4", "--data.chat-template", "llama2"] if "--train.objective" in argv else []
             argv += ["--train.profile-steps", "2-3"] if "--train.profile-steps" in argv else []
-            if "--data.tokenizer-model-path" not in argv and not {"tokens", "--data.mixture"} & {*argv}:
+            if "--data.tokenizer-model-path" not in argv and not {"tokens", "--data.mixture"} & {*argv} and not tunes:
                 argv += STORIES
         if "llama_jax.plan" in argv:
             if importlib.util.find_spec("libtpu") is None:

@@ -135,7 +135,8 @@ def _open_one(args: DataArgs, folder: Path, tokenizer_path: Path, talking: Talki
     elif talking is not None and (manifest := read_manifest(folder)) is not None and manifest.chats is not None:
         tokenizer = kept_tokenizer(tokenizer_path)
         chat = format_of(args, tokenizer, talking, next(iter(manifest.chats.kinds)))
-        return Data(open_chats(folder), tokenizer, args.filepath, notes=chat.notes, chat=chat)
+        source = args.filepath or f"{args.chats:,} built-in conversations"
+        return Data(open_chats(folder), tokenizer, source, notes=chat.notes, chat=chat)
     else:
         tokens = open_tokens(folder)
     return Data(tokens, kept_tokenizer(tokenizer_path), args.filepath or f"{args.stories:,} built-in stories")

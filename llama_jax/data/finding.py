@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
+from llama_jax.data.built_in_chats import write_chats
 from llama_jax.data.chats import Chats
 from llama_jax.data.corpus import Records, WithHeldOut, corpus_of
 from llama_jax.data.corpus_file import CorpusFile
@@ -48,6 +49,8 @@ def find_text(args: DataArgs, folder: Path, begun: bool = False) -> Text:
     A run that has ``begun`` accepts its text even if it looks like something else. Raises UserError if there is no
     text, or if options contradict what it is.
     """
+    if not args.filepath and args.chats:
+        return _built_in_chats(args, folder, begun)
     if not args.filepath:
         for name in ("eval_filepath", "text_field"):
             if getattr(args, name):
@@ -69,6 +72,19 @@ def find_text(args: DataArgs, folder: Path, begun: bool = False) -> Text:
         if not begun:
             raise
         return _found_text(args, as_text=True)
+
+
+def _built_in_chats(args: DataArgs, folder: Path, begun: bool) -> Text:
+    """Write the built-in conversations to files under ``folder``, and return them as a text with its held-out text."""
+    for name in ("eval_filepath", "text_field"):
+        if getattr(args, name):
+            raise UserError(
+                f"data.{name}: expected none with the built-in conversations, found {quoted(getattr(args, name))}; name a file"
+            )
+    with working(f"writing {args.chats:,} conversations"):
+        train, held_out = write_chats(folder, args.chats)
+    found = find_text(replace(args, filepath=str(train), eval_filepath=str(held_out)), folder, begun)
+    return replace(found, source=f"{args.chats:,} built-in conversations")
 
 
 def _found_text(args: DataArgs, as_text: bool) -> Text:

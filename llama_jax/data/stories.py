@@ -28,21 +28,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Return the words of a rule."""
     return [" ".join(word.split()) for word in text.split(",")]
 
 
 # Few, so that a small model soon sees each of them often enough to learn to remember it.
-BOYS = _words("Pip, Max, Otto, Milo")
-GIRLS = _words("Lily, Ruby, Clara, Nora")
+BOYS = words("Pip, Max, Otto, Milo")
+GIRLS = words("Lily, Ruby, Clara, Nora")
 
 # How one is at a place: "by the pond", "in the forest".
 PLACES = {
-    **dict.fromkeys(_words("pond, lake, river, stream, canal, brook, fountain, sea"), "by"),
-    **dict.fromkeys(_words("forest, meadow, garden, orchard, valley, village, park, marsh, wood, town"), "in"),
-    **dict.fromkeys(_words("hill, beach, farm, island, heath, moor, mountain, shore"), "on"),
-    **dict.fromkeys(_words("mill, bridge, waterfall, lighthouse, cave, castle, market, barn, harbour"), "near"),
+    **dict.fromkeys(words("pond, lake, river, stream, canal, brook, fountain, sea"), "by"),
+    **dict.fromkeys(words("forest, meadow, garden, orchard, valley, village, park, marsh, wood, town"), "in"),
+    **dict.fromkeys(words("hill, beach, farm, island, heath, moor, mountain, shore"), "on"),
+    **dict.fromkeys(words("mill, bridge, waterfall, lighthouse, cave, castle, market, barn, harbour"), "near"),
 }
+
+WEEKDAYS = words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
 
 RULES = {
     # Who there is, and what they are like.
@@ -110,7 +113,7 @@ RULES = {
     "starry": """dark, misty, windy, cold, rainy, frosty, cloudy, starry, quiet, snowy, foggy, chilly, stormy, still,
         moonlit, black""",
     "daytime": "morning, afternoon, evening, day",
-    "weekday": "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday",
+    "weekday": ", ".join(WEEKDAYS),
     "days": "hours, days, weeks, months",
     "number": "two, three, four, five, six, seven, eight, nine, ten, eleven, twelve, twenty",
     # What they do and feel.
@@ -252,6 +255,8 @@ FORMS: dict[str, Callable[[str], str]] = {
     "he": lambda name: "he" if name in BOYS else "she",
     "his": lambda name: "his" if name in BOYS else "her",
     "him": lambda name: "him" if name in BOYS else "her",
+    "child": lambda name: "boy" if name in BOYS else "girl",
+    "next": lambda day: WEEKDAYS[(WEEKDAYS.index(day) + 1) % len(WEEKDAYS)],
 }
 
 
@@ -279,7 +284,8 @@ def _rule(variable: str) -> str:
     return variable.rstrip("0123456789")
 
 
-def _parse(template: str) -> tuple[Node, ...]:
+def parse(template: str) -> tuple[Node, ...]:
+    """Return the parts of a line; see the top of the file for its notation."""
     pieces = re.split(r"(\{[^{}]*\}|\[[^\[\]]*\])", template)
     return tuple(_parse_piece(piece) for piece in pieces if piece)
 
@@ -289,25 +295,26 @@ def _parse_piece(piece: str) -> Node:
         return piece
     inside = piece[1:-1]
     if "|" in inside:
-        return Choice(tuple(map(_parse, inside.split("|"))))
+        return Choice(tuple(map(parse, inside.split("|"))))
     form, _, variable = (inside[0].lower() + inside[1:]).rpartition(" ")
     if variable in FORMS:
         form, variable = variable, "name"
     rule = _rule(variable)
-    forms = {word: FORMS[form](word) for word in _words(RULES[rule])}
+    forms = {word: FORMS[form](word) for word in words(RULES[rule])}
     if inside[0].isupper():
         forms = {word: text[0].upper() + text[1:] for word, text in forms.items()}
-    return Slot(rule, variable, forms) if piece[0] == "{" else Choice(tuple(map(_parse, forms.values())))
+    return Slot(rule, variable, forms) if piece[0] == "{" else Choice(tuple(map(parse, forms.values())))
 
 
-def _parse_steps(text: str) -> tuple[Node, ...]:
+def parse_steps(text: str) -> tuple[Node, ...]:
+    """Return the parts of steps, each a choice of its lines, with spaces between them."""
     parts: list[Node] = []
     for step in re.split(r"^\s*- ", text.strip(), flags=re.MULTILINE)[1:]:
-        parts += [Choice(tuple(_parse(line.strip()) for line in step.strip().splitlines())), " "]
+        parts += [Choice(tuple(parse(line.strip()) for line in step.strip().splitlines())), " "]
     return tuple(parts[:-1])
 
 
-GRAMMAR = Choice(tuple(_parse_steps(OPENING + plot + ENDING) for plot in PLOTS.values()))
+GRAMMAR = Choice(tuple(parse_steps(OPENING + plot + ENDING) for plot in PLOTS.values()))
 
 
 @dataclass(frozen=True)
@@ -335,10 +342,15 @@ class Entropy:
 
 def story(seed: int, index: int) -> Story:
     """Return story ``index`` of ``seed``, which is the same on every machine and Python version."""
-    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=16).digest()
     pieces: list[str] = []
-    ways = _tell((GRAMMAR,), random.Random(int.from_bytes(digest, "big")), {}, pieces)
+    ways = tell((GRAMMAR,), dice(seed, index), {}, pieces)
     return Story("".join(pieces), math.log2(ways))
+
+
+def dice(*seeds: object) -> random.Random:
+    """Return random numbers that are the same on every machine. Only ``random()`` is so in every Python version."""
+    digest = hashlib.blake2b(" ".join(map(str, seeds)).encode(), digest_size=16).digest()
+    return random.Random(int.from_bytes(digest, "big"))
 
 
 def stories(seed: int, start: int = 0) -> Iterator[Story]:
@@ -346,7 +358,7 @@ def stories(seed: int, start: int = 0) -> Iterator[Story]:
     return (story(seed, index) for index in itertools.count(start))
 
 
-def _tell(parts: Sequence[Node], rng: random.Random, memory: dict[str, dict[str, str]], pieces: list[str]) -> int:
+def tell(parts: Sequence[Node], rng: random.Random, memory: dict[str, dict[str, str]], pieces: list[str]) -> int:
     """Append the text of ``parts`` to ``pieces``. Return the number of equally likely texts it was chosen from.
 
     ``memory`` maps each rule to its variables drawn so far and their words.
@@ -356,18 +368,19 @@ def _tell(parts: Sequence[Node], rng: random.Random, memory: dict[str, dict[str,
         if isinstance(part, str):
             pieces.append(part)
         elif isinstance(part, Choice):
-            ways *= len(part.options) * _tell(part.options[_draw(len(part.options), rng)], rng, memory, pieces)
+            ways *= len(part.options) * tell(part.options[draw(len(part.options), rng)], rng, memory, pieces)
         else:
             told = memory.setdefault(part.rule, {})
             if part.variable not in told:
                 untold = [word for word in part.forms if word not in told.values()]
                 ways *= len(untold)
-                told[part.variable] = untold[_draw(len(untold), rng)]
+                told[part.variable] = untold[draw(len(untold), rng)]
             pieces.append(part.forms[told[part.variable]])
     return ways
 
 
-def _draw(number: int, rng: random.Random) -> int:
+def draw(number: int, rng: random.Random) -> int:
+    """Return a number from 0 to ``number`` - 1, all equally likely."""
     # random() is the only method of random.Random whose results stay the same across Python versions.
     return int(rng.random() * number)
 

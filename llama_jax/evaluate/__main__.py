@@ -44,7 +44,8 @@ class Arguments:
     Files, or the texts of records, are joined, with a BOS before each."""
     tasks: tuple[str, ...] = ()
     """Tasks: files in JSON lines, or folders of them. A record is {"question" or "context", "choices": [...],
-    "answer": number of the right choice, from 0}, {"question" or "context", "answer": text}, or {"text"}."""
+    "answer": number of the right choice, from 0}, {"question" or "context", "answer": text},
+    {"messages": a conversation, "answer": text}, or {"text"}."""
     shots: int = 0
     """With --tasks: number of examples before each item. They are other records of the same file."""
     seed: int = 0
@@ -52,6 +53,9 @@ class Arguments:
     question_format: str = field(default="Question: {question}\nAnswer:", metadata=ESCAPED)
     r"""With --tasks: how a "question" becomes a prompt. A "context" is a prompt as it is.
     The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""
+    chat_template: str = ""
+    """With --tasks: how a record's "messages" are encoded: a file with a template in Jinja, or llama2, llama3, chatml,
+    zephyr, vicuna. Empty: the model's own."""
     output: str = ""
     """With --tasks: file for the JSON lines with per_item, which holds what the model says of each item."""
     make_suite: str = ""
@@ -124,7 +128,7 @@ def _check(args: Arguments) -> None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag}: expected {least} or more, found {getattr(args, name)}")
     args.mesh.check()
-    of_tasks = ("shots", "seed", "question_format", "output")
+    of_tasks = ("shots", "seed", "question_format", "chat_template", "output")
     of_text = ("text_field", "as_text", "window", "stride", "cache")
     default = Arguments()
     for name in of_tasks if args.text else of_text:
@@ -155,7 +159,7 @@ def _score_tasks(args: Arguments) -> None:
     from llama_jax.convert.once import open_model
     from llama_jax.evaluate import report
     from llama_jax.evaluate.scoring import context_of
-    from llama_jax.evaluate.tasks import check_shots, read_tasks
+    from llama_jax.evaluate.tasks import DESCRIPTIONS, WITHOUT_SHOTS, check_shots, read_tasks
 
     tasks = read_tasks(args.tasks, args.question_format)
     for task in tasks:
@@ -165,9 +169,9 @@ def _score_tasks(args: Arguments) -> None:
     # A model of another project is converted here, which tells its own progress.
     opened = [(path, open_model(path, args.adapter)) for path in args.ckpt]
     _tell(
-        f"--shots: no effect on {task.path}, whose records are documents"
+        f"--shots: no effect on {task.path}, whose records are {DESCRIPTIONS[task.kind]}"
         for task in tasks
-        if args.shots and task.kind == "texts"
+        if args.shots and task.kind in WITHOUT_SHOTS
     )
     summaries, lines = [], list[str]()
     for path, checkpoint in opened:
@@ -202,7 +206,9 @@ def _load(args: Arguments, path: str, checkpoint: "WholeModel") -> "Model":
         _tell([f"{path}: {note}"])
     with working(f"loading {path}", sys.stderr):
         mesh = None if args.mesh == ONE_DEVICE else args.mesh
-        return Model.load(checkpoint, args.compute_dtype, args.weights, args.cache, mesh)
+        return Model.load(
+            checkpoint, args.compute_dtype, args.weights, args.cache, mesh, chat_template=args.chat_template
+        )
 
 
 def _tell(lines: Iterable[str]) -> None:

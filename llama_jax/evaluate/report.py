@@ -16,6 +16,7 @@ from llama_jax.storage.files import write_atomically
 MEASURES: dict[str, dict[str, str]] = {
     "choices": {"accuracy": "stderr", "accuracy_norm": "stderr_norm"},
     "answers": {"accuracy": "stderr", "perplexity": ""},
+    "chats": {"accuracy": "stderr", "perplexity": ""},
     "texts": {"perplexity": "", "bits_per_byte": ""},
 }
 

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llama_jax.chat.examples import chat_example
+from llama_jax.chat.messages import Message
 from llama_jax.errors import UserError
 from llama_jax.evaluate.scoring import Request, Score, context_of, encode_pairs, fit, score
-from llama_jax.evaluate.tasks import Task, joined, prompt_of
+from llama_jax.evaluate.tasks import WITHOUT_SHOTS, Item, Task, joined, prompt_of
 from llama_jax.generation import Model
 
 # e to the power of more than this is infinite.
@@ -32,6 +34,8 @@ def asked(model: Model, task: Task, shots: int = 0, seed: int = 0) -> list[Asked
     """Encode the items of a task for a model. Raises UserError if a choice has no tokens or exceeds the context."""
     if task.kind == "texts":
         return [Asked("", [item.gold], _windows(model, item.gold), 0) for item in task.items]
+    if task.kind == "chats":
+        return [_asked_in_chat(model, task, item) for item in task.items]
     prompts = [prompt_of(task, index, shots, seed) for index in range(len(task.items))]
     continuations = [
         [joined(prompt, choice) for choice in item.choices] for prompt, item in zip(prompts, task.items, strict=True)
@@ -53,6 +57,20 @@ def asked(model: Model, task: Task, shots: int = 0, seed: int = 0) -> list[Asked
             cut = max(cut, more)
         found.append(Asked(prompt, texts, requests, cut))
     return found
+
+
+def _asked_in_chat(model: Model, task: Task, item: Item) -> Asked:
+    """Encode a conversation and its answer as training does. The answer has the token that ends it."""
+    try:
+        fed = model.encode_chat(item.messages)
+        ids, counts = chat_example(
+            model.tokenizer, [*item.messages, Message("assistant", item.gold)], model.chat_format
+        )
+        end = max(i for i, counted in enumerate(counts, 1) if counted)
+        request, cut = fit(Request(fed, ids[len(fed) : end]), context_of(model))
+    except UserError as error:
+        raise UserError(f"{task.path}: line {item.line}: {error}") from None
+    return Asked(model.tokenizer.decode(fed), [item.gold], [request], cut)
 
 
 def _windows(model: Model, text: str) -> list[Request]:
@@ -103,7 +121,7 @@ def evaluate_task(
 
     Raises UserError if a record does not fit the model, or a score is not finite.
     """
-    shots = 0 if task.kind == "texts" else shots
+    shots = 0 if task.kind in WITHOUT_SHOTS else shots
     items = asked(model, task, shots, seed) if items is None else items
     requests = [request for item in items for request in item.requests]
     item_of = [i for i, item in enumerate(items) for _ in item.requests]

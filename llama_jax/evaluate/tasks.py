@@ -1,9 +1,10 @@
-"""Tasks in JSON lines: multiple choice, answers to give, documents to predict.
+"""Tasks in JSON lines: multiple choice, answers to give, conversations to answer, documents to predict.
 
 A record is one of
 
     {"question" or "context": text, "choices": [text, ...], "answer": number of the right choice, from 0}
     {"question" or "context": text, "answer": text}
+    {"messages": [{"role": "user", "content": text}, ...], "answer": text}
     {"text": text}
 
 and may have other keys, which are not read. All records of a file are of one kind.
@@ -17,16 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llama_jax.chat.messages import Message, as_messages
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.prompts import text_of
 from llama_jax.tokenizer import clean
 
-Kind = Literal["choices", "answers", "texts"]
+Kind = Literal["choices", "answers", "chats", "texts"]
 DESCRIPTIONS: dict[Kind, str] = {
     "choices": "multiple choice",
     "answers": "answers to give",
+    "chats": "conversations to answer",
     "texts": "documents to predict",
 }
+# Kinds whose items have no examples before them.
+WITHOUT_SHOTS = ("chats", "texts")
 # How a "question" becomes a prompt. A "context" is a prompt as it is.
 QUESTION = "Question: {question}\nAnswer:"
 # Between the examples of a few-shot prompt, and before what is asked.
@@ -41,11 +46,13 @@ class Item:
     line: int
     """Its line in the file, from 1."""
     prompt: str
-    """The text before a choice or an answer. Of a document: empty."""
+    """The text before a choice or an answer. Of a document or a conversation: empty."""
     choices: tuple[str, ...]
     """The choices; or the answer alone; or the document alone."""
     answer: int
     """The number of the right choice, from 0."""
+    messages: tuple[Message, ...] = ()
+    """The conversation to answer."""
 
     @property
     def gold(self) -> str:
@@ -135,25 +142,21 @@ def _record(line: str, number: int, where: str, question_format: str) -> tuple[K
     if not isinstance(found, dict):
         raise UserError(f"{where}: expected a JSON object, found {quoted(found)}")
     prompts = [key for key in ("question", "context") if key in found]
+    if "messages" in found and not prompts and "choices" not in found:
+        return "chats", Item(number, "", (_answer(found, where),), 0, tuple(_messages(found["messages"], where)))
     if "choices" not in found and "answer" not in found and not prompts and "text" in found:
         return "texts", Item(number, "", (_text(found, "text", where, blank=False),), 0)
     if len(prompts) != 1:
         keys = ", ".join(map(quoted, found)) or "none"
         raise UserError(
-            f'{where}: expected one of the keys "question" and "context" (or "text" alone, for a document), found '
+            f'{where}: expected one of the keys "question" and "context" (or "messages", for a conversation, or "text" alone, for a document), found '
             f"{'both; put all of it into context' if prompts else keys}"
         )
     prompt = _text(found, prompts[0], where, blank=prompts == ["context"])
     if prompts == ["question"]:
         prompt = question_format.replace("{question}", prompt)
     if "choices" not in found:
-        answer = found.get("answer")
-        if not isinstance(answer, str) or not answer.strip():
-            raise UserError(
-                f"{where}: answer: expected a text, since the record has no choices, found "
-                f"{quoted(answer) if 'answer' in found else 'none'}"
-            )
-        return "answers", Item(number, prompt, (clean(answer),), 0)
+        return "answers", Item(number, prompt, (_answer(found, where),), 0)
     choices = found["choices"]
     is_list = isinstance(choices, list) and len(choices) > 1
     if not is_list or not all(isinstance(choice, str) and choice.strip() for choice in choices):
@@ -167,6 +170,26 @@ def _record(line: str, number: int, where: str, question_format: str) -> tuple[K
     return "choices", Item(number, prompt, tuple(map(clean, choices)), answer)
 
 
+def _answer(record: dict[str, Any], where: str) -> str:
+    answer = record.get("answer")
+    if not isinstance(answer, str) or not answer.strip():
+        raise UserError(
+            f"{where}: answer: expected a text, since the record has no choices, found "
+            f"{quoted(answer) if 'answer' in record else 'none'}"
+        )
+    return clean(answer)
+
+
+def _messages(found: Any, where: str) -> list[Message]:
+    """Return a conversation to answer. Raises UserError if it is none, or nothing of the user is at its end."""
+    messages = as_messages(found, f"{where}: messages")
+    if messages[-1].role in ("system", "assistant"):
+        raise UserError(
+            f"{where}: messages: expected the last one from the user, found the {messages[-1].role}; put the answer into answer"
+        )
+    return messages
+
+
 def _text(record: dict[str, Any], key: str, where: str, blank: bool) -> str:
     value = record[key]
     if not isinstance(value, str) or not (blank or value.strip()):
@@ -176,7 +199,7 @@ def _text(record: dict[str, Any], key: str, where: str, blank: bool) -> str:
 
 def check_shots(task: Task, shots: int) -> None:
     """Raise UserError if a task has too few records for ``shots`` examples beside each item."""
-    if task.kind != "texts" and shots >= len(task.items):
+    if task.kind not in WITHOUT_SHOTS and shots >= len(task.items):
         raise UserError(
             f"--shots: expected up to {len(task.items) - 1}, since {task.path} has {len(task.items)} records, found {shots}"
         )

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from llama_jax.cli.configurations import find_config, shipped
+from llama_jax.cli.configurations import find_config, names, shipped
 from llama_jax.cli.flags import parse_flags, take_option
 from llama_jax.config import Config, load_toml
 from llama_jax.errors import UserError
@@ -21,6 +22,11 @@ PAIRS = (
     ("data.vocab_size", "data.tokenizer_model_path"),
     ("data.stories", "data.filepath"),
     ("data.stories", "data.mixture"),
+    ("data.stories", "data.chats"),
+    ("data.chats", "data.filepath"),
+    ("data.chats", "data.mixture"),
+    ("data.filepath", "data.chats"),
+    ("data.mixture", "data.chats"),
     ("data.filepath", "data.mixture"),
     ("data.mixture", "data.filepath"),
 )
@@ -57,10 +63,9 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
         config, more = _parse(rest, file)
         train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
         # The model's shape comes from the checkpoint. Flags may only change what leaves its parameters as they are.
-        config, notes = (
-            _parse(rest, dataclasses.replace(file, model=starting_model(train, config.lora)))[0],
-            notes + more,
-        )
+        _check_base(train.init_from)
+        model = starting_model(train, config.lora)
+        config, notes = _parse(rest, dataclasses.replace(file, model=model))[0], notes + more
     train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
     config = dataclasses.replace(config, train=train)
     config.check()
@@ -74,10 +79,21 @@ def _tuning_settings(config: Config) -> str:
     return ADAPTERS if config.lora.rank else FINE_TUNING
 
 
+def _check_base(base: str) -> None:
+    """Raise UserError if ``base`` is where a configuration of the package leaves a model, and none is there."""
+    path = Path(base)
+    if path != Path("runs", path.name) or path.name not in names() or path.exists():
+        return
+    config = "" if path.name == DEFAULT else f" --config {path.name}"
+    raise UserError(
+        f"train.init_from: expected a model, found nothing in {base}; train it first: {typed('train')}{config}"
+    )
+
+
 def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
     sections = {field.name: getattr(file, field.name) for field in dataclasses.fields(Config)}
     description = (
-        "Pretrain a LLaMA 2 model on the built-in stories or on your text.\n\n--config gives settings; flags override them. It is "
+        "Pretrain a LLaMA 2 model on the built-in stories or on your text, or fine-tune one.\n\n--config gives settings; flags override them. It is "
         "a TOML file, or the name of a configuration in the package."
     )
     command = parse_flags(Command, argv, Command(**sections), typed("train"), description)

@@ -136,14 +136,14 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     if tuning is not None:
         module = tuning.adapting.suited(module)
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
-    encoded = encode_tasks(tasks, config.model, data, module)
+    chat = chat_of(opened, base, data)
+    encoded = encode_tasks(tasks, config.model, data, module, chat)
     log.announce(settled, data, mesh, module, opened, tuning)
     log.check_state_fits(config.model, mesh, None if tuning is None else tuning.bytes_of_state(module))
     write_start(opened, settled, data.record())
     if config.train.tensorboard and is_main():
         folder.write_events(start)
     prompt, consensus, timer = first_words(config, data), Consensus(3), Timer(config.train)
-    chat = chat_of(opened, base, data)
     writer = CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_every, chat)
     with writer, contextlib.closing(folder):
         run = Run(

@@ -12,7 +12,7 @@ from llama_jax.training.step import learning_rate
 FIXED = {
     "model": tuple(field.name for field in dataclasses.fields(ModelArgs)),
     # data/ compares the text and the tokenizer themselves.
-    "data": ("train_size", "separator", "vocab_size", "stories"),
+    "data": ("train_size", "separator", "vocab_size", "stories", "chats"),
     "train": ("batch_size", "seed", "objective"),
     "lora": ("rank", "alpha", "targets", "base_weights", "rslora"),
 }

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llama_jax.chat.formats import ChatSetup
+from llama_jax.chat.messages import Message
 from llama_jax.config import ModelArgs
 from llama_jax.data import AnyData
 from llama_jax.devices.distributed import on_main, text_from_main
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 SETTING = "train.eval_tasks"
 # The value of each kind of task that a record has, as task/<name>/<value>.
-VALUES = {"choices": "accuracy", "answers": "accuracy", "texts": "loss"}
+VALUES = {"choices": "accuracy", "answers": "accuracy", "chats": "accuracy", "texts": "loss"}
 
 
 class EncodedTask(NamedTuple):
@@ -46,14 +48,18 @@ def read_on_main(paths: Sequence[str]) -> list[Task]:
 
     on_main(read)
     tables = json.loads(text_from_main(json.dumps([asdict(task) for task in found])))
-    return [
-        Task(t["name"], t["path"], t["kind"], tuple(Item(**i | {"choices": tuple(i["choices"])}) for i in t["items"]))
-        for t in tables
-    ]
+    return [Task(t["name"], t["path"], t["kind"], tuple(map(_item, t["items"]))) for t in tables]
 
 
-def encode_tasks(tasks: Sequence[Task], model: ModelArgs, data: AnyData, module: Llama) -> list[EncodedTask]:
-    """Encode the tasks for the model to train.
+def _item(table: dict[str, Any]) -> Item:
+    messages = tuple(Message(*message) for message in table["messages"])
+    return Item(**table | {"choices": tuple(table["choices"]), "messages": messages})
+
+
+def encode_tasks(
+    tasks: Sequence[Task], model: ModelArgs, data: AnyData, module: Llama, chat: ChatSetup
+) -> list[EncodedTask]:
+    """Encode the tasks for the model to train, conversations in the format of ``chat``.
 
     Raises UserError if a record does not fit it, or if nothing is held out, so that nothing is ever evaluated.
     """
@@ -62,7 +68,7 @@ def encode_tasks(tasks: Sequence[Task], model: ModelArgs, data: AnyData, module:
             f"{SETTING}: expected a held-out text beside the tasks, since they are scored when it is, found none; "
             "set data.train_size below 1, or data.eval_filepath"
         )
-    untrained = Model(model, None, data.tokenizer, module)
+    untrained = Model(model, None, data.tokenizer, module, setup=chat)
     return [EncodedTask(task, asked(untrained, task)) for task in tasks]
 
 
@@ -77,7 +83,9 @@ def task_scores(run: "Run", params: Any) -> tuple[dict[str, float], int]:
         if stop:
             raise _StopAsked
 
-    model = Model(run.config.model, params, run.data.tokenizer, run.module)
+    if not run.tasks:
+        return {}, 0
+    model = Model(run.config.model, run.whole(params), run.data.tokenizer, run.module)
     values = {}
     try:
         for task, items in run.tasks:

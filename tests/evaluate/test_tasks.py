@@ -1,14 +1,22 @@
 """Tasks in JSON lines: what is read, what is refused by name, and the prompts that are made of them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llama_jax.chat.messages import Message
+from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
-from llama_jax.evaluate.tasks import Item, check_shots, joined, parse_task, prompt_of, read_tasks, shots_of
+from llama_jax.evaluate.scores import asked, evaluate_task
+from llama_jax.evaluate.scoring import Request
+from llama_jax.evaluate.tasks import Item, Task, check_shots, joined, parse_task, prompt_of, read_tasks, shots_of
+from llama_jax.tokenizer import Tokenizer
+from tests.generation.models import build
 
+ASKED = {"role": "user", "content": "Who?"}
 CHOICE = {"context": "The owl saw", "choices": ["a fox", "the river"], "answer": 1}
 
 
@@ -19,7 +27,7 @@ def written(folder: Path, *records: Any, name: str = "task.jsonl") -> str:
     return str(path)
 
 
-def test_records_of_three_kinds_are_read(tmp_path: Path) -> None:
+def test_records_of_four_kinds_are_read(tmp_path: Path) -> None:
     (task,) = read_tasks([written(tmp_path, CHOICE, CHOICE | {"id": 7, "context": ""})])
     assert (task.name, task.kind) == ("task", "choices")
     assert task.items == (
@@ -28,6 +36,10 @@ def test_records_of_three_kinds_are_read(tmp_path: Path) -> None:
     )
     (task,) = read_tasks([written(tmp_path, {"question": "Who?", "answer": "the fox"})])
     assert task.kind == "answers" and task.items == (Item(1, "Question: Who?\nAnswer:", ("the fox",), 0),)
+    messages = [Message("system", "Be brief."), Message("user", "Who?")]
+    given = [message._asdict() for message in messages]
+    (task,) = read_tasks([written(tmp_path, {"messages": given, "answer": "The fox.", "id": 3})])
+    assert task.kind == "chats" and task.items == (Item(1, "", ("The fox.",), 0, tuple(messages)),)
     (task,) = read_tasks([written(tmp_path, {"text": "An owl.\n"})])
     assert task.kind == "texts" and task.items == (Item(1, "", ("An owl.\n",), 0),)
 
@@ -57,6 +69,17 @@ def test_the_format_of_questions_can_be_chosen(tmp_path: Path) -> None:
         ({"question": "a", "context": "a", "answer": "b"}, "expected one of .*found both"),
         ({"prompt": "a", "answer": "b"}, "expected one of the keys .*found 'prompt', 'answer'"),
         ({"text": ""}, "text: expected a text, found ''"),
+        ({"messages": [ASKED]}, "answer: expected a text, .*found none"),
+        ({"messages": [], "answer": "b"}, "messages: expected a list of messages .*found an empty one"),
+        ({"messages": ["a"], "answer": "b"}, "messages: message 1: expected a role and a text"),
+        (
+            {"messages": [ASKED, ASKED | {"role": "assistant"}], "answer": "b"},
+            "messages: expected the last one from the user, found the assistant",
+        ),
+        (
+            {"messages": [ASKED], "answer": "b"},
+            "expected a record like the first, multiple choice, found conversations",
+        ),
         ([1], r"expected a JSON object, found \[1\]"),
         ({"text": "A whole document."}, "expected a record like the first, multiple choice, found documents"),
     ],
@@ -129,3 +152,36 @@ def test_more_examples_than_records_are_refused() -> None:
     check_shots(task, 2)
     with pytest.raises(UserError, match=r"^--shots: expected up to 2, since t\.jsonl has 3 records, found 3"):
         check_shots(task, 3)
+
+
+def chat_task(answer: str) -> Task:
+    messages = (Message("user", "Who came?"), Message("assistant", "The fox."), Message("user", "Where to?"))
+    return Task("t", "t.jsonl", "chats", (Item(1, "", (answer,), 0, messages),))
+
+
+@pytest.mark.parametrize("template", ["llama2", "chatml", "vicuna"])
+def test_a_conversation_is_answered_rightly_if_greedy_generation_gives_the_answer_and_ends(
+    template: str, small_tokenizer: Tokenizer
+) -> None:
+    model = dataclasses.replace(build(small_tokenizer, max_seq_len=256), chat_template=template)
+    if template == "chatml":  # its end is no token of this vocabulary
+        with pytest.raises(
+            UserError, match=r"^t\.jsonl: line 1: message \d: expected a special token behind the answer"
+        ):
+            asked(model, chat_task("a fox"))
+        return
+    (item,) = asked(model, chat_task("a fox"))
+    (request,) = item.requests
+    assert list(request.context) == model.encode_chat(chat_task("").items[0].messages)
+    assert request.continuation[-1] == small_tokenizer.eos_id
+    said = model.generate_ids([request.context], SampleArgs(temperature=0.0, max_new_tokens=8, ignore_eos=True))
+    for ids, right in ((said[0].token_ids, True), ([*said[0].token_ids[:-1], 3], False)):
+        made = [item._replace(requests=[Request(request.context, ids)])]
+        found = evaluate_task(model, chat_task("a fox"), items=made)
+        assert found.summary["accuracy"] == found.per_item[0]["correct"] == right
+
+
+def test_a_conversation_that_the_model_cannot_be_asked_is_named(small_tokenizer: Tokenizer) -> None:
+    model = build(small_tokenizer, max_seq_len=64)
+    with pytest.raises(UserError, match=r"^t\.jsonl: line 1: .*expected a model with a chat template"):
+        asked(model, chat_task("a fox"))

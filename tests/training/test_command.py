@@ -49,6 +49,39 @@ def test_of_two_flags_that_decide_the_same_the_one_that_does_not_count_is_told()
     assert config.train.max_steps == 5 and "train.n_epochs 3 is not used" in notes[0]
 
 
+def test_the_built_in_conversations_give_way_to_a_text_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[data]\nchats = 50\n")
+    config, notes = read_command(["--config", str(tmp_path / "c.toml"), "my.jsonl"])
+    assert (config.data.chats, config.data.filepath) == (0, "my.jsonl")
+    assert notes == ["data.chats 50 of the file is not used, as --data.filepath my.jsonl decides the same"]
+    config, notes = read_command(["--config", str(tmp_path / "c.toml"), "--data.stories=300"])
+    assert (config.data.chats, config.data.stories) == (0, 300) and "data.chats 50 of the file is not used" in notes[0]
+    with pytest.raises(
+        UserError, match=r"^data\.filepath: expected none beside data\.chats, .* found a\.jsonl; leave one"
+    ):
+        read_command(["--data.filepath=a.jsonl", "--data.chats=5"])
+
+
+@pytest.mark.parametrize(
+    ("base", "ends"),
+    [
+        (
+            "runs/tiny",
+            r"^train\.init_from: expected a model, found nothing in runs/tiny; train it first: python \S*train\.py$",
+        ),
+        ("runs/shakespeare", r"; train it first: python \S*train\.py --config shakespeare$"),
+        ("runs/mine", "runs/mine: expected a checkpoint folder, found nothing"),
+        ("tiny", "tiny: expected a checkpoint folder, found nothing"),
+    ],
+)
+def test_a_base_that_a_configuration_would_make_is_told_how_to_make(
+    base: str, ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=ends):
+        read_command(["--train.init-from", base])
+
+
 def test_fine_tuning_has_settings_of_its_own(tmp_path: Path) -> None:
     small = [*SMALL_MODEL, *STORIES, "--train.max-steps=2", "--train.eval-iters=1", "--train.batch-size=2"]
     done = inside.run(["train.py", *small, "--train.save-dir=base"], tmp_path)

@@ -127,6 +127,7 @@ def test_every_field_is_covered() -> None:
     read_at_all = {"as_text", "text_field", "bad_records", "mixture"}
     read_at_all |= {"cache_gb"}  # tests/data/test_remote.py
     read_at_all |= {"chat_template", "loss_on", "too_long"}  # tests/training/test_chats.py
+    read_at_all |= {"chats"}  # tests/training/test_built_in_chats.py
     assert fields["data"] == set(CHANGED["data"]) | read_at_all
     assert fields["train"] == set(CHANGED["train"]) | OPTIMIZER | set(SAME_NUMBERS) | ELSEWHERE
     assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING) | OPTIONS
