@@ -290,5 +290,6 @@ def test_two_processes_and_eight_devices_have_the_numbers_of_one(root: Path) -> 
     one = run("one", 1, 1)
     for found in (run("two", 2, 1, data=1, fsdp=2), run("eight", 1, 8, tensor=2, fsdp=4, data=1)):
         for a, b in zip(found, one, strict=True):
-            assert a == pytest.approx(b, rel=3e-5, abs=2e-6), a["step"]
+            numbers, expected = ({k: v for k, v in record.items() if v is not None} for record in (a, b))
+            assert numbers == pytest.approx(expected, rel=3e-5, abs=2e-6), a["step"]
     assert one[-1]["eval_reward_margin"] > 0.02
