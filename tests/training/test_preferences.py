@@ -221,7 +221,7 @@ def test_what_does_not_fit_the_objective_is_refused_in_one_line(root: Path) -> N
     for args, changes, words in (
         ((LORA, "base", "a.txt"), {}, ("data.filepath: expected preferences", "found text", "a.txt")),
         ((LORA, "base", "chats.jsonl"), {}, ("data.filepath: expected preferences", "found conversations", "--train.objective")),
-        ((LORA, "base"), {"objective": "next-token"}, ("data.filepath: expected text", "preferences", "--train.objective dpo")),
+        ((LORA, "base"), {"objective": "next-token"}, ("line 1: expected a conversation, found a preference", "--train.objective dpo")),
         ((LORA, "base", "odd.jsonl"), {}, ("odd.jsonl: line 10: expected", "prompt, chosen")),
         ((WHOLE, ""), {}, ("train.objective: expected train.init_from beside dpo",)),
         ((LORA, "base"), {"loss_on": "all"}, ("data.loss_on: expected answers",)),
