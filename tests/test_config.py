@@ -227,6 +227,10 @@ def test_every_field_can_be_set_by_its_flag():
             "remat": "dots",
             "attention": "xla",
             "compute_dtype": "bfloat16",
+            "param_dtype": "bfloat16",
+            "rounding": "compensated",
+            "optimizer": "adafactor",
+            "moments": "int8",
             "bad_steps": "skip",
             "bad_records": "skip",
         }.get(name, "7" if "int" in hint or "float" in hint else "x")

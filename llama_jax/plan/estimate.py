@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from llama_jax.build import count_parameters
 from llama_jax.config import Config, MeshArgs, Remat
 from llama_jax.plan.topology import Topology
+from llama_jax.training.account import activation_bytes, rows_of, state_bytes
 from llama_jax.training.flops import train_flops_per_token
 
 POLICIES: tuple[Remat, ...] = ("none", "dots", "attention", "full")
@@ -19,15 +20,6 @@ TENSOR = (1, 2, 4, 8)
 SEQUENCE = (1, 2, 4, 8)
 # A device gets a part of a sequence of at least this many positions.
 FEWEST_POSITIONS = 4096
-# Features per token and layer that a policy keeps besides the residual stream, as a function of D, the features
-# Q of all query heads, keys and values, F, and t tensor shards.
-KEPT = {
-    "none": lambda D, Q, KV, F, t: 9 * D + (3 * Q + KV + 6 * F) / t,
-    "dots": lambda D, Q, KV, F, t: D + (2 * Q + KV + 2 * F) / t,
-    "attention": lambda D, Q, KV, F, t: D + (2 * Q + KV) / t,
-    "offload": lambda D, Q, KV, F, t: 0,
-    "full": lambda D, Q, KV, F, t: 0,
-}
 
 
 @dataclass(frozen=True)
@@ -63,12 +55,6 @@ class Candidate:
         train = self.config.train
         rest = f"--train.remat {train.remat} --train.gradient-accumulation-steps {train.gradient_accumulation_steps}"
         return " ".join([*mesh, rest])
-
-
-def rows_of(config: Config) -> int:
-    """Return the number of sequences that a device on the batch axes processes at once."""
-    train, mesh = config.train, config.mesh
-    return train.batch_size // (train.gradient_accumulation_steps * mesh.data * mesh.fsdp)
 
 
 def candidate(config: Config, topology: Topology) -> Candidate:
@@ -111,21 +97,8 @@ def meshes(config: Config, chips: int) -> Iterator[MeshArgs]:
 
 def training_bytes(config: Config) -> float:
     """Estimate the bytes per chip: state, gradients, kept activations, working memory of a layer and of the logits."""
-    m, mesh, train = config.model, config.mesh, config.train
-    rows, t = rows_of(config), mesh.tensor
-    tokens = rows * m.max_seq_len / mesh.sequence
-    size = 4 if train.compute_dtype == "float32" else 2
-    keys_and_values = 2 * m.kv_heads * m.head_width
-    kept = m.dim + KEPT[train.remat](m.dim, m.n_heads * m.head_width, keys_and_values, m.hidden_width, t)
-    tables = 1 if m.tie_embeddings else 2
-    layer = (count_parameters(m) - tables * m.vocab_size * m.dim) / m.n_layers
-    working = 2 * size * layer / t + size * tokens * (3 * m.hidden_width / t + 6 * m.dim)
-    if mesh.sequence > 1:
-        working += size * rows * m.max_seq_len * keys_and_values / t
-    vocabulary = 8 * m.vocab_size * m.dim / t
-    copies = 16 + 4 * (train.gradient_accumulation_steps > 1)  # parameters, gradients, two moments; gradients so far
-    state = copies * count_parameters(m) / (mesh.fsdp * t)
-    return state + m.n_layers * tokens * size * kept + working + vocabulary
+    shards = config.mesh.fsdp * config.mesh.tensor
+    return sum(state_bytes(config.model, config.train).values()) / shards + activation_bytes(config)
 
 
 def training_seconds(config: Config, topology: Topology) -> float:

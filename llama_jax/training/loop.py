@@ -35,6 +35,7 @@ from llama_jax.training import log
 from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Clock, Recorder
 from llama_jax.training.evaluating import evaluate, is_best, make_up_evaluation
+from llama_jax.training.needs import announce_needs
 from llama_jax.training.opening import Opened, base_of, opening
 from llama_jax.training.plot import plot_losses
 from llama_jax.training.profile import Profile, check_profiler
@@ -114,6 +115,8 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     """Train the opened run. Return the signal that ended it early, after saving, or 0."""
     folder, start = opened.folder, opened.start
     mesh = make_mesh(config.mesh)
+    if known := config.model.vocab_size != -1:
+        announce_needs(config, mesh)
     base = base_of(config.train) if config.train.init_from and not start else None
     data = open_text(config.data, base, opened)
     settled = settle(config, data, opened)
@@ -124,9 +127,10 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     train, mask = config.train, config.data.document_mask
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
+    if not known:
+        announce_needs(config, mesh)
     encoded = encode_tasks(tasks, config.model, data, module)
     log.announce(settled, data, mesh, module, opened)
-    log.check_state_fits(config.model, mesh)
     write_start(opened, settled, data.record())
     if config.train.tensorboard and is_main():
         folder.write_events(start)

@@ -8,12 +8,13 @@ from llama_jax.config import Config, ModelArgs
 from llama_jax.errors import UserError
 from llama_jax.training.step import learning_rate
 
-# Settings that a run cannot change: its model, and those that decide which tokens a step reads.
+# Settings that a run cannot change: its model, those that decide which tokens a step reads, and the form of its state.
 FIXED = {
     "model": tuple(field.name for field in dataclasses.fields(ModelArgs)),
     # data/ compares the text and the tokenizer themselves.
     "data": ("train_size", "separator", "vocab_size", "stories"),
-    "train": ("batch_size", "seed"),
+    # A checkpoint holds the parameters and the optimizer's state in these forms.
+    "train": ("batch_size", "seed", "param_dtype", "rounding", "optimizer", "moments"),
 }
 # Settings of places, which do not affect the results.
 PLACES = {"train.save_dir", "train.checkpoint_dir", "train.resume_step", "data.cache_gb"}

@@ -6,7 +6,7 @@ Letters: A parts of gradient accumulation, B rows of a part, T positions.
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import flax.linen as nn
 import flax.struct
@@ -28,8 +28,11 @@ from llama_jax.devices.sharding import (
 )
 from llama_jax.model import Llama
 from llama_jax.ops.loss import loss_sum
-from llama_jax.ops.parameters import is_vector
 from llama_jax.training.bad_steps import LossHistory, watched
+from llama_jax.training.pieces import InPieces, is_small, matrices, narrow, narrow_shapes, state_shardings
+
+# What ``make_optimizer`` returns.
+AnyOptimizer: TypeAlias = optax.GradientTransformationExtraArgs | InPieces
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -71,12 +74,15 @@ def warmup_steps(args: TrainArgs, steps: int) -> int:
     return min(args.warmup_steps, max(0, steps - 1))
 
 
-def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> AnyOptimizer:
     """Return AdamW with gradient clipping, weight decay on all parameters but norm weights, and handling of bad steps.
 
-    ``steps`` and ``held`` are those of ``learning_rate``.
+    ``steps`` and ``held`` are those of ``learning_rate``. Settings that save memory, or another optimizer, give the same
+    in pieces (pieces.py).
     """
     schedule = learning_rate(args, steps, held)
+    if is_small(args):
+        return InPieces(args, schedule)
     adamw = optax.chain(
         optax.clip_by_global_norm(args.grad_clip) if args.grad_clip else optax.identity(),
         optax.adamw(
@@ -85,15 +91,19 @@ def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> op
             b2=args.beta2,
             eps=args.eps,
             weight_decay=args.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: not is_vector(path), params),
+            mask=matrices,
         ),
     )
     return watched(adamw, args)
 
 
-def state_shapes(model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> TrainState:
+def state_shapes(model: Llama, optimizer: AnyOptimizer, mesh: Mesh) -> TrainState:
     """Return the state's shapes with their shardings. The optimizer's moments are sharded like their parameters."""
     shapes, shardings = parameter_shapes(model), parameter_shardings(model, mesh)
+    if isinstance(optimizer, InPieces):
+        params = with_shardings(narrow_shapes(shapes, optimizer.args), shardings)
+        opt_shapes = jax.eval_shape(optimizer.init, params)
+        return TrainState(params, with_shardings(opt_shapes, state_shardings(opt_shapes, params, mesh)))
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
     opt_shardings = optax.tree_map_params(
         optimizer, lambda _, s: s, opt_shapes, shardings, transform_non_params=lambda _: replicated(mesh)
@@ -106,14 +116,13 @@ def shardings_of(shapes: Any) -> Any:
     return jax.tree.map(lambda s: s.sharding, shapes)
 
 
-def init_state(
-    model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, seed: int, params: Any = None
-) -> TrainState:
+def init_state(model: Llama, optimizer: AnyOptimizer, mesh: Mesh, seed: int, params: Any = None) -> TrainState:
     """Create the initial state directly in its shards, from ``params`` or, if None, from random parameters."""
     shapes = state_shapes(model, optimizer, mesh)
 
     def init_params() -> Any:
-        return nn.unbox(model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
+        made = nn.unbox(model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
+        return narrow(made, optimizer.args) if isinstance(optimizer, InPieces) else made
 
     with on_mesh(mesh):
         if params is None:
@@ -123,7 +132,7 @@ def init_state(
 
 
 def make_train_step(
-    model: Llama, optimizer: optax.GradientTransformationExtraArgs, accumulation: int
+    model: Llama, optimizer: AnyOptimizer, accumulation: int
 ) -> Callable[[TrainState, Batch | PackedBatch], tuple[TrainState, StepMetrics]]:
     """Return the training step: gradients of the mean loss over the batch's tokens, and one update. Jit it.
 
@@ -145,17 +154,30 @@ def make_train_step(
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, x.shape[-1]).swapaxes(0, 1), batch)
 
             def add(so_far: tuple[jax.Array, Any], part: Any) -> tuple[tuple[jax.Array, Any], None]:
-                return jax.tree.map(jnp.add, so_far, gradient(state.params, part)), None
+                number, part = part
+                loss, grads = gradient(state.params, part)
+                if isinstance(optimizer, InPieces):
+                    return (so_far[0] + loss, optimizer.add(so_far[1], grads, state.opt_state, number)), None
+                return jax.tree.map(jnp.add, so_far, (loss, grads)), None
 
             nothing = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
-            (loss, grads), _ = jax.lax.scan(add, nothing, parts)
+            (loss, grads), _ = jax.lax.scan(add, nothing, (jnp.arange(accumulation), parts))
         with jax.named_scope("optimizer"):
-            norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=loss, grad_norm=norm)
-            params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state), StepMetrics(loss, norm, opt_state[-1])
+            return _updated(optimizer, state, loss, grads)
 
     return train_step
+
+
+def _updated(optimizer: AnyOptimizer, state: TrainState, loss: jax.Array, grads: Any) -> tuple[TrainState, StepMetrics]:
+    """Return the state after an update by the gradients, and the step's metrics."""
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    before = grads, state.opt_state, state.params
+    if isinstance(optimizer, InPieces):
+        params, opt_state = optimizer.apply(*before, loss=loss, grad_norm=norm)
+    else:
+        updates, opt_state = optimizer.update(*before, loss=loss, grad_norm=norm)
+        params = optax.apply_updates(state.params, updates)
+    return TrainState(params, opt_state), StepMetrics(loss, norm, opt_state[-1])
 
 
 def batch_shapes(train: TrainArgs, model: ModelArgs, mesh: Mesh, document_mask: bool = False) -> Batch | PackedBatch:
@@ -168,7 +190,7 @@ def batch_shapes(train: TrainArgs, model: ModelArgs, mesh: Mesh, document_mask: 
 
 def trace_train_step(
     model: Llama,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: AnyOptimizer,
     mesh: Mesh,
     accumulation: int,
     batch: Batch | PackedBatch,
@@ -186,7 +208,7 @@ def trace_train_step(
 
 def compile_train_step(
     model: Llama,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: AnyOptimizer,
     mesh: Mesh,
     accumulation: int,
     batch: Batch | PackedBatch,
@@ -206,7 +228,7 @@ def compile_eval_step(
 ) -> jax.stages.Compiled:
     """Compile ``eval_step`` of (parameters, batch) for batches as large as one part of a training batch."""
     part = replace(train, batch_size=train.batch_size // train.gradient_accumulation_steps)
-    params = with_shardings(parameter_shapes(model), parameter_shardings(model, mesh))
+    params = with_shardings(narrow_shapes(parameter_shapes(model), train), parameter_shardings(model, mesh))
     step = jax.jit(functools.partial(eval_step, model), out_shardings=replicated(mesh))
     with on_mesh(mesh):
         return step.lower(params, batch_shapes(part, args, mesh, document_mask)).compile()
