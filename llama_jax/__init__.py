@@ -36,11 +36,13 @@ def load(
     draft: str = "",
     draft_tokens: int = 4,
     exact: bool = False,
+    adapter: str = "",
     chat_template: str = "",
 ) -> "_Model":
     """Load a model for generation from a run folder (its best step), a step folder or a converted checkpoint.
 
-    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache.
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache. A run that
+    trained a low-rank adapter is loaded with the adapter's base.
 
     Arguments:
         path: the folder.
@@ -57,6 +59,8 @@ def load(
         draft_tokens: tokens to draft per pass.
         exact: make completions bit-identical whatever else is in the batch, and with or without ``draft``. It is
             slower. Without it they are equal up to rounding, which in bfloat16 occasionally changes a token.
+        adapter: a run or checkpoint of a low-rank adapter of the model in ``path``. It is merged into plain matrices,
+            and computed beside quantized ones. Empty: none, or the one in ``path``.
         chat_template: the format of conversations: the path of a template, or "llama2", "llama3", "chatml", "zephyr" or
             "vicuna". Empty: the model's own.
 
@@ -66,4 +70,4 @@ def load(
     # Imported here, so that `import llama_jax` loads only the dataclasses.
     from llama_jax.generation import Model
 
-    return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens, exact, chat_template)
+    return Model.load(path, compute_dtype, weights, cache, mesh, draft, draft_tokens, exact, adapter, chat_template)

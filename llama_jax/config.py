@@ -30,6 +30,7 @@ from llama_jax.fields import (
     hints_of,
     typed,
 )
+from llama_jax.lora_args import LoraArgs
 from llama_jax.model_args import ModelArgs
 from llama_jax.rope_scaling import depends_on_length
 from llama_jax.storage.files import is_address
@@ -447,11 +448,23 @@ class Config:
     train: TrainArgs = TrainArgs()
     mesh: MeshArgs = MeshArgs()
     distributed: DistributedArgs = DistributedArgs()
+    lora: LoraArgs = LoraArgs()
 
     def check(self) -> None:
         """Raise UserError on impossible values, in a section or between sections."""
-        for section in (self.model, self.data, self.train, self.mesh, self.distributed):
+        for section in (self.model, self.data, self.train, self.mesh, self.distributed, self.lora):
             section.check()
+        if self.lora.rank and not self.train.init_from:
+            raise UserError(
+                "lora.rank: expected train.init_from beside it, the checkpoint to fine-tune, found none; give "
+                "--train.init-from, or leave lora.rank out"
+            )
+        plain = TrainArgs()
+        for name in ("param_dtype", "optimizer", "moments") if self.lora.rank else ():
+            key, default, found = f"train.{name}", getattr(plain, name), getattr(self.train, name)
+            expect(
+                found == default, key, f"{default} beside lora.rank, as adapters are small", f"{found}; leave it out"
+            )
         if self.data.document_mask and depends_on_length(self.model.rope_scaling):
             raise UserError(
                 "data.document_mask: expected a rotary embedding that does not depend on the length of the text, found "

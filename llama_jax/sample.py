@@ -19,7 +19,7 @@ from llama_jax.programs import typed
 from llama_jax.tokenizer import clean
 
 if TYPE_CHECKING:
-    from llama_jax.checkpoint import Checkpoint
+    from llama_jax.checkpoint.adapted import WholeModel
     from llama_jax.generation.prompts import Asked, Job
     from llama_jax.generation.results import Results
 
@@ -38,7 +38,10 @@ class Arguments:
     If there are none, prompts are read from standard input, one per line."""
     ckpt: str = ""
     """Checkpoint to load: a run folder (its best step), a step folder or a converted checkpoint.
-    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache."""
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache.
+    A low-rank adapter is loaded with its base."""
+    adapter: str = ""
+    """Low-rank adapter of the model in --ckpt to use: a run folder or a checkpoint. Empty: none, or that of --ckpt."""
     chat: bool = False
     """Answer prompts, each separately, in the format that the model was tuned on (its chat template).
     Without prompts, hold a conversation in which each line of standard input is a turn."""
@@ -111,13 +114,15 @@ def main(argv: Sequence[str]) -> None:
         _tell("reading prompts from standard input, one a line; Ctrl-D ends them, Ctrl-C the program")
 
     from llama_jax.chat.formats import template_digest
-    from llama_jax.convert.once import open_checkpoint
-    from llama_jax.generation.identity import identity
+    from llama_jax.checkpoint.identity import identity
+    from llama_jax.convert.once import open_model
     from llama_jax.generation.results import Results
 
     jobs = [] if conversing else _jobs(args)
     args = _with_chat(args, jobs)
-    checkpoint = open_checkpoint(args.ckpt)
+    checkpoint = open_model(args.ckpt, args.adapter)
+    if note := checkpoint.note(args.weights):
+        _tell(note)
     asked = _ask(args, argv, jobs, checkpoint)
     if not args.output:
         _generate(args, checkpoint, asked)
@@ -186,7 +191,7 @@ def _jobs(args: Arguments) -> "list[Job]":
     return read_prompts(args.prompts_file, args.sample)
 
 
-def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "Checkpoint") -> "list[Asked]":
+def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "WholeModel") -> "list[Asked]":
     """Return the jobs in the form that the model gets. Print warnings about them, and about flags without effect."""
     from llama_jax.chat.formats import choose
     from llama_jax.generation.prompts import (
@@ -233,7 +238,7 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "C
 
 
 def _generate(
-    args: Arguments, checkpoint: "Checkpoint", asked: "list[Asked]", results: "Results | None" = None
+    args: Arguments, checkpoint: "WholeModel", asked: "list[Asked]", results: "Results | None" = None
 ) -> None:
     """Load the model, then complete prompts, answer them, or save the results.
 
@@ -247,7 +252,7 @@ def _generate(
     with working(f"loading {args.ckpt}", sys.stderr, shown=not args.quiet):
         model = Model.load(
             checkpoint, args.compute_dtype, args.weights, args.cache, mesh, args.draft, args.draft_tokens, args.exact,
-            args.chat_template,
+            chat_template=args.chat_template,
         )  # fmt: skip
     console = Console(model, args.json, args.quiet)
     if not asked:

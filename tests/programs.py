@@ -30,12 +30,12 @@ def shared_programs() -> Iterator[None]:
     def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> Any:
         return optimizers(dataclasses.replace(args, **DEFAULTS), steps, held)
 
-    def compile_eval_step(model: Any, mesh: Any, train: TrainArgs, args: Any, document_mask: bool = False) -> Any:
-        return eval_steps(model, mesh, dataclasses.replace(train, **DEFAULTS), args, document_mask)
+    def compile_eval_step(model: Any, mesh: Any, train: TrainArgs, args: Any, *more: Any) -> Any:
+        return eval_steps(model, mesh, dataclasses.replace(train, **DEFAULTS), args, *more)
 
-    def init_state(model: Any, optimizer: Any, mesh: Any, seed: int, params: Any = None) -> step.TrainState:
-        if params is not None:
-            return step.init_state(model, optimizer, mesh, seed, params)
+    def init_state(model: Any, optimizer: Any, mesh: Any, seed: int, params: Any = None, *more: Any) -> step.TrainState:
+        if params is not None or more:
+            return step.init_state(model, optimizer, mesh, seed, params, *more)
         return jax.tree.map(jnp.copy, states(model, optimizer, mesh, seed))  # which the first step takes over
 
     with pytest.MonkeyPatch.context() as patch:

@@ -125,6 +125,10 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
         )
         result = forked.run(argv, place)
         assert result.returncode == 0, result.stderr
+    if of_each == "all":
+        adapters = ["--train.init-from", "checkpoints/llama-2-7b", "--lora.rank", "4", "--train.save-dir", "runs/tuned"]
+        result = forked.run(["train.py", "--data.filepath", "my.txt", *SHORT_RUN, *adapters], place)
+        assert result.returncode == 0, result.stderr
     (place / "stories" / "model.bin").rename(place / "stories15M.bin")
     (place / "code").mkdir(exist_ok=True)
     model = never_ending(code_tokenizer(place / "code"), max_seq_len=128)

@@ -26,6 +26,7 @@ from llama_jax.config import (
     to_toml,
 )
 from llama_jax.errors import UserError
+from llama_jax.lora_args import MATRICES, LoraArgs
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {section.name: type(section.default) for section in dataclasses.fields(Config)}
@@ -161,6 +162,7 @@ def test_a_configuration_checks_all_its_sections():
         "train": TrainArgs(lr=0.0),
         "mesh": MeshArgs(data=0),
         "distributed": DistributedArgs(timeout_seconds=0),
+        "lora": LoraArgs(rank=-1),
     }
     assert bad.keys() == SECTIONS.keys()
     for name, section in bad.items():
@@ -212,6 +214,9 @@ def test_every_field_can_be_set_by_its_flag():
         if name == "mixture":
             assert flags(flag, "a", "0.7", "b", "3").data.mixture == {"a": 0.7, "b": 3.0}
             continue
+        if name == "targets":
+            assert flags(flag, "wq", "output").lora.targets == ("wq", "output")
+            continue
         if name == "rope_scaling":
             changed = flags(flag, "type", "linear", "factor", "2").model
             assert changed.rope_scaling == {"rope_type": "linear", "factor": 2.0}
@@ -233,6 +238,7 @@ def test_every_field_can_be_set_by_its_flag():
             "moments": "int8",
             "bad_steps": "skip",
             "bad_records": "skip",
+            "base_weights": "int8",
         }.get(name, "7" if "int" in hint or "float" in hint else "x")
         config = flags(flag, value)
         changed = getattr(getattr(config, section), name)
@@ -264,6 +270,11 @@ configs = st.builds(
         remat=st.sampled_from(typing.get_args(Remat)),
     ),
     mesh=st.builds(MeshArgs, data=st.integers()),
+    lora=st.builds(
+        LoraArgs,
+        alpha=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+        targets=st.lists(st.sampled_from(MATRICES)).map(tuple),
+    ),
 )
 
 

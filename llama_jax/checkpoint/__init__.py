@@ -1,7 +1,7 @@
 """The checkpoint format: a folder, written by orbax, that holds all that a model needs to run.
 
-    <step>/params/                  the parameters: model.py's tree in float32, or quantized
-    <step>/model/model.json         the model arguments, and "weights" if they are quantized
+    <step>/params/                  the parameters: model.py's tree in float32, or quantized, or an adapter's
+    <step>/model/model.json         the model arguments; "weights" if they are quantized; "adapter" of an adapter
     <step>/model/tokenizer.model    the tokenizer; of another kind tokenizer.json and the files that came with it
     <step>/model/chat_template.jinja  its chat template, if it has one
     <step>/model/generation.json    its end tokens, if they are not the tokenizer's (chat/formats.py)
@@ -29,6 +29,7 @@ from jax.tree_util import KeyPath, tree_leaves_with_path
 from tensorstore import TensorStore
 
 from llama_jax.chat.formats import ChatSetup
+from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.checkpoint.stored_array import open_array, saver_of_stored_arrays
 from llama_jax.compat.orbax_internals import COMMITTED
 from llama_jax.config import ModelArgs, Weights, from_dict
@@ -53,6 +54,7 @@ class ModelFilesHandler(ocp.CheckpointHandler):
             return
         folder = epath.Path(directory)
         table = dataclasses.asdict(args.model) | ({} if args.weights == "auto" else {"weights": args.weights})
+        table |= {} if args.adapter is None else {"adapter": dataclasses.asdict(args.adapter)}
         (folder / "model.json").write_text(json.dumps(table | {PROMISE: True}, indent=1))
         for name, content in {**args.tokenizer.files, **args.chat.files}.items():
             (folder / name).write_bytes(content)
@@ -74,6 +76,7 @@ class ModelFiles(ocp.args.CheckpointArgs):
     weights: Weights = "auto"
     origin: dict[str, Any] | None = None
     chat: ChatSetup = ChatSetup()
+    adapter: AdapterRecord | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Checkpoint:
     """The quantization of its matrices. auto: none."""
     chat: ChatSetup = ChatSetup()
     """Its chat template and end tokens."""
+    adapter: AdapterRecord | None = None
+    """The base and settings of its parameters, if they are a low-rank adapter (adapted.py). None: a whole model."""
 
     @classmethod
     def find(cls, path: str | Path) -> "Checkpoint":
@@ -122,6 +127,7 @@ class Checkpoint:
             raise UserError(
                 f"{source}: weights: expected one of {', '.join(get_args(Weights))}, found {quoted(weights)}"
             )
+        adapter = None if "adapter" not in table else AdapterRecord.read(table.pop("adapter"), str(source))
         args = from_dict(ModelArgs, table, str(source))
         args.check()
         tokenizer = kept_tokenizer(folder / "model" / "tokenizer.model")
@@ -133,7 +139,7 @@ class Checkpoint:
             ) from None
         with user_errors(folder, "read"):
             chat = ChatSetup.read(folder / "model")
-        return cls(folder, args, tokenizer, weights, chat)
+        return cls(folder, args, tokenizer, weights, chat, adapter)
 
     def chosen(self, weights: Weights) -> Weights:
         """Return the quantization to use if ``weights`` is requested. auto: as stored.
@@ -312,15 +318,16 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     weights: Weights = "auto",
     chat: ChatSetup = ChatSetup(),
+    adapter: AdapterRecord | None = None,
 ) -> None:
     """Write a checkpoint without optimizer state, as converters do.
 
-    Leaves of ``params`` are arrays or ArrayOnDisk. ``weights`` is their quantization. Raises UserError if ``folder``
-    exists.
+    Leaves of ``params`` are arrays or ArrayOnDisk. ``weights`` is their quantization. ``adapter`` describes an adapter.
+    Raises UserError if ``folder`` exists.
     """
     if folder.exists():
         raise UserError(f"{folder}: expected a new folder, found one that exists; choose another")
-    files = ModelFiles(model, tokenizer, weights, chat=chat)
+    files = ModelFiles(model, tokenizer, weights, chat=chat, adapter=adapter)
     args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), model=files)
     handlers = ocp.CompositeCheckpointHandler(params=saver_of_stored_arrays(), model=ModelFilesHandler())
     with user_errors(folder, "write"):

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from llama_jax.chat.formats import read_template
+from llama_jax.checkpoint import Checkpoint
 from llama_jax.cli.progress import Progress
 from llama_jax.config import ModelArgs, Weights
 from llama_jax.convert import summary
+from llama_jax.convert.adapter import export_adapter, import_adapter
 from llama_jax.convert.checkpoint_source import OwnSource, write_own
 from llama_jax.convert.huggingface import HuggingFaceSource, check_config, write_huggingface
 from llama_jax.convert.llama2c import Llama2cSource, check_llama2c, write_llama2c
+from llama_jax.convert.merged import MergedSource, base_at
 from llama_jax.convert.meta import MetaSource, verify_checklist, write_meta
 from llama_jax.convert.mistral import MistralSource
 from llama_jax.convert.output import check_new, new_folder
@@ -22,11 +25,11 @@ from llama_jax.convert.source import Source
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
 from llama_jax.foreign.folders import found_in, hub_hint
-from llama_jax.foreign.layouts import Layout, find_layout
+from llama_jax.foreign.layouts import Layout, find_layout, is_adapter
 from llama_jax.foreign.params_json import check_writable
 from llama_jax.storage.locations import is_remote, location, on_disk
 
-Format = Literal["llama-jax", "huggingface", "meta", "llama2c"]
+Format = Literal["llama-jax", "huggingface", "meta", "peft", "llama2c"]
 CHECKS: dict[str, Callable[[ModelArgs], None]] = {"huggingface": check_config, "meta": check_writable}
 SOURCES: dict[str, Callable[..., Source]] = {
     "huggingface": HuggingFaceSource,
@@ -43,11 +46,15 @@ class ConvertArgs:
     input: str = ""
     """Folder to read. It holds config.json and *.safetensors or pytorch_model*.bin (Hugging Face), params.json and
     consolidated.*.pth (Meta) or consolidated*.safetensors (Mistral), or a checkpoint of training or of this command.
-    Of llama2.c, a model file (stories15M.bin)."""
+    Of llama2.c, a model file (stories15M.bin).
+    A low-rank adapter is merged into its base, unless it is written as peft. An adapter of PEFT needs --base."""
     output: str = ""
     """Folder to write. It must not exist."""
     to: Format = "llama-jax"
-    """Format to write."""
+    """Format to write. peft: an adapter, not merged, as PEFT reads it."""
+    base: str = ""
+    """Checkpoint of the model that the adapter in --input adapts.
+    Empty: the one that it was trained on, if it is there."""
     weights: Weights = "auto"
     """Quantization of the matrices in a llama-jax checkpoint.
     auto: none.
@@ -92,6 +99,10 @@ def convert(args: ConvertArgs) -> None:
         check_new(output)
     folder = location(args.input)
     note = skip_absent_tpu("converting")
+    if args.layout == "auto" and folder.is_dir() and is_adapter(folder):
+        return import_adapter(folder, args, output)
+    if args.to == "peft":
+        return export_adapter(folder, args, output)
     with contextlib.ExitStack() as stack:
         source = _with_template(open_source(folder, args, stack), args)
         if isinstance(source, OwnSource) and not args.dry_run:
@@ -126,6 +137,10 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
     found = None if args.layout == "auto" and is_own(folder) else find_layout(folder, args.layout)
     if found is None:
         return _own(folder, args)
+    if args.base:
+        raise UserError(
+            f"--base: expected an adapter as --input beside it, found a whole model in {folder}; leave it out"
+        )
     if is_remote(folder):
         raise UserError(
             f"--input: expected Meta's or Hugging Face's files on disk, found {folder}; copy them (gcloud storage cp -r)"
@@ -151,7 +166,12 @@ def _with_template(source: Source, args: ConvertArgs) -> Source:
 
 
 def _own(folder: Path, args: ConvertArgs) -> OwnSource:
-    source = OwnSource(folder)
+    checkpoint = Checkpoint.find(folder)
+    if checkpoint.adapter is None and args.base:
+        raise UserError(
+            f"--base: expected an adapter as --input beside it, found a whole model in {folder}; leave it out"
+        )
+    source = OwnSource(folder) if checkpoint.adapter is None else MergedSource(base_at(checkpoint, args.base))
     if args.tokenizer or args.max_seq_len:
         raise UserError(
             "--tokenizer and --max-seq-len: expected none with a checkpoint of llama-jax, which has its own"

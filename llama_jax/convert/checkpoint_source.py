@@ -142,6 +142,12 @@ def _flat(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
 
+def quantized_rows(rows: np.ndarray, weights: Weights) -> np.ndarray:
+    """Return rows (out, in) of a matrix as their quantization has them, float32."""
+    matrix = _quantize(jax.device_put(rows, jax.local_devices(backend="cpu")[0]), weights)
+    return np.asarray(matrix.dequantized()).T
+
+
 @functools.partial(jax.jit, static_argnames="weights")
 def _quantize(rows: jax.Array, weights: Weights) -> Matrix:
     """Quantize rows (out, in) of a matrix, transposed to (in, out)."""

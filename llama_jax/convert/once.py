@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 from llama_jax.checkpoint import Checkpoint
+from llama_jax.checkpoint.adapted import MOVED, WholeModel
 from llama_jax.cli.progress import bytes_text
 from llama_jax.config import ModelArgs
 from llama_jax.convert import ConvertArgs, is_own, open_source, write
@@ -56,6 +57,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     place = location(path)
     found = _foreign(place)
     return Checkpoint.find(path if found is None else _conversion(place, found))
+
+
+def open_model(path: str | Path, adapter: str | Path = "", remedy: str = MOVED) -> WholeModel:
+    """Open what ``open_checkpoint`` opens, with the base if it is an adapter, or with ``adapter``.
+
+    See WholeModel.find.
+    """
+    return WholeModel.find(path, adapter, remedy, open_checkpoint)
 
 
 def model_arguments(path: str | Path) -> ModelArgs:

@@ -33,6 +33,7 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "mlp": "tensor",
     "norm": None,
     "layers": None,
+    "rank": None,
 }
 
 

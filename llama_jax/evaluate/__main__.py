@@ -13,7 +13,7 @@ from llama_jax.errors import UserError, run_command
 from llama_jax.programs import typed
 
 if TYPE_CHECKING:
-    from llama_jax.checkpoint import Checkpoint
+    from llama_jax.checkpoint.adapted import WholeModel
     from llama_jax.evaluate.tasks import Task
     from llama_jax.generation import Model
 
@@ -35,7 +35,10 @@ class Arguments:
 
     ckpt: tuple[str, ...] = ()
     """One or more checkpoints: run folders (their best steps), step folders, or converted checkpoints.
-    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache."""
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache.
+    A low-rank adapter is loaded with its base."""
+    adapter: str = ""
+    """Low-rank adapter of the model in --ckpt to use: a run folder or a checkpoint. Empty: none, or that of --ckpt."""
     text: str = ""
     """A text: a file, a folder, a glob or an address; plain text or records, as --data.filepath of training.
     Files, or the texts of records, are joined, with a BOS before each."""
@@ -111,6 +114,10 @@ def _check(args: Arguments) -> None:
     for path in args.ckpt:
         if args.ckpt.count(path) > 1:
             raise UserError(f"--ckpt: expected each checkpoint once, found {path} twice; leave one out")
+    if args.adapter and len(args.ckpt) > 1:
+        raise UserError(
+            f"--adapter: expected one checkpoint beside it, found {len(args.ckpt)}; name runs of adapters in --ckpt instead"
+        )
     lowest = {"shots": 0, "seed": 0, "batch_size": 0}
     for name, least in lowest.items():
         if getattr(args, name) < least:
@@ -128,10 +135,10 @@ def _check(args: Arguments) -> None:
 
 def _score_text(args: Arguments) -> None:
     """Print a line per checkpoint about a text. With several, each line names its own."""
-    from llama_jax.convert.once import open_checkpoint
+    from llama_jax.convert.once import open_model
     from llama_jax.evaluate.text import evaluate
 
-    for path, checkpoint in [(path, open_checkpoint(path)) for path in args.ckpt]:
+    for path, checkpoint in [(path, open_model(path, args.adapter)) for path in args.ckpt]:
         model = _load(args, path, checkpoint)
         try:
             found = evaluate(
@@ -145,7 +152,7 @@ def _score_text(args: Arguments) -> None:
 
 def _score_tasks(args: Arguments) -> None:
     """Print a line per checkpoint and task, then the table, and write --output. All files are checked first."""
-    from llama_jax.convert.once import open_checkpoint
+    from llama_jax.convert.once import open_model
     from llama_jax.evaluate import report
     from llama_jax.evaluate.scoring import context_of
     from llama_jax.evaluate.tasks import check_shots, read_tasks
@@ -156,7 +163,7 @@ def _score_tasks(args: Arguments) -> None:
     if args.output:
         report.check_output(Path(args.output))
     # A model of another project is converted here, which tells its own progress.
-    opened = [(path, open_checkpoint(path)) for path in args.ckpt]
+    opened = [(path, open_model(path, args.adapter)) for path in args.ckpt]
     _tell(
         f"--shots: no effect on {task.path}, whose records are documents"
         for task in tasks
@@ -187,10 +194,12 @@ def _score_task(args: Arguments, model: "Model", task: "Task") -> Any:
         return evaluate_task(model, task, args.shots, args.seed, args.batch_size, counting(progress))
 
 
-def _load(args: Arguments, path: str, checkpoint: "Checkpoint") -> "Model":
+def _load(args: Arguments, path: str, checkpoint: "WholeModel") -> "Model":
     from llama_jax.cli.progress import working
     from llama_jax.generation import Model
 
+    if note := checkpoint.note(args.weights):
+        _tell([f"{path}: {note}"])
     with working(f"loading {path}", sys.stderr):
         mesh = None if args.mesh == ONE_DEVICE else args.mesh
         return Model.load(checkpoint, args.compute_dtype, args.weights, args.cache, mesh)

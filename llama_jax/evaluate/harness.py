@@ -78,6 +78,7 @@ class LlamaJax(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = MAX_GEN_TOKS,
         chat_template: str = "",
+        adapter: str = "",
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -93,6 +94,7 @@ class LlamaJax(TemplateLM):
             max_length: positions to use. None: the model's context.
             max_gen_toks: new tokens for tasks that name no number.
             chat_template: the name or file of a chat template, instead of the model's own; see ``llama_jax.load``.
+            adapter: a low-rank adapter of the model in ckpt; see ``llama_jax.load``.
             batch_size: contexts in a forward pass. None, 1 (the harness's default) and "auto": as many as fill it.
             max_batch_size, device: are not used; the harness passes them to every model.
             model: a model that is already loaded, instead of ckpt.
@@ -101,7 +103,7 @@ class LlamaJax(TemplateLM):
         """
         super().__init__()
         if unknown:
-            known = "ckpt, compute_dtype, weights, cache, data, fsdp, tensor, sequence, max_length, max_gen_toks, chat_template"
+            known = "ckpt, adapter, compute_dtype, weights, cache, data, fsdp, tensor, sequence, max_length, max_gen_toks, chat_template"
             raise UserError(f"model_args: expected some of {known}, found {', '.join(unknown)}")
         if model is None and not ckpt:
             raise UserError("model_args: expected ckpt=FOLDER, a checkpoint, found none")
@@ -110,7 +112,7 @@ class LlamaJax(TemplateLM):
         mesh = MeshArgs(data, fsdp, tensor, sequence)
         mesh.check()
         self.model = model or Model.load(
-            str(ckpt), compute_dtype, weights, cache, None if mesh == MeshArgs(data=1) else mesh
+            str(ckpt), compute_dtype, weights, cache, None if mesh == MeshArgs(data=1) else mesh, adapter=adapter
         )
         context = context_of(self.model)
         if max_length is not None and not 2 <= int(max_length) <= context:

@@ -23,6 +23,11 @@ def convert_command(path: Path, name: str = "", tokenizer: Path | None = None) -
     return f"{typed('convert')} --input {shlex.quote(str(path))} --output {shlex.quote(str(output))}{given}"
 
 
+def adapter_command(path: Path) -> str:
+    """Return the command that converts the adapter in ``path``, whose base is converted already."""
+    return f"{convert_command(path)} --base BASE, with BASE for the converted base"
+
+
 def merge_commands(path: Path) -> str:
     """Return the commands that merge the adapter in ``path`` into its base with peft and then convert the result."""
     merged = path.with_name(path.name + "-merged")

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from llama_jax.errors import UserError, quoted
-from llama_jax.foreign.commands import convert_command, merge_commands
+from llama_jax.foreign.commands import adapter_command, convert_command, merge_commands
 from llama_jax.foreign.config_json import QUANTIZED, read_config
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import (
@@ -56,7 +56,7 @@ def found_in(path: Path) -> str:
     if not names and not path.is_dir():
         return f"found {_file(path) if path.exists() else 'nothing' + hub_hint(path)}"
     if ADAPTER in names and CONFIG not in names:
-        return f"found an adapter (LoRA) of {_base(path)}; merge the two: {merge_commands(path)}"
+        return f"found an adapter (LoRA) of {_base(path)}; convert it: {adapter_command(path)}; or merge the two: {merge_commands(path)}"
     try:
         found = find_layout(path)
         if found is not None:

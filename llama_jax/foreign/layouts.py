@@ -48,6 +48,12 @@ class Found:
     """The folder, or the file of llama2.c's."""
 
 
+def is_adapter(folder: Path) -> bool:
+    """Return whether ``folder`` holds an adapter (LoRA) in PEFT's layout, and no model that could be meant instead."""
+    names = {path.name for path in children(folder)}
+    return ADAPTER in names and not _read_by_transformers(folder) and not any(map(SHARD.fullmatch, names))
+
+
 def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
     """Return the layout of ``folder``, complete or not. None if it is of no layout, or not the ``wanted`` one.
 

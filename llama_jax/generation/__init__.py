@@ -16,9 +16,9 @@ import numpy as np
 from llama_jax.build import make_model
 from llama_jax.chat.formats import ChatFormat, ChatSetup, choose
 from llama_jax.chat.messages import Message, as_messages
-from llama_jax.checkpoint import Checkpoint
+from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
-from llama_jax.convert.once import open_checkpoint
+from llama_jax.convert.once import open_model
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.sharding import make_mesh
@@ -67,7 +67,7 @@ class Model:
     @classmethod
     def load(
         cls,
-        path: str | Path | Checkpoint,
+        path: str | Path | WholeModel,
         compute_dtype: DType = "auto",
         weights: Weights = "auto",
         cache: Cache = "auto",
@@ -75,6 +75,7 @@ class Model:
         draft: str = "",
         draft_tokens: int = 4,
         exact: bool = False,
+        adapter: str | Path = "",
         chat_template: str = "",
     ) -> "Model":
         """Load a model; see ``llama_jax.load``. Matrices are kept in compute_dtype or quantized.
@@ -87,24 +88,24 @@ class Model:
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
-        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-        weights = checkpoint.chosen(weights)
+        found = path if isinstance(path, WholeModel) else open_model(path, adapter)
+        weights = found.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
-        module = make_model(checkpoint.args, compute_dtype, mesh=laid, exact=exact)
+        module = make_model(found.args, compute_dtype, mesh=laid, exact=exact)
         if laid is None:
-            laid = fitting_mesh(checkpoint, module, weights)
-        params = load_parameters(checkpoint, module, laid, weights)
-        guesser = load_draft(draft, draft_tokens, compute_dtype, checkpoint, laid) if draft else None
+            laid = fitting_mesh(found.base, module, weights)
+        params = load_parameters(found.base, module, laid, weights, found.adapter)
+        guesser = load_draft(draft, draft_tokens, compute_dtype, found, laid) if draft else None
         return cls(
-            checkpoint.args,
+            found.args,
             params,
-            checkpoint.tokenizer,
+            found.tokenizer,
             module,
             CACHE_DTYPES[cache],
             guesser,
-            str(checkpoint.folder),
-            checkpoint.chat.end_ids,
-            checkpoint.chat,
+            str(found.folder),
+            found.chat.end_ids,
+            found.chat,
             chat_template,
         )
 
@@ -323,7 +324,7 @@ class Model:
         return Engine(self.module, self.serving, self.tokenizer, self.cache_dtype, draft, source, ends)
 
 
-def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint, mesh: jax.sharding.Mesh) -> Draft:
+def load_draft(draft: str, tokens: int, compute_dtype: DType, target: WholeModel, mesh: jax.sharding.Mesh) -> Draft:
     """Return ``lookup`` or a model as draft, on the mesh of the target.
 
     Raises UserError if ``draft`` is neither "lookup" nor a checkpoint with the target's tokenizer.
@@ -332,7 +333,7 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
         raise UserError(f"draft_tokens: expected 1 to {MOST_GUESSES}, found {tokens}")
     if draft == LOOKUP:
         return Draft(tokens)
-    checkpoint = open_checkpoint(draft)
+    checkpoint = open_model(draft)
     pieces, wanted = (
         [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
         for tokenizer in (checkpoint.tokenizer, target.tokenizer)
@@ -347,7 +348,7 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: Checkpoint
             f"draft: expected a context of {target.args.max_seq_len} tokens or more, found {checkpoint.args.max_seq_len}"
         )
     module = make_model(checkpoint.args, compute_dtype, mesh=mesh)
-    params = load_parameters(checkpoint, module, mesh, checkpoint.weights)
+    params = load_parameters(checkpoint.base, module, mesh, checkpoint.chosen("auto"), checkpoint.adapter)
     return Draft(tokens, module, for_generation(params))
 
 

@@ -15,21 +15,9 @@ from llama_jax.checkpoint import key_name
 from llama_jax.config import Weights
 from llama_jax.devices.sharding import mesh_of, parameter_shapes, spec
 from llama_jax.model import Llama
-from llama_jax.ops.parameters import is_vector
+from llama_jax.ops.parameters import AXES, is_vector
 from llama_jax.ops.quantize import Matrix, flat, quantize
 
-# Logical axes (devices/sharding.py) of the inputs and outputs of matrices. The embeddings have a row per token.
-AXES = {
-    "wq": ("embed", "heads"),
-    "wk": ("embed", "kv_heads"),
-    "wv": ("embed", "kv_heads"),
-    "wo": ("heads", "embed"),
-    "w1": ("embed", "mlp"),
-    "w3": ("embed", "mlp"),
-    "w2": ("mlp", "embed"),
-    "output": ("embed", "vocab"),
-    "tok_embeddings": ("vocab", "embed"),
-}
 OUTPUT: KeyPath = (DictKey("output"),)
 
 
@@ -76,6 +64,27 @@ def _is_copied(params: Any, weights: Weights) -> bool:
 def _with_output(params: Any, weights: Weights) -> Any:
     """Return parameters with the output matrix to quantize, even if they are tied."""
     return params | {"output": params["tok_embeddings"].T} if _is_copied(params, weights) else params
+
+
+def stacked(arrays: Iterable[tuple[KeyPath, jax.Array]], like: Any, weights: Weights, mesh: jax.sharding.Mesh) -> Any:
+    """Convert the arrays of a checkpoint to the form of a frozen base: matrices as Matrix, with layers stacked.
+
+    The arguments are those of ``layer_by_layer``. Each array is converted as soon as it is read.
+    """
+    made: dict[KeyPath, Any] = {}
+    copied = _is_copied(like, weights)
+    for path, w in arrays:
+        if copied and key_name(path[-1]) == "tok_embeddings":
+            made[OUTPUT] = _stacked_on(w.T, OUTPUT, weights, mesh)
+        made[path] = _stacked_on(w, path, weights, mesh)
+    return tree_map_with_path(lambda path, _: made[path], like | {"output": like["tok_embeddings"]} if copied else like)
+
+
+@functools.partial(jax.jit, static_argnames=("path", "weights", "mesh"))
+def _stacked_on(w: jax.Array, path: KeyPath, weights: Weights, mesh: jax.sharding.Mesh) -> Any:
+    form = _form(path, w, weights)
+    shardings = tree_map_with_path(lambda inner, x: _sharding((*path, *inner), x, mesh), form)
+    return jax.lax.with_sharding_constraint(form, shardings)
 
 
 def _in_trees(made: dict[KeyPath, Any], like: Any) -> Any:
@@ -173,15 +182,26 @@ def generation_shapes(model: Llama, weights: Weights) -> Any:
     return jax.eval_shape(form, checkpoint_shapes(model, "auto"))
 
 
+def stacked_shapes(model: Llama, weights: Weights) -> Any:
+    """Return the shapes and types of the parameters in the form of ``stacked``."""
+
+    def form(params: Any) -> Any:
+        return tree_map_with_path(lambda path, w: _form(path, w, weights), _with_output(params, weights))
+
+    return jax.eval_shape(form, checkpoint_shapes(model, "auto"))
+
+
 def generation_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
     """Return a NamedSharding per array of a tree in the form for generation, or of a quantized checkpoint."""
     return tree_map_with_path(lambda path, leaf: _sharding(path, leaf, mesh), shapes)
 
 
 def _sharding(path: KeyPath, leaf: Any, mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-    """Return the sharding of the array at ``path``. Scales are sharded like their outputs."""
+    """Return the sharding of the array at ``path``. Scales, and the factors of adapters, have one side of a matrix."""
     names = [key_name(key) for key in path]
     axes: tuple[str | None, ...] = next((AXES[name] for name in names if name in AXES), (None,) * leaf.ndim)
-    if names[-1] == "scales":
+    if names[-1] in ("scales", "b"):
         axes = (None, axes[-1])
+    elif names[-1] == "a":
+        axes = (axes[0], None)
     return jax.NamedSharding(mesh, spec(*("layers",) * (leaf.ndim - len(axes)), *axes))

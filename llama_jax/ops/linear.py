@@ -1,7 +1,8 @@
 """Matrix products of the model.
 
 Training uses an einsum whose gradient avoids a transposed copy. Generation multiplies few rows by plain or quantized
-matrices, in the way that is fastest on each platform.
+matrices, in the way that is fastest on each platform. Fine-tuning multiplies by the same matrices, which are frozen
+(frozen.py), and by low-rank adapters.
 """
 
 import functools
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.ops import exact
-from llama_jax.ops.quantize import Matrix, Weight, to_integers
+from llama_jax.ops import exact, frozen
+from llama_jax.ops.quantize import Adapted, Matrix, Weight, to_integers
 
 # The name of the results for rematerialisation policies (remat.py).
 PROJECTION = "projection"
@@ -38,19 +39,66 @@ def linear(
     dtype: the type of the result. None: x's. exact_rows: if not 0, a Matrix is multiplied by this many rows at a time
     (exact.py). bias: an array of the shape of w's outputs to add to the result. None: nothing is added.
 
-    Values and gradients equal those of jnp.einsum. A Matrix has no gradient. JAX's own gradient of x @ w is (dy^T x)^T,
-    for which XLA on a CPU first copies the wider operand transposed. The gradient here has the narrower operand first,
-    which makes a training step of the 15M model a quarter faster on a CPU. Other compilers choose the layout themselves
-    and are not slowed down.
+    Values and gradients equal those of jnp.einsum. A Matrix is frozen: x has a gradient, and it has none.
+
+    JAX's own gradient of x @ w is (dy^T x)^T, for which XLA on a CPU first copies the wider operand transposed. The
+    gradient here has the narrower operand first, which makes a training step of the 15M model a quarter faster on a
+    CPU. Other compilers choose the layout themselves and are not slowed down.
     """
     if bias is not None:
         product = linear(equation, x, w, dtype, exact_rows)
         return product + bias.astype(product.dtype)
+    if isinstance(w, Adapted):
+        product = linear(equation, x, w.base, dtype, exact_rows)
+        return product + _low_rank(equation, x, w, exact_rows).astype(product.dtype)
     if isinstance(w, Matrix):
-        return _flat(equation, x, w, exact_rows).astype(dtype or x.dtype)
+        kind = jnp.dtype(dtype or x.dtype).name
+        return checkpoint_name(_matrix(equation, kind, exact_rows, x.dtype.name, x, w), PROJECTION)
     if dtype is not None:
         return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=dtype)
     return checkpoint_name(_einsum(equation, x, w.astype(x.dtype)), PROJECTION)
+
+
+def _low_rank(equation: str, x: jax.Array, w: Adapted, exact_rows: int) -> jax.Array:
+    """Compute scale (dropout(x) a) b in x's type, or in float32 if exact_rows is not 0."""
+    inputs = sum(axis in equation.split(",")[1].split("->")[0] for axis in equation.split(",")[0])
+    rows, outputs = x.shape[:2], w.shape[inputs:]
+    x = x.reshape(*rows, -1)
+    if exact_rows:
+        low = exact.product_in_blocks(x.reshape(math.prod(rows), -1), w.a, exact_rows).astype(x.dtype)
+        product = exact.rounded(exact.product_in_blocks(low, w.b, exact_rows) * w.scale)
+        return product.reshape(*rows, *outputs)
+    low = low_rank_inputs(x, w)
+    return _einsum("BTR,RO->BTO", low, w.b.astype(x.dtype)).reshape(*rows, *outputs)
+
+
+def low_rank_inputs(x: jax.Array, w: Adapted) -> jax.Array:
+    """Return scale dropout(x) a: [B, T, I] -> [B, T, R] of x's type."""
+    if w.keys is not None:
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - w.dropout, x.shape[1:]))(w.keys)
+        x = jnp.where(kept, x / (1 - w.dropout), 0)
+    return _einsum("BTI,IR->BTR", x, w.a.astype(x.dtype)) * w.scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _matrix(equation: str, dtype: str, exact_rows: int, x_dtype: str, x: jax.Array, w: Matrix) -> jax.Array:
+    """Multiply by a Matrix, with a result of ``dtype``. Its gradient for x holds the stored values and scales alone."""
+    return _flat(equation, x, w, exact_rows).astype(dtype)
+
+
+def _matrix_forward(
+    equation: str, dtype: str, exact_rows: int, x_dtype: str, x: jax.Array, w: Matrix
+) -> tuple[jax.Array, Matrix]:
+    return frozen.product(equation, x, w, jnp.dtype(dtype)), w
+
+
+def _matrix_backward(
+    equation: str, dtype: str, exact_rows: int, x_dtype: str, w: Matrix, dy: jax.Array
+) -> tuple[jax.Array, None]:
+    return frozen.gradient(equation, dy, w, jnp.dtype(x_dtype)), None
+
+
+_matrix.defvjp(_matrix_forward, _matrix_backward)
 
 
 def _flat(equation: str, x: jax.Array, w: Matrix, exact_rows: int) -> jax.Array:

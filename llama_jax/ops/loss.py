@@ -1,6 +1,6 @@
 """Next-token cross entropy from hidden states, in chunks of positions, so that [B, T, V] logits never exist.
 
-B batch, T positions, D dim, V vocab, C positions per chunk.
+B batch, T positions, D dim, V vocab, C positions per chunk, R rank of an adapter.
 """
 
 import functools
@@ -12,12 +12,14 @@ from jax.typing import ArrayLike
 
 from llama_jax.devices.sharding import gather_shards, shard_axes, shard_by_shard, sum_shards
 from llama_jax.ops.attention import Documents
-from llama_jax.ops.linear import linear
-from llama_jax.ops.quantize import as_array
+from llama_jax.ops.linear import linear, low_rank_inputs
+from llama_jax.ops.quantize import Adapted, Matrix
 
 TOKENS, HIDDEN = ("batch", "length"), ("batch", "length", None)
 # The logical axes of the output matrix by the letters of its axes. "VD": it is the table of tied embeddings.
 AXES = {"DV": ("embed", "vocab"), "VD": ("vocab", "embed")}
+# Those of a quantized output matrix's scales, and of an adapter's second factor.
+SCALES, FACTOR = (None, "vocab"), ("rank", "vocab")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -66,9 +68,17 @@ def loss_sum(
     """
     documents = None if segments is None else Documents(jnp.asarray(segments), jnp.asarray(positions))
     hidden = cast(jax.Array, model.apply({"params": params}, inputs, documents, method="hidden"))
+    chunk = model.loss_chunk
     if "output" not in params:
-        return cross_entropy(hidden, params["tok_embeddings"], targets, weights, model.loss_chunk, "VD")
-    return cross_entropy(hidden, as_array(params["output"]), targets, weights, model.loss_chunk)
+        return cross_entropy(hidden, params["tok_embeddings"], targets, weights, chunk, "VD")
+    output = params["output"]
+    if isinstance(output, Matrix):
+        nothing, none = jnp.zeros((*hidden.shape[:2], 0), hidden.dtype), jnp.zeros((0, *output.shape[1:]))
+        return frozen_cross_entropy(hidden, output, nothing, none, targets, weights, chunk)
+    if isinstance(output, Adapted):
+        low = low_rank_inputs(hidden, output)
+        return frozen_cross_entropy(hidden, output.base, low, output.b, targets, weights, chunk)
+    return cross_entropy(hidden, output, targets, weights, chunk)
 
 
 def log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -81,6 +91,17 @@ def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Return -log softmax(logits)[targets] in nats: float32 [..., V] and int [...] -> float32 [...]."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def _with_gradient(logits: jax.Array, y: jax.Array, w: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Return the weighted sum of a chunk's losses, and its gradient for the logits, of ``dtype``."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exps = jnp.exp(logits - top)
+    norm = jnp.sum(exps, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(logits, y[..., None], axis=-1)
+    loss = jnp.sum(w * (jnp.log(norm) + top - picked)[..., 0])
+    is_target = jnp.arange(logits.shape[-1]) == y[..., None]
+    return loss, ((exps / norm - is_target) * w[..., None]).astype(dtype)
 
 
 def _gathered(output: jax.Array, dtype: jnp.dtype, axes: str) -> jax.Array:
@@ -111,14 +132,8 @@ def _forward(
         def chunk(carry: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, ...]):
             total, d_output = carry
             x, y, w = xs
-            logits = _logits(x, output, axes)
-            top = jnp.max(logits, axis=-1, keepdims=True)
-            exps = jnp.exp(logits - top)
-            norm = jnp.sum(exps, axis=-1, keepdims=True)
-            picked = jnp.take_along_axis(logits, y[..., None], axis=-1)
-            total += jnp.sum(w * (jnp.log(norm) + top - picked)[..., 0])
-            is_target = jnp.arange(logits.shape[-1]) == y[..., None]
-            d_logits = ((exps / norm - is_target) * w[..., None]).astype(x.dtype)
+            loss, d_logits = _with_gradient(_logits(x, output, axes), y, w, x.dtype)
+            total += loss
             dx = linear(f"BCV,{axes}->BCD", d_logits, output)
             d_output += jnp.einsum("BCD,BCV->DV", x, d_logits, preferred_element_type=jnp.float32)
             return (total, d_output), dx
@@ -142,3 +157,96 @@ def _backward(chunk_tokens: int, axes: str, saved: tuple[jax.Array, jax.Array], 
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@jax.named_scope("loss")
+def frozen_cross_entropy(
+    hidden: jax.Array,
+    output: Matrix,
+    low: jax.Array,
+    b: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk_tokens: int = 512,
+) -> jax.Array:
+    """Return ``cross_entropy`` of the logits hidden @ output + low @ b, where ``output`` is frozen.
+
+    low: [B, T, R], the inputs of an adapter's second factor b [R, V]. R is 0 if there is no adapter. The gradients of
+    hidden, low and b are computed along with the loss. A quantized matrix is dequantized once, by each device.
+    """
+
+    def local(hidden: jax.Array, low: jax.Array, b: jax.Array, targets: jax.Array, weights: jax.Array, *parts: Any):
+        whole = _dequantized(output, parts, hidden.dtype)
+
+        def chunk(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            x, low, y, w = xs
+            return total + jnp.sum(w * negative_log_likelihood(_adapted_logits(x, whole, low, b), y)), None
+
+        xs = _chunks(chunk_tokens, hidden, low, targets, weights)
+        total, _ = jax.lax.scan(chunk, jnp.zeros((), jnp.float32), xs)
+        return jax.lax.psum(total, shard_axes(*TOKENS))
+
+    return _over_shards(local, output, ())(hidden, low, b, targets, weights, *jax.tree.leaves(output))
+
+
+def _over_shards(local: Any, output: Matrix, out_axes: Any) -> Any:
+    """Return ``local`` run per shard; see shard_by_shard. Its last arguments are the arrays of ``output``."""
+    parts = (AXES["DV"], SCALES)[: len(jax.tree.leaves(output))]
+    return shard_by_shard(local, TOKENS, (HIDDEN, HIDDEN, FACTOR, TOKENS, TOKENS, *parts), out_axes)
+
+
+def _dequantized(output: Matrix, parts: Any, dtype: jnp.dtype) -> jax.Array:
+    """Return the output matrix [D, V] of ``dtype`` from this shard's arrays. They are gathered before they grow."""
+    values, scales = gather_shards(parts[0], "embed", axis=0), parts[1] if len(parts) > 1 else None
+    return Matrix(values, scales, values.shape).dequantized().astype(dtype)
+
+
+def _adapted_logits(x: jax.Array, output: jax.Array, low: jax.Array, b: jax.Array) -> jax.Array:
+    return _logits(x, output, "DV") + jnp.einsum(
+        "BCR,RV->BCV", low, b.astype(low.dtype), preferred_element_type=jnp.float32
+    )
+
+
+@jax.named_scope("loss")
+def _frozen_forward(
+    hidden: jax.Array,
+    output: Matrix,
+    low: jax.Array,
+    b: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk_tokens: int,
+):
+    def local(hidden: jax.Array, low: jax.Array, b: jax.Array, targets: jax.Array, weights: jax.Array, *parts: Any):
+        whole = _dequantized(output, parts, hidden.dtype)
+
+        def chunk(carry: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, ...]):
+            total, d_b = carry
+            x, low, y, w = xs
+            loss, d_logits = _with_gradient(_adapted_logits(x, whole, low, b), y, w, x.dtype)
+            dx = linear("BCV,DV->BCD", d_logits, whole)
+            d_low = linear("BCV,RV->BCR", d_logits, b)
+            d_b += jnp.einsum("BCR,BCV->RV", low, d_logits, preferred_element_type=jnp.float32)
+            return (total + loss, d_b), (dx, d_low)
+
+        start = jnp.zeros((), jnp.float32), jnp.zeros(b.shape, jnp.float32)
+        xs = _chunks(chunk_tokens, hidden, low, targets, weights)
+        (total, d_b), gradients = jax.lax.scan(chunk, start, xs)
+        B, T = hidden.shape[:2]
+        padded = xs[0].shape[0] * xs[0].shape[2]
+        dx, d_low = (each.swapaxes(0, 1).reshape(B, padded, each.shape[-1])[:, :T] for each in gradients)
+        total, d_b = jax.lax.psum((total, d_b), shard_axes(*TOKENS))
+        return total, dx, d_low, d_b
+
+    run = _over_shards(local, output, ((), HIDDEN, HIDDEN, FACTOR))
+    total, *gradients = run(hidden, low, b, targets, weights, *jax.tree.leaves(output))
+    return total, gradients
+
+
+def _frozen_backward(chunk_tokens: int, saved: Any, d_total: jax.Array):
+    d_hidden, d_low, d_b = ((each * d_total).astype(each.dtype) for each in saved)
+    return d_hidden, None, d_low, d_b, None, None
+
+
+frozen_cross_entropy.defvjp(_frozen_forward, _frozen_backward)

@@ -8,6 +8,19 @@ import jax
 
 from llama_jax.ops.quantize import Weight, transposed
 
+# Logical axes (devices/sharding.py) of the inputs and outputs of matrices. The embeddings have a row per token.
+AXES = {
+    "wq": ("embed", "heads"),
+    "wk": ("embed", "kv_heads"),
+    "wv": ("embed", "kv_heads"),
+    "wo": ("heads", "embed"),
+    "w1": ("embed", "mlp"),
+    "w3": ("embed", "mlp"),
+    "w2": ("mlp", "embed"),
+    "output": ("embed", "vocab"),
+    "tok_embeddings": ("vocab", "embed"),
+}
+
 
 def weight(module: nn.Module, name: str, std: float, **axes: int) -> Weight:
     """Return the matrix ``name`` of a module. ``axes`` gives the size of each of its logical axes, in order.

@@ -1,4 +1,4 @@
-"""Weights: arrays, and matrices in the form for generation, plain or quantized.
+"""Weights: arrays, matrices in the form for generation, plain or quantized, and either with a low-rank adapter.
 
 int8 has one scale per output channel. int4 has one scale per group of inputs of each output channel. A weight is
 ``values * scales``, without an offset. The largest magnitude determines the scale, as in LLM.int8 (Dettmers et al.,
@@ -53,12 +53,40 @@ class Matrix(flax.struct.PyTreeNode):
         return (values * self.scales[:, None]).reshape(self.shape)
 
 
+class Adapted(flax.struct.PyTreeNode):
+    """A frozen matrix and its low-rank adapter: x W + scale (dropout(x) a) b (LoRA: Hu et al., 2021, section 4.1)."""
+
+    base: Matrix
+    """The matrix W, plain or quantized."""
+    a: jax.Array
+    """float [inputs, rank], or [L, inputs, rank] if layers are stacked."""
+    b: jax.Array
+    """float [rank, outputs], or [L, rank, outputs]."""
+    keys: jax.Array | None = None
+    """A random key per row of the batch, [B] or [L, B], from which dropout is drawn. None: there is no dropout."""
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    """The share of the adapter's inputs that training sets to zero."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the original weight."""
+        return self.base.shape
+
+    def merged(self) -> jax.Array:
+        """Return W + scale a b as an array of ``shape``, float32."""
+        product = jnp.matmul(self.a.astype(jnp.float32), self.b.astype(jnp.float32), precision="highest")
+        return self.base.dequantized().astype(jnp.float32) + self.scale * product.reshape(self.shape)
+
+
 # A weight that the model multiplies by. Of the model's functions, only ``linear`` (linear.py) looks inside.
-Weight = jax.Array | Matrix
+Weight = jax.Array | Matrix | Adapted
 
 
 def as_array(w: Weight) -> jax.Array:
-    """Return the weight as an array of its shape, in float32 if it is quantized."""
+    """Return the weight as an array of its shape, in float32 if it is quantized or has an adapter."""
+    if isinstance(w, Adapted):
+        return w.merged()
     return w.dequantized() if isinstance(w, Matrix) else w
 
 

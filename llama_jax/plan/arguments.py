@@ -126,6 +126,11 @@ def _check(args: PlanConfig, given: set[str]) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name}: expected a positive number, found {value}")
+    if args.lora.rank:
+        raise UserError(
+            f"lora.rank: expected 0, since plan does not count adapters and a frozen base yet, found {args.lora.rank}; leave it "
+            "out to plan the training of the whole model"
+        )
     if args.advice < 0:
         raise UserError(f"--advice: expected 0 or more, found {args.advice}")
     training = {flag for flag in given if flag.startswith("train.")} - {"train.compute_dtype", "train.init_from"}

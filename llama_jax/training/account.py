@@ -1,14 +1,17 @@
-"""What a training step needs of memory, counted before anything is compiled: arrays exactly, activations roughly."""
+"""Counts what a training step needs of memory before it is compiled: arrays exactly, activations roughly."""
 
 import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
+from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
 from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.devices.memory import bytes_of
 from llama_jax.devices.sharding import parameter_shapes
+from llama_jax.generation.serving import stacked_shapes
 from llama_jax.model import Llama
 from llama_jax.training.pieces import narrow_shapes
 from llama_jax.training.step import make_optimizer
@@ -43,6 +46,16 @@ def _parts(model: ModelArgs, train: TrainArgs) -> tuple[tuple[str, int], ...]:
     size, moments = bytes_of(params), bytes_of(state) - residue
     parts = ("parameters", size), ("gradients", size), ("moments", moments), ("rounding", residue)
     return tuple(part for part in parts if part[1])
+
+
+def adapter_bytes(config: Config) -> dict[str, int]:
+    """Return the bytes, over all devices, of a frozen base and of its adapters with gradients and moments, by part.
+
+    Raises UserError if the rank is too large for a matrix.
+    """
+    module = Llama(config.model, jnp.dtype(config.train.compute_dtype))
+    adapters = 16 * count_adapter(config.model, config.lora)
+    return {"base": bytes_of(stacked_shapes(module, config.lora.base_weights)), "adapters": adapters}
 
 
 def activation_bytes(config: Config) -> float:

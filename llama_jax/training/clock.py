@@ -133,7 +133,7 @@ class Recorder:
         self._tokens = config.train.batch_size * config.model.max_seq_len
         self._devices, self._mesh = mesh.devices.size, mesh
         peak = peak_flops(mesh.devices.flat[0])
-        self._peak_rate = None if peak is None else peak / train_flops_per_token(config.model)
+        self._peak_rate = None if peak is None else peak / train_flops_per_token(config.model, config.lora)
         self._step = start
         self._before: dict[Activity, float] = dict.fromkeys(ACTIVITIES, 0.0)
 

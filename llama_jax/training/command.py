@@ -13,7 +13,8 @@ from llama_jax.errors import UserError
 from llama_jax.programs import typed
 
 # The shipped configurations that give the settings of a run without --config, and of one that starts from a checkpoint.
-DEFAULT, FINE_TUNING = "tiny", "finetune"
+# The last one trains adapters.
+DEFAULT, FINE_TUNING, ADAPTERS = "tiny", "finetune", "lora"
 # Pairs of settings that decide the same thing. If both are given, the second one wins.
 PAIRS = (
     ("train.n_epochs", "train.max_steps"),
@@ -36,8 +37,8 @@ class Command(Config):
 def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     """Return the configuration of a command line, and a note for each conflict between two settings.
 
-    Without --config, defaults come from tiny.toml, or from finetune.toml with --train.init-from. Raises UserError if
-    the command line is wrong.
+    Without --config, defaults come from tiny.toml, from finetune.toml with --train.init-from, and from lora.toml with
+    --lora.rank as well. Raises UserError if the command line is wrong.
     """
     named, rest = take_option(list(argv), "--config")
     source, found = (shipped(DEFAULT), []) if named is None else find_config(named)
@@ -47,7 +48,7 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
         from llama_jax.training.opening import starting_model
 
         if named is None:
-            source = shipped(FINE_TUNING)
+            source = shipped(ADAPTERS if config.lora.rank else FINE_TUNING)
             file = load_toml(source)
             notes.append(
                 f"settings of {source.stem}: learning rate {file.train.lr:g}, {file.train.n_epochs} epochs; flags override them"
@@ -55,7 +56,10 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
         config, more = _parse(rest, file)
         train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
         # The model's shape comes from the checkpoint. Flags may only change what leaves its parameters as they are.
-        config, notes = _parse(rest, dataclasses.replace(file, model=starting_model(train)))[0], notes + more
+        config, notes = (
+            _parse(rest, dataclasses.replace(file, model=starting_model(train, config.lora)))[0],
+            notes + more,
+        )
     train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
     config = dataclasses.replace(config, train=train)
     config.check()

@@ -51,7 +51,7 @@ def _loss_of(run: Run, state: TrainState, stream: Tokens) -> tuple[float, int]:
         own = OwnRows(batch_sharding(run.mesh), rows, length)
         batches = eval_batches(stream, rows, length, args.eval_iters, own.rows)
         for batch in run.clock.waiting_for("evaluation", run.masked(batches)):  # tells the watchdog of each batch
-            sums = run.evaluate(state.params, own.assemble(batch))
+            sums = run.evaluate(state.params, own.assemble(batch), *run.frozen)
             total, weight = total + float(sums[0]), weight + float(sums[1])
             if stop := run.stop_asked():
                 return 0.0, stop

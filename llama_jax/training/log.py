@@ -9,7 +9,7 @@ import jax
 from tqdm import tqdm
 
 from llama_jax.build import count_parameters
-from llama_jax.checkpoint import Checkpoint
+from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Config, TrainArgs
 from llama_jax.data import AnyData, Data
@@ -31,12 +31,20 @@ from llama_jax.training.opening import Opened
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.start import Settled
 from llama_jax.training.step import warmup_steps
+from llama_jax.training.tuning import Tuning
 
 # Tokens for the sample command that is printed at the end: a whole story.
 NEXT_TOKENS = 256
 
 
-def announce(settled: Settled, data: AnyData, mesh: jax.sharding.Mesh, module: Llama, opened: Opened) -> None:
+def announce(
+    settled: Settled,
+    data: AnyData,
+    mesh: jax.sharding.Mesh,
+    module: Llama,
+    opened: Opened,
+    tuning: Tuning | None = None,
+) -> None:
     """Print what the run will do."""
     config, steps = settled.config, settled.steps
     model, train = config.model, config.train
@@ -58,11 +66,12 @@ def announce(settled: Settled, data: AnyData, mesh: jax.sharding.Mesh, module: L
             f"{data.source}: {to_train_on:,} tokens to train on, {held_out:,} held out, "
             f"vocabulary {data.tokenizer.vocab_size:,}",
         ),
+        *([] if tuning is None else tuning.rows(module)),
         *_text_rows(data, settled, model.max_seq_len),
         (
             "training",
             f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
-            f"{train_flops_per_token(model) * tokens * steps / 1e12:,.1f} TFLOP",
+            f"{train_flops_per_token(model, config.lora) * tokens * steps / 1e12:,.1f} TFLOP",
         ),
         ("rate", rate_text(train, steps, settled.held_lr)),
         (
@@ -155,7 +164,7 @@ def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:
     return f"learning rate {train.lr:g} after a warm-up of {warmup:,} steps{cut}, then a cosine to {train.lr * train.min_lr_ratio:g}"
 
 
-def first_state_text(opened: Opened, base: Checkpoint | None) -> str:
+def first_state_text(opened: Opened, base: WholeModel | None) -> str:
     """Return a line about what happens before the first step: parameters are read, or made."""
     if opened.start:
         return f"reading the checkpoint of step {opened.start:,}"

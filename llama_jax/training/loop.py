@@ -62,6 +62,7 @@ from llama_jax.training.step import (
 )
 from llama_jax.training.tasks import encode_tasks, read_on_main
 from llama_jax.training.tensorboard import check_installed
+from llama_jax.training.tuning import Tuning
 from llama_jax.training.watchdog import Watchdog
 
 SAMPLE_TOKENS = 48
@@ -115,9 +116,10 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     """Train the opened run. Return the signal that ended it early, after saving, or 0."""
     folder, start = opened.folder, opened.start
     mesh = make_mesh(config.mesh)
-    if known := config.model.vocab_size != -1:
+    if known := config.model.vocab_size != -1 and not config.lora.rank:
         announce_needs(config, mesh)
-    base = base_of(config.train) if config.train.init_from and not start else None
+    base = base_of(config.train, config.lora) if config.train.init_from and not start else None
+    tuning = Tuning.of(config, opened, base) if config.lora.rank and base is not None else None
     data = open_text(config.data, base, opened)
     settled = settle(config, data, opened)
     config = settled.config
@@ -125,12 +127,17 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     _check_profile_steps(config.train, settled.steps)
 
     train, mask = config.train, config.data.document_mask
+    if config.lora.rank and tuning is None:
+        tuning = Tuning.of(config, opened, None)
+    adapting = () if tuning is None else (tuning.adapting,)
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
+    if tuning is not None:
+        module = tuning.suited(module)
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
     if not known:
-        announce_needs(config, mesh)
+        announce_needs(config, mesh, None if tuning is None else tuning.bytes_of_state(module))
     encoded = encode_tasks(tasks, config.model, data, module)
-    log.announce(settled, data, mesh, module, opened)
+    log.announce(settled, data, mesh, module, opened, tuning)
     write_start(opened, settled, data.record())
     if config.train.tensorboard and is_main():
         folder.write_events(start)
@@ -139,7 +146,8 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     writer = CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_every, chat)
     with writer, contextlib.closing(folder):
         run = Run(
-            config, folder, opened, settled, data, mesh, module, writer, prompt, clock, signals, consensus, timer, tasks=encoded
+            config, folder, opened, settled, data, mesh, module, writer, prompt, clock, signals, consensus, timer,
+            tasks=encoded, tuning=tuning,
         )  # fmt: skip
         folder.write_best(writer.steps)
         owed = bool(from_main(evaluation_is_missing(opened, settled, data)))
@@ -148,15 +156,20 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
             _finish(run, start)
             return 0
         with working(log.first_state_text(opened, base), shown=is_main()):
-            state = first_state(module, optimizer, mesh, config.train.seed, opened, base)
+            state = first_state(module, optimizer, mesh, config.train.seed, opened, base, tuning)
+        if tuning is not None:
+            with working(f"reading {tuning.base.folder}", shown=is_main()):
+                run.frozen = (tuning.load_base(module, mesh),)
         began = time.perf_counter()
         batch = batch_shapes(config.train, config.model, mesh, mask)
         with working("compiling the training step", shown=is_main()):
-            compiled = compile_train_step(module, optimizer, mesh, config.train.gradient_accumulation_steps, batch)
+            compiled = compile_train_step(
+                module, optimizer, mesh, config.train.gradient_accumulation_steps, batch, *adapting
+            )
         log.announce_cost(compiled, mesh, time.perf_counter() - began)
         if evaluated(data):
             with working("compiling the evaluation", shown=is_main()):
-                run.evaluate = compile_eval_step(module, mesh, config.train, config.model, mask)
+                run.evaluate = compile_eval_step(module, mesh, config.train, config.model, mask, *adapting)
         if owed:
             make_up_evaluation(run, state, start)
         end, stopped = _loop(run, compiled, state, start)
@@ -191,7 +204,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
         run.signals.set_mode("note")
         for step, batch in zip(range(start + 1, run.steps + 1), clock.waiting_for("data", readable), strict=False):
             with profile.step(step, before=pending):
-                state, metrics = compiled(state, own.assemble(batch))
+                state, metrics = compiled(state, own.assemble(batch), *run.frozen)
             clock.dispatched(step, metrics.loss)
             pending.append(metrics)
             profile.stop_after(step, metrics)
@@ -228,7 +241,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                     saved_at = step
                 if evaluating and not stop:
                     with clock.spent_on("sample"), progress.busy("making a sample"):
-                        stop = _draw(run, state.params)
+                        stop = _draw(run, run.whole(state.params))
                     if stop and saved_at < step:
                         with clock.spent_on("saving"):
                             _save(run, state, step, record.get("eval_loss"))
@@ -272,7 +285,10 @@ def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> No
         "host": socket.gethostname(),
         "text": run.opened.record.text,
     }
-    run.writer.save(step, state.params, state.opt_state, run.config.model, run.data.tokenizer, eval_loss, origin)
+    record = None if run.tuning is None else run.tuning.record
+    run.writer.save(
+        step, state.params, state.opt_state, run.config.model, run.data.tokenizer, eval_loss, origin, record
+    )
     run.timer.saved = time.monotonic()
     run.consensus.forget()
 

@@ -18,13 +18,16 @@ from typing import Any
 import jax
 
 from llama_jax.checkpoint import DAMAGED, ORIGIN, Checkpoint, steps_in
+from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import working
 from llama_jax.config import Config, ModelArgs, TrainArgs
-from llama_jax.convert.once import model_arguments, open_checkpoint
+from llama_jax.convert.once import model_arguments, open_model
 from llama_jax.data import Origin
 from llama_jax.data.opened import origins
 from llama_jax.devices.distributed import on_main
 from llama_jax.errors import UserError
+from llama_jax.lora_args import LoraArgs
+from llama_jax.programs import typed
 from llama_jax.storage import owner
 from llama_jax.storage.checksums import verify
 from llama_jax.storage.files import remove_leftovers, write_atomically
@@ -100,7 +103,7 @@ def opening(train: TrainArgs) -> Iterator[Opened]:
         yield run
 
 
-def starting_model(train: TrainArgs) -> ModelArgs:
+def starting_model(train: TrainArgs, lora: LoraArgs = LoraArgs()) -> ModelArgs:
     """Return the model arguments of a run with ``init_from``: those it began with, else those of the checkpoint.
 
     Raises UserError if there is no such checkpoint.
@@ -112,11 +115,22 @@ def starting_model(train: TrainArgs) -> ModelArgs:
     return model_arguments(train.init_from) if stored is None else stored.model
 
 
-def base_of(train: TrainArgs) -> Checkpoint:
-    """Return the checkpoint of ``init_from``. Raises UserError if there is none or its matrices are quantized."""
-    checkpoint = open_checkpoint(train.init_from)
-    checkpoint.check_plain("train.init_from")
-    return checkpoint
+def base_of(train: TrainArgs, lora: LoraArgs = LoraArgs()) -> WholeModel:
+    """Return the checkpoint of ``init_from``, which adapters may continue. Raises UserError if it cannot be trained."""
+    found = open_model(train.init_from, remedy="put the base back, or fine-tune another checkpoint")
+    if not lora.rank:
+        if found.lora is not None:
+            raise UserError(
+                f"train.init_from: expected a whole model, to train without adapters, found an adapter in {found.folder}; "
+                f"train it further with --lora.rank {found.lora.rank}, or merge it first: "
+                f"{typed('convert')} --input {train.init_from} --output merged"
+            )
+        if found.base.weights != "auto":
+            raise UserError(
+                f"train.init_from: expected a checkpoint that is not quantized, found {found.base.weights} in "
+                f"{found.folder}; take the one that it was made from, or train an adapter: --lora.rank 16"
+            )
+    return found
 
 
 def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:

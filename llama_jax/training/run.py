@@ -19,6 +19,7 @@ from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.saving import CheckpointWriter
 from llama_jax.training.start import Settled
 from llama_jax.training.tasks import EncodedTask
+from llama_jax.training.tuning import Tuning
 
 
 @dataclass
@@ -39,12 +40,21 @@ class Run:
     consensus: Consensus
     timer: "Timer"
     evaluate: Callable[..., Any] | None = None  # the compiled eval_step; None if nothing is held out
+    tuning: Tuning | None = None  # the adapters that are trained; None: the whole model is
+    frozen: tuple[Any, ...] = ()  # the base of adapters, a further argument of the compiled steps
     tasks: Sequence[EncodedTask] = ()  # train.eval_tasks
 
     @property
     def steps(self) -> int:
         """The total number of steps of the run."""
         return self.settled.steps
+
+    def whole(self, params: Any) -> Any:
+        """Return the parameters of the model that is trained, from those that a step changes."""
+        if self.tuning is None:
+            return params
+        (base,) = self.frozen
+        return self.tuning.adapting.whole(self.config.model, base, params)
 
     def masked(self, batches: Iterator[Batch]) -> Iterator[Any]:
         """Return the batches, with their documents if data.document_mask asks for them."""

@@ -13,6 +13,7 @@ from etils import epath
 
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import ModelFiles, ModelFilesHandler, is_whole, losses_of
+from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.compat.orbax_internals import COMMITTED, TEMPORARY
 from llama_jax.config import ModelArgs
 from llama_jax.storage.checksums import write_checksums
@@ -63,13 +64,14 @@ class CheckpointWriter:
         tokenizer: Tokenizer,
         eval_loss: float | None = None,
         origin: dict[str, Any] | None = None,
+        adapter: AdapterRecord | None = None,
     ) -> None:
         """Start to save. Returns once the arrays may change again. Raises UserError if an earlier save failed."""
         self.wait()
         items = {
             "params": ocp.args.StandardSave(params),
             "state": ocp.args.StandardSave(state),
-            "model": ModelFiles(model, tokenizer, origin=origin, chat=self._chat),
+            "model": ModelFiles(model, tokenizer, origin=origin, chat=self._chat, adapter=adapter),
         }
         if eval_loss is not None:
             items["metrics"] = ocp.args.JsonSave({"eval_loss": eval_loss})

@@ -15,6 +15,7 @@ FIXED = {
     "data": ("train_size", "separator", "vocab_size", "stories"),
     # A checkpoint holds the parameters and the optimizer's state in these forms.
     "train": ("batch_size", "seed", "param_dtype", "rounding", "optimizer", "moments"),
+    "lora": ("rank", "alpha", "targets", "base_weights", "rslora"),
 }
 # Settings of places, which do not affect the results.
 PLACES = {"train.save_dir", "train.checkpoint_dir", "train.resume_step", "data.cache_gb"}
@@ -34,7 +35,7 @@ class Change(NamedTuple):
 def changes(stored: Config, now: Config, folder: Path) -> list[Change]:
     """Return the settings that this start changes. Raises UserError if the run in ``folder`` cannot change one."""
     found = []
-    for section in ("model", "data", "train", "mesh"):
+    for section in ("model", "data", "train", "mesh", "lora"):
         before, after = getattr(stored, section), getattr(now, section)
         for field in dataclasses.fields(before):
             name, old, new = f"{section}.{field.name}", getattr(before, field.name), getattr(after, field.name)

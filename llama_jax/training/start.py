@@ -10,6 +10,7 @@ import jax
 
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import Checkpoint
+from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import AnyData, Data, load_data, open_data
 from llama_jax.data.batches import windows_of
@@ -22,6 +23,7 @@ from llama_jax.training.bad_steps import LossHistory
 from llama_jax.training.opening import Opened
 from llama_jax.training.settings import changes, rate_text
 from llama_jax.training.step import TrainState, init_state, learning_rate, shardings_of, state_shapes
+from llama_jax.training.tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Settled:
     """The rows of a mixture's sources. None: a single text."""
 
 
-def open_text(args: DataArgs, base: Checkpoint | None, opened: Opened) -> AnyData:
+def open_text(args: DataArgs, base: WholeModel | None, opened: Opened) -> AnyData:
     """Open the tokens of the run. Process 0 makes them first if needed.
 
     Raises UserError if the run had other tokens, or if a document mask is asked for and the tokens mark no documents.
@@ -145,21 +147,30 @@ def evaluated(data: AnyData) -> list[str]:
 
 
 def first_state(
-    module: Any, optimizer: Any, mesh: jax.sharding.Mesh, seed: int, opened: Opened, base: Checkpoint | None
+    module: Any,
+    optimizer: Any,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    opened: Opened,
+    base: WholeModel | None,
+    tuning: Tuning | None = None,
 ) -> TrainState:
-    """Return the first state, from the checkpoint to resume from, the one to fine-tune, or random parameters."""
-    shapes = state_shapes(module, optimizer, mesh)
+    """Return the first state: the checkpoint to resume from, the one to fine-tune, or random parameters or adapters."""
+    adapting = () if tuning is None else (tuning.adapting,)
+    shapes = state_shapes(module, optimizer, mesh, *adapting)
     if opened.start:
         checkpoint = Checkpoint.find(opened.folder.checkpoints / str(opened.start))
         return TrainState(checkpoint.restore("params", shapes.params), _restore_optimizer(checkpoint, shapes))
-    params = None
+    params, source = None, None
     if base is not None:
-        with base.verified():
-            params = base.restore("params", shapes.params)
-    return init_state(module, optimizer, mesh, seed, params)
+        source = base.base if tuning is None else base.adapter
+    if source is not None:
+        with source.verified():
+            params = source.restore("params", shapes.params)
+    return init_state(module, optimizer, mesh, seed, params, *adapting)
 
 
-def chat_of(opened: Opened, base: Checkpoint | None) -> ChatSetup:
+def chat_of(opened: Opened, base: WholeModel | None) -> ChatSetup:
     """Return the chat template and end tokens of the run: those of the checkpoint that it began with."""
     if opened.start:
         return Checkpoint.find(opened.folder.checkpoints / str(opened.start)).chat
@@ -189,7 +200,7 @@ def _held_lr(now: TrainArgs, before: TrainArgs, steps_before: int, opened: Opene
     return float(learning_rate(before, steps_before)(opened.start))
 
 
-def _with_tokenizer_of(source: Checkpoint, args: DataArgs) -> DataArgs:
+def _with_tokenizer_of(source: WholeModel, args: DataArgs) -> DataArgs:
     """Return data arguments with the tokenizer of a checkpoint. Raises UserError if the user asks for another one."""
     asked = args.tokenizer_model_path
     if asked and Tokenizer(asked).digest != source.tokenizer.digest:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from llama_jax.adapters import init_adapter
 from llama_jax.config import ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch, PackedBatch
 from llama_jax.devices.compiling import compiler_options
@@ -28,6 +29,7 @@ from llama_jax.devices.sharding import (
 )
 from llama_jax.model import Llama
 from llama_jax.ops.loss import loss_sum
+from llama_jax.training.adapting import Adapting
 from llama_jax.training.bad_steps import LossHistory, watched
 from llama_jax.training.pieces import InPieces, is_small, matrices, narrow, narrow_shapes, state_shardings
 
@@ -36,7 +38,10 @@ AnyOptimizer: TypeAlias = optax.GradientTransformationExtraArgs | InPieces
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All values that a step changes. The number of steps is in the optimizer's state."""
+    """All values that a step changes. The number of steps is in the optimizer's state.
+
+    ``params`` are the model's parameters or, where adapters are trained, those of the adapters alone.
+    """
 
     params: Any
     opt_state: Any
@@ -97,9 +102,16 @@ def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> An
     return watched(adamw, args)
 
 
-def state_shapes(model: Llama, optimizer: AnyOptimizer, mesh: Mesh) -> TrainState:
-    """Return the state's shapes with their shardings. The optimizer's moments are sharded like their parameters."""
-    shapes, shardings = parameter_shapes(model), parameter_shardings(model, mesh)
+def state_shapes(model: Llama, optimizer: AnyOptimizer, mesh: Mesh, adapting: Adapting | None = None) -> TrainState:
+    """Return the state's shapes with their shardings. The optimizer's moments are sharded like their parameters.
+
+    adapting: trains adapters. None: trains the whole model.
+    """
+    if adapting is None:
+        shapes, shardings = parameter_shapes(model), parameter_shardings(model, mesh)
+    else:
+        shapes = adapting.adapter_shapes(model.args, mesh)
+        shardings = shardings_of(shapes)
     if isinstance(optimizer, InPieces):
         params = with_shardings(narrow_shapes(shapes, optimizer.args), shardings)
         opt_shapes = jax.eval_shape(optimizer.init, params)
@@ -116,11 +128,20 @@ def shardings_of(shapes: Any) -> Any:
     return jax.tree.map(lambda s: s.sharding, shapes)
 
 
-def init_state(model: Llama, optimizer: AnyOptimizer, mesh: Mesh, seed: int, params: Any = None) -> TrainState:
+def init_state(
+    model: Llama,
+    optimizer: AnyOptimizer,
+    mesh: Mesh,
+    seed: int,
+    params: Any = None,
+    adapting: Adapting | None = None,
+) -> TrainState:
     """Create the initial state directly in its shards, from ``params`` or, if None, from random parameters."""
-    shapes = state_shapes(model, optimizer, mesh)
+    shapes = state_shapes(model, optimizer, mesh, adapting)
 
     def init_params() -> Any:
+        if adapting is not None:
+            return init_adapter(model.args, adapting.lora, seed)
         made = nn.unbox(model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
         return narrow(made, optimizer.args) if isinstance(optimizer, InPieces) else made
 
@@ -132,30 +153,36 @@ def init_state(model: Llama, optimizer: AnyOptimizer, mesh: Mesh, seed: int, par
 
 
 def make_train_step(
-    model: Llama, optimizer: AnyOptimizer, accumulation: int
-) -> Callable[[TrainState, Batch | PackedBatch], tuple[TrainState, StepMetrics]]:
+    model: Llama,
+    optimizer: AnyOptimizer,
+    accumulation: int,
+    adapting: Adapting | None = None,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Return the training step: gradients of the mean loss over the batch's tokens, and one update. Jit it.
 
     The batch is split into ``accumulation`` parts whose gradients are summed. Each part is weighted by its tokens, so
-    the result equals that of the whole batch.
+    the result equals that of the whole batch. With ``adapting``, the step takes a third argument, the frozen base.
     """
 
-    def train_step(state: TrainState, batch: Batch | PackedBatch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, batch: Batch | PackedBatch, base: Any = None) -> tuple[TrainState, StepMetrics]:
         total_weight = jnp.maximum(jnp.sum(batch.weights), 1)
+        rows = None if adapting is None else jnp.arange(len(batch.weights))
 
-        def part_loss(params: Any, part: Batch | PackedBatch) -> jax.Array:
+        def part_loss(params: Any, part: Batch | PackedBatch, rows: Any) -> jax.Array:
+            if adapting is not None:
+                params = adapting.in_step(model.args, base, params, state.opt_state, rows)
             return loss_sum(model, params, *part) / total_weight
 
         gradient = jax.value_and_grad(part_loss)
         if accumulation == 1:
-            loss, grads = gradient(state.params, batch)
+            loss, grads = gradient(state.params, batch, rows)
         else:
             # Each part takes every A-th row, so that it is spread over the devices like the batch.
-            parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, x.shape[-1]).swapaxes(0, 1), batch)
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), (batch, rows))
 
             def add(so_far: tuple[jax.Array, Any], part: Any) -> tuple[tuple[jax.Array, Any], None]:
                 number, part = part
-                loss, grads = gradient(state.params, part)
+                loss, grads = gradient(state.params, *part)
                 if isinstance(optimizer, InPieces):
                     return (so_far[0] + loss, optimizer.add(so_far[1], grads, state.opt_state, number)), None
                 return jax.tree.map(jnp.add, so_far, (loss, grads)), None
@@ -180,6 +207,24 @@ def _updated(optimizer: AnyOptimizer, state: TrainState, loss: jax.Array, grads:
     return TrainState(params, opt_state), StepMetrics(loss, norm, opt_state[-1])
 
 
+class Dispatched:
+    """A compiled program that is called through ``jax.jit``, which finds it compiled.
+
+    Called directly, JAX's compiled programs refuse arrays of 4-bit integers on CPUs: the layout that such an array
+    reports is not the one that its own program reports.
+    """
+
+    def __init__(self, jitted: Callable[..., Any], compiled: jax.stages.Compiled, mesh: Mesh):
+        self._jitted, self._compiled, self._mesh = jitted, compiled, mesh
+
+    def __call__(self, *args: Any) -> Any:
+        with on_mesh(self._mesh):
+            return self._jitted(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
+
+
 def batch_shapes(train: TrainArgs, model: ModelArgs, mesh: Mesh, document_mask: bool = False) -> Batch | PackedBatch:
     """Return the shapes of a step's batch with their shardings: int32 and float32 [batch_size, max_seq_len]."""
     shape, sharding = (train.batch_size, model.max_seq_len), batch_sharding(mesh)
@@ -194,16 +239,32 @@ def trace_train_step(
     mesh: Mesh,
     accumulation: int,
     batch: Batch | PackedBatch,
+    adapting: Adapting | None = None,
 ) -> jax.stages.Traced:
-    """Trace the step for a mesh and the shapes of ``batch``. The state's buffers are donated."""
-    shapes = state_shapes(model, optimizer, mesh)
+    """Trace the step for a mesh and the shapes of ``batch``. The state's buffers are donated, the base's are not."""
+    return _train_program(model, optimizer, mesh, accumulation, batch, adapting)[1]
+
+
+def _train_program(
+    model: Llama,
+    optimizer: AnyOptimizer,
+    mesh: Mesh,
+    accumulation: int,
+    batch: Batch | PackedBatch,
+    adapting: Adapting | None,
+    options: dict[str, Any] | None = None,
+) -> tuple[Any, jax.stages.Traced]:
+    """Return the jitted step, with XLA's ``options``, and the step traced for these shapes."""
+    shapes = state_shapes(model, optimizer, mesh, adapting)
+    frozen = () if adapting is None else (adapting.base_shapes(model, mesh),)
     step = jax.jit(
-        make_train_step(model, optimizer, accumulation),
+        make_train_step(model, optimizer, accumulation, adapting),
         donate_argnums=0,
         out_shardings=(shardings_of(shapes), replicated(mesh)),
+        compiler_options=options,
     )
     with on_mesh(mesh):
-        return step.trace(shapes, batch)
+        return step, step.trace(shapes, batch, *frozen)
 
 
 def compile_train_step(
@@ -212,23 +273,43 @@ def compile_train_step(
     mesh: Mesh,
     accumulation: int,
     batch: Batch | PackedBatch,
+    adapting: Adapting | None = None,
 ) -> jax.stages.Compiled:
     """Compile the step for the devices of ``mesh``, which may be only described (as in plan)."""
     options = compiler_options(mesh.devices.flat[0])
-    return trace_train_step(model, optimizer, mesh, accumulation, batch).lower().compile(compiler_options=options)
+    if adapting is None:
+        traced = trace_train_step(model, optimizer, mesh, accumulation, batch)
+        return traced.lower().compile(compiler_options=options)
+    step, traced = _train_program(model, optimizer, mesh, accumulation, batch, adapting, options)
+    return cast(jax.stages.Compiled, Dispatched(step, traced.lower().compile(), mesh))
 
 
-def eval_step(model: Llama, params: Any, batch: Batch | PackedBatch) -> tuple[jax.Array, jax.Array]:
+def eval_step(
+    model: Llama, params: Any, batch: Batch | PackedBatch, base: Any = None, *, adapting: Adapting | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Return the summed loss in nats and the summed weights of a batch: two float32 scalars."""
-    return loss_sum(model, params, *batch), jnp.sum(batch.weights)
+    whole = params if adapting is None else adapting.whole(model.args, base, params)
+    return loss_sum(model, whole, *batch), jnp.sum(batch.weights)
 
 
 def compile_eval_step(
-    model: Llama, mesh: Mesh, train: TrainArgs, args: ModelArgs, document_mask: bool = False
+    model: Llama,
+    mesh: Mesh,
+    train: TrainArgs,
+    args: ModelArgs,
+    document_mask: bool = False,
+    adapting: Adapting | None = None,
 ) -> jax.stages.Compiled:
-    """Compile ``eval_step`` of (parameters, batch) for batches as large as one part of a training batch."""
+    """Compile ``eval_step`` of (parameters, batch) for batches as large as one part of a training batch.
+
+    With ``adapting``, the step takes a third argument, the frozen base.
+    """
     part = replace(train, batch_size=train.batch_size // train.gradient_accumulation_steps)
-    params = with_shardings(narrow_shapes(parameter_shapes(model), train), parameter_shardings(model, mesh))
-    step = jax.jit(functools.partial(eval_step, model), out_shardings=replicated(mesh))
+    batch = batch_shapes(part, args, mesh, document_mask)
+    step = jax.jit(functools.partial(eval_step, model, adapting=adapting), out_shardings=replicated(mesh))
     with on_mesh(mesh):
-        return step.lower(params, batch_shapes(part, args, mesh, document_mask)).compile()
+        if adapting is None:
+            params = with_shardings(narrow_shapes(parameter_shapes(model), train), parameter_shardings(model, mesh))
+            return step.lower(params, batch).compile()
+        compiled = step.lower(adapting.adapter_shapes(args, mesh), batch, adapting.base_shapes(model, mesh)).compile()
+    return cast(jax.stages.Compiled, Dispatched(step, compiled, mesh))

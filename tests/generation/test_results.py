@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from llama_jax.checkpoint.identity import identity
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
-from llama_jax.generation.identity import identity
 from llama_jax.generation.prompts import Asked, Job
 from llama_jax.generation.results import SKIPPED, Results, result
 from llama_jax.generation.rows import Completion

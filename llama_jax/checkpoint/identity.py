@@ -14,15 +14,17 @@ PARTS = ("model", "params")
 ENDS, MOST_READ = 1 << 16, 256
 
 
-def identity(folder: Path) -> str:
+def identity(folder: Path, parts: tuple[str, ...] = PARTS) -> str:
     """Return a digest of the checkpoint in ``folder``, from its checksums or else its files' names, sizes and ends.
+
+    parts: the items that make the digest. ("params",) leaves out the tokenizer and the model arguments.
 
     If values differ, compressed arrays differ throughout, so their ends distinguish two trainings or steps.
     """
     with user_errors(folder, "read"):
         if (table := folder / checksums.NAME).exists():
-            return _digest(_of_table(table))
-        return _digest(_of_files(folder))
+            return _digest(_of_table(table, parts))
+        return _digest(_of_files(folder, parts))
 
 
 def _digest(parts: Iterator[bytes]) -> str:
@@ -32,13 +34,13 @@ def _digest(parts: Iterator[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _of_table(table: Path) -> Iterator[bytes]:
+def _of_table(table: Path, parts: tuple[str, ...]) -> Iterator[bytes]:
     rows = json.loads(table.read_bytes())["files"]
-    yield json.dumps({name: row for name, row in rows.items() if name.split("/")[0] in PARTS}, sort_keys=True).encode()
+    yield json.dumps({name: row for name, row in rows.items() if name.split("/")[0] in parts}, sort_keys=True).encode()
 
 
-def _of_files(folder: Path) -> Iterator[bytes]:
-    files = [path for part in PARTS for path in _files_in(folder / part)]
+def _of_files(folder: Path, parts: tuple[str, ...]) -> Iterator[bytes]:
+    files = [path for part in parts for path in _files_in(folder / part)]
     read = set(files[:: -(-len(files) // MOST_READ) or 1])
     for path in files:
         with path.open("rb") as file:

@@ -1,0 +1,106 @@
+"""Conversions of adapters that are not merged: from PEFT's layout, and to it."""
+
+import shlex
+from pathlib import Path
+from typing import Protocol
+
+from llama_jax.adapters import count_adapter
+from llama_jax.checkpoint import Checkpoint
+from llama_jax.checkpoint.adapted import check_base, check_whole
+from llama_jax.config import ModelArgs
+from llama_jax.convert.output import new_folder
+from llama_jax.convert.peft import CONFIG, read_peft, save_adapter, write_peft
+from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.keys import read_json
+from llama_jax.lora_args import LoraArgs
+from llama_jax.programs import typed
+
+
+class Asked(Protocol):
+    """The arguments of the converter that adapters have."""
+
+    @property
+    def to(self) -> str: ...
+    @property
+    def base(self) -> str: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def tokenizer(self) -> str: ...
+    @property
+    def max_seq_len(self) -> int: ...
+    @property
+    def dry_run(self) -> bool: ...
+
+
+def import_adapter(folder: Path, args: Asked, output: Path) -> None:
+    """Read an adapter in PEFT's layout and write it as a checkpoint that knows its base. Print a report."""
+    _check_alone(args)
+    if args.to != "llama-jax":
+        raise UserError(
+            f"--to: expected llama-jax with an adapter of PEFT as --input, found {args.to}; convert it first, and the result then"
+        )
+    if not args.base:
+        made_for = quoted(str(read_json(folder / CONFIG).get("base_model_name_or_path")))
+        raise UserError(
+            f"--base: expected the checkpoint of the model that the adapter in {folder} adapts ({made_for}, it says), found "
+            "none; convert that model, and name it: --base checkpoints/x"
+        )
+    base = Checkpoint.find(args.base)
+    check_whole(base, "--base")
+    lora, tree = read_peft(folder, base)
+    _announce(f"{folder}: an adapter of PEFT", base.args, lora, f"{base.folder}")
+    if args.dry_run:
+        return
+    with new_folder(output) as temporary:
+        save_adapter(temporary, base, lora, tree)
+    print(f'{output}: done\nnow try:\n  {typed("sample")} --ckpt {shlex.quote(str(output))} "Once upon a time"')
+
+
+def export_adapter(folder: Path, args: Asked, output: Path) -> None:
+    """Write an adapter of this project in PEFT's layout. Print a report."""
+    _check_alone(args)
+    adapter = Checkpoint.find(folder)
+    if adapter.adapter is None:
+        raise UserError(
+            f"--to peft: expected an adapter as --input, found a whole model in {adapter.folder}; write it with --to huggingface"
+        )
+    if args.base:
+        check_base(Checkpoint.find(args.base), adapter, "name its own base, or leave --base out")
+    record = adapter.adapter
+    _announce(f"{adapter.folder}: an adapter of llama-jax", adapter.args, record.lora, record.base)
+    if record.lora.base_weights != "auto":
+        print(
+            f"{'note':>10}  it was trained beside matrices in {record.lora.base_weights}; beside others it computes slightly "
+            "other numbers"
+        )
+    if args.dry_run:
+        return
+    with new_folder(output) as temporary, adapter.verified():
+        write_peft(adapter, temporary)
+    print(f"{output}: done\nnow try:\n  peft.PeftModel.from_pretrained(model, {str(output)!r})")
+
+
+def _check_alone(args: Asked) -> None:
+    """Raise UserError on arguments that only whole models have."""
+    asked = {
+        "--weights": args.weights != "auto",
+        "--layout": args.layout != "auto",
+        "--tokenizer": bool(args.tokenizer),
+        "--max-seq-len": bool(args.max_seq_len),
+    }
+    for name, given in asked.items():
+        if given:
+            raise UserError(f"{name}: expected none with an adapter that is not merged, found one; leave it out")
+
+
+def _announce(found: str, args: ModelArgs, lora: LoraArgs, base: str) -> None:
+    rows = {
+        "input": found,
+        "adapter": f"{count_adapter(args, lora):,} parameters: rank {lora.rank}, scale {lora.scale:g}, on {', '.join(lora.targets)}",
+        "base": base,
+    }
+    for name, text in rows.items():
+        print(f"{name:>10}  {text}")

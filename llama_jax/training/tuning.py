@@ -1,0 +1,148 @@
+"""A run that trains adapters: its base, how the base is held, and what checkpoints record of both."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from llama_jax.adapters import check_targets, count_adapter
+from llama_jax.checkpoint import Checkpoint
+from llama_jax.checkpoint.adapted import WholeModel, check_base, digest_of
+from llama_jax.checkpoint.adapter_record import AdapterRecord
+from llama_jax.config import Config, Weights
+from llama_jax.devices.memory import bytes_of
+from llama_jax.errors import UserError
+from llama_jax.generation.loading import load_frozen
+from llama_jax.generation.serving import stacked_shapes
+from llama_jax.lora_args import LoraArgs
+from llama_jax.model import Llama
+from llama_jax.storage.locations import absolute
+from llama_jax.training.adapting import Adapting
+from llama_jax.training.opening import Opened
+
+# Settings that a run which continues an adapter has in common with it.
+SAME = ("rank", "strength", "targets", "rslora")
+ELSEWHERE = "give its new place with --train.init-from"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The base of a run's adapters, and what the compiled steps and the checkpoints know of it."""
+
+    base: Checkpoint
+    adapting: Adapting
+    record: AdapterRecord
+
+    @classmethod
+    def of(cls, config: Config, opened: Opened, found: WholeModel | None) -> "Tuning":
+        """Return the base of a new run, ``found``, or else of the run that is resumed.
+
+        Raises UserError if the settings do not fit the base or the adapter to continue, or if a resumed run's base is
+        gone or has changed.
+        """
+        lora = config.lora
+        if found is None:
+            base, before = _base_of_run(config, opened)
+            lora = replace(lora, base_weights=before.base_weights)
+        else:
+            base = found.base
+            check_targets(found.args, lora)
+            if found.lora is not None:
+                lora = _continued(lora, found.lora, found)
+        weights = _weights(lora, base)
+        known = replace(lora, base_weights=weights if base.weights == "auto" else "auto")
+        record = AdapterRecord(str(absolute(base.folder)), digest_of(base), known)
+        return cls(base, Adapting(lora, weights, config.train.seed), record)
+
+    def suited(self, module: Llama) -> Llama:
+        """Return the module as a frozen base is trained best.
+
+        Layers that are quantized are not unrolled, since XLA on a CPU would then keep each dequantized matrix of the
+        forward pass for the backward one.
+        """
+        return module if self.adapting.weights == "auto" else module.clone(unroll=1)
+
+    def load_base(self, module: Llama, mesh: jax.sharding.Mesh) -> Any:
+        """Load the frozen base onto the mesh."""
+        return load_frozen(self.base, module, mesh, self.adapting.weights)
+
+    def bytes_of_state(self, module: Llama) -> dict[str, int]:
+        """Return the bytes of the base, and of the adapters with their gradients and moments."""
+        base = bytes_of(stacked_shapes(module, self.adapting.weights))
+        return {"base": base, "adapters": 16 * count_adapter(module.args, self.adapting.lora)}
+
+    def rows(self, module: Llama) -> list[tuple[str, str]]:
+        """Return what a run prints about its adapters and their base."""
+        lora, weights = self.adapting.lora, self.adapting.weights
+        form = f"matrices in {weights}" if weights != "auto" else f"in {module.dtype.name}"
+        size = bytes_of(stacked_shapes(module, weights)) / 1e6
+        dropout = f", dropout {lora.dropout:g}" if lora.dropout else ""
+        return [
+            (
+                "adapters",
+                f"{count_adapter(module.args, lora):,} parameters: rank {lora.rank}, scale {lora.scale:g}{dropout}, on "
+                f"{', '.join(lora.targets)}",
+            ),
+            ("base", f"{self.base.folder}, frozen, {form}: {size:,.0f} MB"),
+        ]
+
+
+def _weights(lora: LoraArgs, base: Checkpoint) -> Weights:
+    """Return the quantization of the base in training. Raises UserError if it is stored with another one."""
+    if base.weights != "auto" and lora.base_weights not in ("auto", base.weights):
+        raise UserError(
+            f"lora.base_weights: expected auto or {base.weights}, as {base.folder} stores its matrices, found "
+            f"{lora.base_weights}; leave it out, or take the checkpoint that it was made from"
+        )
+    return base.chosen(lora.base_weights)
+
+
+def _continued(lora: LoraArgs, before: LoraArgs, found: WholeModel) -> LoraArgs:
+    """Return the settings of a run that continues an adapter. Raises UserError if the adapter has others."""
+    for name in SAME:
+        old, new = getattr(before, name), getattr(lora, name)
+        if (sorted(old) != sorted(new)) if name == "targets" else old != new:
+            key = "alpha" if name == "strength" else name
+            raise UserError(
+                f"lora.{key}: expected {_shown(old)}, as the adapter in {found.folder} has it, found {_shown(new)}; give the "
+                "same value, or begin a new adapter on its base"
+            )
+    if lora.base_weights not in ("auto", before.base_weights):
+        raise UserError(
+            f"lora.base_weights: expected {before.base_weights}, with which the adapter in {found.folder} was trained, found "
+            f"{lora.base_weights}; leave it out"
+        )
+    return replace(lora, base_weights=before.base_weights)
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else f"{value}"
+
+
+def _base_of_run(config: Config, opened: Opened) -> tuple[Checkpoint, LoraArgs]:
+    """Return the base and the settings of the run that is resumed.
+
+    The base is where it was or, if it moved, where train.init_from is.
+
+    Raises UserError if neither is the base.
+    """
+    own = Checkpoint.find(opened.folder.checkpoints / str(opened.start))
+    if own.adapter is None:
+        raise UserError(
+            f"lora.rank: expected 0, as the run in {opened.folder.path} trains the whole model, found {config.lora.rank}; "
+            "choose another --train.save-dir"
+        )
+    problem: UserError | None = None
+    for place in dict.fromkeys((own.adapter.base, config.train.init_from)):
+        try:
+            base = Checkpoint.find(place)
+            if base.adapter is not None:
+                base = Checkpoint.find(base.adapter.base)
+            check_base(base, own, ELSEWHERE)
+            return base, own.adapter.lora
+        except UserError as error:
+            problem = problem or error
+    raise UserError(
+        f"{own.folder}: expected the base of this run's adapters in {own.adapter.base}, found none or another one: {problem}"
+        + ("" if str(problem).endswith(ELSEWHERE) else f"; {ELSEWHERE}")
+    )
