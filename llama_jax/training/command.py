@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from llama_jax.cli.configurations import find_config, shipped
-from llama_jax.cli.flags import parse_flags, take_option
+from llama_jax.cli.configurations import find_config, shipped, stated_keys
+from llama_jax.cli.flags import given_flags, parse_flags, take_option
 from llama_jax.config import Config, load_toml
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
@@ -15,6 +15,12 @@ from llama_jax.programs import typed
 # The shipped configurations that give the settings of a run without --config, and of one that starts from a checkpoint.
 # The last one trains adapters.
 DEFAULT, FINE_TUNING, ADAPTERS = "tiny", "finetune", "lora"
+# Where their rates come from, and the settings that these are.
+ORIGINS = {
+    FINE_TUNING: "as the LLaMA 2 paper (section 3.1) fine-tunes, in batches of 64",
+    ADAPTERS: "as the QLoRA paper (section 4.1)",
+}
+RATES = ("lr", "min_lr_ratio", "warmup_steps", "n_epochs", "weight_decay", "beta2", "eps")
 # Pairs of settings that decide the same thing. If both are given, the second one wins.
 PAIRS = (
     ("train.n_epochs", "train.max_steps"),
@@ -47,13 +53,16 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     if config.train.init_from:
         from llama_jax.training.opening import starting_model
 
+        tuning = shipped(ADAPTERS if config.lora.rank else FINE_TUNING)
         if named is None:
-            source = shipped(ADAPTERS if config.lora.rank else FINE_TUNING)
+            source = tuning
             file = load_toml(source)
-            notes.append(
-                f"settings of {source.stem}: learning rate {file.train.lr:g}, {file.train.n_epochs} epochs; flags override them"
-            )
+            stated = given_flags(rest)
+        else:
+            stated = given_flags(rest) | stated_keys(source)
+            file = _tuned(file, load_toml(tuning), stated) if config.lora.rank else file
         config, more = _parse(rest, file)
+        notes.append(_tuning_note(config, stated, tuning.stem, source.stem))
         train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
         # The model's shape comes from the checkpoint. Flags may only change what leaves its parameters as they are.
         config, notes = (
@@ -66,6 +75,28 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     return config, found + notes
 
 
+def _tuned(file: Config, tuning: Config, stated: set[str]) -> Config:
+    """Return the configuration of a file with the rates of ``tuning`` where neither the file nor a flag has its own."""
+    rates = {name: getattr(tuning.train, name) for name in RATES if f"train.{name}" not in stated}
+    return dataclasses.replace(file, train=dataclasses.replace(file.train, **rates))
+
+
+def _tuning_note(config: Config, stated: set[str], tuning: str, source: str) -> str:
+    """Return a line that says which rates a fine-tuning run has, and why."""
+    train, own = config.train, [name for name in RATES if f"train.{name}" in stated]
+    length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.n_epochs} epoch{'s'[: train.n_epochs != 1]}"
+    rates = f"learning rate {train.lr:g}, warm-up {train.warmup_steps:,} steps, {length}, weight decay {train.weight_decay:g}"
+    if source == tuning or config.lora.rank:
+        given = f", but for the given {', '.join(own)}" if own else ""
+        return f"settings of {tuning}: {rates}, {ORIGINS[tuning]}{given}; flags override them"
+    if "lr" in own:
+        return f"settings of {source}: {rates}"
+    return (
+        f"settings of {source}: {rates}; it has no learning rate, so that this is the one of pretraining; the LLaMA 2 paper "
+        "fine-tunes with 2e-05 for 2 epochs (--train.lr 2e-5 --train.n-epochs 2)"
+    )
+
+
 def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
     sections = {field.name: getattr(file, field.name) for field in dataclasses.fields(Config)}
     description = (
@@ -74,7 +105,7 @@ def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
     )
     command = parse_flags(Command, argv, Command(**sections), typed("train"), description)
     config = Config(**{name: getattr(command, name) for name in sections})
-    given = {name.lstrip("-").partition("=")[0].replace("-", "_") for name in argv if name.startswith("--")}
+    given = given_flags(argv)
     texts = list(command.text)
     if texts and "data.filepath" in given and texts != [config.data.filepath]:
         texts.append(config.data.filepath)

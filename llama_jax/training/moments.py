@@ -1,10 +1,10 @@
 """Adam's moments in 16 or 8 bits.
 
 8 bits follow "8-bit Optimizers via Block-wise Quantization" (Dettmers et al., 2022): each block of numbers has its own
-scale, and the code has more levels near zero, since what a moment means is its size relative to itself. Here a level is
-a power of the code: (c / 127)^2 for the signed first moment, (c / 255)^4 for the second, which is a square. A moment is
-rounded up or down at random, unbiased: rounded to the nearest, one that changes by less than half a level a step would
-never change.
+scale, and the code has more levels near zero, as relative errors count. Here a level is a power of the code. It is
+(c / 127)^2 for the signed first moment, and (c / 255)^4 for the second, which is a square. A moment is rounded up or
+down at random, right on average: rounded to the nearest, one that changes by less than half a level a step would never
+change.
 """
 
 import math
@@ -47,7 +47,7 @@ def block_axis(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def pack(x: jax.Array, bits: jax.Array, signed: bool) -> Packed:
-    """Pack float32 numbers into 8 bits with random ``bits``, uint32 of the same shape; see the module's text.
+    """Return float32 numbers in 8 bits, rounded by random ``bits``, uint32 of the same shape.
 
     signed: whether it is the first moment. A second moment that is not zero never becomes zero, by which an update
     would be divided.
@@ -85,7 +85,7 @@ def _of_each(scales: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def small_adam(b1: float, b2: float, eps: float, kind: Moments) -> optax.GradientTransformationExtraArgs:
-    """Return ``optax.scale_by_adam``, which keeps its moments in ``kind`` between steps. Those of vectors stay float32.
+    """Return ``optax.scale_by_adam``, which keeps its moments in ``kind`` between steps, those of vectors in float32.
 
     Its update also takes ``seeds``, uint32 [leaves, 2, 2]: of each parameter, for the first and the second moment.
     """

@@ -142,7 +142,9 @@ def matrices(params: Any) -> Any:
 
 
 def state_shardings(shapes: Any, params: Any, mesh: Mesh) -> Any:
-    """Return the shardings of a state. What belongs to a parameter is sharded like it, as far as its axes are the same.
+    """Return the shardings of a state.
+
+    What belongs to a parameter is sharded like it, as far as its axes are the same.
 
     shapes: the shapes of the optimizer's state. params: those of the parameters, with their shardings.
     """
@@ -199,7 +201,7 @@ def _rounded(new: jax.Array, like: jax.Array, seed: jax.Array) -> jax.Array:
 
 
 def _over_layers(L: int, update: Callable[[Any, Any, Any], Any], inputs: Any, stacks: Any) -> Any:
-    """Return ``stacks`` with each of L layers replaced by ``update`` of its number, its inputs and its part, in place."""
+    """Return ``stacks`` with each of L layers replaced by ``update`` of its number, inputs and part, in place."""
 
     def layer(tree: Any, i: jax.Array) -> Any:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)

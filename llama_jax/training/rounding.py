@@ -1,8 +1,8 @@
 """Rounding of float32 numbers to bfloat16, such that small updates of parameters are not lost.
 
-An update of a fine-tuning step is often less than half of what separates a bfloat16 number from the next. Rounded to the
-nearest, it would vanish each time. Stochastic rounding keeps it on average. Compensated (Kahan) rounding keeps what is
-lost in a second bfloat16 number. Both are in "Revisiting BFloat16 Training" (Zamirai et al., 2020, section 4).
+An update of a fine-tuning step is often less than half of what separates a bfloat16 number from the next. Rounded to
+the nearest, it would vanish each time. Stochastic rounding keeps it on average. Compensated (Kahan) rounding keeps what
+is lost in a second bfloat16 number. Both are in "Revisiting BFloat16 Training" (Zamirai et al., 2020, section 4).
 """
 
 import math

@@ -82,8 +82,8 @@ def warmup_steps(args: TrainArgs, steps: int) -> int:
 def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> AnyOptimizer:
     """Return AdamW with gradient clipping, weight decay on all parameters but norm weights, and handling of bad steps.
 
-    ``steps`` and ``held`` are those of ``learning_rate``. Settings that save memory, or another optimizer, give the same
-    in pieces (pieces.py).
+    ``steps`` and ``held`` are those of ``learning_rate``. With settings that save memory, or Adafactor, the optimizer
+    works in pieces (pieces.py).
     """
     schedule = learning_rate(args, steps, held)
     if is_small(args):
