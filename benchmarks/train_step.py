@@ -3,6 +3,7 @@
 All take the same shapes, clip, and update float32 parameters with AdamW; each in a process of its own, as its users would run
 it. They run in turn, so that a machine that slows down slows all; the peer is the faster of those that are asked for. Prints
 one JSON line with the medians and the median of the pairs' ratios; on a known accelerator also the model FLOPs utilisation.
+With ``--lora.rank`` it is the step of low-rank adapters, and the peer is Hugging Face's PEFT.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import resource
 import statistics
 import sys
 import time
@@ -29,6 +31,9 @@ from llama_jax.data.batches import Batch
 from llama_jax.devices.memory import keep_freed_memory, memory_in_use
 from llama_jax.devices.sharding import batch_sharding, make_mesh
 from llama_jax.errors import UserError, run_command
+from llama_jax.lora_args import LoraArgs
+from llama_jax.model import Llama
+from llama_jax.training.adapting import Adapting
 from llama_jax.training.flops import peak_flops, train_flops_per_token
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer
 
@@ -57,6 +62,7 @@ class Arguments:
     """Pairs of runs that are measured."""
     steps: int = 2
     """Steps in a run."""
+    lora: LoraArgs = LoraArgs()
     model: ModelArgs = ModelArgs(dim=288, n_layers=6, n_heads=6, vocab_size=32000, multiple_of=32, max_seq_len=256)
 
 
@@ -91,6 +97,11 @@ def _check(args: Arguments) -> None:
     args.model.check()
     if min(args.batch_size, args.pairs, args.steps) < 1:
         raise UserError("--batch-size, --pairs and --steps: expected 1 or more, found less")
+    args.lora.check()
+    if args.lora.base_weights != "auto" and args.peers:
+        raise UserError(
+            "--peers: expected none beside --lora.base-weights, which they lack, found some; give --peers None"
+        )
     if args.model.vocab_size < 1:
         raise UserError(f"--model.vocab-size: expected 1 or more, found {args.model.vocab_size}")
 
@@ -103,7 +114,7 @@ def _result(
     result: dict[str, Any] = {"benchmark": "train_step", "tokens_per_second": {k: round(v) for k, v in rate.items()}}
     peak = facts.pop("peak_flops")
     if peak is not None:
-        flops = train_flops_per_token(args.model)
+        flops = train_flops_per_token(args.model, args.lora)
         result["mfu"] = {name: round(value * flops / peak, 3) for name, value in rate.items()}
     if args.peers:
         peer = max(args.peers, key=lambda name: rate[name])
@@ -133,20 +144,23 @@ def jax_runner(args: Arguments, tokens: np.ndarray) -> Runner:
     train = TrainArgs(batch_size=len(tokens))
     mesh = make_mesh(MeshArgs(data=1), jax.devices()[:1])
     module = make_model(args.model, args.compute_dtype, args.remat, args.attention, mesh)
+    adapting = Adapting(args.lora, args.lora.base_weights) if args.lora.rank else None
+    module = module if adapting is None else adapting.suited(module)
     optimizer = make_optimizer(train, 1000)
     batch = jax.device_put(
         Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32)), batch_sharding(mesh)
     )
     began = time.perf_counter()
-    step = compile_train_step(module, optimizer, mesh, 1, batch)
+    step = compile_train_step(module, optimizer, mesh, 1, batch, adapting)
     compiled_in = time.perf_counter() - began
-    state = init_state(module, optimizer, mesh, seed=0)
+    state = init_state(module, optimizer, mesh, 0, None, adapting)
+    frozen = () if adapting is None else (random_base(module, mesh, adapting),)
     device = mesh.devices.flat[0]
 
     def run(steps: int) -> None:
         nonlocal state
         for _ in range(steps):
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, *frozen)
         jax.block_until_ready(metrics)
 
     return Runner(
@@ -162,6 +176,18 @@ def jax_runner(args: Arguments, tokens: np.ndarray) -> Runner:
     )
 
 
+def random_base(module: Llama, mesh: jax.sharding.Mesh, adapting: Adapting) -> Any:
+    """Return a frozen base of random values."""
+    shapes = adapting.base_shapes(module, mesh)
+
+    def make(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        values = np.random.default_rng(0).normal(0, 0.02, shape.shape)
+        integers = jax.numpy.issubdtype(shape.dtype, jax.numpy.integer)
+        return jax.device_put((100 * values if integers else values).astype(shape.dtype), shape.sharding)
+
+    return jax.tree.map(make, shapes)
+
+
 def torch_runner(args: Arguments, tokens: np.ndarray, compiled: bool) -> Runner:
     """The same in PyTorch."""
     train, cuda = TrainArgs(), torch.cuda.is_available()
@@ -171,9 +197,15 @@ def torch_runner(args: Arguments, tokens: np.ndarray, compiled: bool) -> Runner:
     if cuda:
         torch.set_float32_matmul_precision("high")  # as XLA's products of float32 there
     with device:
-        model = TorchLlama(args.model)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+        if args.lora.rank:
+            from peft_llama import PeftLlama
+
+            model: torch.nn.Module = PeftLlama(args.model, args.lora)
+        else:
+            model = TorchLlama(args.model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=True)
     forward = torch.compile(model) if compiled else model
@@ -185,12 +217,15 @@ def torch_runner(args: Arguments, tokens: np.ndarray, compiled: bool) -> Runner:
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 loss = forward(inputs, targets)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+            torch.nn.utils.clip_grad_norm_(trained, train.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
         loss.item()
 
-    return Runner(run, lambda: torch.cuda.max_memory_allocated() if cuda else None, {})
+    def memory() -> int:
+        return torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    return Runner(run, memory, {})
 
 
 RUNNERS: dict[str, Callable[[Arguments, np.ndarray], Runner]] = {

@@ -47,9 +47,12 @@ ParamDType = Literal["float32", "bfloat16"]
 Rounding = Literal["stochastic", "compensated"]
 Optimizer = Literal["adamw", "adafactor"]
 Moments = Literal["float32", "bfloat16", "int8"]
+ObjectiveName = Literal["next-token", "dpo"]
 
 
 BadRecords = Literal["error", "skip"]
+LossOn = Literal["answers", "all"]
+TooLong = Literal["cut", "drop"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,13 @@ class DataArgs:
     A document that the start of a sequence cuts begins again there, at position 0.
     The first token of the next document is not predicted."""
 
+    chat_template: str = ""
+    """The format of conversations: a file with a template in Jinja, or llama2, llama3, chatml, zephyr, vicuna, plain
+    or instruction. Checkpoints keep it, and sample.py talks in it. Empty: the model's own."""
+    loss_on: LossOn = "answers"
+    """The tokens of conversations that count in the loss: answers, with the token that ends each of them, or all."""
+    too_long: TooLong = "cut"
+    """Conversations of more tokens than max_seq_len and one: cut (keep the beginning) or drop."""
     cache_gb: float = 100.0
     """Gigabytes of the local disk for prepared tokens that are behind an address, over all runs of this machine.
     They are kept in ~/.cache/llama_jax/tokens (or $XDG_CACHE_HOME/llama_jax/tokens).
@@ -129,6 +139,15 @@ class TrainArgs:
     The defaults are those of the LLaMA 2 paper (section 2.1), except batch size and length.
     """
 
+    objective: ObjectiveName = "next-token"
+    """Objective of training.
+    next-token: the cross entropy of each next token.
+    dpo: the loss of direct preference optimization, over pairs of a chosen and a rejected answer."""
+    dpo_beta: float = 0.1
+    """DPO's beta, the factor of log-likelihood ratios.
+    The larger it is, the closer the model stays to its reference."""
+    dpo_label_smoothing: float = 0.0
+    """Share of the pairs that DPO takes to be labelled the wrong way round. 0: none, as in the paper."""
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
@@ -248,8 +267,13 @@ class TrainArgs:
         }
         positive = {"lr": POSITIVE, "eps": POSITIVE, "weight_decay": (0.0, HUGE), "grad_clip": (0.0, HUGE)}
         positive |= dict.fromkeys(("watchdog_seconds", "save_minutes", "eval_minutes"), (0.0, 1e9))
-        positive |= {"spike_factor": (0.0, HUGE)}
+        positive |= {"spike_factor": (0.0, HUGE), "dpo_beta": POSITIVE, "dpo_label_smoothing": (0.0, 0.5)}
         check_fields(self, "train.", dict.fromkeys(counts + intervals, COUNT) | natural | shares | positive)
+        for name in ("dpo_beta", "dpo_label_smoothing") if self.objective != "dpo" else ():
+            given, default = getattr(self, name), getattr(TrainArgs, name)
+            expect(
+                given == default, f"train.{name}", "train.objective dpo beside it", f"train.objective {self.objective}"
+            )
         no_spikes = self.spike_factor == 0 or self.spike_factor > 1
         expect(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)
         _ = self.profile_range
@@ -454,10 +478,10 @@ class Config:
         """Raise UserError on impossible values, in a section or between sections."""
         for section in (self.model, self.data, self.train, self.mesh, self.distributed, self.lora):
             section.check()
-        if self.lora.rank and not self.train.init_from:
+        if self.train.objective == "dpo" and self.data.loss_on != "answers":
             raise UserError(
-                "lora.rank: expected train.init_from beside it, the checkpoint to fine-tune, found none; give "
-                "--train.init-from, or leave lora.rank out"
+                f"data.loss_on: expected answers beside train.objective dpo, which compares answers alone, found {self.data.loss_on}; "
+                "leave it out"
             )
         plain = TrainArgs()
         for name in ("param_dtype", "optimizer", "moments") if self.lora.rank else ():

@@ -46,6 +46,13 @@ class LoraArgs:
         """The factor of a b."""
         return self.strength / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def text(self, parameters: int) -> str:
+        """Return a line about the adapters, which have so many parameters."""
+        dropout = f", dropout {self.dropout:g}" if self.dropout else ""
+        return (
+            f"{parameters:,} parameters: rank {self.rank}, scale {self.scale:g}{dropout}, on {', '.join(self.targets)}"
+        )
+
     def check(self) -> None:
         """Raise UserError on impossible values."""
         if not (type(self.rank) is int and 0 <= self.rank < 1 << 31):

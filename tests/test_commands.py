@@ -134,6 +134,8 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
     model = never_ending(code_tokenizer(place / "code"), max_seq_len=128)
     save_checkpoint(place / "checkpoints" / "code-llama-7b", model.params, model.args, model.tokenizer)
     make_corpora(place, stored)
+    pairs = [{"prompt": f"{i}", "chosen": "A", "rejected": "B"} for i in range(30)]
+    (place / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (place / "conversation.json").write_text('[{"role": "user", "content": "Hi"}]')
     (place / "prompts.jsonl").write_text('{"prompt": "The fox"}\n{"prompt": "The owl", "stop": ["."], "n": 3}\n')
     commands = documented_commands()
@@ -154,6 +156,8 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
             argv += [*SHORT_RUN, "--train.max-steps=3"]  # with one evaluation
             argv += ["--train.gradient-accumulation-steps", "1"]
             argv += [] if "--data.mixture" in argv else ["--train.save-dir", f"documented/{i}"]  # one that goes on
+            # runs/tuned, as it is made above, has a smaller rank and no template.
+            argv += ["--lora.rank", "4", "--data.chat-template", "llama2"] if "--train.objective" in argv else []
             argv += ["--train.profile-steps", "2-3"] if "--train.profile-steps" in argv else []
             if "--data.tokenizer-model-path" not in argv and not {"tokens", "--data.mixture"} & {*argv}:
                 argv += STORIES

@@ -237,7 +237,10 @@ def test_every_field_can_be_set_by_its_flag():
             "optimizer": "adafactor",
             "moments": "int8",
             "bad_steps": "skip",
+            "objective": "dpo",
             "bad_records": "skip",
+            "loss_on": "all",
+            "too_long": "drop",
             "base_weights": "int8",
         }.get(name, "7" if "int" in hint or "float" in hint else "x")
         config = flags(flag, value)

@@ -93,8 +93,8 @@ class ChatFormat:
             return llama2.encode_dialog(self.tokenizer, messages)
         if not messages or messages[-1].role in ("assistant", "system"):
             raise UserError("messages: expected the last one from the user, to be answered, found none")
-        self._check_roles(messages)
-        return self._encoded(messages)
+        self.check_roles(messages)
+        return self.ids(messages)
 
     def check(self, system: str) -> None:
         """Raise UserError if the template does not take a message of the user, behind ``system`` unless it is empty."""
@@ -104,13 +104,13 @@ class ChatFormat:
         """Return the token ids of a conversation that ends with an answer, as a model is tuned on it."""
         if self.is_llama2:
             return llama2.encode_answered(self.tokenizer, messages)
-        self._check_roles(messages)
-        return encode_rendered(self.tokenizer, functools.partial(self.render, answered=True), messages)
+        self.check_roles(messages)
+        return self.ids(messages, answered=True)
 
     def fit(self, messages: Sequence[Message], most: int) -> tuple[list[Message], int]:
         """Drop the oldest turns until the conversation has at most ``most`` tokens; see messages.fit."""
         self.encode(messages)
-        return fit(messages, most, lambda kept: len(self.encode(kept) if self.is_llama2 else self._encoded(kept)))
+        return fit(messages, most, lambda kept: len(self.encode(kept) if self.is_llama2 else self.ids(kept)))
 
     def said(self, text: str) -> Message:
         """Return an answer as a message of the conversation that goes on."""
@@ -134,8 +134,12 @@ class ChatFormat:
             return frozenset()
         return frozenset({self.tokenizer.specials[text[slice(*following)]]} - {self.tokenizer.bos_id})
 
-    def _encoded(self, messages: Sequence[Message]) -> list[int]:
-        return encode_rendered(self.tokenizer, self.render, messages)
+    def ids(self, messages: Sequence[Message], answered: bool = False, start: int = 0) -> list[int]:
+        """Return the token ids of what ``render`` makes of a conversation, from character ``start`` on.
+
+        Roles that the template leaves out are not looked for; see ``check_roles``.
+        """
+        return encode_rendered(self.tokenizer, functools.partial(self.render, answered=answered), messages, start)
 
     def render(self, messages: Sequence[Message], answered: bool = False) -> str:
         """Return a conversation as text. ``answered``: it ends with an answer, and does not ask for one.
@@ -158,7 +162,7 @@ class ChatFormat:
         except UserError:  # a template that looks at the message, and so does not leave it out
             return False
 
-    def _check_roles(self, messages: Sequence[Message]) -> None:
+    def check_roles(self, messages: Sequence[Message]) -> None:
         """Raise UserError if the template leaves out a message of a role that not every template knows."""
         known = ("user", "assistant")
         others = [(i, one) for i, one in enumerate(messages) if one.role not in known and one.content.strip()]

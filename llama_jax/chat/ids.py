@@ -23,27 +23,29 @@ PRIVATE = range(0xF0000, 0xFFFFE)
 Span = tuple[int, int]
 
 
-def encode_rendered(tokenizer: Tokenizer, render: Render, messages: Sequence[Message]) -> list[int]:
-    """Return the token ids of the text that ``render`` makes of ``messages``.
+def encode_rendered(tokenizer: Tokenizer, render: Render, messages: Sequence[Message], start: int = 0) -> list[int]:
+    """Return the token ids of the text that ``render`` makes of ``messages``, from character ``start`` on.
 
-    Raises UserError if a template changes a message in such a way that its text and a special token cannot be told
-    apart.
+    No token begins before ``start``, even if the whole text has one there. Raises UserError if a template changes a
+    message in such a way that its text and a special token cannot be told apart.
     """
     text = render(messages)
     specials = tokenizer.specials
     own = own_spans(text, render, messages, tuple(specials))
+    begins = start == 0 or any(end == start for _, end in own)
+    own = [span for span in own if span[0] >= start]
     names = {text[begin:end] for begin, end in own}
     # Ordinary tokens that somebody has added are found in every text, but not those that the template writes itself.
     kept = {name for name, i in specials.items() if not tokenizer.is_text(i)} | names
     typed = [text[begin:end] for begin, end in set(spans(text, tuple(specials))) - set(own)]
-    if kept.isdisjoint(typed):
+    if kept.isdisjoint(typed) and not start:
         return tokenizer.encode(text, bos=False, specials=True)
     ids: list[int] = []
     fresh = _starts_anew(tokenizer)
-    for start, (begin, end) in zip([0, *(end for _, end in own)], [*own, (len(text), len(text))], strict=True):
-        if start < begin:
-            parts = _cut(text[start:begin], tuple(name for name in names if tokenizer.is_text(specials[name])))
-            starts = [fresh or start == 0] + [False] * (len(parts) - 1)
+    for at, (begin, end) in zip([start, *(end for _, end in own)], [*own, (len(text), len(text))], strict=True):
+        if at < begin:
+            parts = _cut(text[at:begin], tuple(name for name in names if tokenizer.is_text(specials[name])))
+            starts = [at == 0 or (fresh and (begins or at != start))] + [False] * (len(parts) - 1)
             ids += itertools.chain.from_iterable(tokenizer.encode_parts(parts, starts))
         if begin < end:
             ids.append(specials[text[begin:end]])

@@ -3,7 +3,7 @@
 <s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST] {assistant} </s><s>[INST] {user} [/INST]
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from llama_jax.chat.messages import Message
 from llama_jax.errors import UserError
@@ -40,6 +40,19 @@ def encode_answered(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[i
     if not turns or len(turns) % 2:
         raise UserError("messages: expected the last one from the assistant, found another")
     return _encode_pairs(tokenizer, turns)
+
+
+def encode_pairs(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield for each answer the token ids of its pair, and those that generation is fed for the user's turn of it.
+
+    Raises UserError as ``encode_answered`` does.
+    """
+    turns = _turns(messages)
+    if not turns or len(turns) % 2:
+        raise UserError("messages: expected the last one from the assistant, found another")
+    for user, answer in zip(turns[::2], turns[1::2], strict=True):
+        fed = tokenizer.encode(f"{INSTRUCTION} {user.content.strip()} {END_INSTRUCTION}", bos=True)
+        yield _encode_pairs(tokenizer, [user, answer]), fed
 
 
 def _turns(messages: Sequence[Message]) -> list[Message]:

@@ -87,10 +87,40 @@ VICUNA = """\
     {{- 'ASSISTANT:' -}}
 {%- endif -%}
 """
+# Layouts for models without a template of their own. A text and what follows it:
+PLAIN = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- message.content -}}
+    {%- if message.role == 'assistant' -%}
+        {{- eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+# and instructions, under headings that are usual for them.
+INSTRUCTION = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {{- '### Instruction:\\n' + message.content | trim + '\\n\\n' -}}
+    {%- elif message.role == 'assistant' -%}
+        {{- '### Response:\\n' + message.content | trim + eos_token + '\\n\\n' -}}
+    {%- elif message.role == 'system' -%}
+        {{- message.content | trim + '\\n\\n' -}}
+    {%- else -%}
+        {{- raise_exception('expected system, user or assistant, found ' + message.role) -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '### Response:\\n' -}}
+{%- endif -%}
+"""
 NAMED = {
     "llama2": Named(LLAMA2),
     "llama3": Named(LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "chatml": Named(CHATML, ("<|im_start|>", "<|im_end|>")),
     "zephyr": Named(ZEPHYR),
     "vicuna": Named(VICUNA),
+    "plain": Named(PLAIN),
+    "instruction": Named(INSTRUCTION),
 }

@@ -1,7 +1,7 @@
 """Finds the base of an adapter: by the path that the adapter's checkpoint has, or where the user says it is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama_jax.chat.formats import ChatSetup
@@ -59,8 +59,9 @@ class WholeModel:
 
     @property
     def args(self) -> ModelArgs:
-        """The model arguments."""
-        return self.described.args
+        """The model arguments. The context is the base's, even if the adapter was trained on shorter sequences."""
+        longest = max(self.base.args.max_seq_len, self.described.args.max_seq_len)
+        return replace(self.described.args, max_seq_len=longest)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -74,7 +74,7 @@ def write_peft(adapter: Checkpoint, folder: Path) -> None:
     values: dict[str, np.ndarray] = {}
     for name, layer, factors in _factors_of(adapter):
         for factor, value in zip("AB", factors, strict=True):
-            key = _peft_name(name, layer, factor)
+            key = peft_name(name, layer, factor)
             values[key] = np.ascontiguousarray(value.T, np.dtype("<f4"))
             shapes[key] = values[key].shape
     with SafetensorsWriter(folder / WEIGHTS, np.dtype("<f4"), shapes) as writer:
@@ -176,7 +176,7 @@ def _read_factors(files: TensorFiles, folder: Path, base: Checkpoint, rank: int)
     tree: dict[str, Any] = {}
     for name in MATRICES:
         layers = args.n_layers if len(PLACES[name]) > 1 else 1
-        keys = [[_peft_name(name, layer, factor) for layer in range(layers)] for factor in "AB"]
+        keys = [[peft_name(name, layer, factor) for layer in range(layers)] for factor in "AB"]
         wanted = {key for some in keys for key in some}
         if not wanted & left:
             continue
@@ -243,7 +243,8 @@ def _huggingface(name: Target) -> str:
     return next(tensor.huggingface for tensor in TABLE if tensor.name == place).removesuffix(".weight")
 
 
-def _peft_name(name: Target, layer: int, factor: str) -> str:
+def peft_name(name: Target, layer: int, factor: str) -> str:
+    """Return the name that PEFT gives a factor, A or B, of a matrix of a layer."""
     return f"base_model.model.{_huggingface(name).format(layer)}.lora_{factor}.weight"
 
 

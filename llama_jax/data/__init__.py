@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from llama_jax.chat.examples import chat_example
 from llama_jax.cli.flags import unescape
 from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
+from llama_jax.data.chat_records import PREFERENCES
+from llama_jax.data.chats import Chats
+from llama_jax.data.conversations import open_chats
 from llama_jax.data.corpus import WithHeldOut
-from llama_jax.data.finding import Text, as_before, find_text, origin_of, write_stories
+from llama_jax.data.finding import Text, as_before, find_text, is_chats, origin_of, write_stories
 from llama_jax.data.manifest import MANIFEST, TOKENIZER, read_manifest, write_manifest
 from llama_jax.data.mixing import load_mixture, open_mixture
 from llama_jax.data.opened import AnyData, Data, MixedData
@@ -24,6 +28,7 @@ from llama_jax.data.shards import RefuseOthers, prepare
 from llama_jax.data.text import Corpus, check_separator
 from llama_jax.data.token_files import TokenFile
 from llama_jax.data.tokens import find_prepared, open_tokens
+from llama_jax.data.tuning_set import Talking, encode_chats, format_of, settings_of
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.data.workers import Run, run_tasks
 from llama_jax.errors import UserError
@@ -31,9 +36,15 @@ from llama_jax.storage.files import is_address, write_atomically
 from llama_jax.tokenizer import Tokenizer, is_kept, keep_tokenizer, kept_tokenizer, train_tokenizer
 
 __all__ = [
-    "AnyData", "Data", "MixedData", "Origin", "Text", "difference", "encode_text", "find_text", "load_data", "open_data", "open_tokens", "origin_of",
+    "AnyData", "Data", "MixedData", "Origin", "Talking", "Text", "chat_example", "difference", "encode_text", "find_text", "load_data", "open_data", "open_tokens", "origin_of",
     "write_stories",
 ]  # fmt: skip
+
+
+NOT_PREFERENCES = (
+    "data.filepath: expected preferences (records with prompt, chosen and rejected), of which train.objective dpo learns, found "
+    "{} in {}; give others, or leave --train.objective out"
+)
 
 
 def load_data(
@@ -43,6 +54,7 @@ def load_data(
     workers: int | None = None,
     begun: bool = False,
     began_with: dict[str, Origin] | None = None,
+    talking: Talking | None = None,
 ) -> AnyData:
     """Return the tokens and the tokenizer of a run, which are made first if needed.
 
@@ -54,13 +66,14 @@ def load_data(
         begun: whether the run has begun. Such a run keeps its text and its tokenizer.
         began_with: what they were, by the names of the sources of a mixture. A single text has no name. None: as the
             manifest in ``folder`` says.
+        talking: what the model brings to conversations. None: these are refused.
 
     Raises UserError if the text or the tokenizer cannot be found, or has changed since the run began.
     """
     known = began_with or {}
 
     def load(given: DataArgs, at: Path, has_begun: bool, origin: Origin | None) -> Data:
-        return _load_one(given, at, tokenizer_path, workers, has_begun, origin)
+        return _load_one(given, at, tokenizer_path, workers, has_begun, origin, talking)
 
     if args.mixture:
         return load_mixture(args, folder, tokenizer_path, begun, known, load)
@@ -73,21 +86,34 @@ def load_data(
 
 
 def _load_one(
-    args: DataArgs, folder: Path, tokenizer_path: Path, workers: int | None, begun: bool, began_with: Origin | None
+    args: DataArgs,
+    folder: Path,
+    tokenizer_path: Path,
+    workers: int | None,
+    begun: bool,
+    began_with: Origin | None,
+    talking: Talking | None,
 ) -> Data:
     """Return the data of one text; see ``load_data``."""
+    if talking is not None and talking.preferences and (find_prepared(args.filepath) or find_pretokenized(args)):
+        raise UserError(NOT_PREFERENCES.format("tokens of a text", args.filepath))
     if (prepared := find_prepared(args.filepath)) is not None:
         data = _load_prepared(args, prepared, folder, tokenizer_path, begun, began_with)
     elif files := find_pretokenized(args):
         data = _load_pretokenized(args, files, folder, tokenizer_path, begun, began_with)
     else:
         text = find_text(args, folder, begun)
-        data = encode_text(args, text, folder, tokenizer_path, workers, begun, began_with)
+        if talking is not None and is_chats(text):
+            data = _load_chats(args, text, folder, tokenizer_path, begun, began_with, talking)
+        elif talking is not None and talking.preferences:
+            raise UserError(NOT_PREFERENCES.format("text", text.source))
+        else:
+            data = encode_text(args, text, folder, tokenizer_path, workers, begun, began_with)
     data.tokens.check_in_background()
     return data
 
 
-def open_data(args: DataArgs, folder: Path, tokenizer_path: Path) -> AnyData:
+def open_data(args: DataArgs, folder: Path, tokenizer_path: Path, talking: Talking | None = None) -> AnyData:
     """Open the data that another process's ``load_data`` made from the same arguments.
 
     It writes nothing and reads no text.
@@ -95,15 +121,21 @@ def open_data(args: DataArgs, folder: Path, tokenizer_path: Path) -> AnyData:
     Raises UserError if the data are missing because ``folder`` is not on a shared disk.
     """
     if args.mixture:
-        return open_mixture(args, folder, tokenizer_path, lambda given, at: _open_one(given, at, tokenizer_path))
-    return _open_one(args, folder, tokenizer_path)
+        return open_mixture(
+            args, folder, tokenizer_path, lambda given, at: _open_one(given, at, tokenizer_path, talking)
+        )
+    return _open_one(args, folder, tokenizer_path, talking)
 
 
-def _open_one(args: DataArgs, folder: Path, tokenizer_path: Path) -> Data:
+def _open_one(args: DataArgs, folder: Path, tokenizer_path: Path, talking: Talking | None) -> Data:
     if find_prepared(args.filepath) is not None:
         tokens = open_tokens(_without_home(args.filepath), args.cache_gb)
     elif files := find_pretokenized(args):
         tokens = open_pretokenized(args, files, read_manifest(folder))
+    elif talking is not None and (manifest := read_manifest(folder)) is not None and manifest.chats is not None:
+        tokenizer = kept_tokenizer(tokenizer_path)
+        chat = format_of(args, tokenizer, talking, next(iter(manifest.chats.kinds)))
+        return Data(open_chats(folder), tokenizer, args.filepath, notes=chat.notes, chat=chat)
     else:
         tokens = open_tokens(folder)
     return Data(tokens, kept_tokenizer(tokenizer_path), args.filepath or f"{args.stories:,} built-in stories")
@@ -141,6 +173,52 @@ def encode_text(
         text.eval_source, others, run,
     )  # fmt: skip
     return Data(tokens, tokenizer, text.source, text.floor, text.notes)
+
+
+def _load_chats(
+    args: DataArgs,
+    text: Text,
+    folder: Path,
+    tokenizer_path: Path,
+    begun: bool,
+    began_with: Origin | None,
+    talking: Talking,
+) -> Data:
+    """Return the data of conversations; see ``load_data``."""
+    known = _known(folder, begun, began_with)
+    if not args.tokenizer_model_path and not (begun and is_kept(tokenizer_path)):
+        raise UserError(
+            f"data.filepath: expected a checkpoint to tune on conversations, found none beside {text.source}; give --train.init-from, "
+            "or the tokenizer of a new model (--data.tokenizer-model-path)"
+        )
+    with working(f"reading {text.source}, {bytes_text(text.corpus.stored_bytes)}"):
+        text.corpus.digest()
+    tokenizer = _tokenizer(args, text, tokenizer_path, known, begun)
+    first = _parts_of(text.corpus)[0]
+    assert isinstance(first, Chats)
+    for part in _parts_of(text.corpus):
+        assert isinstance(part, Chats)
+        _check_kinds(part, talking.preferences)
+    chat = format_of(args, tokenizer, talking, first.sources[0].chats)
+    if begun and known is not None:
+        settings = settings_of(args, chat, talking)
+        _refuse(difference(known, replace(origin_of(text), chats=settings)))
+    tokens = encode_chats(args, text, tokenizer, chat, talking, folder)
+    if begun and known is not None:
+        _refuse(difference(known, tokens.manifest.origin))
+    return Data(tokens, tokenizer, text.source, notes=text.notes + chat.notes, chat=chat)
+
+
+def _check_kinds(corpus: Chats, preferences: bool) -> None:
+    """Raise UserError if there are preferences, and DPO is not asked for, or the other way round."""
+    for file in corpus.sources:
+        if preferences and file.chats != PREFERENCES:
+            raise UserError(NOT_PREFERENCES.format(f"conversations ({file.chats})", file.name))
+        if not preferences and file.chats == PREFERENCES:
+            raise UserError(
+                f"data.filepath: expected text or conversations, found preferences (prompt, chosen, rejected) in {file.name}; train on "
+                "them with --train.objective dpo"
+            )
 
 
 def _parts_of(corpus: AnyCorpus) -> list[AnyCorpus]:
@@ -243,6 +321,11 @@ def _load_prepared(
 ) -> Data:
     """Open tokens made by ``prepare``. The run gets copies of their tokenizer and manifest, out of ``prepared``."""
     where = _without_home(args.filepath)
+    if (described := read_manifest(prepared)) is not None and described.chats is not None:
+        raise UserError(
+            f"data.filepath: expected a text or prepared tokens, found the conversations of a run, already encoded, in {where}; give the "
+            f"file that they were made from, {described.source}"
+        )
     tokens, tokenizer = open_tokens(where, args.cache_gb), kept_tokenizer(prepared / TOKENIZER)
     manifest = tokens.manifest
     if manifest.tokenizer_sha256 != tokenizer.digest:

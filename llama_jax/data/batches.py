@@ -3,13 +3,14 @@
 Each process reads only the rows that its devices hold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import grain
 import jax
 import numpy as np
 
+from llama_jax.data.conversations import Conversations, PackedRow, PairRow, Stream
 from llama_jax.data.mixture import Mixed
 from llama_jax.data.stream import Tokens
 
@@ -35,7 +36,21 @@ class PackedBatch(NamedTuple):
     positions: np.ndarray  # int32 [B, T]: the position of each input in its document
 
 
-AnyBatch = TypeVar("AnyBatch", Batch, PackedBatch)
+class PairBatch(NamedTuple):
+    """A batch for preferences: rows hold pairs of answers to a prompt, each answer with its prompt as a document.
+
+    Pair p of a row is of the segments 2p, the chosen answer, and 2p + 1, the rejected one. Padding is of the next one.
+    """
+
+    inputs: np.ndarray  # int32 [B, T]
+    targets: np.ndarray  # int32 [B, T]
+    weights: np.ndarray  # float32 [B, T]: 1 at tokens of a chosen answer, -1 at those of a rejected one, else 0
+    segments: np.ndarray  # int32 [B, T]
+    positions: np.ndarray  # int32 [B, T]
+    reference: np.ndarray  # float32 [B, T]: the log-likelihood of each target by the reference; NaN where weights are 0
+
+
+AnyBatch = TypeVar("AnyBatch", Batch, PackedBatch, PairBatch)
 
 
 class OwnRows:
@@ -81,69 +96,160 @@ class Windows:
         return row.astype(np.int32)
 
 
-class _Rows:
-    """The rows of a run: ``rows[i]`` is the i-th, int32 [length + 1]."""
+class Sequences:
+    """The conversations of a run in sequences of ``length`` positions, each read once an epoch; see Conversations."""
 
-    def __init__(self, source: Tokens | Mixed, length: int, seed: int):
-        # Grain's order of epoch e with seed s is that of epoch e + 1 with seed s - 1, so hash the seed.
-        order = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    def __init__(self, conversations: Conversations, length: int):
+        self._conversations, self._length = conversations, length
+        self.per_epoch = windows_of(conversations, length)
+
+    def row(self, index: int, window: int) -> PackedRow | PairRow:
+        """Return a sequence. The number of the run's row does not matter."""
+        return self._conversations.row(self._length, window)
+
+
+class _Rows:
+    """The rows of a run: ``rows[i]`` is the i-th, int32 [length + 1] of a text, or a sequence of conversations."""
+
+    def __init__(self, source: Stream | Mixed, length: int, seed: int):
         streams = source.streams if isinstance(source, Mixed) else {"": source}
         self._schedule = source.schedule if isinstance(source, Mixed) else None
         self._rows = {}
         for name, stream in streams.items():
-            windows = Windows(stream, length, seed)
-            shuffled = grain.MapDataset.range(windows.per_epoch).shuffle(seed=order).repeat()
-            self._rows[name] = shuffled.map_with_index(windows.row)
+            windows: Sequences | Windows
+            if isinstance(stream, Conversations):
+                windows = Sequences(stream, length)
+            else:
+                windows = Windows(stream, length, seed)
+            self._rows[name] = _order(windows.per_epoch, seed).map_with_index(windows.row)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray | PackedRow | PairRow:
         name, number = ("", index) if self._schedule is None else self._schedule.place(index)
-        row: np.ndarray = self._rows[name][number]
+        row: np.ndarray | PackedRow | PairRow = self._rows[name][number]
         return row
 
 
+def _order(count: int, seed: int) -> Any:
+    """Return the windows of a stream in the order in which a run reads them, epoch after epoch."""
+    # Grain's order of epoch e with seed s is that of epoch e + 1 with seed s - 1, so hash the seed.
+    order = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.MapDataset.range(count).shuffle(seed=order).repeat()
+
+
+def train_windows(source: Stream | Mixed, batch_size: int, length: int, seed: int, stop: int) -> dict[str, np.ndarray]:
+    """Return the windows of each stream that steps 1 to ``stop`` read, in ascending order. A single one has no name."""
+    if isinstance(source, Mixed):
+        streams, rows = source.streams, source.schedule.rows_before(stop)
+    else:
+        streams, rows = {"": source}, {"": stop * batch_size}
+    found = {}
+    for name, stream in streams.items():
+        count, read = windows_of(stream, length), rows.get(name, 0)
+        order = _order(count, seed)
+        found[name] = np.arange(count) if read >= count else np.sort([int(order[i]) for i in range(read)]).astype(int)
+    return found
+
+
 def train_batches(
-    source: Tokens | Mixed,
+    source: Stream | Mixed,
     batch_size: int,
     length: int,
     seed: int,
     start: int,
     stop: int,
     own: np.ndarray | None = None,
-) -> Iterator[Batch]:
+    bos_id: int = -1,
+) -> Iterator[Batch | PackedBatch | PairBatch]:
     """Yield the batches of steps ``start`` to ``stop`` - 1, only rows ``own`` of each (None: all).
 
-    Of each stream, every window is read once an epoch, in a new order each time. Threads of grain read ahead.
+    Of each stream, every window is read once an epoch, in a new order each time. Threads of grain read ahead. Batches
+    with conversations are packed; ``bos_id`` begins the documents of a text among them.
     """
     rows = _Rows(source, length, seed)
     own = np.arange(batch_size) if own is None else own
-    steps = grain.MapDataset.range(start, stop).map(lambda s: np.stack([rows[s * batch_size + int(r)] for r in own]))
+    steps = grain.MapDataset.range(start, stop).map(
+        lambda s: _stacked([rows[s * batch_size + int(r)] for r in own], bos_id)
+    )
     streams = source.streams.values() if isinstance(source, Mixed) else [source]
     readers = max(getattr(stream, "readers", 2) for stream in streams)  # more of them if each waits for an answer
     options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=max(8, readers))
-    for tokens in steps.to_iter_dataset(options):
-        yield Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
+    yield from steps.to_iter_dataset(options)
 
 
-def windows_of(stream: Tokens, length: int) -> int:
-    """Return the number of windows of ``length`` tokens that go around a stream once."""
+def _stacked(rows: Sequence[np.ndarray | PackedRow | PairRow], bos_id: int = -1) -> Batch | PackedBatch | PairBatch:
+    """Return rows as a batch: a packed one if any of them is a sequence of conversations. Pairs are all or none."""
+    if isinstance(rows[0], PairRow):
+        return PairBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
+    if any(isinstance(row, PackedRow) for row in rows):
+        packed = [row if isinstance(row, PackedRow) else _with_documents(row, bos_id) for row in rows]  # type: ignore[arg-type]
+        return PackedBatch(*(np.stack(column) for column in zip(*packed, strict=True)))
+    tokens = np.stack(rows)  # type: ignore[arg-type]
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
+
+
+def _with_documents(tokens: np.ndarray, bos_id: int) -> PackedRow:
+    batch = Batch(tokens[None, :-1], tokens[None, 1:], np.ones((1, len(tokens) - 1), np.float32))
+    return PackedRow(*(array[0] for array in with_documents(batch, bos_id)))
+
+
+def with_documents(batch: Batch, bos_id: int) -> PackedBatch:
+    """Return the batch with segments and positions, and with weight 0 for each target that begins another document."""
+    begins = batch.inputs == bos_id
+    index = np.arange(batch.inputs.shape[1], dtype=np.int32)
+    first = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    segments = np.cumsum(begins, axis=1, dtype=np.int32)
+    weights = batch.weights * (batch.targets != bos_id)
+    return PackedBatch(batch.inputs, batch.targets, weights, segments, index - first)
+
+
+def windows_of(stream: Stream, length: int) -> int:
+    """Return the number of rows of ``length`` tokens that go around a stream once, or hold all its conversations."""
+    if isinstance(stream, Conversations):
+        return max(1, stream.sequences(length))
     return max(1, -(-len(stream) // length))
 
 
+def eval_windows(stream: Stream, length: int, limit: int = 0) -> np.ndarray:
+    """Return the windows of a held-out stream that an evaluation reads. ``limit`` is that of ``eval_batches``."""
+    whole = stream.sequences(length) if isinstance(stream, Conversations) else max(0, -(-(len(stream) - 1) // length))
+    groups = -(-whole // EVAL_ROWS)
+    if not 0 < limit < groups:
+        return np.arange(whole)
+    chosen = np.arange(limit) * groups // limit
+    windows = (chosen[:, None] * EVAL_ROWS + np.arange(EVAL_ROWS)).ravel()
+    return windows
+
+
+def batches_of(
+    stream: Conversations, windows: np.ndarray, batch_size: int, length: int, own: np.ndarray
+) -> Iterator[PackedBatch | PairBatch]:
+    """Yield the sequences ``windows`` of conversations in batches, only rows ``own`` of each. The last is padded.
+
+    A window behind the last sequence is padding, too.
+    """
+    known = stream.sequences(length)
+    for first in range(0, len(windows), batch_size):
+        wanted = [int(windows[r]) if r < len(windows) else known for r in first + own]
+        rows = [stream.row(length, window) if window < known else stream.padding(length) for window in wanted]
+        yield cast(PackedBatch | PairBatch, _stacked(rows))
+
+
 def eval_batches(
-    stream: Tokens, batch_size: int, length: int, limit: int = 0, own: np.ndarray | None = None
-) -> Iterator[Batch]:
+    stream: Stream, batch_size: int, length: int, limit: int = 0, own: np.ndarray | None = None
+) -> Iterator[Batch | PackedBatch | PairBatch]:
     """Yield the stream in order, with each token but the first predicted once. The end is padded.
+
+    Of conversations it yields their sequences in order, all of which are complete.
 
     ``limit`` is the maximum number of groups of EVAL_ROWS windows, spread evenly over the stream; they are the same for
     every ``batch_size``. 0: all groups. ``own`` are the rows of each batch to read. None: all.
     """
     own = np.arange(batch_size) if own is None else own
+    windows = eval_windows(stream, length, limit)
+    if isinstance(stream, Conversations):
+        yield from batches_of(stream, windows, batch_size, length, own)
+        return
     count = len(stream) - 1
-    windows = np.arange(max(0, -(-count // length)))
-    groups = -(-len(windows) // EVAL_ROWS)
-    if 0 < limit < groups:
-        chosen = np.arange(limit) * groups // limit
-        windows = (chosen[:, None] * EVAL_ROWS + np.arange(EVAL_ROWS)).ravel()
     for first in range(0, len(windows), batch_size):
         rows = first + own
         # Windows after the last one are padding.

@@ -22,6 +22,8 @@ class CorpusFile:
     compression: str = ""
     format: Format = "text"
     field: str = ""
+    chats: str = ""
+    """The kind of conversations that its records are, see chat_records.py. Empty: texts."""
 
     @property
     def name(self) -> str:

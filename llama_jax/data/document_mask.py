@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from llama_jax.data.batches import Batch, PackedBatch
+from llama_jax.data.batches import Batch, PackedBatch, PairBatch, with_documents
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 
@@ -16,20 +16,10 @@ from llama_jax.tokenizer import Tokenizer
 LOOKED_AT = 1_000_000
 
 
-def masked(batches: Iterable[Batch], bos_id: int) -> Iterator[PackedBatch]:
-    """Yield each batch with its documents; see ``with_documents``."""
+def masked(batches: Iterable[Batch | PackedBatch | PairBatch], bos_id: int) -> Iterator[PackedBatch | PairBatch]:
+    """Yield each batch with its documents; see ``with_documents``. One that is packed has them."""
     for batch in batches:
-        yield with_documents(batch, bos_id)
-
-
-def with_documents(batch: Batch, bos_id: int) -> PackedBatch:
-    """Return the batch with segments and positions, and with weight 0 for each target that begins another document."""
-    begins = batch.inputs == bos_id
-    index = np.arange(batch.inputs.shape[1], dtype=np.int32)
-    first = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
-    segments = np.cumsum(begins, axis=1, dtype=np.int32)
-    weights = batch.weights * (batch.targets != bos_id)
-    return PackedBatch(batch.inputs, batch.targets, weights, segments, index - first)
+        yield with_documents(batch, bos_id) if isinstance(batch, Batch) else batch
 
 
 def check_marks(tokenizer: Tokenizer) -> None:

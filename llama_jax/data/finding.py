@@ -7,7 +7,9 @@ from pathlib import Path
 
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
+from llama_jax.data.chats import Chats
 from llama_jax.data.corpus import Records, WithHeldOut, corpus_of
+from llama_jax.data.corpus_file import CorpusFile
 from llama_jax.data.manifest import MANIFEST, UNFINISHED
 from llama_jax.data.origin import Origin
 from llama_jax.data.parts import AnyCorpus
@@ -33,6 +35,11 @@ class Text:
     floor: float | None = None
     notes: tuple[str, ...] = ()
     eval_source: str = ""
+
+
+def is_chats(text: Text) -> bool:
+    """Return whether a text is conversations, which training alone reads."""
+    return isinstance(text.corpus.train if isinstance(text.corpus, WithHeldOut) else text.corpus, Chats)
 
 
 def find_text(args: DataArgs, folder: Path, begun: bool = False) -> Text:
@@ -78,6 +85,11 @@ def _found_text(args: DataArgs, as_text: bool) -> Text:
     corpus, notes = _corpus_of(args, args.filepath, "data.filepath", 1.0, as_text)
     held_out, more = _corpus_of(args, args.eval_filepath, "data.eval_filepath", 1.0, as_text)
     _check_options(args, [corpus, held_out])
+    if isinstance(corpus, Chats) != isinstance(held_out, Chats):
+        words = ["conversations" if isinstance(each, Chats) else "text" for each in (corpus, held_out)]
+        raise UserError(
+            f"data.eval_filepath: expected {words[0]}, as data.filepath has, found {words[1]} in {args.eval_filepath}"
+        )
     return Text(WithHeldOut(corpus, held_out), args.filepath, None, notes + more, args.eval_filepath)
 
 
@@ -87,7 +99,20 @@ def _corpus_of(
     """Return the corpus of a path or an address, and lines about what was left out."""
     files, found = find_files(filepath, key, as_text, args.text_field)
     notes = tuple(f"{filepath}: {note}" for note in found)
+    if any(file.chats for file in files):
+        return _chats_of(args, files, key, train_size), notes
     return corpus_of(files, separator_bytes(args.separator), train_size, args.bad_records == "skip", as_text), notes
+
+
+def _chats_of(args: DataArgs, files: list[CorpusFile], key: str, train_size: float) -> Chats:
+    """Return the corpus of files of conversations. Raises UserError if there are texts among them."""
+    if texts := [file.name for file in files if not file.chats]:
+        chats = next(file.name for file in files if file.chats)
+        raise UserError(
+            f"{key}: expected texts or conversations, found both: {texts[0]} is text, {chats} has conversations; give them apart, or "
+            "as sources of --data.mixture"
+        )
+    return Chats(files, train_size, args.bad_records == "skip")
 
 
 def _check_options(args: DataArgs, corpora: list[AnyCorpus]) -> None:

@@ -5,7 +5,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +14,7 @@ import numpy as np
 from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import Progress
 from llama_jax.config import DataArgs
+from llama_jax.data.chats import Chats, count_chats, text_of_chats
 from llama_jax.data.counting import HEAD_TOKENS, Documents, Texts, Tokens
 from llama_jax.data.finding import Text, find_text
 from llama_jax.data.lost import Losses
@@ -66,7 +67,13 @@ def main(argv: Sequence[str]) -> None:
     picture = _picture_path(args.picture) if args.picture else None
     # With --json, standard output is for the report alone.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        report = inspect(data_args, args.seed)
+        if (chats := _chats_of(data_args)) is not None:
+            found = count_chats(chats)
+        else:
+            found, report = None, inspect(data_args, args.seed)
+    if found is not None:
+        print(json.dumps(found) if args.json else text_of_chats(found, data_args.filepath), flush=True)
+        return
     for line in (*report.notes, *(f"warning: {warning}" for warning in report.warnings)):
         print(line, file=sys.stderr)
     print(json.dumps(report.to_dict()) if args.json else text_of(report), flush=True)
@@ -94,6 +101,14 @@ def inspect(args: DataArgs, seed: int = 0) -> Report:
         return _inspect_tokens(args, open_pretokenized(args, files), Tokenizer(args.tokenizer_model_path), seed)
     tokenizer = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
     return _inspect_text(find_text(args, Path()), tokenizer, seed)
+
+
+def _chats_of(args: DataArgs) -> Chats | None:
+    """Return the corpus of conversations that ``args`` name, None if they name something else."""
+    if read_manifest(Path(args.filepath).expanduser()) is not None or find_pretokenized(args):
+        return None
+    corpus = find_text(replace(args, bad_records="skip"), Path()).corpus
+    return corpus if isinstance(corpus, Chats) else None
 
 
 def _picture_path(name: str) -> Path:

@@ -51,6 +51,28 @@ class TextCounts:
 
 
 @dataclass(frozen=True)
+class ChatCounts:
+    """How conversations were encoded, and what was counted of them. Dicts are by split (train, eval)."""
+
+    settings: dict[str, str]
+    """The settings that decide their tokens: chat_template (a digest), loss_on, too_long, max_seq_len."""
+    template: str
+    """The name of their format."""
+    kinds: dict[str, int]
+    """Conversations of each kind of record."""
+    targets: dict[str, int]
+    """Tokens that count in the loss."""
+    cut: dict[str, int]
+    dropped: dict[str, int]
+    """Conversations that were left out because they were too long."""
+    without_target: dict[str, int]
+    """Conversations that were left out because nothing that counts was left of them."""
+    longest: int = 0
+    alike: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Preferences that were left out because both answers are the same."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json. Dicts are by split (train, eval); text is counted in bytes."""
 
@@ -87,6 +109,7 @@ class Manifest:
         default_factory=dict
     )  # digests of its files; empty: TOKENIZER alone
     tokens_sha256: str = ""  # what a run that began with an earlier version knows its tokens by
+    chats: ChatCounts | None = None  # of conversations; None: a text
 
     @property
     def origin(self) -> Origin:
@@ -94,7 +117,7 @@ class Manifest:
         return Origin(
             self.source, self.text_files, self.text_sha256, self.train_size, self.separator, self.tokenizer_sha256,
             self.trained_vocab_size, self.tokens, self.tokens_sha256 or self.sha256.get(SUMS, ""), self.text_field, self.held_out,
-            self.eval_source, self.eval_files,
+            self.eval_source, self.eval_files, {} if self.chats is None else self.chats.settings,
         )  # fmt: skip
 
     @property
@@ -166,6 +189,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     table = dataclasses.asdict(manifest)
     if not manifest.tokenizer_files:  # as earlier versions write it
         del table["tokenizer_files"]
+    if manifest.chats is None:
+        del table["chats"]
     write_atomically(folder / MANIFEST, _sealed(table))
 
 
@@ -183,9 +208,11 @@ def _parse(table: dict[str, Any]) -> Manifest:
         if table.keys() != set(fields[: fields.index("source")]):
             raise KeyError
     else:
-        counts = TextCounts(**table["counts"]) if table["counts"] is not None or not table.get("made_by") else None
+        uncounted = table["counts"] is None and (table.get("made_by") or table.get("chats"))
+        counts = None if uncounted else TextCounts(**table["counts"])
         files = {key: tuple(TextFile(**file) for file in table.get(key, ())) for key in ("text_files", "eval_files")}
-        table = {**table, "counts": counts, **files}
+        chats = {"chats": ChatCounts(**table["chats"])} if table.get("chats") is not None else {}
+        table = {**table, "counts": counts, **files, **chats}
         table.pop(SEAL)
     try:
         manifest = from_dict(Manifest, table, "manifest.json")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_jax.data.stream import Tokens
+from llama_jax.data.conversations import Stream
 from llama_jax.errors import UserError
 
 # Shares are whole numbers of rows in a period of at most this many rows.
@@ -143,7 +143,7 @@ class Schedule:
 class Mixed(NamedTuple):
     """Several streams, and the schedule that says which of them each row of a run is read from."""
 
-    streams: Mapping[str, Tokens]
+    streams: Mapping[str, Stream]
     schedule: Schedule
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.chat.formats import ChatFormat
+from llama_jax.data.conversations import ChatTokens, Stream
 from llama_jax.data.mixture import Mixed, Schedule
 from llama_jax.data.origin import Origin
-from llama_jax.data.stream import Tokens
 from llama_jax.data.tokens import TokenSet
+from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 
 # The key of a run's record under which it describes the texts of a mixture.
@@ -25,18 +27,20 @@ class Data:
     print about what was left out and other surprises.
     """
 
-    tokens: TokenSet
+    tokens: TokenSet | ChatTokens
     tokenizer: Tokenizer
     source: str
     floor: float | None = None
     notes: tuple[str, ...] = ()
+    chat: ChatFormat | None = None
+    """The format of conversations. None: a text."""
 
     @property
     def sources(self) -> "dict[str, Data]":
         """The texts by their names. That of a single one is empty."""
         return {"": self}
 
-    def rows(self, schedule: Schedule | None) -> Tokens | Mixed:
+    def rows(self, schedule: Schedule | None) -> Stream | Mixed:
         """Return what training reads rows from."""
         return self.tokens.train
 
@@ -65,7 +69,7 @@ class MixedData:
         """The mixture in words."""
         return "a mixture of " + ", ".join(f"{name} ({percent(share)})" for name, share in self.shares.items())
 
-    def rows(self, schedule: Schedule | None) -> Tokens | Mixed:
+    def rows(self, schedule: Schedule | None) -> Stream | Mixed:
         """Return what training reads rows from."""
         assert schedule is not None
         return Mixed({name: data.tokens.train for name, data in self.sources.items()}, schedule)
@@ -81,7 +85,7 @@ class MixedData:
         """
         shares = np.array([self.shares[name] for name in losses])
         loss = float(np.average(list(losses.values()), weights=shares))
-        bits = [self.sources[name].tokens.bits_per_byte(1.0, document_mask) for name in losses]
+        bits: list[float | None] = [self.sources[name].tokens.bits_per_byte(1.0, document_mask) for name in losses]
         if None in bits:
             return loss, None
         # One nat a token is ``bits`` bits a byte, so that a token has log2(e) / bits bytes.
@@ -90,6 +94,22 @@ class MixedData:
 
 
 AnyData = Data | MixedData
+
+
+def chats_in(data: AnyData) -> "dict[str, Data]":
+    """Return the sources that are conversations, by their names."""
+    return {name: source for name, source in data.sources.items() if source.chat is not None}
+
+
+def chat_format_of(data: AnyData) -> ChatFormat | None:
+    """Return the format of all conversations, None of texts. Raises UserError if sources have different ones."""
+    found = {name: source.chat for name, source in chats_in(data).items() if source.chat is not None}
+    if len({chat.template for chat in found.values()}) > 1:
+        formats = ", ".join(f"{name} has {chat.name}" for name, chat in found.items())
+        raise UserError(
+            f"data.chat_template: expected one format for all conversations, found that {formats}; choose one with --data.chat-template"
+        )
+    return next(iter(found.values()), None)
 
 
 def origins(record: dict[str, Any]) -> dict[str, Origin]:

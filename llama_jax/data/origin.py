@@ -38,10 +38,15 @@ class Origin:
     eval_source: str = ""
     """The held-out text, as the user named it. Empty: a part of the text."""
     eval_files: tuple[TextFile, ...] = ()
+    chats: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The settings that decide the tokens of conversations (manifest.ChatCounts). Empty: a text."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict for JSON, which ``from_dict`` reads."""
-        return dataclasses.asdict(self)
+        table = dataclasses.asdict(self)
+        if not self.chats:
+            del table["chats"]
+        return table
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> "Origin":
@@ -79,6 +84,11 @@ def difference(before: Origin, now: Origin) -> str:
             found.append(_text_difference(before, now))
         if not found:
             found.append("the text is another one")
+    if before.chats and now.chats:
+        for name, was in before.chats.items():
+            if (is_now := now.chats.get(name)) != was:
+                both = "another one" if name == "chat_template" else f"{was} and is {is_now} now"
+                found.append(f"data.{name} was {both}" if name != "max_seq_len" else f"model.max_seq_len was {both}")
     if _differ(before.tokenizer_sha256, now.tokenizer_sha256):
         found.append("the tokenizer is another one")
     elif before.trained_vocab_size != now.trained_vocab_size and not (before.tokenizer_sha256 and now.tokenizer_sha256):

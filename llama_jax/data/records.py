@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, NamedTuple
 
+from llama_jax.data.chat_records import FIELDS_READ, KINDS, KNOWN, LISTS, kind_of_fields
 from llama_jax.data.corpus_file import BOM, CorpusFile, opened_at
 from llama_jax.data.kinds import Format, decoded
 from llama_jax.data.parts import Unit
@@ -27,6 +28,8 @@ with contextlib.suppress(ImportError):  # it reads the same, in a half to a quar
 MOST_BYTES = 1 << 27
 # Rows of a table are read in groups of about this many bytes.
 ROWS_BYTES = 1 << 22
+# Rows of conversations are read so many at a time.
+ROWS_AT_ONCE = 256
 # The field with the text is chosen by this many records, or fewer if they are this long together.
 SAMPLE, SAMPLE_BYTES = 200, 1 << 22
 TEXT = "text"
@@ -108,22 +111,60 @@ def lines_before(file: CorpusFile, unit: Unit) -> int:
 def with_field(file: CorpusFile, wanted: str, key: str = "data.filepath") -> CorpusFile:
     """Return ``file`` with the field that holds the text: ``wanted``, else "text", else the only one with strings.
 
-    Raises a UserError that names the option ``key`` and lists the fields if there is no such field, or several.
+    Records without a text may be conversations (chat_records.py), whose fields are then named. Raises a UserError that
+    names the option ``key`` and lists the fields if there is no such field, or several.
     """
     strings, others = _fields(file, wanted)
     every = [*strings, *others]
     if wanted in strings or not every:
         return replace(file, field=wanted or TEXT)
+    if wanted in LISTS and wanted in others:
+        return replace(file, field=wanted, chats=wanted)
+    if not wanted and TEXT not in strings and (kind := kind_of_fields(every)):
+        return replace(file, field=", ".join(KINDS[kind]), chats=kind)
     chosen = TEXT if TEXT in strings else strings[0] if len(strings) == 1 else ""
     if chosen and not wanted:
         return replace(file, field=chosen)
     asked = f"texts in the field {quoted(wanted)}" if wanted else "texts in a field text, or in one field alone"
     found = f"the fields {_listed(strings)}" if strings else "no field with texts"
     rest = f" (and {_listed(others)} without texts)" if others else ""
+    conversations = f", or conversations ({KNOWN})" if not wanted else ""
     raise UserError(
-        f"{'data.text_field' if wanted else key}: expected {asked}, found {NAMES[file.format]} with {found}{rest}: {file.name}; "
-        "name the field with --data.text-field, or take the file as it is with --data.as-text"
+        f"{'data.text_field' if wanted else key}: expected {asked}{conversations}, found {NAMES[file.format]} with {found}{rest} "
+        f"from {file.word} 1 on: {file.name}; name the field with --data.text-field, or take the file as it is with --data.as-text"
     )
+
+
+def also_chats(file: CorpusFile) -> str:
+    """Return the field of messages that records have beside the text that is taken, or an empty text."""
+    if file.format == "text" or file.chats or file.field != TEXT:
+        return ""
+    strings, others = _fields(file, "")
+    return next((name for name in LISTS if name in others), "") if TEXT in strings else ""
+
+
+def values_of(file: CorpusFile) -> Iterator[tuple[int, Any, str, int]]:
+    """Yield of each record of a file its number, its value, its fault, and how many byte sequences were replaced.
+
+    Raises UserError if the file is damaged.
+    """
+    if file.format == "parquet":
+        with _parquet(file) as table:
+            read = [name for name in table.schema_arrow.names if name in FIELDS_READ]
+            yield from _rows_of_tables(table.iter_batches(ROWS_AT_ONCE, columns=read, use_threads=False))
+    elif file.format in ("arrow file", "arrow stream"):
+        with _arrow(file) as reader:
+            yield from _rows_of_tables(_batches_of(file, reader))
+    else:
+        yield from _values(file, WHOLE_FILE)
+
+
+def _rows_of_tables(batches: Iterable[Any]) -> Iterator[tuple[int, Any, str, int]]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row, "", 0
 
 
 def _listed(fields: Sequence[str]) -> str:
@@ -345,11 +386,13 @@ def _between(columns: Iterable[Any], start: int, stop: int | None) -> Iterator[A
 
 def _arrow_records(file: CorpusFile) -> Iterator[Record]:
     with _arrow(file) as reader:
-        if file.format == "arrow stream":
-            batches: Iterable[Any] = reader
-        else:
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        batches = _batches_of(file, reader)
         yield from _rows((batch.column(batch.schema.get_field_index(file.field)) for batch in batches), 0)
+
+
+def _batches_of(file: CorpusFile, reader: Any) -> Iterable[Any]:
+    """Return the groups of rows of an opened arrow file or stream."""
+    return reader if file.format == "arrow stream" else map(reader.get_batch, range(reader.num_record_batches))
 
 
 def _rows(columns: Iterable[Any], number: int) -> Iterator[Record]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from llama_jax.data.corpus_file import CorpusFile
 from llama_jax.data.formats import examine, is_read_in_a_folder, may_be_read
 from llama_jax.data.places import Place, at_once, files_at
-from llama_jax.data.records import with_field
+from llama_jax.data.records import also_chats, with_field
 from llama_jax.data.splits import of_one_split
 from llama_jax.errors import UserError
 from llama_jax.storage.files import is_address
@@ -61,6 +61,10 @@ def find_files(filepath: str, key: str = "data.filepath", as_text: bool = False,
         search.splits += notes
     if not as_text:
         files = at_once(lambda file: file if file.format == "text" else with_field(file, text_field, key), files)
+        if not text_field and (beside := also_chats(files[0])):
+            search.splits.append(
+                f"records have text and {beside}: text is taken; --data.text-field {beside} takes these"
+            )
     return Found(files, search.notes())
 
 

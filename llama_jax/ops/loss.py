@@ -1,4 +1,4 @@
-"""Next-token cross entropy from hidden states, in chunks of positions, so that [B, T, V] logits never exist.
+"""Cross entropy and log-likelihoods of tokens from hidden states, in chunks, so that [B, T, V] logits never exist.
 
 B batch, T positions, D dim, V vocab, C positions per chunk, R rank of an adapter.
 """
@@ -66,19 +66,46 @@ def loss_sum(
 
     segments, positions: int [B, T], the document and the position of each token; see ``Documents``.
     """
+    hidden = _hidden(model, params, inputs, segments, positions)
+    return _of_output(cross_entropy, frozen_cross_entropy, model, params, hidden, targets, weights)
+
+
+def log_likelihoods(
+    model: Any,
+    params: Any,
+    inputs: ArrayLike,
+    targets: ArrayLike,
+    segments: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+) -> jax.Array:
+    """Return ``token_log_likelihoods`` of a Llama on a batch: int [B, T], int [B, T] -> float32 [B, T].
+
+    segments, positions: as in ``loss_sum``.
+    """
+    hidden = _hidden(model, params, inputs, segments, positions)
+    return _of_output(token_log_likelihoods, frozen_token_log_likelihoods, model, params, hidden, targets)
+
+
+def _hidden(
+    model: Any, params: Any, inputs: ArrayLike, segments: ArrayLike | None, positions: ArrayLike | None
+) -> jax.Array:
     documents = None if segments is None else Documents(jnp.asarray(segments), jnp.asarray(positions))
-    hidden = cast(jax.Array, model.apply({"params": params}, inputs, documents, method="hidden"))
+    return cast(jax.Array, model.apply({"params": params}, inputs, documents, method="hidden"))
+
+
+def _of_output(plain: Any, frozen: Any, model: Any, params: Any, hidden: jax.Array, *given: ArrayLike) -> jax.Array:
+    """Return the value of ``frozen`` if the output matrix is, else of ``plain``, for hidden states and ``given``."""
     chunk = model.loss_chunk
     if "output" not in params:
-        return cross_entropy(hidden, params["tok_embeddings"], targets, weights, chunk, "VD")
+        return cast(jax.Array, plain(hidden, params["tok_embeddings"], *given, chunk, "VD"))
     output = params["output"]
     if isinstance(output, Matrix):
         nothing, none = jnp.zeros((*hidden.shape[:2], 0), hidden.dtype), jnp.zeros((0, *output.shape[1:]))
-        return frozen_cross_entropy(hidden, output, nothing, none, targets, weights, chunk)
+        return cast(jax.Array, frozen(hidden, output, nothing, none, *given, chunk))
     if isinstance(output, Adapted):
         low = low_rank_inputs(hidden, output)
-        return frozen_cross_entropy(hidden, output.base, low, output.b, targets, weights, chunk)
-    return cross_entropy(hidden, output, targets, weights, chunk)
+        return cast(jax.Array, frozen(hidden, output.base, low, output.b, *given, chunk))
+    return cast(jax.Array, plain(hidden, output, *given, chunk))
 
 
 def log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -121,12 +148,18 @@ def _chunks(tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(a.reshape(B, count, C, *a.shape[2:]).swapaxes(0, 1) for a in padded)
 
 
+def _joined(chunks: jax.Array, T: int) -> jax.Array:
+    """Reshape [T/C, B, C, ...] to [B, T, ...], without padding."""
+    count, B, C = chunks.shape[:3]
+    return chunks.swapaxes(0, 1).reshape(B, count * C, *chunks.shape[3:])[:, :T]
+
+
 @jax.named_scope("loss")
 def _forward(
     hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array, chunk_tokens: int, axes: str
 ):
     def local(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
-        B, T, D = hidden.shape
+        T = hidden.shape[1]
         output = _gathered(output, hidden.dtype, axes)
 
         def chunk(carry: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, ...]):
@@ -143,8 +176,11 @@ def _forward(
         start = jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32)
         (total, d_output), dx = jax.lax.scan(chunk, start, _chunks(chunk_tokens, hidden, targets, weights))
         d_output = d_output if axes == "DV" else d_output.T
-        dx = dx.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
-        return jax.lax.psum(total, shard_axes(*TOKENS)), dx, sum_shards(d_output, "embed", axes.index("D"), *TOKENS)
+        return (
+            jax.lax.psum(total, shard_axes(*TOKENS)),
+            _joined(dx, T),
+            sum_shards(d_output, "embed", axes.index("D"), *TOKENS),
+        )
 
     results = shard_by_shard(local, TOKENS, (HIDDEN, AXES[axes], TOKENS, TOKENS), ((), HIDDEN, AXES[axes]))
     total, d_hidden, d_output = results(hidden, output, targets, weights)
@@ -190,10 +226,13 @@ def frozen_cross_entropy(
     return _over_shards(local, output, ())(hidden, low, b, targets, weights, *jax.tree.leaves(output))
 
 
-def _over_shards(local: Any, output: Matrix, out_axes: Any) -> Any:
-    """Return ``local`` run per shard; see shard_by_shard. Its last arguments are the arrays of ``output``."""
+def _over_shards(local: Any, output: Matrix, out_axes: Any, rows: int = 2) -> Any:
+    """Return ``local`` run per shard; see shard_by_shard.
+
+    Its arguments are those of ``frozen_cross_entropy``, with ``rows`` arrays [B, T], and the arrays of ``output`` last.
+    """
     parts = (AXES["DV"], SCALES)[: len(jax.tree.leaves(output))]
-    return shard_by_shard(local, TOKENS, (HIDDEN, HIDDEN, FACTOR, TOKENS, TOKENS, *parts), out_axes)
+    return shard_by_shard(local, TOKENS, (HIDDEN, HIDDEN, FACTOR, *[TOKENS] * rows, *parts), out_axes)
 
 
 def _dequantized(output: Matrix, parts: Any, dtype: jnp.dtype) -> jax.Array:
@@ -233,9 +272,7 @@ def _frozen_forward(
         start = jnp.zeros((), jnp.float32), jnp.zeros(b.shape, jnp.float32)
         xs = _chunks(chunk_tokens, hidden, low, targets, weights)
         (total, d_b), gradients = jax.lax.scan(chunk, start, xs)
-        B, T = hidden.shape[:2]
-        padded = xs[0].shape[0] * xs[0].shape[2]
-        dx, d_low = (each.swapaxes(0, 1).reshape(B, padded, each.shape[-1])[:, :T] for each in gradients)
+        dx, d_low = (_joined(each, hidden.shape[1]) for each in gradients)
         total, d_b = jax.lax.psum((total, d_b), shard_axes(*TOKENS))
         return total, dx, d_low, d_b
 
@@ -250,3 +287,77 @@ def _frozen_backward(chunk_tokens: int, saved: Any, d_total: jax.Array):
 
 
 frozen_cross_entropy.defvjp(_frozen_forward, _frozen_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@jax.named_scope("loss")
+def token_log_likelihoods(
+    hidden: jax.Array, output: jax.Array, targets: jax.Array, chunk_tokens: int = 512, axes: str = "DV"
+) -> jax.Array:
+    """Return log softmax(hidden @ output)[targets] of each position in nats, float32 [B, T].
+
+    The arguments are those of ``cross_entropy``. The gradient computes each chunk's logits again: it is that of a cross
+    entropy whose weights are known only once all log-likelihoods are.
+    """
+
+    def local(hidden: jax.Array, output: jax.Array, targets: jax.Array) -> jax.Array:
+        output = _gathered(output, hidden.dtype, axes)
+
+        def chunk(_: None, xs: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+            x, y = xs
+            return None, log_likelihood(_logits(x, output, axes), y)
+
+        _, found = jax.lax.scan(chunk, None, _chunks(chunk_tokens, hidden, targets))
+        return _joined(found, hidden.shape[1])
+
+    return cast(jax.Array, shard_by_shard(local, TOKENS, (HIDDEN, AXES[axes], TOKENS), TOKENS)(hidden, output, targets))
+
+
+def _likelihoods_forward(hidden: jax.Array, output: jax.Array, targets: jax.Array, chunk_tokens: int, axes: str):
+    return token_log_likelihoods(hidden, output, targets, chunk_tokens, axes), (hidden, output, targets)
+
+
+def _likelihoods_backward(chunk_tokens: int, axes: str, saved: tuple[jax.Array, ...], d_found: jax.Array):
+    hidden, output, targets = saved
+    _, (d_hidden, d_output) = _forward(hidden, output, targets, -d_found, chunk_tokens, axes)
+    return d_hidden, d_output, None
+
+
+token_log_likelihoods.defvjp(_likelihoods_forward, _likelihoods_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@jax.named_scope("loss")
+def frozen_token_log_likelihoods(
+    hidden: jax.Array, output: Matrix, low: jax.Array, b: jax.Array, targets: jax.Array, chunk_tokens: int = 512
+) -> jax.Array:
+    """Return ``token_log_likelihoods`` of the logits of ``frozen_cross_entropy``, float32 [B, T]."""
+
+    def local(hidden: jax.Array, low: jax.Array, b: jax.Array, targets: jax.Array, *parts: Any):
+        whole = _dequantized(output, parts, hidden.dtype)
+
+        def chunk(_: None, xs: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+            x, low, y = xs
+            return None, log_likelihood(_adapted_logits(x, whole, low, b), y)
+
+        _, found = jax.lax.scan(chunk, None, _chunks(chunk_tokens, hidden, low, targets))
+        return _joined(found, hidden.shape[1])
+
+    run = _over_shards(local, output, TOKENS, rows=1)
+    return cast(jax.Array, run(hidden, low, b, targets, *jax.tree.leaves(output)))
+
+
+def _frozen_likelihoods_forward(
+    hidden: jax.Array, output: Matrix, low: jax.Array, b: jax.Array, targets: jax.Array, chunk_tokens: int
+):
+    found = frozen_token_log_likelihoods(hidden, output, low, b, targets, chunk_tokens)
+    return found, (hidden, output, low, b, targets)
+
+
+def _frozen_likelihoods_backward(chunk_tokens: int, saved: Any, d_found: jax.Array):
+    hidden, output, low, b, targets = saved
+    _, (d_hidden, d_low, d_b) = _frozen_forward(hidden, output, low, b, targets, -d_found, chunk_tokens)
+    return d_hidden, None, d_low, d_b, None
+
+
+frozen_token_log_likelihoods.defvjp(_frozen_likelihoods_forward, _frozen_likelihoods_backward)

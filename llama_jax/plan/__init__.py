@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from llama_jax.adapters import check_targets
 from llama_jax.build import make_model
 from llama_jax.compat.jax_internals import needed_bytes, says_memory_is_too_small
 from llama_jax.config import Cache, Config, SampleArgs, Weights
@@ -32,6 +33,7 @@ from llama_jax.plan.cost import Schedule, schedule_of
 from llama_jax.plan.hlo import HBM, Program
 from llama_jax.plan.settings import vocabulary, with_vocabulary
 from llama_jax.plan.topology import Topology
+from llama_jax.training.adapting import Adapting
 from llama_jax.training.flops import keys_per_query
 from llama_jax.training.step import batch_shapes, compile_train_step, make_optimizer, state_shapes
 
@@ -120,14 +122,21 @@ def plan_training(config: Config, topology: Topology, begun: Callable[[], None] 
     train = config.train
     mask = config.data.document_mask
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
+    adapting = Adapting.of(config) if config.lora.rank else None
+    if adapting is not None:
+        check_targets(config.model, config.lora)
+        module = adapting.suited(module)
     optimizer = make_optimizer(train, train.max_steps or 1)
-    shapes = state_shapes(module, optimizer, mesh)
+    shapes = state_shapes(module, optimizer, mesh, adapting)
     parts = {"parameters": _bytes(shapes.params), "optimizer": _bytes(shapes.opt_state)}
+    if adapting is not None:
+        parts = {"frozen base": _bytes(adapting.base_shapes(module, mesh)), "adapters": parts["parameters"]} | parts
+        del parts["parameters"]
     batch = batch_shapes(train, config.model, mesh, mask)
     begun()
 
     def compile_step() -> jax.stages.Compiled:
-        return compile_train_step(module, optimizer, mesh, train.gradient_accumulation_steps, batch)
+        return compile_train_step(module, optimizer, mesh, train.gradient_accumulation_steps, batch, adapting)
 
     return _plan(config, topology, mesh, module, parts, compile_step)
 

@@ -111,10 +111,15 @@ def _check(args: PlanConfig, given: set[str]) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name}: expected a positive number, found {value}")
-    if args.lora.rank:
+    if args.decode and (adapters := sorted(flag for flag in given if flag.startswith("lora."))):
         raise UserError(
-            f"lora.rank: expected 0, since plan does not count adapters and a frozen base yet, found {args.lora.rank}; leave it "
-            "out to plan the training of the whole model"
+            f"--{adapters[0].replace('_', '-')}: expected flags of decoding beside --decode, found one of training; leave it out: an "
+            "adapter is merged into plain matrices"
+        )
+    if args.train.objective != "next-token":
+        raise UserError(
+            f"train.objective: expected next-token, since plan does not count preferences yet, found {args.train.objective}; leave it "
+            "out and double --model.max-seq-len to plan a step of as many tokens"
         )
     if args.advice < 0:
         raise UserError(f"--advice: expected 0 or more, found {args.advice}")

@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
-from llama_jax.config import Config, MeshArgs, Remat
+from llama_jax.config import Config, MeshArgs, ModelArgs, Remat, Weights
 from llama_jax.plan.topology import Topology
 from llama_jax.training.account import activation_bytes, rows_of, state_bytes
 from llama_jax.training.flops import train_flops_per_token
@@ -20,6 +21,8 @@ TENSOR = (1, 2, 4, 8)
 SEQUENCE = (1, 2, 4, 8)
 # A device gets a part of a sequence of at least this many positions.
 FEWEST_POSITIONS = 4096
+# Bytes of a weight of a quantized matrix, with its share of a scale.
+BYTES_OF_QUANTIZED = {"int8": 1.0, "int4": 0.5 + 4 / 32, "int4-64": 0.5 + 4 / 64}
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,20 @@ def meshes(config: Config, chips: int) -> Iterator[MeshArgs]:
 
 def training_bytes(config: Config) -> float:
     """Estimate the bytes per chip: state, gradients, kept activations, working memory of a layer and of the logits."""
-    shards = config.mesh.fsdp * config.mesh.tensor
-    return sum(state_bytes(config.model, config.train).values()) / shards + activation_bytes(config)
+    m, train, mesh = config.model, config.train, config.mesh
+    if config.lora.rank:
+        size = 4 if train.compute_dtype == "float32" else 2
+        copies = 16 + 4 * (train.gradient_accumulation_steps > 1)  # adapters, gradients, two moments; gradients so far
+        state = copies * count_adapter(m, config.lora) + _frozen_bytes(m, config.lora.base_weights, size)
+    else:
+        state = sum(state_bytes(m, train).values())
+    return state / (mesh.fsdp * mesh.tensor) + activation_bytes(config)
+
+
+def _frozen_bytes(m: ModelArgs, weights: Weights, size: int) -> float:
+    """Return the bytes of a frozen base, whose embeddings are not quantized. ``size`` is that of a plain parameter."""
+    matrices = count_parameters(m) - m.vocab_size * m.dim
+    return size * m.vocab_size * m.dim + matrices * BYTES_OF_QUANTIZED.get(weights, size)
 
 
 def training_seconds(config: Config, topology: Topology) -> float:
@@ -107,9 +122,10 @@ def training_seconds(config: Config, topology: Topology) -> float:
     rows, parameters = rows_of(config), count_parameters(m)
     tokens = rows * m.max_seq_len / mesh.sequence
     forward = train_flops_per_token(m) / 3
+    all_ = train_flops_per_token(m, config.lora)
     feed_forward = 4.0 * m.n_layers * m.dim * m.hidden_width
     again = {"full": forward, "attention": feed_forward, "offload": feed_forward}.get(train.remat, 0.0)
-    compute = tokens * (3 * forward + again) / mesh.tensor / chip.peak_flops
+    compute = tokens * (all_ + again) / mesh.tensor / chip.peak_flops
     links = chip.link_bytes * chip.torus_axes
     gathers = 4 * 2 * parameters / mesh.tensor / links if mesh.fsdp > 1 else 0.0
     sums = 4 * m.n_layers * 2 * 2 * tokens * m.dim / chip.link_bytes if mesh.tensor > 1 else 0.0
@@ -117,9 +133,10 @@ def training_seconds(config: Config, topology: Topology) -> float:
         keys_and_values = 2 * rows * m.max_seq_len * 2 * m.kv_heads * m.head_width / mesh.tensor
         sums += 4 * m.n_layers * keys_and_values / chip.link_bytes
     copies = mesh.data * mesh.sequence > 1
-    across = 2 * 4 * parameters / (mesh.fsdp * mesh.tensor) / links if copies else 0.0
+    trained = count_adapter(m, config.lora) if config.lora.rank else parameters
+    across = 2 * 4 * trained / (mesh.fsdp * mesh.tensor) / links if copies else 0.0
     if topology.slices > 1:
-        exchanged = parameters * (topology.slices - 1) / topology.chips / (chip.slice_bytes or 1.0)
+        exchanged = trained * (topology.slices - 1) / topology.chips / (chip.slice_bytes or 1.0)
         if mesh.data % topology.slices:  # parameters are sharded across slices
             gathers += 4 * 2 * exchanged
         else:

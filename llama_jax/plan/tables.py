@@ -1,8 +1,10 @@
 """A plan as text and as JSON."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
 from llama_jax.cli.progress import duration
 from llama_jax.config import Config
@@ -24,7 +26,7 @@ def summary(plan: Plan, length: Found) -> dict[str, Any]:
 
     ``length`` is the number of tokens of the whole run.
     """
-    flops = plan.tokens * train_flops_per_token(plan.config.model)
+    flops = plan.tokens * train_flops_per_token(plan.config.model, plan.config.lora)
     chips, chip = plan.chips, plan.topology.chip
     found = {
         "fits": plan.fits,
@@ -43,6 +45,7 @@ def summary(plan: Plan, length: Found) -> dict[str, Any]:
         "attention": plan.kernel,
         "remat": plan.config.train.remat,
         "document_mask": plan.config.data.document_mask,
+        "lora": dataclasses.asdict(plan.config.lora) if plan.config.lora.rank else None,
         **_common(plan),
     }
     if plan.schedule is not None:
@@ -141,12 +144,18 @@ def training_text(plan: Plan, length: Found) -> str:
     """Return the text that ``plan`` prints of a training step."""
     train, model = plan.config.train, plan.config.model
     mask = ", with document masks" if plan.config.data.document_mask else ""
+    lora = plan.config.lora
+    held = plan.dtype if lora.base_weights == "auto" else lora.base_weights
+    adapters = (
+        [("adapters", f"{lora.text(count_adapter(model, lora))}; the base is frozen, in {held}")] if lora.rank else []
+    )
     rows = [
         ("slice", f"{plan.topology.name}, {chips_text(plan.chips)}, mesh: {describe(plan.mesh)}"),
         (
             "program",
             f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}{mask}; compiled in {duration(plan.compile_seconds)}",
         ),
+        *adapters,
         *_memory(plan),
     ]
     if plan.schedule is not None:

@@ -74,7 +74,8 @@ def activation_bytes(config: Config) -> float:
     working = 2 * size * layer / t + size * tokens * (3 * m.hidden_width / t + 6 * m.dim)
     if mesh.sequence > 1:
         working += size * rows * m.max_seq_len * keys_and_values / t
-    vocabulary = 8 * m.vocab_size * m.dim / t
+    # Beside a frozen output matrix, its copy for the products; of one that is trained, also the gradient.
+    vocabulary = (2 * size if config.lora.rank else 8) * m.vocab_size * m.dim / t
     return m.n_layers * tokens * size * kept + working + vocabulary
 
 

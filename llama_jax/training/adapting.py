@@ -7,7 +7,7 @@ import jax
 import optax
 
 from llama_jax.adapters import adapter_shapes, joined, row_keys
-from llama_jax.config import ModelArgs, Weights
+from llama_jax.config import Config, ModelArgs, Weights
 from llama_jax.devices.sharding import with_shardings
 from llama_jax.generation.serving import generation_shardings, stacked_shapes
 from llama_jax.lora_args import LoraArgs
@@ -21,6 +21,19 @@ class Adapting:
     lora: LoraArgs
     weights: Weights = "auto"
     seed: int = 0
+
+    @classmethod
+    def of(cls, config: Config) -> "Adapting":
+        """Return what a configuration says. A quantized checkpoint to begin with decides by itself how it is held."""
+        return cls(config.lora, config.lora.base_weights, config.train.seed)
+
+    def suited(self, module: Llama) -> Llama:
+        """Return the module as a frozen base is trained best.
+
+        Layers that are quantized are not unrolled, since XLA on a CPU would then keep each dequantized matrix of the
+        forward pass for the backward one.
+        """
+        return module if self.weights == "auto" else module.clone(unroll=1)
 
     def adapter_shapes(self, args: ModelArgs, mesh: jax.sharding.Mesh) -> Any:
         """Return the shapes of what is trained, with their shardings."""

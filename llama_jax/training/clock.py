@@ -126,11 +126,13 @@ class Recorder:
         spent: float = 0.0,
         spent_in_steps: float = 0.0,
         held: float | None = None,
+        positions: int = 0,
     ):
+        """``positions``: those of a batch's rows. 0: the model's context."""
         # Seconds of earlier starts: in all, and on steps that were not lost.
         self._spent, self._spent_in_steps = spent, spent_in_steps
         self._clock, self._schedule = clock, learning_rate(config.train, steps, held)
-        self._tokens = config.train.batch_size * config.model.max_seq_len
+        self._tokens = config.train.batch_size * (positions or config.model.max_seq_len)
         self._devices, self._mesh = mesh.devices.size, mesh
         peak = peak_flops(mesh.devices.flat[0])
         self._peak_rate = None if peak is None else peak / train_flops_per_token(config.model, config.lora)
@@ -166,6 +168,7 @@ class Recorder:
             "run_step_seconds": self._spent_in_steps + now["step"],
         }
         record |= {f"{activity}_seconds": since[activity] for activity in ACTIVITIES if activity != "step"}
+        record |= {name: _finite(value) for name, value in (metrics.rewards or {}).items()}
         if self._peak_rate is not None:
             record["mfu"] = rate / self._devices / self._peak_rate
         if (memory := memory_in_use(self._mesh.local_devices)) is not None:

@@ -1,7 +1,9 @@
 """The command line of train.py: flags override a TOML file, which overrides the defaults."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -11,14 +13,15 @@ from llama_jax.cli.flags import given_flags, parse_flags, take_option
 from llama_jax.config import Config, load_toml
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
+from llama_jax.storage.files import is_address
 
 # The shipped configurations that give the settings of a run without --config, and of one that starts from a checkpoint.
-# The last one trains adapters.
-DEFAULT, FINE_TUNING, ADAPTERS = "tiny", "finetune", "lora"
-# Where their rates come from, and the settings that these are.
+# The third one trains adapters, the last two train on preferences, without and with adapters.
+DEFAULT, FINE_TUNING, ADAPTERS, DPO, DPO_ADAPTERS = "tiny", "finetune", "lora", "dpo", "dpo-lora"
+# Where the rates of some come from, and the settings that these are.
 ORIGINS = {
-    FINE_TUNING: "as the LLaMA 2 paper (section 3.1) fine-tunes, in batches of 64",
-    ADAPTERS: "as the QLoRA paper (section 4.1)",
+    FINE_TUNING: ", as the LLaMA 2 paper (section 3.1) fine-tunes, in batches of 64",
+    ADAPTERS: ", as the QLoRA paper (section 4.1)",
 }
 RATES = ("lr", "min_lr_ratio", "warmup_steps", "n_epochs", "weight_decay", "beta2", "eps")
 # Pairs of settings that decide the same thing. If both are given, the second one wins.
@@ -43,8 +46,9 @@ class Command(Config):
 def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     """Return the configuration of a command line, and a note for each conflict between two settings.
 
-    Without --config, defaults come from tiny.toml, from finetune.toml with --train.init-from, and from lora.toml with
-    --lora.rank as well. Raises UserError if the command line is wrong.
+    Without --config, defaults come from tiny.toml, from finetune.toml with --train.init-from, from lora.toml with
+    --lora.rank as well, and from dpo.toml or dpo-lora.toml with --train.objective dpo. Raises UserError if the command
+    line is wrong.
     """
     named, rest = take_option(list(argv), "--config")
     source, found = (shipped(DEFAULT), []) if named is None else find_config(named)
@@ -53,16 +57,16 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     if config.train.init_from:
         from llama_jax.training.opening import starting_model
 
-        tuning = shipped(ADAPTERS if config.lora.rank else FINE_TUNING)
-        if named is None:
+        tuning, stated = shipped(_tuning_settings(config)), given_flags(rest)
+        if tuned := named is None:
             source = tuning
             file = load_toml(source)
-            stated = given_flags(rest)
         else:
-            stated = given_flags(rest) | stated_keys(source)
-            file = _tuned(file, load_toml(tuning), stated) if config.lora.rank else file
+            stated |= stated_keys(source)
+            if tuned := _is_tuning(config):
+                file = _tuned(file, load_toml(tuning), stated)
         config, more = _parse(rest, file)
-        notes.append(_tuning_note(config, stated, tuning.stem, source.stem))
+        notes.append(_tuning_note(config, stated, tuning.stem, source.stem, tuned))
         train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
         # The model's shape comes from the checkpoint. Flags may only change what leaves its parameters as they are.
         config, notes = (
@@ -81,20 +85,45 @@ def _tuned(file: Config, tuning: Config, stated: set[str]) -> Config:
     return dataclasses.replace(file, train=dataclasses.replace(file.train, **rates))
 
 
-def _tuning_note(config: Config, stated: set[str], tuning: str, source: str) -> str:
-    """Return a line that says which rates a fine-tuning run has, and why."""
+def _tuning_note(config: Config, stated: set[str], tuning: str, source: str, tuned: bool) -> str:
+    """Return a line that says which rates a fine-tuning run has, and why. ``tuned``: they are those of ``tuning``."""
     train, own = config.train, [name for name in RATES if f"train.{name}" in stated]
     length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.n_epochs} epoch{'s'[: train.n_epochs != 1]}"
     rates = f"learning rate {train.lr:g}, warm-up {train.warmup_steps:,} steps, {length}, weight decay {train.weight_decay:g}"
-    if source == tuning or config.lora.rank:
+    if tuned:
         given = f", but for the given {', '.join(own)}" if own else ""
-        return f"settings of {tuning}: {rates}, {ORIGINS[tuning]}{given}; flags override them"
+        return f"settings of {tuning}: {rates}{ORIGINS.get(tuning, '')}{given}; flags override them"
     if "lr" in own:
         return f"settings of {source}: {rates}"
     return (
         f"settings of {source}: {rates}; it has no learning rate, so that this is the one of pretraining; the LLaMA 2 paper "
         "fine-tunes with 2e-05 for 2 epochs (--train.lr 2e-5 --train.n-epochs 2)"
     )
+
+
+def _is_tuning(config: Config) -> bool:
+    """Return whether a run is fine-tuning by what it trains: adapters, on preferences, or on conversations.
+
+    A text may as well be more of the text of pretraining.
+    """
+    if config.lora.rank or config.train.objective == "dpo":
+        return True
+    with contextlib.suppress(UserError, OSError):  # training looks for the text again, and says what is wrong
+        from llama_jax.data.finding import find_text, is_chats
+
+        return (
+            bool(config.data.filepath)
+            and not is_address(config.data.filepath)
+            and is_chats(find_text(config.data, Path()))
+        )
+    return False
+
+
+def _tuning_settings(config: Config) -> str:
+    """Return the name of the shipped configuration for what a run trains."""
+    if config.train.objective == "dpo":
+        return DPO_ADAPTERS if config.lora.rank else DPO
+    return ADAPTERS if config.lora.rank else FINE_TUNING
 
 
 def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:

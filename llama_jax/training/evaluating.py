@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_jax.cli.progress import working
 from llama_jax.data.batches import OwnRows, eval_batches
-from llama_jax.data.stream import Tokens
+from llama_jax.data.conversations import Stream
 from llama_jax.devices.distributed import from_main, is_main
 from llama_jax.devices.sharding import batch_sharding, on_mesh
 from llama_jax.training import log
@@ -23,14 +23,17 @@ def evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dic
     Raises UserError if the loss is not finite.
     """
     losses: dict[str, float] = {}
+    rewards: dict[str, dict[str, float]] = {name: {} for name in run.settled.objective.rewards}
     for name in evaluated(run.data):
-        loss, stop = _loss_of(run, state, run.data.sources[name].tokens.eval)
+        (loss, *means), stop = _means_of(run, state, run.data.sources[name].tokens.eval)
         if stop:
             return {}, stop
         if not math.isfinite(loss):
             what = "held-out loss" + (f" of {name}" if name else "")
             raise_not_finite(what, loss, step, saved_at, run.best_saved())
         losses[name] = loss
+        for of_source, mean in zip(rewards.values(), means, strict=True):
+            of_source[name] = mean
     of_tasks, stop = task_scores(run, state.params)
     if stop:
         return {}, stop
@@ -38,24 +41,33 @@ def evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dic
     run.consensus.forget()
     loss, bits = run.data.combine(losses, run.config.data.document_mask)
     of_each = {f"eval_loss/{name}": loss for name, loss in losses.items() if name}
-    return {"eval_loss": loss, "eval_bits_per_byte": bits, **of_each, **of_tasks}, 0
+    of_pairs = {
+        f"eval_{name}": run.data.combine(means, run.config.data.document_mask)[0] for name, means in rewards.items()
+    }
+    return {"eval_loss": loss, "eval_bits_per_byte": bits, **of_pairs, **of_each, **of_tasks}, 0
 
 
-def _loss_of(run: Run, state: TrainState, stream: Tokens) -> tuple[float, int]:
-    """Return the loss of a held-out stream in nats a token, and the signal that arrived meanwhile, or 0."""
+def _means_of(run: Run, state: TrainState, stream: Stream) -> tuple[list[float], int]:
+    """Return the loss of a held-out stream in nats a token, or a pair, with the mean rewards of preferences.
+
+    The second result is the signal that arrived meanwhile, or 0.
+    """
     args, length = run.config.train, run.config.model.max_seq_len
-    total = weight = 0.0
+    totals = [0.0] * (1 + len(run.settled.objective.rewards))
+    weight = 0.0
     assert run.evaluate is not None
     with on_mesh(run.mesh):
         rows = args.batch_size // args.gradient_accumulation_steps
-        own = OwnRows(batch_sharding(run.mesh), rows, length)
+        own = OwnRows(batch_sharding(run.mesh), rows, run.positions)
         batches = eval_batches(stream, rows, length, args.eval_iters, own.rows)
         for batch in run.clock.waiting_for("evaluation", run.masked(batches)):  # tells the watchdog of each batch
             sums = run.evaluate(state.params, own.assemble(batch), *run.frozen)
-            total, weight = total + float(sums[0]), weight + float(sums[1])
+            loss, count, *rewards = map(float, sums)
+            totals = [total + value for total, value in zip(totals, (loss, *rewards), strict=True)]
+            weight += count
             if stop := run.stop_asked():
-                return 0.0, stop
-    return total / weight, 0
+                return totals, stop
+    return [total / weight for total in totals], 0
 
 
 def is_best(run: Run, record: dict[str, Any]) -> bool:

@@ -14,8 +14,9 @@ from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Config, TrainArgs
 from llama_jax.data import AnyData, Data
 from llama_jax.data.batches import windows_of
+from llama_jax.data.chat_summary import chat_rows
 from llama_jax.data.mixture import Schedule
-from llama_jax.data.opened import MixedData, percent
+from llama_jax.data.opened import MixedData, chats_in, percent
 from llama_jax.data.parts import SPLITS
 from llama_jax.data.summary import documents_text, held_out_text, remarks, repeats_warning
 from llama_jax.devices.compiling import platform_of
@@ -48,11 +49,18 @@ def announce(
     """Print what the run will do."""
     config, steps = settled.config, settled.steps
     model, train = config.model, config.train
-    tokens = train.batch_size * model.max_seq_len
+    positions = settled.objective.length(model)
+    tokens = train.batch_size * positions
     to_train_on, held_out = (
         sum(text.tokens.manifest.tokens[split] for text in data.sources.values()) for split in SPLITS
     )
     epochs = steps * tokens / to_train_on
+    if chats_in(data):  # padding makes a sequence shorter than its positions
+        epochs = (
+            steps
+            * train.batch_size
+            / sum(windows_of(text.tokens.train, model.max_seq_len) for text in data.sources.values())
+        )
     device = jax.devices()[0]
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     rows = [
@@ -73,6 +81,7 @@ def announce(
             f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
             f"{train_flops_per_token(model, config.lora) * tokens * steps / 1e12:,.1f} TFLOP",
         ),
+        *objective_rows(train, opened),
         ("rate", rate_text(train, steps, settled.held_lr)),
         (
             "devices",
@@ -85,12 +94,14 @@ def announce(
         print(f"{name:>10}  {text}")
     for name, part in data.sources.items():
         of_it = _epochs(part, settled.schedule, name, steps, model.max_seq_len) if name else epochs
-        repeats = repeats_warning(part.tokens.manifest.tokens["train"], of_it, model.max_seq_len)
+        repeats = repeats_warning(
+            part.tokens.manifest.tokens["train"], of_it, model.max_seq_len if part.chat is None else 0
+        )
         for line in filter(None, [*remarks(part), repeats]):
             print(f"{name}: {line}" if name and not line.startswith(name) else line)
     if data.floor is not None:
         print(f"{'floor':>10}  {data.floor:.3f} bits per byte, the entropy of the stories' grammar")
-    for line in mask_lines(config, mesh, module) if config.data.document_mask else ():
+    for line in mask_lines(config, mesh, module, data, positions) if config.data.document_mask else ():
         print(f"{'mask':>10}  {line}")
     for note in opened.notes:
         print(f"{'note':>10}  {note}")
@@ -111,7 +122,10 @@ def _text_rows(data: AnyData, settled: Settled, length: int) -> list[tuple[str, 
             rows.append(
                 (f"source {i + 1}", f"{name}: {share}, {epochs:.1f} epochs of {manifest.tokens['train']:,} tokens")
             )
-        rows += [("documents", documents_text(manifest)), ("held out", held_out_text(manifest))]
+        if text.chat is None:
+            rows += [("documents", documents_text(manifest)), ("held out", held_out_text(manifest))]
+        else:
+            rows += chat_rows(text, settled.config, length)
     return rows
 
 
@@ -137,20 +151,40 @@ def epochs_text(data: AnyData, schedule: Schedule | None, length: int, step: int
     return lines
 
 
-def mask_lines(config: Config, mesh: jax.sharding.Mesh, module: Llama) -> list[str]:
+def objective_rows(train: TrainArgs, opened: Opened) -> list[tuple[str, str]]:
+    """Return what a run prints about what it minimizes, if that is not the cross entropy of tokens."""
+    if train.objective == "next-token":
+        return []
+    smoothing = f", label smoothing {train.dpo_label_smoothing:g}" if train.dpo_label_smoothing else ""
+    return [
+        (
+            "objective",
+            f"DPO with beta {train.dpo_beta:g}{smoothing}; the loss is a mean over pairs, log 2 at the start",
+        ),
+        (
+            "reference",
+            f"{train.init_from}, as the run began with it: its log-likelihoods are computed once, before the first step, and kept in "
+            f"{opened.folder.path / 'reference'}; no second model is held",
+        ),
+    ]
+
+
+def mask_lines(config: Config, mesh: jax.sharding.Mesh, module: Llama, data: AnyData, positions: int) -> list[str]:
     """Say what the document mask does, and what it means for the kernel of attention."""
     model, train = config.model, config.train
-    lines = [
-        "attention, positions and loss stay inside each document; one that a sequence's start cuts begins again there",
-        "losses, of training and held out, are means over the tokens that follow another of their document",
-    ]
+    lines = ["attention and positions stay inside each conversation"] if chats_in(data) else []
+    if len(chats_in(data)) < len(data.sources):
+        lines += [
+            "attention, positions and loss stay inside each document; one that a sequence's start cuts begins again there",
+            "losses, of training and held out, are means over the tokens that follow another of their document",
+        ]
     platform, shards = platform_of(mesh.devices.flat[0]), mesh.shape["sequence"]
     without = choose_kernel(train.attention, platform, model, module.dtype, shards)
     if without != module.kernel:
         lines.append(f"attention is {module.kernel}: {without} takes no mask over an odd number of positions")
     if module.kernel == "cudnn":
         rows = train.batch_size // train.gradient_accumulation_steps // (mesh.shape["data"] * mesh.shape["fsdp"])
-        size = bytes_text(rows * model.max_seq_len**2 * module.dtype.itemsize)
+        size = bytes_text(rows * positions**2 * module.dtype.itemsize)
         lines.append(f"cudnn reads the mask from memory: {size} a device, and as much again in the backward pass")
     return lines
 
@@ -191,13 +225,21 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
+def quoted_lines(text: str) -> str:
+    """Return a sample for the terminal, with a mark before each line."""
+    return "  | " + printable(text).replace("\n", "\n  | ")
+
+
 def progress_text(record: dict[str, Any], devices: int) -> str:
     """Return loss, speed and memory of a record, and delays of a second or more.
 
     The most important comes first: a narrow terminal shows only what fits.
     """
     loss = "loss not finite" if record["train_loss"] is None else f"loss {record['train_loss']:.3f}"
-    parts = [loss, f"{record['tokens_per_second_per_device']:,.0f} tokens/s" + (" a device" if devices > 1 else "")]
+    parts = [loss]
+    if "reward_margin" in record:
+        parts.append(f"margin {record['reward_margin'] or 0.0:.3f}, {record['reward_accuracy'] or 0.0:.0%} right")
+    parts += [f"{record['tokens_per_second_per_device']:,.0f} tokens/s" + (" a device" if devices > 1 else "")]
     if record["bad_steps"]:
         parts.append(f"{record['bad_steps']:,} bad")
     parts += [
@@ -229,13 +271,17 @@ def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> 
         f"{key.removeprefix('task/')} {value:.3f}" for key, value in record.items() if key.startswith("task/")
     ]:
         text += "; " + ", ".join(of_tasks)
+    if "eval_reward_margin" in record:
+        text += f", margin {record['eval_reward_margin']:.4f}, {record['eval_reward_accuracy']:.1%} right"
     return text + (", the best so far" if best else "")
 
 
 def loss_text(record: dict[str, Any]) -> str:
     """Return a record's held-out loss, also in bits per byte if the tokenizer loses no text."""
     bits = record["eval_bits_per_byte"]
-    return f"{record['eval_loss']:.4f} nats a token" + ("" if bits is None else f", {bits:.3f} bits per byte")
+    return f"{record['eval_loss']:.4f} nats a {'pair' if 'eval_reward_margin' in record else 'token'}" + (
+        "" if bits is None else f", {bits:.3f} bits per byte"
+    )
 
 
 def say(text: str) -> None:
@@ -282,7 +328,9 @@ def bad_steps_text(record: dict[str, Any]) -> str:
     )
 
 
-def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str, changed: Sequence[str] = ()) -> str:
+def closing_text(
+    folder: RunFolder, step: int, clock: Clock, prompt: str, changed: Sequence[str] = (), talks: bool = False
+) -> str:
     """Return the last lines of a run: how it went, where the files are, and what to type next."""
     total = clock.total
     lines = [f"at step {step:,} after {total:,.0f} s" + speed_text(clock, folder.records)]
@@ -297,8 +345,9 @@ def closing_text(folder: RunFolder, step: int, clock: Clock, prompt: str, change
     lines.append(
         f"checkpoints: {folder.checkpoints}   losses: {path / 'losses.png'}   numbers: {path / 'metrics.jsonl'}"
     )
+    if talks:
+        lines[-1] += f"   answers: {folder.samples_path}"
     lines.append("now try:")
-    lines.append(
-        f"  {typed('sample')} --ckpt {shlex.quote(str(path))} {shlex.quote(prompt)} --max-new-tokens {NEXT_TOKENS}"
-    )
+    asked = "--chat" if talks else shlex.quote(prompt)
+    lines.append(f"  {typed('sample')} --ckpt {shlex.quote(str(path))} {asked} --max-new-tokens {NEXT_TOKENS}")
     return "\n".join(lines)

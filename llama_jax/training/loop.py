@@ -11,10 +11,12 @@ from typing import Any
 import jax
 
 from llama_jax.build import make_model
+from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import Progress, working
 from llama_jax.cli.stopping import NAMES, StopSignals, output_may_vanish, status_of
 from llama_jax.config import Config, SampleArgs, TrainArgs
 from llama_jax.data.batches import OwnRows, train_batches
+from llama_jax.data.opened import chat_format_of
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.distributed import (
@@ -31,12 +33,13 @@ from llama_jax.errors import UserError
 from llama_jax.evaluate.tasks import Task
 from llama_jax.generation import Model
 from llama_jax.storage.locations import real_name
-from llama_jax.training import log
+from llama_jax.training import log, reference
+from llama_jax.training.answers import answer, append, questions_of
 from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Clock, Recorder
 from llama_jax.training.evaluating import evaluate, is_best, make_up_evaluation
 from llama_jax.training.needs import announce_needs
-from llama_jax.training.opening import Opened, base_of, opening
+from llama_jax.training.opening import TARGETS, Opened, base_of, opening
 from llama_jax.training.plot import plot_losses
 from llama_jax.training.profile import Profile, check_profiler
 from llama_jax.training.run import Run, Timer
@@ -49,6 +52,7 @@ from llama_jax.training.start import (
     first_state,
     first_words,
     open_text,
+    params_before,
     settle,
     write_start,
 )
@@ -62,7 +66,7 @@ from llama_jax.training.step import (
 )
 from llama_jax.training.tasks import encode_tasks, read_on_main
 from llama_jax.training.tensorboard import check_installed
-from llama_jax.training.tuning import Tuning
+from llama_jax.training.tuning import Tuning, check_has_base
 from llama_jax.training.watchdog import Watchdog
 
 SAMPLE_TOKENS = 48
@@ -89,6 +93,7 @@ def train(config: Config, signals: StopSignals | None = None, notes: Sequence[st
     """
     clock = Clock()
     config.check()
+    check_has_base(config)
     with contextlib.ExitStack() as stack:
         signals = signals or stack.enter_context(StopSignals())
         stack.enter_context(output_may_vanish())
@@ -120,7 +125,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
         announce_needs(config, mesh)
     base = base_of(config.train, config.lora) if config.train.init_from and not start else None
     tuning = Tuning.of(config, opened, base) if config.lora.rank and base is not None else None
-    data = open_text(config.data, base, opened)
+    data = open_text(config, base, opened)
     settled = settle(config, data, opened)
     config = settled.config
     check_divisible(mesh, config.model, config.train)
@@ -129,10 +134,10 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     train, mask = config.train, config.data.document_mask
     if config.lora.rank and tuning is None:
         tuning = Tuning.of(config, opened, None)
-    adapting = () if tuning is None else (tuning.adapting,)
+    adapting = None if tuning is None else tuning.adapting
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
     if tuning is not None:
-        module = tuning.suited(module)
+        module = tuning.adapting.suited(module)
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
     if not known:
         announce_needs(config, mesh, None if tuning is None else tuning.bytes_of_state(module))
@@ -142,12 +147,12 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     if config.train.tensorboard and is_main():
         folder.write_events(start)
     prompt, consensus, timer = first_words(config, data), Consensus(3), Timer(config.train)
-    chat = chat_of(opened, base)
+    chat = chat_of(opened, base, data)
     writer = CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_every, chat)
     with writer, contextlib.closing(folder):
         run = Run(
             config, folder, opened, settled, data, mesh, module, writer, prompt, clock, signals, consensus, timer,
-            tasks=encoded, tuning=tuning,
+            tasks=encoded, tuning=tuning, chat=chat, questions=questions_of(data, train.seed, config.model.max_seq_len),
         )  # fmt: skip
         folder.write_best(writer.steps)
         owed = bool(from_main(evaluation_is_missing(opened, settled, data)))
@@ -161,21 +166,42 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
             with working(f"reading {tuning.base.folder}", shown=is_main()):
                 run.frozen = (tuning.load_base(module, mesh),)
         began = time.perf_counter()
-        batch = batch_shapes(config.train, config.model, mesh, mask)
+        if config.train.objective == "dpo":
+            _know_reference(run, optimizer, state, base)
+        batch = batch_shapes(config.train, config.model, mesh, mask, settled.objective)
         with working("compiling the training step", shown=is_main()):
             compiled = compile_train_step(
-                module, optimizer, mesh, config.train.gradient_accumulation_steps, batch, *adapting
+                module, optimizer, mesh, config.train.gradient_accumulation_steps, batch, adapting, settled.objective
             )
         log.announce_cost(compiled, mesh, time.perf_counter() - began)
         if evaluated(data):
             with working("compiling the evaluation", shown=is_main()):
-                run.evaluate = compile_eval_step(module, mesh, config.train, config.model, mask, *adapting)
+                run.evaluate = compile_eval_step(
+                    module, mesh, config.train, config.model, mask, adapting, settled.objective
+                )
         if owed:
             make_up_evaluation(run, state, start)
         end, stopped = _loop(run, compiled, state, start)
         signals.set_mode("ignore")
         _finish(run, end)
     return stopped
+
+
+def _know_reference(run: Run, optimizer: Any, state: TrainState, base: WholeModel | None) -> None:
+    """Read the log-likelihoods of the model that the run began with, and compute those that are missing.
+
+    ``state`` is the first one if the run begins, with ``base``. If it resumes, that model is read again if needed.
+    """
+    parts = reference.parts_of(run.config, run.settled, run.data, run.folder.path)
+    if not reference.prepare(run, parts, base):
+        return
+    params = state.params
+    if run.opened.start:
+        base = base_of(run.config.train, run.config.lora)
+        reference.check_reference(run, base)
+        with working(f"reading {base.folder}", shown=is_main()):
+            params = params_before(run.module, optimizer, run.mesh, base, run.tuning)
+    reference.compute(run, parts, params)
 
 
 def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int) -> tuple[int, int]:
@@ -185,14 +211,15 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     """
     args, clock, folder = run.config.train, run.clock, run.folder.path
     length = run.config.model.max_seq_len
-    own = OwnRows(batch_sharding(run.mesh), args.batch_size, length)
+    own = OwnRows(batch_sharding(run.mesh), args.batch_size, run.positions)
     source = run.data.rows(run.settled.schedule)
-    batches = train_batches(source, args.batch_size, length, args.seed, start, run.steps, own.rows)
+    batches = train_batches(source, args.batch_size, length, args.seed, start, run.steps, own.rows, run.bos_id)
     unread: list[UserError] = []
     readable = _readable(run.masked(batches), unread)
     recorder = Recorder(
-        run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_in_steps, run.settled.held_lr
-    )
+        run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_in_steps, run.settled.held_lr,
+        run.positions,
+    )  # fmt: skip
     pending: list[StepMetrics] = []
     saved_at, announced, stop, step = start, False, 0, start
     with (
@@ -218,11 +245,11 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
             saving = step % args.save_interval == 0 or last or bool(stop or save_due)
             logging = on_time or last or step % args.log_interval == 0
             if evaluating or saving or logging:
-                found = jax.device_get(pending)
-                pending.clear()
+                found = _fetched(run, pending)
                 for line in judge(args, found, step - len(found) + 1, saved_at, run.best_saved()):
                     log.say(line)
                 record = recorder.record(step, found[-1])
+                record |= {} if run.opened.targets is None else {TARGETS: run.opened.targets}
                 progress.note(log.progress_text(record, run.mesh.devices.size), record["step_seconds"])
                 if not announced:
                     announced = True
@@ -241,7 +268,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                     saved_at = step
                 if evaluating and not stop:
                     with clock.spent_on("sample"), progress.busy("making a sample"):
-                        stop = _draw(run, run.whole(state.params))
+                        stop = _draw(run, run.whole(state.params), step)
                     if stop and saved_at < step:
                         with clock.spent_on("saving"):
                             _save(run, state, step, record.get("eval_loss"))
@@ -252,6 +279,7 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                 break
         if unread and saved_at < step and jax.process_count() == 1:
             with clock.spent_on("saving"):
+                _fetched(run, pending)
                 _save(run, state, step, None)
         with clock.spent_on("saving"), progress.busy("saving"):
             run.writer.wait()
@@ -263,6 +291,15 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     if stop:
         print(f"stopped by {NAMES[stop]} at step {step:,}, saved; rerun the same command to resume")  # type: ignore[index]
     return step, stop
+
+
+def _fetched(run: Run, pending: list[StepMetrics]) -> list[StepMetrics]:
+    """Return the results of steps on the host, of which ``pending`` is emptied. Count the tokens of their losses."""
+    found: list[StepMetrics] = jax.device_get(pending)
+    pending.clear()
+    if run.opened.targets is not None:
+        run.opened.targets += sum(int(each.targets) for each in found)
+    return found
 
 
 def _readable(batches: Iterable[Any], unread: list[UserError]) -> Iterator[Any]:
@@ -284,7 +321,7 @@ def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> No
         "store": real_name(run.folder.checkpoints),
         "host": socket.gethostname(),
         "text": run.opened.record.text,
-    }
+    } | ({} if run.opened.targets is None else {TARGETS: run.opened.targets})
     record = None if run.tuning is None else run.tuning.record
     run.writer.save(
         step, state.params, state.opt_state, run.config.model, run.data.tokenizer, eval_loss, origin, record
@@ -303,8 +340,10 @@ def _note_saved(run: Run) -> None:
         run.folder.write_best(steps)
 
 
-def _draw(run: Run, sample: Any) -> int:
+def _draw(run: Run, sample: Any, step: int) -> int:
     """Print a sample of the model, and draw the losses if the plot is old. If that fails, training continues.
+
+    Of a model that is tuned on conversations, the samples are answers; one is printed, all are in samples.jsonl.
 
     Return the signal that arrived meanwhile, or 0.
     """
@@ -318,10 +357,15 @@ def _draw(run: Run, sample: Any) -> int:
     try:
         if run.config.model.max_seq_len > 1:
             model = Model(run.config.model, sample, run.data.tokenizer, run.module)
-            args = SampleArgs(temperature=0.7, max_new_tokens=SAMPLE_TOKENS, seed=run.config.train.seed)
+            chat = chat_format_of(run.data)
             with on_mesh(run.mesh):
-                (completion,) = model.generate([run.prompt], args, heed)
-            log.say("  | " + log.printable(run.prompt + completion.text).replace("\n", "\n  | "))
+                if chat is not None and run.questions:
+                    given = answer(model, run.questions, run.chat, chat, heed)
+                    _tell_answers(run, step, given)
+                elif run.prompt:
+                    args = SampleArgs(temperature=0.7, max_new_tokens=SAMPLE_TOKENS, seed=run.config.train.seed)
+                    (completion,) = model.generate([run.prompt], args, heed)
+                    log.say(log.quoted_lines(run.prompt + completion.text))
         plot = run.folder.plot_path
         if not plot.exists() or time.time() - plot.stat().st_mtime > PLOT_SECONDS:
             _plot(run)
@@ -332,6 +376,13 @@ def _draw(run: Run, sample: Any) -> int:
     return stop
 
 
+def _tell_answers(run: Run, step: int, given: Sequence[str]) -> None:
+    """Print the first answer, and add all to samples.jsonl."""
+    log.say(log.quoted_lines(f"{run.questions[0].text}[[{given[0]}]]"))
+    if is_main():
+        append(run.folder.samples_path, step, run.questions, given)
+
+
 def _plot(run: Run) -> None:
     if is_main():
         plot_losses(run.folder.plot_path, run.folder.records, str(run.folder.path), run.data.floor)
@@ -340,7 +391,7 @@ def _plot(run: Run) -> None:
 def _finish(run: Run, step: int) -> None:
     with run.clock.spent_on("sample"):
         _plot(run)
-    print(log.closing_text(run.folder, step, run.clock, run.prompt, run.settled.changed))
+    print(log.closing_text(run.folder, step, run.clock, run.prompt, run.settled.changed, bool(run.questions)))
 
 
 def _check_profile_steps(args: TrainArgs, steps: int) -> None:

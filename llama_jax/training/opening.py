@@ -44,6 +44,8 @@ from llama_jax.storage.locations import (
 from llama_jax.storage.owner import Owner, owning
 from llama_jax.training.run_folder import RunFolder, RunRecord
 
+# What a checkpoint says of the tokens that counted in the loss of its run.
+TARGETS = "target_tokens"
 IN_USE = "wait until it ends, stop it, or choose another --train.save-dir"
 ELSEWHERE = "choose another --train.save-dir"
 
@@ -60,6 +62,8 @@ class Opened:
     """The settings of the previous start."""
     texts: dict[str, Origin] | None = None
     """The texts that the run has been trained on so far, by the names of a mixture's sources. A single one has none."""
+    targets: int | None = None
+    """The tokens that counted in the loss until then. None: unknown, as in checkpoints of earlier versions."""
     later: list[int] = field(default_factory=list)
     """Steps after ``start`` whose checkpoints are to be set aside."""
     notes: list[str] = field(default_factory=list)
@@ -161,6 +165,7 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
     start = _start(run, store, steps, train.resume_step)
     run.notes += folder.read_metrics(start)
     origin = _origin(store, start) if start else {}
+    run.targets = origin.get(TARGETS) if start else 0
     run.texts = _texts(run, run.record.text or origin.get("text"))
     known = run.record.id or origin.get("run") or uuid.uuid4().hex
     run.record = dataclasses.replace(run.record, id=known, store=str(absolute(store)) if outside else "")

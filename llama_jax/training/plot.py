@@ -23,13 +23,20 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
 
     tokens, losses = [r["tokens"] for r in finite], [r["train_loss"] for r in finite]
     evals = [r for r in records if "eval_loss" in r]
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.add_subplot()
+    of_pairs = [r for r in finite if r.get("reward_accuracy") is not None]
+    figure = Figure(figsize=(8, 7.2 if of_pairs else 4.8), layout="constrained")
+    axes = figure.add_subplot(2, 1, 1) if of_pairs else figure.add_subplot()
+    if of_pairs:
+        _draw_rewards(
+            figure.add_subplot(2, 1, 2, sharex=axes), of_pairs, [r for r in records if "eval_reward_accuracy" in r]
+        )
     # The first hundredth of a run brings half of the loss's descent. Only a logarithmic scale shows the rest.
     axes.set_yscale("log")
     axes.plot(tokens, losses, color=TRAIN, alpha=0.3, linewidth=0.8, label="train, each logged step")
     axes.plot(tokens, _running_mean(losses), color=TRAIN, linewidth=1.6, label="train, running mean")
-    axes.set(xlabel="tokens trained on", ylabel="loss, nats a token (log scale)", title=title)
+    axes.set(
+        xlabel="tokens trained on", ylabel=f"loss, nats a {'pair' if of_pairs else 'token'} (log scale)", title=title
+    )
     axes.xaxis.set_major_formatter(EngFormatter())
     if evals:
         _draw_evaluations(axes, evals, floor)
@@ -38,6 +45,24 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
     axes.legend(frameon=False, loc="upper right")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def _draw_rewards(axes: Any, records: list[dict[str, Any]], evals: list[dict[str, Any]]) -> None:
+    """Draw of preferences the share of pairs whose chosen answer gains more, and the margins."""
+    margins = axes.twinx()
+    for of, prefix, style in ((records, "", "-"), (evals, "eval_", "o-")):
+        if of:
+            tokens, name = [r["tokens"] for r in of], "eval" if prefix else "train, running mean"
+            accuracies, means = ([r[f"{prefix}reward_{what}"] for r in of] for what in ("accuracy", "margin"))
+            if not prefix:
+                accuracies, means = _running_mean(accuracies), _running_mean(means)
+            axes.plot(tokens, accuracies, style, color=TRAIN, markersize=4, label=f"accuracy, {name}")
+            margins.plot(tokens, means, style, color=EVAL, markersize=4, label=f"margin, {name}")
+    axes.set(xlabel="tokens trained on", ylabel="share of pairs ranked right", ylim=(0, 1.02))
+    margins.set_ylabel("mean reward margin")
+    axes.grid(alpha=0.25)
+    lines = [*axes.get_lines(), *margins.get_lines()]
+    axes.legend(lines, [line.get_label() for line in lines], frameon=False, loc="lower right", fontsize=8)
 
 
 def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | None) -> None:
@@ -63,7 +88,9 @@ def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | Non
             linewidth=0.8,
             label=f"eval, {key.partition('/')[2]}",
         )
-    text = f"{best['eval_loss']:.3f} nats a token" + ("" if bits is None else f"\n{bits:.3f} bits a byte")
+    text = f"{best['eval_loss']:.3f} nats a {'pair' if 'eval_reward_margin' in best else 'token'}" + (
+        "" if bits is None else f"\n{bits:.3f} bits a byte"
+    )
     arrow = {"arrowstyle": "-", "color": FAINT}
     axes.annotate(
         text, xy=(best["tokens"], best["eval_loss"]), xytext=(0, 32), textcoords="offset points", ha="right", fontsize=9,

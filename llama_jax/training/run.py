@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 
+from llama_jax.chat.formats import ChatSetup
 from llama_jax.cli.stopping import StopSignals
 from llama_jax.config import Config, TrainArgs
 from llama_jax.data import AnyData
-from llama_jax.data.batches import Batch
+from llama_jax.data.batches import Batch, PackedBatch, PairBatch
 from llama_jax.data.document_mask import masked
 from llama_jax.devices.distributed import Consensus, is_main
+from llama_jax.training.answers import Question
 from llama_jax.training.clock import Clock
 from llama_jax.training.opening import Opened
 from llama_jax.training.run_folder import RunFolder
@@ -43,11 +45,23 @@ class Run:
     tuning: Tuning | None = None  # the adapters that are trained; None: the whole model is
     frozen: tuple[Any, ...] = ()  # the base of adapters, a further argument of the compiled steps
     tasks: Sequence[EncodedTask] = ()  # train.eval_tasks
+    chat: ChatSetup = ChatSetup()  # what checkpoints keep about conversations
+    questions: Sequence[Question] = ()  # of conversations that are held out
 
     @property
     def steps(self) -> int:
         """The total number of steps of the run."""
         return self.settled.steps
+
+    @property
+    def positions(self) -> int:
+        """The number of positions of a batch's rows."""
+        return self.settled.objective.length(self.config.model)
+
+    @property
+    def bos_id(self) -> int:
+        """The token that begins a document."""
+        return self.data.tokenizer.bos_id
 
     def whole(self, params: Any) -> Any:
         """Return the parameters of the model that is trained, from those that a step changes."""
@@ -56,9 +70,9 @@ class Run:
         (base,) = self.frozen
         return self.tuning.adapting.whole(self.config.model, base, params)
 
-    def masked(self, batches: Iterator[Batch]) -> Iterator[Any]:
+    def masked(self, batches: Iterator[Batch | PackedBatch | PairBatch]) -> Iterator[Any]:
         """Return the batches, with their documents if data.document_mask asks for them."""
-        return masked(batches, self.data.tokenizer.bos_id) if self.config.data.document_mask else batches
+        return masked(batches, self.bos_id) if self.config.data.document_mask else batches
 
     def best_saved(self) -> int:
         """Return the step of the best checkpoint, or 0 if there is none."""

@@ -32,6 +32,8 @@ class RunRecord:
     """The learning rate that train.hold_lr keeps."""
     mixture: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """The weights of a mixture's sources, from each step on at which they changed."""
+    reference: dict[str, str] = dataclasses.field(default_factory=dict)
+    """A description of the model that a run on preferences began with (reference.py)."""
     starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """The time, host, step and changed settings of every start."""
 
@@ -42,6 +44,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
         self.metrics_path = self.path / "metrics.jsonl"
+        self.samples_path = self.path / "samples.jsonl"
         self.plot_path = self.path / "losses.png"
         self.tokenizer_path = self.path / "tokenizer.model"
         self.best_path = self.path / "best.json"

@@ -14,7 +14,7 @@ FIXED = {
     # data/ compares the text and the tokenizer themselves.
     "data": ("train_size", "separator", "vocab_size", "stories"),
     # A checkpoint holds the parameters and the optimizer's state in these forms.
-    "train": ("batch_size", "seed", "param_dtype", "rounding", "optimizer", "moments"),
+    "train": ("batch_size", "seed", "objective", "param_dtype", "rounding", "optimizer", "moments"),
     "lora": ("rank", "alpha", "targets", "base_weights", "rslora"),
 }
 # Settings of places, which do not affect the results.
@@ -43,12 +43,19 @@ def changes(stored: Config, now: Config, folder: Path) -> list[Change]:
             if old == new or unresolved or name in PLACES:
                 continue
             if field.name in FIXED.get(section, ()):
-                raise UserError(
-                    f"{name}: expected {old!r}, with which the run in {folder} began, found {new!r}; "
-                    f"choose another --train.save-dir, or delete {folder}"
-                )
+                check_same(stored, now, folder, section, field.name)
             found.append(Change(name, old, new))
     return found
+
+
+def check_same(stored: Config, now: Config, folder: Path, section: str, field: str) -> None:
+    """Raise UserError if a setting has not the value with which the run in ``folder`` began."""
+    old, new = (getattr(getattr(config, section), field) for config in (stored, now))
+    if old != new:
+        raise UserError(
+            f"{section}.{field}: expected {old!r}, with which the run in {folder} began, found {new!r}; "
+            f"choose another --train.save-dir, or delete {folder}"
+        )
 
 
 def rate_text(stored: Config, before: int, now: Config, steps: int, held: float | None, step: int) -> str:

@@ -7,21 +7,28 @@ from datetime import datetime
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.config import Config, DataArgs, TrainArgs
-from llama_jax.data import AnyData, Data, load_data, open_data
+from llama_jax.data import AnyData, Data, Talking, load_data, open_data
 from llama_jax.data.batches import windows_of
+from llama_jax.data.conversations import Pairs
 from llama_jax.data.document_mask import LOOKED_AT, check_documents, check_marks
 from llama_jax.data.mixture import Schedule
+from llama_jax.data.opened import chat_format_of, chats_in
+from llama_jax.data.tokens import TokenSet
+from llama_jax.data.tuning_set import kept_setup
 from llama_jax.devices.distributed import is_main, main_first, text_from_main
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
+from llama_jax.training.answers import keep_until
 from llama_jax.training.bad_steps import LossHistory
+from llama_jax.training.objective import Dpo, NextToken, Objective
 from llama_jax.training.opening import Opened
-from llama_jax.training.settings import changes, rate_text
+from llama_jax.training.settings import changes, check_same, rate_text
 from llama_jax.training.step import TrainState, init_state, learning_rate, shardings_of, state_shapes
 from llama_jax.training.tuning import Tuning
 
@@ -36,27 +43,46 @@ class Settled:
     changed: tuple[str, ...] = ()
     schedule: Schedule | None = None
     """The rows of a mixture's sources. None: a single text."""
+    objective: Objective = NextToken()
+    """The objective of training, which knows the positions of its rows."""
 
 
-def open_text(args: DataArgs, base: WholeModel | None, opened: Opened) -> AnyData:
+def open_text(config: Config, base: WholeModel | None, opened: Opened) -> AnyData:
     """Open the tokens of the run. Process 0 makes them first if needed.
 
     Raises UserError if the run had other tokens, or if a document mask is asked for and the tokens mark no documents.
     """
-    args = args if base is None else _with_tokenizer_of(base, args)
+    args = config.data if base is None else _with_tokenizer_of(base, config.data)
     if args.document_mask and args.tokenizer_model_path:
         check_marks(Tokenizer(args.tokenizer_model_path))  # before a text is encoded, which may take hours
-    folder = opened.folder
+    folder, preferences = opened.folder, config.train.objective == "dpo"
+    if opened.start and opened.stored is not None:
+        check_same(opened.stored, config, folder.path, "train", "objective")
     tokens = folder.path / "tokens"
+    source = "the model" if base is None else str(base.folder)
+    talking = Talking(_chat_before(opened, base), source, config.model.max_seq_len, preferences)
     data = main_first(
-        lambda: load_data(args, tokens, folder.tokenizer_path, begun=opened.start > 0, began_with=opened.texts),
-        lambda: open_data(args, tokens, folder.tokenizer_path),
+        lambda: load_data(
+            args, tokens, folder.tokenizer_path, begun=opened.start > 0, began_with=opened.texts, talking=talking
+        ),
+        lambda: open_data(args, tokens, folder.tokenizer_path, talking),
     )
-    if args.document_mask:
+    chats = chats_in(data)
+    if (args.document_mask or chats) and len(chats) < len(data.sources):
         check_marks(data.tokenizer)
         for text in data.sources.values():
+            if text.chat is not None:
+                continue
+            assert isinstance(text.tokens, TokenSet)
             check_documents(text.tokens.train[:LOOKED_AT], data.tokenizer.bos_id, text.source)
     return data
+
+
+def _chat_before(opened: Opened, base: WholeModel | None) -> ChatSetup:
+    """Return the chat template and end tokens of the checkpoint that the run began with, or resumes from."""
+    if opened.start:
+        return Checkpoint.find(opened.folder.checkpoints / str(opened.start)).chat
+    return ChatSetup(has_none=True) if base is None else base.chat
 
 
 def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
@@ -65,21 +91,26 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
     Raises UserError if the run cannot be resumed with it.
     """
     config = _resolve(config, data)
+    config.check()
     steps = steps_of_run(config, data)
-    schedule = _schedule(config, opened)
+    schedule, objective = _schedule(config, opened), objective_of(config, data)
     if not opened.start:
         if config.train.hold_lr:
             raise UserError("train.hold_lr: expected a run to resume, found a new one; leave it out")
-        return Settled(config, steps, schedule=schedule)
+        return Settled(config, steps, schedule=schedule, objective=objective)
     stored = opened.stored
     if stored is None:
-        return Settled(config, steps, schedule=schedule)
+        return Settled(config, steps, schedule=schedule, objective=objective)
     found = changes(stored, config, opened.folder.path)
     before = steps_of_run(_resolve(stored, data), data)
     held = _held_lr(config.train, stored.train, before, opened)
     lines = [str(change) for change in found]
     if stored.data.document_mask != config.data.document_mask:
         lines.append("losses up to here and from here on are not comparable, since documents are read in another way")
+    if any(getattr(stored.train, name) != getattr(config.train, name) for name in ("dpo_beta", "dpo_label_smoothing")):
+        lines.append(
+            "losses and margins up to here and from here on are not comparable, since DPO scales them otherwise"
+        )
     if stored.data.mixture != config.data.mixture and config.data.mixture:
         lines.append(
             "held-out losses are means by the weights, so that those up to here and from here on are not comparable"
@@ -88,7 +119,17 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
     was_held = opened.record.held_lr if stored.train.hold_lr else None
     if rate and (was_held is None or held != was_held):
         lines.append(rate)
-    return Settled(config, steps, held, tuple(lines), schedule)
+    return Settled(config, steps, held, tuple(lines), schedule, objective)
+
+
+def objective_of(config: Config, data: AnyData) -> Objective:
+    """Return the objective of a run."""
+    train, length = config.train, config.model.max_seq_len
+    if train.objective == "next-token":
+        return NextToken()
+    streams = [stream for text in data.sources.values() for stream in (text.tokens.train, text.tokens.eval)]
+    most = max(stream.most_pairs(length) for stream in streams if isinstance(stream, Pairs))
+    return Dpo(train.dpo_beta, train.dpo_label_smoothing, most, Pairs.positions(length))
 
 
 def _schedule(config: Config, opened: Opened) -> Schedule | None:
@@ -107,6 +148,8 @@ def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
         opened.set_aside()
     folder.write_config(settled.config)
     folder.write_metrics()
+    if is_main():
+        keep_until(folder.samples_path, opened.start)
     begun = {
         "time": datetime.now().astimezone().isoformat(" ", "seconds"),
         "host": socket.gethostname(),
@@ -161,25 +204,43 @@ def first_state(
     if opened.start:
         checkpoint = Checkpoint.find(opened.folder.checkpoints / str(opened.start))
         return TrainState(checkpoint.restore("params", shapes.params), _restore_optimizer(checkpoint, shapes))
-    params, source = None, None
-    if base is not None:
-        source = base.base if tuning is None else base.adapter
-    if source is not None:
-        with source.verified():
-            params = source.restore("params", shapes.params)
+    params = None if base is None else _params_of(base, tuning, shapes)
     return init_state(module, optimizer, mesh, seed, params, *adapting)
 
 
-def chat_of(opened: Opened, base: WholeModel | None) -> ChatSetup:
-    """Return the chat template and end tokens of the run: those of the checkpoint that it began with."""
-    if opened.start:
-        return Checkpoint.find(opened.folder.checkpoints / str(opened.start)).chat
-    return ChatSetup(has_none=True) if base is None else base.chat
+def _params_of(base: WholeModel, tuning: Tuning | None, shapes: TrainState) -> Any:
+    """Return the parameters that a run which begins with ``base`` changes. None: those of new adapters."""
+    source = base.base if tuning is None else base.adapter
+    if source is None:
+        return None
+    with source.verified():
+        return source.restore("params", shapes.params)
+
+
+def params_before(module: Any, optimizer: Any, mesh: jax.sharding.Mesh, base: WholeModel, tuning: Tuning | None) -> Any:
+    """Return the parameters that a run began with, out of ``base``. New adapters are zero: they change nothing."""
+    shapes = state_shapes(module, optimizer, mesh, *(() if tuning is None else (tuning.adapting,)))
+    params = _params_of(base, tuning, shapes)
+    if params is not None:
+        return params
+    zeros = jax.jit(
+        lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.params),
+        out_shardings=shardings_of(shapes.params),
+    )
+    return zeros()
+
+
+def chat_of(opened: Opened, base: WholeModel | None, data: AnyData) -> ChatSetup:
+    """Return the chat template and end tokens of the run: those of its conversations, or of where it began."""
+    before, chat = _chat_before(opened, base), chat_format_of(data)
+    return before if chat is None else kept_setup(before, chat)
 
 
 def first_words(config: Config, data: AnyData) -> str:
     """Return the prompt of samples: the opening of the stories, or the first words of a line of the held-out text."""
-    tokens = [text.tokens for text in data.sources.values()]
+    tokens = [text.tokens for text in data.sources.values() if isinstance(text.tokens, TokenSet)]
+    if not tokens:  # conversations, of which questions are asked instead (answers.py)
+        return ""
     stream = next((each.eval for each in tokens if each.eval.size), tokens[0].train)
     text = data.tokenizer.decode(stream[:256].tolist())
     lines = [line.split() for line in text.splitlines()[1:] if line.isprintable()]
@@ -220,6 +281,8 @@ def _resolve(config: Config, data: AnyData) -> Config:
             f"model.vocab_size: expected {size}, the size of the tokenizer, or -1, found {config.model.vocab_size}"
         )
     data_args = config.data
+    if chats_in(data):  # conversations are packed, each by itself
+        data_args = replace(data_args, document_mask=True)
     if isinstance(data, Data):
         manifest = data.tokens.manifest
         separator = manifest.separator.replace("\\", "\\\\")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from llama_jax.adapters import init_adapter
 from llama_jax.config import ModelArgs, TrainArgs
-from llama_jax.data.batches import Batch, PackedBatch
+from llama_jax.data.batches import Batch, PackedBatch, PairBatch
 from llama_jax.devices.compiling import compiler_options
 from llama_jax.devices.sharding import (
     batch_sharding,
@@ -28,11 +28,13 @@ from llama_jax.devices.sharding import (
     with_shardings,
 )
 from llama_jax.model import Llama
-from llama_jax.ops.loss import loss_sum
+from llama_jax.ops.loss import log_likelihoods
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.bad_steps import LossHistory, watched
+from llama_jax.training.objective import Dpo, NextToken, Objective, Rewards
 from llama_jax.training.pieces import InPieces, is_small, matrices, narrow, narrow_shapes, state_shardings
 
+AnyBatch = Batch | PackedBatch | PairBatch
 # What ``make_optimizer`` returns.
 AnyOptimizer: TypeAlias = optax.GradientTransformationExtraArgs | InPieces
 
@@ -50,9 +52,11 @@ class TrainState(flax.struct.PyTreeNode):
 class StepMetrics(NamedTuple):
     """Results of one step, on the device. Loss and gradient norm are float32 scalars."""
 
-    loss: jax.Array  # nats per token
+    loss: jax.Array  # nats per token, or per pair
     grad_norm: jax.Array  # before clipping
     history: LossHistory
+    targets: jax.Array | int = 0  # int32 []: tokens of the batch that count in the loss
+    rewards: Rewards | None = None  # of preferences: means over the pairs of the batch
 
 
 def learning_rate(args: TrainArgs, steps: int, held: float | None = None) -> optax.Schedule:
@@ -157,46 +161,51 @@ def make_train_step(
     optimizer: AnyOptimizer,
     accumulation: int,
     adapting: Adapting | None = None,
+    objective: Objective = NextToken(),
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Return the training step: gradients of the mean loss over the batch's tokens, and one update. Jit it.
+    """Return the training step: gradients of the mean loss over the batch's tokens or pairs, and one update. Jit it.
 
     The batch is split into ``accumulation`` parts whose gradients are summed. Each part is weighted by its tokens, so
     the result equals that of the whole batch. With ``adapting``, the step takes a third argument, the frozen base.
     """
 
-    def train_step(state: TrainState, batch: Batch | PackedBatch, base: Any = None) -> tuple[TrainState, StepMetrics]:
-        total_weight = jnp.maximum(jnp.sum(batch.weights), 1)
+    def train_step(state: TrainState, batch: AnyBatch, base: Any = None) -> tuple[TrainState, StepMetrics]:
+        count, targets = jnp.maximum(objective.count(cast(Any, batch)), 1), jnp.count_nonzero(batch.weights)
         rows = None if adapting is None else jnp.arange(len(batch.weights))
 
-        def part_loss(params: Any, part: Batch | PackedBatch, rows: Any) -> jax.Array:
+        def part_loss(params: Any, part: AnyBatch, rows: Any) -> tuple[jax.Array, Rewards]:
             if adapting is not None:
                 params = adapting.in_step(model.args, base, params, state.opt_state, rows)
-            return loss_sum(model, params, *part) / total_weight
+            loss, rewards = objective.sums(model, params, cast(Any, part))
+            return loss / count, jax.tree.map(lambda total: total / count, rewards)
 
-        gradient = jax.value_and_grad(part_loss)
+        gradient = jax.value_and_grad(part_loss, has_aux=True)
         if accumulation == 1:
-            loss, grads = gradient(state.params, batch, rows)
+            (loss, rewards), grads = gradient(state.params, batch, rows)
         else:
             # Each part takes every A-th row, so that it is spread over the devices like the batch.
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), (batch, rows))
 
-            def add(so_far: tuple[jax.Array, Any], part: Any) -> tuple[tuple[jax.Array, Any], None]:
+            def add(so_far: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
                 number, part = part
-                loss, grads = gradient(state.params, *part)
+                values, grads = gradient(state.params, *part)
                 if isinstance(optimizer, InPieces):
-                    return (so_far[0] + loss, optimizer.add(so_far[1], grads, state.opt_state, number)), None
-                return jax.tree.map(jnp.add, so_far, (loss, grads)), None
+                    sums = optimizer.add(so_far[1], grads, state.opt_state, number)
+                    return (jax.tree.map(jnp.add, so_far[0], values), sums), None
+                return jax.tree.map(jnp.add, so_far, (values, grads)), None
 
-            nothing = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
-            (loss, grads), _ = jax.lax.scan(add, nothing, (jnp.arange(accumulation), parts))
+            zero = jnp.zeros((), jnp.float32)
+            nothing = (zero, dict.fromkeys(objective.rewards, zero)), jax.tree.map(jnp.zeros_like, state.params)
+            ((loss, rewards), grads), _ = jax.lax.scan(add, nothing, (jnp.arange(accumulation), parts))
         with jax.named_scope("optimizer"):
-            return _updated(optimizer, state, loss, grads)
+            norm, state = _updated(optimizer, state, loss, grads)
+        return state, StepMetrics(loss, norm, state.opt_state[-1], targets, rewards)
 
     return train_step
 
 
-def _updated(optimizer: AnyOptimizer, state: TrainState, loss: jax.Array, grads: Any) -> tuple[TrainState, StepMetrics]:
-    """Return the state after an update by the gradients, and the step's metrics."""
+def _updated(optimizer: AnyOptimizer, state: TrainState, loss: jax.Array, grads: Any) -> tuple[jax.Array, TrainState]:
+    """Return the norm of the gradients, and the state after an update by them."""
     norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
     before = grads, state.opt_state, state.params
     if isinstance(optimizer, InPieces):
@@ -204,7 +213,7 @@ def _updated(optimizer: AnyOptimizer, state: TrainState, loss: jax.Array, grads:
     else:
         updates, opt_state = optimizer.update(*before, loss=loss, grad_norm=norm)
         params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state), StepMetrics(loss, norm, opt_state[-1])
+    return norm, TrainState(params, opt_state)
 
 
 class Dispatched:
@@ -225,11 +234,19 @@ class Dispatched:
         return getattr(self._compiled, name)
 
 
-def batch_shapes(train: TrainArgs, model: ModelArgs, mesh: Mesh, document_mask: bool = False) -> Batch | PackedBatch:
-    """Return the shapes of a step's batch with their shardings: int32 and float32 [batch_size, max_seq_len]."""
-    shape, sharding = (train.batch_size, model.max_seq_len), batch_sharding(mesh)
+def batch_shapes(
+    train: TrainArgs,
+    model: ModelArgs,
+    mesh: Mesh,
+    document_mask: bool = False,
+    objective: Objective = NextToken(),
+) -> AnyBatch:
+    """Return the shapes of a step's batch with their shardings: int32 and float32 [batch_size, positions]."""
+    shape, sharding = (train.batch_size, objective.length(model)), batch_sharding(mesh)
     ids = cast(Any, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
     weights = cast(Any, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding))
+    if isinstance(objective, Dpo):
+        return PairBatch(ids, ids, weights, ids, ids, weights)
     return PackedBatch(ids, ids, weights, ids, ids) if document_mask else Batch(ids, ids, weights)
 
 
@@ -238,11 +255,12 @@ def trace_train_step(
     optimizer: AnyOptimizer,
     mesh: Mesh,
     accumulation: int,
-    batch: Batch | PackedBatch,
+    batch: AnyBatch,
     adapting: Adapting | None = None,
+    objective: Objective = NextToken(),
 ) -> jax.stages.Traced:
     """Trace the step for a mesh and the shapes of ``batch``. The state's buffers are donated, the base's are not."""
-    return _train_program(model, optimizer, mesh, accumulation, batch, adapting)[1]
+    return _train_program(model, optimizer, mesh, accumulation, batch, adapting, objective)[1]
 
 
 def _train_program(
@@ -250,15 +268,16 @@ def _train_program(
     optimizer: AnyOptimizer,
     mesh: Mesh,
     accumulation: int,
-    batch: Batch | PackedBatch,
+    batch: AnyBatch,
     adapting: Adapting | None,
+    objective: Objective,
     options: dict[str, Any] | None = None,
 ) -> tuple[Any, jax.stages.Traced]:
     """Return the jitted step, with XLA's ``options``, and the step traced for these shapes."""
     shapes = state_shapes(model, optimizer, mesh, adapting)
     frozen = () if adapting is None else (adapting.base_shapes(model, mesh),)
     step = jax.jit(
-        make_train_step(model, optimizer, accumulation, adapting),
+        make_train_step(model, optimizer, accumulation, adapting, objective),
         donate_argnums=0,
         out_shardings=(shardings_of(shapes), replicated(mesh)),
         compiler_options=options,
@@ -272,24 +291,32 @@ def compile_train_step(
     optimizer: AnyOptimizer,
     mesh: Mesh,
     accumulation: int,
-    batch: Batch | PackedBatch,
+    batch: AnyBatch,
     adapting: Adapting | None = None,
+    objective: Objective = NextToken(),
 ) -> jax.stages.Compiled:
     """Compile the step for the devices of ``mesh``, which may be only described (as in plan)."""
     options = compiler_options(mesh.devices.flat[0])
     if adapting is None:
-        traced = trace_train_step(model, optimizer, mesh, accumulation, batch)
+        traced = trace_train_step(model, optimizer, mesh, accumulation, batch, None, objective)
         return traced.lower().compile(compiler_options=options)
-    step, traced = _train_program(model, optimizer, mesh, accumulation, batch, adapting, options)
+    step, traced = _train_program(model, optimizer, mesh, accumulation, batch, adapting, objective, options)
     return cast(jax.stages.Compiled, Dispatched(step, traced.lower().compile(), mesh))
 
 
 def eval_step(
-    model: Llama, params: Any, batch: Batch | PackedBatch, base: Any = None, *, adapting: Adapting | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Return the summed loss in nats and the summed weights of a batch: two float32 scalars."""
+    model: Llama,
+    params: Any,
+    batch: AnyBatch,
+    base: Any = None,
+    *,
+    adapting: Adapting | None = None,
+    objective: Objective = NextToken(),
+) -> tuple[jax.Array, ...]:
+    """Return the summed loss in nats of a batch, the number of its tokens or pairs, and the sums of any rewards."""
     whole = params if adapting is None else adapting.whole(model.args, base, params)
-    return loss_sum(model, whole, *batch), jnp.sum(batch.weights)
+    loss, rewards = objective.sums(model, whole, cast(Any, batch))
+    return loss, objective.count(cast(Any, batch)), *(rewards[name] for name in objective.rewards)
 
 
 def compile_eval_step(
@@ -299,14 +326,46 @@ def compile_eval_step(
     args: ModelArgs,
     document_mask: bool = False,
     adapting: Adapting | None = None,
+    objective: Objective = NextToken(),
 ) -> jax.stages.Compiled:
     """Compile ``eval_step`` of (parameters, batch) for batches as large as one part of a training batch.
 
     With ``adapting``, the step takes a third argument, the frozen base.
     """
+    step = functools.partial(eval_step, model, adapting=adapting, objective=objective)
+    return _part_program(step, model, mesh, train, args, document_mask, adapting, objective)
+
+
+def _reference_step(
+    model: Llama, params: Any, batch: PairBatch, base: Any = None, *, adapting: Adapting | None = None
+) -> jax.Array:
+    """Return the log-likelihoods of a batch's targets, float32 [B, T]."""
+    whole = params if adapting is None else adapting.whole(model.args, base, params)
+    return log_likelihoods(model, whole, batch.inputs, batch.targets, batch.segments, batch.positions)
+
+
+def compile_reference_step(
+    model: Llama, mesh: Mesh, train: TrainArgs, args: ModelArgs, adapting: Adapting | None, objective: Objective
+) -> jax.stages.Compiled:
+    """Compile the log-likelihoods of preferences, for the arguments of ``compile_eval_step``'s program."""
+    step = functools.partial(_reference_step, model, adapting=adapting)
+    return _part_program(step, model, mesh, train, args, True, adapting, objective)
+
+
+def _part_program(
+    function: Callable[..., Any],
+    model: Llama,
+    mesh: Mesh,
+    train: TrainArgs,
+    args: ModelArgs,
+    document_mask: bool,
+    adapting: Adapting | None,
+    objective: Objective,
+) -> jax.stages.Compiled:
+    """Compile a function of the parameters and one part of a training batch. Every device gets its whole result."""
     part = replace(train, batch_size=train.batch_size // train.gradient_accumulation_steps)
-    batch = batch_shapes(part, args, mesh, document_mask)
-    step = jax.jit(functools.partial(eval_step, model, adapting=adapting), out_shardings=replicated(mesh))
+    batch = batch_shapes(part, args, mesh, document_mask, objective)
+    step = jax.jit(function, out_shardings=replicated(mesh))
     with on_mesh(mesh):
         if adapting is None:
             params = with_shardings(narrow_shapes(parameter_shapes(model), train), parameter_shardings(model, mesh))

@@ -54,14 +54,6 @@ class Tuning:
         record = AdapterRecord(str(absolute(base.folder)), digest_of(base), known)
         return cls(base, Adapting(lora, weights, config.train.seed), record)
 
-    def suited(self, module: Llama) -> Llama:
-        """Return the module as a frozen base is trained best.
-
-        Layers that are quantized are not unrolled, since XLA on a CPU would then keep each dequantized matrix of the
-        forward pass for the backward one.
-        """
-        return module if self.adapting.weights == "auto" else module.clone(unroll=1)
-
     def load_base(self, module: Llama, mesh: jax.sharding.Mesh) -> Any:
         """Load the frozen base onto the mesh."""
         return load_frozen(self.base, module, mesh, self.adapting.weights)
@@ -76,15 +68,26 @@ class Tuning:
         lora, weights = self.adapting.lora, self.adapting.weights
         form = f"matrices in {weights}" if weights != "auto" else f"in {module.dtype.name}"
         size = bytes_of(stacked_shapes(module, weights)) / 1e6
-        dropout = f", dropout {lora.dropout:g}" if lora.dropout else ""
+        context, length = self.base.args.max_seq_len, module.args.max_seq_len
+        kept = f"; its context of {context:,} stays, beyond the {length:,} of training" if length < context else ""
         return [
-            (
-                "adapters",
-                f"{count_adapter(module.args, lora):,} parameters: rank {lora.rank}, scale {lora.scale:g}{dropout}, on "
-                f"{', '.join(lora.targets)}",
-            ),
-            ("base", f"{self.base.folder}, frozen, {form}: {size:,.0f} MB"),
+            ("adapters", lora.text(count_adapter(module.args, lora))),
+            ("base", f"{self.base.folder}, frozen, {form}: {size:,.0f} MB{kept}"),
         ]
+
+
+def check_has_base(config: Config) -> None:
+    """Raise UserError if there are adapters to train, or preferences, and no checkpoint to begin with."""
+    if config.lora.rank and not config.train.init_from:
+        raise UserError(
+            "lora.rank: expected train.init_from beside it, the checkpoint to fine-tune, found none; give --train.init-from, or "
+            "leave lora.rank out"
+        )
+    if config.train.objective == "dpo" and not config.train.init_from:
+        raise UserError(
+            "train.objective: expected train.init_from beside dpo, the model to train and to compare it with, found none; give "
+            "--train.init-from"
+        )
 
 
 def _weights(lora: LoraArgs, base: Checkpoint) -> Weights:

@@ -10,7 +10,12 @@ import pytest
 
 from llama_jax.config import Weights
 from llama_jax.ops.linear import linear
-from llama_jax.ops.loss import cross_entropy, frozen_cross_entropy
+from llama_jax.ops.loss import (
+    cross_entropy,
+    frozen_cross_entropy,
+    frozen_token_log_likelihoods,
+    token_log_likelihoods,
+)
 from llama_jax.ops.quantize import Adapted, Matrix, flat, quantize
 
 PRODUCTS = [
@@ -110,6 +115,25 @@ def test_the_loss_of_a_frozen_output_is_cross_entropy_of_the_merged_matrix(kind:
     wanted = jax.value_and_grad(literal, argnums=(0, 1, 2))(hidden, w.a, w.b)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), every, wanted)
     np.testing.assert_allclose(ours(hidden, w.a, w.b), wanted[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["auto", "int4"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_log_likelihoods_of_a_frozen_output_are_those_of_the_merged_matrix(kind: Weights, rank: int) -> None:
+    base = matrix((64, 50), 1, kind)
+    w, hidden, cotangent = adapted(base, rank), normal(2, 7, 64, seed=5), normal(2, 7, seed=6)
+    targets = np.random.default_rng(0).integers(50, size=(2, 7))
+
+    def ours(hidden: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return frozen_token_log_likelihoods(hidden, base, hidden @ a * w.scale, b, targets, 6)
+
+    def literal(hidden: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return token_log_likelihoods(hidden, base.dequantized() + w.scale * a @ b, targets, 6)
+
+    found, pull = jax.vjp(ours, hidden, w.a, w.b)
+    wanted, pull_literal = jax.vjp(literal, hidden, w.a, w.b)
+    for one, other in zip((found, *pull(cotangent)), (wanted, *pull_literal(cotangent)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_follows_each_rows_key_and_leaves_the_frozen_product_whole() -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.ops.loss import cross_entropy, negative_log_likelihood
+from llama_jax.ops.loss import cross_entropy, negative_log_likelihood, token_log_likelihoods
 
 
 def plain(hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
@@ -92,3 +92,36 @@ def test_logits_of_the_whole_batch_never_exist(T: int, differentiated: bool) -> 
     compiled = jax.jit(function).lower(hidden, output, targets, weights).compile()
     whole = 4 * T * 640 * 4  # bytes of float32 [B, T, V]
     assert compiled.memory_analysis().temp_size_in_bytes < whole / 2
+
+
+def plain_likelihoods(hidden: jax.Array, output: jax.Array, targets: jax.Array) -> jax.Array:
+    log_probs = jax.nn.log_softmax(jnp.einsum("BTD,DV->BTV", hidden, output))
+    return jnp.sum(log_probs * jax.nn.one_hot(targets, output.shape[1]), axis=-1)
+
+
+@pytest.mark.parametrize(("shape", "chunk"), [((1, 1), 512), ((3, 40), 7), ((5, 257), 100)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_log_likelihoods_and_their_gradients_are_those_of_log_softmax(
+    shape: tuple[int, int], chunk: int, tied: bool
+) -> None:
+    """For any cotangent: each position has one of its own, of either sign."""
+    hidden, output, targets, _ = case(*shape)
+    cotangent = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+    def ours(hidden: jax.Array, output: jax.Array) -> jax.Array:
+        return token_log_likelihoods(hidden, output.T if tied else output, targets, chunk, "VD" if tied else "DV")
+
+    found, pull = jax.vjp(jax.jit(ours), hidden, output)
+    expected, plain_pull = jax.vjp(lambda h, o: plain_likelihoods(h, o, targets), hidden, output)
+    for a, b in zip((found, *pull(cotangent)), (expected, *plain_pull(cotangent)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_likelihoods_of_the_whole_batch_need_no_logits_of_it() -> None:
+    hidden, output, targets, weights = case(4, 1000, D=8, V=640)
+
+    def total(hidden: jax.Array, output: jax.Array) -> jax.Array:
+        return jnp.sum(weights * token_log_likelihoods(hidden, output, targets) ** 2)
+
+    compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(hidden, output).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 1000 * 640 * 4 / 2

@@ -115,6 +115,7 @@ SAME_NUMBERS = {"gradient_accumulation_steps": 2, "remat": "full"}
 # A run that does not hang is the same under any watchdog: see test_watchdog.py.
 ELSEWHERE = {
     "watchdog_seconds", "attention", "checkpoint_dir",  # tests of their own
+    "objective", "dpo_beta", "dpo_label_smoothing",  # tests/training/test_preferences.py
     "keep_every", "save_minutes", "eval_minutes", "resume_step", "hold_lr",  # tests/training/test_resuming.py
 }  # fmt: skip
 
@@ -126,6 +127,7 @@ def test_every_field_is_covered() -> None:
     # tests/data/test_prepare.py, tests/data/test_corpus.py, tests/training/test_mixtures.py
     read_at_all = {"as_text", "text_field", "bad_records", "mixture"}
     read_at_all |= {"cache_gb"}  # tests/data/test_remote.py
+    read_at_all |= {"chat_template", "loss_on", "too_long"}  # tests/training/test_chats.py
     assert fields["data"] == set(CHANGED["data"]) | read_at_all
     assert fields["train"] == set(CHANGED["train"]) | OPTIMIZER | set(SAME_NUMBERS) | ELSEWHERE
     assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING) | OPTIONS

@@ -321,3 +321,10 @@ def test_the_output_of_a_tied_model_has_no_adapter(root: Path, tmp_path: Path) -
     lora = dataclasses.replace(LORA, targets=("wq", "output"))
     said = refusal(tmp_path / "tuned", lora, text="a.txt", args=args)
     assert said.startswith("lora.targets: expected matrices of the layers") and not (tmp_path / "tuned").exists()
+
+
+def test_the_context_is_that_of_the_base_after_tuning_on_shorter_sequences(root: Path) -> None:
+    short = dataclasses.replace(MODEL, max_seq_len=8)
+    train(root / "short", args=short, max_steps=1)
+    assert Checkpoint.find(root / "short").args.max_seq_len == 8
+    assert llama_jax.load(root / "short").args.max_seq_len == MODEL.max_seq_len == 16

@@ -1,0 +1,130 @@
+"""Conversations to learn from: their token ids, and which of these a model has to produce.
+
+A token counts if generation, fed the conversation up to a user's turn, would have to produce it: the answer, and the
+token that ends it. What the template writes behind that token does not count, nor does anything of the user's.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from llama_jax.chat import llama2
+from llama_jax.chat.formats import ChatFormat, ChatSetup, choose
+from llama_jax.chat.messages import Message, as_messages
+from llama_jax.errors import UserError
+from llama_jax.tokenizer import Tokenizer
+
+# What may follow a message of each role. Roles of tools are between an answer and the next one.
+LEADING = ("system", "developer")
+ASKING = ("user", "tool", "ipython", "function")
+
+
+def chat_example(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message | Mapping[str, str]],
+    chat_format: ChatFormat | None = None,
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of a conversation, and of each whether it counts in the loss, 0 or 1.
+
+    Arguments:
+        tokenizer: the model's.
+        messages: Messages or {"role": ..., "content": ...}: perhaps a system message, then user and assistant in turn,
+            the last one from the assistant.
+        chat_format: the format of the model. None: what ``chat.formats.choose`` takes for the tokenizer alone.
+
+    Every answer counts. Raises UserError, in one line, if the conversation ends without an answer, its roles are out of
+    turn, or the format does not keep what generation would be fed.
+
+    Example:
+        ids, counts = chat_example(tokenizer, [Message("user", "Hello"), Message("assistant", "Hi")])
+        tokenizer.decode([i for i, counted in zip(ids, counts) if counted])  # "Hi"
+    """
+    found = as_messages(messages)
+    check_turns(found)
+    chosen = chat_format or choose(tokenizer, ChatSetup(), "", str(tokenizer.model_path))
+    return _of_pairs(tokenizer, found) if chosen.is_llama2 else _of_template(chosen, found)
+
+
+def check_turns(messages: Sequence[Message]) -> None:
+    """Raise UserError if roles are out of turn, or if the last message is not an answer."""
+    before = ""
+    for i, message in enumerate(messages, 1):
+        role = message.role
+        if role in LEADING:
+            fits, expected = before in ("", *LEADING), "the user or the assistant, as system messages come first"
+        elif role == "assistant":
+            fits, expected = before in ASKING, "the user"
+        elif role == "user":
+            fits, expected = before in ("", *LEADING, "assistant"), "the assistant"
+        else:
+            fits, expected = before in ("assistant", *ASKING[1:]), "the user, as a tool answers the assistant"
+        if not fits:
+            raise UserError(f"message {i}: expected {expected}, found the {role}; correct the order of the messages")
+        before = role
+    if before != "assistant":
+        raise UserError(
+            f"message {len(messages)}: expected an answer of the assistant at the end, found the {before}; add the answer, or "
+            "leave the message out"
+        )
+
+
+def _of_pairs(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Return an example in LLaMA 2's format, in which a user's message and its answer are between BOS and EOS."""
+    ids: list[int] = []
+    counts: list[int] = []
+    for pair, fed in llama2.encode_pairs(tokenizer, messages):
+        if pair[: len(fed)] != fed:
+            raise UserError(
+                f"messages: expected tokens of an answer that begin behind {llama2.END_INSTRUCTION}, found that this tokenizer joins "
+                "both; choose another format with --data.chat-template"
+            )
+        ids += pair
+        counts += [0] * len(fed) + [1] * (len(pair) - len(fed))
+    return ids, counts
+
+
+def _of_template(chat_format: ChatFormat, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Return an example in the format of a template: what generation is fed for each answer, and the answer."""
+    chat_format.check_roles(messages[:-1])
+    ids: list[int] = []
+    counts: list[int] = []
+    behind: list[int] = []
+    for i, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        fed = chat_format.ids(messages[:i])
+        if fed[: len(ids)] != ids:
+            raise UserError(
+                f"message {i + 1}: expected a template that keeps earlier messages as they are, found that what is fed to answer "
+                f"here begins with other tokens than the conversation before it ({chat_format.name}); make a record of each "
+                "answer, or choose another format with --data.chat-template"
+            )
+        answer, behind = _answer(chat_format, messages[: i + 1], fed)
+        counts += [0] * (len(fed) - len(ids)) + [1] * len(answer)
+        ids = fed + answer
+    return ids + behind, counts + [0] * len(behind)
+
+
+def _answer(chat_format: ChatFormat, messages: Sequence[Message], fed: list[int]) -> tuple[list[int], list[int]]:
+    """Return the token ids of the last message with the one that ends it, and those that the template writes behind.
+
+    ``fed`` are those that generation would be fed. Where a tokenizer joins the end of these with the beginning of the
+    answer, the answer's text is encoded by itself, since generation cannot take back a token that it was fed.
+    """
+    whole = chat_format.ids(messages, answered=True)
+    rest = whole[len(fed) :]
+    if whole[: len(fed)] != fed:
+        before, text = chat_format.render(messages[:-1]), chat_format.render(messages, answered=True)
+        if not text.startswith(before):
+            raise UserError(
+                f"message {len(messages)}: expected an answer behind what generation is fed, found that the template "
+                f"({chat_format.name}) writes the conversation in another way once it is answered; choose another format with "
+                "--data.chat-template"
+            )
+        rest = chat_format.ids(messages, answered=True, start=len(before))
+    ends = chat_format.end_ids or {chat_format.tokenizer.eos_id}
+    end = next((n for n, i in enumerate(rest, 1) if i in ends), 0)
+    if not end:
+        raise UserError(
+            f"message {len(messages)}: expected a special token behind the answer, which tells a model where to stop, found none in "
+            f"{chat_format.name}; choose a format whose tokens this vocabulary has, with --data.chat-template"
+        )
+    return rest[:end], rest[end:]
