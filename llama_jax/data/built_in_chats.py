@@ -96,15 +96,15 @@ def _of_both(*rows: tuple[str, ...]) -> list[Question]:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a conversation is about."""
+    """A subject of conversations."""
 
     name: str
     share: int
     """How many conversations of ten are about it."""
     teller: str
-    """Where it is told: user (before the first question), before (in a message of its own), system."""
+    """The place of the story. user: before the first question. before: a message of its own. system: the system message."""
     told: tuple[Node, ...]
-    """What is told before the questions."""
+    """The story, which is told before the questions."""
     questions: list[Question]
 
 
