@@ -102,7 +102,7 @@ class Subject:
     share: int
     """How many conversations of ten are about it."""
     teller: str
-    """Where the story stands. It is user (before the first question), before (a message of its own) or system."""
+    """The story stands here: user (before the first question), before (a message of its own) or system."""
     told: tuple[Node, ...]
     """The story, which is told before the questions."""
     questions: list[Question]
