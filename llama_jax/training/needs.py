@@ -32,6 +32,8 @@ DOUBLED = (2, 4, 8, 16, 32, 64, 128, 256)
 RANK = 16
 # The share of a GPU's memory that JAX takes if XLA_PYTHON_CLIENT_MEM_FRACTION says nothing, and one that it may.
 GPU_SHARE, GPU_MOST = 0.75, 0.95
+# A run that needs less than this share of a device's memory does not say so.
+LITTLE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ def need_of(config: Config, held: dict[str, int] | None = None) -> Need:
 
 
 def announce_needs(config: Config, mesh: jax.sharding.Mesh, held: dict[str, int] | None = None) -> None:
-    """Print what a device needs and has. ``held`` is that of ``need_of``.
+    """Print what a device needs and has, unless that is little. ``held`` is that of ``need_of``.
 
     Raises UserError if the parameters, gradients and the optimizer's state alone are more than it has.
     """
@@ -80,6 +82,8 @@ def announce_needs(config: Config, mesh: jax.sharding.Mesh, held: dict[str, int]
             f"memory: expected up to {_gb(limit)} GB a device, found that {_text(need, config)} need {_gb(need.certain)} GB "
             f"without activations; {_advice(config, mesh, limit, held)}"
         )
+    if need.all < LITTLE * limit and not math.isinf(limit):
+        return
     has = "" if math.isinf(limit) else f" of {_gb(limit)}"
     rest = f"activations about {_gb(need.activations)}"
     print(f"{'needs':>10}  about {_gb(need.all)}{has} GB a device: {_text(need, config)}, {rest}")
