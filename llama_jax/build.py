@@ -41,15 +41,18 @@ def make_model(
         raise UserError(f"compute_dtype: expected one of {', '.join(get_args(DType))}, found {compute_dtype!r}")
     platform = platform_of(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
     cpu = platform == "cpu"
-    if compute_dtype == "auto":
-        compute_dtype = "float32" if cpu else "bfloat16"
-    dtype = jnp.dtype(compute_dtype)
+    dtype = jnp.dtype(fastest_dtype(platform) if compute_dtype == "auto" else compute_dtype)
     shards = 1 if mesh is None else mesh.shape["sequence"]
     kernel = choose_kernel(attention, platform, args, dtype, shards, document_mask)
     # With unrolled layers, XLA would notice that remat recomputes known values, and keep them in memory after all.
     unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
     exact_rows = (CPU_ROWS if cpu else ROWS) if exact else 0
     return Llama(args, dtype, remat, kernel, CPU_LOSS_CHUNK if cpu else LOSS_CHUNK, unroll, exact_rows)
+
+
+def fastest_dtype(platform: str) -> DType:
+    """Return the type of activations and matmuls that ``auto`` stands for."""
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def count_parameters(args: ModelArgs) -> int:

@@ -43,6 +43,10 @@ AttentionKernel = Literal["auto", "xla", "splash", "cudnn", "plain"]
 Weights = Literal["auto", "int8", "int4", "int4-64"]
 Cache = Literal["auto", "int8"]
 BadSteps = Literal["stop", "skip", "count"]
+ParamDType = Literal["float32", "bfloat16"]
+Rounding = Literal["stochastic", "compensated"]
+Optimizer = Literal["adamw", "adafactor"]
+Moments = Literal["float32", "bfloat16", "int8"]
 ObjectiveName = Literal["next-token", "dpo"]
 
 
@@ -186,8 +190,20 @@ class TrainArgs:
     """Attention implementation: xla (everywhere), splash (TPU), cudnn (NVIDIA GPUs), plain (the formula in model.py),
     or auto, the fastest available."""
     compute_dtype: DType = "auto"
-    """Data type of activations and matmuls. auto: bfloat16 on TPU and GPU, float32 on CPU.
-    Parameters are always float32."""
+    """Data type of activations and matmuls. auto: bfloat16 on TPU and GPU, float32 on CPU."""
+    param_dtype: ParamDType = "float32"
+    """Data type of the parameters that are trained, and of their gradients. Norms and biases are always float32.
+    bfloat16 halves their memory; rounding says how an update is added."""
+    rounding: Rounding = "stochastic"
+    """How updated parameters are rounded to bfloat16.
+    stochastic: up or down at random, right on average.
+    compensated: to the nearest, keeping the error for the next step (Kahan), for 2 more bytes a parameter."""
+    optimizer: Optimizer = "adamw"
+    """adamw: a first and a second moment of each gradient.
+    adafactor: no first moment, and of the second only its means over rows and columns, with hardly any memory.
+    It uses neither beta1 nor beta2 nor eps."""
+    moments: Moments = "float32"
+    """Data type in which AdamW keeps its moments. int8: a scale for each block of 128."""
     eval_interval: int = 100
     """Evaluate every this many steps."""
     eval_minutes: float = 0.0
@@ -275,6 +291,20 @@ class TrainArgs:
             "train.gradient_accumulation_steps",
             f"a divisor of train.batch_size = {self.batch_size}",
             self.gradient_accumulation_steps,
+        )
+        rounds = self.param_dtype == "bfloat16" or self.rounding == "stochastic"
+        expect(
+            rounds,
+            "train.rounding",
+            "train.param_dtype bfloat16, which alone is rounded",
+            f"{self.rounding} beside float32",
+        )
+        has_moments = self.optimizer == "adamw" or self.moments == "float32"
+        expect(
+            has_moments,
+            "train.moments",
+            "none beside train.optimizer adafactor, which keeps no such moments",
+            self.moments,
         )
 
 
@@ -459,6 +489,12 @@ class Config:
             raise UserError(
                 f"data.loss_on: expected answers beside train.objective dpo, which compares answers alone, found {self.data.loss_on}; "
                 "leave it out"
+            )
+        plain = TrainArgs()
+        for name in ("param_dtype", "optimizer", "moments") if self.lora.rank else ():
+            key, default, found = f"train.{name}", getattr(plain, name), getattr(self.train, name)
+            expect(
+                found == default, key, f"{default} beside lora.rank, as adapters are small", f"{found}; leave it out"
             )
         if self.data.document_mask and depends_on_length(self.model.rope_scaling):
             raise UserError(

@@ -1,5 +1,6 @@
 """The configurations that come with the package. ``--config`` takes them by name: ``--config shakespeare``."""
 
+import tomllib
 from pathlib import Path
 
 from llama_jax.errors import UserError
@@ -35,3 +36,11 @@ def find_config(given: str) -> tuple[Path, list[str]]:
         f"--config: expected a TOML file or one of the configurations that come with the package ({', '.join(known)}), found no "
         f"file {given}; {hint}"
     )
+
+
+def stated_keys(path: Path | None) -> set[str]:
+    """Return the names of the keys in a TOML file: {"data.vocab_size"}."""
+    if path is None:
+        return set()
+    table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    return {f"{section}.{key}".replace("-", "_") for section, keys in table.items() for key in keys}

@@ -275,3 +275,8 @@ def _words_of(kind: Any) -> str:
     if isinstance(kind, UnionType):
         return "a value"
     return {str: "a text", int: "a whole number", float: "a number"}.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def given_flags(argv: Sequence[str]) -> set[str]:
+    """Return the names of the flags on a command line, spelled as fields: {"mesh.tensor", "hlo"}."""
+    return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}

@@ -200,7 +200,8 @@ def _load_chats(
     assert isinstance(first, Chats)
     for part in _parts_of(text.corpus):
         assert isinstance(part, Chats)
-        _check_kinds(part, talking.preferences)
+        if talking.preferences:
+            _check_preferences(part)
     chat = format_of(args, tokenizer, talking, first.sources[0].chats)
     if begun and known is not None:
         settings = settings_of(args, chat, talking)
@@ -211,16 +212,11 @@ def _load_chats(
     return Data(tokens, tokenizer, text.source, notes=text.notes + chat.notes, chat=chat)
 
 
-def _check_kinds(corpus: Chats, preferences: bool) -> None:
-    """Raise UserError if there are preferences, and DPO is not asked for, or the other way round."""
+def _check_preferences(corpus: Chats) -> None:
+    """Raise UserError if a file has no preferences. Where there are some, each record is looked at as it is read."""
     for file in corpus.sources:
-        if preferences and file.chats != PREFERENCES:
+        if file.chats != PREFERENCES:
             raise UserError(NOT_PREFERENCES.format(f"conversations ({file.chats})", file.name))
-        if not preferences and file.chats == PREFERENCES:
-            raise UserError(
-                f"data.filepath: expected text or conversations, found preferences (prompt, chosen, rejected) in {file.name}; train on "
-                "them with --train.objective dpo"
-            )
 
 
 def _parts_of(corpus: AnyCorpus) -> list[AnyCorpus]:

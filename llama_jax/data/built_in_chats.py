@@ -26,7 +26,7 @@ Memory = dict[str, dict[str, str]]
 # One pair of animals in this many is held out.
 HELD_OUT = 8
 # The most questions of a conversation. So many fit into a context of 256 tokens, with a story.
-MOST_QUESTIONS = 5
+MOST_QUESTIONS = 4
 # Held-out questions to judge a model by, and the seeds of these and of the conversations to train on.
 QUESTIONS, QUESTIONS_SEED, SEED = 200, 1, 0
 QUESTIONS_FILE = "questions.jsonl"
@@ -96,15 +96,15 @@ def _of_both(*rows: tuple[str, ...]) -> list[Question]:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a conversation is about."""
+    """A subject of conversations."""
 
     name: str
     share: int
     """How many conversations of ten are about it."""
     teller: str
-    """Where it is told: user (before the first question), before (in a message of its own), system."""
+    """The story stands here: user (before the first question), before (a message of its own) or system."""
     told: tuple[Node, ...]
-    """What is told before the questions."""
+    """The story, which is told before the questions."""
     questions: list[Question]
 
 
@@ -113,29 +113,21 @@ SUBJECTS = (
     Subject("lost", 2, "user", parse_steps(LOST), [
         _question("Who lost the {thing}? / Tell me who lost the {thing}.", "{name} lost it.", "{name}"),
         _question("Who found the {thing}? / Tell me who found the {thing}.", "{name2} found it.", "{name2}"),
-        _question("Who missed the {thing}? / Tell me who missed it.", "{name} missed it.", "{name}"),
-        _question("Who helped {name}? / Tell me who helped {name}.", "{name2} helped {name}.", "{name2}"),
         *EITHER,
     ]),
     Subject("meal", 2, "user", parse_steps(MEAL), [
         _question("Who had the {food}? / Tell me who had the {food}.", "{name} had the food.", "{name}"),
         _question("Who was hungry? / Tell me who was hungry.", "{name2} was hungry.", "{name2}"),
-        _question("Who came with food? / Tell me who brought the {food}.", "{name} brought food.", "{name}"),
-        _question("Who met {name}? / Tell me who met {name}.", "{name2} met {name}.", "{name2}"),
         *EITHER,
     ]),
     Subject("built", 2, "user", parse_steps(BUILT), [
         _question("Who began to build? / Tell me who began to build the {project}.", "{name} began to build it.", "{name}"),
         _question("Who came to help? / Tell me who came to help.", "{name2} came to help.", "{name2}"),
-        _question("Who wanted the {project}? / Tell me who wanted the {project}.", "{name} wanted it.", "{name}"),
-        _question("Who helped {name}? / Tell me who helped {name}.", "{name2} helped {name}.", "{name2}"),
         *EITHER,
     ]),
     Subject("present", 2, "user", parse_steps(PRESENT), [
         _question("Who had a birthday? / Tell me who had a birthday.", "{name} had a birthday.", "{name}"),
         _question("Who gave the {thing}? / Tell me who gave the {thing}.", "{name2} gave it.", "{name2}"),
-        _question("Who got the {thing}? / Tell me who got the {thing}.", "{name} got it.", "{name}"),
-        _question("Who came to {name}? / Tell me who came to {name}.", "{name2} came to {name}.", "{name2}"),
         *EITHER,
     ]),
     Subject("introduction", 1, "before", parse_steps(INTRODUCTION), [

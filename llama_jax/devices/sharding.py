@@ -117,6 +117,11 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(part or None for part in parts))
 
 
+def shards_of(axis: str | None, mesh: Mesh) -> int:
+    """Return the number of shards into which a mesh cuts a logical axis."""
+    return math.prod(mesh.shape[name] for name in mesh_axes_of(axis)) if axis is not None else 1
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of int [B, T] batches."""
     return NamedSharding(mesh, spec("batch", "length"))

@@ -13,7 +13,7 @@ from jax.tree_util import DictKey, KeyPath, tree_leaves_with_path, tree_map_with
 
 from llama_jax.checkpoint import key_name
 from llama_jax.config import Weights
-from llama_jax.devices.sharding import mesh_of, parameter_shapes, spec
+from llama_jax.devices.sharding import mesh_of, parameter_shapes, shards_of, spec
 from llama_jax.model import Llama
 from llama_jax.ops.parameters import AXES, is_vector
 from llama_jax.ops.quantize import Matrix, flat, quantize
@@ -197,10 +197,13 @@ def generation_shardings(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _sharding(path: KeyPath, leaf: Any, mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-    """Return the sharding of the array at ``path``. Scales, and the factors of adapters, have one side of a matrix."""
+    """Return the sharding of the array at ``path``. The factors of adapters have one side of a matrix.
+
+    Scales have both, unless the devices do not divide the groups of inputs that share one.
+    """
     names = [key_name(key) for key in path]
     axes: tuple[str | None, ...] = next((AXES[name] for name in names if name in AXES), (None,) * leaf.ndim)
-    if names[-1] in ("scales", "b"):
+    if names[-1] == "b" or (names[-1] == "scales" and leaf.shape[-2] % shards_of(axes[0], mesh)):
         axes = (None, axes[-1])
     elif names[-1] == "a":
         axes = (axes[0], None)

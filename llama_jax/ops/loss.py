@@ -189,7 +189,7 @@ def _forward(
 
 def _backward(chunk_tokens: int, axes: str, saved: tuple[jax.Array, jax.Array], d_total: jax.Array):
     d_hidden, d_output = saved
-    return (d_hidden * d_total).astype(d_hidden.dtype), d_output * d_total, None, None
+    return (d_hidden * d_total).astype(d_hidden.dtype), (d_output * d_total).astype(d_output.dtype), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

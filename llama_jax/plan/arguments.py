@@ -1,12 +1,10 @@
 """The command line of plan: flags override a TOML file, which overrides the defaults."""
 
 import dataclasses
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 
-from llama_jax.cli.configurations import find_config
-from llama_jax.cli.flags import parse_flags, take_option
+from llama_jax.cli.configurations import find_config, stated_keys
+from llama_jax.cli.flags import given_flags, parse_flags, take_option
 from llama_jax.config import Cache, Config, MeshArgs, Weights, load_toml
 from llama_jax.errors import UserError
 from llama_jax.plan.topology import EXAMPLES, Topology
@@ -87,19 +85,6 @@ def read_request(argv: Sequence[str]) -> Request:
     _check(args, given)
     config = Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
     return Request(args, config, Topology.parse(args.topology), given, given | stated_keys(path), file, notes)
-
-
-def given_flags(argv: Sequence[str]) -> set[str]:
-    """Return the names of the flags on a command line, spelled as fields: {"mesh.tensor", "hlo"}."""
-    return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-
-
-def stated_keys(path: Path | None) -> set[str]:
-    """Return the names of the keys in a TOML file: {"data.vocab_size"}."""
-    if path is None:
-        return set()
-    table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    return {f"{section}.{key}".replace("-", "_") for section, keys in table.items() for key in keys}
 
 
 def _parse(argv: list[str], base: Config, given: set[str]) -> PlanConfig:

@@ -13,6 +13,7 @@ from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
 from llama_jax.config import Config, MeshArgs, ModelArgs, Remat, Weights
 from llama_jax.plan.topology import Topology
+from llama_jax.training.account import activation_bytes, rows_of, state_bytes
 from llama_jax.training.flops import train_flops_per_token
 
 POLICIES: tuple[Remat, ...] = ("none", "dots", "attention", "full")
@@ -22,15 +23,6 @@ SEQUENCE = (1, 2, 4, 8)
 FEWEST_POSITIONS = 4096
 # Bytes of a weight of a quantized matrix, with its share of a scale.
 BYTES_OF_QUANTIZED = {"int8": 1.0, "int4": 0.5 + 4 / 32, "int4-64": 0.5 + 4 / 64}
-# Features per token and layer that a policy keeps besides the residual stream, as a function of D, the features
-# Q of all query heads, keys and values, F, and t tensor shards.
-KEPT = {
-    "none": lambda D, Q, KV, F, t: 9 * D + (3 * Q + KV + 6 * F) / t,
-    "dots": lambda D, Q, KV, F, t: D + (2 * Q + KV + 2 * F) / t,
-    "attention": lambda D, Q, KV, F, t: D + (2 * Q + KV) / t,
-    "offload": lambda D, Q, KV, F, t: 0,
-    "full": lambda D, Q, KV, F, t: 0,
-}
 
 
 @dataclass(frozen=True)
@@ -66,12 +58,6 @@ class Candidate:
         train = self.config.train
         rest = f"--train.remat {train.remat} --train.gradient-accumulation-steps {train.gradient_accumulation_steps}"
         return " ".join([*mesh, rest])
-
-
-def rows_of(config: Config) -> int:
-    """Return the number of sequences that a device on the batch axes processes at once."""
-    train, mesh = config.train, config.mesh
-    return train.batch_size // (train.gradient_accumulation_steps * mesh.data * mesh.fsdp)
 
 
 def candidate(config: Config, topology: Topology) -> Candidate:
@@ -114,25 +100,14 @@ def meshes(config: Config, chips: int) -> Iterator[MeshArgs]:
 
 def training_bytes(config: Config) -> float:
     """Estimate the bytes per chip: state, gradients, kept activations, working memory of a layer and of the logits."""
-    m, mesh, train = config.model, config.mesh, config.train
-    rows, t = rows_of(config), mesh.tensor
-    tokens = rows * m.max_seq_len / mesh.sequence
-    size = 4 if train.compute_dtype == "float32" else 2
-    keys_and_values = 2 * m.kv_heads * m.head_width
-    kept = m.dim + KEPT[train.remat](m.dim, m.n_heads * m.head_width, keys_and_values, m.hidden_width, t)
-    tables = 1 if m.tie_embeddings else 2
-    layer = (count_parameters(m) - tables * m.vocab_size * m.dim) / m.n_layers
-    working = 2 * size * layer / t + size * tokens * (3 * m.hidden_width / t + 6 * m.dim)
-    if mesh.sequence > 1:
-        working += size * rows * m.max_seq_len * keys_and_values / t
-    vocabulary = 8 * m.vocab_size * m.dim / t
-    copies = 16 + 4 * (train.gradient_accumulation_steps > 1)  # parameters, gradients, two moments; gradients so far
-    trained, frozen = count_parameters(m), 0.0
+    m, train, mesh = config.model, config.train, config.mesh
     if config.lora.rank:
-        trained, frozen = count_adapter(m, config.lora), _frozen_bytes(m, config.lora.base_weights, size)
-        vocabulary = 2 * size * m.vocab_size * m.dim / t
-    state = (copies * trained + frozen) / (mesh.fsdp * t)
-    return state + m.n_layers * tokens * size * kept + working + vocabulary
+        size = 4 if train.compute_dtype == "float32" else 2
+        copies = 16 + 4 * (train.gradient_accumulation_steps > 1)  # adapters, gradients, two moments; gradients so far
+        state = copies * count_adapter(m, config.lora) + _frozen_bytes(m, config.lora.base_weights, size)
+    else:
+        state = sum(state_bytes(m, train).values())
+    return state / (mesh.fsdp * mesh.tensor) + activation_bytes(config)
 
 
 def _frozen_bytes(m: ModelArgs, weights: Weights, size: int) -> float:

@@ -61,17 +61,25 @@ def watched(optimizer: optax.GradientTransformation, args: TrainArgs) -> optax.G
     def update(grads: Any, state: Any, params: Any, *, loss: jax.Array, grad_norm: jax.Array) -> tuple[Any, Any]:
         *inner, history = state
         updates, new = optimizer.update(grads, tuple(inner), params)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        bad = ~finite
-        if args.spike_factor:
-            bad |= (history.good_steps > 0) & (loss > args.spike_factor * history.mean)
-        skipped = {"stop": jnp.zeros((), bool), "skip": bad, "count": ~finite}[args.bad_steps]
+        skipped, after = noted(args, history, loss, grad_norm)
         if args.bad_steps != "stop":
             updates = jax.tree.map(lambda u: jnp.where(skipped, 0, u), updates)
             new = jax.tree.map(lambda a, b: _unless(skipped, a, b), tuple(inner), new, is_leaf=_is_schedule)
-        return updates, (*new, _after(history, loss, bad, skipped))
+        return updates, (*new, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def noted(
+    args: TrainArgs, history: LossHistory, loss: jax.Array, grad_norm: jax.Array
+) -> tuple[jax.Array, LossHistory]:
+    """Return whether a step is to be skipped, as train.bad_steps says, and the statistics after it."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    bad = ~finite
+    if args.spike_factor:
+        bad |= (history.good_steps > 0) & (loss > args.spike_factor * history.mean)
+    skipped = {"stop": jnp.zeros((), bool), "skip": bad, "count": ~finite}[args.bad_steps]
+    return skipped, _after(history, loss, bad, skipped)
 
 
 def _is_schedule(state: Any) -> bool:

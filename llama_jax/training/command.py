@@ -1,5 +1,6 @@
 """The command line of train.py: flags override a TOML file, which overrides the defaults."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,15 +8,22 @@ from typing import Annotated, Any
 
 import tyro
 
-from llama_jax.cli.configurations import find_config, names, shipped
-from llama_jax.cli.flags import parse_flags, take_option
+from llama_jax.cli.configurations import find_config, names, shipped, stated_keys
+from llama_jax.cli.flags import given_flags, parse_flags, take_option
 from llama_jax.config import Config, load_toml
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
+from llama_jax.storage.files import is_address
 
 # The shipped configurations that give the settings of a run without --config, and of one that starts from a checkpoint.
 # The third one trains adapters, the last two train on preferences, without and with adapters.
 DEFAULT, FINE_TUNING, ADAPTERS, DPO, DPO_ADAPTERS = "tiny", "finetune", "lora", "dpo", "dpo-lora"
+# Where the rates of some come from, and the settings that these are.
+ORIGINS = {
+    FINE_TUNING: ", as the LLaMA 2 paper (section 3.1) fine-tunes, in batches of 64",
+    ADAPTERS: ", as the QLoRA paper (section 4.1)",
+}
+RATES = ("lr", "min_lr_ratio", "warmup_steps", "n_epochs", "weight_decay", "beta2", "eps")
 # Pairs of settings that decide the same thing. If both are given, the second one wins.
 PAIRS = (
     ("train.n_epochs", "train.max_steps"),
@@ -54,13 +62,16 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     if config.train.init_from:
         from llama_jax.training.opening import starting_model
 
-        if named is None:
-            source = shipped(_tuning_settings(config))
+        tuning, stated = shipped(_tuning_settings(config)), given_flags(rest)
+        if tuned := named is None:
+            source = tuning
             file = load_toml(source)
-            notes.append(
-                f"settings of {source.stem}: learning rate {file.train.lr:g}, {file.train.n_epochs} epochs; flags override them"
-            )
+        else:
+            stated |= stated_keys(source)
+            if tuned := _is_tuning(config):
+                file = _tuned(file, load_toml(tuning), stated)
         config, more = _parse(rest, file)
+        notes.append(_tuning_note(config, stated, tuning.stem, source.stem, tuned))
         train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
         # The model's shape comes from the checkpoint. Flags may only change what leaves its parameters as they are.
         _check_base(train.init_from)
@@ -70,6 +81,46 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     config = dataclasses.replace(config, train=train)
     config.check()
     return config, found + notes
+
+
+def _tuned(file: Config, tuning: Config, stated: set[str]) -> Config:
+    """Return the configuration of a file with the rates of ``tuning`` where neither the file nor a flag has its own."""
+    rates = {name: getattr(tuning.train, name) for name in RATES if f"train.{name}" not in stated}
+    return dataclasses.replace(file, train=dataclasses.replace(file.train, **rates))
+
+
+def _tuning_note(config: Config, stated: set[str], tuning: str, source: str, tuned: bool) -> str:
+    """Return a line that says which rates a fine-tuning run has, and why. ``tuned``: they are those of ``tuning``."""
+    train, own = config.train, [name for name in RATES if f"train.{name}" in stated]
+    length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.n_epochs} epoch{'s'[: train.n_epochs != 1]}"
+    rates = f"learning rate {train.lr:g}, warm-up {train.warmup_steps:,} steps, {length}, weight decay {train.weight_decay:g}"
+    if tuned:
+        given = f", but for the given {', '.join(own)}" if own else ""
+        return f"settings of {tuning}: {rates}{ORIGINS.get(tuning, '')}{given}; flags override them"
+    if "lr" in own:
+        return f"settings of {source}: {rates}"
+    return (
+        f"settings of {source}: {rates}; it has no learning rate, so that this is the one of pretraining; the LLaMA 2 paper "
+        "fine-tunes with 2e-05 for 2 epochs (--train.lr 2e-5 --train.n-epochs 2)"
+    )
+
+
+def _is_tuning(config: Config) -> bool:
+    """Return whether a run is fine-tuning by what it trains: adapters, on preferences, or on conversations.
+
+    A text may as well be more of the text of pretraining.
+    """
+    if config.lora.rank or config.train.objective == "dpo":
+        return True
+    with contextlib.suppress(UserError, OSError):  # training looks for the text again, and says what is wrong
+        from llama_jax.data.finding import find_text, is_chats
+
+        return (
+            bool(config.data.filepath)
+            and not is_address(config.data.filepath)
+            and is_chats(find_text(config.data, Path()))
+        )
+    return False
 
 
 def _tuning_settings(config: Config) -> str:
@@ -98,7 +149,7 @@ def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
     )
     command = parse_flags(Command, argv, Command(**sections), typed("train"), description)
     config = Config(**{name: getattr(command, name) for name in sections})
-    given = {name.lstrip("-").partition("=")[0].replace("-", "_") for name in argv if name.startswith("--")}
+    given = given_flags(argv)
     texts = list(command.text)
     if texts and "data.filepath" in given and texts != [config.data.filepath]:
         texts.append(config.data.filepath)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from llama_jax.build import count_parameters
 from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import bytes_text, duration
-from llama_jax.config import Config, ModelArgs, TrainArgs
+from llama_jax.config import Config, TrainArgs
 from llama_jax.data import AnyData, Data
 from llama_jax.data.batches import windows_of
 from llama_jax.data.chat_summary import chat_rows
@@ -208,21 +208,6 @@ def first_state_text(opened: Opened, base: WholeModel | None) -> str:
 def nothing_to_do_text(steps: int) -> str:
     """Return what the start of a finished run prints."""
     return f"Run already complete: it has its {steps:,} steps. Raise --train.max-steps to go on, or choose a new --train.save-dir"
-
-
-def check_state_fits(args: ModelArgs, mesh: jax.sharding.Mesh, size: int | None = None) -> None:
-    """Raise UserError if the float32 parameters, gradients and AdamW moments alone do not fit on the devices.
-
-    size: the bytes of a frozen base, its adapters, their gradients and moments instead.
-    """
-    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    need = (16 * count_parameters(args) if size is None else size) / shards
-    hint = (
-        "make the model smaller, or mesh.fsdp larger"
-        if size is None
-        else "quantize the base (--lora.base-weights int4)"
-    )
-    check_memory(need, mesh.local_devices, "the parameters and the optimizer need", hint)
 
 
 def announce_cost(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float) -> None:

@@ -38,6 +38,7 @@ from llama_jax.training.answers import answer, append, questions_of
 from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Clock, Recorder
 from llama_jax.training.evaluating import evaluate, is_best, make_up_evaluation
+from llama_jax.training.needs import announce_needs
 from llama_jax.training.opening import TARGETS, Opened, base_of, opening
 from llama_jax.training.plot import plot_losses
 from llama_jax.training.profile import Profile, check_profiler
@@ -120,6 +121,8 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     """Train the opened run. Return the signal that ended it early, after saving, or 0."""
     folder, start = opened.folder, opened.start
     mesh = make_mesh(config.mesh)
+    if known := config.model.vocab_size != -1 and not config.lora.rank:
+        announce_needs(config, mesh)
     base = base_of(config.train, config.lora) if config.train.init_from and not start else None
     tuning = Tuning.of(config, opened, base) if config.lora.rank and base is not None else None
     data = open_text(config, base, opened)
@@ -136,10 +139,11 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     if tuning is not None:
         module = tuning.adapting.suited(module)
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
+    if not known:
+        announce_needs(config, mesh, None if tuning is None else tuning.bytes_of_state(module))
     chat = chat_of(opened, base, data)
     encoded = encode_tasks(tasks, config.model, data, module, chat)
     log.announce(settled, data, mesh, module, opened, tuning)
-    log.check_state_fits(config.model, mesh, None if tuning is None else tuning.bytes_of_state(module))
     write_start(opened, settled, data.record())
     if config.train.tensorboard and is_main():
         folder.write_events(start)

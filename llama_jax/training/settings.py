@@ -8,12 +8,13 @@ from llama_jax.config import Config, ModelArgs
 from llama_jax.errors import UserError
 from llama_jax.training.step import learning_rate
 
-# Settings that a run cannot change: its model, and those that decide which tokens a step reads.
+# Settings that a run cannot change: its model, those that decide which tokens a step reads, and the form of its state.
 FIXED = {
     "model": tuple(field.name for field in dataclasses.fields(ModelArgs)),
     # data/ compares the text and the tokenizer themselves.
     "data": ("train_size", "separator", "vocab_size", "stories", "chats"),
-    "train": ("batch_size", "seed", "objective"),
+    # A checkpoint holds the parameters and the optimizer's state in these forms.
+    "train": ("batch_size", "seed", "objective", "param_dtype", "rounding", "optimizer", "moments"),
     "lora": ("rank", "alpha", "targets", "base_weights", "rslora"),
 }
 # Settings of places, which do not affect the results.

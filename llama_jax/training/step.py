@@ -6,7 +6,7 @@ Letters: A parts of gradient accumulation, B rows of a part, T positions.
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import flax.linen as nn
 import flax.struct
@@ -29,12 +29,14 @@ from llama_jax.devices.sharding import (
 )
 from llama_jax.model import Llama
 from llama_jax.ops.loss import log_likelihoods
-from llama_jax.ops.parameters import is_vector
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.bad_steps import LossHistory, watched
 from llama_jax.training.objective import Dpo, NextToken, Objective, Rewards
+from llama_jax.training.pieces import InPieces, is_small, matrices, narrow, narrow_shapes, state_shardings
 
 AnyBatch = Batch | PackedBatch | PairBatch
+# What ``make_optimizer`` returns.
+AnyOptimizer: TypeAlias = optax.GradientTransformationExtraArgs | InPieces
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -81,12 +83,15 @@ def warmup_steps(args: TrainArgs, steps: int) -> int:
     return min(args.warmup_steps, max(0, steps - 1))
 
 
-def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> AnyOptimizer:
     """Return AdamW with gradient clipping, weight decay on all parameters but norm weights, and handling of bad steps.
 
-    ``steps`` and ``held`` are those of ``learning_rate``.
+    ``steps`` and ``held`` are those of ``learning_rate``. With settings that save memory, or Adafactor, the optimizer
+    works in pieces (pieces.py).
     """
     schedule = learning_rate(args, steps, held)
+    if is_small(args):
+        return InPieces(args, schedule)
     adamw = optax.chain(
         optax.clip_by_global_norm(args.grad_clip) if args.grad_clip else optax.identity(),
         optax.adamw(
@@ -95,15 +100,13 @@ def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> op
             b2=args.beta2,
             eps=args.eps,
             weight_decay=args.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: not is_vector(path), params),
+            mask=matrices,
         ),
     )
     return watched(adamw, args)
 
 
-def state_shapes(
-    model: Llama, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, adapting: Adapting | None = None
-) -> TrainState:
+def state_shapes(model: Llama, optimizer: AnyOptimizer, mesh: Mesh, adapting: Adapting | None = None) -> TrainState:
     """Return the state's shapes with their shardings. The optimizer's moments are sharded like their parameters.
 
     adapting: trains adapters. None: trains the whole model.
@@ -113,6 +116,10 @@ def state_shapes(
     else:
         shapes = adapting.adapter_shapes(model.args, mesh)
         shardings = shardings_of(shapes)
+    if isinstance(optimizer, InPieces):
+        params = with_shardings(narrow_shapes(shapes, optimizer.args), shardings)
+        opt_shapes = jax.eval_shape(optimizer.init, params)
+        return TrainState(params, with_shardings(opt_shapes, state_shardings(opt_shapes, params, mesh)))
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
     opt_shardings = optax.tree_map_params(
         optimizer, lambda _, s: s, opt_shapes, shardings, transform_non_params=lambda _: replicated(mesh)
@@ -127,7 +134,7 @@ def shardings_of(shapes: Any) -> Any:
 
 def init_state(
     model: Llama,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: AnyOptimizer,
     mesh: Mesh,
     seed: int,
     params: Any = None,
@@ -139,7 +146,8 @@ def init_state(
     def init_params() -> Any:
         if adapting is not None:
             return init_adapter(model.args, adapting.lora, seed)
-        return nn.unbox(model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
+        made = nn.unbox(model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
+        return narrow(made, optimizer.args) if isinstance(optimizer, InPieces) else made
 
     with on_mesh(mesh):
         if params is None:
@@ -150,7 +158,7 @@ def init_state(
 
 def make_train_step(
     model: Llama,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: AnyOptimizer,
     accumulation: int,
     adapting: Adapting | None = None,
     objective: Objective = NextToken(),
@@ -179,18 +187,33 @@ def make_train_step(
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), (batch, rows))
 
             def add(so_far: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
-                return jax.tree.map(jnp.add, so_far, gradient(state.params, *part)), None
+                number, part = part
+                values, grads = gradient(state.params, *part)
+                if isinstance(optimizer, InPieces):
+                    sums = optimizer.add(so_far[1], grads, state.opt_state, number)
+                    return (jax.tree.map(jnp.add, so_far[0], values), sums), None
+                return jax.tree.map(jnp.add, so_far, (values, grads)), None
 
             zero = jnp.zeros((), jnp.float32)
             nothing = (zero, dict.fromkeys(objective.rewards, zero)), jax.tree.map(jnp.zeros_like, state.params)
-            ((loss, rewards), grads), _ = jax.lax.scan(add, nothing, parts)
+            ((loss, rewards), grads), _ = jax.lax.scan(add, nothing, (jnp.arange(accumulation), parts))
         with jax.named_scope("optimizer"):
-            norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=loss, grad_norm=norm)
-            params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state), StepMetrics(loss, norm, opt_state[-1], targets, rewards)
+            norm, state = _updated(optimizer, state, loss, grads)
+        return state, StepMetrics(loss, norm, state.opt_state[-1], targets, rewards)
 
     return train_step
+
+
+def _updated(optimizer: AnyOptimizer, state: TrainState, loss: jax.Array, grads: Any) -> tuple[jax.Array, TrainState]:
+    """Return the norm of the gradients, and the state after an update by them."""
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    before = grads, state.opt_state, state.params
+    if isinstance(optimizer, InPieces):
+        params, opt_state = optimizer.apply(*before, loss=loss, grad_norm=norm)
+    else:
+        updates, opt_state = optimizer.update(*before, loss=loss, grad_norm=norm)
+        params = optax.apply_updates(state.params, updates)
+    return norm, TrainState(params, opt_state)
 
 
 class Dispatched:
@@ -229,7 +252,7 @@ def batch_shapes(
 
 def trace_train_step(
     model: Llama,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: AnyOptimizer,
     mesh: Mesh,
     accumulation: int,
     batch: AnyBatch,
@@ -242,7 +265,7 @@ def trace_train_step(
 
 def _train_program(
     model: Llama,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: AnyOptimizer,
     mesh: Mesh,
     accumulation: int,
     batch: AnyBatch,
@@ -265,7 +288,7 @@ def _train_program(
 
 def compile_train_step(
     model: Llama,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: AnyOptimizer,
     mesh: Mesh,
     accumulation: int,
     batch: AnyBatch,
@@ -345,7 +368,7 @@ def _part_program(
     step = jax.jit(function, out_shardings=replicated(mesh))
     with on_mesh(mesh):
         if adapting is None:
-            params = with_shardings(parameter_shapes(model), parameter_shardings(model, mesh))
+            params = with_shardings(narrow_shapes(parameter_shapes(model), train), parameter_shardings(model, mesh))
             return step.lower(params, batch).compile()
         compiled = step.lower(adapting.adapter_shapes(args, mesh), batch, adapting.base_shapes(model, mesh)).compile()
     return cast(jax.stages.Compiled, Dispatched(step, compiled, mesh))

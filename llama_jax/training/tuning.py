@@ -58,11 +58,10 @@ class Tuning:
         """Load the frozen base onto the mesh."""
         return load_frozen(self.base, module, mesh, self.adapting.weights)
 
-    def bytes_of_state(self, module: Llama) -> int:
+    def bytes_of_state(self, module: Llama) -> dict[str, int]:
         """Return the bytes of the base, and of the adapters with their gradients and moments."""
-        return bytes_of(stacked_shapes(module, self.adapting.weights)) + 16 * count_adapter(
-            module.args, self.adapting.lora
-        )
+        base = bytes_of(stacked_shapes(module, self.adapting.weights))
+        return {"base": base, "adapters": 16 * count_adapter(module.args, self.adapting.lora)}
 
     def rows(self, module: Llama) -> list[tuple[str, str]]:
         """Return what a run prints about its adapters and their base."""

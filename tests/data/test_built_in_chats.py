@@ -15,7 +15,7 @@ from llama_jax.data.stories import BOYS, GIRLS, RULES, story, words
 TRAIN = list(itertools.islice(chats(0), 2000))
 HELD_OUT = list(itertools.islice(chats(0, held_out=True), 1000))
 NAMES, ANIMALS = BOYS + GIRLS, words(RULES["animal"])
-FRIENDS = "found|hungry|came to|came with me|gave|friend|helped|met"
+FRIENDS = "found|hungry|came|gave|friend"
 FULL = rf"\b({'|'.join(NAMES)}) ({'|'.join(map(str.capitalize, ANIMALS))})\b"
 
 

@@ -131,9 +131,7 @@ def test_a_wrong_record_is_named_with_its_line(
 
 def test_a_preference_is_nothing_for_next_token_training(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "chats.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(
-        UserError, match=r"found preferences \(prompt, chosen, rejected\) in .*chats.jsonl.*--train.objective dpo"
-    ):
+    with pytest.raises(UserError, match=r"line 1: expected a conversation, found a preference .*--train.objective dpo"):
         load(tmp_path, path, small_tokenizer)
 
 

@@ -25,15 +25,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def tuned(place: Path) -> str:
+    """What the tune in runs/chat-tiny printed."""
+    done = inside.run(TUNE, place)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_tune_needs_no_file_leaves_questions_to_judge_it_by_and_goes_on(place: Path) -> None:
-    done = inside.run(TUNE, place)
-    assert done.returncode == 0, done.stderr
+def test_a_tune_needs_no_file_leaves_questions_to_judge_it_by_and_goes_on(place: Path, tuned: str) -> None:
+    assert "40 built-in conversations" in tuned and "40 conversations to train on, 5 held out" in tuned
     run = place / "runs" / "chat-tiny"
-    assert "40 built-in conversations" in done.stdout and "40 conversations to train on, 5 held out" in done.stdout
     asked = run / "tokens" / "questions.jsonl"
     assert [json.loads(line) for line in asked.read_text().splitlines()] == questions()
     again = inside.run([*TUNE, "--train.max-steps=8", "--train.eval-interval=4", f"--train.eval-tasks={asked}"], place)
@@ -45,14 +51,14 @@ def test_a_tune_needs_no_file_leaves_questions_to_judge_it_by_and_goes_on(place:
     assert (found["n"], last["task/questions/accuracy"]) == (200, found["accuracy"])
 
 
-def test_the_number_of_conversations_changes_the_run_and_stays(place: Path) -> None:
-    for name, count in (("few", 30), ("more", 60)):
-        done = inside.run([*TUNE, f"--data.chats={count}", f"--train.save-dir={name}"], place)
-        assert done.returncode == 0, done.stderr
-    losses = [[record["train_loss"] for record in metrics(place / name)] for name in ("few", "more")]
-    assert losses[0] != losses[1]
-    line = told(inside.run([*TUNE, "--data.chats=31", "--train.save-dir=few"], place))
-    assert line.startswith("error: data.chats: expected 30, with which the run in few began, found 31")
+def test_the_number_of_conversations_changes_the_run_and_stays(place: Path, tuned: str) -> None:
+    done = inside.run([*TUNE, "--data.chats=60", "--train.save-dir=more"], place)
+    assert done.returncode == 0, done.stderr
+    runs = place / "runs" / "chat-tiny", place / "more"
+    few, more = ([record["train_loss"] for record in metrics(run)][:6] for run in runs)
+    assert few != more
+    line = told(inside.run([*TUNE, "--data.chats=31", "--train.save-dir=more"], place))
+    assert line.startswith("error: data.filepath: expected the text, separator and train_size that the run began with")
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,28 @@ def test_fine_tuning_has_settings_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "my.txt").write_text("the cat sat on the mat and the dog ran to the sea\n" * 100)
     done = inside.run(["train.py", "my.txt", "--train.init-from=base", "--train.max-steps=2"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "learning rate 2e-05" in done.stdout and "settings of finetune" in done.stdout
+    assert (
+        "settings of finetune: learning rate 2e-05, warm-up 20 steps, 2 steps, weight decay 0.1, as the LLaMA 2 pa"
+        in done.stdout
+    )
     assert (tmp_path / "runs" / "finetune" / "config.toml").exists()
     again = inside.run(
         ["train.py", "my.txt", "--train.init-from=base", "--train.max-steps=3", "--train.lr=1e-4"], tmp_path
     )
     assert again.returncode == 0 and "train.lr 2e-05 -> 0.0001" in again.stdout, again.stderr
+    assert "but for the given lr" in again.stdout
+    # A file's values count, and a learning rate that it lacks is told; adapters have rates of their own.
+    (tmp_path / "own.toml").write_text("[train]\nn_epochs = 3\n")
+    own = [
+        "--config",
+        str(tmp_path / "own.toml"),
+        f"--train.init-from={tmp_path / 'base'}",
+        "--train.save-dir",
+        str(tmp_path / "x"),
+    ]
+    config, notes = read_command(own)
+    assert (config.train.lr, config.train.n_epochs) == (3e-4, 3)
+    assert "it has no learning rate, so that this is the one of pretraining" in notes[-1]
+    config, notes = read_command([*own, "--lora.rank=2", "--train.weight-decay=0.2"])
+    assert (config.train.lr, config.train.n_epochs, config.train.weight_decay) == (2e-4, 3, 0.2)
+    assert "settings of lora: learning rate 0.0002" in notes[-1] and "the given n_epochs, weight_decay" in notes[-1]

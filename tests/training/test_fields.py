@@ -104,7 +104,8 @@ CHANGED: dict[str, dict[str, Any]] = {
         "n_epochs": 2, "max_steps": 3, "batch_size": 2, "compute_dtype": "bfloat16", "eval_interval": 1, "eval_iters": 2,
         "log_interval": 2, "save_interval": 1, "save_dir": "elsewhere", "init_from": "base", "seed": 1, "bad_steps": "skip",
         "spike_factor": 1.001, "profile_steps": "2", "tensorboard": True, "keep": 1,
-        "eval_tasks": ("task.jsonl",),
+        "eval_tasks": ("task.jsonl",), "param_dtype": "bfloat16", "rounding": "compensated", "optimizer": "adafactor",
+        "moments": "int8",
     },
 }  # fmt: skip
 # Values that change the numbers of a run on conversations.
@@ -156,6 +157,9 @@ def test_a_changed_field_changes_the_run(section: str, field: str, folder: Path,
     if field == "document_mask":
         changes |= {"separator": "\n"}
         compared = outcome(folder, "documents", section, separator="\n")
+    if field == "rounding":
+        changes |= {"param_dtype": "bfloat16"}
+        compared = outcome(folder, "stochastic", section, param_dtype="bfloat16")
     if field == "stories":
         compared = outcome(folder, "fewer stories", "data", filepath="", stories=20)
         changes["filepath"] = ""
@@ -207,7 +211,7 @@ def test_the_optimizer_and_its_rates_are_made_of_the_runs_settings(folder: Path)
     given, original = list[Any](), loop.make_optimizer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_optimizer", note)
-        records = outcome(folder, "optimizer", "train", **changes)["records"]
+        records = outcome(folder, "rates", "train", **changes)["records"]
     ((args, steps, held),) = given
     assert {name: getattr(args, name) for name in changes} == changes and (steps, held) == (TRAIN.max_steps, None)
     rates = learning_rate(args, steps)

@@ -221,7 +221,7 @@ def test_what_does_not_fit_the_objective_is_refused_in_one_line(root: Path) -> N
     for args, changes, words in (
         ((LORA, "base", "a.txt"), {}, ("data.filepath: expected preferences", "found text", "a.txt")),
         ((LORA, "base", "chats.jsonl"), {}, ("data.filepath: expected preferences", "found conversations", "--train.objective")),
-        ((LORA, "base"), {"objective": "next-token"}, ("data.filepath: expected text", "preferences", "--train.objective dpo")),
+        ((LORA, "base"), {"objective": "next-token"}, ("line 1: expected a conversation, found a preference", "--train.objective dpo")),
         ((LORA, "base", "odd.jsonl"), {}, ("odd.jsonl: line 10: expected", "prompt, chosen")),
         ((WHOLE, ""), {}, ("train.objective: expected train.init_from beside dpo",)),
         ((LORA, "base"), {"loss_on": "all"}, ("data.loss_on: expected answers",)),
@@ -290,5 +290,6 @@ def test_two_processes_and_eight_devices_have_the_numbers_of_one(root: Path) -> 
     one = run("one", 1, 1)
     for found in (run("two", 2, 1, data=1, fsdp=2), run("eight", 1, 8, tensor=2, fsdp=4, data=1)):
         for a, b in zip(found, one, strict=True):
-            assert a == pytest.approx(b, rel=3e-5, abs=2e-6), a["step"]
+            numbers, expected = ({k: v for k, v in record.items() if v is not None} for record in (a, b))
+            assert numbers == pytest.approx(expected, rel=3e-5, abs=2e-6), a["step"]
     assert one[-1]["eval_reward_margin"] > 0.02

@@ -1,0 +1,85 @@
+"""Counts what a training step needs of memory before it is compiled: arrays exactly, activations roughly."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.adapters import count_adapter
+from llama_jax.build import count_parameters
+from llama_jax.config import Config, ModelArgs, TrainArgs
+from llama_jax.devices.memory import bytes_of
+from llama_jax.devices.sharding import parameter_shapes
+from llama_jax.generation.serving import stacked_shapes
+from llama_jax.model import Llama
+from llama_jax.training.pieces import narrow_shapes
+from llama_jax.training.step import make_optimizer
+
+# Features per token and layer that a policy of remat keeps besides the residual stream, as a function of D, the features
+# Q of all query heads, keys and values, F, and t tensor shards.
+KEPT = {
+    "none": lambda D, Q, KV, F, t: 9 * D + (3 * Q + KV + 6 * F) / t,
+    "dots": lambda D, Q, KV, F, t: D + (2 * Q + KV + 2 * F) / t,
+    "attention": lambda D, Q, KV, F, t: D + (2 * Q + KV) / t,
+    "offload": lambda D, Q, KV, F, t: 0,
+    "full": lambda D, Q, KV, F, t: 0,
+}
+# The settings that decide the bytes of a parameter and of what belongs to it.
+OF_STATE = ("param_dtype", "rounding", "optimizer", "moments")
+
+
+def state_bytes(model: ModelArgs, train: TrainArgs) -> dict[str, int]:
+    """Return the bytes, over all devices, of the parameters, their gradients and the optimizer's state, by part."""
+    plain = dataclasses.replace(TrainArgs(), **{name: getattr(train, name) for name in OF_STATE})
+    parts = dict(_parts(model, plain))
+    if train.gradient_accumulation_steps > 1:
+        parts["gradients so far"] = parts["gradients"]
+    return parts
+
+
+@functools.cache
+def _parts(model: ModelArgs, train: TrainArgs) -> tuple[tuple[str, int], ...]:
+    params = narrow_shapes(parameter_shapes(Llama(model)), train)
+    state = jax.eval_shape(make_optimizer(train, 1).init, params)
+    residue = bytes_of(getattr(state[0], "residue", ()))
+    size, moments = bytes_of(params), bytes_of(state) - residue
+    parts = ("parameters", size), ("gradients", size), ("moments", moments), ("rounding", residue)
+    return tuple(part for part in parts if part[1])
+
+
+def adapter_bytes(config: Config) -> dict[str, int]:
+    """Return the bytes, over all devices, of a frozen base and of its adapters with gradients and moments, by part.
+
+    Raises UserError if the rank is too large for a matrix.
+    """
+    module = Llama(config.model, jnp.dtype(config.train.compute_dtype))
+    adapters = 16 * count_adapter(config.model, config.lora)
+    return {"base": bytes_of(stacked_shapes(module, config.lora.base_weights)), "adapters": adapters}
+
+
+def activation_bytes(config: Config) -> float:
+    """Estimate the bytes per device besides the state: kept activations, and the work of a layer and of the logits.
+
+    The mesh of ``config`` has no -1.
+    """
+    m, mesh, train = config.model, config.mesh, config.train
+    rows, t = rows_of(config), mesh.tensor
+    tokens = rows * m.max_seq_len / mesh.sequence
+    size = 4 if train.compute_dtype == "float32" else 2
+    keys_and_values = 2 * m.kv_heads * m.head_width
+    kept = m.dim + KEPT[train.remat](m.dim, m.n_heads * m.head_width, keys_and_values, m.hidden_width, t)
+    tables = 1 if m.tie_embeddings else 2
+    layer = (count_parameters(m) - tables * m.vocab_size * m.dim) / m.n_layers
+    working = 2 * size * layer / t + size * tokens * (3 * m.hidden_width / t + 6 * m.dim)
+    if mesh.sequence > 1:
+        working += size * rows * m.max_seq_len * keys_and_values / t
+    # Beside a frozen output matrix, its copy for the products; of one that is trained, also the gradient.
+    vocabulary = (2 * size if config.lora.rank else 8) * m.vocab_size * m.dim / t
+    return m.n_layers * tokens * size * kept + working + vocabulary
+
+
+def rows_of(config: Config) -> int:
+    """Return the number of sequences that a device on the batch axes processes at once."""
+    train, mesh = config.train, config.mesh
+    return train.batch_size // (train.gradient_accumulation_steps * mesh.data * mesh.fsdp)
