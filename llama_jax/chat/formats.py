@@ -151,7 +151,7 @@ class ChatFormat:
         return encode_rendered(self.tokenizer, render, messages, start, growing)
 
     def foresee(self, wanted: Sequence[Rendering]) -> None:
-        """Render conversations together, so that ``render`` has them at hand. Those of an earlier call are forgotten."""
+        """Keep the texts of conversations for ``render``, which are made together. Forget those of an earlier call."""
         self._foreseen.clear()
         specials = tuple(self.tokenizer.specials)
         unsure = [
@@ -163,7 +163,7 @@ class ChatFormat:
             pass
 
     def _render_all(self, wanted: Sequence[Rendering]) -> Iterator[tuple[Rendering, str]]:
-        """Render conversations and keep their texts. Yield those that the template does not refuse."""
+        """Yield the texts of conversations that the template does not refuse, and keep them."""
         new = list(dict.fromkeys(wanted))
         texts = render_many(self.template, [self._variables(*one) for one in new])
         for one, text in zip(new, texts, strict=True):

@@ -34,8 +34,7 @@ class Ids(NamedTuple):
     """A conversation of n tokens."""
 
     ids: np.ndarray  # int32 [n]
-    counts: np.ndarray
-    """Which of them count in the loss: uint8 [n]."""
+    counts: np.ndarray  # uint8 [n], 1 where the token counts in the loss
 
 
 T = TypeVar("T")

@@ -104,7 +104,8 @@ def encode_chats(
 ) -> ChatTokens:
     """Return the conversations of ``text`` from ``folder`` if it holds exactly these, else newly encoded there.
 
-    ``workers``: the most processes that encode. None: one per core. Raises UserError if a record is wrong and none may be skipped, or if no conversation is left to train on.
+    ``workers``: the most processes that encode. None: one per core.
+    Raises UserError if a record is wrong and none may be skipped, or if no conversation is left to train on.
     """
     settings, length = settings_of(args, chat_format, talking), talking.length
     if (kept := _kept(folder, text, tokenizer, settings)) is not None:

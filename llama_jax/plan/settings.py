@@ -69,7 +69,7 @@ def run_tokens(config: Config, given: float | None = None) -> Found:
 
 
 def _of_chats(config: Config) -> Found | None:
-    """Return the tokens of a run that learns from one file of conversations, which are encoded for it. None: it does not.
+    """Return the tokens of a run on one file of conversations, which are encoded for it. None: it has none.
 
     Raises UserError if training would refuse them.
     """

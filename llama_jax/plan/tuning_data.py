@@ -17,7 +17,7 @@ from llama_jax.storage.files import is_address
 
 
 class Epoch(NamedTuple):
-    """What an epoch of conversations has: their number, and the sequences that they are packed into."""
+    """The number of conversations of an epoch, and of the sequences that they are packed into."""
 
     conversations: int
     rows: int
@@ -41,7 +41,7 @@ def learns_from_chats(data: DataArgs) -> str:
 
 
 def with_masks(config: Config) -> tuple[Config, list[str]]:
-    """Return the configuration with the document masks that training turns on for conversations, and what was decided."""
+    """Return the configuration with the document masks that training turns on for conversations, and notes."""
     if config.data.document_mask or not (found := learns_from_chats(config.data)):
         return config, []
     data = dataclasses.replace(config.data, document_mask=True)

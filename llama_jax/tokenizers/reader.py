@@ -70,7 +70,7 @@ class Reader(Protocol):
     specials: Mapping[str, int]
     """The ids of control tokens and added tokens by their texts."""
     divides: bool
-    """Whether a special token always divides a text: it is found wherever its text stands, and takes no more than it."""
+    """Whether a special token always divides a text: it is found wherever its text stands, and takes no more."""
 
     @property
     def byte_ids(self) -> Sequence[int]:

@@ -92,7 +92,7 @@ def test_two_processes_have_the_losses_of_one(argv: list[str], tmp_path: Path, m
     ended([*argv, *more, "--mesh.data=1", "--mesh.fsdp=2"], two, count=2)
     losses = [
         [
-            (record["step"], record["train_loss"], record.get("eval_loss"), record["target_tokens"])
+            (record["step"], record["train_loss"], record.get("eval_loss") or 0.0, record["target_tokens"])
             for record in outcome(run)[0]
         ]
         for run in (one, two)
