@@ -6,8 +6,9 @@ of the first minute knows every word, and fine-tuning teaches it to answer.
 A conversation is about one of SUBJECTS: the user tells a story, introduces two animals, or has the assistant play one
 of them (in the system message). Then come one to MOST_QUESTIONS questions. Some system messages ask for short answers.
 
-An eighth of all pairs of animals, such as Nora Duck and Max Fox, is held out: they meet in no conversation to train on,
-and all held-out conversations are about such a pair. So no held-out story has been told, and no answer can be recalled.
+An eighth of all pairs of animals, such as Nora Duck and Max Rabbit, is held out: they meet in no conversation to train
+on, and all held-out conversations are about such a pair. So no held-out story has been told, and no answer can be
+recalled.
 """
 
 import itertools
@@ -186,7 +187,7 @@ def chats(seed: int, held_out: bool = False) -> Iterator[Conversation]:
 
 
 def is_held_out(people: frozenset[str]) -> bool:
-    """Return whether conversations with these two, such as Nora Duck and Max Fox, are held out."""
+    """Return whether conversations with these two, such as Nora Duck and Max Rabbit, are held out."""
     return dice("held out", *sorted(people)).random() * HELD_OUT < 1
 
 

@@ -1,6 +1,7 @@
 """The built-in conversations: the same everywhere, answered rightly, with held-out people of their own."""
 
 import collections
+import hashlib
 import itertools
 import json
 import re
@@ -25,6 +26,8 @@ def text_of(conversation: Conversation) -> str:
 
 def test_a_seed_and_an_index_name_a_conversation_forever() -> None:
     assert chat(0, 3) == chat(0, 3) == TRAIN[3] != chat(1, 3)
+    text = "\n\n".join(text_of(one) for one in TRAIN[:50] + HELD_OUT[:50])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "84e703a89aeb6980"
     assert len({text_of(one) for one in TRAIN + HELD_OUT}) > 0.99 * len(TRAIN + HELD_OUT)
 
 
@@ -36,6 +39,17 @@ def test_held_out_people_meet_in_no_conversation_to_train_on() -> None:
     assert not any(map(is_held_out, met)) and all(map(is_held_out, others))
     # Each of the two is known from other conversations: what is new is that they meet.
     assert {person for people in others for person in people} <= {person for people in met for person in people}
+
+
+def test_what_is_held_out_is_what_the_documentation_says() -> None:
+    assert is_held_out(frozenset({"Nora Duck", "Max Rabbit"}))
+    people = [f"{name} {animal.capitalize()}" for name in NAMES for animal in ANIMALS]
+    pairs = [
+        frozenset((one, other))
+        for one, other in itertools.combinations(people, 2)
+        if one.split()[0] != other.split()[0] and one.split()[1] != other.split()[1]
+    ]
+    assert 0.11 < sum(map(is_held_out, pairs)) / len(pairs) < 0.14
 
 
 def test_the_user_and_the_assistant_speak_in_turn() -> None:
