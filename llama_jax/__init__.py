@@ -61,8 +61,8 @@ def load(
             slower. Without it they are equal up to rounding, which in bfloat16 occasionally changes a token.
         adapter: a run or checkpoint of a low-rank adapter of the model in ``path``. It is merged into plain matrices,
             and computed beside quantized ones. Empty: none, or the one in ``path``.
-        chat_template: the format of conversations: the path of a template, or "llama2", "llama3", "chatml", "zephyr" or
-            "vicuna". Empty: the model's own.
+        chat_template: the format of conversations: the path of a template, or "llama2", "llama3", "chatml", "zephyr",
+            "vicuna", "plain" or "instruction". Empty: the model's own.
 
     Raises UserError if the folder is not a checkpoint, its matrices are quantized in another way, or the mesh does not
     divide the model.

@@ -47,7 +47,8 @@ class Arguments:
     Without prompts, hold a conversation in which each line of standard input is a turn."""
     chat_template: str = ""
     """With --chat: the format of conversations, instead of the model's own.
-    A file with a template in Jinja, as transformers reads it, or llama2, llama3, chatml, zephyr or vicuna."""
+    A file with a template in Jinja, as transformers reads it, or llama2, llama3, chatml, zephyr,
+    vicuna, plain or instruction."""
     system: str = dataclasses.field(default="", metadata=ESCAPED)
     r"""With --chat: the system message, which precedes the conversation.
     The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""

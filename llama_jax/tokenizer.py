@@ -178,6 +178,11 @@ class Tokenizer:
         return np.array([self.piece(i) != "" for i in range(self.vocab_size)], bool)
 
     @property
+    def divides(self) -> bool:
+        """Whether a special token always divides a text, so that each side is encoded without a look at the other."""
+        return self._reader.divides
+
+    @property
     def byte_ids(self) -> Sequence[int]:
         """The ids of the tokens that stand for single bytes, which are no characters of their own."""
         return self._reader.byte_ids

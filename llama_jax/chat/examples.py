@@ -4,10 +4,12 @@ A token counts if generation, fed the conversation up to a user's turn, would ha
 token that ends it. What the template writes behind that token does not count, nor does anything of the user's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from llama_jax.chat import llama2
-from llama_jax.chat.formats import ChatFormat, ChatSetup, choose
+from llama_jax.chat.formats import ChatFormat, ChatSetup, Rendering, choose, without_roles
+from llama_jax.chat.ids import Growing
 from llama_jax.chat.messages import Message, as_messages
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
@@ -16,12 +18,16 @@ from llama_jax.tokenizer import Tokenizer
 LEADING = ("system", "developer")
 ASKING = ("user", "tool", "ipython", "function")
 
+T = TypeVar("T")
+# Token ids, and of each whether it counts, 0 or 1.
+Example = tuple[list[int], list[int]]
+
 
 def chat_example(
     tokenizer: Tokenizer,
     messages: Sequence[Message | Mapping[str, str]],
     chat_format: ChatFormat | None = None,
-) -> tuple[list[int], list[int]]:
+) -> Example:
     """Return the token ids of a conversation, and of each whether it counts in the loss, 0 or 1.
 
     Arguments:
@@ -37,10 +43,39 @@ def chat_example(
         ids, counts = chat_example(tokenizer, [Message("user", "Hello"), Message("assistant", "Hi")])
         tokenizer.decode([i for i, counted in zip(ids, counts) if counted])  # "Hi"
     """
+    chosen = chat_format or choose(tokenizer, ChatSetup(), "", str(tokenizer.model_path))
+    (example,) = chat_examples(chosen, [messages])
+    if isinstance(example, UserError):
+        raise example
+    return example
+
+
+def chat_examples(
+    chat_format: ChatFormat, conversations: Sequence[Sequence[Message | Mapping[str, str]]]
+) -> list[Example | UserError]:
+    """Return what ``chat_example`` returns of each conversation, or raises. Many are much faster than one by one."""
+    checked = [_result(_checked, messages) for messages in conversations]
+    fine = [messages for messages in checked if not isinstance(messages, UserError)]
+    if chat_format.is_llama2:
+        results = _of_pairs(chat_format.tokenizer, fine)
+    else:
+        if len(fine) > 1 or sum(message.role == "assistant" for messages in fine for message in messages) > 1:
+            chat_format.foresee([one for messages in fine for one in _renderings(messages)])
+        results = (_result(_of_template, chat_format, messages) for messages in fine)
+    return [messages if isinstance(messages, UserError) else next(results) for messages in checked]
+
+
+def _result(call: Callable[..., T], *args: Any) -> T | UserError:
+    try:
+        return call(*args)
+    except UserError as error:
+        return error
+
+
+def _checked(messages: Sequence[Message | Mapping[str, str]]) -> list[Message]:
     found = as_messages(messages)
     check_turns(found)
-    chosen = chat_format or choose(tokenizer, ChatSetup(), "", str(tokenizer.model_path))
-    return _of_pairs(tokenizer, found) if chosen.is_llama2 else _of_template(chosen, found)
+    return found
 
 
 def check_turns(messages: Sequence[Message]) -> None:
@@ -66,11 +101,24 @@ def check_turns(messages: Sequence[Message]) -> None:
         )
 
 
-def _of_pairs(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Return an example in LLaMA 2's format, in which a user's message and its answer are between BOS and EOS."""
+def _of_pairs(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> Iterator[Example | UserError]:
+    """Yield examples in LLaMA 2's format, in which a user's message and its answer are between BOS and EOS."""
+    texts = [_result(llama2.texts_of_pairs, messages) for messages in conversations]
+    pairs_of_all = [pair for found in texts if not isinstance(found, UserError) for pair in found]
+    rows = iter(tokenizer.encode_all([text for pair in pairs_of_all for text in pair]))
+    for found in texts:
+        if isinstance(found, UserError):
+            yield found
+        else:
+            pairs = [([*next(rows), tokenizer.eos_id], next(rows)) for _ in found]
+            yield _result(_joined, pairs)
+
+
+def _joined(pairs: Sequence[tuple[list[int], list[int]]]) -> Example:
+    """Return the example of pairs, each of which has its token ids, and those that generation is fed."""
     ids: list[int] = []
     counts: list[int] = []
-    for pair, fed in llama2.encode_pairs(tokenizer, messages):
+    for pair, fed in pairs:
         if pair[: len(fed)] != fed:
             raise UserError(
                 f"messages: expected tokens of an answer that begin behind {llama2.END_INSTRUCTION}, found that this tokenizer joins "
@@ -81,35 +129,50 @@ def _of_pairs(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[i
     return ids, counts
 
 
-def _of_template(chat_format: ChatFormat, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+def _renderings(messages: Sequence[Message]) -> Iterator[Rendering]:
+    """Yield the conversations that ``_of_template`` renders."""
+    if others := list(without_roles(messages[:-1])):
+        yield tuple(messages[:-1]), False
+    for _, changed in others:
+        yield tuple(changed), False
+    for i, message in enumerate(messages):
+        if message.role == "assistant":
+            yield tuple(messages[:i]), False
+            yield tuple(messages[: i + 1]), True
+
+
+def _of_template(chat_format: ChatFormat, messages: Sequence[Message]) -> Example:
     """Return an example in the format of a template: what generation is fed for each answer, and the answer."""
     chat_format.check_roles(messages[:-1])
     ids: list[int] = []
     counts: list[int] = []
     behind: list[int] = []
+    growing = Growing(chat_format.tokenizer)
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        fed = chat_format.ids(messages[:i])
+        fed = chat_format.ids(messages[:i], growing=growing)
         if fed[: len(ids)] != ids:
             raise UserError(
                 f"message {i + 1}: expected a template that keeps earlier messages as they are, found that what is fed to answer "
                 f"here begins with other tokens than the conversation before it ({chat_format.name}); make a record of each "
                 "answer, or choose another format with --data.chat-template"
             )
-        answer, behind = _answer(chat_format, messages[: i + 1], fed)
+        answer, behind = _answer(chat_format, messages[: i + 1], fed, growing)
         counts += [0] * (len(fed) - len(ids)) + [1] * len(answer)
         ids = fed + answer
     return ids + behind, counts + [0] * len(behind)
 
 
-def _answer(chat_format: ChatFormat, messages: Sequence[Message], fed: list[int]) -> tuple[list[int], list[int]]:
+def _answer(
+    chat_format: ChatFormat, messages: Sequence[Message], fed: list[int], growing: Growing
+) -> tuple[list[int], list[int]]:
     """Return the token ids of the last message with the one that ends it, and those that the template writes behind.
 
     ``fed`` are those that generation would be fed. Where a tokenizer joins the end of these with the beginning of the
     answer, the answer's text is encoded by itself, since generation cannot take back a token that it was fed.
     """
-    whole = chat_format.ids(messages, answered=True)
+    whole = chat_format.ids(messages, answered=True, growing=growing)
     rest = whole[len(fed) :]
     if whole[: len(fed)] != fed:
         before, text = chat_format.render(messages[:-1]), chat_format.render(messages, answered=True)

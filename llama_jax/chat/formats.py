@@ -3,16 +3,16 @@
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llama_jax.chat import llama2
-from llama_jax.chat.ids import encode_rendered, own_spans
+from llama_jax.chat.ids import Growing, encode_rendered, is_unsure, own_spans, stood_in
 from llama_jax.chat.messages import Message, fit
 from llama_jax.chat.named import LLAMA2, NAMED
-from llama_jax.chat.renderer import MOST_TEMPLATE, render
+from llama_jax.chat.renderer import MOST_TEMPLATE, render, render_many
 from llama_jax.errors import UserError, quoted
 from llama_jax.tokenizer import Tokenizer
 
@@ -66,6 +66,10 @@ class ChatSetup:
         return cls(template)
 
 
+# A conversation to render, and whether it ends with an answer.
+Rendering = tuple[tuple[Message, ...], bool]
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """A chat template with the tokenizer that it is for."""
@@ -78,6 +82,7 @@ class ChatFormat:
     """The texts of special tokens by their names in the template."""
     notes: tuple[str, ...] = ()
     """Lines to tell the user about how it was chosen."""
+    _foreseen: dict[Rendering, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_llama2(self) -> bool:
@@ -134,26 +139,55 @@ class ChatFormat:
             return frozenset()
         return frozenset({self.tokenizer.specials[text[slice(*following)]]} - {self.tokenizer.bos_id})
 
-    def ids(self, messages: Sequence[Message], answered: bool = False, start: int = 0) -> list[int]:
+    def ids(
+        self, messages: Sequence[Message], answered: bool = False, start: int = 0, growing: Growing | None = None
+    ) -> list[int]:
         """Return the token ids of what ``render`` makes of a conversation, from character ``start`` on.
 
-        Roles that the template leaves out are not looked for; see ``check_roles``.
+        ``growing`` knows the beginning of the conversation, see ids.py. Roles that the template leaves out are not
+        looked for; see ``check_roles``.
         """
-        return encode_rendered(self.tokenizer, functools.partial(self.render, answered=answered), messages, start)
+        render = functools.partial(self.render, answered=answered)
+        return encode_rendered(self.tokenizer, render, messages, start, growing)
+
+    def foresee(self, wanted: Sequence[Rendering]) -> None:
+        """Keep the texts of conversations for ``render``, which are made together. Forget those of an earlier call."""
+        self._foreseen.clear()
+        specials = tuple(self.tokenizer.specials)
+        unsure = [
+            (tuple(stood_in(text, messages, specials)), answered)
+            for (messages, answered), text in self._render_all(wanted)
+            if is_unsure(text, messages, specials)
+        ]
+        for _ in self._render_all(unsure):
+            pass
+
+    def _render_all(self, wanted: Sequence[Rendering]) -> Iterator[tuple[Rendering, str]]:
+        """Yield the texts of conversations that the template does not refuse, and keep them."""
+        new = list(dict.fromkeys(wanted))
+        texts = render_many(self.template, [self._variables(*one) for one in new])
+        for one, text in zip(new, texts, strict=True):
+            if text is not None:
+                self._foreseen[one] = text
+                yield one, text
 
     def render(self, messages: Sequence[Message], answered: bool = False) -> str:
         """Return a conversation as text. ``answered``: it ends with an answer, and does not ask for one.
 
         Special tokens and text are not told apart in it, as ``encode`` does. Raises UserError as ``encode`` does.
         """
-        variables = {
+        if self._foreseen and (text := self._foreseen.get((tuple(messages), answered))) is not None:
+            return text
+        return render(self.template, self._variables(messages, answered), self.name).text
+
+    def _variables(self, messages: Sequence[Message], answered: bool) -> dict[str, Any]:
+        return {
             **self.tokens,
             "messages": [message._asdict() for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": not answered,
         }
-        return render(self.template, variables, self.name).text
 
     def _renders(self, changed: Sequence[Message], text: str) -> bool:
         """Return whether the template makes ``text`` of a conversation."""
@@ -164,17 +198,24 @@ class ChatFormat:
 
     def check_roles(self, messages: Sequence[Message]) -> None:
         """Raise UserError if the template leaves out a message of a role that not every template knows."""
-        known = ("user", "assistant")
-        others = [(i, one) for i, one in enumerate(messages) if one.role not in known and one.content.strip()]
+        others = list(without_roles(messages))
         text = self.render(messages) if others else ""
-        for i, message in others:
-            changed = list(messages)
-            changed[i] = message._replace(content=f"{message.content}x")
+        for i, changed in others:
             if self._renders(changed, text):
                 raise UserError(
-                    f"message {i + 1}: expected a role that the chat template knows ({self.name}), found {message.role}, "
+                    f"message {i + 1}: expected a role that the chat template knows ({self.name}), found {messages[i].role}, "
                     "whose messages it leaves out; leave it out, or give another with --chat-template"
                 )
+
+
+def without_roles(messages: Sequence[Message]) -> Iterator[tuple[int, list[Message]]]:
+    """Yield the messages of roles that not every template knows, by their places, and a conversation with another one.
+
+    A template writes the same of both conversations if it leaves such a message out.
+    """
+    for i, message in enumerate(messages):
+        if message.role not in ("user", "assistant") and message.content.strip():
+            yield i, [*messages[:i], message._replace(content=f"{message.content}x"), *messages[i + 1 :]]
 
 
 def choose(tokenizer: Tokenizer, setup: ChatSetup, given: str, source: str) -> ChatFormat:

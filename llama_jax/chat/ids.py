@@ -17,27 +17,73 @@ from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 
 Render = Callable[[Sequence[Message]], str]
+Mark = Callable[[str, Mapping[str, str], tuple[str, ...]], str]
 # Stand-ins are taken from these characters, which Unicode leaves to private use.
 PRIVATE = range(0xF0000, 0xFFFFE)
 # The start and end of a special token in a text.
 Span = tuple[int, int]
 
 
-def encode_rendered(tokenizer: Tokenizer, render: Render, messages: Sequence[Message], start: int = 0) -> list[int]:
+class Growing:
+    """Encodes the texts of a conversation that grows, each from the last special token of the one before on.
+
+    A special token divides a text, so that the ids before it do not depend on what follows. Texts that begin otherwise
+    than the one before are encoded whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._divides = getattr(tokenizer, "divides", False)  # another kind of tokenizer may not say
+        self._begun, self._at, self._ids = "", 0, list[int]()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text in which special tokens are tokens."""
+        ids: list[int] = []
+        found = spans(text, tuple(self._tokenizer.specials)) if self._divides else []
+        if self._begun and text.startswith(self._begun) and (self._at, len(self._begun)) in found:
+            rest = self._tokenizer.encode(text[self._at :], bos=False, specials=True)
+            ids = self._ids + rest[1:] if rest[:1] == self._ids[-1:] else []
+        ids = ids or self._tokenizer.encode(text, bos=False, specials=True)
+        self._keep(text, found, ids)
+        return ids
+
+    def _keep(self, text: str, found: list[Span], ids: list[int]) -> None:
+        """Keep the ids up to the last special token of a text, if it stands there for sure."""
+        self._begun, self._at, self._ids = "", 0, []
+        specials = self._tokenizer.specials
+        names = [text[begin:end] for begin, end in found]
+        if (
+            not found
+            or self._tokenizer.is_text(last := specials[names[-1]])
+            or ids.count(last) != names.count(names[-1])
+        ):
+            return
+        place = len(ids) - ids[::-1].index(last)
+        self._begun, self._at, self._ids = text[: found[-1][1]], found[-1][0], ids[:place]
+
+
+def encode_rendered(
+    tokenizer: Tokenizer, render: Render, messages: Sequence[Message], start: int = 0, growing: Growing | None = None
+) -> list[int]:
     """Return the token ids of the text that ``render`` makes of ``messages``, from character ``start`` on.
 
-    No token begins before ``start``, even if the whole text has one there. Raises UserError if a template changes a
-    message in such a way that its text and a special token cannot be told apart.
+    No token begins before ``start``, even if the whole text has one there. ``growing``: what knows the beginning of the
+    conversation. Raises UserError if a template changes a message in such a way that its text and a special token
+    cannot be told apart.
     """
     text = render(messages)
     specials = tokenizer.specials
-    own = own_spans(text, render, messages, tuple(specials))
+    names_of_all = tuple(specials)
+    own = own_spans(text, render, messages, names_of_all)
+    every = spans(text, names_of_all)
+    if own == every and not start:  # all are the template's
+        return (growing or Growing(tokenizer)).encode(text)
     begins = start == 0 or any(end == start for _, end in own)
     own = [span for span in own if span[0] >= start]
     names = {text[begin:end] for begin, end in own}
     # Ordinary tokens that somebody has added are found in every text, but not those that the template writes itself.
     kept = {name for name, i in specials.items() if not tokenizer.is_text(i)} | names
-    typed = [text[begin:end] for begin, end in set(spans(text, tuple(specials))) - set(own)]
+    typed = [text[begin:end] for begin, end in set(every) - set(own)]
     if kept.isdisjoint(typed) and not start:
         return tokenizer.encode(text, bos=False, specials=True)
     ids: list[int] = []
@@ -61,13 +107,13 @@ def _cut(text: str, names: tuple[str, ...]) -> list[str]:
 def own_spans(text: str, render: Render, messages: Sequence[Message], specials: tuple[str, ...]) -> list[Span]:
     """Return where the special tokens stand in ``text`` that the template itself has written. Raises UserError."""
     found = spans(text, specials)
-    if not found or not any(_is_suspect(message.content, specials) for message in messages):
+    if not is_unsure(text, messages, specials):
         return found
     stand_ins = _stand_ins(text, messages, specials)
     sure = None  # the template's special tokens, as far as it writes the same with stand-ins
     for mark in (_mark_characters, _mark_tokens):
         try:
-            marked = render([m._replace(content=mark(m.content, stand_ins, specials)) for m in messages])
+            marked = render(_marked(messages, mark, stand_ins, specials))
         except UserError:  # a template that looks into its messages
             continue
         spelled = marked.translate({ord(new): old for old, new in stand_ins.items()})
@@ -82,6 +128,22 @@ def own_spans(text: str, render: Render, messages: Sequence[Message], specials: 
         f"messages: expected text without {_first_special(messages, specials)}, which is a special token of the model and "
         "which the chat template would not keep as text; leave it out"
     )
+
+
+def is_unsure(text: str, messages: Sequence[Message], specials: tuple[str, ...]) -> bool:
+    """Return whether a special token of a rendered text may come from a message."""
+    return any(_is_suspect(message.content, specials) for message in messages) and bool(spans(text, specials))
+
+
+def stood_in(text: str, messages: Sequence[Message], specials: tuple[str, ...]) -> list[Message]:
+    """Return the messages that ``own_spans`` renders first, if it is unsure of ``text``."""
+    return _marked(messages, _mark_characters, _stand_ins(text, messages, specials), specials)
+
+
+def _marked(
+    messages: Sequence[Message], mark: Mark, stand_ins: Mapping[str, str], specials: tuple[str, ...]
+) -> list[Message]:
+    return [m._replace(content=mark(m.content, stand_ins, specials)) for m in messages]
 
 
 def spans(text: str, specials: tuple[str, ...]) -> list[Span]:
@@ -103,7 +165,12 @@ def _is_suspect(content: str, specials: tuple[str, ...]) -> bool:
 def _is_inside(content: str, specials: tuple[str, ...]) -> bool:
     """Return whether a message is a part of a special token, which a template would write around it."""
     word = content.strip()
-    return bool(word) and any(word in special for special in specials)
+    return bool(word) and len(word) <= _longest(specials) and any(word in special for special in specials)
+
+
+@functools.lru_cache(4)
+def _longest(specials: tuple[str, ...]) -> int:
+    return max(map(len, specials), default=0)
 
 
 @functools.lru_cache(4)

@@ -3,7 +3,7 @@
 <s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST] {assistant} </s><s>[INST] {user} [/INST]
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from llama_jax.chat.messages import Message
 from llama_jax.errors import UserError
@@ -42,17 +42,18 @@ def encode_answered(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[i
     return _encode_pairs(tokenizer, turns)
 
 
-def encode_pairs(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield for each answer the token ids of its pair, and those that generation is fed for the user's turn of it.
+def texts_of_pairs(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Return for each answer the text of its pair, and the one that generation is fed for the user's turn of it.
 
-    Raises UserError as ``encode_answered`` does.
+    A pair is between BOS and EOS, and what is fed is behind BOS. Raises UserError as ``encode_answered`` does.
     """
     turns = _turns(messages)
     if not turns or len(turns) % 2:
         raise UserError("messages: expected the last one from the assistant, found another")
-    for user, answer in zip(turns[::2], turns[1::2], strict=True):
-        fed = tokenizer.encode(f"{INSTRUCTION} {user.content.strip()} {END_INSTRUCTION}", bos=True)
-        yield _encode_pairs(tokenizer, [user, answer]), fed
+    return [
+        (_pair(user, answer), f"{INSTRUCTION} {user.content.strip()} {END_INSTRUCTION}")
+        for user, answer in zip(turns[::2], turns[1::2], strict=True)
+    ]
 
 
 def _turns(messages: Sequence[Message]) -> list[Message]:
@@ -79,9 +80,12 @@ def _turns(messages: Sequence[Message]) -> list[Message]:
 def _encode_pairs(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
     ids: list[int] = []
     for user, answer in zip(turns[::2], turns[1::2], strict=True):
-        text = f"{INSTRUCTION} {user.content.strip()} {END_INSTRUCTION} {answer.content.strip()} "
-        ids += tokenizer.encode(text, bos=True, eos=True)
+        ids += tokenizer.encode(_pair(user, answer), bos=True, eos=True)
     return ids
+
+
+def _pair(user: Message, answer: Message) -> str:
+    return f"{INSTRUCTION} {user.content.strip()} {END_INSTRUCTION} {answer.content.strip()} "
 
 
 def without_tags(text: str) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ START_SECONDS, ANSWER_SECONDS = 60.0, 6.0
 MOST_TEMPLATE = 200_000
 # A prompt may have this many characters, and this many for each that the template and the conversation have.
 MOST_TEXT, MOST_SHARE = 100_000, 8
+# Conversations that are rendered together have about this many characters.
+TOGETHER = 1 << 19
 # What a process needs of this one's environment to start: where its libraries are, and the time zone.
 ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "TZ", "SYSTEMROOT")
 
@@ -42,9 +45,7 @@ def render(template: str, variables: dict[str, Any], name: str) -> Rendered:
     """
     if len(template) > MOST_TEMPLATE:
         raise UserError(f"{name}: expected up to {MOST_TEMPLATE:,} characters of template, found {len(template):,}")
-    asked = {"template": template, "variables": variables}
-    most = MOST_TEXT + MOST_SHARE * len(json.dumps(asked))
-    answer = _PROCESS.ask(json.dumps(asked | {"most": most}), name)
+    (answer,) = _PROCESS.ask(_request(template, [json.dumps(variables)]), name)
     if "text" in answer:
         return Rendered(answer["text"], [(start, end) for start, end in answer["spans"]])
     # In the template's or in Python's words: shown in one line, whatever they are.
@@ -62,6 +63,33 @@ def render(template: str, variables: dict[str, Any], name: str) -> Rendered:
     )
 
 
+def render_many(template: str, conversations: Sequence[dict[str, Any]]) -> list[str | None]:
+    """Return the text of each conversation, which are given by their variables. It is much faster than one by one.
+
+    None: it failed, or others of those that were rendered together took too long. ``render`` says why.
+    """
+    texts: list[str | None] = []
+    waiting: list[str] = []
+    for i, variables in enumerate(conversations, 1):
+        waiting.append(json.dumps(variables))
+        if i < len(conversations) and sum(map(len, waiting)) < TOGETHER:
+            continue
+        try:
+            texts += [answer.get("text") for answer in _PROCESS.ask(_request(template, waiting), "")]
+        except UserError:
+            texts += [None] * len(waiting)
+        waiting = []
+    return texts
+
+
+def _request(template: str, conversations: Sequence[str]) -> str:
+    """Return a request to render a template with variables, which are JSON."""
+    source = json.dumps(template)
+    share = MOST_TEXT + MOST_SHARE * len(f'{{"template": {source}, "variables": }}')
+    each = (f'{{"variables": {one}, "most": {share + MOST_SHARE * len(one)}}}' for one in conversations)
+    return f'{{"template": {source}, "each": [{", ".join(each)}]}}'
+
+
 OTHER = "give another with --chat-template"
 _TOO_MUCH = "expected a chat template that writes a prompt at once, found that it takes too much {}; " + OTHER
 
@@ -74,8 +102,8 @@ class _Process:
         self._running: subprocess.Popen[bytes] | None = None
         self._owner = 0
 
-    def ask(self, request: str, name: str) -> dict[str, Any]:
-        """Return the answer to a request. Raises UserError if the process ends over it, or takes too long."""
+    def ask(self, request: str, name: str) -> list[dict[str, Any]]:
+        """Return the answers to a request. Raises UserError if the process ends over it, or takes too long."""
         with self._lock:
             running = self._started()
             deadline = time.monotonic() + ANSWER_SECONDS
@@ -87,8 +115,8 @@ class _Process:
                     self._stop()
         if line is None:
             raise UserError(f"{name}: {_TOO_MUCH.format('time')}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        answers: list[dict[str, Any]] = json.loads(line)
+        return answers
 
     def _started(self) -> "subprocess.Popen[bytes]":
         """Return the running process. A process that was forked from this one has its own."""

@@ -1,7 +1,8 @@
 """A program that renders chat templates, apart from the process that asked: a template may come from anybody.
 
-It is started by renderer.py, reads a JSON object a line from standard input ({"template", "variables", "most"}) and
-answers each with one ({"text", "spans"} or {"error", "kind"}). A template is rendered as transformers 5 does
+It is started by renderer.py, and reads a JSON object a line from standard input: {"template", "each"}, where each
+rendering has {"variables", "most"}. It answers with a list: {"text", "spans"} or {"error", "kind"} of each. A template
+is rendered as transformers 5 does
 (utils/chat_template_utils.py): in jinja2's immutable sandbox, with its settings, functions and tags. The sandbox hides
 Python's own objects and files. What it does not limit is limited here by the system: the memory, the seconds of each
 rendering, and that no file can be opened. It imports nothing of this package.
@@ -200,9 +201,12 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         with _limited():
-            answer = renderer.answer(json.loads(line))
-            text = json.dumps(answer)
-        print(text, flush=True)
+            asked = json.loads(line)
+        answers = []
+        for one in asked["each"]:
+            with _limited():
+                answers.append(json.dumps(renderer.answer({"template": asked["template"], **one})))
+        print(f"[{', '.join(answers)}]", flush=True)
 
 
 if __name__ == "__main__":

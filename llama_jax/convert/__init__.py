@@ -68,7 +68,8 @@ class ConvertArgs:
     """Path of the tokenizer: tokenizer.model, tokenizer.json, or a folder with them.
     Empty: the one next to the weights, else tokenizer.model in the folder above."""
     chat_template: str = ""
-    """Chat template to keep, instead of the input's own: a file, or llama2, llama3, chatml, zephyr or vicuna."""
+    """Chat template to keep, instead of the input's own: a file, or llama2, llama3, chatml, zephyr, vicuna,
+    plain or instruction."""
     max_seq_len: int = 0
     """Context length, in tokens. 0: use the input's value, else the family's: 4096, of LLaMA 3 8192, of 3.1 131072."""
     shards: int = 1

@@ -104,7 +104,7 @@ def _load_one(
     else:
         text = find_text(args, folder, begun)
         if talking is not None and is_chats(text):
-            data = _load_chats(args, text, folder, tokenizer_path, begun, began_with, talking)
+            data = _load_chats(args, text, folder, tokenizer_path, begun, began_with, talking, workers)
         elif talking is not None and talking.preferences:
             raise UserError(NOT_PREFERENCES.format("text", text.source))
         else:
@@ -184,6 +184,7 @@ def _load_chats(
     begun: bool,
     began_with: Origin | None,
     talking: Talking,
+    workers: int | None,
 ) -> Data:
     """Return the data of conversations; see ``load_data``."""
     known = _known(folder, begun, began_with)
@@ -205,7 +206,7 @@ def _load_chats(
     if begun and known is not None:
         settings = settings_of(args, chat, talking)
         _refuse(difference(known, replace(origin_of(text), chats=settings)))
-    tokens = encode_chats(args, text, tokenizer, chat, talking, folder)
+    tokens = encode_chats(args, text, tokenizer, chat, talking, folder, workers)
     if begun and known is not None:
         _refuse(difference(known, tokens.manifest.origin))
     return Data(tokens, tokenizer, text.source, notes=text.notes + chat.notes, chat=chat)

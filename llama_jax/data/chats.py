@@ -11,7 +11,7 @@ from llama_jax.data.corpus import Records
 from llama_jax.data.corpus_file import CorpusFile
 from llama_jax.data.held_out import hash_of, is_held_out
 from llama_jax.data.parts import EXAMPLES, SPLITS, Part, Unit
-from llama_jax.data.records import values_of
+from llama_jax.data.records import records_in, values_of
 from llama_jax.errors import UserError
 
 
@@ -22,6 +22,14 @@ class Found(NamedTuple):
     number: int
     split: str
     record: Conversation | Preference
+
+
+class Wrong(NamedTuple):
+    """A record of a file that cannot be read, and why."""
+
+    file: CorpusFile
+    number: int
+    fault: str
 
 
 class Chats(Records):
@@ -37,6 +45,14 @@ class Chats(Records):
 
         Raises UserError if a file is damaged, or if a record is wrong and none may be skipped.
         """
+        for found in self.found():
+            if isinstance(found, Wrong):
+                self.refuse(*found)
+            else:
+                yield found
+
+    def found(self) -> Iterator[Found | Wrong]:
+        """Yield the records in order, also those that are wrong. Raises UserError if a file is damaged."""
         for file in self.sources:
             for number, value, fault, replaced in values_of(file):
                 self.replaced += replaced
@@ -45,10 +61,16 @@ class Chats(Records):
                         raise UserError(fault)
                     record = parsed(value)
                 except UserError as error:
-                    self.refuse(file, number, str(error))
+                    yield Wrong(file, number, str(error))
                     continue
                 split = SPLITS[is_held_out(hash_of(_content(record)), self.train_size)]
                 yield Found(file, number, split, record)
+
+    def count(self) -> int | None:
+        """Return about how many records there are, or None if that is only known once they are read."""
+        counts = [records_in(file) for file in self.sources]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
 
     def refuse(self, file: CorpusFile, number: int, fault: str) -> None:
         """Count a record that is wrong. Raises UserError if none may be skipped."""

@@ -2,20 +2,23 @@
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from llama_jax.chat.examples import chat_example
 from llama_jax.chat.formats import ChatFormat, ChatSetup, choose, tokens_of
+from llama_jax.chat.messages import Message
 from llama_jax.chat.named import INSTRUCTION, NAMED, PLAIN
 from llama_jax.cli.progress import Progress
 from llama_jax.config import DataArgs
 from llama_jax.data.chat_records import INPUT, INPUT_HEADING, PREFERENCES, Conversation, Preference
-from llama_jax.data.chats import Chats, Found
+from llama_jax.data.chat_workers import Asked, Ids, Task, encode_tasks
+from llama_jax.data.chats import Chats, Found, Wrong
 from llama_jax.data.conversations import PAIRED, ChatTokens, counted_name, open_chats, runs_of
 from llama_jax.data.corpus import WithHeldOut
 from llama_jax.data.finding import Text
@@ -97,9 +100,11 @@ def encode_chats(
     chat_format: ChatFormat,
     talking: Talking,
     folder: Path,
+    workers: int | None = None,
 ) -> ChatTokens:
     """Return the conversations of ``text`` from ``folder`` if it holds exactly these, else newly encoded there.
 
+    ``workers``: the most processes that encode. None: one per core.
     Raises UserError if a record is wrong and none may be skipped, or if no conversation is left to train on.
     """
     settings, length = settings_of(args, chat_format, talking), talking.length
@@ -119,13 +124,10 @@ def encode_chats(
             for split in SPLITS
         }
         writers = {split: _Writer(dtype, *opened[split]) for split in SPLITS}
-        encoder = _Encoder(args, tokenizer, chat_format, length, writers, talking.preferences)
-        with Progress("conversations", None, "conversations") as progress:
-            for number, corpus in enumerate(corpora):
-                assert isinstance(corpus, Chats)
-                for found in corpus.conversations():
-                    encoder.add(corpus, found, "eval" if number else found.split)
-                    progress.update()
+        encoder = _Encoder(args, chat_format, length, writers, talking.preferences)
+        for number, corpus in enumerate(corpora):
+            assert isinstance(corpus, Chats)
+            encoder.add_all(corpus, "eval" if number else None, workers or os.cpu_count() or 1)
         encoder.check(text.source)
         sums = np.concatenate([writers[split].finish() for split in SPLITS])
         starts = np.concatenate([np.array(writers[split].starts, "<u8") for split in SPLITS])
@@ -180,19 +182,19 @@ class _Writer:
         self.starts: list[int] = []
         self.tokens = self.largest = 0
 
-    def add(self, ids: Sequence[int], counts: Sequence[int]) -> None:
+    def add(self, ids: np.ndarray, counts: np.ndarray) -> None:
         """Write a conversation."""
         self.starts.append(self.tokens)
         self.tokens += len(ids)
-        self.largest = max(self.largest, *ids)
-        raw = np.array(ids, self._dtype).tobytes()
+        self.largest = max(self.largest, int(ids.max()))
+        raw = ids.astype(self._dtype).tobytes()
         self._ids.write(raw)
         self._rest += raw
         if len(self._rest) >= BLOCK_BYTES:
             whole = len(self._rest) // BLOCK_BYTES * BLOCK_BYTES
             self._sums += checksums(self._rest[:whole])
             self._rest = self._rest[whole:]
-        bits = np.concatenate([self._bits, np.array(counts, np.uint8)])
+        bits = np.concatenate([self._bits, counts])
         whole = len(bits) // 8 * 8
         self._counted.write(np.packbits(bits[:whole], bitorder="little").tobytes())
         self._bits = bits[whole:]
@@ -208,7 +210,6 @@ class _Encoder:
     """Encodes records one by one, and counts what becomes of them."""
 
     args: DataArgs
-    tokenizer: Tokenizer
     chat_format: ChatFormat
     length: int
     writers: dict[str, _Writer]
@@ -222,13 +223,33 @@ class _Encoder:
     text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     longest: int = 0
 
-    def add(self, corpus: Chats, found: Found, split: str) -> None:
-        """Encode a record, and write it unless it is left out."""
-        try:
-            examples = self._pair(found) if self.preferences else [self._example(found)]
-        except UserError as error:
-            corpus.refuse(found.file, found.number, str(error))
-            return
+    def add_all(self, corpus: Chats, split: str | None, workers: int) -> None:
+        """Encode the records of a corpus, and write those that are not left out.
+
+        ``split`` is that of all. None: a hash decides.
+        """
+
+        def tasks() -> Iterator[Task[Found | Wrong]]:
+            for found in corpus.found():
+                yield Task(found, UserError(found.fault) if isinstance(found, Wrong) else self._asked(found))
+
+        total = corpus.count()
+        with Progress("conversations", total, "conversations") as progress:
+            began = time.monotonic()
+            for done, (found, encoded) in enumerate(encode_tasks(tasks(), self.chat_format, workers), 1):
+                if isinstance(encoded, UserError) or isinstance(found, Wrong):
+                    corpus.refuse(found.file, found.number, str(encoded))
+                else:
+                    self._add(found, encoded, split or found.split)
+                progress.note(f"{done / max(1e-9, time.monotonic() - began):,.0f}/s")
+                progress.update()
+
+    def _add(self, found: Found, encoded: list[Ids], split: str) -> None:
+        """Count a record, and write it unless it is left out."""
+        examples = self._of_pair(found, encoded) if isinstance(found.record, Preference) else encoded
+        kind = found.record.kind if isinstance(found.record, Conversation) else PREFERENCES
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        self.text_bytes[found.split] += self._bytes(found.record)
         longest = max(len(ids) for ids, _ in examples)
         self.longest = max(self.longest, longest)
         # All tokens but the last are inputs, of which a sequence has room for max_seq_len.
@@ -236,12 +257,12 @@ class _Encoder:
         if too_long and self.args.too_long == "drop":
             self.dropped[split] += 1
             return
-        examples = [(ids[: self.length + 1], counts[: self.length + 1]) for ids, counts in examples]
-        targets = [len(ids) - 1 if self.args.loss_on == "all" else sum(counts[1:]) for ids, counts in examples]
+        examples = [Ids(ids[: self.length + 1], counts[: self.length + 1]) for ids, counts in examples]
+        targets = [len(ids) - 1 if self.args.loss_on == "all" else int(counts[1:].sum()) for ids, counts in examples]
         if not all(targets):
             self.without_target[split] += 1
             return
-        if self.preferences and examples[0] == examples[1]:
+        if self.preferences and all(map(np.array_equal, *examples)):
             self.alike[split] += 1
             return
         self.cut[split] += too_long
@@ -249,44 +270,43 @@ class _Encoder:
         for ids, counts in examples:
             self.writers[split].add(ids, counts)
 
-    def _pair(self, found: Found) -> list[tuple[list[int], list[int]]]:
-        """Return the examples of a chosen and of a rejected answer. Answers within the prompt do not count."""
-        record = found.record
-        if not isinstance(record, Preference):
-            raise UserError(
+    def _asked(self, found: Found) -> Asked:
+        """Return the conversations of a record, or what is wrong with it."""
+        record, template = found.record, self.chat_format.template
+        if isinstance(record, Preference) != self.preferences:
+            return UserError(
                 f"expected a preference (prompt, chosen, rejected), of which train.objective dpo learns, found a record of {record.kind}"
+                if isinstance(record, Conversation)
+                else "expected a conversation, found a preference (prompt, chosen, rejected), of which --train.objective dpo learns"
             )
-        before = sum(message.role == "assistant" for message in record.prompt)
-        examples = []
-        for answer in (record.chosen, record.rejected):
-            ids, counts = chat_example(self.tokenizer, [*record.prompt, *answer], self.chat_format)
-            answers = [run for counted, run in runs_of(np.array(counts, bool)) if counted]
-            for run in answers[:before]:
-                counts[run] = [0] * (run.stop - run.start)
-            examples.append((ids, counts))
-        self.kinds[PREFERENCES] = self.kinds.get(PREFERENCES, 0) + 1
-        self.text_bytes[found.split] += sum(len(message.content.encode()) for part in record for message in part)
-        return examples
-
-    def _example(self, found: Found) -> tuple[list[int], list[int]]:
-        record = found.record
-        if not isinstance(record, Conversation):
-            raise UserError(
-                "expected a conversation, found a preference (prompt, chosen, rejected), of which --train.objective dpo learns"
-            )
-        template = self.chat_format.template
+        if isinstance(record, Preference):
+            return [[*record.prompt, *answer] for answer in (record.chosen, record.rejected)]
         if template in (PLAIN, INSTRUCTION) and not self.args.chat_template:
             wanted = LAYOUTS.get(record.kind)
             if wanted is None or NAMED[wanted].template != template:
-                raise UserError(
+                return UserError(
                     f"expected records of one kind, as the model has no chat template, found {record.kind}; choose a format for all with "
                     "--data.chat-template"
                 )
-        messages = record.written(INPUT_HEADING if template == INSTRUCTION else INPUT)
-        ids, counts = chat_example(self.tokenizer, messages, self.chat_format)
-        self.kinds[record.kind] = self.kinds.get(record.kind, 0) + 1
-        self.text_bytes[found.split] += sum(len(message.content.encode()) for message in messages)
-        return ids, counts
+        return [self._written(record)]
+
+    def _written(self, record: Conversation) -> list[Message]:
+        return record.written(INPUT_HEADING if self.chat_format.template == INSTRUCTION else INPUT)
+
+    def _bytes(self, record: Conversation | Preference) -> int:
+        """Return the size of a record's messages in UTF-8."""
+        parts = [self._written(record)] if isinstance(record, Conversation) else record
+        return sum(len(message.content.encode()) for part in parts for message in part)
+
+    def _of_pair(self, found: Found, encoded: list[Ids]) -> list[Ids]:
+        """Return the examples of a chosen and of a rejected answer. Answers within the prompt do not count."""
+        assert isinstance(found.record, Preference)
+        before = sum(message.role == "assistant" for message in found.record.prompt)
+        for _, counts in encoded:
+            answers = [run for counted, run in runs_of(counts.astype(bool)) if counted]
+            for run in answers[:before]:
+                counts[run] = 0
+        return encoded
 
     def check(self, source: str) -> None:
         """Raise UserError if nothing is left to train on."""

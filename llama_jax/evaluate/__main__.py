@@ -55,7 +55,7 @@ class Arguments:
     The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""
     chat_template: str = ""
     """With --tasks: how a record's "messages" are encoded: a file with a template in Jinja, or llama2, llama3, chatml,
-    zephyr, vicuna. Empty: the model's own."""
+    zephyr, vicuna, plain or instruction. Empty: the model's own."""
     output: str = ""
     """With --tasks: file for the JSON lines with per_item, which holds what the model says of each item."""
     make_suite: str = ""

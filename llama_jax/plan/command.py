@@ -22,6 +22,7 @@ from llama_jax.plan.search import Search, ranked, ratio, row_text
 from llama_jax.plan.settings import run_tokens, vocabulary, with_vocabulary
 from llama_jax.plan.tables import Rows
 from llama_jax.plan.topology import HOST_CHIPS, Topology
+from llama_jax.plan.tuning_data import with_masks
 from llama_jax.programs import named
 
 FITS, DOES_NOT_FIT = 0, 1
@@ -81,6 +82,9 @@ def run(request: Request) -> int:
     args, topology = request.args, request.topology
     found = vocabulary(request.config, "data.vocab_size" in request.stated)
     request = dataclasses.replace(request, config=with_vocabulary(request.config, int(found.value or 0)))
+    if not args.decode:
+        masked, notes = with_masks(request.config)
+        request = dataclasses.replace(request, config=masked, notes=request.notes + notes)
     request.config.check()
     console, before = Console(args.json), tables.model_rows(request.config, found)
     before += [("", note) for note in request.notes]

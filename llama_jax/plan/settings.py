@@ -10,6 +10,7 @@ from llama_jax.config import Config
 from llama_jax.data.manifest import TOKENIZER, read_manifest
 from llama_jax.data.mixture import folder_of
 from llama_jax.data.tokens import find_prepared
+from llama_jax.plan.tuning_data import epoch_of_chats, learns_from_chats
 from llama_jax.tokenizer import Tokenizer, kept_tokenizer
 
 # LLaMA 2's vocabulary.
@@ -55,6 +56,8 @@ def run_tokens(config: Config, given: float | None = None) -> Found:
         return Found(train.max_steps * a_step, f"train.max_steps, {train.max_steps:,}")
     from llama_jax.data.batches import windows_of  # imported here, because grain takes a second
 
+    if chats := _of_chats(config):
+        return chats
     found = [_prepared(config, name) for name in config.data.mixture or [config.data.filepath]]
     if None not in found:
         folders = [folder for folder, _ in filter(None, found)]
@@ -63,6 +66,25 @@ def run_tokens(config: Config, given: float | None = None) -> Found:
         steps = train.n_epochs * -(-rows // train.batch_size)
         return Found(steps * a_step, f"{train.n_epochs} epochs of {', '.join(map(str, folders))}, {steps:,} steps")
     return Found(None, "neither train.max_steps nor prepared tokens give the length of the run; set --tokens")
+
+
+def _of_chats(config: Config) -> Found | None:
+    """Return the tokens of a run on one file of conversations, which are encoded for it. None: it has none.
+
+    Raises UserError if training would refuse them.
+    """
+    train, length = config.train, config.model.max_seq_len
+    source = "" if config.data.mixture else learns_from_chats(config.data)
+    if not source:
+        return None
+    epoch = epoch_of_chats(config)
+    if epoch is None:
+        return Found(None, f"the tokenizer of {source} is not known; give --train.init-from, or set --tokens")
+    steps = train.n_epochs * -(-epoch.rows // train.batch_size)
+    return Found(
+        steps * train.batch_size * length,
+        f"{train.n_epochs} epochs of {source}, {epoch.conversations:,} conversations to train on, in {epoch.rows:,} sequences, {steps:,} steps",
+    )
 
 
 def _prepared(config: Config, name: str) -> tuple[Path, int] | None:

@@ -69,6 +69,8 @@ class Reader(Protocol):
     """The id of the token for unknown characters. -1: there is none."""
     specials: Mapping[str, int]
     """The ids of control tokens and added tokens by their texts."""
+    divides: bool
+    """Whether a special token always divides a text: it is found wherever its text stands, and takes no more."""
 
     @property
     def byte_ids(self) -> Sequence[int]:

@@ -51,6 +51,7 @@ class SentencePieceReader:
         self.unk_id: int = self._sp.unk_id()
         self.specials: Mapping[str, int] = {text: token.id for text, token in self._added.items()}
         self._hidden = {token.id for token in self._added.values() if token.special}
+        self.divides = not any(token.lstrip or token.rstrip or token.single_word for token in self._added.values())
         self.always = always = [token for token in self._added.values() if not token.special]
         # By whether special tokens are asked for.
         self._finders = {True: Finder(self._added.values()), False: Finder(always) if always else None}

@@ -63,6 +63,8 @@ class TableReader:
         self.byte_ids = self._bytes()
         self._no_text = {*self._hidden, self.unk_id, *self.byte_ids}
         always = [token for token in own if not token.special]
+        flags = ("lstrip", "rstrip", "single_word", "normalized")
+        self.divides = not any(token.get(flag) for token in self._table["added_tokens"] for flag in flags)
         # Whether a text that is cut at borders has the ids of the whole text.
         self.cuts_exactly = _cuts_exactly(self._table, self._pieces, always)
         self._marks = borders.find_marks(lambda text: self._encode([text]).ids.tolist(), MARKS) or borders.NO_MARKS

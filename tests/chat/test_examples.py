@@ -7,8 +7,9 @@ from typing import Any, ClassVar, cast
 import pytest
 import sentencepiece as spm
 
-from llama_jax.chat.examples import chat_example
+from llama_jax.chat.examples import chat_example, chat_examples
 from llama_jax.chat.formats import ChatFormat, tokens_of
+from llama_jax.chat.ids import Growing
 from llama_jax.chat.messages import Message
 from llama_jax.chat.named import LLAMA2, NAMED
 from llama_jax.errors import UserError
@@ -242,3 +243,32 @@ def test_the_plain_layout_is_the_text_and_what_follows_it(small_tokenizer: Token
     fed = small_tokenizer.encode("The owl\n")
     assert ids == [*small_tokenizer.encode("The owl\nlaughed."), small_tokenizer.eos_id] and ids[: len(fed)] == fed
     assert counts == [0] * len(fed) + [1] * (len(ids) - len(fed))
+
+
+@pytest.mark.parametrize("specials", [CHATML, LLAMA3, ("</s>", "<s>", "<s><s>", "a")])
+def test_a_text_that_grows_has_the_ids_that_it_has_whole(specials: Sequence[str], small_tokenizer: Tokenizer) -> None:
+    rng = random.Random(3)
+    for tokenizer in (cast(Tokenizer, Vocabulary(specials)), small_tokenizer):
+        pieces = [*tokenizer.specials, *LETTERS, "owl ", "\n", "<s", "s>"]
+        for _ in range(150):
+            growing, text = Growing(tokenizer), ""
+            for _ in range(5):
+                text = text[: rng.randrange(len(text) // 2, len(text) + 1)] if rng.random() < 0.3 else text
+                text += "".join(rng.choices(pieces, k=rng.randrange(6)))
+                assert growing.encode(text) == tokenizer.encode(text, bos=False, specials=True)
+
+
+def test_conversations_are_encoded_together_as_one_by_one(small_tokenizer: Tokenizer) -> None:
+    rng = random.Random(4)
+    many = [conversation(rng, ["<s>", "</s>", "[INST]"]) for _ in range(60)]
+    many.insert(7, [Message("user", "no answer")])
+    for name in ("llama2", "zephyr"):
+        chat = ChatFormat(small_tokenizer, NAMED[name].template, name, tokens_of(small_tokenizer))
+        together = chat_examples(chat, many)
+        assert any(isinstance(one, UserError) for one in together)
+        for messages, found in zip(many, together, strict=True):
+            alone = ChatFormat(small_tokenizer, NAMED[name].template, name, tokens_of(small_tokenizer))
+            try:
+                assert chat_example(small_tokenizer, messages, alone) == found
+            except UserError as error:
+                assert str(error) == str(found)

@@ -37,6 +37,8 @@ class Vocabulary:
     def piece(self, token_id: int) -> str:
         return self._table.id_to_token(token_id)
 
+    divides = True
+
     def is_text(self, token_id: int) -> bool:
         return token_id in self._ordinary or token_id not in self.specials.values()
 

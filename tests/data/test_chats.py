@@ -15,7 +15,7 @@ from llama_jax.chat.formats import ChatFormat, ChatSetup, tokens_of
 from llama_jax.chat.messages import Message
 from llama_jax.chat.named import LLAMA2, NAMED
 from llama_jax.config import DataArgs
-from llama_jax.data import Data, Talking, load_data, open_data
+from llama_jax.data import Data, Talking, chat_workers, load_data, open_data
 from llama_jax.data.batches import PackedBatch, eval_batches, train_batches
 from llama_jax.data.chat_records import Conversation, Preference, parsed
 from llama_jax.data.chat_summary import chat_rows, marked
@@ -218,6 +218,49 @@ def test_all_conversations_are_there_as_training_sees_them(
         Talking(ChatSetup(), "", 512),
     )
     assert stored(streams(other)[0]) == stored(train)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["llama2", "zephyr"])
+def test_the_tokens_are_the_same_for_any_number_of_processes(
+    chats: Path, tmp_path: Path, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    def written(name: str, workers: int) -> dict[str, bytes]:
+        args = DataArgs(str(chats), tokenizer_model_path=str(small_tokenizer.model_path), chat_template=form)
+        folder = tmp_path / name
+        folder.mkdir()
+        talking = Talking(ChatSetup(has_none=True), "the model", LENGTH)
+        load_data(args, folder / "tokens", folder / "tokenizer.model", workers, talking=talking)
+        return {path.name: path.read_bytes() for path in (folder / "tokens").iterdir()}
+
+    one = written("one", 1)
+    monkeypatch.setattr(chat_workers, "TOGETHER", 7)
+    monkeypatch.setattr(chat_workers, "WORTH_PROCESSES", 7)
+    monkeypatch.setattr(chat_workers.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert written("three", 3) == one
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_first_record_that_is_wrong_is_named_whichever_process_finds_it(
+    tmp_path: Path, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(chat_workers, "TOGETHER", 2)
+    monkeypatch.setattr(chat_workers, "WORTH_PROCESSES", 2)
+    monkeypatch.setattr(chat_workers.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    tagged = {"messages": [{"role": "user", "content": "[INST]"}, ANSWER._asdict()]}
+    records: list[Any] = [*[RECORDS["messages"]] * 9, tagged, {"messages": []}, *[RECORDS["messages"]] * 9]
+    args = DataArgs(
+        write(tmp_path / "a.jsonl", records),
+        tokenizer_model_path=str(small_tokenizer.model_path),
+        chat_template="llama2",
+    )
+    talking = Talking(ChatSetup(has_none=True), "the model", LENGTH)
+    with pytest.raises(UserError, match=r"a\.jsonl: line 10: message 1: expected text without \[INST\]"):
+        load_data(args, tmp_path / "tokens", tmp_path / "tokenizer.model", workers, talking=talking)
+    skipping = replace(args, bad_records="skip")
+    data = load_data(skipping, tmp_path / "tokens", tmp_path / "tokenizer.model", workers, talking=talking)
+    assert isinstance(data, Data)
+    assert data.tokens.manifest.skipped_records == 2
+    assert [example.split(": ")[1] for example in data.tokens.manifest.skipped_examples] == ["line 10", "line 11"]
 
 
 def test_an_epoch_reads_every_conversation_once_and_only_answers_count(

@@ -583,7 +583,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
 def test_json_lines_without_texts_are_refused_and_taken_as_text_where_that_is_asked_for(tmp_path):
     (tmp_path / "a.txt").write_text('{"title": "The fox went.", "author": "the owl"}\n' * 100)
     line = told(tmp_path, "--filepath", "a.txt", "--output", "out", "--vocab-size", "300", status=2)
-    assert "found JSON lines with the fields title, author: a.txt" in line and "with --as-text" in line
+    assert "the fields title, author from line 1 on: a.txt" in line and "with --as-text" in line
     assert "--text-field" in line and not (tmp_path / "out").exists()
     told(tmp_path, "--filepath", "a.txt", "--output", "out", "--vocab-size", "300", "--as-text")
     with pytest.raises(UserError, match=r"--data\.as-text"):

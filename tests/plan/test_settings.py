@@ -1,5 +1,8 @@
 """The vocabulary and the length of a run that plan takes, and what counts of a command line."""
 
+import contextlib
+import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +13,9 @@ from llama_jax.data.tokens import open_tokens
 from llama_jax.errors import UserError
 from llama_jax.plan.arguments import Request, read_request
 from llama_jax.plan.settings import run_tokens, vocabulary
+from llama_jax.plan.tuning_data import with_masks
 from llama_jax.tokenizer import Tokenizer
+from llama_jax.training import loop
 from tests import forked
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -75,6 +80,44 @@ def test_epochs_are_counted_in_prepared_tokens_or_not_at_all(prepared: Path) -> 
     assert run_tokens(config).value == 3 * -(-windows // 2) * 2 * 16
     value, why = run_tokens(replace(config, data=DataArgs()))
     assert value is None and "--tokens" in why
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    turns = [
+        [{"role": "user", "content": "Who? " * (i % 5)}, {"role": "assistant", "content": "I. " * (i % 7)}]
+        for i in range(90)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    return path
+
+
+def test_conversations_are_planned_with_document_masks_and_that_is_told(chats: Path, prepared: Path) -> None:
+    config, notes = with_masks(request("--data.filepath", str(chats)).config)
+    assert config.data.document_mask and str(chats) in notes[0] and "document masks" in notes[0]
+    assert with_masks(config) == (config, [])
+    assert with_masks(request("--data.chats", "40").config)[0].data.document_mask
+    for other in (str(prepared), str(prepared / "nowhere.jsonl"), str(chats.with_suffix(".txt"))):
+        plain = request("--data.filepath", other).config
+        assert with_masks(plain) == (plain, [])
+
+
+def test_epochs_of_conversations_are_as_many_steps_as_training_takes(
+    chats: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_plot", lambda *_: None)
+    data = DataArgs(str(chats), tokenizer_model_path=str(prepared / "tokenizer.model"), chat_template="llama2")
+    train = TrainArgs(batch_size=2, n_epochs=2, eval_interval=100, save_dir=str(tmp_path / "run"))
+    config = Config(ModelArgs(dim=16, n_layers=1, n_heads=2, multiple_of=16, max_seq_len=64), data, train)
+    value, source = run_tokens(config)
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = loop.train(config)
+    steps = json.loads(run.metrics_path.read_text().splitlines()[-1])["step"]
+    assert value == steps * 2 * 64 and f"{steps} steps" in source
+    unknown = replace(config, data=replace(data, tokenizer_model_path=""))
+    assert run_tokens(unknown).value is None and "--train.init-from" in run_tokens(unknown).source
+    assert run_tokens(unknown, 5e6).value == 5e6
 
 
 def test_epochs_of_a_flag_beat_steps_of_a_file() -> None:

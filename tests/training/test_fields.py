@@ -108,6 +108,8 @@ CHANGED: dict[str, dict[str, Any]] = {
         "moments": "int8",
     },
 }  # fmt: skip
+# Values that change the numbers of a run on conversations.
+OF_CHATS: dict[str, str] = {"chat_template": "other.jinja", "loss_on": "all", "too_long": "drop"}
 # What the optimizer alone reads, and what that changes: test_step.py.
 OPTIMIZER = set(test_step.PERTURBED) - {"max_steps"}
 # Values that change the program and not what it computes.
@@ -127,7 +129,7 @@ def test_every_field_is_covered() -> None:
     # tests/data/test_prepare.py, tests/data/test_corpus.py, tests/training/test_mixtures.py
     read_at_all = {"as_text", "text_field", "bad_records", "mixture"}
     read_at_all |= {"cache_gb"}  # tests/data/test_remote.py
-    read_at_all |= {"chat_template", "loss_on", "too_long"}  # tests/training/test_chats.py
+    read_at_all |= set(OF_CHATS)
     read_at_all |= {"chats"}  # tests/training/test_built_in_chats.py
     assert fields["data"] == set(CHANGED["data"]) | read_at_all
     assert fields["train"] == set(CHANGED["train"]) | OPTIMIZER | set(SAME_NUMBERS) | ELSEWHERE
@@ -173,6 +175,29 @@ def test_a_changed_field_changes_the_run(section: str, field: str, folder: Path,
     if field != "save_dir":
         assert found | {"folder": ""} != compared | {"folder": ""}
     assert (found["folder"] == str(folder / "elsewhere")) == (field == "save_dir")
+
+
+@pytest.fixture(scope="module")
+def chats(folder: Path, base: dict[str, Any]) -> dict[str, Any]:
+    """Data of a run on conversations, some of which are longer than the context."""
+    texts = [("the " * (1 + i % 4), "on a mat " * (1 + i % 3)) for i in range(60)]
+    (folder / "other.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}!{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    lines = (json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in texts)
+    (folder / "chats.jsonl").write_text("\n".join(lines))
+    tokenizer = str(folder / "base" / "tokenizer.model")
+    data = {"filepath": str(folder / "chats.jsonl"), "tokenizer_model_path": tokenizer, "chat_template": "plain"}
+    return {"data": data, "found": outcome(folder, "chats", "data", **data)}
+
+
+@pytest.mark.parametrize("field", OF_CHATS)
+def test_a_changed_field_of_conversations_changes_the_numbers(field: str, folder: Path, chats: dict[str, Any]) -> None:
+    value = str(folder / OF_CHATS[field]) if field == "chat_template" else OF_CHATS[field]
+    found = outcome(folder, f"chats {field}", "data", **chats["data"] | {field: value})
+    losses = [[r["train_loss"] for r in each["records"]] for each in (found, chats["found"])]
+    assert losses[0] != losses[1]
+    assert outcome(folder, "chats again", "data", **chats["data"])["records"] == chats["found"]["records"]
 
 
 def test_the_optimizer_and_its_rates_are_made_of_the_runs_settings(folder: Path) -> None:
