@@ -128,7 +128,7 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(
 def test_a_signal_while_a_sample_is_made_saves_what_was_not(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def draw(run: loop.Run, params: Any) -> int:
+    def draw(run: loop.Run, params: Any, step: int) -> int:
         interrupt()
         return run.stop_asked()
 
