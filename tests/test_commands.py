@@ -136,6 +136,8 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
     make_corpora(place, stored)
     pairs = [{"prompt": f"{i}", "chosen": "A", "rejected": "B"} for i in range(30)]
     (place / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "A"}] for i in range(30)]
+    (place / "chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
     (place / "conversation.json").write_text('[{"role": "user", "content": "Hi"}]')
     (place / "prompts.jsonl").write_text('{"prompt": "The fox"}\n{"prompt": "The owl", "stop": ["."], "n": 3}\n')
     commands = documented_commands()
