@@ -17,7 +17,7 @@ from llama_jax.plan.hlo import Program
 from tests.plan import ENVIRONMENT, needs_libtpu
 
 ROOT = Path(__file__).parents[2]
-MODEL = ModelArgs(dim=512, n_layers=4, n_heads=4, vocab_size=1024, multiple_of=256, max_seq_len=384)
+MODEL = ModelArgs(dim=512, n_layers=4, n_heads=4, vocab_size=1024, multiple_of=256, max_seq_len=640)
 MATRICES = {(512, 512), (512, 1536), (1536, 512), (512, 1024)}  # inputs and outputs of the layers', and of the output's
 CONFIG = Config(MODEL, train=TrainArgs(batch_size=4, remat="attention", max_steps=10), mesh=MeshArgs(1, -1))
 
@@ -61,21 +61,17 @@ def test_no_dequantized_matrix_is_kept_from_one_loop_or_turn_to_another(
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "topology", "room"), [("llama2-7b", "v5e:1x1", 9.0), ("llama2-13b", "v5e:1x1", 15.75)]
-)
-def test_a_model_in_int4_is_tuned_on_one_chip_of_16_gb(tmp_path: Path, name: str, topology: str, room: float) -> None:
-    remat = {"llama2-7b": "attention", "llama2-13b": "full"}[name]
+def test_7b_in_int4_is_tuned_on_one_chip_of_16_gb() -> None:
     done = subprocess.run(
         [
-            sys.executable, "-m", "llama_jax.plan", "--config", name, "--topology", topology, "--mesh.fsdp", "1", "--json",
-            "--model.max-seq-len", "2048", "--train.batch-size", "1", "--train.gradient-accumulation-steps", "1",
-            "--train.remat", remat, "--lora.rank", "16", "--lora.base-weights", "int4", "--output", "", "--advice", "0",
+            sys.executable, "-m", "llama_jax.plan", "--config", "llama2-7b", "--topology", "v5e:1x1", "--mesh.fsdp", "1",
+            "--json", "--model.max-seq-len", "2048", "--train.batch-size", "1", "--train.gradient-accumulation-steps", "1",
+            "--lora.rank", "16", "--lora.base-weights", "int4", "--output", "", "--advice", "0",
         ],
         capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=1200,
     )  # fmt: skip
     found = json.loads(done.stdout)
-    assert found["fits"] and found["bytes_per_device"] < room * 2**30
+    assert found["fits"] and found["bytes_per_device"] < 9 * 2**30
 
 
 def test_the_estimate_knows_adapters_and_quantized_bases() -> None:
