@@ -125,9 +125,19 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
         )
         result = forked.run(argv, place)
         assert result.returncode == 0, result.stderr
+    chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "A"}] for i in range(30)]
+    (place / "chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
     if of_each == "all":
-        adapters = ["--train.init-from", "checkpoints/llama-2-7b", "--lora.rank", "4", "--train.save-dir", "runs/tuned"]
-        result = forked.run(["train.py", "--data.filepath", "my.txt", *SHORT_RUN, *adapters], place)
+        # The base of Meta's chat model here has the parameters of the other one, whose adapter it therefore is, too.
+        adapters = [
+            "--train.init-from",
+            "checkpoints/llama-2-7b-chat",
+            "--lora.rank",
+            "4",
+            "--train.save-dir",
+            "runs/tuned",
+        ]
+        result = forked.run(["train.py", "--data.filepath", "chats.jsonl", *SHORT_RUN, *adapters], place)
         assert result.returncode == 0, result.stderr
     (place / "stories" / "model.bin").rename(place / "stories15M.bin")
     (place / "code").mkdir(exist_ok=True)
@@ -136,8 +146,6 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
     make_corpora(place, stored)
     pairs = [{"prompt": f"{i}", "chosen": "A", "rejected": "B"} for i in range(30)]
     (place / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "A"}] for i in range(30)]
-    (place / "chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
     (place / "conversation.json").write_text('[{"role": "user", "content": "Hi"}]')
     (place / "prompts.jsonl").write_text('{"prompt": "The fox"}\n{"prompt": "The owl", "stop": ["."], "n": 3}\n')
     commands = documented_commands()
@@ -160,8 +168,8 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
             argv += [*SHORT_RUN, "--train.max-steps=3"]  # with one evaluation
             argv += ["--train.gradient-accumulation-steps", "1"]
             argv += [] if "--data.mixture" in argv or tunes else ["--train.save-dir", f"documented/{i}"]  # others go on
-            # runs/tuned, as it is made above, has a smaller rank and no template.
-            argv += ["--lora.rank", "4", "--data.chat-template", "llama2"] if "--train.objective" in argv else []
+            # runs/tuned, as it is made above, has a smaller rank.
+            argv += ["--lora.rank", "4"] if "--train.objective" in argv else []
             argv += ["--train.profile-steps", "2-3"] if "--train.profile-steps" in argv else []
             if "--data.tokenizer-model-path" not in argv and not {"tokens", "--data.mixture"} & {*argv} and not tunes:
                 argv += STORIES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import Checkpoint
-from llama_jax.checkpoint.identity import identity
+from llama_jax.checkpoint.identity import digest_of_parameters
 from llama_jax.config import ModelArgs, Weights
 from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs
@@ -102,7 +102,7 @@ class WholeModel:
 
 def digest_of(base: Checkpoint) -> str:
     """Return the digest of a base's parameters, from the table of checksums. It takes no time."""
-    return identity(base.folder, ("params",))
+    return digest_of_parameters(base.folder)
 
 
 def base_of_adapter(tuned: Checkpoint, remedy: str) -> Checkpoint:

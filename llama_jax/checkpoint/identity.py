@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from llama_jax.compat.orbax_internals import COMMITTED
 from llama_jax.storage import checksums
 from llama_jax.storage.locations import children, user_errors
 
@@ -14,17 +15,26 @@ PARTS = ("model", "params")
 ENDS, MOST_READ = 1 << 16, 256
 
 
-def identity(folder: Path, parts: tuple[str, ...] = PARTS) -> str:
+def identity(folder: Path) -> str:
     """Return a digest of the checkpoint in ``folder``, from its checksums or else its files' names, sizes and ends.
-
-    parts: the items that make the digest. ("params",) leaves out the tokenizer and the model arguments.
 
     If values differ, compressed arrays differ throughout, so their ends distinguish two trainings or steps.
     """
     with user_errors(folder, "read"):
         if (table := folder / checksums.NAME).exists():
-            return _digest(_of_table(table, parts))
-        return _digest(_of_files(folder, parts))
+            return _digest(_of_table(table, PARTS))
+        return _digest(_of_files(folder, PARTS))
+
+
+def digest_of_parameters(folder: Path) -> str:
+    """Return a digest of the parameters in ``folder``, as ``identity`` does of the whole checkpoint.
+
+    It leaves out the time at which they were written, so that another conversion of the same model has the same digest.
+    """
+    with user_errors(folder, "read"):
+        if (table := folder / checksums.NAME).exists():
+            return _digest(_of_table(table, ("params",), COMMITTED))
+        return _digest(_of_files(folder, ("params",), COMMITTED))
 
 
 def _digest(parts: Iterator[bytes]) -> str:
@@ -34,13 +44,14 @@ def _digest(parts: Iterator[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _of_table(table: Path, parts: tuple[str, ...]) -> Iterator[bytes]:
+def _of_table(table: Path, parts: tuple[str, ...], without: str = "") -> Iterator[bytes]:
     rows = json.loads(table.read_bytes())["files"]
-    yield json.dumps({name: row for name, row in rows.items() if name.split("/")[0] in parts}, sort_keys=True).encode()
+    kept = {k: row for k, row in rows.items() if k.split("/")[0] in parts and k.split("/")[-1] != without}
+    yield json.dumps(kept, sort_keys=True).encode()
 
 
-def _of_files(folder: Path, parts: tuple[str, ...]) -> Iterator[bytes]:
-    files = [path for part in parts for path in _files_in(folder / part)]
+def _of_files(folder: Path, parts: tuple[str, ...], without: str = "") -> Iterator[bytes]:
+    files = [path for part in parts for path in _files_in(folder / part) if path.name != without]
     read = set(files[:: -(-len(files) // MOST_READ) or 1])
     for path in files:
         with path.open("rb") as file:

@@ -16,6 +16,7 @@ import pytest
 import llama_jax
 from llama_jax.adapters import joined
 from llama_jax.checkpoint import Checkpoint
+from llama_jax.checkpoint.adapted import digest_of
 from llama_jax.config import Config, DataArgs, ModelArgs, SampleArgs, TrainArgs
 from llama_jax.convert import ConvertArgs, convert
 from llama_jax.convert.checkpoint_source import OwnSource, write_own
@@ -328,3 +329,12 @@ def test_the_context_is_that_of_the_base_after_tuning_on_shorter_sequences(root:
     train(root / "short", args=short, max_steps=1)
     assert Checkpoint.find(root / "short").args.max_seq_len == 8
     assert llama_jax.load(root / "short").args.max_seq_len == MODEL.max_seq_len == 16
+
+
+def test_another_conversion_of_the_same_base_is_the_base_of_its_adapters(root: Path, tmp_path: Path) -> None:
+    digests = set()
+    for name in ("first", "second"):
+        convert(ConvertArgs(input=str(root / "base"), output=str(tmp_path / name)))
+        digests.add(digest_of(Checkpoint.find(tmp_path / name)))
+    convert(ConvertArgs(input=str(root / "base"), output=str(tmp_path / "other"), weights="int8"))
+    assert len(digests) == 1 and digest_of(Checkpoint.find(tmp_path / "other")) not in digests
