@@ -334,3 +334,11 @@ def save_checkpoint(
         with ocp.Checkpointer(handlers) as checkpointer:
             checkpointer.save(folder.absolute(), args=args)
         checksums.write_checksums(folder)
+
+
+def save_within(folder: Path, *args: Any, **kwargs: Any) -> None:
+    """Write what ``save_checkpoint`` does, with its arguments, into a folder that may hold arrays already."""
+    save_checkpoint(folder / "checkpoint", *args, **kwargs)
+    for path in (folder / "checkpoint").iterdir():
+        path.rename(folder / path.name)
+    (folder / "checkpoint").rmdir()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from llama_jax.checkpoint import Checkpoint, save_checkpoint
+from llama_jax.checkpoint import Checkpoint, save_within
 from llama_jax.checkpoint.stored_array import ArrayOnDisk, create_array
 from llama_jax.config import ModelArgs, Weights
 from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, from_ours, tensors_of, tile, to_ours
@@ -91,10 +91,7 @@ def write_own(source: Source, folder: Path, read_blocks: ReadBlocks, weights: We
             writing.popleft().result()
     for write in writing:
         write.result()
-    save_checkpoint(folder / "checkpoint", tree, source.args, source.tokenizer, weights, source.chat)
-    for path in (folder / "checkpoint").iterdir():
-        path.rename(folder / path.name)
-    (folder / "checkpoint").rmdir()
+    save_within(folder, tree, source.args, source.tokenizer, weights, source.chat)
 
 
 def parts(source: Source, weights: Weights) -> Iterator[Part]:

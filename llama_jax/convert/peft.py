@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.adapters import PLACES, check_targets, sides
-from llama_jax.checkpoint import Checkpoint, save_checkpoint
+from llama_jax.checkpoint import Checkpoint, save_within
 from llama_jax.checkpoint.adapted import digest_of
 from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.config import ModelArgs
@@ -140,10 +140,7 @@ def save_adapter(folder: Path, base: Checkpoint, lora: LoraArgs, tree: dict[str,
     """Write an adapter as a checkpoint of this project, which knows its base."""
     record = AdapterRecord(str(absolute(base.folder)), digest_of(base), lora)
     tree = jax.tree.map(jnp.asarray, tree)
-    save_checkpoint(folder / "checkpoint", tree, base.args, base.tokenizer, chat=base.chat, adapter=record)
-    for path in (folder / "checkpoint").iterdir():
-        path.rename(folder / path.name)
-    (folder / "checkpoint").rmdir()
+    save_within(folder, tree, base.args, base.tokenizer, chat=base.chat, adapter=record)
 
 
 def factors_of(adapter: Checkpoint, name: Target, layer: int) -> tuple[np.ndarray, np.ndarray]:

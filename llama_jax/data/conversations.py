@@ -6,7 +6,7 @@ which says whether the token counts: counted-train.bin and counted-eval.bin, the
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -116,18 +116,25 @@ class Conversations:
     def row(self, length: int, sequence: int) -> PackedRow | PairRow:
         """Return a sequence of ``length`` positions. What no conversation fills is padding, a segment of its own."""
         row = padding(length)
+        at = self._fill(row, self.members(length, sequence))
+        if self.all_count:
+            row.weights[:at] = 1
+        row.positions[at:] = np.arange(length - at)
+        return row
+
+    def _fill(self, row: PackedRow | PairRow, numbers: Sequence[int]) -> int:
+        """Write conversations to the beginning of a sequence, then padding. Return where the padding begins."""
         at = 0
-        for segment, number in enumerate(self.members(length, sequence)):
+        for segment, number in enumerate(numbers):
             ids, counted = self.conversation(number)
             end = at + len(ids) - 1
             row.inputs[at:end], row.targets[at:end] = ids[:-1], ids[1:]
-            row.weights[at:end] = 1 if self.all_count else counted[1:]
+            row.weights[at:end] = counted[1:]
             row.segments[at:end] = segment
             row.positions[at:end] = np.arange(end - at)
             at = end
-        row.segments[at:] = segment + 1
-        row.positions[at:] = np.arange(length - at)
-        return row
+        row.segments[at:] = len(numbers)
+        return at
 
 
 def _with_members(packing: Packing) -> tuple[Packing, np.ndarray, np.ndarray]:
@@ -185,16 +192,9 @@ class Pairs(Conversations):
     def row(self, length: int, sequence: int) -> PairRow:
         """Return a sequence of pairs. Tokens of chosen answers have the weight 1, those of rejected ones -1."""
         row = self.padding(length)
-        members, at = self.members(length, sequence), 0
-        for segment, number in enumerate(side for pair in members for side in (2 * pair, 2 * pair + 1)):
-            ids, counted = self.conversation(number)
-            end = at + len(ids) - 1
-            row.inputs[at:end], row.targets[at:end] = ids[:-1], ids[1:]
-            row.weights[at:end] = counted[1:] * (-1.0 if segment % 2 else 1.0)
-            row.segments[at:end] = segment
-            row.positions[at:end] = np.arange(end - at)
-            at = end
-        row.segments[at:] = 2 * len(members)
+        pairs = self.members(length, sequence)
+        at = self._fill(row, [side for pair in pairs for side in (2 * pair, 2 * pair + 1)])
+        row.weights[:at] *= np.where(row.segments[:at] % 2, -1, 1)
         row.positions[at:] = np.arange(len(row.positions) - at) % length
         return row if self.reference is None else row._replace(reference=self.reference[sequence])
 

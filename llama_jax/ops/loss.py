@@ -116,8 +116,7 @@ def log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Return -log softmax(logits)[targets] in nats: float32 [..., V] and int [...] -> float32 [...]."""
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    return -log_likelihood(logits, targets)
 
 
 def _with_gradient(logits: jax.Array, y: jax.Array, w: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

@@ -6,13 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
 from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.devices.memory import bytes_of
 from llama_jax.devices.sharding import parameter_shapes
-from llama_jax.generation.serving import stacked_shapes
 from llama_jax.model import Llama
+from llama_jax.training.adapting import Adapting
 from llama_jax.training.pieces import narrow_shapes
 from llama_jax.training.step import make_optimizer
 
@@ -54,8 +53,7 @@ def adapter_bytes(config: Config) -> dict[str, int]:
     Raises UserError if the rank is too large for a matrix.
     """
     module = Llama(config.model, jnp.dtype(config.train.compute_dtype))
-    adapters = 16 * count_adapter(config.model, config.lora)
-    return {"base": bytes_of(stacked_shapes(module, config.lora.base_weights)), "adapters": adapters}
+    return Adapting.of(config).bytes_of_state(module)
 
 
 def activation_bytes(config: Config) -> float:

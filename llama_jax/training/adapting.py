@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import optax
 
-from llama_jax.adapters import adapter_shapes, joined, row_keys
+from llama_jax.adapters import adapter_shapes, count_adapter, joined, row_keys
 from llama_jax.config import Config, ModelArgs, Weights
+from llama_jax.devices.memory import bytes_of
 from llama_jax.devices.sharding import with_shardings
 from llama_jax.generation.serving import generation_shardings, stacked_shapes
 from llama_jax.lora_args import LoraArgs
@@ -43,6 +44,11 @@ class Adapting:
         """Return the shapes of the frozen base, with their shardings. Plain matrices have the model's dtype."""
         shapes = stacked_shapes(model, self.weights)
         return with_shardings(shapes, generation_shardings(shapes, mesh))
+
+    def bytes_of_state(self, model: Llama) -> dict[str, int]:
+        """Return the bytes, over all devices, of the base, and of the adapters with their gradients and moments."""
+        base = bytes_of(stacked_shapes(model, self.weights))
+        return {"base": base, "adapters": 16 * count_adapter(model.args, self.lora)}
 
     def whole(self, args: ModelArgs, base: Any, adapter: Any) -> Any:
         """Return the parameters of the adapted model, without dropout."""

@@ -140,7 +140,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
         module = tuning.adapting.suited(module)
     optimizer = make_optimizer(config.train, settled.steps, settled.held_lr)
     if not known:
-        announce_needs(config, mesh, None if tuning is None else tuning.bytes_of_state(module))
+        announce_needs(config, mesh, None if tuning is None else tuning.adapting.bytes_of_state(module))
     chat = chat_of(opened, base, data)
     encoded = encode_tasks(tasks, config.model, data, module, chat)
     log.announce(settled, data, mesh, module, opened, tuning)

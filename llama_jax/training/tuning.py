@@ -10,10 +10,8 @@ from llama_jax.checkpoint import Checkpoint
 from llama_jax.checkpoint.adapted import WholeModel, check_base, digest_of
 from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.config import Config, Weights
-from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError
 from llama_jax.generation.loading import load_frozen
-from llama_jax.generation.serving import stacked_shapes
 from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
 from llama_jax.storage.locations import absolute
@@ -58,16 +56,11 @@ class Tuning:
         """Load the frozen base onto the mesh."""
         return load_frozen(self.base, module, mesh, self.adapting.weights)
 
-    def bytes_of_state(self, module: Llama) -> dict[str, int]:
-        """Return the bytes of the base, and of the adapters with their gradients and moments."""
-        base = bytes_of(stacked_shapes(module, self.adapting.weights))
-        return {"base": base, "adapters": 16 * count_adapter(module.args, self.adapting.lora)}
-
     def rows(self, module: Llama) -> list[tuple[str, str]]:
         """Return what a run prints about its adapters and their base."""
         lora, weights = self.adapting.lora, self.adapting.weights
         form = f"matrices in {weights}" if weights != "auto" else f"in {module.dtype.name}"
-        size = bytes_of(stacked_shapes(module, weights)) / 1e6
+        size = self.adapting.bytes_of_state(module)["base"] / 1e6
         context, length = self.base.args.max_seq_len, module.args.max_seq_len
         kept = f"; its context of {context:,} stays, beyond the {length:,} of training" if length < context else ""
         return [
