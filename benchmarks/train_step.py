@@ -181,9 +181,9 @@ def random_base(module: Llama, mesh: jax.sharding.Mesh, adapting: Adapting) -> A
     shapes = adapting.base_shapes(module, mesh)
 
     def make(shape: jax.ShapeDtypeStruct) -> jax.Array:
-        values = np.random.default_rng(0).normal(0, 0.02, shape.shape)
-        integers = jax.numpy.issubdtype(shape.dtype, jax.numpy.integer)
-        return jax.device_put((100 * values if integers else values).astype(shape.dtype), shape.sharding)
+        values = np.random.default_rng(0).standard_normal(shape.shape, np.float32)
+        values *= 2 if jax.numpy.issubdtype(shape.dtype, jax.numpy.integer) else 0.02
+        return jax.device_put(values.astype(shape.dtype), shape.sharding)
 
     return jax.tree.map(make, shapes)
 

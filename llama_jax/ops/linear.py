@@ -207,6 +207,9 @@ def _backward(equation: str, saved: tuple[jax.Array, jax.Array], dy: jax.Array) 
     dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, w)
     if x.size <= dy.size:
         dw = jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy)
+    elif len(w_axes) == 2:
+        # Asked for [outputs, inputs], the operands keep this order.
+        dw = jnp.einsum(f"{y_axes},{x_axes}->{w_axes[::-1]}", dy, x).T
     else:
         dw = jnp.einsum(f"{y_axes},{x_axes}->{w_axes}", dy, x)
     return dx.astype(x.dtype), dw.astype(w.dtype)
