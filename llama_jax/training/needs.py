@@ -15,7 +15,7 @@ from llama_jax.devices.compiling import platform_of
 from llama_jax.devices.memory import memory_of
 from llama_jax.devices.sharding import check_divisible
 from llama_jax.errors import UserError
-from llama_jax.training.account import OF_STATE, activation_bytes, adapter_bytes, rows_of, state_bytes
+from llama_jax.training.account import OF_STATE, adapter_bytes, rows_of, state_bytes, working_bytes
 
 # The ways to hold the whole model, from the first to try to the smallest.
 SMALLER: tuple[dict[str, Any], ...] = (
@@ -63,7 +63,7 @@ def need_of(config: Config, held: dict[str, int] | None = None) -> Need:
     """
     shards = config.mesh.fsdp * config.mesh.tensor
     parts = state_bytes(config.model, config.train) if held is None else held
-    return Need({name: size / shards for name, size in parts.items()}, activation_bytes(config))
+    return Need({name: size / shards for name, size in parts.items()}, working_bytes(config))
 
 
 def announce_needs(config: Config, mesh: jax.sharding.Mesh, held: dict[str, int] | None = None) -> None:
