@@ -117,7 +117,7 @@ def _frozen_bytes(m: ModelArgs, weights: Weights, size: int) -> float:
 
 
 def training_seconds(config: Config, topology: Topology) -> float:
-    """Estimate the seconds of a step: FLOPs with recomputation (or gathers, if longer), sums over other axes, update."""
+    """Estimate the seconds of a step: FLOPs with recomputation (or gathers, if longer), sums over other axes, Muon."""
     m, mesh, train, chip = config.model, config.mesh, config.train, topology.chip
     rows, parameters = rows_of(config), count_parameters(m)
     tokens = rows * m.max_seq_len / mesh.sequence

@@ -129,6 +129,9 @@ def _ways(config: Config, held: dict[str, int] | None) -> Iterator[tuple[str, fl
     spread = dataclasses.replace(mesh, data=1, fsdp=mesh.fsdp * mesh.data)
     layouts = [mesh, spread] if config.model.dim % spread.fsdp == 0 else [mesh]
     states = ({}, *SMALLER) if held is None else ({},)
+    # Muon goes with none of these.
+    adamw = {name: getattr(TrainArgs(), name) for name in ("optimizer", "muon_momentum")}
+    states = tuple(adamw | state if state and train.optimizer == "muon" else state for state in states)
     for layout, state, rest in itertools.product(dict.fromkeys(layouts), states, ({}, least)):
         changed = dataclasses.replace(train, **state | rest)
         flags = [*_flags("mesh", mesh, layout), *_flags("train", train, changed)]
@@ -138,7 +141,7 @@ def _ways(config: Config, held: dict[str, int] | None) -> Iterator[tuple[str, fl
                 yield " ".join(flags), need_of(dataclasses.replace(config, mesh=layout, train=changed), held).all
     if train.init_from and config.lora.base_weights != "int4":
         lora = dataclasses.replace(config.lora, rank=config.lora.rank or RANK, base_weights="int4")
-        changed = dataclasses.replace(train, **{name: getattr(TrainArgs(), name) for name in OF_STATE}, **least)
+        changed = dataclasses.replace(train, **{name: getattr(TrainArgs(), name) for name in OF_STATE} | adamw | least)
         flags = [*_flags("lora", config.lora, lora), *_flags("train", train, changed)]
         adapted = dataclasses.replace(config, train=changed, lora=lora)
         yield " ".join(flags), need_of(adapted, adapter_bytes(adapted)).all
