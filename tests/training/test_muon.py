@@ -171,6 +171,11 @@ def updates_of(optimizer: Any, steps: int = 3, **extra: Any) -> Any:
 EXTRA: dict[str, Any] = {"loss": jnp.ones(()), "grad_norm": jnp.ones(())}
 
 
+@functools.cache
+def muons() -> Named:
+    return named(updates_of(make_optimizer(ARGS, 20), **EXTRA))
+
+
 def test_updates_are_those_of_optaxs_muon() -> None:
     args = dataclasses.replace(ARGS, grad_clip=0.0, weight_decay=0.0)
     axes = {"wq": ((1,), (2, 3)), "wk": ((1,), (2, 3)), "wv": ((1,), (2, 3)), "wo": ((1, 2), (3,))}
@@ -194,10 +199,9 @@ def test_updates_are_those_of_optaxs_muon() -> None:
 
 
 def test_all_else_takes_exactly_the_update_of_adamw() -> None:
-    ours = named(updates_of(make_optimizer(ARGS, 20), **EXTRA))
     plain = dataclasses.replace(ARGS, optimizer="adamw", muon_momentum=0.95)
     adamw = named(updates_of(make_optimizer(plain, 20), **EXTRA))
-    for path, update in ours.items():
+    for path, update in muons().items():
         assert np.array_equal(update, adamw[path]) != is_muons(path), path
 
 
@@ -256,11 +260,9 @@ def test_accumulation_equals_the_whole_batch() -> None:
 
 
 def test_the_momentum_counts() -> None:
-    ours, other = (
-        updates_of(make_optimizer(a, 20), **EXTRA) for a in (ARGS, dataclasses.replace(ARGS, muon_momentum=0.5))
-    )
-    for path, update in named(ours).items():
-        assert np.array_equal(update, named(other)[path]) != is_muons(path)
+    other = named(updates_of(make_optimizer(dataclasses.replace(ARGS, muon_momentum=0.5), 20), **EXTRA))
+    for path, update in muons().items():
+        assert np.array_equal(update, other[path]) != is_muons(path), path
 
 
 def test_a_skipped_step_changes_neither_parameters_nor_momentum() -> None:
