@@ -45,7 +45,7 @@ Cache = Literal["auto", "int8"]
 BadSteps = Literal["stop", "skip", "count"]
 ParamDType = Literal["float32", "bfloat16"]
 Rounding = Literal["stochastic", "compensated"]
-Optimizer = Literal["adamw", "adafactor"]
+Optimizer = Literal["adamw", "muon", "adafactor"]
 Moments = Literal["float32", "bfloat16", "int8"]
 ObjectiveName = Literal["next-token", "dpo"]
 
@@ -200,8 +200,11 @@ class TrainArgs:
     compensated: to the nearest, keeping the error for the next step (Kahan), for 2 more bytes a parameter."""
     optimizer: Optimizer = "adamw"
     """adamw: a first and a second moment of each gradient.
+    muon: a first moment, orthogonalised, for the matrices of the layers, and AdamW for all else. One rate serves both.
     adafactor: no first moment, and of the second only its means over rows and columns, with hardly any memory.
     It uses neither beta1 nor beta2 nor eps."""
+    muon_momentum: float = 0.95
+    """Muon's momentum, the decay rate of the gradient's running mean."""
     moments: Moments = "float32"
     """Data type in which AdamW keeps its moments. int8: a scale for each block of 128."""
     eval_interval: int = 100
@@ -268,7 +271,7 @@ class TrainArgs:
         counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps")
         intervals = ("eval_interval", "log_interval", "save_interval", "keep")
         natural = dict.fromkeys(("warmup_steps", "eval_iters", "keep_every", "resume_step"), (0, LARGEST))
-        shares = dict.fromkeys(("beta1", "beta2"), (0.0, BELOW_1)) | {
+        shares = dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0.0, BELOW_1)) | {
             "min_lr_ratio": (0.0, 1.0),
             "seed": (0, 2**32 - 1),
         }
@@ -299,12 +302,21 @@ class TrainArgs:
             "train.param_dtype bfloat16, which alone is rounded",
             f"{self.rounding} beside float32",
         )
-        has_moments = self.optimizer == "adamw" or self.moments == "float32"
+        has_moments = self.optimizer != "adafactor" or self.moments == "float32"
         expect(
             has_moments,
             "train.moments",
             "none beside train.optimizer adafactor, which keeps no such moments",
             self.moments,
+        )
+        for name in ("moments", "param_dtype") if self.optimizer == "muon" else ():
+            found = getattr(self, name)
+            expect(found == "float32", f"train.{name}", "float32 beside train.optimizer muon", f"{found}; leave it out")
+        expect(
+            self.optimizer == "muon" or self.muon_momentum == TrainArgs.muon_momentum,
+            "train.muon_momentum",
+            "train.optimizer muon beside it",
+            f"train.optimizer {self.optimizer}",
         )
 
 

@@ -13,8 +13,8 @@ from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
 from llama_jax.config import Config, MeshArgs, ModelArgs, Remat, Weights
 from llama_jax.plan.topology import Topology
-from llama_jax.training.account import activation_bytes, rows_of, state_bytes
-from llama_jax.training.flops import train_flops_per_token
+from llama_jax.training.account import rows_of, state_bytes, working_bytes
+from llama_jax.training.flops import train_flops_per_token, update_flops
 
 POLICIES: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 TENSOR = (1, 2, 4, 8)
@@ -107,7 +107,7 @@ def training_bytes(config: Config) -> float:
         state = copies * count_adapter(m, config.lora) + _frozen_bytes(m, config.lora.base_weights, size)
     else:
         state = sum(state_bytes(m, train).values())
-    return state / (mesh.fsdp * mesh.tensor) + activation_bytes(config)
+    return state / (mesh.fsdp * mesh.tensor) + working_bytes(config)
 
 
 def _frozen_bytes(m: ModelArgs, weights: Weights, size: int) -> float:
@@ -117,7 +117,7 @@ def _frozen_bytes(m: ModelArgs, weights: Weights, size: int) -> float:
 
 
 def training_seconds(config: Config, topology: Topology) -> float:
-    """Estimate the seconds of a step: FLOPs with recomputation (or gathers, if longer) and sums over other axes."""
+    """Estimate the seconds of a step: FLOPs with recomputation (or gathers, if longer), sums over other axes, Muon."""
     m, mesh, train, chip = config.model, config.mesh, config.train, topology.chip
     rows, parameters = rows_of(config), count_parameters(m)
     tokens = rows * m.max_seq_len / mesh.sequence
@@ -141,7 +141,8 @@ def training_seconds(config: Config, topology: Topology) -> float:
             gathers += 4 * 2 * exchanged
         else:
             across += 2 * 4 * exchanged
-    return train.gradient_accumulation_steps * (max(compute, gathers) + sums) + across
+    update = update_flops(m, train) / topology.chips / chip.peak_flops
+    return train.gradient_accumulation_steps * (max(compute, gathers) + sums) + across + update
 
 
 def divisors(n: int) -> Iterable[int]:

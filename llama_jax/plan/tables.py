@@ -16,7 +16,7 @@ from llama_jax.plan.advice import Advice
 from llama_jax.plan.cost import BETWEEN_SLICES, KERNEL_EFFICIENCY
 from llama_jax.plan.settings import Found
 from llama_jax.plan.topology import Topology
-from llama_jax.training.flops import train_flops_per_token
+from llama_jax.training.flops import step_flops
 
 Rows = list[tuple[str, str]]
 
@@ -26,7 +26,7 @@ def summary(plan: Plan, length: Found) -> dict[str, Any]:
 
     ``length`` is the number of tokens of the whole run.
     """
-    flops = plan.tokens * train_flops_per_token(plan.config.model, plan.config.lora)
+    flops = step_flops(plan.config, plan.tokens)
     chips, chip = plan.chips, plan.topology.chip
     found = {
         "fits": plan.fits,
@@ -44,6 +44,7 @@ def summary(plan: Plan, length: Found) -> dict[str, Any]:
         "topology": plan.topology.name,
         "attention": plan.kernel,
         "remat": plan.config.train.remat,
+        "optimizer": plan.config.train.optimizer,
         "document_mask": plan.config.data.document_mask,
         "lora": dataclasses.asdict(plan.config.lora) if plan.config.lora.rank else None,
         **_common(plan),
@@ -144,6 +145,7 @@ def training_text(plan: Plan, length: Found) -> str:
     """Return the text that ``plan`` prints of a training step."""
     train, model = plan.config.train, plan.config.model
     mask = ", with document masks" if plan.config.data.document_mask else ""
+    by = "" if train.optimizer == "adamw" else f", optimizer: {train.optimizer}"
     lora = plan.config.lora
     held = plan.dtype if lora.base_weights == "auto" else lora.base_weights
     adapters = (
@@ -153,7 +155,7 @@ def training_text(plan: Plan, length: Found) -> str:
         ("slice", f"{plan.topology.name}, {chips_text(plan.chips)}, mesh: {describe(plan.mesh)}"),
         (
             "program",
-            f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}{mask}; compiled in {duration(plan.compile_seconds)}",
+            f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}{mask}{by}; compiled in {duration(plan.compile_seconds)}",
         ),
         *adapters,
         *_memory(plan),

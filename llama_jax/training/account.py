@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from llama_jax.devices.memory import bytes_of
 from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.model import Llama
 from llama_jax.training.adapting import Adapting
+from llama_jax.training.muon import at_once, matrix_sizes
 from llama_jax.training.pieces import narrow_shapes
 from llama_jax.training.step import make_optimizer
 
@@ -75,6 +77,26 @@ def activation_bytes(config: Config) -> float:
     # Beside a frozen output matrix, its copy for the products; of one that is trained, also the gradient.
     vocabulary = (2 * size if config.lora.rank else 8) * m.vocab_size * m.dim / t
     return m.n_layers * tokens * size * kept + working + vocabulary
+
+
+def update_bytes(config: Config) -> float:
+    """Estimate the bytes per device of an update besides the state: 0 of AdamW.
+
+    Muon holds the matrices of one shape twice, each device its share of them, and four more of those at work. Padding
+    fills the last share. The mesh of ``config`` has no -1.
+    """
+    if config.train.optimizer != "muon":
+        return 0.0
+    m, mesh = config.model, config.mesh
+    size = 4 if config.train.compute_dtype == "float32" else 2
+    devices, sizes = mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence, matrix_sizes(m)
+    shares = {one: math.ceil(m.n_layers * sizes.count(one) / devices) for one in sizes}
+    return max(size * math.prod(one) * (2 * share + 4 * at_once(one, share)) for one, share in shares.items())
+
+
+def working_bytes(config: Config) -> float:
+    """Estimate the bytes per device besides the state and gradients: of the passes or of the update after them."""
+    return max(activation_bytes(config), update_bytes(config))
 
 
 def rows_of(config: Config) -> int:

@@ -12,7 +12,7 @@ import jax
 
 from llama_jax.config import Config
 from llama_jax.devices.memory import memory_in_use
-from llama_jax.training.flops import peak_flops, train_flops_per_token
+from llama_jax.training.flops import peak_flops, step_flops
 from llama_jax.training.step import StepMetrics, learning_rate
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ class Recorder:
         self._tokens = config.train.batch_size * (positions or config.model.max_seq_len)
         self._devices, self._mesh = mesh.devices.size, mesh
         peak = peak_flops(mesh.devices.flat[0])
-        self._peak_rate = None if peak is None else peak / train_flops_per_token(config.model, config.lora)
+        self._peak_rate = None if peak is None else peak * self._tokens / step_flops(config, self._tokens)
         self._step = start
         self._before: dict[Activity, float] = dict.fromkeys(ACTIVITIES, 0.0)
 

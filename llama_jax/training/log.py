@@ -27,7 +27,8 @@ from llama_jax.model import Llama
 from llama_jax.ops.attention import choose_kernel
 from llama_jax.programs import typed
 from llama_jax.training.clock import Activity, Clock
-from llama_jax.training.flops import train_flops_per_token
+from llama_jax.training.flops import step_flops, update_flops
+from llama_jax.training.muon import matrix_sizes
 from llama_jax.training.opening import Opened
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.start import Settled
@@ -79,10 +80,11 @@ def announce(
         (
             "training",
             f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
-            f"{train_flops_per_token(model, config.lora) * tokens * steps / 1e12:,.1f} TFLOP",
+            f"{step_flops(config, tokens) * steps / 1e12:,.1f} TFLOP",
         ),
         *objective_rows(train, opened),
         ("rate", rate_text(train, steps, settled.held_lr)),
+        *([("optimizer", muon_text(config, tokens))] if train.optimizer == "muon" else []),
         (
             "devices",
             f"{len(mesh.devices.flat)} x {device.device_kind}{processes}, mesh: {describe(dict(mesh.shape))}, "
@@ -196,6 +198,17 @@ def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:
     warmup = warmup_steps(train, steps)
     cut = f", not {train.warmup_steps:,}, as the run is short" if warmup != train.warmup_steps else ""
     return f"learning rate {train.lr:g} after a warm-up of {warmup:,} steps{cut}, then a cosine to {train.lr * train.min_lr_ratio:g}"
+
+
+def muon_text(config: Config, tokens: int) -> str:
+    """Describe what Muon updates, and what that costs in steps of this many tokens."""
+    model = config.model
+    share = update_flops(model, config.train) / step_flops(config, tokens)
+    numbers = model.n_layers * sum(m * n for m, n in matrix_sizes(model))
+    return (
+        f"Muon for the {model.n_layers * len(matrix_sizes(model)):,} matrices of the layers ({numbers:,} parameters), momentum "
+        f"{config.train.muon_momentum:g}, {percent(share)} of the FLOPs; AdamW for all else"
+    )
 
 
 def first_state_text(opened: Opened, base: WholeModel | None) -> str:

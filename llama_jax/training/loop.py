@@ -321,6 +321,7 @@ def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> No
         "store": real_name(run.folder.checkpoints),
         "host": socket.gethostname(),
         "text": run.opened.record.text,
+        "optimizer": run.config.train.optimizer,
     } | ({} if run.opened.targets is None else {TARGETS: run.opened.targets})
     record = None if run.tuning is None else run.tuning.record
     run.writer.save(

@@ -15,7 +15,7 @@ from llama_jax.devices.compiling import platform_of
 from llama_jax.devices.memory import memory_of
 from llama_jax.devices.sharding import check_divisible
 from llama_jax.errors import UserError
-from llama_jax.training.account import OF_STATE, activation_bytes, adapter_bytes, rows_of, state_bytes
+from llama_jax.training.account import OF_STATE, adapter_bytes, rows_of, state_bytes, working_bytes
 
 # The ways to hold the whole model, from the first to try to the smallest.
 SMALLER: tuple[dict[str, Any], ...] = (
@@ -63,7 +63,7 @@ def need_of(config: Config, held: dict[str, int] | None = None) -> Need:
     """
     shards = config.mesh.fsdp * config.mesh.tensor
     parts = state_bytes(config.model, config.train) if held is None else held
-    return Need({name: size / shards for name, size in parts.items()}, activation_bytes(config))
+    return Need({name: size / shards for name, size in parts.items()}, working_bytes(config))
 
 
 def announce_needs(config: Config, mesh: jax.sharding.Mesh, held: dict[str, int] | None = None) -> None:
@@ -129,6 +129,9 @@ def _ways(config: Config, held: dict[str, int] | None) -> Iterator[tuple[str, fl
     spread = dataclasses.replace(mesh, data=1, fsdp=mesh.fsdp * mesh.data)
     layouts = [mesh, spread] if config.model.dim % spread.fsdp == 0 else [mesh]
     states = ({}, *SMALLER) if held is None else ({},)
+    # Muon goes with none of these.
+    adamw = {name: getattr(TrainArgs(), name) for name in ("optimizer", "muon_momentum")}
+    states = tuple(adamw | state if state and train.optimizer == "muon" else state for state in states)
     for layout, state, rest in itertools.product(dict.fromkeys(layouts), states, ({}, least)):
         changed = dataclasses.replace(train, **state | rest)
         flags = [*_flags("mesh", mesh, layout), *_flags("train", train, changed)]
@@ -138,7 +141,7 @@ def _ways(config: Config, held: dict[str, int] | None) -> Iterator[tuple[str, fl
                 yield " ".join(flags), need_of(dataclasses.replace(config, mesh=layout, train=changed), held).all
     if train.init_from and config.lora.base_weights != "int4":
         lora = dataclasses.replace(config.lora, rank=config.lora.rank or RANK, base_weights="int4")
-        changed = dataclasses.replace(train, **{name: getattr(TrainArgs(), name) for name in OF_STATE}, **least)
+        changed = dataclasses.replace(train, **{name: getattr(TrainArgs(), name) for name in OF_STATE} | adamw | least)
         flags = [*_flags("lora", config.lora, lora), *_flags("train", train, changed)]
         adapted = dataclasses.replace(config, train=changed, lora=lora)
         yield " ".join(flags), need_of(adapted, adapter_bytes(adapted)).all

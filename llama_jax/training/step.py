@@ -31,6 +31,7 @@ from llama_jax.model import Llama
 from llama_jax.ops.loss import log_likelihoods
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.bad_steps import LossHistory, watched
+from llama_jax.training.muon import in_layers, not_in_layers, scale_by_muon
 from llama_jax.training.objective import Dpo, NextToken, Objective, Rewards
 from llama_jax.training.pieces import InPieces, is_small, matrices, narrow, narrow_shapes, state_shardings
 
@@ -87,13 +88,23 @@ def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> An
     """Return AdamW with gradient clipping, weight decay on all parameters but norm weights, and handling of bad steps.
 
     ``steps`` and ``held`` are those of ``learning_rate``. With settings that save memory, or Adafactor, the optimizer
-    works in pieces (pieces.py).
+    works in pieces (pieces.py). Muon takes AdamW's place for the matrices of the layers (muon.py).
     """
     schedule = learning_rate(args, steps, held)
     if is_small(args):
         return InPieces(args, schedule)
+    clip = optax.clip_by_global_norm(args.grad_clip) if args.grad_clip else optax.identity()
+    if args.optimizer == "muon":
+        muon = optax.chain(
+            clip,
+            optax.masked(scale_by_muon(args.muon_momentum, args.compute_dtype), in_layers),
+            optax.masked(optax.scale_by_adam(args.beta1, args.beta2, args.eps), not_in_layers),
+            optax.add_decayed_weights(args.weight_decay, matrices),
+            optax.scale_by_learning_rate(lambda count: schedule(count + 1)),
+        )
+        return watched(muon, args)
     adamw = optax.chain(
-        optax.clip_by_global_norm(args.grad_clip) if args.grad_clip else optax.identity(),
+        clip,
         optax.adamw(
             lambda count: schedule(count + 1),
             b1=args.beta1,
@@ -122,9 +133,19 @@ def state_shapes(model: Llama, optimizer: AnyOptimizer, mesh: Mesh, adapting: Ad
         return TrainState(params, with_shardings(opt_shapes, state_shardings(opt_shapes, params, mesh)))
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
     opt_shardings = optax.tree_map_params(
-        optimizer, lambda _, s: s, opt_shapes, shardings, transform_non_params=lambda _: replicated(mesh)
+        optimizer,
+        lambda shape, s: shape if _is_masked(shape) else s,
+        opt_shapes,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+        is_leaf=_is_masked,
     )
     return TrainState(with_shardings(shapes, shardings), with_shardings(opt_shapes, opt_shardings))
+
+
+def _is_masked(node: Any) -> bool:
+    """Return whether another part of the optimizer has the parameter of a node of the state."""
+    return isinstance(node, optax.MaskedNode)
 
 
 def shardings_of(shapes: Any) -> Any:

@@ -117,6 +117,7 @@ SAME_NUMBERS = {"gradient_accumulation_steps": 2, "remat": "full"}
 # A run that does not hang is the same under any watchdog: see test_watchdog.py.
 ELSEWHERE = {
     "watchdog_seconds", "attention", "checkpoint_dir",  # tests of their own
+    "muon_momentum",  # tests/training/test_muon.py
     "objective", "dpo_beta", "dpo_label_smoothing",  # tests/training/test_preferences.py
     "keep_every", "save_minutes", "eval_minutes", "resume_step", "hold_lr",  # tests/training/test_resuming.py
 }  # fmt: skip

@@ -24,7 +24,7 @@ TRAIN = TrainArgs(batch_size=64, compute_dtype="bfloat16")
 LEAN = {"param_dtype": "bfloat16", "moments": "int8", "remat": "full", "gradient_accumulation_steps": 64}
 MESH = make_mesh(MeshArgs(data=1), jax.devices()[:1])
 KINDS: list[dict[str, Any]] = [
-    {}, {"moments": "int8"}, {"optimizer": "adafactor"}, {"param_dtype": "bfloat16", "moments": "bfloat16"},
+    {}, {"moments": "int8"}, {"optimizer": "adafactor"}, {"optimizer": "muon"}, {"param_dtype": "bfloat16", "moments": "bfloat16"},
     {"param_dtype": "bfloat16", "rounding": "compensated"},
 ]  # fmt: skip
 
@@ -97,6 +97,17 @@ def test_what_is_proposed_fits_by_the_account(
         train = dataclasses.replace(TRAIN, **changed)
         mesh = MeshArgs(data=1, fsdp=config.mesh.fsdp)
         assert changed and need_of(Config(SEVEN, train=train, mesh=mesh)).all <= 0.9 * limit
+
+
+def test_where_muon_does_not_fit_other_optimizers_are_proposed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = dataclasses.replace(TRAIN, optimizer="muon", muon_momentum=0.9)
+    text = said(Config(SEVEN, train=train), 80e9, monkeypatch, capsys)
+    assert text.startswith("refused: memory: ") and "moments 28.0 (muon)" in text
+    first = text.partition("what would fit: ")[2].partition(" (about")[0]
+    assert "--train.optimizer adamw" in first and "--train.muon-momentum 0.95" in first
+    read_command([*shlex.split(first), "--train.batch-size=64", "--train.save-dir=x"])[0].check()
 
 
 def test_adapters_are_proposed_where_a_checkpoint_is_tuned(
