@@ -342,8 +342,8 @@ class TrainArgs:
         expect(not self.hold_lr, "train.hold_lr", f"none beside {step}, which decays the rate", "both; leave one out")
         last = self.max_steps
         expect(
-            last is not None or self.decay_fraction < 1, "train.max_steps",
-            f"the step at which the decay ends, beside {step} and train.decay_fraction 1", "none",
+            last is not None or self.decay_from <= (1 - self.decay_fraction) * LARGEST, "train.max_steps",
+            f"the step at which the decay ends, beside {step} and train.decay_fraction {self.decay_fraction:g}", "none",
         )  # fmt: skip
         expect(
             last is None or last > self.decay_from, "train.max_steps",

@@ -44,11 +44,11 @@ def check_can_decay(step: int, folder: RunFolder, record: RunRecord, stored: Con
         )
 
 
-def check_decay(stored: Config, before: int, now: Config, steps: int, start: int, saved: list[int]) -> None:
+def check_decay(stored: Config, before: int, now: Config, steps: int, start: int, store: Path) -> None:
     """Raise UserError if a run of wsd would go on from ``start`` by another decay than the one it has begun.
 
-    ``before`` and ``steps`` are the numbers of steps that the previous start and this one plan. ``saved`` are the steps
-    with a checkpoint. Where the rate is held, any step may follow.
+    ``before`` and ``steps`` are the numbers of steps that the previous start and this one plan. ``store`` holds the
+    checkpoints. Where the rate is held, any step may follow.
     """
     old, new = (decay_start(stored.train, before), before), (decay_start(now.train, steps), steps)
     stable = min(old[0], new[0])
@@ -56,7 +56,7 @@ def check_decay(stored: Config, before: int, now: Config, steps: int, start: int
         return
     name = next((name for name in MOVERS if getattr(stored.train, name) != getattr(now.train, name)), "max_steps")
     was, is_now = (getattr(config.train, name) for config in (stored, now))
-    before_it = [step for step in saved if now.train.warmup_steps <= step <= stable]
+    before_it = [step for step in steps_in(store) if now.train.warmup_steps <= step <= stable]
     back = "no checkpoint is from before it"
     if before_it:
         back = f"--train.resume-step {before_it[-1]} goes back to before it and sets the later checkpoints aside"

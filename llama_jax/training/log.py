@@ -229,12 +229,23 @@ def first_state_text(opened: Opened, base: WholeModel | None) -> str:
     return "making random parameters" if base is None else f"reading {base.folder}"
 
 
-def nothing_to_do_text(steps: int, stable_until: int | None = None) -> str:
+def decay_begins_text(settled: Settled, store: Path) -> str:
+    """Return a line for the step at which the rate of wsd begins to decay, after its checkpoint is saved."""
+    step = settled.stable_until
+    return (
+        f"step {step:,}: the rate decays from here to step {settled.steps:,}; to decay again from here (--train.decay-from {step}), or "
+        f"to go on at the stable rate, {store / str(step)} is kept"
+    )
+
+
+def nothing_to_do_text(settled: Settled) -> str:
     """Return what the start of a finished run prints."""
-    if stable_until is not None:
+    steps, step = settled.steps, settled.stable_until
+    if step is not None:
+        without = ", without --train.decay-from" if settled.config.train.decay_from else ""
         return (
             f"Run already complete: it has its {steps:,} steps. To go on at its stable rate, go back to where the decay began and "
-            f"raise the steps (--train.resume-step {stable_until} --train.max-steps {2 * steps}), or choose a new --train.save-dir"
+            f"raise the steps (--train.resume-step {step} --train.max-steps {2 * steps}{without}), or choose a new --train.save-dir"
         )
     return f"Run already complete: it has its {steps:,} steps. Raise --train.max-steps to go on, or choose a new --train.save-dir"
 

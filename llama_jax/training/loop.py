@@ -159,7 +159,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
         folder.write_best(writer.steps)
         owed = bool(from_main(evaluation_is_missing(opened, settled, data)))
         if start >= settled.steps and not owed:
-            print(log.nothing_to_do_text(settled.steps, settled.stable_until))
+            print(log.nothing_to_do_text(settled))
             _finish(run, start)
             return 0
         with working(log.first_state_text(opened, base), shown=is_main()):
@@ -269,6 +269,8 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                     with clock.spent_on("saving"), progress.busy(f"saving step {step:,}"):
                         _save(run, state, step, record.get("eval_loss"))
                     saved_at = step
+                if decays and not stop:
+                    log.say(log.decay_begins_text(run.settled, run.folder.checkpoints))
                 if evaluating and not stop:
                     with clock.spent_on("sample"), progress.busy("making a sample"):
                         stop = _draw(run, run.whole(state.params), step)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.chat.formats import ChatSetup
-from llama_jax.checkpoint import Checkpoint, steps_in
+from llama_jax.checkpoint import Checkpoint
 from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import working
 from llama_jax.config import Config, DataArgs, TrainArgs
@@ -107,12 +107,21 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
     )
     if not opened.start and config.train.hold_lr:
         raise UserError("train.hold_lr: expected a run to resume, found a new one; leave it out")
-    stored = opened.stored
-    if not opened.start or stored is None:
-        return settled
+    if opened.start and opened.stored is not None:
+        settled = _compared(settled, opened.stored, data, opened)
+    # The other processes do not know the previous start, and their steps have the same rates.
+    return replace(settled, held_lr=json.loads(text_from_main(json.dumps(settled.held_lr))))
+
+
+def _compared(settled: Settled, stored: Config, data: AnyData, opened: Opened) -> Settled:
+    """Return what is settled with all that follows from the settings of the previous start, ``stored``.
+
+    Raises UserError if the run cannot be resumed with it.
+    """
+    config, steps = settled.config, settled.steps
     found = changes(stored, config, opened.folder.path)
     before = steps_of_run(_resolve(stored, data), data)
-    check_decay(stored, before, config, steps, opened.start, steps_in(opened.checkpoint.parent))
+    check_decay(stored, before, config, steps, opened.start, opened.checkpoint.parent)
     held = _held_lr(config.train, stored.train, before, opened)
     lines = [str(change) for change in found]
     if stored.data.document_mask != config.data.document_mask:
