@@ -1,5 +1,6 @@
 """A run of wsd is continued at its stable rate, and decayed from any step of its stable phase, here or in another folder."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from llama_jax.checkpoint import steps_of
 from llama_jax.errors import UserError
 from llama_jax.training import start
+from tests import processes
 from tests.training.test_resuming import assert_same, content, records, refusal, train, undrawn  # noqa: F401
 
 # Eight steps, of which the last two decay: the stable phase ends at step 6.
@@ -158,3 +160,29 @@ def test_a_plan_whose_decay_would_have_begun_already_says_how_to_decay_from_here
     assert "found one from step 5 to 7" in line and "--train.decay-from 6" in line and "--train.resume-step 4" in line
     train(run, **WSD, max_steps=7, decay_from=6)
     assert [record["lr"] for record in records(run)][4:] == pytest.approx([1e-2, 1e-2, 1e-3])
+
+
+@pytest.mark.slow
+def test_two_processes_decay_and_hold_at_the_rates_of_one(tmp_path: Path) -> None:
+    """Each goes on from a copy of one stable run: it decays it in another folder, twice, and holds the rate of its last step."""
+
+    def flags(folder: Path, **changes: object) -> list[str]:
+        return processes.flags(train__schedule="wsd", train__save_dir=folder, **changes)
+
+    def job(count: int, *runs: list[str]) -> None:
+        argv = ["-m", "tests.devices.test_distributed", json.dumps(runs)]
+        for ended in processes.end(processes.start(argv, count, 2 // count)):
+            assert ended.status == 0, ended.err[-3000:]
+
+    job(1, flags(tmp_path / "stable", train__max_steps=10))
+    losses = []
+    for count in (1, 2):
+        shutil.copytree(tmp_path / "stable", stable := tmp_path / f"stable {count}")
+        into = {"train__decay_run": stable, "train__decay_from": 8, "mesh__data": 2, "train__save_interval": 2}
+        branch, held = tmp_path / f"branch {count}", {"train__max_steps": 14, "train__hold_lr": True, "mesh__data": 2}
+        decay, hold = flags(branch, **into, train__max_steps=12), [*flags(stable, **held)]
+        job(count, decay)
+        forget(branch, 12)
+        job(count, decay, [flag if flag != "--train.hold_lr=True" else "--train.hold-lr" for flag in hold])
+        losses.append([record["train_loss"] for folder in (branch, stable) for record in records(folder)])
+    assert len(losses[0]) == 12 + 14 and losses[0] == pytest.approx(losses[1], rel=1e-4)
