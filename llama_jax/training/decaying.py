@@ -96,7 +96,7 @@ def run_to_continue(train: TrainArgs, folder: RunFolder) -> tuple[RunFolder, Run
         )
     record, stored = source.read_record(), source.stored_config()
     check_can_decay(train.decay_from, source, record, stored, steps_in(source.checkpoints))
-    if is_kept(source.tokenizer_path) and not is_kept(folder.tokenizer_path):
+    if is_kept(source.tokenizer_path):
         keep_tokenizer(kept_tokenizer(source.tokenizer_path), folder.tokenizer_path)
     return source, dataclasses.replace(record, store="", saved=0, went_back_to=0), stored
 

@@ -54,7 +54,7 @@ def check_same(stored: Config, now: Config, folder: Path, section: str, field: s
     if old != new:
         raise UserError(
             f"{section}.{field}: expected {old!r}, with which the run in {folder} began, found {new!r}; "
-            f"choose another --train.save-dir, or delete {folder}"
+            f"give the same value, choose another --train.save-dir, or delete {folder}"
         )
 
 

@@ -127,7 +127,7 @@ def test_decays_that_cannot_be_are_refused_in_a_line_that_says_what_can(run: Pat
     for changes, words in (
         ({"decay_from": 8, "max_steps": 10}, ("a step up to 6", "found 8", "--train.decay-from 6")),
         ({"decay_from": 5}, ("a step of the stable phase with a checkpoint", "(2, 4, 6)", "found 5")),
-        ({"schedule": "cosine", "decay_fraction": 0.2}, ("train.schedule: expected 'wsd'", "found 'cosine'")),
+        ({"schedule": "cosine", "decay_fraction": 0.2}, ("train.schedule: expected 'wsd'", "found 'cosine'; give the same value")),
         ({"decay_from": 4, "decay_run": str(run)}, ("train.save_dir: expected a new folder", "leave --train.decay-run out")),
         ({"decay_from": 4, "decay_run": "nothing"}, ("train.save_dir: expected a new folder",)),
     ):  # fmt: skip
