@@ -46,6 +46,7 @@ BadSteps = Literal["stop", "skip", "count"]
 ParamDType = Literal["float32", "bfloat16"]
 Rounding = Literal["stochastic", "compensated"]
 Optimizer = Literal["adamw", "muon", "adafactor"]
+ScheduleName = Literal["cosine", "wsd", "linear"]
 Moments = Literal["float32", "bfloat16", "int8"]
 ObjectiveName = Literal["next-token", "dpo"]
 
@@ -157,8 +158,15 @@ class TrainArgs:
     """Share of the pairs that DPO takes to be labelled the wrong way round. 0: none, as in the paper."""
     lr: float = 3e-4
     """Peak learning rate."""
+    schedule: ScheduleName = "cosine"
+    """Learning rate after the warmup, down to min_lr_ratio x lr at the last step.
+    cosine: half a cosine.
+    wsd: lr (the stable phase), then a line in the last decay_fraction of the steps.
+    linear: a line."""
     min_lr_ratio: float = 0.1
-    """Final learning rate of the cosine schedule, as a share of lr."""
+    """Final learning rate of the schedule, as a share of lr. It may be 0."""
+    decay_fraction: float = 0.2
+    """Share of the run's steps in which wsd decays the learning rate, at the end."""
     warmup_steps: int = 100
     """Steps of linear warmup from 0 to lr."""
     n_epochs: int = 1
@@ -227,6 +235,12 @@ class TrainArgs:
     """Keep checkpoints at multiples of this step forever. 0: none."""
     resume_step: int = 0
     """Step to resume from. Later checkpoints and records are set aside. 0: the newest checkpoint."""
+    decay_from: int = 0
+    """Step of the stable phase of wsd from whose checkpoint to go on, decaying the learning rate from there on.
+    The decay ends at max_steps. None: where it makes up decay_fraction of all steps. 0: decay as planned."""
+    decay_run: str = ""
+    """Run folder with the checkpoint of decay_from, to be continued in save_dir. It stays as it is.
+    Empty: the run in save_dir goes back to decay_from itself, and its later checkpoints are set aside."""
     hold_lr: bool = False
     """Keep the learning rate of the last finished step on resume, and ignore the schedule."""
     save_dir: str = ""
@@ -270,9 +284,10 @@ class TrainArgs:
         """Raise UserError on impossible values."""
         counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps")
         intervals = ("eval_interval", "log_interval", "save_interval", "keep")
-        natural = dict.fromkeys(("warmup_steps", "eval_iters", "keep_every", "resume_step"), (0, LARGEST))
+        natural = dict.fromkeys(("warmup_steps", "eval_iters", "keep_every", "resume_step", "decay_from"), (0, LARGEST))
         shares = dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0.0, BELOW_1)) | {
             "min_lr_ratio": (0.0, 1.0),
+            "decay_fraction": (TINY, 1.0),
             "seed": (0, 2**32 - 1),
         }
         positive = {"lr": POSITIVE, "eps": POSITIVE, "weight_decay": (0.0, HUGE), "grad_clip": (0.0, HUGE)}
@@ -284,6 +299,7 @@ class TrainArgs:
             expect(
                 given == default, f"train.{name}", "train.objective dpo beside it", f"train.objective {self.objective}"
             )
+        self._check_schedule()
         no_spikes = self.spike_factor == 0 or self.spike_factor > 1
         expect(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)
         _ = self.profile_range
@@ -318,6 +334,33 @@ class TrainArgs:
             "train.optimizer muon beside it",
             f"train.optimizer {self.optimizer}",
         )
+
+    def _check_schedule(self) -> None:
+        """Raise UserError on settings of a decay that do not fit the schedule."""
+        for name in ("decay_fraction", "decay_from") if self.schedule != "wsd" else ():
+            given, default = getattr(self, name), getattr(TrainArgs, name)
+            expect(given == default, f"train.{name}", "train.schedule wsd beside it", f"train.schedule {self.schedule}")
+        if not self.decay_from:
+            expect(
+                not self.decay_run, "train.decay_run", "train.decay_from beside it, the step to continue from", "none"
+            )
+            return
+        step = f"train.decay_from {self.decay_from:,}"
+        expect(
+            self.decay_from >= self.warmup_steps, "train.decay_from",
+            f"a step of the stable phase, which begins after the {self.warmup_steps:,} of train.warmup_steps",
+            f"{self.decay_from:,}",
+        )  # fmt: skip
+        expect(not self.hold_lr, "train.hold_lr", f"none beside {step}, which decays the rate", "both; leave one out")
+        last = self.max_steps
+        expect(
+            last is not None or self.decay_from <= (1 - self.decay_fraction) * LARGEST, "train.max_steps",
+            f"the step at which the decay ends, beside {step} and train.decay_fraction {self.decay_fraction:g}", "none",
+        )  # fmt: skip
+        expect(
+            last is None or last > self.decay_from, "train.max_steps",
+            f"the step at which the decay ends, after {step}", f"{last}; give --train.max-steps",
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,11 @@ def run_tokens(config: Config, given: float | None = None) -> Found:
     a_step = train.batch_size * config.model.max_seq_len
     if train.max_steps is not None:
         return Found(train.max_steps * a_step, f"train.max_steps, {train.max_steps:,}")
+    if train.decay_from:
+        from llama_jax.training.rates import decay_end  # imported here, because optax takes a second
+
+        steps = decay_end(train)
+        return Found(steps * a_step, f"train.decay_from, {train.decay_from:,}, whose decay ends at step {steps:,}")
     from llama_jax.data.batches import windows_of  # imported here, because grain takes a second
 
     if chats := _of_chats(config):

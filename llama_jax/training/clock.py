@@ -13,7 +13,8 @@ import jax
 from llama_jax.config import Config
 from llama_jax.devices.memory import memory_in_use
 from llama_jax.training.flops import peak_flops, step_flops
-from llama_jax.training.step import StepMetrics, learning_rate
+from llama_jax.training.rates import learning_rate
+from llama_jax.training.step import StepMetrics
 
 T = TypeVar("T")
 Activity = Literal["start", "step", "data", "evaluation", "saving", "sample"]

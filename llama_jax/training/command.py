@@ -10,7 +10,7 @@ import tyro
 
 from llama_jax.cli.configurations import find_config, names, shipped, stated_keys
 from llama_jax.cli.flags import given_flags, parse_flags, take_option
-from llama_jax.config import Config, load_toml
+from llama_jax.config import Config, TrainArgs, load_toml
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
 from llama_jax.storage.files import is_address
@@ -24,6 +24,8 @@ ORIGINS = {
     ADAPTERS: ", as the QLoRA paper (section 4.1)",
 }
 RATES = ("lr", "min_lr_ratio", "warmup_steps", "n_epochs", "weight_decay", "beta2", "eps")
+# Settings that a start which decays another run does not take over from it.
+NOT_CONTINUED = ("save_dir", "checkpoint_dir", "max_steps", "resume_step", "decay_from", "profile_steps")
 # Pairs of settings that decide the same thing. If both are given, the second one wins.
 PAIRS = (
     ("train.n_epochs", "train.max_steps"),
@@ -52,13 +54,15 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     """Return the configuration of a command line, and a note for each conflict between two settings.
 
     Without --config, defaults come from tiny.toml, from finetune.toml with --train.init-from, from lora.toml with
-    --lora.rank as well, and from dpo.toml or dpo-lora.toml with --train.objective dpo. Raises UserError if the command
-    line is wrong.
+    --lora.rank as well, and from dpo.toml or dpo-lora.toml with --train.objective dpo. With --train.decay-run they are
+    that run's. Raises UserError if the command line is wrong.
     """
     named, rest = take_option(list(argv), "--config")
     source, found = (shipped(DEFAULT), []) if named is None else find_config(named)
     file = load_toml(source)
     config, notes = _parse(rest, file)
+    if config.train.decay_run and named is None:
+        return _continuation(rest, config.train.decay_run)
     if config.train.init_from:
         from llama_jax.training.opening import starting_model
 
@@ -81,6 +85,27 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     config = dataclasses.replace(config, train=train)
     config.check()
     return config, found + notes
+
+
+def _continuation(argv: list[str], run: str) -> tuple[Config, list[str]]:
+    """Return the configuration of a start that decays the run in the folder ``run``, with its settings, and notes.
+
+    Its own folders and its number of steps are left out. Raises UserError if there is no such run.
+    """
+    path = Path(run).expanduser() / "config.toml"
+    if not path.is_file():
+        raise UserError(
+            f"train.decay_run: expected a run folder, with {path.name}, found none in {run}; name the --train.save-dir of the run"
+        )
+    file = load_toml(path)
+    own = {name: getattr(TrainArgs, name) for name in NOT_CONTINUED}
+    config, notes = _parse(argv, dataclasses.replace(file, train=dataclasses.replace(file.train, **own)))
+    if not config.train.save_dir:
+        raise UserError(
+            f"train.save_dir: expected a new folder in which the run in {run} is continued, found none; give --train.save-dir"
+        )
+    config.check()
+    return config, [f"settings of {path}, but for where it ends; flags override them", *notes]
 
 
 def _tuned(file: Config, tuning: Config, stated: set[str]) -> Config:

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from llama_jax.training.clock import Activity, Clock
 from llama_jax.training.flops import step_flops, update_flops
 from llama_jax.training.muon import matrix_sizes
 from llama_jax.training.opening import Opened
+from llama_jax.training.rates import decay_end, decay_start, warmup_steps
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.start import Settled
-from llama_jax.training.step import warmup_steps
 from llama_jax.training.tuning import Tuning
 
 # Tokens for the sample command that is printed at the end: a whole story.
@@ -105,6 +106,8 @@ def announce(
         print(f"{'floor':>10}  {data.floor:.3f} bits per byte, the entropy of the stories' grammar")
     for line in mask_lines(config, mesh, module, data, positions) if config.data.document_mask else ():
         print(f"{'mask':>10}  {line}")
+    for line in decay_lines(settled, opened):
+        print(f"{'decay':>10}  {line}")
     for note in opened.notes:
         print(f"{'note':>10}  {note}")
     if opened.start:
@@ -195,9 +198,30 @@ def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:
     """Describe the learning rate over the run's steps."""
     if held is not None:
         return f"learning rate {held:.3g}, held"
-    warmup = warmup_steps(train, steps)
+    warmup, start = warmup_steps(train, steps), decay_start(train, steps)
     cut = f", not {train.warmup_steps:,}, as the run is short" if warmup != train.warmup_steps else ""
-    return f"learning rate {train.lr:g} after a warm-up of {warmup:,} steps{cut}, then a cosine to {train.lr * train.min_lr_ratio:g}"
+    form = "a cosine" if train.schedule == "cosine" else "a line"
+    stable = f" until step {start:,}" if train.schedule == "wsd" and start > warmup else ""
+    end = f", then {form} to {train.lr * train.min_lr_ratio:g}" + (f" at step {steps:,}" if form == "a line" else "")
+    return f"learning rate {train.lr:g} after a warm-up of {warmup:,} steps{cut}{stable}{end}"
+
+
+def decay_lines(settled: Settled, opened: Opened) -> list[str]:
+    """Say where the rate of wsd begins to decay, over how many steps, and how to come back to there."""
+    train, steps, start = settled.config.train, settled.steps, settled.stable_until
+    if start is None:
+        return []
+    lines = []
+    if opened.start <= start or (opened.folder.checkpoints / str(start)).is_dir():
+        lines = [
+            f"the decay begins at step {start:,}, whose checkpoint is kept: --train.decay-from {start} continues from it"
+        ]
+    if train.decay_from:
+        planned = decay_end(replace(train, max_steps=None)) if train.decay_fraction < 1 else steps
+        text = f"the rate decays in the {steps - start:,} steps from step {start:,} to {steps:,}, {(steps - start) / steps:.0%} of all"
+        fits = f"; the {train.decay_fraction:.0%} of train.decay_fraction would end at --train.max-steps {planned}"
+        lines.append(text + (fits if planned != steps else ""))
+    return lines
 
 
 def muon_text(config: Config, tokens: int) -> str:
@@ -218,8 +242,24 @@ def first_state_text(opened: Opened, base: WholeModel | None) -> str:
     return "making random parameters" if base is None else f"reading {base.folder}"
 
 
-def nothing_to_do_text(steps: int) -> str:
+def decay_begins_text(settled: Settled, store: Path) -> str:
+    """Return a line for the step at which the rate of wsd begins to decay, after its checkpoint is saved."""
+    step = settled.stable_until
+    return (
+        f"step {step:,}: the rate decays from here to step {settled.steps:,}; to decay again from here (--train.decay-from {step}), or "
+        f"to go on at the stable rate, {store / str(step)} is kept"
+    )
+
+
+def nothing_to_do_text(settled: Settled) -> str:
     """Return what the start of a finished run prints."""
+    steps, step = settled.steps, settled.stable_until
+    if step is not None:
+        without = ", without --train.decay-from" if settled.config.train.decay_from else ""
+        return (
+            f"Run already complete: it has its {steps:,} steps. To go on at its stable rate, go back to where the decay began and "
+            f"raise the steps (--train.resume-step {step} --train.max-steps {2 * steps}{without}), or choose a new --train.save-dir"
+        )
     return f"Run already complete: it has its {steps:,} steps. Raise --train.max-steps to go on, or choose a new --train.save-dir"
 
 

@@ -148,7 +148,9 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     if config.train.tensorboard and is_main():
         folder.write_events(start)
     prompt, consensus, timer = first_words(config, data), Consensus(3), Timer(config.train)
-    writer = CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_every, chat)
+    writer = CheckpointWriter(
+        folder.checkpoints, config.train.keep, config.train.keep_every, chat, settled.stable_until
+    )
     with writer, contextlib.closing(folder):
         run = Run(
             config, folder, opened, settled, data, mesh, module, writer, prompt, clock, signals, consensus, timer,
@@ -157,7 +159,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
         folder.write_best(writer.steps)
         owed = bool(from_main(evaluation_is_missing(opened, settled, data)))
         if start >= settled.steps and not owed:
-            print(log.nothing_to_do_text(settled.steps))
+            print(log.nothing_to_do_text(settled))
             _finish(run, start)
             return 0
         with working(log.first_state_text(opened, base), shown=is_main()):
@@ -242,7 +244,8 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
             _note_saved(run)
             on_time = run.evaluate is not None and (step % args.eval_interval == 0 or last)
             evaluating = run.evaluate is not None and (on_time or bool(evaluation_due)) and not stop
-            saving = step % args.save_interval == 0 or last or bool(stop or save_due)
+            decays = step == run.settled.stable_until
+            saving = step % args.save_interval == 0 or last or decays or bool(stop or save_due)
             logging = on_time or last or step % args.log_interval == 0
             if evaluating or saving or logging:
                 found = _fetched(run, pending)
@@ -266,6 +269,8 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                     with clock.spent_on("saving"), progress.busy(f"saving step {step:,}"):
                         _save(run, state, step, record.get("eval_loss"))
                     saved_at = step
+                if decays and not stop:
+                    log.say(log.decay_begins_text(run.settled, run.folder.checkpoints))
                 if evaluating and not stop:
                     with clock.spent_on("sample"), progress.busy("making a sample"):
                         stop = _draw(run, run.whole(state.params), step)

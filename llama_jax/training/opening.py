@@ -24,7 +24,7 @@ from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.convert.once import model_arguments, open_model
 from llama_jax.data import Origin
 from llama_jax.data.opened import origins
-from llama_jax.devices.distributed import on_main
+from llama_jax.devices.distributed import from_main, on_main
 from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs
 from llama_jax.programs import typed
@@ -42,6 +42,7 @@ from llama_jax.storage.locations import (
     user_errors,
 )
 from llama_jax.storage.owner import Owner, owning
+from llama_jax.training.decaying import check_can_decay, check_is_continuation, run_to_continue
 from llama_jax.training.run_folder import RunFolder, RunRecord
 
 # What a checkpoint says of the tokens that counted in the loss of its run.
@@ -69,6 +70,13 @@ class Opened:
     notes: list[str] = field(default_factory=list)
     """Decisions to print for the person who started the run."""
     owners: list[Owner] = field(default_factory=list)
+    source: RunFolder | None = None
+    """The run that begins to be continued here (train.decay_run). Its checkpoint of ``start`` is to be copied."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint to resume from, of a run that has begun."""
+        return (self.source or self.folder).checkpoints / str(self.start)
 
     def aside(self, store: Path) -> tuple[Path, Path]:
         """Return an unused folder for checkpoints that are set aside, and a file for their records."""
@@ -103,6 +111,8 @@ def opening(train: TrainArgs) -> Iterator[Opened]:
     run = Opened(RunFolder(train.save_dir))
     with contextlib.ExitStack() as stack:
         run.start = on_main(lambda: _open(run, train, stack))
+        if train.decay_run and from_main(run.source is not None):
+            run.source = RunFolder(train.decay_run)
         _check_shared(run)
         yield run
 
@@ -158,13 +168,18 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
     _check_in_sight(run, store, steps)
     if steps:
         _check_store_is_ours(run, store, steps)
+    if train.decay_run:
+        check_is_continuation(folder, run.stored, train, steps)
     if outside and len(run.owners) == 1:
         if not is_remote(store):
             store.mkdir(parents=True, exist_ok=True)
         run.owners.append(stack.enter_context(owning(store, "train.checkpoint_dir", IN_USE)))
-    start = _start(run, store, steps, train.resume_step)
-    run.notes += folder.read_metrics(start)
-    origin = _origin(store, start) if start else {}
+    if train.decay_run and not steps:
+        start = _continue(run, train)
+    else:
+        start = _start(run, store, steps, train)
+        run.notes += folder.read_metrics(start)
+    origin = _origin((store if run.source is None else run.source.checkpoints) / str(start)) if start else {}
     run.targets = origin.get(TARGETS) if start else 0
     run.texts = _texts(run, run.record.text or origin.get("text"))
     known = run.record.id or origin.get("run") or uuid.uuid4().hex
@@ -237,10 +252,10 @@ def _check_in_sight(run: Opened, store: Path, steps: list[int]) -> None:
         )
 
 
-def _origin(store: Path, step: int) -> dict[str, Any]:
+def _origin(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint says about the run that made it. It is empty for checkpoints of earlier versions."""
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads((store / str(step) / "model" / ORIGIN).read_text())
+        found = json.loads((checkpoint / "model" / ORIGIN).read_text())
         return found if isinstance(found, dict) else {}
     return {}
 
@@ -258,7 +273,7 @@ def _texts(run: Opened, table: dict[str, Any] | None) -> dict[str, Origin] | Non
 
 def _check_store_is_ours(run: Opened, store: Path, steps: list[int]) -> None:
     """Raise UserError if the checkpoints belong to another run or to the run that this folder is a copy of."""
-    origin = _origin(store, steps[-1])
+    origin = _origin(store / str(steps[-1]))
     maker, place = origin.get("run"), str(origin.get("folder", ""))
     if not maker:
         return
@@ -287,18 +302,35 @@ def _same_folder(place: str, folder: Path) -> bool:
     return os.path.realpath(place) == os.path.realpath(folder)
 
 
-def _start(run: Opened, store: Path, steps: list[int], asked: int) -> int:
+def _continue(run: Opened, train: TrainArgs) -> int:
+    """Return the step from which the run in decay_run is continued here. Its checkpoint is intact."""
+    run.source, run.record, run.stored = run_to_continue(train, run.folder)
+    step = _newest_whole(run, run.source.checkpoints, [train.decay_from])
+    run.notes += run.source.read_metrics(step)
+    run.folder.records = run.source.records
+    if run.folder.records:
+        last = run.folder.records[-1]
+        run.folder.spent, run.folder.spent_in_steps = last.get("run_seconds", 0.0), last.get("run_step_seconds", 0.0)
+    run.notes.append(
+        f"the run in {run.source.path}, which stays as it is, is continued here from step {step:,}, whose checkpoint is copied"
+    )
+    return step
+
+
+def _start(run: Opened, store: Path, steps: list[int], train: TrainArgs) -> int:
     """Return the step to resume from, or 0 for a new run. Note which later steps are to be set aside."""
-    if not steps and asked:
-        raise UserError(
-            f"train.resume_step: expected a step with a checkpoint in {run.folder.path}, found {asked:,} and no checkpoints; "
-            "leave it out"
-        )
+    for name, asked in (("resume_step", train.resume_step), ("decay_from", train.decay_from)):
+        if not steps and asked:
+            other = ", or name the run to continue here with --train.decay-run" if name == "decay_from" else ""
+            raise UserError(
+                f"train.{name}: expected a step with a checkpoint in {run.folder.path}, found {asked:,} and no checkpoints; "
+                f"leave it out{other}"
+            )
     if not steps:
         if run.folder.metrics_path.exists() and run.folder.metrics_path.stat().st_size:
             run.notes.append("the previous start saved no checkpoint, so the run starts again from step 0")
         return 0
-    start = _newest_whole(run, store, _candidates(run, store, steps, asked))
+    start = _newest_whole(run, store, _candidates(run, store, steps, train))
     run.later = [step for step in steps if step > start]
     if run.later:
         what = f"step {run.later[0]:,} is" if len(run.later) == 1 else f"steps {', '.join(map(str, run.later))} are"
@@ -309,12 +341,21 @@ def _start(run: Opened, store: Path, steps: list[int], asked: int) -> int:
     return start
 
 
-def _candidates(run: Opened, store: Path, steps: list[int], asked: int) -> list[int]:
+def _candidates(run: Opened, store: Path, steps: list[int], train: TrainArgs) -> list[int]:
     """Return the steps to try to resume from, the last one first."""
+    asked, step = train.resume_step, train.decay_from
+    decays = run.stored is not None and run.stored.train.decay_from == step
+    if step and not decays:
+        check_can_decay(step, run.folder, run.record, run.stored, steps)
     again = asked and asked == run.record.went_back_to
     run.record = dataclasses.replace(run.record, went_back_to=asked)
     if not asked:
-        return steps
+        if step and decays and steps[-1] > step:
+            run.notes.append(
+                f"the rate decays from step {step:,} on since an earlier start, so that the run resumes from its newest step; "
+                f"--train.resume-step {step} goes back to where it begins"
+            )
+        return [step] if step and not decays else steps
     if again:
         # A scheduler repeats the same command, which must not discard the steps taken since.
         run.notes.append(
@@ -348,7 +389,7 @@ def _newest_whole(run: Opened, store: Path, steps: list[int]) -> int:
 
 def _check_shared(run: Opened) -> None:
     """Raise UserError if a process does not see the run folder or the checkpoint to resume from."""
-    needed = run.folder.checkpoints / str(run.start) if run.start else run.folder.path
+    needed = run.checkpoint if run.start else run.folder.path
     if not needed.is_dir():
         raise UserError(
             f"train.save_dir: expected a folder on a disk that all processes share, found that process {jax.process_index()} "

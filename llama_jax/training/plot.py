@@ -1,4 +1,4 @@
-"""Draws losses.png: the losses of a run over the tokens it has read."""
+"""Draws losses.png: the losses of a run over the tokens it has read, with a scale of the time that they took."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 from llama_jax.storage.files import replacing
 
 TRAIN, EVAL, FAINT = "tab:blue", "tab:orange", "gray"
+# Units of time in seconds, the largest first.
+UNITS = (86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")
 
 
 def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: float | None = None) -> None:
@@ -40,11 +42,31 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
     axes.xaxis.set_major_formatter(EngFormatter())
     if evals:
         _draw_evaluations(axes, evals, floor)
+    _draw_time(axes, records)
     _write_numbers(axes.yaxis, max(losses) / min(losses))
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, loc="upper right")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def _draw_time(axes: Any, records: list[dict[str, Any]]) -> None:
+    """Draw a scale of time above that of tokens: of all starts, evaluations and saving included."""
+    import numpy as np
+
+    tokens, seconds = [0.0], [0.0]
+    for record in records:
+        if record["tokens"] > tokens[-1] and record.get("run_seconds", 0.0) > seconds[-1]:
+            tokens.append(record["tokens"])
+            seconds.append(record["run_seconds"])
+    if len(tokens) < 3:
+        return
+    unit, name = next((size, name) for size, name in UNITS if seconds[-1] >= 2 * size or size == 1)
+    # The margins of the plot lie before the first token and after the last one.
+    x = np.array([-tokens[-1], *tokens, 2 * tokens[-1]])
+    y = np.array([-seconds[-1], *seconds, 2 * seconds[-1]]) / unit
+    time = axes.secondary_xaxis("top", functions=(lambda t: np.interp(t, x, y), lambda t: np.interp(t, y, x)))
+    time.set_xlabel(f"time, {name}")
 
 
 def _draw_rewards(axes: Any, records: list[dict[str, Any]], evals: list[dict[str, Any]]) -> None:

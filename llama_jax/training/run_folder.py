@@ -30,6 +30,8 @@ class RunRecord:
     """The train.resume_step that the run has already gone back to."""
     held_lr: float | None = None
     """The learning rate that train.hold_lr keeps."""
+    stable_until: int | None = None
+    """The last step of the stable phase of train.schedule wsd."""
     mixture: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """The weights of a mixture's sources, from each step on at which they changed."""
     reference: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -25,19 +25,28 @@ SAVE_SECONDS = 2 * 3600
 
 
 class CheckpointWriter:
-    """Saves checkpoints into a folder of steps. It keeps the newest ones, the best one and those at regular steps.
+    """Saves checkpoints into a folder of steps. It keeps the newest, the best, those at regular steps and a given one.
 
     Arguments:
         store: the folder.
         keep: number of newest checkpoints to keep.
         keep_every: keep checkpoints at multiples of this step. 0: none.
         chat: the chat template and end tokens of the model.
+        keep_step: a step whose checkpoint is kept. None: none.
 
     Every process of a job has a writer. Process 0 writes the small files and deletes.
     """
 
-    def __init__(self, store: Path, keep: int = 3, keep_every: int = 0, chat: ChatSetup = ChatSetup()):
+    def __init__(
+        self,
+        store: Path,
+        keep: int = 3,
+        keep_every: int = 0,
+        chat: ChatSetup = ChatSetup(),
+        keep_step: int | None = None,
+    ):
         self._store, self._keep, self._keep_every, self._chat = store, keep, keep_every, chat
+        self._keep_step = keep_step
         self._is_main = jax.process_index() == 0
         with user_errors(store, "write"):
             store.mkdir(parents=True, exist_ok=True)
@@ -114,7 +123,8 @@ class CheckpointWriter:
             if self._is_main:
                 write_checksums(self._store / str(step))
                 self._steps = sorted({*self._steps, step})
-                for old in sorted(set(self._steps) - kept(self._steps, self._losses, self._keep, self._keep_every)):
+                needed = {self._keep_step} | kept(self._steps, self._losses, self._keep, self._keep_every)
+                for old in sorted(set(self._steps) - needed):
                     self._steps.remove(old)
                     delete_step(self._store / str(old))
 

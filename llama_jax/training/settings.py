@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from llama_jax.config import Config, ModelArgs
 from llama_jax.errors import UserError
-from llama_jax.training.step import learning_rate
+from llama_jax.training.rates import learning_rate
 
 # Settings that a run cannot change: its model, those that decide which tokens a step reads, and the form of its state.
 FIXED = {
@@ -14,11 +14,11 @@ FIXED = {
     # data/ compares the text and the tokenizer themselves.
     "data": ("train_size", "separator", "vocab_size", "stories", "chats"),
     # A checkpoint holds the parameters and the optimizer's state in these forms.
-    "train": ("batch_size", "seed", "objective", "param_dtype", "rounding", "optimizer", "moments"),
+    "train": ("batch_size", "seed", "objective", "schedule", "param_dtype", "rounding", "optimizer", "moments"),
     "lora": ("rank", "alpha", "targets", "base_weights", "rslora"),
 }
 # Settings of places, which do not affect the results.
-PLACES = {"train.save_dir", "train.checkpoint_dir", "train.resume_step", "data.cache_gb"}
+PLACES = {"train.save_dir", "train.checkpoint_dir", "train.resume_step", "train.decay_run", "data.cache_gb"}
 
 
 class Change(NamedTuple):
@@ -54,7 +54,7 @@ def check_same(stored: Config, now: Config, folder: Path, section: str, field: s
     if old != new:
         raise UserError(
             f"{section}.{field}: expected {old!r}, with which the run in {folder} began, found {new!r}; "
-            f"choose another --train.save-dir, or delete {folder}"
+            f"give the same value, choose another --train.save-dir, or delete {folder}"
         )
 
 

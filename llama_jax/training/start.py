@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.checkpoint.adapted import WholeModel
+from llama_jax.cli.progress import working
 from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import AnyData, Data, Talking, load_data, open_data
 from llama_jax.data.batches import windows_of
@@ -21,15 +22,17 @@ from llama_jax.data.mixture import Schedule
 from llama_jax.data.opened import chat_format_of, chats_in
 from llama_jax.data.tokens import TokenSet
 from llama_jax.data.tuning_set import kept_setup
-from llama_jax.devices.distributed import is_main, main_first, text_from_main
+from llama_jax.devices.distributed import is_main, main_first, on_main, text_from_main
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.training.answers import keep_until
 from llama_jax.training.bad_steps import LossHistory
+from llama_jax.training.decaying import check_decay, copy_checkpoint
 from llama_jax.training.objective import Dpo, NextToken, Objective
 from llama_jax.training.opening import Opened
+from llama_jax.training.rates import decay_end, learning_rate, stable_until
 from llama_jax.training.settings import changes, check_same, rate_text
-from llama_jax.training.step import TrainState, init_state, learning_rate, shardings_of, state_shapes
+from llama_jax.training.step import TrainState, init_state, shardings_of, state_shapes
 from llama_jax.training.tuning import Tuning
 
 
@@ -41,6 +44,8 @@ class Settled:
     steps: int
     held_lr: float | None = None
     changed: tuple[str, ...] = ()
+    stable_until: int | None = None
+    """The step at which the rate of wsd begins to decay, whose checkpoint is kept. None: there is none."""
     schedule: Schedule | None = None
     """The rows of a mixture's sources. None: a single text."""
     objective: Objective = NextToken()
@@ -81,7 +86,7 @@ def open_text(config: Config, base: WholeModel | None, opened: Opened) -> AnyDat
 def _chat_before(opened: Opened, base: WholeModel | None) -> ChatSetup:
     """Return the chat template and end tokens of the checkpoint that the run began with, or resumes from."""
     if opened.start:
-        return Checkpoint.find(opened.folder.checkpoints / str(opened.start)).chat
+        return Checkpoint.find(opened.checkpoint).chat
     return ChatSetup(has_none=True) if base is None else base.chat
 
 
@@ -93,16 +98,30 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
     config = _resolve(config, data)
     config.check()
     steps = steps_of_run(config, data)
-    schedule, objective = _schedule(config, opened), objective_of(config, data)
-    if not opened.start:
-        if config.train.hold_lr:
-            raise UserError("train.hold_lr: expected a run to resume, found a new one; leave it out")
-        return Settled(config, steps, schedule=schedule, objective=objective)
-    stored = opened.stored
-    if stored is None:
-        return Settled(config, steps, schedule=schedule, objective=objective)
+    settled = Settled(
+        config,
+        steps,
+        stable_until=None if config.train.hold_lr else stable_until(config.train, steps),
+        schedule=_schedule(config, opened),
+        objective=objective_of(config, data),
+    )
+    if not opened.start and config.train.hold_lr:
+        raise UserError("train.hold_lr: expected a run to resume, found a new one; leave it out")
+    if opened.start and opened.stored is not None:
+        settled = _compared(settled, opened.stored, data, opened)
+    # The other processes do not know the previous start, and their steps have the same rates.
+    return replace(settled, held_lr=json.loads(text_from_main(json.dumps(settled.held_lr))))
+
+
+def _compared(settled: Settled, stored: Config, data: AnyData, opened: Opened) -> Settled:
+    """Return what is settled with all that follows from the settings of the previous start, ``stored``.
+
+    Raises UserError if the run cannot be resumed with it.
+    """
+    config, steps = settled.config, settled.steps
     found = changes(stored, config, opened.folder.path)
     before = steps_of_run(_resolve(stored, data), data)
+    check_decay(stored, before, config, steps, opened.start, opened.checkpoint.parent)
     held = _held_lr(config.train, stored.train, before, opened)
     lines = [str(change) for change in found]
     if stored.data.document_mask != config.data.document_mask:
@@ -119,7 +138,7 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
     was_held = opened.record.held_lr if stored.train.hold_lr else None
     if rate and (was_held is None or held != was_held):
         lines.append(rate)
-    return Settled(config, steps, held, tuple(lines), schedule, objective)
+    return replace(settled, held_lr=held, changed=tuple(lines))
 
 
 def objective_of(config: Config, data: AnyData) -> Objective:
@@ -143,7 +162,7 @@ def _schedule(config: Config, opened: Opened) -> Schedule | None:
 
 def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
     """Write what this start has decided. Nothing else changes the run folder before the first step."""
-    folder = opened.folder
+    folder, is_copied = opened.folder, opened.source is not None
     if opened.later and is_main():
         opened.set_aside()
     folder.write_config(settled.config)
@@ -160,11 +179,28 @@ def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
         opened.record,
         text=text,
         mixture=settled.schedule.to_list() if settled.schedule is not None else [],
-        saved=opened.start,
+        saved=0 if is_copied else opened.start,
         held_lr=settled.held_lr,
+        stable_until=settled.stable_until,
         starts=[*opened.record.starts, begun],
     )
     folder.write_record(opened.record)
+    if is_copied:
+        _copy_checkpoint(opened)
+
+
+def _copy_checkpoint(opened: Opened) -> None:
+    """Copy the checkpoint of the run that is continued here, as the last thing: without it, this start begins again."""
+
+    def copy() -> int:
+        with working(f"copying {opened.checkpoint}"):
+            copy_checkpoint(opened.checkpoint.parent, opened.folder.checkpoints, opened.start)
+        return 0
+
+    on_main(copy)
+    opened.source = None
+    opened.record = replace(opened.record, saved=opened.start)
+    opened.folder.write_record(opened.record)
 
 
 def steps_of_run(config: Config, data: AnyData) -> int:
@@ -172,7 +208,7 @@ def steps_of_run(config: Config, data: AnyData) -> int:
     train, length = config.train, config.model.max_seq_len
     rows = sum(windows_of(text.tokens.train, length) for text in data.sources.values())
     per_epoch = -(-rows // train.batch_size)
-    return train.max_steps or train.n_epochs * per_epoch
+    return decay_end(train) if train.decay_from else train.max_steps or train.n_epochs * per_epoch
 
 
 def evaluation_is_missing(opened: Opened, settled: Settled, data: AnyData) -> bool:
@@ -202,7 +238,7 @@ def first_state(
     adapting = () if tuning is None else (tuning.adapting,)
     shapes = state_shapes(module, optimizer, mesh, *adapting)
     if opened.start:
-        checkpoint = Checkpoint.find(opened.folder.checkpoints / str(opened.start))
+        checkpoint = Checkpoint.find(opened.checkpoint)
         return TrainState(checkpoint.restore("params", shapes.params), _restore_optimizer(checkpoint, shapes))
     params = None if base is None else _params_of(base, tuning, shapes)
     return init_state(module, optimizer, mesh, seed, params, *adapting)

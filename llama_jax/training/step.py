@@ -34,6 +34,7 @@ from llama_jax.training.bad_steps import LossHistory, watched
 from llama_jax.training.muon import in_layers, not_in_layers, scale_by_muon
 from llama_jax.training.objective import Dpo, NextToken, Objective, Rewards
 from llama_jax.training.pieces import InPieces, is_small, matrices, narrow, narrow_shapes, state_shardings
+from llama_jax.training.rates import learning_rate
 
 AnyBatch = Batch | PackedBatch | PairBatch
 # What ``make_optimizer`` returns.
@@ -58,30 +59,6 @@ class StepMetrics(NamedTuple):
     history: LossHistory
     targets: jax.Array | int = 0  # int32 []: tokens of the batch that count in the loss
     rewards: Rewards | None = None  # of preferences: means over the pairs of the batch
-
-
-def learning_rate(args: TrainArgs, steps: int, held: float | None = None) -> optax.Schedule:
-    """Return the learning rate schedule: linear warm-up to lr, then cosine decay to min_lr_ratio x lr at ``steps``.
-
-    This is the schedule of the LLaMA 2 paper (section 2.1). ``held``, if given, is the constant rate of every step
-    instead.
-    """
-    if held is not None:
-        return optax.constant_schedule(held)
-    warmup = warmup_steps(args, steps)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else args.lr,
-        peak_value=args.lr,
-        # Step s uses the rate of s + 1, so that the first step already updates the parameters.
-        warmup_steps=warmup,
-        decay_steps=max(steps, 1),
-        end_value=args.lr * args.min_lr_ratio,
-    )
-
-
-def warmup_steps(args: TrainArgs, steps: int) -> int:
-    """Return the number of warm-up steps, at most one less than the run has."""
-    return min(args.warmup_steps, max(0, steps - 1))
 
 
 def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> AnyOptimizer:

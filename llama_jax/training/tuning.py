@@ -122,7 +122,7 @@ def _base_of_run(config: Config, opened: Opened) -> tuple[Checkpoint, LoraArgs]:
 
     Raises UserError if neither is the base.
     """
-    own = Checkpoint.find(opened.folder.checkpoints / str(opened.start))
+    own = Checkpoint.find(opened.checkpoint)
     if own.adapter is None:
         raise UserError(
             f"lora.rank: expected 0, as the run in {opened.folder.path} trains the whole model, found {config.lora.rank}; "

@@ -28,7 +28,8 @@ from llama_jax.lora_args import LoraArgs  # noqa: E402
 from llama_jax.model import Llama  # noqa: E402
 from llama_jax.tokenizer import Tokenizer  # noqa: E402
 from llama_jax.training.adapting import Adapting  # noqa: E402
-from llama_jax.training.step import compile_train_step, init_state, learning_rate, make_optimizer  # noqa: E402
+from llama_jax.training.rates import learning_rate  # noqa: E402
+from llama_jax.training.step import compile_train_step, init_state, make_optimizer  # noqa: E402
 from tests import numpy_llama  # noqa: E402
 from tests.convert.test_convert import run  # noqa: E402
 

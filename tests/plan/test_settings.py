@@ -72,6 +72,8 @@ def test_a_run_is_as_long_as_its_configuration_says(prepared: Path) -> None:
     half = request("--config", str(CONFIGS / "llama2-7b.toml"), "--train.batch-size", "512").config
     assert run_tokens(half) == (476837 * 512 * 4096, "train.max_steps, 476,837")
     assert run_tokens(half, 5e9) == (5e9, "--tokens")
+    decayed = Config(ModelArgs(max_seq_len=16), train=TrainArgs(batch_size=2, schedule="wsd", decay_from=800))
+    assert run_tokens(decayed) == (1000 * 2 * 16, "train.decay_from, 800, whose decay ends at step 1,000")
 
 
 def test_epochs_are_counted_in_prepared_tokens_or_not_at_all(prepared: Path) -> None:

@@ -23,6 +23,33 @@ def test_a_text_may_be_given_by_itself(argv: list[str]) -> None:
     assert config.data.filepath == "my.txt" and notes == []
 
 
+def test_a_start_that_decays_another_run_has_its_settings_but_for_its_folders_and_its_end(tmp_path: Path) -> None:
+    train = dataclasses.replace(
+        Config().train,
+        schedule="wsd",
+        lr=7e-4,
+        max_steps=1000,
+        save_dir="runs/a",
+        checkpoint_dir="gs://b/a",
+        resume_step=5,
+    )
+    (tmp_path / "config.toml").write_text(to_toml(dataclasses.replace(Config(), train=train)))
+    argv = ["--train.decay-run", str(tmp_path), "--train.decay-from", "800"]
+    config, notes = read_command([*argv, "--train.save-dir", "runs/b", "--train.min-lr-ratio", "0"])
+    own = {"max_steps": None, "save_dir": "runs/b", "checkpoint_dir": "", "resume_step": 0, "min_lr_ratio": 0.0}
+    assert config.train == dataclasses.replace(train, **own, decay_run=str(tmp_path), decay_from=800)  # type: ignore[arg-type]
+    assert notes == [f"settings of {tmp_path / 'config.toml'}, but for where it ends; flags override them"]
+    assert read_command([*argv, "--train.save-dir=b", "--train.max-steps=900"])[0].train.max_steps == 900
+    with pytest.raises(
+        UserError, match=r"^train\.save_dir: expected a new folder .* found none; give --train\.save-dir"
+    ):
+        read_command(argv)
+    with pytest.raises(
+        UserError, match=r"^train\.decay_run: expected a run folder, with config\.toml, found none in nowhere"
+    ):
+        read_command(["--train.decay-run", "nowhere", *argv[2:]])
+
+
 def test_two_texts_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.filepath: expected one text, found a\.txt and b\.txt"):
         read_command(["a.txt", "--data.filepath", "b.txt"])

@@ -22,7 +22,8 @@ from llama_jax.data.batches import Batch
 from llama_jax.devices.sharding import make_mesh
 from llama_jax.training import loop
 from llama_jax.training.clock import TIMES
-from llama_jax.training.step import compile_train_step, learning_rate, make_optimizer
+from llama_jax.training.rates import learning_rate
+from llama_jax.training.step import compile_train_step, make_optimizer
 from tests.training import test_step
 
 MODEL = ModelArgs(dim=16, n_layers=1, n_heads=2, multiple_of=16, max_seq_len=16)
@@ -120,6 +121,8 @@ ELSEWHERE = {
     "muon_momentum",  # tests/training/test_muon.py
     "objective", "dpo_beta", "dpo_label_smoothing",  # tests/training/test_preferences.py
     "keep_every", "save_minutes", "eval_minutes", "resume_step", "hold_lr",  # tests/training/test_resuming.py
+    "decay_fraction",  # tests/training/test_rates.py
+    "decay_from", "decay_run",  # tests/training/test_decaying.py
 }  # fmt: skip
 
 

@@ -67,6 +67,31 @@ def test_axes_say_that_they_are_logarithmic(tmp_path: Path, monkeypatch: pytest.
     assert len(seen) == 2 and all("(log scale)" in label for _, label in seen) and seen[0][0] == "log"
 
 
+def test_a_scale_of_time_stands_above_that_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second third of the run took ten times as long as each of the others; the run was stopped once in it."""
+    from matplotlib.figure import Figure
+
+    found: list[Any] = []
+    original = Figure.savefig
+
+    def savefig(figure: Figure, *args: Any, **options: Any) -> None:
+        original(figure, *args, **options)
+        axes = figure.axes[0]
+        tops = [child for child in axes.child_axes if child.get_xlabel().startswith("time")]
+        for time in tops:
+            to_pixels = axes.transData.transform
+            along = [time.transData.transform((minutes, 0))[0] for minutes in (0, 1, 11, 12)]
+            assert along == pytest.approx([to_pixels((tokens, 1))[0] for tokens in (0, 64, 128, 192)], abs=0.5)
+        found.extend(time.get_xlabel() for time in tops)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    timed = [r | {"run_seconds": seconds} for r, seconds in zip(RECORDS, (60.0, 660.0, 720.0), strict=True)]
+    plot_losses(tmp_path / "losses.png", timed, "a run")
+    plot_losses(tmp_path / "losses.png", RECORDS, "a run of before")
+    plot_losses(tmp_path / "losses.png", timed[:1], "a run of a step")
+    assert found == ["time, minutes"]
+
+
 def test_the_mean_speed_at_the_end_is_that_of_the_records() -> None:
     """Two records of 3 and 1 steps of 64 tokens, at 96 and 32 tokens/s: 4 steps in 4 seconds."""
     clock = Clock()

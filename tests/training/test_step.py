@@ -14,12 +14,12 @@ from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.devices.sharding import make_mesh
 from llama_jax.model import Llama
+from llama_jax.training.rates import learning_rate
 from llama_jax.training.step import (
     TrainState,
     compile_train_step,
     eval_step,
     init_state,
-    learning_rate,
     make_optimizer,
     state_shapes,
 )
@@ -176,6 +176,7 @@ def test_five_steps_equal_a_literal_adamw(args: TrainArgs) -> None:
 
 PERTURBED = {
     "lr": 2e-2,
+    "schedule": "wsd",
     "min_lr_ratio": 0.9,
     "warmup_steps": 3,
     "max_steps": 5,
