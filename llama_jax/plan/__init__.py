@@ -59,7 +59,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Reference:
-    """The pass over preferences before the first step, for the log-likelihoods of the model that training begins with."""
+    """The pass over preferences before the first step: log-likelihoods of the model that training begins with."""
 
     objective: Dpo
 

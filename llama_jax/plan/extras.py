@@ -1,4 +1,4 @@
-"""What document masks cost, and the pass over preferences before the first step, as text and as JSON."""
+"""Says what document masks cost, and what the pass over preferences before the first step does."""
 
 from typing import Any
 

@@ -89,7 +89,7 @@ class _GpuReader(Reader):
                 self._transfer(j, True, cost, seen)
 
     def _attention_flops(self, i: Instruction) -> float:
-        """Return the FLOPs of cuDNN's attention, whose scores are [B, N, T, S] and whose first result is [B, N, T, H]."""
+        """Return the FLOPs of cuDNN's attention, with scores [B, N, T, S] and [B, N, T, H] as its first result."""
         scores = re.search(r'"intermediate_tensor_shape":\s*\{[^}]*?"dimensions":\s*\[([^\]]*)\]', i.attributes)
         if scores is None:
             return 0.0

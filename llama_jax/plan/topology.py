@@ -119,7 +119,7 @@ class Topology:
 
     @property
     def unit(self) -> str:
-        """What one of its devices is called."""
+        """The word for one of its devices."""
         return "GPU" if self.is_gpu else "chip"
 
     @property
