@@ -47,6 +47,11 @@ def failed_check(words: str) -> str:
     return next(iter(re.findall(r"Check failed: .*", words)), "")
 
 
+def is_described(device: Any) -> bool:
+    """Return whether a JAX device is only a description to compile for, without hardware."""
+    return type(getattr(device, "client", None)).__name__ == "CompileOnlyPyClient"
+
+
 def libtpu_version() -> str:
     """Return the version of libtpu that the installed JAX requires, without its last part ("0.0.43").
 

@@ -7,13 +7,18 @@ GiB = 1 << 30
 
 @dataclass(frozen=True)
 class Chip:
-    """One TPU chip, by Google Cloud's pages on TPU versions. Memory is what the compiler leaves to a program."""
+    """One chip of a TPU, by Google Cloud's pages on TPU versions, or a GPU, by its maker's data sheet.
+
+    A TPU's memory is what the compiler leaves to a program.
+    """
 
     peak_flops: float  # bfloat16
     hbm_bytes: float
     hbm_bandwidth: float  # bytes per second
     clock: float  # Hz, of the compiler's cycle counts
-    link_bytes: float  # bytes per second of the links along one torus axis, sum of both directions
+    # Bytes per second of the links along one torus axis, sum of both directions. Of a GPU, whose links meet in a switch,
+    # of one direction: what it can receive.
+    link_bytes: float
     torus_axes: int
     slice_bytes: float | None  # bytes per second to other slices over the data centre's network; None: not published
 
@@ -24,6 +29,9 @@ TPUS = {
     "v5p": Chip(459e12, 95.73 * GiB, 2.765e12, 1.75e9, 1.8e11, 3, 6.25e9),
     "v6e": Chip(918e12, 31.24 * GiB, 1.64e12, 1.75e9, 1.8e11, 2, 12.5e9),
 }
+# The GPUs that programs can be compiled for without one. Of the 80 GB that give the H100 its name, its driver reports
+# 85; the rest is room for the driver's own arrays and for libraries. NVLink moves 900 GB a second, half of it each way.
+GPUS = {"h100": Chip(989e12, 80e9, 3.35e12, 1.98e9, 4.5e11, 1, None)}
 # Names of the TPUs above by the device_kind that JAX reports.
 TPU_KINDS = {
     "TPU v4": "v4",

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import jax
 
+from llama_jax.compat.jax_internals import is_described
 from llama_jax.storage.files import user_cache
 
 
@@ -46,16 +47,23 @@ def compiler_options(device: jax.Device) -> dict[str, Any]:
     if platform_of(device) == "cuda":
         # Start collectives as soon as their operands are ready, and wait for them only when their results are needed.
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
-    return options
+    return options | untried_options(device)
 
 
 def generation_options(device: jax.Device) -> dict[str, Any]:
     """Return XLA's options for programs of generation on ``device``."""
     if device.platform != "tpu":
-        return {}
+        return untried_options(device)
     # A compromise between vector memory for tiles of operands, which attention over a large cache needs, and memory for
     # matrices that are prefetched. With 4 MiB less, 32 sequences of the 7B model on v5e take an eighth longer.
     return {"xla_tpu_scoped_vmem_limit_kib": 68 * 1024}
+
+
+def untried_options(device: jax.Device) -> dict[str, Any]:
+    """Return the options without which XLA would run kernels on a GPU, to choose among them, that is only described."""
+    if platform_of(device) != "cuda" or not is_described(device):
+        return {}
+    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 class GenerationProgram:

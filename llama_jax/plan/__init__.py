@@ -1,13 +1,13 @@
-"""Plans a run for a TPU slice on a machine without one: whether it fits, and how fast it can be.
+"""Plans a run for a TPU slice or for GPUs on a machine without them: whether it fits, and how fast it can be.
 
-The step of training or generation is compiled for the slice by the TPU's own compiler (libtpu). Its memory use is
-exact; its time is read from its schedule (cost.py).
+The step of training or generation is compiled for the slice by the TPU's own compiler (libtpu), for GPUs by XLA's. Its
+memory use is exact. A TPU's time is read from its schedule (cost.py). Of a GPU's there is a lower bound (roofline.py).
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
@@ -31,11 +31,20 @@ from llama_jax.ops.cache import CACHE_DTYPES
 from llama_jax.plan.apart import CompilerError
 from llama_jax.plan.cost import Schedule, schedule_of
 from llama_jax.plan.hlo import HBM, Program
+from llama_jax.plan.roofline import Roofline, roofline_of
 from llama_jax.plan.settings import vocabulary, with_vocabulary
 from llama_jax.plan.topology import Topology
+from llama_jax.plan.tuning_data import objective_of
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.flops import keys_per_query
-from llama_jax.training.step import batch_shapes, compile_train_step, make_optimizer, state_shapes
+from llama_jax.training.objective import Dpo, NextToken, Objective
+from llama_jax.training.step import (
+    batch_shapes,
+    compile_reference_step,
+    compile_train_step,
+    make_optimizer,
+    state_shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,22 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The pass over preferences before the first step: log-likelihoods of the model that training begins with."""
+
+    objective: Dpo
+
+
+# What is compiled: a decoding step, a training step by its objective, or the pass before it.
+Kind = Decoding | Objective | Reference
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A step compiled for a slice. Bytes are per chip. Without a fit, ``schedule`` is None and ``text`` is empty."""
+    """A step compiled for a slice. Bytes are per chip.
+
+    A TPU's compiler refuses what does not fit. Then ``schedule`` is None and ``text`` is empty.
+    """
 
     config: Config
     topology: Topology
@@ -59,10 +82,11 @@ class Plan:
     kernel: str  # of attention
     bytes: int  # peak memory; 0 if it does not fit and the compiler does not say
     bytes_by_part: dict[str, int]
-    schedule: Schedule | None
+    schedule: Schedule | Roofline | None
     text: str  # of the compiled program
     compile_seconds: float
     decoding: Decoding | None = None  # None: a training step
+    objective: Objective = NextToken()
 
     @property
     def chips(self) -> int:
@@ -76,7 +100,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Seconds per step by the schedule, infinite without one."""
+        """Seconds per step by the schedule, or at least by the roofline, infinite without either."""
         return self.schedule.seconds if self.schedule else float("inf")
 
     @property
@@ -84,7 +108,7 @@ class Plan:
         """Tokens per step over the whole job."""
         if self.decoding is not None:
             return self.decoding.batch
-        return self.config.train.batch_size * self.config.model.max_seq_len
+        return self.config.train.batch_size * self.objective.length(self.config.model)
 
 
 def resolve(config: Config) -> Config:
@@ -111,16 +135,38 @@ def probe(topology: Topology) -> None:
         raise CompilerError(" ".join(str(error).split())) from None
 
 
-def plan_training(config: Config, topology: Topology, begun: Callable[[], None] = lambda: None) -> Plan:
-    """Compile the training step. ``begun`` is called when all checks have passed and compilation begins.
+def plan_step(config: Config, topology: Topology, kind: Kind, begun: Callable[[], None] = lambda: None) -> Plan:
+    """Compile a step. Arguments and errors are those of ``plan_training``."""
+    if isinstance(kind, Decoding):
+        return plan_decoding(config, topology, kind, begun)
+    if isinstance(kind, Reference):
+        return plan_training(config, topology, begun, kind.objective, only_reference=True)
+    return plan_training(config, topology, begun, kind)
+
+
+def plan_training(
+    config: Config,
+    topology: Topology,
+    begun: Callable[[], None] = lambda: None,
+    objective: Objective | None = None,
+    only_reference: bool = False,
+) -> Plan:
+    """Compile the training step.
+
+    Arguments:
+        config: the run.
+        topology: the slice or the GPUs.
+        begun: is called when all checks have passed and compilation begins.
+        objective: that of ``objective_of``. None: with one pair a sequence, if preferences are learned from.
+        only_reference: compile the pass over preferences instead that comes before the first step. It has no optimizer.
 
     Raises UserError if the slice cannot hold such a mesh, CompilerError if the compiler fails.
     """
     config = resolve(config)
     mesh = _mesh(config, topology)
     check_divisible(mesh, config.model, config.train)
-    train = config.train
-    mask = config.data.document_mask
+    train, objective = config.train, objective or objective_of(config)
+    mask = config.data.document_mask or isinstance(objective, Dpo)
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
     adapting = Adapting.of(config) if config.lora.rank else None
     if adapting is not None:
@@ -132,13 +178,16 @@ def plan_training(config: Config, topology: Topology, begun: Callable[[], None] 
     if adapting is not None:
         parts = {"frozen base": _bytes(adapting.base_shapes(module, mesh)), "adapters": parts["parameters"]} | parts
         del parts["parameters"]
-    batch = batch_shapes(train, config.model, mesh, mask)
+    batch = batch_shapes(train, config.model, mesh, mask, objective)
     begun()
 
     def compile_step() -> jax.stages.Compiled:
-        return compile_train_step(module, optimizer, mesh, train.gradient_accumulation_steps, batch, adapting)
+        if only_reference:
+            return compile_reference_step(module, mesh, train, config.model, adapting, objective)
+        accumulation = train.gradient_accumulation_steps
+        return compile_train_step(module, optimizer, mesh, accumulation, batch, adapting, objective)
 
-    return _plan(config, topology, mesh, module, parts, compile_step)
+    return _plan(config, topology, mesh, module, parts, compile_step, objective=objective)
 
 
 def plan_decoding(
@@ -194,13 +243,13 @@ def _decode_state(module: Llama, mesh: jax.sharding.Mesh, decoding: Decoding) ->
 
 def _plan(
     config: Config, topology: Topology, mesh: jax.sharding.Mesh, module: Llama, parts: dict[str, int],
-    compile_step: Callable[[], jax.stages.Compiled], decoding: Decoding | None = None,
+    compile_step: Callable[[], jax.stages.Compiled], decoding: Decoding | None = None, objective: Objective = NextToken(),
 ) -> Plan:  # fmt: skip
     began = time.perf_counter()
 
-    def plan(needed: int, parts: dict[str, int], schedule: Schedule | None, text: str) -> Plan:
+    def plan(needed: int, parts: dict[str, int], schedule: Schedule | Roofline | None, text: str) -> Plan:
         place = config, topology, dict(mesh.shape), module.dtype.name, str(module.kernel)
-        return Plan(*place, needed, parts, schedule, text, ended - began, decoding)
+        return Plan(*place, needed, parts, schedule, text, ended - began, decoding, objective)
 
     ended = began
     try:
@@ -215,12 +264,22 @@ def _plan(
         return plan(needed, parts | rest, None, "")
     text, memory = cast(str, compiled.as_text()), cast(Any, compiled.memory_analysis())
     program = Program.parse(text)
-    peak = memory.peak_memory_in_bytes
+    peak = _peak_bytes(memory, topology)
     if decoding is None and (kept := _kept_bytes(program, config.model.n_layers)):
         parts |= {"kept for the backward pass": kept}
     parts |= {"temporaries": max(0, peak - sum(parts.values()))}
-    seen = keys_per_query(config.model) / config.model.max_seq_len
-    return plan(peak, parts, schedule_of(program, topology.chip, seen), text)
+    positions = objective.length(config.model)
+    seen = keys_per_query(replace(config.model, max_seq_len=positions)) / positions
+    return plan(peak, parts, (roofline_of if topology.is_gpu else schedule_of)(program, topology.chip, seen), text)
+
+
+def _peak_bytes(memory: Any, topology: Topology) -> int:
+    """Return the bytes of a device that a program needs at its peak, by the compiler's account."""
+    if not topology.is_gpu:
+        return memory.peak_memory_in_bytes
+    # All temporaries of a program on a GPU lie in one block, for as long as it runs.
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
 
 
 def _kept_bytes(program: Program, layers: int) -> int:

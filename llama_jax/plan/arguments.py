@@ -3,14 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 
-from llama_jax.cli.configurations import find_config, stated_keys
+from llama_jax.cli.configurations import find_config, shipped, stated_keys
 from llama_jax.cli.flags import given_flags, parse_flags, take_option
 from llama_jax.config import Cache, Config, MeshArgs, Weights, load_toml
 from llama_jax.errors import UserError
 from llama_jax.plan.topology import EXAMPLES, Topology
+from llama_jax.programs import named as program_named
 from llama_jax.programs import typed
 
-DESCRIPTION = """Plan a run for a TPU slice that you need not have: does it fit, and how fast can it be?
+DESCRIPTION = """Plan a run for a TPU slice, or for GPUs, that you need not have: does it fit, and how fast can it be?
 
 The exit status is 0 if the step fits, 1 if it does not, and 2 if the command must be changed.
 
@@ -27,7 +28,8 @@ class PlanConfig(Config):
     """The arguments of plan: a training run, and what to plan of it."""
 
     topology: str = ""
-    """TPU slice: version and grid, such as v5e:16x16, v5p:4x4x4 or v6e:8x8. 2xv5e:16x16 stands for two slices."""
+    """TPU slice: version and grid, such as v5e:16x16, v5p:4x4x4 or v6e:8x8. 2xv5e:16x16 stands for two slices.
+    Or GPUs of one host: h100:1 to h100:8, whose compiler is in the extra cuda."""
     json: bool = False
     """Print one JSON object instead of text. Other messages go to standard error."""
     hlo: str = ""
@@ -78,13 +80,32 @@ def read_request(argv: Sequence[str]) -> Request:
     if args.train.init_from:
         from llama_jax.convert.once import model_arguments  # imported here, because orbax takes seconds
 
-        # As in train.py, the model's shape comes from the checkpoint.
+        # As in train.py, the model's shape comes from the checkpoint, and settings from a configuration for tuning.
+        if not args.decode:
+            base, more = _as_tuned(args, base, named, given | stated_keys(path))
+            notes = notes + more
         args = _parse(rest, dataclasses.replace(base, model=model_arguments(args.train.init_from)), given)
     if not args.topology.strip():
         raise UserError(f"--topology: expected a slice such as {EXAMPLES}, found none")
     _check(args, given)
     config = Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
     return Request(args, config, Topology.parse(args.topology), given, given | stated_keys(path), file, notes)
+
+
+def _as_tuned(args: PlanConfig, base: Config, named: str | None, stated: set[str]) -> tuple[Config, list[str]]:
+    """Return the settings with which train.py would start from a checkpoint, and notes."""
+    from llama_jax.training.command import (
+        is_tuning,
+        tuning_settings,
+        with_tuning_rates,
+    )  # imported here, as orbax above
+
+    tuning = shipped(tuning_settings(args))
+    if named is None:
+        return load_toml(tuning), [
+            f"no --config: settings of {tuning.stem}, as {program_named('train')} has them, and the flags"
+        ]
+    return (with_tuning_rates(base, load_toml(tuning), stated) if is_tuning(args) else base), []
 
 
 def _parse(argv: list[str], base: Config, given: set[str]) -> PlanConfig:
@@ -115,11 +136,6 @@ def _check(args: PlanConfig, given: set[str]) -> None:
         raise UserError(
             f"--{adapters[0].replace('_', '-')}: expected flags of decoding beside --decode, found one of training; leave it out: an "
             "adapter is merged into plain matrices"
-        )
-    if args.train.objective != "next-token":
-        raise UserError(
-            f"train.objective: expected next-token, since plan does not count preferences yet, found {args.train.objective}; leave it "
-            "out and double --model.max-seq-len to plan a step of as many tokens"
         )
     if args.advice < 0:
         raise UserError(f"--advice: expected 0 or more, found {args.advice}")

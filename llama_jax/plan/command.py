@@ -12,18 +12,19 @@ from llama_jax.cli.progress import duration
 from llama_jax.config import Config, MeshArgs
 from llama_jax.devices.sharding import describe
 from llama_jax.errors import UserError
-from llama_jax.plan import Decoding, Plan, plan_decoding, plan_training, probe, tables
+from llama_jax.plan import Decoding, Kind, Plan, Reference, extras, plan_step, probe, tables
 from llama_jax.plan.advice import Advice, advise_decoding, advise_training, smallest_slice
 from llama_jax.plan.apart import CompilerError, run_apart
 from llama_jax.plan.arguments import Request
 from llama_jax.plan.decoding import Layout, fewest_chips, lay_out
 from llama_jax.plan.outputs import Outputs
 from llama_jax.plan.search import Search, ranked, ratio, row_text
-from llama_jax.plan.settings import run_tokens, vocabulary, with_vocabulary
+from llama_jax.plan.settings import Epoch, Found, epoch_of, run_tokens, vocabulary, with_vocabulary
 from llama_jax.plan.tables import Rows
 from llama_jax.plan.topology import HOST_CHIPS, Topology
-from llama_jax.plan.tuning_data import with_masks
+from llama_jax.plan.tuning_data import objective_of, with_masks
 from llama_jax.programs import named
+from llama_jax.training.objective import Dpo, Objective
 
 FITS, DOES_NOT_FIT = 0, 1
 # Seconds between two lines that say that the compiler is still running.
@@ -70,11 +71,12 @@ class Task:
 
     config: Config
     topology: Topology
-    decoding: Decoding | None
+    kind: Kind
     before: Rows
     summary: Callable[[Plan], dict[str, Any]]
     text: Callable[[Plan], str]
     advise: Callable[[Plan], Iterator[Advice]]
+    epoch: Epoch | None = None
 
 
 def run(request: Request) -> int:
@@ -88,11 +90,13 @@ def run(request: Request) -> int:
     request.config.check()
     console, before = Console(args.json), tables.model_rows(request.config, found)
     before += [("", note) for note in request.notes]
-    if request.file is None:
+    if request.file is None and (args.decode or not request.config.train.init_from):
         before.append(("", "no --config: settings are the defaults and the flags"))
     if not topology.is_offered:
         _check_slice(topology)
         before.append(("slice", f"{topology.name} is not in Google's tables; the nearest: {topology.nearest}"))
+    if topology.is_gpu:
+        before.append(("time", "lower bounds: for a GPU the compiler tells memory exactly, but no schedule"))
     if args.search:
         return _search(request, console, before)
     outputs = Outputs.check(args.hlo, args.output, "output" in request.given)
@@ -111,22 +115,39 @@ def _check_slice(topology: Topology) -> None:
 def _plan(task: Task, request: Request, console: Console, before: Rows, outputs: Outputs) -> int:
     """Compile a step, print the result, advise if it does not fit, and write the files."""
     args = request.args
-    plan = _compiled(task.config, task.topology, task.decoding, console, [*before, ("", HOW_LONG)])
+    plan = _compiled(task.config, task.topology, task.kind, console, [*before, ("", HOW_LONG)])
     if not args.json:
         print(task.text(plan), flush=True)
-    mask = _mask_cost(plan, console) if plan.decoding is None and plan.config.data.document_mask else {}
+    more = _more_of_training(plan, task.epoch, console) if plan.decoding is None else {}
     written, advice = outputs.write(plan), []
     if not plan.fits:
         tries = f"at most {args.advice} are compiled" if args.advice else "none is compiled"
         console.say([("", f"looking for settings that fit: {tries}")])
         advice = list(task.advise(plan))
     if args.json:
-        print(json.dumps(task.summary(plan) | mask | {"advice": [a.summary() for a in advice]}), flush=True)
+        print(json.dumps(task.summary(plan) | more | {"advice": [a.summary() for a in advice]}), flush=True)
     elif not plan.fits:
         print(tables.table(tables.advice_rows(request.topology, advice)), flush=True)
     if written:
         console.say(written)
     return FITS if plan.fits else DOES_NOT_FIT
+
+
+def _more_of_training(plan: Plan, epoch: Epoch | None, console: Console) -> dict[str, Any]:
+    """Compile what else tells the cost of training, and print it. Return it for ``--json``."""
+    if isinstance(plan.objective, Dpo):
+        return _reference_cost(plan, plan.objective, epoch, console)
+    return _mask_cost(plan, console) if plan.config.data.document_mask else {}
+
+
+def _reference_cost(plan: Plan, objective: Dpo, epoch: Epoch | None, console: Console) -> dict[str, Any]:
+    """Compile the pass over the preferences that comes before the first step, and print what it costs."""
+    first, said = None, "the pass over the preferences before the first step"
+    if plan.fits:
+        first = _tried(said, plan.config, plan.topology, Reference(objective), console)
+    cost = extras.reference_cost(plan, first, epoch)
+    console.say(extras.reference_rows(plan, cost))
+    return {"reference": cost}
 
 
 def _mask_cost(plan: Plan, console: Console) -> dict[str, Any]:
@@ -135,27 +156,41 @@ def _mask_cost(plan: Plan, console: Console) -> dict[str, Any]:
     if plan.fits:
         data = dataclasses.replace(plan.config.data, document_mask=False)
         config = dataclasses.replace(plan.config, data=data)
-        without = _tried("the same step without document masks, to compare", config, plan.topology, None, console)
-    cost = tables.mask_cost(plan, without)
-    console.say(tables.mask_rows(plan, cost))
+        said = "the same step without document masks, to compare"
+        without = _tried(said, config, plan.topology, plan.objective, console)
+    cost = extras.mask_cost(plan, without)
+    console.say(extras.mask_rows(plan, cost))
     return {"document_mask_cost": cost}
 
 
 def _training(request: Request, console: Console) -> Task:
     config, topology, args = request.config, request.topology, request.args
-    length, before = run_tokens(config, args.tokens), []
+    length, epoch, objective = _length(config, args.tokens)
+    before: Rows = []
     if config.train.compute_dtype == "float32":
-        before.append(("type", "float32, as train.compute_dtype says; a TPU multiplies bfloat16 several times as fast"))
+        what = "a GPU" if topology.is_gpu else "a TPU"
+        before.append(
+            ("type", f"float32, as train.compute_dtype says; {what} multiplies bfloat16 several times as fast")
+        )
 
     def compile_(flags: str, other: Config) -> Plan | None:
-        return _tried(flags, other, topology, None, console)
+        return _tried(flags, other, topology, objective, console)
 
     def advise(plan: Plan) -> Iterator[Advice]:
         return advise_training(config, plan, args.advice, compile_)
 
     return Task(
-        config, topology, None, before, lambda plan: tables.summary(plan, length), lambda plan: tables.training_text(plan, length), advise
+        config, topology, objective, before, lambda plan: tables.summary(plan, length, epoch),
+        lambda plan: tables.training_text(plan, length), advise, epoch,
     )  # fmt: skip
+
+
+def _length(config: Config, tokens: float | None) -> tuple[Found, Epoch | None, Objective]:
+    """Return the tokens of a run, an epoch of it if it is known and wanted, and the objective."""
+    prefers = config.train.objective == "dpo"
+    known = epoch_of(config) if prefers or (tokens is None and config.train.max_steps is None) else (None, "")
+    most = known[0].most_pairs if known[0] is not None else 1
+    return run_tokens(config, tokens, known), known[0], objective_of(config, most)
 
 
 def _decoding(request: Request, console: Console) -> Task:
@@ -211,7 +246,8 @@ def _mesh_rows(request: Request, layout: Layout) -> Rows:
 def _search(request: Request, console: Console, before: Rows) -> int:
     """Compile the most promising ways to run the step, and rank them."""
     config, topology, args = request.config, request.topology, request.args
-    length, search = run_tokens(config, args.tokens), Search.begin(config, topology)
+    length, epoch, objective = _length(config, args.tokens)
+    search = Search.begin(config, topology)
     count = min(args.compiles, len(search.promising))
     console.say([
         *before,
@@ -219,7 +255,7 @@ def _search(request: Request, console: Console, before: Rows) -> int:
     ])  # fmt: skip
     found = []
     for candidate, plan in search.run(
-        args.compiles, lambda c: _tried(c.flags(config), c.config, topology, None, console)
+        args.compiles, lambda c: _tried(c.flags(config), c.config, topology, objective, console)
     ):
         found.append((candidate, plan))
         console.print(row_text(candidate, plan, config))
@@ -228,7 +264,9 @@ def _search(request: Request, console: Console, before: Rows) -> int:
     other = None if fits else smallest_slice(config, topology, ratio(found))
     advice = [] if other is None else [other]
     if args.json:
-        entries = [tables.summary(plan, length) | {"flags": candidate.flags(config)} for candidate, plan in found]
+        entries = [
+            tables.summary(plan, length, epoch) | {"flags": candidate.flags(config)} for candidate, plan in found
+        ]
         print(json.dumps([entry | {"advice": [a.summary() for a in advice]} for entry in entries]), flush=True)
     else:
         print("\nranked:")
@@ -239,29 +277,27 @@ def _search(request: Request, console: Console, before: Rows) -> int:
     return FITS if fits else DOES_NOT_FIT
 
 
-def _tried(flags: str, config: Config, topology: Topology, decoding: Decoding | None, console: Console) -> Plan | None:
+def _tried(flags: str, config: Config, topology: Topology, kind: Kind, console: Console) -> Plan | None:
     """Return a plan of settings that the user did not ask for, or None if the compiler fails."""
     with contextlib.suppress(UserError):
-        return _compiled(config, topology, decoding, console, [("", f"trying {flags}")])
+        return _compiled(config, topology, kind, console, [("", f"trying {flags}")])
     return None
 
 
-def _compiled(config: Config, topology: Topology, decoding: Decoding | None, console: Console, before: Rows) -> Plan:
+def _compiled(config: Config, topology: Topology, kind: Kind, console: Console, before: Rows) -> Plan:
     """Compile a step in a separate process and return its plan. ``before`` is printed after all checks.
 
     Raises UserError if the step cannot be planned, or if the compiler fails.
     """
 
     def make(begun: Callable[[], None]) -> Plan:
-        if decoding is None:
-            return plan_training(config, topology, begun)
-        return plan_decoding(config, topology, decoding, begun)
+        return plan_step(config, topology, kind, begun)
 
     try:
         with console.working() as beat:
             return run_apart(make, lambda: console.say(before) if before else None, beat)
     except CompilerError as error:
         raise UserError(
-            f"plan: expected a step that the TPU compiler accepts, found that it fails: {str(error)[:300]}; "
-            "change [mesh] or the model's sizes, or take another slice"
+            f"plan: expected a step that the {'GPU' if topology.is_gpu else 'TPU'} compiler accepts, found that it fails: "
+            f"{str(error)[:300]}; change [mesh] or the model's sizes, or take another slice"
         ) from None

@@ -145,10 +145,10 @@ def schedule_of(program: Program, chip: Chip, seen: float = 0.5) -> Schedule:
 
     seen: the share of all pairs of a query and a key that attention looks at. A causal mask leaves half of them.
     """
-    return Schedule(_Reader(program, chip, seen).cost_of_entry(), chip)
+    return Schedule(Reader(program, chip, seen).cost_of_entry(), chip)
 
 
-class _Reader:
+class Reader:
     """Sums the cost of a program's computations, each computed once."""
 
     def __init__(self, program: Program, chip: Chip, seen: float):
@@ -174,7 +174,7 @@ class _Reader:
         elif i.opcode in ("call", "conditional", "async-start"):
             for called in i.called:
                 cost.add(self._cost(called), 1)
-        elif _collective(i.opcode):
+        elif collective_of(i.opcode):
             self._transfer(i, i.opcode.endswith("-start"), cost, seen)
         elif sent := i.between_slices:
             kind, slices = sent
@@ -194,7 +194,7 @@ class _Reader:
     def _compute(self, i: Instruction, names: dict[str, Instruction], cost: Cost, seen: set[str]) -> None:
         inner = [i, *self._inside(i)]
         everything = names | {j.name: j for j in inner}
-        flops = sum(_matrix_flops(j, everything) for j in inner if j.opcode in ("convolution", "dot"))
+        flops = sum(matrix_flops(j, everything) for j in inner if j.opcode in ("convolution", "dot"))
         seconds = i.cycles / self._chip.clock
         if flops:
             cost.matrix += seconds
@@ -205,7 +205,7 @@ class _Reader:
         cost.parts[_part(i.origin)] += seconds
         asynchronous = any(j.target.startswith("AsyncCollective") for j in inner)
         for j in inner:
-            if _collective(j.opcode):
+            if collective_of(j.opcode):
                 scattered = any(k.opcode == "dynamic-slice" for k in inner)
                 kind = "reduce-scatter" if j.opcode == "all-reduce" and scattered and not asynchronous else None
                 self._transfer(j, asynchronous, cost, seen, kind)
@@ -223,7 +223,7 @@ class _Reader:
             seen.add(i.channel)
             # The start of an asynchronous collective returns its operand next to its result.
             size = max(a.size for a in i.results) if i.opcode.endswith("-start") else i.size
-            key = kind or _collective(i.opcode) or "", not asynchronous, i.group_size(self._program.devices)
+            key = kind or collective_of(i.opcode) or "", not asynchronous, i.group_size(self._program.devices)
             cost.transfers[key][0] += 1
             cost.transfers[key][1] += size
 
@@ -296,7 +296,8 @@ class _Reader:
         return total
 
 
-def _collective(opcode: str) -> str | None:
+def collective_of(opcode: str) -> str | None:
+    """Return the kind of collective that an operation is, or begins or ends, or None."""
     kind = opcode.removesuffix("-start").removesuffix("-done")
     return kind if kind in COLLECTIVES else None
 
@@ -322,7 +323,7 @@ def _link_seconds(kind: str, size: float, group: int, chip: Chip) -> float:
     return PASSES[kind] * size * (group - 1) / group / (chip.link_bytes * axes)
 
 
-def _matrix_flops(i: Instruction, names: dict[str, Instruction]) -> float:
+def matrix_flops(i: Instruction, names: dict[str, Instruction]) -> float:
     """Return the FLOPs, 2 per multiply-add, of a dot or of the convolution that XLA makes of it."""
     x, w, y = (a.results[0].dims for a in (names[i.operands[0]], names[i.operands[1]], i))
     if i.opcode == "dot":

@@ -13,7 +13,7 @@ from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
 from llama_jax.config import Config, MeshArgs, ModelArgs, Remat, Weights
 from llama_jax.plan.topology import Topology
-from llama_jax.training.account import rows_of, state_bytes, working_bytes
+from llama_jax.training.account import positions_of, rows_of, state_bytes, working_bytes
 from llama_jax.training.flops import train_flops_per_token, update_flops
 
 POLICIES: tuple[Remat, ...] = ("none", "dots", "attention", "full")
@@ -120,7 +120,8 @@ def training_seconds(config: Config, topology: Topology) -> float:
     """Estimate the seconds of a step: FLOPs with recomputation (or gathers, if longer), sums over other axes, Muon."""
     m, mesh, train, chip = config.model, config.mesh, config.train, topology.chip
     rows, parameters = rows_of(config), count_parameters(m)
-    tokens = rows * m.max_seq_len / mesh.sequence
+    positions = positions_of(config)
+    tokens = rows * positions / mesh.sequence
     forward = train_flops_per_token(m) / 3
     all_ = train_flops_per_token(m, config.lora)
     feed_forward = 4.0 * m.n_layers * m.dim * m.hidden_width
@@ -130,7 +131,7 @@ def training_seconds(config: Config, topology: Topology) -> float:
     gathers = 4 * 2 * parameters / mesh.tensor / links if mesh.fsdp > 1 else 0.0
     sums = 4 * m.n_layers * 2 * 2 * tokens * m.dim / chip.link_bytes if mesh.tensor > 1 else 0.0
     if mesh.sequence > 1:
-        keys_and_values = 2 * rows * m.max_seq_len * 2 * m.kv_heads * m.head_width / mesh.tensor
+        keys_and_values = 2 * rows * positions * 2 * m.kv_heads * m.head_width / mesh.tensor
         sums += 4 * m.n_layers * keys_and_values / chip.link_bytes
     copies = mesh.data * mesh.sequence > 1
     trained = count_adapter(m, config.lora) if config.lora.rank else parameters

@@ -6,6 +6,7 @@ from typing import Any
 from llama_jax.devices.chips import GiB
 from llama_jax.devices.sharding import describe
 from llama_jax.plan import Plan
+from llama_jax.plan.roofline import Roofline
 from llama_jax.storage.files import replacing
 
 # Neighbouring colours differ, also in grey.
@@ -30,8 +31,11 @@ def draw(plan: Plan, path: Path) -> None:
 
     memory = {part: size / GiB for part, size in plan.bytes_by_part.items()}
     time = {}
-    if plan.schedule is not None:
-        schedule = plan.schedule
+    schedule, bound = plan.schedule, ""
+    if isinstance(schedule, Roofline):
+        longest = max(schedule.by_resource, key=lambda name: schedule.by_resource[name])
+        time, bound = {f"at least, by the {longest}": schedule.seconds * 1e3}, "at least "
+    elif schedule is not None:
         time = {part: seconds * 1e3 for part, seconds in schedule.by_part}
         time |= {"attention's kernels": schedule.kernels * 1e3, "blocking collectives": schedule.blocking * 1e3}
         if schedule.waiting:
@@ -41,9 +45,11 @@ def draw(plan: Plan, path: Path) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(11, 5.5), layout="constrained")
     room = plan.topology.chip.hbm_bytes / GiB
     verdict = "fits" if plan.fits else "does not fit"
-    _bar(axes[0], memory, f"memory of a chip, GiB ({verdict})", limit=room)
+    _bar(axes[0], memory, f"memory of a {plan.topology.unit}, GiB ({verdict})", limit=room)
     _bar(
-        axes[1], time, f"time of a step, ms ({plan.seconds * 1e3:,.1f} in all)" if time else "no time: it does not fit"
+        axes[1],
+        time,
+        f"time of a step, ms ({bound}{plan.seconds * 1e3:,.1f} in all)" if time else "no time: it does not fit",
     )
     figure.suptitle(f"{plan.topology.name}, {describe(plan.mesh)}")
     with replacing(path) as temporary:

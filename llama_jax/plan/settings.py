@@ -10,7 +10,7 @@ from llama_jax.config import Config
 from llama_jax.data.manifest import TOKENIZER, read_manifest
 from llama_jax.data.mixture import folder_of
 from llama_jax.data.tokens import find_prepared
-from llama_jax.plan.tuning_data import epoch_of_chats, learns_from_chats
+from llama_jax.plan.tuning_data import chat_sources, count_chats, named, objective_of, sources_here
 from llama_jax.tokenizer import Tokenizer, kept_tokenizer
 
 # LLaMA 2's vocabulary.
@@ -46,12 +46,59 @@ def vocabulary(config: Config, stated: bool = False) -> Found:
     )
 
 
-def run_tokens(config: Config, given: float | None = None) -> Found:
-    """Return the tokens of the whole run: ``given``, or from its steps, or from its epochs if its text is prepared."""
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """One pass over the data of a run: the sequences, and of conversations or preferences how many there are."""
+
+    rows: int
+    records: int | None  # None: a text
+    most_pairs: int
+    source: str
+
+    def steps(self, config: Config) -> int:
+        """Return the number of steps."""
+        return -(-self.rows // config.train.batch_size)
+
+
+def epoch_of(config: Config) -> tuple[Epoch | None, str]:
+    """Return an epoch of a run, or None and why it is not known.
+
+    Prepared tokens are counted, and conversations and preferences, which are encoded for it. Raises UserError if
+    training would refuse them.
+    """
+    from llama_jax.data.batches import windows_of  # imported here, because grain takes a second
+
+    data, length = config.data, config.model.max_seq_len
+    names, talks = list(data.mixture or [data.filepath]), chat_sources(data)
+    if config.train.objective == "dpo" and not talks:
+        talks = sources_here(data)  # which training refuses
+    chats = count_chats(config, talks) if talks else {}
+    if chats is None:
+        return None, f"the tokenizer of {named(talks[0], data)} is not known; give --train.init-from, or set --tokens"
+    rows, places = 0, []
+    for name in names:
+        if name in chats:
+            rows += chats[name].rows
+            places.append(named(name, data))
+        elif found := _prepared(config, name):
+            rows += windows_of(np.broadcast_to(np.uint8(0), found[1]), length)  # only the length matters
+            places.append(str(found[0]))
+        else:
+            return None, "neither train.max_steps nor prepared tokens give the length of the run; set --tokens"
+    records = sum(chat.records for chat in chats.values()) if chats else None
+    most = max((chat.most_pairs for chat in chats.values()), default=1)
+    return Epoch(rows, records, most, ", ".join(places)), ""
+
+
+def run_tokens(config: Config, given: float | None = None, known: tuple[Epoch | None, str] | None = None) -> Found:
+    """Return the tokens of the whole run: ``given``, or from its steps, or from its epochs if its data are here.
+
+    ``known`` is the result of ``epoch_of``. None: it is called if it is needed.
+    """
     train = config.train
     if given is not None:
         return Found(given, "--tokens")
-    a_step = train.batch_size * config.model.max_seq_len
+    a_step = train.batch_size * objective_of(config).length(config.model)
     if train.max_steps is not None:
         return Found(train.max_steps * a_step, f"train.max_steps, {train.max_steps:,}")
     if train.decay_from:
@@ -59,37 +106,15 @@ def run_tokens(config: Config, given: float | None = None) -> Found:
 
         steps = decay_end(train)
         return Found(steps * a_step, f"train.decay_from, {train.decay_from:,}, whose decay ends at step {steps:,}")
-    from llama_jax.data.batches import windows_of  # imported here, because grain takes a second
-
-    if chats := _of_chats(config):
-        return chats
-    found = [_prepared(config, name) for name in config.data.mixture or [config.data.filepath]]
-    if None not in found:
-        folders = [folder for folder, _ in filter(None, found)]
-        streams = (np.broadcast_to(np.uint8(0), tokens) for _, tokens in filter(None, found))  # only lengths matter
-        rows = sum(windows_of(stream, config.model.max_seq_len) for stream in streams)
-        steps = train.n_epochs * -(-rows // train.batch_size)
-        return Found(steps * a_step, f"{train.n_epochs} epochs of {', '.join(map(str, folders))}, {steps:,} steps")
-    return Found(None, "neither train.max_steps nor prepared tokens give the length of the run; set --tokens")
-
-
-def _of_chats(config: Config) -> Found | None:
-    """Return the tokens of a run on one file of conversations, which are encoded for it. None: it has none.
-
-    Raises UserError if training would refuse them.
-    """
-    train, length = config.train, config.model.max_seq_len
-    source = "" if config.data.mixture else learns_from_chats(config.data)
-    if not source:
-        return None
-    epoch = epoch_of_chats(config)
+    epoch, why = known or epoch_of(config)
     if epoch is None:
-        return Found(None, f"the tokenizer of {source} is not known; give --train.init-from, or set --tokens")
-    steps = train.n_epochs * -(-epoch.rows // train.batch_size)
-    return Found(
-        steps * train.batch_size * length,
-        f"{train.n_epochs} epochs of {source}, {epoch.conversations:,} conversations to train on, in {epoch.rows:,} sequences, {steps:,} steps",
-    )
+        return Found(None, why)
+    steps = train.n_epochs * epoch.steps(config)
+    what = ""
+    if epoch.records is not None:
+        kind = "pairs of answers" if train.objective == "dpo" else "conversations"
+        what = f"{epoch.records:,} {kind} to train on, in {epoch.rows:,} sequences, "
+    return Found(steps * a_step, f"{train.n_epochs} epochs of {epoch.source}, {what}{steps:,} steps")
 
 
 def _prepared(config: Config, name: str) -> tuple[Path, int] | None:

@@ -7,24 +7,27 @@ from typing import Any
 from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
 from llama_jax.cli.progress import duration
-from llama_jax.config import Config
+from llama_jax.config import Config, TrainArgs
 from llama_jax.devices.chips import GiB
 from llama_jax.devices.sharding import describe
 from llama_jax.foreign.family import constants_of
 from llama_jax.plan import Plan
 from llama_jax.plan.advice import Advice
 from llama_jax.plan.cost import BETWEEN_SLICES, KERNEL_EFFICIENCY
-from llama_jax.plan.settings import Found
+from llama_jax.plan.roofline import Roofline
+from llama_jax.plan.settings import Epoch, Found
 from llama_jax.plan.topology import Topology
 from llama_jax.training.flops import step_flops
+from llama_jax.training.needs import GPU_MOST, GPU_SHARE
+from llama_jax.training.objective import Dpo
 
 Rows = list[tuple[str, str]]
 
 
-def summary(plan: Plan, length: Found) -> dict[str, Any]:
+def summary(plan: Plan, length: Found, epoch: Epoch | None = None) -> dict[str, Any]:
     """Return the object that ``--json`` prints of a training step.
 
-    ``length`` is the number of tokens of the whole run.
+    ``length`` is the number of tokens of the whole run, ``epoch`` one pass over its data, if it is known.
     """
     flops = step_flops(plan.config, plan.tokens)
     chips, chip = plan.chips, plan.topology.chip
@@ -39,13 +42,18 @@ def summary(plan: Plan, length: Found) -> dict[str, Any]:
         "tokens_per_second": None,
         "tokens": length.value,
         "tokens_from": length.source,
+        "steps": None if length.value is None else -(-length.value // plan.tokens),
+        "objective": plan.config.train.objective,
+        "epoch": None if epoch is None else _epoch(plan, epoch),
         "days": None,
         "chip_hours": None,
         "topology": plan.topology.name,
         "attention": plan.kernel,
         "remat": plan.config.train.remat,
-        "optimizer": plan.config.train.optimizer,
         "document_mask": plan.config.data.document_mask,
+        "param_dtype": plan.config.train.param_dtype,
+        "optimizer": plan.config.train.optimizer,
+        "moments": plan.config.train.moments,
         "lora": dataclasses.asdict(plan.config.lora) if plan.config.lora.rank else None,
         **_common(plan),
     }
@@ -86,6 +94,15 @@ def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
     return found
 
 
+def _epoch(plan: Plan, epoch: Epoch) -> dict[str, Any]:
+    """Return what ``--json`` prints of one pass over the data."""
+    steps, kind = epoch.steps(plan.config), "pairs" if isinstance(plan.objective, Dpo) else "conversations"
+    found: dict[str, Any] = {"sequences": epoch.rows, "steps": steps}
+    if plan.schedule is not None:
+        found["seconds"] = steps * plan.seconds
+    return found if epoch.records is None else {kind: epoch.records} | found
+
+
 def _memory_seconds(plan: Plan) -> float:
     """Return the seconds to read parameters and cache once."""
     return (plan.bytes_by_part["parameters"] + plan.bytes_by_part["cache"]) / plan.topology.chip.hbm_bandwidth
@@ -95,6 +112,15 @@ def _common(plan: Plan) -> dict[str, Any]:
     """Return the keys about where the step runs and its parts."""
     parts: dict[str, Any] = {"bytes": plan.bytes_by_part}
     if (schedule := plan.schedule) is not None:
+        parts |= {
+            "kernels": dict(schedule.cost.kernels),
+            "compiled_flops_per_device": schedule.cost.flops + schedule.cost.kernel_flops,
+            "hbm_bytes": schedule.cost.hbm_bytes,
+            "host_bytes": schedule.cost.host_bytes,
+        }
+    if isinstance(schedule, Roofline):
+        parts |= {"seconds": schedule.by_resource}
+    elif schedule is not None:
         parts |= {
             "seconds": {
                 "matrix": schedule.cost.matrix,
@@ -113,12 +139,9 @@ def _common(plan: Plan) -> dict[str, Any]:
                 }
                 for c in schedule.collectives
             ],
-            "kernels": dict(schedule.cost.kernels),
-            "compiled_flops_per_device": schedule.cost.flops + schedule.cost.kernel_flops,
-            "hbm_bytes": schedule.cost.hbm_bytes,
-            "host_bytes": schedule.cost.host_bytes,
         }  # fmt: skip
     return {
+        "time": "roofline, a lower bound" if plan.topology.is_gpu else "schedule",
         "devices": plan.chips,
         "mesh": plan.mesh,
         "compute_dtype": plan.dtype,
@@ -145,19 +168,20 @@ def training_text(plan: Plan, length: Found) -> str:
     """Return the text that ``plan`` prints of a training step."""
     train, model = plan.config.train, plan.config.model
     mask = ", with document masks" if plan.config.data.document_mask else ""
-    by = "" if train.optimizer == "adamw" else f", optimizer: {train.optimizer}"
     lora = plan.config.lora
     held = plan.dtype if lora.base_weights == "auto" else lora.base_weights
     adapters = (
         [("adapters", f"{lora.text(count_adapter(model, lora))}; the base is frozen, in {held}")] if lora.rank else []
     )
     rows = [
-        ("slice", f"{plan.topology.name}, {chips_text(plan.chips)}, mesh: {describe(plan.mesh)}"),
+        ("slice", f"{plan.topology.name}, {devices_text(plan)}, mesh: {describe(plan.mesh)}"),
         (
             "program",
-            f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}{mask}{by}; compiled in {duration(plan.compile_seconds)}",
+            f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}{mask}; compiled in {duration(plan.compile_seconds)}",
         ),
+        *_objective_rows(plan),
         *adapters,
+        *_state_rows(plan),
         *_memory(plan),
     ]
     if plan.schedule is not None:
@@ -165,65 +189,58 @@ def training_text(plan: Plan, length: Found) -> str:
         rows += [
             (
                 "step",
-                f"{_number(plan.seconds * 1e3)} ms for {plan.tokens:,} tokens of {model.max_seq_len:,} a sequence",
+                f"{at_least(plan)}{number(plan.seconds * 1e3)} ms for {plan.tokens:,} tokens of "
+                f"{plan.objective.length(model):,} a sequence",
             ),
             *_time(plan),
             (
                 "at most",
                 f"{found['mfu']:.1%} of the peak, {found['tokens_per_second']:,.0f} tokens/s, "
-                f"{found['tokens_per_second_per_device']:,.0f} a chip",
+                f"{found['tokens_per_second_per_device']:,.0f} a {plan.topology.unit}",
             ),
-            ("for", _length_text(found, length)),
+            ("for", _length_text(plan, found, length)),
         ]
     return table(rows)
 
 
-def mask_cost(plan: Plan, without: Plan | None) -> dict[str, Any] | None:
-    """Return what the document mask adds to a step, a chip: seconds, FLOPs, bytes moved and bytes of memory.
-
-    ``without`` is the same step compiled without it, of which the same figures are returned. None: they are not known.
-    """
-    if without is None or plan.schedule is None or without.schedule is None:
-        return None
-    of_both = [
-        {
-            "step_seconds": p.seconds,
-            "compiled_flops_per_device": s.cost.flops + s.cost.kernel_flops,
-            "hbm_bytes": s.cost.hbm_bytes,
-            "bytes_per_device": p.bytes,
-        }
-        for p, s in ((plan, plan.schedule), (without, without.schedule))
+def _objective_rows(plan: Plan) -> Rows:
+    """Return the line about preferences, which only DPO has."""
+    if not isinstance(plan.objective, Dpo):
+        return []
+    return [
+        ("objective", f"DPO: a sequence has room for two answers of {plan.config.model.max_seq_len:,} positions each")
     ]
-    return {name: value - of_both[1][name] for name, value in of_both[0].items()} | {"without": of_both[1]}
 
 
-def mask_rows(plan: Plan, cost: dict[str, Any] | None) -> Rows:
-    """Return lines about what the document mask costs. ``cost`` is that of ``mask_cost``."""
-    if cost is None:
-        return [("mask", "its cost is not known, since the step was not compiled both with it and without it")]
-    before = cost["without"]["step_seconds"]
-    rows = [
-        (
-            "mask",
-            f"document masks cost {cost['step_seconds'] * 1e3:+,.2f} ms a step, {cost['step_seconds'] / before:+.2%} of "
-            f"{_number(before * 1e3)} ms without them",
-        ),
-        (
-            "",
-            f"{cost['compiled_flops_per_device'] / 1e12:+,.3f} TFLOP and {cost['hbm_bytes'] / 1e9:+,.3f} GB from and to memory a "
-            f"chip, {cost['bytes_per_device'] / GiB:+,.3f} GiB of its memory",
-        ),
-    ]
-    if plan.schedule is not None and plan.schedule.cost.kernels:
-        rows.append(("", "kernels are taken as equally fast with masks: what they compare is not estimated"))
-    return rows
+def _state_rows(plan: Plan) -> Rows:
+    """Return the line about how the model that is trained is held, if that is not the usual way."""
+    train, usual = plan.config.train, TrainArgs()
+    names = ("param_dtype", "rounding", "optimizer", "moments")
+    other = [f"{name} {getattr(train, name)}" for name in names if getattr(train, name) != getattr(usual, name)]
+    return [("state", ", ".join(other))] if other else []
 
 
-def _length_text(found: dict[str, Any], length: Found) -> str:
+def at_least(plan: Plan) -> str:
+    """Return "at least " before a time that is a lower bound."""
+    return "at least " if plan.topology.is_gpu else ""
+
+
+def devices_text(plan: Plan) -> str:
+    """Return "1 chip" or "8 GPUs"."""
+    return f"{plan.chips:,} {plan.topology.unit}{'s'[: plan.chips != 1]}"
+
+
+def _length_text(plan: Plan, found: dict[str, Any], length: Found) -> str:
     if length.value is None:
         return f"a run whose length is not known: {length.source}"
-    time = f"{found['days']:,.1f} days" if found["days"] >= 1 else duration(found["days"] * 86400)
-    return f"{length.value:,.0f} tokens ({length.source}): {time}, {_number(found['chip_hours'])} chip-hours"
+    time = f"{found['days']:,.1f} days" if found["days"] >= 1 else time_text(found["days"] * 86400)
+    hours = f"{number(found['chip_hours'])} {plan.topology.unit}-hours"
+    return f"{length.value:,.0f} tokens ({length.source}): {at_least(plan)}{time}, {hours}"
+
+
+def time_text(seconds: float) -> str:
+    """Return seconds as text, with digits if they are few."""
+    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
 
 
 def chips_text(count: int) -> str:
@@ -231,7 +248,7 @@ def chips_text(count: int) -> str:
     return f"{count:,} chip{'s'[: count != 1]}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Return a number, without decimals if it is large."""
     return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
 
@@ -243,7 +260,7 @@ def decoding_text(plan: Plan, on: Topology) -> str:
     idle = f" of {on.chips}; {on.chips - plan.chips} are idle" if on.chips > plan.chips else ""
     weights, cache = (plan.dtype if kind == "auto" else kind for kind in (decoding.weights, decoding.cache))
     rows = [
-        ("slice", f"{on.name}, {chips_text(plan.chips)}{idle}, mesh: {describe(plan.mesh)}"),
+        ("slice", f"{on.name}, {devices_text(plan)}{idle}, mesh: {describe(plan.mesh)}"),
         ("program", f"{plan.dtype}, weights: {weights}, cache: {cache}; compiled in {duration(plan.compile_seconds)}"),
         *_memory(plan),
     ]
@@ -251,7 +268,7 @@ def decoding_text(plan: Plan, on: Topology) -> str:
         rows += [
             (
                 "step",
-                f"{plan.seconds * 1e3:,.2f} ms for {decoding.batch} sequences over a cache of {decoding.slots:,} tokens",
+                f"{at_least(plan)}{plan.seconds * 1e3:,.2f} ms for {decoding.batch} sequences over a cache of {decoding.slots:,} tokens",
             ),
             *_time(plan),
             ("memory", f"{_memory_seconds(plan) * 1e3:,.2f} ms to read parameters and cache once"),
@@ -261,14 +278,22 @@ def decoding_text(plan: Plan, on: Topology) -> str:
 
 
 def _memory(plan: Plan) -> Rows:
-    room = f"{plan.topology.chip.hbm_bytes / GiB:.2f} GiB a chip"
+    room = f"{plan.topology.chip.hbm_bytes / GiB:.2f} GiB a {plan.topology.unit}"
     if plan.schedule is None:
         needed = f"{plan.bytes / GiB:.2f} GiB" if plan.bytes else "more"
         rows = [("memory", f"DOES NOT FIT into {room}: the compiler needs {needed}")]
     else:
         verdict = "fits:" if plan.fits else "DOES NOT FIT:"
         rows = [("memory", f"{verdict} {plan.bytes / GiB:.2f} of {room}")]
-    return rows + [("", f"{size / GiB:8.2f} GiB  {part}") for part, size in plan.bytes_by_part.items()]
+    rows += [("", f"{size / GiB:8.2f} GiB  {part}") for part, size in plan.bytes_by_part.items()]
+    if plan.topology.is_gpu and plan.fits and plan.bytes > GPU_SHARE * plan.topology.chip.hbm_bytes:
+        rows.append(
+            (
+                "",
+                f"JAX takes {GPU_SHARE:.0%} of a GPU's memory: set the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MOST}",
+            )
+        )
+    return rows
 
 
 def advice_rows(on: Topology, advice: Sequence[Advice]) -> Rows:
@@ -281,10 +306,11 @@ def advice_rows(on: Topology, advice: Sequence[Advice]) -> Rows:
         size = f"{a.bytes / GiB:.2f}"
         if a.verified:
             rows.append(
-                f"{a.flags}: fits, {size} of {room:.2f} GiB a chip, {_number((a.seconds or 0) * 1e3)} ms a step (compiled)"
+                f"{a.flags}: fits, {size} of {room:.2f} GiB a {on.unit}, {'at least ' if on.is_gpu else ''}"
+                f"{number((a.seconds or 0) * 1e3)} ms a step (compiled)"
             )
         else:
-            rows.append(f"{a.flags}: about {size} GiB a chip (estimated, not compiled)")
+            rows.append(f"{a.flags}: about {size} GiB a {on.unit} (estimated, not compiled)")
     if not advice:
         rows.append(
             "no slice holds it, by estimate: reduce the model, the context or the batch, or make the batch a multiple of more chips"
@@ -296,6 +322,8 @@ def _time(plan: Plan) -> Rows:
     schedule = plan.schedule
     assert schedule is not None
     cost = schedule.cost
+    if isinstance(schedule, Roofline):
+        return _bound(schedule)
 
     def row(seconds: float, what: str) -> tuple[str, str]:
         return "", f"{seconds * 1e3:8,.1f} ms   {what}"
@@ -330,6 +358,25 @@ def _time(plan: Plan) -> Rows:
             )
         )
     return rows
+
+
+def _bound(roofline: Roofline) -> Rows:
+    """Return lines about what bounds the time of a step on GPUs."""
+    cost, seconds = roofline.cost, roofline.by_resource
+    kernels = ", ".join(f"{name} x {runs}" for name, runs in cost.kernels.items())
+    flops = f"{(cost.flops + cost.kernel_flops) / 1e12:,.1f} TFLOP a GPU at the peak"
+    words = {
+        "matrix": f"matrix products{' and attention' * bool(kernels)}, {flops}",
+        "memory": f"memory, {cost.hbm_bytes / 1e9:,.0f} GB read and written",
+        "links": f"links, {sum(size for _, size in cost.transfers.values()) / 1e9:,.3f} GB of collectives",
+    }
+    rows = [("", f"{seconds[name] * 1e3:8,.1f} ms   {what}") for name, what in words.items()]
+    if kernels:
+        rows.append(("kernels", kernels))
+    if cost.host_bytes:
+        rows.append(("", f"       ? ms   {cost.host_bytes / 1e9:,.1f} GB to and from the host's memory (not counted)"))
+    why = "a roofline, the longest of these three, and not a schedule: kernels do not reach their peak"
+    return [*rows, ("", why)]
 
 
 def table(rows: Rows) -> str:

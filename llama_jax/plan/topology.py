@@ -1,4 +1,4 @@
-"""TPU slices, described without hardware: their chips, and JAX devices to compile for."""
+"""TPU slices and GPUs, described without hardware: their chips, and JAX devices to compile for."""
 
 import math
 import os
@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llama_jax.devices.chips import TPUS, Chip
+from llama_jax.devices.chips import GPUS, TPUS, Chip
 from llama_jax.errors import UserError, quoted
+from llama_jax.plan.gpus import COUNTS, HOST_GPUS, gpu_devices
 from llama_jax.programs import install_command
 
-EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, or 2 slices as 2xv5e:16x16"
+EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, 2 slices as 2xv5e:16x16, or GPUs as h100:8"
 # Environment variables for libtpu without a TPU or a metadata server.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -39,7 +40,7 @@ SLICES: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 CUBE = 4
 # Number of chips of a host.
-HOST_CHIPS = {"v4": 4, "v5e": 8, "v5p": 4, "v6e": 8}
+HOST_CHIPS = {"v4": 4, "v5e": 8, "v5p": 4, "v6e": 8} | dict.fromkeys(GPUS, HOST_GPUS)
 # Google's slice names, such as "v5p-16", count cores for the older versions, whose chips have two.
 CORES = {"v4": 2, "v5p": 2}
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
@@ -47,12 +48,13 @@ ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
 MOST_CHIPS = 100_000
 
 _GRID = re.compile(r"(?:([0-9]{1,9})x)?(v[0-9]+[a-z]*):([0-9]{1,9}(?:x[0-9]{1,9})*)")
+_GPUS = re.compile(r"(?:nvidia-?)?(" + "|".join(GPUS) + r")(?:[:x-]([0-9]{1,9}))?")
 _TYPE = re.compile(r"(v[0-9]+[a-z]*)[-:]([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
 class Topology:
-    """One or more slices of chips, each a grid: "v5e:16x16"."""
+    """One or more slices of chips, each a grid: "v5e:16x16". Or the GPUs of a host, a grid of one side: "h100:8"."""
 
     name: str
     version: str
@@ -63,10 +65,14 @@ class Topology:
     def parse(cls, text: str) -> "Topology":
         """Parse the name of a topology, in any case and spacing. Raises UserError if it is not one."""
         plain = re.sub(r"\s+", "", text).lower().replace("\N{MULTIPLICATION SIGN}", "x")
+        if gpus := _GPUS.fullmatch(plain):
+            return cls._of_gpus(gpus[1], int(gpus[2] or 1), text)
         found = _GRID.fullmatch(plain)
         version = ALIASES.get(found[2], found[2]) if found else ""
         if not found or version not in TPUS or found[3].isdigit():
-            raise UserError(f"--topology: {_expected(plain)}, found {quoted(text)}; versions: {', '.join(TPUS)}")
+            raise UserError(
+                f"--topology: {_expected(plain)}, found {quoted(text)}; versions: {', '.join([*TPUS, *GPUS])}"
+            )
         grid, slices, axes = tuple(map(int, found[3].split("x"))), int(found[1] or 1), TPUS[version].torus_axes
         if len(grid) != axes or 0 in grid or slices == 0:
             proposed = _names(version, math.prod(grid)) if 0 not in grid else EXAMPLES
@@ -82,6 +88,15 @@ class Topology:
         return topology
 
     @classmethod
+    def _of_gpus(cls, version: str, count: int, text: str) -> "Topology":
+        if not 1 <= count <= HOST_GPUS:
+            raise UserError(
+                f"--topology: expected 1 to {HOST_GPUS} GPUs, those of one host, such as {version}:{HOST_GPUS}, found {quoted(text)}; "
+                "networks between hosts differ, so plan for one of them"
+            )
+        return cls.of(version, (count,))
+
+    @classmethod
     def of(cls, version: str, grid: tuple[int, ...], slices: int = 1) -> "Topology":
         """Return the topology with its usual name."""
         name = f"{version}:{'x'.join(map(str, grid))}"
@@ -95,11 +110,23 @@ class Topology:
     @property
     def chip(self) -> Chip:
         """The performance of one chip."""
-        return TPUS[self.version]
+        return GPUS[self.version] if self.is_gpu else TPUS[self.version]
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether these are GPUs, of which the compiler tells no schedule."""
+        return self.version in GPUS
+
+    @property
+    def unit(self) -> str:
+        """The word for one of its devices."""
+        return "GPU" if self.is_gpu else "chip"
 
     @property
     def is_offered(self) -> bool:
-        """Whether Google's tables list such a slice, in any orientation."""
+        """Whether Google's tables list such a slice, in any orientation. GPUs come in any number."""
+        if self.is_gpu:
+            return True
         grid = tuple(sorted(self.grid))
         listed = {tuple(sorted(slice_)) for slice_ in SLICES[self.version]}
         cubes = self.chip.torus_axes == 3 and not any(size % CUBE for size in grid)
@@ -118,7 +145,7 @@ class Topology:
         ones = (1,) * len(room)
         smaller = [
             Topology.of(self.version, grid)
-            for grid in dict.fromkeys([ones, (*ones[1:], 2), *SLICES[self.version]])
+            for grid in dict.fromkeys([ones, (*ones[1:], 2), *_sizes(self.version)])
             if chips > math.prod(grid)
             and chips % math.prod(grid) == 0
             and all(part <= size for part, size in zip(sorted(grid), room, strict=True))
@@ -126,10 +153,12 @@ class Topology:
         return [*smaller, self]
 
     def larger(self) -> Iterator["Topology"]:
-        """Yield larger offered slices: first of the same version, then of versions with more memory per chip."""
-        for grid in SLICES[self.version]:
+        """Yield larger offered slices: first of the same version, then of TPUs with more memory per chip."""
+        for grid in _sizes(self.version):
             if math.prod(grid) > math.prod(self.grid):
                 yield Topology.of(self.version, grid, self.slices)
+        if self.is_gpu:
+            return
         room = {version: chip.hbm_bytes for version, chip in TPUS.items() if chip.hbm_bytes > self.chip.hbm_bytes}
         for version in sorted(room, key=lambda version: room[version]):
             for grid in SLICES[version]:
@@ -138,8 +167,10 @@ class Topology:
     def devices(self) -> list[Any]:
         """Return JAX devices to compile for, in the order that make_mesh needs.
 
-        ``ENVIRONMENT`` must be set. Raises UserError if libtpu is not installed or does not know the slice.
+        ``ENVIRONMENT`` must be set. Raises UserError if the compiler is not installed or does not know the slice.
         """
+        if self.is_gpu:
+            return gpu_devices(self.version, self.chips)
         from jax.experimental import topologies
 
         # A full ring is closed: a side of 16 in a flat slice, a side that is a multiple of 4 in a 3-D slice.
@@ -197,6 +228,11 @@ def _expected(plain: str) -> str:
     chips = max(1, int(found[2]) // cores)
     counted = f"{chips:,} chip{'s'[: chips > 1]}" + (f", {found[2]} cores" if cores > 1 else "")
     return f"expected a version and a grid, here {_names(version, chips)} ({counted})"
+
+
+def _sizes(version: str) -> tuple[tuple[int, ...], ...]:
+    """Return the grids of a version that are offered or usual, smallest first."""
+    return tuple((count,) for count in COUNTS) if version in GPUS else SLICES[version]
 
 
 def _names(version: str, chips: int) -> str:

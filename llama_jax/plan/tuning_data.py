@@ -1,74 +1,123 @@
-"""Conversations that a run to plan learns from: told by their file, and counted in its sequences."""
+"""Conversations and preferences that a run to plan learns from: told by their files, and counted in its sequences."""
 
 import contextlib
 import dataclasses
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.config import Config, DataArgs
-from llama_jax.data.conversations import Conversations
+from llama_jax.data.conversations import Pairs
 from llama_jax.data.finding import find_text, is_chats
+from llama_jax.data.manifest import TOKENIZER
 from llama_jax.data.tokens import find_prepared
 from llama_jax.errors import UserError
 from llama_jax.storage.files import is_address
+from llama_jax.training.objective import Dpo, NextToken, Objective
 
 
-class Epoch(NamedTuple):
-    """The number of conversations of an epoch, and of the sequences that they are packed into."""
+class Chats(NamedTuple):
+    """The conversations or pairs of an epoch of a source, the sequences that hold them, and the most pairs of one."""
 
-    conversations: int
+    records: int
     rows: int
+    most_pairs: int = 1
 
 
-def learns_from_chats(data: DataArgs) -> str:
-    """Return the conversations among the data of a run, or an empty text.
+def objective_of(config: Config, most_pairs: int = 1) -> Objective:
+    """Return the objective that training has, whose sequences hold ``most_pairs`` preferences at most."""
+    train = config.train
+    if train.objective == "next-token":
+        return NextToken()
+    positions = Pairs.positions(config.model.max_seq_len)
+    return Dpo(train.dpo_beta, train.dpo_label_smoothing, most_pairs, positions)
+
+
+def chat_sources(data: DataArgs) -> list[str]:
+    """Return the names of the conversations among the data of a run, "" for the built-in ones.
 
     A file that is elsewhere is not looked for: a plan may be made where the data are not.
     """
     if data.chats and not data.filepath and not data.mixture:
-        return f"{data.chats:,} built-in conversations"
-    for name in data.mixture or [data.filepath]:
-        if not name or is_address(name) or not Path(name).expanduser().exists() or find_prepared(name) is not None:
+        return [""]
+    found = []
+    for name in sources_here(data):
+        if find_prepared(name) is not None:
             continue
         with contextlib.suppress(UserError), tempfile.TemporaryDirectory() as folder:
             one = dataclasses.replace(data, filepath=name, mixture={}, eval_filepath="")
             if is_chats(find_text(one, Path(folder))):
-                return name
-    return ""
+                found.append(name)
+    return found
+
+
+def sources_here(data: DataArgs) -> list[str]:
+    """Return the names of the files and folders of a run that are on this machine."""
+    return [
+        name
+        for name in data.mixture or [data.filepath]
+        if name and not is_address(name) and Path(name).expanduser().exists()
+    ]
+
+
+def named(source: str, data: DataArgs) -> str:
+    """Return a source as text."""
+    return source or f"{data.chats:,} built-in conversations"
 
 
 def with_masks(config: Config) -> tuple[Config, list[str]]:
     """Return the configuration with the document masks that training turns on for conversations, and notes."""
-    if config.data.document_mask or not (found := learns_from_chats(config.data)):
+    if config.data.document_mask:
+        return config, []
+    why = "each answer to a prompt is a document" if config.train.objective == "dpo" else ""
+    if not why and (sources := chat_sources(config.data)):
+        why = f"{named(sources[0], config.data)} are conversations, each by itself"
+    if not why:
         return config, []
     data = dataclasses.replace(config.data, document_mask=True)
-    return dataclasses.replace(config, data=data), [f"document masks, as {found} are conversations, each by itself"]
+    return dataclasses.replace(config, data=data), [f"document masks, as {why}"]
 
 
-def epoch_of_chats(config: Config) -> Epoch | None:
-    """Return what an epoch of the conversations has, encoded as training does. None: their tokenizer is not known.
+def count_chats(config: Config, sources: list[str]) -> dict[str, Chats] | None:
+    """Return what an epoch has of conversations, encoded as training does. None: their tokenizer is not known.
 
     Raises UserError if training would refuse them.
     """
     from llama_jax.convert.once import open_model  # imported here, because orbax takes seconds
-    from llama_jax.data import Data, Talking, load_data
-    from llama_jax.data.batches import windows_of
+    from llama_jax.data import Data, MixedData, Talking, load_data
+    from llama_jax.data.mixing import source_args
+    from llama_jax.data.opened import chat_format_of
 
     train, data, length = config.train, config.data, config.model.max_seq_len
-    setup, source = ChatSetup(has_none=True), "the model"
+    setup, origin = ChatSetup(has_none=True), "the model"
     if train.init_from:
         base = open_model(train.init_from)
-        setup, source = base.chat, str(base.folder)
+        setup, origin = base.chat, str(base.folder)
         data = dataclasses.replace(data, tokenizer_model_path=str(base.tokenizer.place))
     if not data.tokenizer_model_path:
-        return None
+        prepared = [place for name in data.mixture if (place := find_prepared(name)) is not None]
+        if not prepared:
+            return None
+        data = dataclasses.replace(data, tokenizer_model_path=str(prepared[0] / TOKENIZER))
+    talking = Talking(setup, origin, length, train.objective == "dpo")
+    opened, counted = {}, {}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         at = Path(folder)
-        found = load_data(data, at / "tokens", at / "tokenizer.model", talking=Talking(setup, source, length))
-        assert isinstance(found, Data)
-        stream = found.tokens.train
-        assert isinstance(stream, Conversations)
-        return Epoch(stream.count, windows_of(stream, length))
+        for number, name in enumerate(sources):
+            one = source_args(data, name) if data.mixture else data
+            found = load_data(one, at / str(number), at / "tokenizer.model", talking=talking)
+            assert isinstance(found, Data)
+            opened[name], counted[name] = found, _counted(found, length)
+        chat_format_of(MixedData(opened, {}, found.tokenizer))
+    return counted
+
+
+def _counted(data: Any, length: int) -> Chats:
+    """Return what an epoch has of the conversations or preferences that were loaded."""
+    from llama_jax.data.batches import windows_of  # imported here, because grain takes a second
+
+    streams = data.tokens.train, data.tokens.eval
+    most = max((stream.most_pairs(length) for stream in streams if isinstance(stream, Pairs)), default=1)
+    return Chats(streams[0].records, windows_of(streams[0], length), max(1, most))

@@ -65,7 +65,8 @@ def activation_bytes(config: Config) -> float:
     """
     m, mesh, train = config.model, config.mesh, config.train
     rows, t = rows_of(config), mesh.tensor
-    tokens = rows * m.max_seq_len / mesh.sequence
+    positions = positions_of(config)
+    tokens = rows * positions / mesh.sequence
     size = 4 if train.compute_dtype == "float32" else 2
     keys_and_values = 2 * m.kv_heads * m.head_width
     kept = m.dim + KEPT[train.remat](m.dim, m.n_heads * m.head_width, keys_and_values, m.hidden_width, t)
@@ -73,7 +74,7 @@ def activation_bytes(config: Config) -> float:
     layer = (count_parameters(m) - tables * m.vocab_size * m.dim) / m.n_layers
     working = 2 * size * layer / t + size * tokens * (3 * m.hidden_width / t + 6 * m.dim)
     if mesh.sequence > 1:
-        working += size * rows * m.max_seq_len * keys_and_values / t
+        working += size * rows * positions * keys_and_values / t
     # Beside a frozen output matrix, its copy for the products; of one that is trained, also the gradient.
     vocabulary = (2 * size if config.lora.rank else 8) * m.vocab_size * m.dim / t
     return m.n_layers * tokens * size * kept + working + vocabulary
@@ -97,6 +98,11 @@ def update_bytes(config: Config) -> float:
 def working_bytes(config: Config) -> float:
     """Estimate the bytes per device besides the state and gradients: of the passes or of the update after them."""
     return max(activation_bytes(config), update_bytes(config))
+
+
+def positions_of(config: Config) -> int:
+    """Return the number of positions of a sequence. One of preferences has room for two answers."""
+    return config.model.max_seq_len * (2 if config.train.objective == "dpo" else 1)
 
 
 def rows_of(config: Config) -> int:

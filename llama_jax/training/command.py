@@ -66,14 +66,14 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
     if config.train.init_from:
         from llama_jax.training.opening import starting_model
 
-        tuning, stated = shipped(_tuning_settings(config)), given_flags(rest)
+        tuning, stated = shipped(tuning_settings(config)), given_flags(rest)
         if tuned := named is None:
             source = tuning
             file = load_toml(source)
         else:
             stated |= stated_keys(source)
-            if tuned := _is_tuning(config):
-                file = _tuned(file, load_toml(tuning), stated)
+            if tuned := is_tuning(config):
+                file = with_tuning_rates(file, load_toml(tuning), stated)
         config, more = _parse(rest, file)
         notes.append(_tuning_note(config, stated, tuning.stem, source.stem, tuned))
         train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
@@ -108,7 +108,7 @@ def _continuation(argv: list[str], run: str) -> tuple[Config, list[str]]:
     return config, [f"settings of {path}, but for where it ends; flags override them", *notes]
 
 
-def _tuned(file: Config, tuning: Config, stated: set[str]) -> Config:
+def with_tuning_rates(file: Config, tuning: Config, stated: set[str]) -> Config:
     """Return the configuration of a file with the rates of ``tuning`` where neither the file nor a flag has its own."""
     rates = {name: getattr(tuning.train, name) for name in RATES if f"train.{name}" not in stated}
     return dataclasses.replace(file, train=dataclasses.replace(file.train, **rates))
@@ -130,7 +130,7 @@ def _tuning_note(config: Config, stated: set[str], tuning: str, source: str, tun
     )
 
 
-def _is_tuning(config: Config) -> bool:
+def is_tuning(config: Config) -> bool:
     """Return whether a run is fine-tuning by what it trains: adapters, on preferences, or on conversations.
 
     A text may as well be more of the text of pretraining.
@@ -148,7 +148,7 @@ def _is_tuning(config: Config) -> bool:
     return False
 
 
-def _tuning_settings(config: Config) -> str:
+def tuning_settings(config: Config) -> str:
     """Return the name of the shipped configuration for what a run trains."""
     if config.train.objective == "dpo":
         return DPO_ADAPTERS if config.lora.rank else DPO

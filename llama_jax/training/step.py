@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from llama_jax.adapters import init_adapter
 from llama_jax.config import ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch, PackedBatch, PairBatch
-from llama_jax.devices.compiling import compiler_options
+from llama_jax.devices.compiling import compiler_options, untried_options
 from llama_jax.devices.sharding import (
     batch_sharding,
     on_mesh,
@@ -363,7 +363,8 @@ def _part_program(
     """Compile a function of the parameters and one part of a training batch. Every device gets its whole result."""
     part = replace(train, batch_size=train.batch_size // train.gradient_accumulation_steps)
     batch = batch_shapes(part, args, mesh, document_mask, objective)
-    step = jax.jit(function, out_shardings=replicated(mesh))
+    options = untried_options(mesh.devices.flat[0]) or None
+    step = jax.jit(function, out_shardings=replicated(mesh), compiler_options=options)
     with on_mesh(mesh):
         if adapting is None:
             params = with_shardings(narrow_shapes(parameter_shapes(model), train), parameter_shardings(model, mesh))

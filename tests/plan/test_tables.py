@@ -11,8 +11,9 @@ from llama_jax.plan import Plan
 from llama_jax.plan.advice import Advice
 from llama_jax.plan.command import BEAT, Console
 from llama_jax.plan.cost import Cost, Schedule
+from llama_jax.plan.extras import mask_cost, mask_rows
 from llama_jax.plan.settings import Found
-from llama_jax.plan.tables import advice_rows, mask_cost, mask_rows, summary, training_text
+from llama_jax.plan.tables import advice_rows, summary, training_text
 from llama_jax.plan.topology import Topology
 
 TOPOLOGY = Topology.parse("v5e:2x2")
