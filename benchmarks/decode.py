@@ -32,7 +32,7 @@ import numpy as np
 
 from llama_jax.build import make_model
 from llama_jax.cli.flags import parse_flags
-from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
+from llama_jax.config import Cache, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.sharding import make_mesh, parameter_shardings
 from llama_jax.errors import UserError, quoted, run_command
@@ -43,6 +43,7 @@ from llama_jax.generation.stats import step_bytes
 from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES
 from llama_jax.ops.parameters import is_vector
+from llama_jax.train_args import DType
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 from peers import PAUSE, ratio, worker

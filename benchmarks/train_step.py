@@ -26,13 +26,14 @@ import torch
 
 from llama_jax.build import make_model
 from llama_jax.cli.flags import parse_flags
-from llama_jax.config import AttentionKernel, DType, MeshArgs, ModelArgs, Remat, TrainArgs
+from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.devices.memory import keep_freed_memory, memory_in_use
 from llama_jax.devices.sharding import batch_sharding, make_mesh
 from llama_jax.errors import UserError, run_command
 from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
+from llama_jax.train_args import AttentionKernel, DType, Remat
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.flops import peak_flops, train_flops_per_token
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer

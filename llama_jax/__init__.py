@@ -9,6 +9,7 @@ import importlib as _importlib
 import typing as _typing
 
 from llama_jax import config as _config
+from llama_jax import train_args as _train_args
 from llama_jax.config import DataArgs, ModelArgs, SampleArgs, TrainArgs
 
 if _typing.TYPE_CHECKING:
@@ -29,7 +30,7 @@ def __getattr__(name: str) -> _typing.Any:
 
 def load(
     path: str,
-    compute_dtype: _config.DType = "auto",
+    compute_dtype: _train_args.DType = "auto",
     weights: _config.Weights = "auto",
     cache: _config.Cache = "auto",
     mesh: _config.MeshArgs | None = None,

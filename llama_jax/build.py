@@ -6,13 +6,14 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 
-from llama_jax.config import AttentionKernel, DType, ModelArgs, Remat
+from llama_jax.config import ModelArgs
 from llama_jax.devices.compiling import platform_of
 from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
 from llama_jax.ops.attention import choose_kernel
 from llama_jax.ops.exact import CPU_ROWS, ROWS
+from llama_jax.train_args import AttentionKernel, DType, Remat
 
 # On a CPU, XLA's loop over layers is 15% slower than unrolled layers, so models of up to this many layers are unrolled.
 # Elsewhere a scan compiles faster and runs as fast.

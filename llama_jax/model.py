@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.config import AttentionKernel, ModelArgs, Remat
+from llama_jax.config import ModelArgs
 from llama_jax.devices.sharding import constrain
 from llama_jax.ops import exact
 from llama_jax.ops.attention import Documents, attention, attention_over_cache, same_segment
@@ -29,6 +29,7 @@ from llama_jax.ops.linear import linear
 from llama_jax.ops.parameters import bias, norm_weight, one_by_one, output_weight, weight
 from llama_jax.ops.remat import AFTER_ATTENTION, POLICIES
 from llama_jax.ops.rotary import Angles, quarter_turn, rotary_angles
+from llama_jax.train_args import AttentionKernel, Remat
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, exact_rows: int = 0) -> jax.Array:

@@ -13,10 +13,11 @@ import tyro
 
 from llama_jax.cli.flags import ESCAPED, parse_flags
 from llama_jax.cli.json_argument import json_argument
-from llama_jax.config import Cache, DType, MeshArgs, SampleArgs, Weights
+from llama_jax.config import Cache, MeshArgs, SampleArgs, Weights
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
 from llama_jax.tokenizer import clean
+from llama_jax.train_args import DType
 
 if TYPE_CHECKING:
     from llama_jax.checkpoint.adapted import WholeModel

@@ -18,7 +18,6 @@ from llama_jax.config import (
     DistributedArgs,
     MeshArgs,
     ModelArgs,
-    Remat,
     SampleArgs,
     TrainArgs,
     from_dict,
@@ -27,6 +26,7 @@ from llama_jax.config import (
 )
 from llama_jax.errors import UserError
 from llama_jax.lora_args import MATRICES, LoraArgs
+from llama_jax.train_args import Remat
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {section.name: type(section.default) for section in dataclasses.fields(Config)}

@@ -13,13 +13,14 @@ import pytest
 
 from llama_jax import model as model_module
 from llama_jax.build import count_parameters, make_model
-from llama_jax.config import ModelArgs, Remat
+from llama_jax.config import ModelArgs
 from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.generation.serving import for_generation
 from llama_jax.model import Llama
 from llama_jax.ops.cache import KVCache
 from llama_jax.ops.loss import cross_entropy
 from llama_jax.ops.parameters import one_by_one
+from llama_jax.train_args import Remat
 from tests import numpy_llama
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, multiple_of=8, max_seq_len=1000)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import llama_jax
-from llama_jax.config import AttentionKernel, MeshArgs, ModelArgs, SampleArgs
+from llama_jax.config import MeshArgs, ModelArgs, SampleArgs
 from llama_jax.convert import ConvertArgs, convert
 from llama_jax.convert.huggingface import check_config
 from llama_jax.devices.sharding import make_mesh, on_mesh, parameter_shapes
@@ -26,6 +26,7 @@ from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama, plain_attention
 from llama_jax.ops.attention import attention
 from llama_jax.tokenizer import Tokenizer
+from llama_jax.train_args import AttentionKernel
 from llama_jax.training.flops import train_flops_per_token
 from tests import numpy_llama
 from tests.eight_devices import run_on_eight_devices

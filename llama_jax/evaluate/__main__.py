@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.flags import ESCAPED, parse_flags
-from llama_jax.config import Cache, DType, MeshArgs, Weights
+from llama_jax.config import Cache, MeshArgs, Weights
 from llama_jax.errors import UserError, run_command
 from llama_jax.programs import typed
+from llama_jax.train_args import DType
 
 if TYPE_CHECKING:
     from llama_jax.checkpoint.adapted import WholeModel

@@ -22,11 +22,12 @@ from tqdm import tqdm
 from llama_jax.chat.formats import ChatFormat, choose
 from llama_jax.chat.messages import Message
 from llama_jax.compat.lm_eval_start import NAMES
-from llama_jax.config import Cache, DType, MeshArgs, SampleArgs, Weights
+from llama_jax.config import Cache, MeshArgs, SampleArgs, Weights
 from llama_jax.errors import WRONG, UserError, quoted
 from llama_jax.evaluate.scoring import Request, context_of, encode_pairs, fit, score
 from llama_jax.generation import Model
 from llama_jax.tokenizer import Tokenizer
+from llama_jax.train_args import DType
 
 T = TypeVar("T")
 # How the harness is started as a command: the ends of its first argument.

@@ -17,7 +17,7 @@ from llama_jax.build import make_model
 from llama_jax.chat.formats import ChatFormat, ChatSetup, choose
 from llama_jax.chat.messages import Message, as_messages
 from llama_jax.checkpoint.adapted import WholeModel
-from llama_jax.config import Cache, DType, MeshArgs, ModelArgs, SampleArgs, Weights
+from llama_jax.config import Cache, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.convert.once import open_model
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
@@ -37,6 +37,7 @@ from llama_jax.generation.speculative import Draft
 from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES
 from llama_jax.tokenizer import Tokenizer, clean
+from llama_jax.train_args import DType
 
 # The draft that needs no second model, and the maximum number of tokens to draft at a time.
 LOOKUP, MOST_GUESSES = "lookup", 64

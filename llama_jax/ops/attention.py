@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.config import AttentionKernel, ModelArgs
+from llama_jax.config import ModelArgs
 from llama_jax.devices.sharding import gather_shards, shard_axes, shard_by_shard
 from llama_jax.errors import UserError
 from llama_jax.ops import exact
 from llama_jax.ops.cache import KVArray, KVPair, LayerCache
 from llama_jax.ops.linear import MATRIX_ROWS
+from llama_jax.train_args import AttentionKernel
 
 # Queries per block. A block sees only the keys before its end, which halves the work compared to the whole square and
 # keeps the scores small enough for a core's cache.

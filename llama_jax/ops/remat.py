@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
-from llama_jax.config import Remat
 from llama_jax.ops.attention import ATTENTION, CUDNN_FORWARD, OPERANDS
 from llama_jax.ops.linear import PROJECTION
+from llama_jax.train_args import Remat
 
 # The residual stream between a block's attention and its feed-forward layer.
 AFTER_ATTENTION = "after_attention"

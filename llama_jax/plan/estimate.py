@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
-from llama_jax.config import Config, MeshArgs, ModelArgs, Remat, Weights
+from llama_jax.config import Config, MeshArgs, ModelArgs, Weights
 from llama_jax.plan.topology import Topology
+from llama_jax.train_args import Remat
 from llama_jax.training.account import positions_of, rows_of, state_bytes, working_bytes
 from llama_jax.training.flops import train_flops_per_token, update_flops
 

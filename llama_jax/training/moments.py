@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax.config import Moments
 from llama_jax.ops.parameters import is_vector
+from llama_jax.train_args import Moments
 from llama_jax.training.rounding import noise, stochastic, uniform
 
 # Numbers of a block, at most. Blocks of 128 cost 1/32 byte a number for their scales.

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import KeyPath, tree_leaves_with_path, tree_map_with_path
 
-from llama_jax.config import DType, ModelArgs
+from llama_jax.config import ModelArgs
 from llama_jax.devices.sharding import shard_axes, shard_by_shard
 from llama_jax.ops.parameters import AXES, is_vector
+from llama_jax.train_args import DType
 
 # The iteration is X <- a X + b (X X^T) X + c (X X^T)^2 X. Five of them bring singular values,
 # all but the smallest, to between 0.7 and 1.2.

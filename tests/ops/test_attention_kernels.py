@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from llama_jax.config import AttentionKernel, MeshArgs, ModelArgs, TrainArgs
+from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch, PackedBatch
 from llama_jax.devices.compiling import compiler_options
 from llama_jax.devices.sharding import batch_sharding, make_mesh, on_mesh
@@ -22,6 +22,7 @@ from llama_jax.generation.serving import generation_shapes
 from llama_jax.model import Llama
 from llama_jax.ops.attention import attention, choose_kernel
 from llama_jax.ops.cache import KVCache
+from llama_jax.train_args import AttentionKernel
 from llama_jax.training.step import make_optimizer, trace_train_step
 from tests.eight_devices import run_on_eight_devices
 from tests.jax_internals import cudnn

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.config import Cache, Config, MeshArgs, ModelArgs, Remat, TrainArgs, Weights
+from llama_jax.config import Cache, Config, MeshArgs, ModelArgs, TrainArgs, Weights
 from llama_jax.devices.chips import GiB
 from llama_jax.plan import Decoding, Plan
 from llama_jax.plan.advice import Advice, advise_decoding, advise_training
@@ -18,6 +18,7 @@ from llama_jax.plan.cost import Cost, Schedule
 from llama_jax.plan.decoding import Layout, fewest_chips, lay_out
 from llama_jax.plan.estimate import training_bytes
 from llama_jax.plan.topology import Topology
+from llama_jax.train_args import Remat
 from tests.plan.test_estimate import SEVEN, SEVENTY, applied
 
 ROOT = Path(__file__).parents[2]

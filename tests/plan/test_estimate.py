@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.config import Config, MeshArgs, ModelArgs, Remat, TrainArgs
+from llama_jax.config import Config, MeshArgs, ModelArgs, TrainArgs
 from llama_jax.devices.chips import GiB
 from llama_jax.plan.estimate import candidate, candidates, divisors, training_bytes
 from llama_jax.plan.topology import Topology
+from llama_jax.train_args import Remat
 
 SEVEN = ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256, max_seq_len=4096)
 HALF = replace(SEVEN, n_layers=16)

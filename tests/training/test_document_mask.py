@@ -11,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from llama_jax.config import AttentionKernel, MeshArgs, ModelArgs, Remat, TrainArgs
+from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch, PackedBatch
 from llama_jax.data.document_mask import with_documents
 from llama_jax.devices.sharding import batch_sharding, make_mesh, on_mesh, parameter_shapes
 from llama_jax.model import Llama
 from llama_jax.ops.attention import Documents
+from llama_jax.train_args import AttentionKernel, Remat
 from llama_jax.training.bad_steps import LossHistory
 from llama_jax.training.step import (
     TrainState,

@@ -1,0 +1,243 @@
+"""The arguments of training: ``TrainArgs``."""
+
+import dataclasses
+import re
+from typing import Literal
+
+from llama_jax.cli.flags import SEVERAL
+from llama_jax.fields import BELOW_1, COUNT, HUGE, LARGEST, POSITIVE, TINY, check_fields, expect
+from llama_jax.storage.files import is_address
+
+DType = Literal["auto", "float32", "bfloat16"]
+Remat = Literal["none", "dots", "attention", "offload", "full"]
+AttentionKernel = Literal["auto", "xla", "splash", "cudnn", "plain"]
+BadSteps = Literal["stop", "skip", "count"]
+ParamDType = Literal["float32", "bfloat16"]
+Rounding = Literal["stochastic", "compensated"]
+Optimizer = Literal["adamw", "muon", "adafactor"]
+ScheduleName = Literal["cosine", "wsd", "linear"]
+Moments = Literal["float32", "bfloat16", "int8"]
+ObjectiveName = Literal["next-token", "dpo"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+    """Optimization, evaluation and the run folder.
+
+    The defaults are those of the LLaMA 2 paper (section 2.1), except batch size and length.
+    """
+
+    objective: ObjectiveName = "next-token"
+    """Objective of training.
+    next-token: the cross entropy of each next token.
+    dpo: the loss of direct preference optimization, over pairs of a chosen and a rejected answer."""
+    dpo_beta: float = 0.1
+    """DPO's beta, the factor of log-likelihood ratios.
+    The larger it is, the closer the model stays to its reference."""
+    dpo_label_smoothing: float = 0.0
+    """Share of the pairs that DPO takes to be labelled the wrong way round. 0: none, as in the paper."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    schedule: ScheduleName = "cosine"
+    """Learning rate after the warmup, down to min_lr_ratio x lr at the last step.
+    cosine: half a cosine.
+    wsd: lr (the stable phase), then a line in the last decay_fraction of the steps.
+    linear: a line."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate of the schedule, as a share of lr. It may be 0."""
+    decay_fraction: float = 0.2
+    """Share of the run's steps in which wsd decays the learning rate, at the end."""
+    warmup_steps: int = 100
+    """Steps of linear warmup from 0 to lr."""
+    n_epochs: int = 1
+    """Number of passes over the training text. Ignored if max_steps is set."""
+    max_steps: int | None = None
+    """Number of optimizer steps. None: as many as n_epochs needs."""
+    batch_size: int = 16
+    """Sequences of max_seq_len tokens per optimizer step, over all devices and processes."""
+    gradient_accumulation_steps: int = 1
+    """Split each batch into this many microbatches, to save memory."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay. It applies to matrices, not to norms."""
+    beta1: float = 0.9
+    """AdamW's beta1, the decay rate of the gradient's running mean."""
+    beta2: float = 0.95
+    """AdamW's beta2, the decay rate of the gradient's running mean square."""
+    eps: float = 1e-5
+    """AdamW's epsilon."""
+    grad_clip: float = 1.0
+    """Clip the gradient to this global norm. 0: no clipping."""
+    remat: Remat = "none"
+    """Activations to keep for the backward pass, which recomputes the others. From most memory to least:
+    none: keep all, recompute nothing.
+    dots: keep the results of projections and of attention.
+    attention: keep those of the attention half of each block.
+    offload: as attention, but in host memory.
+    full: keep only the input of each block."""
+    attention: AttentionKernel = "auto"
+    """Attention implementation: xla (everywhere), splash (TPU), cudnn (NVIDIA GPUs), plain (the formula in model.py),
+    or auto, the fastest available."""
+    compute_dtype: DType = "auto"
+    """Data type of activations and matmuls. auto: bfloat16 on TPU and GPU, float32 on CPU."""
+    param_dtype: ParamDType = "float32"
+    """Data type of the parameters that are trained, and of their gradients. Norms and biases are always float32.
+    bfloat16 halves their memory; rounding says how an update is added."""
+    rounding: Rounding = "stochastic"
+    """How updated parameters are rounded to bfloat16.
+    stochastic: up or down at random, right on average.
+    compensated: to the nearest, keeping the error for the next step (Kahan), for 2 more bytes a parameter."""
+    optimizer: Optimizer = "adamw"
+    """adamw: a first and a second moment of each gradient.
+    muon: a first moment, orthogonalised, for the matrices of the layers, and AdamW for all else. One rate serves both.
+    adafactor: no first moment, and of the second only its means over rows and columns, with hardly any memory.
+    It uses neither beta1 nor beta2 nor eps."""
+    muon_momentum: float = 0.95
+    """Muon's momentum, the decay rate of the gradient's running mean."""
+    moments: Moments = "float32"
+    """Data type in which AdamW keeps its moments. int8: a scale for each block of 128."""
+    eval_interval: int = 100
+    """Evaluate every this many steps."""
+    eval_minutes: float = 0.0
+    """Also evaluate if this many minutes have passed since the last evaluation. 0: never."""
+    eval_iters: int = 100
+    """Maximum number of batches per evaluation. 0: the whole held-out text.
+    An evaluation batch has 16 sequences, whatever batch_size is.
+    The batches are spread over the held-out text and are the same in every evaluation."""
+    log_interval: int = 10
+    """Write a line to metrics.jsonl every this many steps."""
+    save_interval: int = 100
+    """Save a checkpoint every this many steps. A new best evaluation is also saved."""
+    save_minutes: float = 30.0
+    """Also save a checkpoint if this many minutes have passed since the last one. 0: never."""
+    keep: int = 3
+    """Number of newest checkpoints to keep. The best one is kept as well."""
+    keep_every: int = 0
+    """Keep checkpoints at multiples of this step forever. 0: none."""
+    resume_step: int = 0
+    """Step to resume from. Later checkpoints and records are set aside. 0: the newest checkpoint."""
+    decay_from: int = 0
+    """Step of the stable phase of wsd from whose checkpoint to go on, decaying the learning rate from there on.
+    The decay ends at max_steps. None: where it makes up decay_fraction of all steps. 0: decay as planned."""
+    decay_run: str = ""
+    """Run folder with the checkpoint of decay_from, to be continued in save_dir. It stays as it is.
+    Empty: the run in save_dir goes back to decay_from itself, and its later checkpoints are set aside."""
+    hold_lr: bool = False
+    """Keep the learning rate of the last finished step on resume, and ignore the schedule."""
+    save_dir: str = ""
+    """Run folder. Empty: runs/<name of the config>."""
+    checkpoint_dir: str = ""
+    """Folder for checkpoints, on disk or in object storage (gs://bucket/folder).
+    Empty: checkpoints/ in the run folder."""
+    init_from: str = ""
+    """Checkpoint to fine-tune: load its parameters, model arguments and tokenizer. Empty: random parameters.
+    A folder of Meta's, Hugging Face's or Mistral's, or a file of llama2.c's, is converted once into a cache."""
+    seed: int = 0
+    """Seed of the initial parameters and the order of batches."""
+    bad_steps: BadSteps = "stop"
+    """Action on a bad step, whose loss or gradient is not finite or whose loss is a spike (see spike_factor).
+    stop: end the run.
+    skip: drop the update.
+    count: count and log it; apply the update of a spike, drop one that is not finite."""
+    spike_factor: float = 0.0
+    """A loss is a spike if it exceeds this many times the mean of the last 100 or so losses. 0: no loss is a spike."""
+    watchdog_seconds: float = 1800.0
+    """End the run with exit status 76 if nothing progresses for this many seconds. 0: never."""
+    profile_steps: str = ""
+    """Steps to profile, for example 10-15. The trace goes to profile/ in the run folder. Empty: none."""
+    eval_tasks: tuple[str, ...] = dataclasses.field(default=(), metadata=SEVERAL)
+    """Tasks to score at every evaluation: files in JSON lines, or folders of them, as the evaluate command takes them.
+    The scores are in metrics.jsonl, as task/<name>/accuracy."""
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard events, to tensorboard/ in the run folder."""
+
+    @property
+    def profile_range(self) -> range:
+        """The steps to profile, possibly none. Raises UserError if profile_steps is neither a step nor a range."""
+        if not self.profile_steps:
+            return range(0)
+        match = re.fullmatch(r"([1-9][0-9]{0,9})(?:-([1-9][0-9]{0,9}))?", self.profile_steps)
+        steps = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        expect(len(steps) > 0, "train.profile_steps", "a step or first-last, as 10-15", repr(self.profile_steps))
+        return steps
+
+    def check(self) -> None:
+        """Raise UserError on impossible values."""
+        counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps")
+        intervals = ("eval_interval", "log_interval", "save_interval", "keep")
+        natural = dict.fromkeys(("warmup_steps", "eval_iters", "keep_every", "resume_step", "decay_from"), (0, LARGEST))
+        shares = dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0.0, BELOW_1)) | {
+            "min_lr_ratio": (0.0, 1.0),
+            "decay_fraction": (TINY, 1.0),
+            "seed": (0, 2**32 - 1),
+        }
+        positive = {"lr": POSITIVE, "eps": POSITIVE, "weight_decay": (0.0, HUGE), "grad_clip": (0.0, HUGE)}
+        positive |= dict.fromkeys(("watchdog_seconds", "save_minutes", "eval_minutes"), (0.0, 1e9))
+        positive |= {"spike_factor": (0.0, HUGE), "dpo_beta": POSITIVE, "dpo_label_smoothing": (0.0, 0.5)}
+        check_fields(self, "train.", dict.fromkeys(counts + intervals, COUNT) | natural | shares | positive)
+        for name in ("dpo_beta", "dpo_label_smoothing") if self.objective != "dpo" else ():
+            given, default = getattr(self, name), getattr(TrainArgs, name)
+            expect(
+                given == default, f"train.{name}", "train.objective dpo beside it", f"train.objective {self.objective}"
+            )
+        self._check_schedule()
+        no_spikes = self.spike_factor == 0 or self.spike_factor > 1
+        expect(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)
+        _ = self.profile_range
+        on_disk = "a folder on disk (--train.checkpoint-dir may be in object storage)"
+        expect(not is_address(self.save_dir), "train.save_dir", on_disk, self.save_dir)
+        expect(
+            self.batch_size % self.gradient_accumulation_steps == 0,
+            "train.gradient_accumulation_steps",
+            f"a divisor of train.batch_size = {self.batch_size}",
+            self.gradient_accumulation_steps,
+        )
+        rounds = self.param_dtype == "bfloat16" or self.rounding == "stochastic"
+        expect(
+            rounds,
+            "train.rounding",
+            "train.param_dtype bfloat16, which alone is rounded",
+            f"{self.rounding} beside float32",
+        )
+        has_moments = self.optimizer != "adafactor" or self.moments == "float32"
+        expect(
+            has_moments,
+            "train.moments",
+            "none beside train.optimizer adafactor, which keeps no such moments",
+            self.moments,
+        )
+        for name in ("moments", "param_dtype") if self.optimizer == "muon" else ():
+            found = getattr(self, name)
+            expect(found == "float32", f"train.{name}", "float32 beside train.optimizer muon", f"{found}; leave it out")
+        expect(
+            self.optimizer == "muon" or self.muon_momentum == TrainArgs.muon_momentum,
+            "train.muon_momentum",
+            "train.optimizer muon beside it",
+            f"train.optimizer {self.optimizer}",
+        )
+
+    def _check_schedule(self) -> None:
+        """Raise UserError on settings of a decay that do not fit the schedule."""
+        for name in ("decay_fraction", "decay_from") if self.schedule != "wsd" else ():
+            given, default = getattr(self, name), getattr(TrainArgs, name)
+            expect(given == default, f"train.{name}", "train.schedule wsd beside it", f"train.schedule {self.schedule}")
+        if not self.decay_from:
+            expect(
+                not self.decay_run, "train.decay_run", "train.decay_from beside it, the step to continue from", "none"
+            )
+            return
+        step = f"train.decay_from {self.decay_from:,}"
+        expect(
+            self.decay_from >= self.warmup_steps, "train.decay_from",
+            f"a step of the stable phase, which begins after the {self.warmup_steps:,} of train.warmup_steps",
+            f"{self.decay_from:,}",
+        )  # fmt: skip
+        expect(not self.hold_lr, "train.hold_lr", f"none beside {step}, which decays the rate", "both; leave one out")
+        last = self.max_steps
+        expect(
+            last is not None or self.decay_from <= (1 - self.decay_fraction) * LARGEST, "train.max_steps",
+            f"the step at which the decay ends, beside {step} and train.decay_fraction {self.decay_fraction:g}", "none",
+        )  # fmt: skip
+        expect(
+            last is None or last > self.decay_from, "train.max_steps",
+            f"the step at which the decay ends, after {step}", f"{last}; give --train.max-steps",
+        )  # fmt: skip
