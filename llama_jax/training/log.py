@@ -231,7 +231,7 @@ def muon_text(config: Config, tokens: int) -> str:
     numbers = model.n_layers * sum(m * n for m, n in matrix_sizes(model))
     return (
         f"Muon for the {model.n_layers * len(matrix_sizes(model)):,} matrices of the layers ({numbers:,} parameters), momentum "
-        f"{config.train.muon_momentum:g}, {percent(share)} of the FLOPs; AdamW for all else"
+        f"{config.train.muon_momentum:g}, {share:.1%} of the FLOPs; AdamW for all else"
     )
 
 
