@@ -35,7 +35,9 @@ ROOT = Path(__file__).parents[2]
 def folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer) -> Path:
     """Preferences, conversations in two files, and tokens of a text."""
     folder = tmp_path_factory.mktemp("tuning")
-    pairs = [{"prompt": "a " * (i % 4 + 1), "chosen": "b " * (i % 5 + 1), "rejected": "c " * (i % 3 + 1)} for i in range(50)]
+    pairs = [
+        {"prompt": "a " * (i % 4 + 1), "chosen": "b " * (i % 5 + 1), "rejected": "c " * (i % 3 + 1)} for i in range(50)
+    ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     for name, count in (("one.jsonl", 40), ("two.jsonl", 30)):
         chats = [{"prompt": "a " * (i % 6), "completion": "b " * (i % 7 + 1)} for i in range(count)]
