@@ -78,7 +78,5 @@ def row_text(candidate: Candidate, plan: Plan, asked: Config) -> str:
     if not plan.fits:
         needed = f"{plan.bytes / GiB:6.2f} GiB" if plan.bytes else "too large "
         return f"  does not fit           {needed}  {where}, {candidate.rows} sequences at once  {flags}"
-    rate = plan.tokens / plan.seconds
-    return (
-        f"  {rate:12,.0f} tokens/s  {plan.bytes / GiB:6.2f} GiB  {where}, {candidate.rows} sequences at once  {flags}"
-    )
+    rate, most = plan.tokens / plan.seconds, "  at most" * plan.topology.is_gpu
+    return f"{most}  {rate:12,.0f} tokens/s  {plan.bytes / GiB:6.2f} GiB  {where}, {candidate.rows} sequences at once  {flags}"
