@@ -1,0 +1,163 @@
+"""Train with every combination of settings, and compare what they reach.
+
+python benchmarks/sweep.py --output sweeps/rates --vary train.lr=1e-3,2e-3,4e-3 --vary train.optimizer=adamw,muon \
+    --seeds 3 -- --config configs/shakespeare.toml --data.filepath input.txt
+
+What follows ``--`` are flags of train.py that all runs share. Runs are trained one after the other, each in a folder of
+its own below the output. A finished run is a line of results.jsonl; it is not trained again, and a run that was stopped
+goes on. ``--random N`` trains N combinations drawn at random in place of all. The last lines are a table, best first, by
+the median over the seeds of the last evaluation; sweep.png shows it over the first setting with numbers.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+Settings = dict[str, str]
+
+
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line: our own flags, and those after ``--``, which are train.py's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs and results")
+    parser.add_argument(
+        "--vary", action="append", required=True, metavar="NAME=VALUE,VALUE", help="a field of train.py"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each combination, with seeds from 0")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="combinations to draw; 0: all")
+    own, shared = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    args = parser.parse_args(own)
+    if args.seeds < 1 or args.random < 0:
+        parser.error("--seeds and --random: expected 1 or more, and 0 or more, found less")
+    for each in args.vary:
+        name, _, values = each.partition("=")
+        if not name or not all(values.split(",")):
+            parser.error(f"--vary: expected a field and its values, as train.lr=1e-3,2e-3, found {each}")
+    for name in ("train.seed", "train.save-dir"):
+        if any(flag.split("=")[0] == f"--{name}" for flag in shared):
+            parser.error(f"--{name}: expected none after --, since each run has its own, found one")
+    return args, shared
+
+
+def combinations(vary: list[str], drawn: int = 0) -> list[Settings]:
+    """Return all combinations of the values, or ``drawn`` of them at random, the same in every call."""
+    values = {name: rest.split(",") for name, _, rest in (each.partition("=") for each in vary)}
+    found = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+    return random.Random(0).sample(found, drawn) if 0 < drawn < len(found) else found
+
+
+def train(settings: Settings, seed: int, shared: list[str], output: Path) -> dict[str, Any]:
+    """Train one run, or go on with it, and return what it reached."""
+    flags = [*shared, *itertools.chain.from_iterable((f"--{name}", value) for name, value in settings.items())]
+    flags += ["--train.seed", str(seed)]
+    folder = output / "runs" / hashlib.sha256(json.dumps(flags).encode()).hexdigest()[:12]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--train.save-dir", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        print(done.stdout[-2000:], file=sys.stderr)
+        raise SystemExit(f"{settings}, seed {seed}: train.py ended with exit status {done.returncode}, see above")
+    return {"settings": settings, "seed": seed, "shared": shared, "run": folder.name} | reached(folder)
+
+
+def reached(folder: Path) -> dict[str, Any]:
+    """Return the last evaluation of a run, its steps and tokens, and the TFLOP and seconds of its steps."""
+    from llama_jax.config import load_toml
+    from llama_jax.training.flops import step_flops
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "eval_loss" in line][-1]
+    config = load_toml(folder / "config.toml")
+    tflop = last["step"] * step_flops(config, config.train.batch_size * config.model.max_seq_len) / 1e12
+    return {
+        "bits_per_byte": last["eval_bits_per_byte"], "loss": last["eval_loss"], "step": last["step"],
+        "tokens": last["tokens"], "tflop": round(tflop, 2), "seconds": round(last["run_step_seconds"], 1),
+    }  # fmt: skip
+
+
+def medians(results: Iterable[dict[str, Any]]) -> list[tuple[Settings, list[float], dict[str, Any]]]:
+    """Return each combination with the bits per byte of its seeds and its first run, the best median first."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(json.dumps(result["settings"]), []).append(result)
+    found = [(runs[0]["settings"], [run["bits_per_byte"] for run in runs], runs[0]) for runs in groups.values()]
+    return sorted(found, key=lambda each: statistics.median(each[1]))
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the runs and their medians over the first setting with numbers, a line for each of the other settings."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    numbers = [
+        name for name in results[0]["settings"] if all(_number(r["settings"][name]) is not None for r in results)
+    ]
+    if not numbers:
+        return
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    for settings, reached_, _ in medians(results):
+        others = ", ".join(f"{name} {value}" for name, value in settings.items() if name != numbers[0])
+        lines.setdefault(others, []).append((_number(settings[numbers[0]]) or 0.0, reached_))
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for others, points in sorted(lines.items()):
+        points.sort()
+        (line,) = axes.plot([x for x, _ in points], [statistics.median(y) for _, y in points], marker="o", label=others)
+        for x, each in points:
+            axes.plot([x] * len(each), each, ".", color=line.get_color(), alpha=0.4)
+    axes.set(xlabel=numbers[0], ylabel="bits per byte, held out")
+    if min(x for points in lines.values() for x, _ in points) > 0:
+        axes.set_xscale("log")
+    if any(lines):
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def main() -> None:
+    """Train what is not done, then print the table and draw."""
+    args, shared = arguments(sys.argv[1:])
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / "results.jsonl"
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    wanted = [(one, seed) for one in combinations(args.vary, args.random) for seed in range(args.seeds)]
+    done = {json.dumps([r["settings"], r["seed"], r["shared"]]): r for r in known}
+    missing = [(one, seed) for one, seed in wanted if json.dumps([one, seed, shared]) not in done]
+    print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done before, in {file}", flush=True)
+    for number, (one, seed) in enumerate(missing, 1):
+        result = train(one, seed, shared, args.output)
+        with file.open("a") as lines:
+            lines.write(json.dumps(result) + "\n")
+        done[json.dumps([one, seed, shared])] = result
+        text = ", ".join(f"{name} {value}" for name, value in one.items())
+        print(
+            f"{number} of {len(missing)}: {text}, seed {seed}: {result['bits_per_byte']:.4f} bits per byte", flush=True
+        )
+    results = [done[json.dumps([one, seed, shared])] for one, seed in wanted]
+    for settings, found, first in medians(results):
+        spread = f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else ""
+        text = ", ".join(f"{name} {value}" for name, value in settings.items())
+        finite = statistics.median(found) if all(map(math.isfinite, found)) else math.nan
+        print(f"{finite:.4f}{spread} bits per byte, {first['tflop']} TFLOP, {first['seconds']} s: {text}")
+    plot(results, args.output / "sweep.png")
+    print(f"results: {file}   picture: {args.output / 'sweep.png'}   runs: {args.output / 'runs'}")
+
+
+if __name__ == "__main__":
+    main()
