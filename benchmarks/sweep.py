@@ -80,7 +80,7 @@ def reached(folder: Path) -> dict[str, Any]:
     tflop = last["step"] * step_flops(config, config.train.batch_size * config.model.max_seq_len) / 1e12
     return {
         "bits_per_byte": last["eval_bits_per_byte"], "loss": last["eval_loss"], "step": last["step"],
-        "tokens": last["tokens"], "tflop": round(tflop, 2), "seconds": round(last["run_step_seconds"], 1),
+        "tokens": last["tokens"], "tflop": float(f"{tflop:.4g}"), "seconds": round(last["run_step_seconds"], 1),
     }  # fmt: skip
 
 

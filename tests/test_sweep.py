@@ -1,0 +1,98 @@
+"""benchmarks/sweep.py: which runs it trains, how it orders them, and that a second call trains none again."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.commands import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "sweep.py"
+
+
+@pytest.fixture(scope="module")
+def sweep() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def result(lr: str, seed: int, bits: float) -> dict[str, Any]:
+    return {"settings": {"train.lr": lr}, "seed": seed, "bits_per_byte": bits, "tflop": 1.0, "seconds": 2.0}
+
+
+def test_all_combinations_are_trained_or_as_many_as_are_drawn(sweep: ModuleType) -> None:
+    vary = ["train.lr=1e-3,2e-3,4e-3", "train.optimizer=adamw,muon"]
+    found = sweep.combinations(vary)
+    assert len(found) == 6 and {"train.lr": "2e-3", "train.optimizer": "muon"} in found
+    drawn = sweep.combinations(vary, 4)
+    assert len(drawn) == 4 and all(one in found for one in drawn) and drawn == sweep.combinations(vary, 4)
+    assert sweep.combinations(vary, 9) == found
+
+
+def test_the_best_median_over_the_seeds_is_first(sweep: ModuleType, tmp_path: Path) -> None:
+    results = [
+        result("1e-3", 0, 2.2),
+        result("1e-3", 1, 2.3),
+        result("2e-3", 0, 2.0),
+        result("2e-3", 1, 2.4),
+        result("2e-3", 2, 2.1),
+    ]
+    found = sweep.medians(results)
+    assert [(settings["train.lr"], bits) for settings, bits, _ in found] == [
+        ("2e-3", [2.0, 2.4, 2.1]),
+        ("1e-3", [2.2, 2.3]),
+    ]
+    sweep.plot(results, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--vary", "train.lr"], "--vary: expected a field and its values"),
+        (["--vary", "train.lr=1e-3", "--", "--train.seed", "3"], "--train.seed: expected none"),
+        (["--vary", "train.lr=1e-3", "--seeds", "0"], "--seeds and --random: expected 1 or more"),
+    ],
+)
+def test_what_it_cannot_vary_is_refused(
+    sweep: ModuleType, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        sweep.arguments(["--output", "x", *flags])
+    assert ended.value.code == 2 and named in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_second_call_trains_nothing_again_and_a_failed_run_ends_it(tmp_path: Path) -> None:
+    def call(rates: str) -> Any:
+        return subprocess.run(
+            [
+                sys.executable, SCRIPT, "--output", tmp_path, "--vary", f"train.lr={rates}", "--", "--config", "tiny",
+                "--data.stories", "200", "--model.dim", "32", "--train.max-steps", "3", "--train.eval-iters", "1",
+            ],
+            capture_output=True, text=True, cwd=ROOT, timeout=600, check=False,
+        )  # fmt: skip
+
+    first = call("1e-3")
+    assert first.returncode == 0, first.stderr
+    lines = (tmp_path / "results.jsonl").read_text()
+    found = json.loads(lines)
+    assert (
+        found["settings"] == {"train.lr": "1e-3"}
+        and found["step"] == 3
+        and found["bits_per_byte"] > 0
+        and found["tflop"] > 0
+    )
+    again = call("1e-3")
+    assert "1 runs, 1 of them done before" in again.stdout and (tmp_path / "results.jsonl").read_text() == lines
+    failed = call("1e-3,-1")
+    assert failed.returncode == 1 and "train.lr: expected" in failed.stderr
+    assert (tmp_path / "results.jsonl").read_text() == lines
