@@ -28,12 +28,13 @@ from llama_jax.build import make_model
 from llama_jax.cli.flags import parse_flags
 from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
+from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.memory import keep_freed_memory, memory_in_use
 from llama_jax.devices.sharding import batch_sharding, make_mesh
 from llama_jax.errors import UserError, run_command
 from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
-from llama_jax.train_args import AttentionKernel, DType, Remat
+from llama_jax.train_args import AttentionKernel, DType, Optimizer, Remat
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.flops import peak_flops, train_flops_per_token
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer
@@ -59,6 +60,8 @@ class Arguments:
     """Our attention, as of train.py. PyTorch has its own fused one."""
     peers: tuple[Peer, ...] = ("torch_eager", "torch_compiled")
     """Whom to measure beside us."""
+    optimizer: Optimizer = "adamw"
+    """Our optimizer, as of train.py. PyTorch's is AdamW."""
     pairs: int = 7
     """Pairs of runs that are measured."""
     steps: int = 2
@@ -105,6 +108,8 @@ def _check(args: Arguments) -> None:
         )
     if args.model.vocab_size < 1:
         raise UserError(f"--model.vocab-size: expected 1 or more, found {args.model.vocab_size}")
+    if args.optimizer == "muon" and args.lora.rank:
+        raise UserError("--optimizer: expected adamw or adafactor beside --lora.rank, found muon")
 
 
 def _result(
@@ -141,8 +146,9 @@ def _serve(name: str, args: Arguments, connection: Connection) -> None:
 
 def jax_runner(args: Arguments, tokens: np.ndarray) -> Runner:
     """Set up as train.py does."""
+    skip_absent_tpu("measuring")
     keep_freed_memory()
-    train = TrainArgs(batch_size=len(tokens))
+    train = TrainArgs(batch_size=len(tokens), optimizer=args.optimizer)
     mesh = make_mesh(MeshArgs(data=1), jax.devices()[:1])
     module = make_model(args.model, args.compute_dtype, args.remat, args.attention, mesh)
     adapting = Adapting(args.lora, args.lora.base_weights) if args.lora.rank else None
