@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,12 +41,21 @@ def new_folder(output: Path) -> Iterator[Path]:
                 check_new(output)
                 temporary.rename(output)
             except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
+                _delete(temporary)
                 raise
     finally:
         for path in (work, *parents):  # removes only empty folders
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder into which threads of a write that was stopped may still put files, for up to 5 seconds."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
