@@ -94,7 +94,7 @@ def count_chats(config: Config, sources: list[str]) -> dict[str, Chats] | None:
     setup, origin = ChatSetup(has_none=True), "the model"
     if train.init_from:
         base = open_model(train.init_from)
-        setup, origin = base.chat, str(base.folder)
+        setup, origin = base.chat, train.init_from
         data = dataclasses.replace(data, tokenizer_model_path=str(base.tokenizer.place))
     if not data.tokenizer_model_path:
         prepared = [place for name in data.mixture if (place := find_prepared(name)) is not None]

@@ -64,7 +64,7 @@ def open_text(config: Config, base: WholeModel | None, opened: Opened) -> AnyDat
     if opened.start and opened.stored is not None:
         check_same(opened.stored, config, folder.path, "train", "objective")
     tokens = folder.path / "tokens"
-    source = "the model" if base is None else str(base.folder)
+    source = "the model" if base is None else config.train.init_from or str(base.folder)
     talking = Talking(_chat_before(opened, base), source, config.model.max_seq_len, preferences)
     data = main_first(
         lambda: load_data(
