@@ -151,6 +151,20 @@ def test_a_resumed_run_has_the_numbers_of_one_that_never_stopped_bit_for_bit(roo
     assert records(root / "resumed") == records(root / "preferred")
 
 
+def test_a_small_state_learns_preferences_resumes_bit_for_bit_and_keeps_its_types(root: Path) -> None:
+    small: dict[str, Any] = {"param_dtype": "bfloat16", "moments": "int8"}
+    train(root / "small", WHOLE, **small)
+    found = records(root / "small")
+    assert found[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert found[-1]["reward_margin"] > 0.02 and found[-1]["reward_accuracy"] > 0.8
+    for name, other in (("param_dtype", "float32"), ("moments", "bfloat16")):
+        message = refusal(root / "small", WHOLE, **small | {name: other})
+        assert message.startswith(f"train.{name}: expected '{small[name]}', with which the run in"), message
+    shutil.rmtree(root / "small" / "checkpoints" / "6")
+    train(root / "small", WHOLE, resume_step=3, **small)
+    assert records(root / "small") == found
+
+
 def test_log_likelihoods_that_are_lost_are_computed_again_by_the_model_that_the_run_began_with(root: Path) -> None:
     shutil.copytree(root / "whole", root / "lost")
     kept = {path.name: path.read_bytes() for path in (root / "lost" / "reference").glob("*.npy")}
