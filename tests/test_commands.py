@@ -103,7 +103,9 @@ def test_every_documented_commands_flags_are_understood(place: Path, monkeypatch
         assert (result.returncode, result.stderr) == (0, "") and len(begun) == count, f"{line}\n{result.stderr}"
 
 
-@pytest.mark.parametrize("of_each", ["the first", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "of_each", ["the first", pytest.param("all", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
 def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket.Bucket) -> None:
     """Trainings are cut to a few steps of a small model, and installing is left to CI.
 
