@@ -74,6 +74,7 @@ def test_settings_that_contradict_them_are_refused(flags: list[str], words: str,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_model_of_the_first_minute_learns_to_answer(tmp_path: Path) -> None:
     """The two commands of the README: of 200 held-out questions 90% are answered, before it at most 10%."""
     for argv in (["train.py"], ["train.py", "--config", "chat-tiny"]):
