@@ -34,10 +34,9 @@ from llama_jax.plan.hlo import HBM, Program
 from llama_jax.plan.roofline import Roofline, roofline_of
 from llama_jax.plan.settings import vocabulary, with_vocabulary
 from llama_jax.plan.topology import Topology
-from llama_jax.plan.tuning_data import objective_of
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.flops import keys_per_query
-from llama_jax.training.objective import Dpo, NextToken, Objective
+from llama_jax.training.objective import Dpo, NextToken, Objective, make_objective
 from llama_jax.training.step import (
     batch_shapes,
     compile_reference_step,
@@ -157,7 +156,7 @@ def plan_training(
         config: the run.
         topology: the slice or the GPUs.
         begun: is called when all checks have passed and compilation begins.
-        objective: that of ``objective_of``. None: with one pair a sequence, if preferences are learned from.
+        objective: that of ``make_objective``. None: with one pair a sequence, if preferences are learned from.
         only_reference: compile the pass over preferences instead that comes before the first step. It has no optimizer.
 
     Raises UserError if the slice cannot hold such a mesh, CompilerError if the compiler fails.
@@ -165,7 +164,7 @@ def plan_training(
     config = resolve(config)
     mesh = _mesh(config, topology)
     check_divisible(mesh, config.model, config.train)
-    train, objective = config.train, objective or objective_of(config)
+    train, objective = config.train, objective or make_objective(config)
     mask = config.data.document_mask or isinstance(objective, Dpo)
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
     adapting = Adapting.of(config) if config.lora.rank else None

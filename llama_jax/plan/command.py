@@ -22,9 +22,9 @@ from llama_jax.plan.search import Search, ranked, ratio, row_text
 from llama_jax.plan.settings import Epoch, Found, epoch_of, run_tokens, vocabulary, with_vocabulary
 from llama_jax.plan.tables import Rows
 from llama_jax.plan.topology import HOST_CHIPS, Topology
-from llama_jax.plan.tuning_data import objective_of, with_masks
+from llama_jax.plan.tuning_data import with_masks
 from llama_jax.programs import named
-from llama_jax.training.objective import Dpo, Objective
+from llama_jax.training.objective import Dpo, Objective, make_objective
 
 FITS, DOES_NOT_FIT = 0, 1
 # Seconds between two lines that say that the compiler is still running.
@@ -190,7 +190,7 @@ def _length(config: Config, tokens: float | None) -> tuple[Found, Epoch | None, 
     prefers = config.train.objective == "dpo"
     known = epoch_of(config) if prefers or (tokens is None and config.train.max_steps is None) else (None, "")
     most = known[0].most_pairs if known[0] is not None else 1
-    return run_tokens(config, tokens, known), known[0], objective_of(config, most)
+    return run_tokens(config, tokens, known), known[0], make_objective(config, most)
 
 
 def _decoding(request: Request, console: Console) -> Task:
@@ -238,7 +238,10 @@ def _mesh_rows(request: Request, layout: Layout) -> Rows:
     fewest = fewest_chips(request.config, topology, request.args.weights)
     where = "" if layout.topology == topology else f", on {layout.topology.name}"
     rows.append(
-        (named("sample"), f"{flags} gives this mesh{where}; without these flags it uses {tables.chips_text(fewest)}")
+        (
+            named("sample"),
+            f"{flags} gives this mesh{where}; without these flags it uses {tables.devices_text(fewest, topology)}",
+        )
     )
     return rows
 

@@ -75,8 +75,8 @@ def reference_rows(plan: Plan, cost: dict[str, Any] | None) -> Rows:
     what = "before the first step, one pass forward computes the log-likelihoods of the model that the run begins with"
     if cost is None:
         return [("reference", f"{what}; its time is not known, since it was not compiled")]
-    each = f"{at_least(plan)}{number(cost['seconds_of_rows'] * 1e3)} ms for {cost['rows']:,} sequences"
+    each = f"{at_least(plan.topology)}{number(cost['seconds_of_rows'] * 1e3)} ms for {cost['rows']:,} sequences"
     if cost["seconds"] is None:
         return [("reference", what), ("", f"{each}; how many the run reads is not known")]
-    whole = f"{at_least(plan)}{time_text(cost['seconds'])} for {cost['sequences']:,} sequences to train on"
+    whole = f"{at_least(plan.topology)}{time_text(cost['seconds'])} for {cost['sequences']:,} sequences to train on"
     return [("reference", what), ("", f"{whole}, {each}, and those held out")]

@@ -10,8 +10,9 @@ from llama_jax.config import Config
 from llama_jax.data.manifest import TOKENIZER, read_manifest
 from llama_jax.data.mixture import folder_of
 from llama_jax.data.tokens import find_prepared
-from llama_jax.plan.tuning_data import chat_sources, count_chats, named, objective_of, sources_here
+from llama_jax.plan.tuning_data import chat_sources, count_chats, named, sources_here
 from llama_jax.tokenizer import Tokenizer, kept_tokenizer
+from llama_jax.training.objective import make_objective
 
 # LLaMA 2's vocabulary.
 VOCAB_SIZE = 32000
@@ -98,7 +99,7 @@ def run_tokens(config: Config, given: float | None = None, known: tuple[Epoch | 
     train = config.train
     if given is not None:
         return Found(given, "--tokens")
-    a_step = train.batch_size * objective_of(config).length(config.model)
+    a_step = train.batch_size * make_objective(config).length(config.model)
     if train.max_steps is not None:
         return Found(train.max_steps * a_step, f"train.max_steps, {train.max_steps:,}")
     if train.decay_from:

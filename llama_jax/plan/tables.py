@@ -174,7 +174,7 @@ def training_text(plan: Plan, length: Found) -> str:
         [("adapters", f"{lora.text(count_adapter(model, lora))}; the base is frozen, in {held}")] if lora.rank else []
     )
     rows = [
-        ("slice", f"{plan.topology.name}, {devices_text(plan)}, mesh: {describe(plan.mesh)}"),
+        ("slice", f"{plan.topology.name}, {devices_text(plan.chips, plan.topology)}, mesh: {describe(plan.mesh)}"),
         (
             "program",
             f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}{mask}; compiled in {duration(plan.compile_seconds)}",
@@ -189,7 +189,7 @@ def training_text(plan: Plan, length: Found) -> str:
         rows += [
             (
                 "step",
-                f"{at_least(plan)}{number(plan.seconds * 1e3)} ms for {plan.tokens:,} tokens of "
+                f"{at_least(plan.topology)}{number(plan.seconds * 1e3)} ms for {plan.tokens:,} tokens of "
                 f"{plan.objective.length(model):,} a sequence",
             ),
             *_time(plan),
@@ -220,14 +220,9 @@ def _state_rows(plan: Plan) -> Rows:
     return [("state", ", ".join(other))] if other else []
 
 
-def at_least(plan: Plan) -> str:
+def at_least(topology: Topology) -> str:
     """Return "at least " before a time that is a lower bound."""
-    return "at least " if plan.topology.is_gpu else ""
-
-
-def devices_text(plan: Plan) -> str:
-    """Return "1 chip" or "8 GPUs"."""
-    return f"{plan.chips:,} {plan.topology.unit}{'s'[: plan.chips != 1]}"
+    return "at least " if topology.is_gpu else ""
 
 
 def _length_text(plan: Plan, found: dict[str, Any], length: Found) -> str:
@@ -235,7 +230,7 @@ def _length_text(plan: Plan, found: dict[str, Any], length: Found) -> str:
         return f"a run whose length is not known: {length.source}"
     time = f"{found['days']:,.1f} days" if found["days"] >= 1 else time_text(found["days"] * 86400)
     hours = f"{number(found['chip_hours'])} {plan.topology.unit}-hours"
-    return f"{length.value:,.0f} tokens ({length.source}): {at_least(plan)}{time}, {hours}"
+    return f"{length.value:,.0f} tokens ({length.source}): {at_least(plan.topology)}{time}, {hours}"
 
 
 def time_text(seconds: float) -> str:
@@ -243,9 +238,9 @@ def time_text(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
 
 
-def chips_text(count: int) -> str:
-    """Return "1 chip" or "4 chips"."""
-    return f"{count:,} chip{'s'[: count != 1]}"
+def devices_text(count: int, topology: Topology) -> str:
+    """Return "1 chip" or "8 GPUs"."""
+    return f"{count:,} {topology.unit}{'s'[: count != 1]}"
 
 
 def number(value: float) -> str:
@@ -260,7 +255,7 @@ def decoding_text(plan: Plan, on: Topology) -> str:
     idle = f" of {on.chips}; {on.chips - plan.chips} are idle" if on.chips > plan.chips else ""
     weights, cache = (plan.dtype if kind == "auto" else kind for kind in (decoding.weights, decoding.cache))
     rows = [
-        ("slice", f"{on.name}, {devices_text(plan)}{idle}, mesh: {describe(plan.mesh)}"),
+        ("slice", f"{on.name}, {devices_text(plan.chips, plan.topology)}{idle}, mesh: {describe(plan.mesh)}"),
         ("program", f"{plan.dtype}, weights: {weights}, cache: {cache}; compiled in {duration(plan.compile_seconds)}"),
         *_memory(plan),
     ]
@@ -268,7 +263,7 @@ def decoding_text(plan: Plan, on: Topology) -> str:
         rows += [
             (
                 "step",
-                f"{at_least(plan)}{plan.seconds * 1e3:,.2f} ms for {decoding.batch} sequences over a cache of {decoding.slots:,} tokens",
+                f"{at_least(plan.topology)}{plan.seconds * 1e3:,.2f} ms for {decoding.batch} sequences over a cache of {decoding.slots:,} tokens",
             ),
             *_time(plan),
             ("memory", f"{_memory_seconds(plan) * 1e3:,.2f} ms to read parameters and cache once"),
@@ -306,7 +301,7 @@ def advice_rows(on: Topology, advice: Sequence[Advice]) -> Rows:
         size = f"{a.bytes / GiB:.2f}"
         if a.verified:
             rows.append(
-                f"{a.flags}: fits, {size} of {room:.2f} GiB a {on.unit}, {'at least ' if on.is_gpu else ''}"
+                f"{a.flags}: fits, {size} of {room:.2f} GiB a {on.unit}, {at_least(on)}"
                 f"{number((a.seconds or 0) * 1e3)} ms a step (compiled)"
             )
         else:

@@ -15,7 +15,6 @@ from llama_jax.data.manifest import TOKENIZER
 from llama_jax.data.tokens import find_prepared
 from llama_jax.errors import UserError
 from llama_jax.storage.files import is_address
-from llama_jax.training.objective import Dpo, NextToken, Objective
 
 
 class Chats(NamedTuple):
@@ -24,15 +23,6 @@ class Chats(NamedTuple):
     records: int
     rows: int
     most_pairs: int = 1
-
-
-def objective_of(config: Config, most_pairs: int = 1) -> Objective:
-    """Return the objective that training has, whose sequences hold ``most_pairs`` preferences at most."""
-    train = config.train
-    if train.objective == "next-token":
-        return NextToken()
-    positions = Pairs.positions(config.model.max_seq_len)
-    return Dpo(train.dpo_beta, train.dpo_label_smoothing, most_pairs, positions)
 
 
 def chat_sources(data: DataArgs) -> list[str]:

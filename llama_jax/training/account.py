@@ -14,6 +14,7 @@ from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.model import Llama
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.muon import at_once, matrix_sizes
+from llama_jax.training.objective import make_objective
 from llama_jax.training.pieces import narrow_shapes
 from llama_jax.training.step import make_optimizer
 
@@ -102,7 +103,7 @@ def working_bytes(config: Config) -> float:
 
 def positions_of(config: Config) -> int:
     """Return the number of positions of a sequence. One of preferences has room for two answers."""
-    return config.model.max_seq_len * (2 if config.train.objective == "dpo" else 1)
+    return make_objective(config).length(config.model)
 
 
 def rows_of(config: Config) -> int:

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.config import ModelArgs
+from llama_jax.config import Config, ModelArgs
 from llama_jax.data.batches import Batch, PackedBatch, PairBatch
+from llama_jax.data.conversations import Pairs
 from llama_jax.model import Llama
 from llama_jax.ops.loss import log_likelihoods, loss_sum
 
@@ -104,3 +105,12 @@ class Dpo:
 
 
 Objective = NextToken | Dpo
+
+
+def make_objective(config: Config, most_pairs: int = 1) -> Objective:
+    """Return the objective of a run, whose sequences hold ``most_pairs`` preferences at most."""
+    train = config.train
+    if train.objective == "next-token":
+        return NextToken()
+    positions = Pairs.positions(config.model.max_seq_len)
+    return Dpo(train.dpo_beta, train.dpo_label_smoothing, most_pairs, positions)

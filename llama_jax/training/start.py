@@ -28,7 +28,7 @@ from llama_jax.tokenizer import Tokenizer
 from llama_jax.training.answers import keep_until
 from llama_jax.training.bad_steps import LossHistory
 from llama_jax.training.decaying import check_decay, copy_checkpoint
-from llama_jax.training.objective import Dpo, NextToken, Objective
+from llama_jax.training.objective import NextToken, Objective, make_objective
 from llama_jax.training.opening import Opened
 from llama_jax.training.rates import decay_end, learning_rate, stable_until
 from llama_jax.training.settings import changes, check_same, rate_text
@@ -143,12 +143,9 @@ def _compared(settled: Settled, stored: Config, data: AnyData, opened: Opened) -
 
 def objective_of(config: Config, data: AnyData) -> Objective:
     """Return the objective of a run."""
-    train, length = config.train, config.model.max_seq_len
-    if train.objective == "next-token":
-        return NextToken()
     streams = [stream for text in data.sources.values() for stream in (text.tokens.train, text.tokens.eval)]
-    most = max(stream.most_pairs(length) for stream in streams if isinstance(stream, Pairs))
-    return Dpo(train.dpo_beta, train.dpo_label_smoothing, most, Pairs.positions(length))
+    pairs = [stream.most_pairs(config.model.max_seq_len) for stream in streams if isinstance(stream, Pairs)]
+    return make_objective(config, max(pairs, default=1))
 
 
 def _schedule(config: Config, opened: Opened) -> Schedule | None:

@@ -20,11 +20,11 @@ from llama_jax.plan.extras import reference_cost, reference_rows
 from llama_jax.plan.settings import Epoch, Found, epoch_of, run_tokens
 from llama_jax.plan.tables import summary, training_text
 from llama_jax.plan.topology import Topology
-from llama_jax.plan.tuning_data import objective_of, with_masks
+from llama_jax.plan.tuning_data import with_masks
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.training import loop
 from llama_jax.training.command import read_command
-from llama_jax.training.objective import Dpo, NextToken
+from llama_jax.training.objective import Dpo, NextToken, make_objective
 from tests import forked
 from tests.plan import ENVIRONMENT, needs_libtpu
 
@@ -145,8 +145,8 @@ def test_without_a_configuration_the_settings_are_those_of_training(place: Path,
 
 def test_the_objective_has_the_positions_and_pairs_of_training() -> None:
     config = Config(ModelArgs(max_seq_len=64), train=TrainArgs(objective="dpo", dpo_beta=0.3))
-    assert objective_of(config, 5) == Dpo(0.3, 0.0, 5, 128)
-    assert objective_of(Config()) == NextToken()
+    assert make_objective(config, 5) == Dpo(0.3, 0.0, 5, 128)
+    assert make_objective(Config()) == NextToken()
     masked, notes = with_masks(config)
     assert masked.data.document_mask and "answer" in notes[0]
     large = Config(ModelArgs(dim=1024, n_layers=12, n_heads=16, vocab_size=32000), train=TrainArgs(batch_size=8))
@@ -159,7 +159,7 @@ TOPOLOGY = Topology.parse("v5e:2x2")
 DPO = Config(ModelArgs(vocab_size=512, max_seq_len=1024), train=TrainArgs(batch_size=8, objective="dpo"))
 PLAN = Plan(
     DPO, TOPOLOGY, {"data": 4}, "bfloat16", "splash", 1 << 30, {"parameters": 1 << 30}, Schedule(Cost(matrix=0.25), TOPOLOGY.chip),
-    "", 1.0, objective=objective_of(DPO),
+    "", 1.0, objective=make_objective(DPO),
 )  # fmt: skip
 
 
