@@ -107,7 +107,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         return
     lines: dict[str, list[tuple[float, list[float]]]] = {}
     for settings, reached_, _ in medians(results):
-        others = ", ".join(f"{name} {value}" for name, value in settings.items() if name != numbers[0])
+        others = _text({name: value for name, value in settings.items() if name != numbers[0]})
         lines.setdefault(others, []).append((_number(settings[numbers[0]]) or 0.0, reached_))
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for others, points in sorted(lines.items()):
@@ -121,6 +121,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     if any(lines):
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _text(settings: Settings) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _number(text: str) -> float | None:
@@ -145,14 +149,14 @@ def main() -> None:
         with file.open("a") as lines:
             lines.write(json.dumps(result) + "\n")
         done[json.dumps([one, seed, shared])] = result
-        text = ", ".join(f"{name} {value}" for name, value in one.items())
+        text = _text(one)
         print(
             f"{number} of {len(missing)}: {text}, seed {seed}: {result['bits_per_byte']:.4f} bits per byte", flush=True
         )
     results = [done[json.dumps([one, seed, shared])] for one, seed in wanted]
     for settings, found, first in medians(results):
         spread = f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else ""
-        text = ", ".join(f"{name} {value}" for name, value in settings.items())
+        text = _text(settings)
         finite = statistics.median(found) if all(map(math.isfinite, found)) else math.nan
         print(f"{finite:.4f}{spread} bits per byte, {first['tflop']} TFLOP, {first['seconds']} s: {text}")
     plot(results, args.output / "sweep.png")
