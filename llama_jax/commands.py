@@ -47,13 +47,18 @@ def plan(argv: Sequence[str]) -> None:
     importlib.import_module("llama_jax.plan.__main__").main(argv)
 
 
+def recipe(argv: Sequence[str]) -> None:
+    """Choose the settings of a run for a text and a time, tokens, FLOPs or parameters"""
+    importlib.import_module("llama_jax.recipe.__main__").main(argv)
+
+
 def data(argv: Sequence[str]) -> None:
     """Prepare the tokens of a text, inspect it, or train its vocabulary, before training"""
     importlib.import_module("llama_jax.data.__main__").main(argv)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    function.__name__: function for function in (train, sample, convert, evaluate, plan, data)
+    function.__name__: function for function in (train, sample, convert, evaluate, plan, recipe, data)
 }
 
 

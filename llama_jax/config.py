@@ -10,6 +10,7 @@ import math
 import re
 import tomllib
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -363,14 +364,19 @@ def from_dict(kind: type[T], table: dict[str, Any], source: str, prefix: str = "
     return kind(**values)
 
 
-def to_toml(config: Any) -> str:
-    """Return a dataclass of dataclasses as TOML text with all values. None, which TOML lacks, becomes a comment."""
+def to_toml(config: Any, only: Callable[[str], bool] = lambda _: True) -> str:
+    """Return a dataclass of dataclasses as TOML text with all values. None, which TOML lacks, becomes a comment.
+
+    ``only`` tells of a field, such as "train.lr", whether to write it.
+    """
     lines = []
     for section in dataclasses.fields(config):
-        lines.append(f"[{section.name}]")
-        for name, value in dataclasses.asdict(getattr(config, section.name)).items():
+        values = dataclasses.asdict(getattr(config, section.name))
+        shown = {name: value for name, value in values.items() if only(f"{section.name}.{name}")}
+        lines += [f"[{section.name}]"] * bool(shown)
+        for name, value in shown.items():
             lines.append(f"# {name} is not set" if value is None else f"{name} = {_toml_value(value)}")
-        lines.append("")
+        lines += [""] * bool(shown)
     return "\n".join(lines)
 
 

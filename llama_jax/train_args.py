@@ -53,6 +53,9 @@ class TrainArgs:
     """Number of passes over the training text. Ignored if max_steps is set."""
     max_steps: int | None = None
     """Number of optimizer steps. None: as many as n_epochs needs."""
+    minutes: float | None = None
+    """Minutes that the run may take on this machine. Its speed is measured, and the model, the vocabulary, the rate
+    and the steps are chosen for the text by fitted laws, but for what you give. None: as the other settings say."""
     batch_size: int = 16
     """Sequences of max_seq_len tokens per optimizer step, over all devices and processes."""
     gradient_accumulation_steps: int = 1
@@ -172,7 +175,7 @@ class TrainArgs:
         }
         positive = {"lr": POSITIVE, "eps": POSITIVE, "weight_decay": (0.0, HUGE), "grad_clip": (0.0, HUGE)}
         positive |= dict.fromkeys(("watchdog_seconds", "save_minutes", "eval_minutes"), (0.0, 1e9))
-        positive |= {"spike_factor": (0.0, HUGE), "dpo_beta": POSITIVE, "dpo_label_smoothing": (0.0, 0.5)}
+        positive |= {"minutes": (TINY, 1e9), "spike_factor": (0.0, HUGE), "dpo_beta": POSITIVE, "dpo_label_smoothing": (0.0, 0.5)}
         check_fields(self, "train.", dict.fromkeys(counts + intervals, COUNT) | natural | shares | positive)
         for name in ("dpo_beta", "dpo_label_smoothing") if self.objective != "dpo" else ():
             given, default = getattr(self, name), getattr(TrainArgs, name)

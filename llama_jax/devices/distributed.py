@@ -71,6 +71,11 @@ def start_job(args: DistributedArgs) -> None:
     _catch_abort()
 
 
+def processes_of(args: DistributedArgs) -> int:
+    """Return how many processes the job has that ``start_job`` would join, without joining it."""
+    return _find(args)[1]
+
+
 def _find(args: DistributedArgs) -> tuple[str, int, int]:
     """Return address, number of processes and index of this one, from ``args`` or else from the cluster."""
     found = {

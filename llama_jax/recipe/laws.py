@@ -1,0 +1,78 @@
+"""The laws: what loss a run reaches, as a function of its model, of the text that it reads, and of how often it does.
+
+They have the form of Hoffmann et al. (2022, "Training Compute-Optimal Large Language Models") with the repeated data of
+Muennighoff et al. (2023, "Scaling Data-Constrained Language Models"), with a term for models that learn a text by heart.
+benchmarks/recipe_laws.py fits the constants, and prints them in the form of ``Laws``.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TextLevel:
+    """How predictable a text is by itself, in bits per byte of its held-out part (level.py)."""
+
+    counted: float
+    compressed: float
+
+
+@dataclass(frozen=True)
+class Laws:
+    """The constants of the laws. N: parameters; U: bytes of text to train on; D: bytes that a run reads.
+
+    bits per byte = level x (floor + of_size / N^size_power + of_bytes / E^bytes_power + by_heart x N / U x R^2), where
+    R = D / U - 1 counts repetitions, E = U + U x worth x (1 - exp(-R / worth)) the bytes as fresh ones, E = D without
+    repetition, and the level is counted^share x compressed^(1 - share).
+    """
+
+    share: float = 0.5
+    floor: float = 0.5
+    of_size: float = 25.0
+    size_power: float = 0.34
+    of_bytes: float = 13.0
+    bytes_power: float = 0.28
+    worth: float = 15.0
+    by_heart: float = 3.2e-5
+    spread: float = 0.10
+    """Runs on a text that the laws were not fitted on are within this of the expectation in four of five cases, as a
+    difference of logarithms."""
+    least_flops: float = 1e12
+    most_flops: float = 2e13
+    """The runs that the laws were fitted on took from so many FLOPs to so many."""
+    beyond: float = 0.05
+    """The spread grows by this for each factor of ten outside of them. It is a guess: no runs say how much."""
+
+    def level(self, text: TextLevel) -> float:
+        """Return the level of a text in bits per byte."""
+        return math.exp(self.share * math.log(text.counted) + (1 - self.share) * math.log(text.compressed))
+
+    def fresh_bytes(self, read: float, unique: float) -> float:
+        """Return how many bytes, each read once, teach as much as ``read`` bytes of a text of ``unique``."""
+        repeats = read / unique - 1
+        if repeats <= 0:
+            return read
+        return unique * (1 + self.worth * -math.expm1(-repeats / self.worth))
+
+    def relative(self, parameters: float, read: float, unique: float) -> float:
+        """Return the expected loss of a run as a multiple of the text's level."""
+        repeats = max(0.0, read / unique - 1)
+        return (
+            self.floor
+            + self.of_size / parameters**self.size_power
+            + self.of_bytes / self.fresh_bytes(read, unique) ** self.bytes_power
+            + self.by_heart * parameters / unique * repeats**2
+        )
+
+    def bits_per_byte(self, text: TextLevel, parameters: float, read: float, unique: float) -> float:
+        """Return the expected held-out loss of a run in bits per byte."""
+        return self.level(text) * self.relative(parameters, read, unique)
+
+    def interval(self, expected: float, flops: float) -> tuple[float, float]:
+        """Return the bounds between which a run's loss lies in four of five cases."""
+        outside = max(0.0, math.log10(self.least_flops / flops), math.log10(flops / self.most_flops))
+        spread = self.spread + self.beyond * outside
+        return expected * math.exp(-spread), expected * math.exp(spread)
+
+
+LAWS = Laws()

@@ -1,0 +1,198 @@
+"""Makes a recipe: counts the text, measures or plans the speed, chooses, and says each of them in a line."""
+
+import dataclasses
+import math
+from dataclasses import replace
+
+import jax
+
+from llama_jax.cli.progress import bytes_text, duration
+from llama_jax.config import Config
+from llama_jax.devices.distributed import processes_of
+from llama_jax.errors import UserError
+from llama_jax.recipe.choose import DECIDED, Budget, Choice, Task, bytes_within, choose
+from llama_jax.recipe.laws import LAWS
+from llama_jax.recipe.speed import Speed, guess, measure, planned
+from llama_jax.recipe.text import Counted, count_text
+
+# Of the minutes, these seconds and this share of the rest are for the start, evaluations, checkpoints and samples.
+START_SECONDS, OTHER_SHARE = 10.0, 0.08
+# The speed is measured again if the model has become so many times wider or narrower.
+AGAIN = 1.3
+Rows = list[tuple[str, str]]
+
+
+def make_recipe(base: Config, given: frozenset[str], budget: Budget, topology: str = "") -> tuple[Choice, Rows]:
+    """Return the settings for a budget, and the lines that say how they were found.
+
+    Arguments:
+        base: the settings of the person, or defaults.
+        given: the names of those that the person gave ("train.lr"). They are kept.
+        budget: what the run may take. Its unit is "minutes" if the speed decides.
+        topology: the slice to plan for. Empty: this machine.
+
+    Raises UserError if the text cannot be counted, or if the budget is too small.
+    """
+    _check(base, given)
+    rows = _rows_of(base, topology)
+    timed = budget.unit == "minutes"
+    rough = replace(budget, unit="flops", amount=60 * budget.amount * _guess(topology)) if timed else budget
+    text = count_text(base.data, "data.vocab_size" in given, bytes_within(rough))
+    task = Task(base, given, text, rows)
+    found: Speed | None = None
+    choice = choose(task, rough)
+    if timed or topology:
+        found, choice = _timed(task, budget, choice, topology)
+    return choice, _lines(task, budget, choice, found)
+
+
+def _guess(topology: str) -> float:
+    if not topology:
+        return guess()
+    from llama_jax.plan.topology import Topology
+
+    where = Topology.parse(topology)
+    return 0.4 * where.chip.peak_flops * where.chips
+
+
+def _timed(task: Task, budget: Budget, choice: Choice, topology: str) -> tuple[Speed, Choice]:
+    """Measure or plan the speed of the chosen shape, and choose again with it, a second time if the shape changes much."""
+    for again in (False, True):
+        config = _sized(choice.config, task.text)
+        if topology:
+            speed, changed = planned(config, topology)
+            parts = changed.train.gradient_accumulation_steps
+            base = replace(task.base, train=replace(task.base.train, gradient_accumulation_steps=parts))
+            task = replace(task, base=base)
+        else:
+            speed = measure(config)
+        if budget.unit != "minutes":
+            return speed, choose(task, budget)
+        seconds = seconds_of_steps(budget.amount, speed)
+        before, choice = choice, choose(task, replace(budget, unit="flops", amount=seconds * speed.flops_per_second))
+        wider = choice.config.model.dim / before.config.model.dim
+        if again or 1 / AGAIN <= wider <= AGAIN:
+            break
+    return speed, choice
+
+
+def seconds_of_steps(minutes: float, speed: Speed) -> float:
+    """Return the seconds of a run of some minutes in which it takes steps."""
+    return max(0.3 * 60 * minutes, (1 - OTHER_SHARE) * (60 * minutes - START_SECONDS - speed.compile_seconds))
+
+
+def _sized(config: Config, text: Counted) -> Config:
+    return replace(config, model=replace(config.model, vocab_size=text.vocab_size))
+
+
+def _check(base: Config, given: frozenset[str]) -> None:
+    """Raise UserError on settings that contradict a recipe: it trains a new model on a text, and decides how long."""
+    base.check()
+    for name in ("train.max_steps", "train.n_epochs"):
+        if name in given:
+            section, field = name.split(".")
+            raise UserError(
+                f"{name}: expected none beside a recipe, which decides how long to train, found "
+                f"{getattr(getattr(base, section), field)}; leave it out"
+            )
+    for holds, name, found in (
+        (base.train.init_from, "train.init_from", base.train.init_from),
+        (base.lora.rank, "lora.rank", base.lora.rank),
+        (base.train.objective != "next-token", "train.objective", base.train.objective),
+        (base.train.decay_run or base.train.decay_from, "train.decay_from", base.train.decay_from),
+        (base.model.vocab_size != -1, "model.vocab_size", base.model.vocab_size),
+    ):
+        if holds:
+            raise UserError(f"{name}: expected none beside a recipe, which is for new models, found {found}; leave it out")
+
+
+def _rows_of(base: Config, topology: str) -> int:
+    """Return how many devices share a batch."""
+    if topology:
+        from llama_jax.plan.topology import Topology
+
+        devices = Topology.parse(topology).chips
+    else:
+        if (count := processes_of(base.distributed)) > 1:
+            raise UserError(
+                f"minutes: expected one process, whose speed is measured, found a job of {count}; make a recipe for the slice with "
+                "--topology, or for --flops, and train by it"
+            )
+        devices = jax.device_count()
+    mesh = base.mesh
+    known = [size for size in dataclasses.astuple(mesh) if size != -1]
+    left = devices
+    for size in known:
+        left //= size
+    shares = [left if size == -1 else size for size in (mesh.data, mesh.fsdp)]
+    return max(1, shares[0]) * max(1, shares[1])
+
+
+def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None) -> Rows:
+    """Return what was counted, measured and decided, and why."""
+    text, config = task.text, choice.config
+    model, train = config.model, config.train
+    rows = [("text", f"{text.source}: {bytes_text(text.train_bytes)} to train on; a sample of {bytes_text(text.sampled)} was read")]
+    rows += [("", note) for note in text.notes]
+    rows.append((
+        "level",
+        f"{LAWS.level(text.level):.2f} bits per byte without a model: {text.level.counted:.2f} by counts of what follows 5 bytes, "
+        f"{text.level.compressed:.2f} by LZMA; texts differ in this most",
+    ))  # fmt: skip
+    made = "trained on it" if text.trains_vocabulary else "of the given tokenizer"
+    rows.append((
+        "vocabulary",
+        f"{text.vocab_size:,} tokens, {made}: {text.bytes_per_token:.2f} bytes a token, about {text.train_tokens:,.0f} tokens to train on",
+    ))  # fmt: skip
+    if speed is not None:
+        rows.append(("speed", f"{_number(speed.flops_per_second)}FLOP/s, {speed.how}"))
+        steps = duration(choice.flops / speed.flops_per_second)
+        rest = f", the rest of {budget.name} for the start, evaluations and checkpoints" if budget.unit == "minutes" else ""
+        rows.append(("time", f"about {steps} of steps{rest}"))
+    rows.append((
+        "model",
+        f"{choice.parameters:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, context {model.max_seq_len}; "
+        "a larger one would see too little text in this budget, a smaller one learn less from it",
+    ))  # fmt: skip
+    rows.append((
+        "training",
+        f"{choice.steps:,} steps of {train.batch_size} x {model.max_seq_len} tokens, {choice.tokens:,} in all, {choice.epochs:.1f} epochs, "
+        f"{_number(choice.flops)}FLOP",
+    ))  # fmt: skip
+    if choice.unused > 0.02:
+        rows.append((
+            "",
+            f"more {budget.unit} do not help this text: {choice.unused:.0%} of the budget is left, since by the laws more epochs, or a "
+            "larger model, would learn it by heart; give more text",
+        ))  # fmt: skip
+    rows.append((
+        "rate",
+        f"{train.lr:g} by the width, after {train.warmup_steps:,} steps of warm-up {train.schedule} to {train.min_lr_ratio * train.lr:g}; "
+        f"optimizer {train.optimizer}",
+    ))  # fmt: skip
+    kept = sorted(name for name in task.given if name in DECIDED)
+    if kept:
+        rows.append(("kept", f"as you gave them: {', '.join(f'{name} {_value(config, name)}' for name in kept)}"))
+    outside = not task.laws.least_flops <= choice.flops <= task.laws.most_flops
+    far = "; outside of the runs that the laws were fitted on, so wider" if outside else ""
+    rows.append((
+        "expected",
+        f"{choice.expected:.3f} bits per byte on the held-out text, in four of five cases {choice.low:.3f} to {choice.high:.3f}{far}",
+    ))  # fmt: skip
+    return rows
+
+
+def _number(value: float) -> str:
+    """Return a number of FLOPs with a prefix: "16.3 T"."""
+    power = min(5, max(0, math.floor(math.log10(max(1.0, value)) / 3)))
+    return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}"
+
+
+def _value(config: Config, name: str) -> object:
+    section, field = name.split(".")
+    return getattr(getattr(config, section), field)
+
+
+def table(rows: Rows) -> str:
+    """Return rows of a name and a text as lines."""
+    return "\n".join(f"{name:>10}  {text}" for name, text in rows)
