@@ -20,10 +20,10 @@ from llama_jax.programs import CONSOLE, typed
 def train(argv: Sequence[str]) -> None:
     """Train a model from scratch on the built-in stories or on a text, or fine-tune one"""
     with StopSignals(at_exit=True) as signals:  # before the slow imports, so that it handles signals during them
-        from llama_jax.training.command import read_command
+        from llama_jax.recipe.one_step import read_with_recipe
         from llama_jax.training.loop import train
 
-        config, notes = read_command(argv)
+        config, notes = read_with_recipe(argv)
         train(config, signals, notes)
 
 

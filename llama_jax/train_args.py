@@ -175,7 +175,12 @@ class TrainArgs:
         }
         positive = {"lr": POSITIVE, "eps": POSITIVE, "weight_decay": (0.0, HUGE), "grad_clip": (0.0, HUGE)}
         positive |= dict.fromkeys(("watchdog_seconds", "save_minutes", "eval_minutes"), (0.0, 1e9))
-        positive |= {"minutes": (TINY, 1e9), "spike_factor": (0.0, HUGE), "dpo_beta": POSITIVE, "dpo_label_smoothing": (0.0, 0.5)}
+        positive |= {
+            "minutes": (TINY, 1e9),
+            "spike_factor": (0.0, HUGE),
+            "dpo_beta": POSITIVE,
+            "dpo_label_smoothing": (0.0, 0.5),
+        }
         check_fields(self, "train.", dict.fromkeys(counts + intervals, COUNT) | natural | shares | positive)
         for name in ("dpo_beta", "dpo_label_smoothing") if self.objective != "dpo" else ():
             given, default = getattr(self, name), getattr(TrainArgs, name)

@@ -137,6 +137,11 @@ def _check(args: PlanConfig, given: set[str]) -> None:
             f"--{adapters[0].replace('_', '-')}: expected flags of decoding beside --decode, found one of training; leave it out: an "
             "adapter is merged into plain matrices"
         )
+    if args.train.minutes is not None and args.train.max_steps is None:
+        raise UserError(
+            f"train.minutes: expected a run whose steps are known, found minutes; {typed('recipe')} --topology {args.topology} "
+            "chooses them"
+        )
     if args.advice < 0:
         raise UserError(f"--advice: expected 0 or more, found {args.advice}")
     training = {flag for flag in given if flag.startswith("train.")} - {"train.compute_dtype", "train.init_from"}

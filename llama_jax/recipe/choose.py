@@ -17,6 +17,8 @@ WIDTHS = (
     32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096,
     5120, 6144, 8192,
 )  # fmt: skip
+# What trains the matrices of the layers, unless the person says otherwise.
+OPTIMIZER: Optimizer = "muon"
 # A run may end after so many epochs, before its budget does, if it would learn its text by heart.
 ENDS = tuple(0.25 * 1.1**i for i in range(80))
 # More of a budget is used only if it is worth this share of the loss.
@@ -78,14 +80,24 @@ class Task:
 
 
 def choose(task: Task, budget: Budget) -> Choice:
-    """Return the settings for a budget. Raises UserError if it is too small for a step of the smallest model."""
+    """Return the settings for a budget.
+
+    Raises UserError if it is too small for a step of the smallest model, or if no shape has what was given.
+    """
+    if next(_shapes(task), None) is None:
+        given = ", ".join(sorted(name for name in task.given if name.startswith("model.")))
+        raise UserError(
+            f"model.n_heads: expected a divisor of the width with heads of an even size, found none; change {given}"
+        )
     if budget.unit == "flops":
         return _for_flops(task, budget.amount, budget)
     if budget.unit == "tokens":
         rough = _where(task, budget, lambda choice: choice.tokens)
         smaller = [each for each in _shapes(task) if parameters_of(each, task.text.vocab_size) <= rough.parameters]
         return _with_tokens(task, min(smaller, key=lambda each: _expected(task, each, budget.amount)), budget.amount)
-    shape = min(_shapes(task), key=lambda each: abs(math.log(parameters_of(each, task.text.vocab_size) / budget.amount)))
+    shape = min(
+        _shapes(task), key=lambda each: abs(math.log(parameters_of(each, task.text.vocab_size) / budget.amount))
+    )
     rough = _where(task, budget, lambda choice: choice.parameters)
     return _with_tokens(task, shape, rough.tokens * rough.parameters / parameters_of(shape, task.text.vocab_size))
 
@@ -121,15 +133,13 @@ def _for_flops(task: Task, flops: float, budget: Budget) -> Choice:
         raise UserError(f"{budget.name}: expected enough for a step of the smallest model, found less; give more")
     _, model, tokens = best
     choice = _with_tokens(task, model, tokens)
-    unused = 1 - tokens / _tokens_for(task, model, flops)
-    return replace(choice, unused=unused)
+    ends_early = tokens < _tokens_for(task, model, flops)
+    return replace(choice, unused=1 - choice.flops / flops if ends_early else 0.0)
 
 
 def _expected(task: Task, model: ModelArgs, tokens: float) -> float:
     text = task.text
-    return task.laws.relative(
-        parameters_of(model, text.vocab_size), tokens * text.bytes_per_token, text.train_bytes
-    )
+    return task.laws.relative(parameters_of(model, text.vocab_size), tokens * text.bytes_per_token, text.train_bytes)
 
 
 def _tokens_for(task: Task, model: ModelArgs, flops: float) -> float:
@@ -251,11 +261,13 @@ def parameters_of(model: ModelArgs, vocab_size: int) -> int:
 def _step_flops(task: Task, model: ModelArgs, batch: int) -> float:
     sized = replace(model, vocab_size=task.text.vocab_size)
     per_token = train_flops_per_token(sized, parameters=parameters_of(model, task.text.vocab_size))
-    return batch * model.max_seq_len * per_token + update_flops(sized, replace(task.base.train, optimizer=_optimizer(task)))
+    return batch * model.max_seq_len * per_token + update_flops(
+        sized, replace(task.base.train, optimizer=_optimizer(task))
+    )
 
 
 def _optimizer(task: Task) -> Optimizer:
-    """Return the person's optimizer, or Muon, or AdamW where the person asks for types that Muon does not have."""
+    """Return the person's optimizer, or OPTIMIZER, or AdamW where the person asks for types that Muon does not have."""
     if "train.optimizer" in task.given:
         return task.base.train.optimizer
-    return "adamw" if {"train.param_dtype", "train.moments"} & task.given else "muon"
+    return "adamw" if {"train.param_dtype", "train.moments"} & task.given else OPTIMIZER

@@ -70,7 +70,16 @@ def run(argv: Sequence[str]) -> None:
     else:
         write_atomically(output, content)
         again = "; it replaces an earlier recipe that nobody had changed" if replaces else ""
-        print(table([("written", f"{args.output}{again}; train by it: {typed('train')} --config {shlex.quote(args.output)}")]))
+        print(
+            table(
+                [
+                    (
+                        "written",
+                        f"{args.output}{again}; train by it: {typed('train')} --config {shlex.quote(args.output)}",
+                    )
+                ]
+            )
+        )
     print(json.dumps(summary(choice)), flush=True)
 
 
@@ -86,7 +95,9 @@ def _budget(args: RecipeConfig) -> Budget:
     given = [unit for unit in BUDGETS if getattr(args, unit) is not None]
     if len(given) != 1:
         found = " and ".join(f"--{unit}" for unit in given) or "none"
-        raise UserError(f"--minutes: expected one of {', '.join(f'--{unit}' for unit in BUDGETS)}, found {found}; give one")
+        raise UserError(
+            f"--minutes: expected one of {', '.join(f'--{unit}' for unit in BUDGETS)}, found {found}; give one"
+        )
     amount = float(getattr(args, given[0]))
     if not 0 < amount < math.inf:
         raise UserError(f"--{given[0]}: expected a number above 0, found {amount:g}")
@@ -109,7 +120,12 @@ def recipe_text(choice: Choice, rows: Rows, given: frozenset[str], made_by: str,
     """Return the settings as TOML, with comments that say how they were found, and how to train by them."""
     told = [f"#   {line}" for line in table(rows).splitlines()]
     head = ["# A recipe for one text and one budget, made by", "#", f"#   {made_by}", "#", *told, "#"]
-    head += ["# Train by it, in the folder in which it was made:", "#", f"#   {typed('train')} --config {shlex.quote(name)}", "#"]
+    head += [
+        "# Train by it, in the folder in which it was made:",
+        "#",
+        f"#   {typed('train')} --config {shlex.quote(name)}",
+        "#",
+    ]
     body = to_toml(choice.config, lambda field: field in DECIDED or field in given or field == "data.filepath")
     digest = hashlib.sha256(body.encode()).hexdigest()
     return "\n".join([*head, SEAL + digest, "", body])
@@ -132,5 +148,7 @@ def _check_output(name: str) -> tuple[Path, bool]:
     digest, _, body = rest.partition("\n\n")
     if not mark or hashlib.sha256(body.encode()).hexdigest() != digest:
         found = "a recipe that was changed by hand" if mark else "another file"
-        raise UserError(f"--output: expected a new file, or a recipe as it was made, found {found} in {name}; choose another name")
+        raise UserError(
+            f"--output: expected a new file, or a recipe as it was made, found {found} in {name}; choose another name"
+        )
     return path, True

@@ -34,6 +34,8 @@ class Laws:
     bytes_power: float = 0.28
     worth: float = 15.0
     by_heart: float = 3.2e-5
+    texts: int = 0
+    """The number of texts whose runs the constants were fitted on. 0: they are guesses."""
     spread: float = 0.10
     """Runs on a text that the laws were not fitted on are within this of the expectation in four of five cases, as a
     difference of logarithms."""

@@ -15,7 +15,10 @@ ORDER = 5
 
 def compressed_level(train: bytes, held_out: bytes) -> float:
     """Return the bits per byte that ``held_out`` adds to ``train`` when LZMA compresses both together."""
-    sizes = [len(lzma.compress(text, lzma.FORMAT_RAW, filters=_filters(len(train) + len(held_out)))) for text in (train, train + held_out)]
+    sizes = [
+        len(lzma.compress(text, lzma.FORMAT_RAW, filters=_filters(len(train) + len(held_out))))
+        for text in (train, train + held_out)
+    ]
     return 8 * max(1, sizes[1] - sizes[0]) / len(held_out)
 
 

@@ -16,7 +16,7 @@ from llama_jax.recipe.speed import Speed, guess, measure, planned
 from llama_jax.recipe.text import Counted, count_text
 
 # Of the minutes, these seconds and this share of the rest are for the start, evaluations, checkpoints and samples.
-START_SECONDS, OTHER_SHARE = 10.0, 0.08
+START_SECONDS, OTHER_SHARE = 15.0, 0.05
 # The speed is measured again if the model has become so many times wider or narrower.
 AGAIN = 1.3
 Rows = list[tuple[str, str]]
@@ -43,6 +43,7 @@ def make_recipe(base: Config, given: frozenset[str], budget: Budget, topology: s
     choice = choose(task, rough)
     if timed or topology:
         found, choice = _timed(task, budget, choice, topology)
+    choice.config.check()
     return choice, _lines(task, budget, choice, found)
 
 
@@ -87,7 +88,8 @@ def _sized(config: Config, text: Counted) -> Config:
 
 def _check(base: Config, given: frozenset[str]) -> None:
     """Raise UserError on settings that contradict a recipe: it trains a new model on a text, and decides how long."""
-    base.check()
+    for part in (base.data, base.train, base.mesh, base.distributed, base.lora):
+        part.check()  # the model's settings are checked with those that are chosen beside them
     for name in ("train.max_steps", "train.n_epochs"):
         if name in given:
             section, field = name.split(".")
@@ -103,7 +105,9 @@ def _check(base: Config, given: frozenset[str]) -> None:
         (base.model.vocab_size != -1, "model.vocab_size", base.model.vocab_size),
     ):
         if holds:
-            raise UserError(f"{name}: expected none beside a recipe, which is for new models, found {found}; leave it out")
+            raise UserError(
+                f"{name}: expected none beside a recipe, which is for new models, found {found}; leave it out"
+            )
 
 
 def _rows_of(base: Config, topology: str) -> int:
@@ -132,7 +136,12 @@ def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None) -> R
     """Return what was counted, measured and decided, and why."""
     text, config = task.text, choice.config
     model, train = config.model, config.train
-    rows = [("text", f"{text.source}: {bytes_text(text.train_bytes)} to train on; a sample of {bytes_text(text.sampled)} was read")]
+    rows = [
+        (
+            "text",
+            f"{text.source}: {bytes_text(text.train_bytes)} to train on; a sample of {bytes_text(text.sampled)} was read",
+        )
+    ]
     rows += [("", note) for note in text.notes]
     rows.append((
         "level",
@@ -147,7 +156,11 @@ def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None) -> R
     if speed is not None:
         rows.append(("speed", f"{_number(speed.flops_per_second)}FLOP/s, {speed.how}"))
         steps = duration(choice.flops / speed.flops_per_second)
-        rest = f", the rest of {budget.name} for the start, evaluations and checkpoints" if budget.unit == "minutes" else ""
+        rest = (
+            f", the rest of {budget.name} for the start, evaluations and checkpoints"
+            if budget.unit == "minutes"
+            else ""
+        )
         rows.append(("time", f"about {steps} of steps{rest}"))
     rows.append((
         "model",
@@ -167,13 +180,15 @@ def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None) -> R
         ))  # fmt: skip
     rows.append((
         "rate",
-        f"{train.lr:g} by the width, after {train.warmup_steps:,} steps of warm-up {train.schedule} to {train.min_lr_ratio * train.lr:g}; "
+        f"{train.lr:g}{'' if 'train.lr' in task.given else ' by the width'}, after {train.warmup_steps:,} steps of warm-up {train.schedule} to {train.min_lr_ratio * train.lr:g}; "
         f"optimizer {train.optimizer}",
     ))  # fmt: skip
     kept = sorted(name for name in task.given if name in DECIDED)
     if kept:
         rows.append(("kept", f"as you gave them: {', '.join(f'{name} {_value(config, name)}' for name in kept)}"))
-    outside = not task.laws.least_flops <= choice.flops <= task.laws.most_flops
+    if not task.laws.texts:
+        rows.append(("laws", "their constants are guesses so far, so take the expectation as one, too"))
+    outside = bool(task.laws.texts) and not task.laws.least_flops <= choice.flops <= task.laws.most_flops
     far = "; outside of the runs that the laws were fitted on, so wider" if outside else ""
     rows.append((
         "expected",

@@ -88,7 +88,9 @@ def measure(config: Config) -> Speed:
     flops = step_flops(config, train.batch_size * model.max_seq_len) / statistics.median(times)
     device = mesh.devices.flat[0]
     where = f"{mesh.devices.size} x {device.device_kind}" + (f", {cores()} cores" if device.platform == "cpu" else "")
-    how = f"measured in {len(times)} steps of {train.batch_size} x {model.max_seq_len} tokens at dim {model.dim}, {where}"
+    how = (
+        f"measured in {len(times)} steps of {train.batch_size} x {model.max_seq_len} tokens at dim {model.dim}, {where}"
+    )
     return Speed(flops, how, compiled_in)
 
 

@@ -50,12 +50,13 @@ class Command(Config):
     """Text to train on: a file, a folder or a quoted glob. The same as --data.filepath."""
 
 
-def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
+def read_command(argv: Sequence[str], check: bool = True) -> tuple[Config, list[str]]:
     """Return the configuration of a command line, and a note for each conflict between two settings.
 
     Without --config, defaults come from tiny.toml, from finetune.toml with --train.init-from, from lora.toml with
     --lora.rank as well, and from dpo.toml or dpo-lora.toml with --train.objective dpo. With --train.decay-run they are
-    that run's. Raises UserError if the command line is wrong.
+    that run's. ``check`` False leaves the checks of values to the caller, who changes some first. Raises UserError if the
+    command line is wrong.
     """
     named, rest = take_option(list(argv), "--config")
     source, found = (shipped(DEFAULT), []) if named is None else find_config(named)
@@ -83,7 +84,8 @@ def read_command(argv: Sequence[str]) -> tuple[Config, list[str]]:
         config, notes = _parse(rest, dataclasses.replace(file, model=model))[0], notes + more
     train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
     config = dataclasses.replace(config, train=train)
-    config.check()
+    if check:
+        config.check()
     return config, found + notes
 
 

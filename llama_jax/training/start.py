@@ -97,6 +97,11 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
     """
     config = _resolve(config, data)
     config.check()
+    if config.train.minutes is not None and config.train.max_steps is None:
+        raise UserError(
+            "train.minutes: expected steps that were chosen for them, found none, as only the command train chooses; give "
+            "train.max_steps, or start the command"
+        )
     steps = steps_of_run(config, data)
     settled = Settled(
         config,

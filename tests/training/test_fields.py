@@ -123,6 +123,7 @@ ELSEWHERE = {
     "keep_every", "save_minutes", "eval_minutes", "resume_step", "hold_lr",  # tests/training/test_resuming.py
     "decay_fraction",  # tests/training/test_rates.py
     "decay_from", "decay_run",  # tests/training/test_decaying.py
+    "minutes",  # tests/recipe/test_one_step.py
 }  # fmt: skip
 
 

@@ -1,0 +1,123 @@
+"""Fit the laws of llama_jax/recipe/laws.py to runs, and print their constants and how far the runs lie from them.
+
+python benchmarks/recipe_laws.py runs.jsonl
+
+A line of the file is a run: text (a path), parameters, tokens, tflop, and evals, a list of [step, bits per byte], of which
+the last one counts, since the rate has decayed by then. Texts are split and counted as recipe does. The spread is that of
+texts that were left out, one after the other: of their runs, four in five lie within it.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from llama_jax.config import DataArgs
+from llama_jax.recipe.laws import Laws, TextLevel
+from llama_jax.recipe.text import Counted, count_text
+
+# What is fitted, as logarithms, but for the share, and how far each may go from its first guess, as a factor.
+FITTED = ("floor", "of_size", "size_power", "of_bytes", "bytes_power", "worth", "by_heart")
+# A first guess weighs as much as a run that lies this far from it, as a logarithm: few runs cannot fix all constants.
+GUESS = 1.0
+# A residual beyond this, as a logarithm, pulls less than in proportion (soft L1).
+SCALE = 0.05
+
+
+class Run(NamedTuple):
+    """A run: what the laws say something about."""
+
+    text: str
+    level: TextLevel
+    parameters: int
+    read: float
+    unique: float
+    bits: float
+    flops: float
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Return the runs of a file. Lines without an evaluation are left out."""
+    counted: dict[tuple[str, int], Counted] = {}
+    found = []
+    for line in filter(None, path.read_text().splitlines()):
+        row = json.loads(line)
+        if not row.get("evals"):
+            continue
+        flags = row.get("flags", [])
+        words = flags.split() if isinstance(flags, str) else flags
+        size = int(words[words.index("--data.vocab-size") + 1]) if "--data.vocab-size" in words else 1024
+        key = row["text"], size
+        if key not in counted:
+            counted[key] = count_text(DataArgs(filepath=row["text"], vocab_size=size), True, math.inf)
+        text = counted[key]
+        read = row["tokens"] * text.bytes_per_token
+        found.append(
+            Run(row["text"], text.level, row["parameters"], read, text.train_bytes, row["evals"][-1][1], 1e12 * row["tflop"])
+        )
+    return found
+
+
+def fit(runs: Sequence[Run], first: Laws = Laws()) -> Laws:
+    """Return the laws that fit the logarithms of the runs' losses best, not far from the ``first`` guess."""
+    start = np.array([math.log(getattr(first, name)) for name in FITTED] + [first.share])
+
+    def laws_of(values: np.ndarray) -> Laws:
+        named = {name: float(math.exp(value)) for name, value in zip(FITTED, values[:-1], strict=True)}
+        return dataclasses.replace(first, **named, share=float(values[-1]))
+
+    def residuals(values: np.ndarray) -> np.ndarray:
+        apart = [residual(laws_of(values), run) for run in runs]
+        return np.concatenate([apart, SCALE * (values - start) / GUESS])
+
+    bounds = start - 6, start + 6
+    bounds[0][-1], bounds[1][-1] = 0.0, 1.0
+    return laws_of(least_squares(residuals, start, bounds=bounds, loss="soft_l1", f_scale=SCALE).x)
+
+
+def residual(laws: Laws, run: Run) -> float:
+    """Return how much higher a run's loss is than expected, as a difference of logarithms."""
+    return math.log(run.bits / laws.bits_per_byte(run.level, run.parameters, run.read, run.unique))
+
+
+def spread_of(runs: Sequence[Run], first: Laws = Laws()) -> dict[str, list[float]]:
+    """Return, for each text, the residuals of its runs by laws that were fitted on the other texts."""
+    found = {}
+    for text in dict.fromkeys(run.text for run in runs):
+        laws = fit([run for run in runs if run.text != text], first)
+        found[text] = [residual(laws, run) for run in runs if run.text == text]
+    return found
+
+
+def main() -> None:
+    """Fit and print."""
+    if len(sys.argv) != 2:
+        sys.exit("expected one file of runs; python benchmarks/recipe_laws.py runs.jsonl")
+    runs = read_runs(Path(sys.argv[1]))
+    texts = {run.text for run in runs}
+    if len(texts) < 2:
+        sys.exit(f"expected runs on two texts or more, found {len(runs)} runs on {len(texts)}")
+    laws, apart = fit(runs), spread_of(runs)
+    for text, values in apart.items():
+        print(f"{text}: {len(values)} runs, left out: {', '.join(f'{value:+.3f}' for value in values)}")
+    inside = [residual(laws, run) for run in runs]
+    # By the rule of conformal prediction: the quantile of one value more.
+    sizes = sorted(abs(value) for values in apart.values() for value in values)
+    spread = sizes[min(len(sizes) - 1, math.ceil(0.8 * (len(sizes) + 1)) - 1)]
+    flops = [run.flops for run in runs]
+    laws = dataclasses.replace(laws, texts=len(texts), spread=spread, least_flops=min(flops), most_flops=max(flops))
+    print(f"{len(runs)} runs on {len(texts)} texts; root mean square of the residuals {np.sqrt(np.mean(np.square(inside))):.4f}")
+    print(f"of texts that were left out, four runs in five lie within {spread:.4f}")
+    for field in dataclasses.fields(laws):
+        value = getattr(laws, field.name)
+        print(f"    {field.name}: {'int' if field.name == 'texts' else 'float'} = {value:.4g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The choice: sane and monotone over budgets and texts, as large as the budget allows, and with what was given."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax.build import count_parameters
+from llama_jax.config import Config, ModelArgs, TrainArgs
+from llama_jax.errors import UserError
+from llama_jax.recipe.choose import Budget, Choice, Task, bytes_within, choose, parameters_of
+from llama_jax.recipe.laws import Laws, TextLevel
+from llama_jax.recipe.text import Counted, vocabulary_for
+from llama_jax.training.flops import step_flops
+
+
+def text(size: float, vocab_size: int = 0) -> Counted:
+    vocab_size = vocab_size or vocabulary_for(size)
+    return Counted("my.txt", size, vocab_size, 2.5, TextLevel(2.4, 2.2), 1000, True, size / 20)
+
+
+def chosen(
+    size: float, flops: float, base: Config = Config(), kept: frozenset[str] = frozenset(), rows: int = 1
+) -> Choice:
+    budget = Budget("flops", flops, "--flops")
+    counted = text(size, vocabulary_for(min(size, bytes_within(budget))))
+    return choose(Task(base, kept, counted, rows), budget)
+
+
+sizes, budgets = st.floats(4.5, 9).map(lambda x: 10**x), st.floats(11.5, 18).map(lambda x: 10**x)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, budgets)
+def test_a_choice_passes_the_checks_and_uses_its_budget_or_says_what_it_leaves(size: float, flops: float) -> None:
+    found = chosen(size, flops)
+    found.config.check()
+    config, tokens = found.config, found.config.train.batch_size * found.config.model.max_seq_len
+    assert found.tokens == found.steps * tokens and found.steps >= 1
+    sized = replace(config, model=replace(config.model, vocab_size=config.data.vocab_size))
+    if found.steps > 60:
+        assert found.flops == pytest.approx(found.steps * step_flops(sized, tokens), rel=1e-6)
+        assert found.flops / flops == pytest.approx(1 - found.unused, abs=0.03)
+    assert found.low < found.expected < found.high
+    assert config.train.warmup_steps <= found.steps and config.train.eval_interval <= found.steps
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, budgets, st.floats(1.5, 30))
+def test_more_is_never_expected_to_be_worse_nor_chosen_smaller(size: float, flops: float, times: float) -> None:
+    less, more = chosen(size, flops), chosen(size, times * flops)
+    assert more.expected <= less.expected * 1.003
+    assert more.parameters >= less.parameters * 0.7
+    assert more.config.train.lr <= less.config.train.lr * 1.2
+    longer = chosen(size * times, flops)
+    assert longer.expected <= less.expected * 1.02, "more text of the same level does no harm"
+
+
+def test_a_small_text_is_not_learned_by_heart_however_long_the_time() -> None:
+    short, long, longest = (chosen(3e4, flops) for flops in (1e13, 1e16, 1e20))
+    assert long.unused > 0.9 and longest.config == long.config
+    assert long.epochs < 60 and long.parameters <= short.parameters * 4
+    assert chosen(3e7, 1e13).unused == 0
+
+
+def test_a_megabyte_gets_a_model_of_the_size_that_tuned_runs_have() -> None:
+    found = chosen(1e6, 1.6e13)
+    assert 128 <= found.config.model.dim <= 256 and 0.7e6 < found.parameters < 4e6
+    assert found.config.data.vocab_size == 1024 and found.config.train.optimizer == "muon"
+    assert 2e-3 <= found.config.train.lr <= 4e-3 and 4 <= found.config.train.batch_size <= 8
+
+
+@pytest.mark.parametrize("amount", [3e5, 3e6, 3e7])
+def test_tokens_and_parameters_are_as_asked(amount: float) -> None:
+    task = Task(Config(), frozenset(), text(3e7))
+    by_tokens = choose(task, Budget("tokens", amount, "--tokens"))
+    assert by_tokens.tokens == pytest.approx(amount, rel=0.03)
+    by_parameters = choose(task, Budget("parameters", amount * 10, "--parameters"))
+    assert by_parameters.parameters == pytest.approx(amount * 10, rel=0.35)
+
+
+def test_what_is_given_is_kept_and_the_rest_is_chosen_around_it() -> None:
+    base = Config(
+        model=ModelArgs(dim=96, n_layers=5, n_heads=3, max_seq_len=64),
+        train=TrainArgs(lr=1e-2, batch_size=6, moments="int8"),
+    )
+    kept = frozenset(
+        {"model.dim", "model.n_layers", "model.max_seq_len", "train.lr", "train.batch_size", "train.moments"}
+    )
+    found = chosen(1e6, 3e12, base, kept)
+    model, train = found.config.model, found.config.train
+    assert (model.dim, model.n_layers, model.max_seq_len, train.lr, train.batch_size) == (96, 5, 64, 1e-2, 6)
+    assert train.optimizer == "adamw", "Muon has no moments in int8"
+    assert found.flops == pytest.approx(3e12, rel=0.03)
+
+
+def test_a_batch_is_shared_by_all_devices() -> None:
+    assert all(chosen(1e7, 1e13, rows=rows).config.train.batch_size % rows == 0 for rows in (1, 2, 3, 8, 16))
+
+
+def test_a_budget_below_a_step_is_refused() -> None:
+    with pytest.raises(UserError, match="^--flops: expected enough for a step"):
+        chosen(1e6, 1e6)
+
+
+@pytest.mark.parametrize(
+    "args", [ModelArgs(dim=64, n_layers=2, n_heads=4), ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, tie_embeddings=True, attention_bias=True, mlp_bias=True)],
+)  # fmt: skip
+def test_parameters_by_arithmetic_are_those_that_exist(args: ModelArgs) -> None:
+    assert parameters_of(args, 300) == count_parameters(replace(args, vocab_size=300))
+
+
+def test_repeated_bytes_are_worth_less_and_less() -> None:
+    laws = Laws()
+    fresh = [laws.fresh_bytes(epochs * 1e6, 1e6) / 1e6 for epochs in (0.5, 1, 2, 5, 20, 1000)]
+    assert (
+        fresh[:2] == [0.5, 1] and 1.9 < fresh[2] < 2 and 4 < fresh[3] < 5 and fresh[5] == pytest.approx(1 + laws.worth)
+    )
+    narrow, wide = (laws.interval(2.0, flops) for flops in (1e13, 1e20))
+    assert wide[0] < narrow[0] < 2 < narrow[1] < wide[1], "far from the runs that were fitted, less is known"

@@ -1,0 +1,59 @@
+"""benchmarks/recipe_laws.py finds the laws that made its runs, and reads the runs' file."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import random
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from llama_jax.recipe.laws import Laws, TextLevel
+from tests.commands import ROOT
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    pytest.importorskip("scipy")
+    spec = importlib.util.spec_from_file_location("recipe_laws", ROOT / "benchmarks" / "recipe_laws.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def made_by(script: ModuleType, laws: Laws, noise: float) -> list[Any]:
+    rng = random.Random(0)
+    runs = []
+    for number in range(6):
+        level, unique = TextLevel(rng.uniform(1.5, 3), rng.uniform(1.5, 3)), 10 ** rng.uniform(4.5, 7)
+        for _ in range(6):
+            parameters, read = int(10 ** rng.uniform(5, 7)), unique * 10 ** rng.uniform(-0.5, 1)
+            bits = laws.bits_per_byte(level, parameters, read, unique) * math.exp(rng.gauss(0, noise))
+            runs.append(script.Run(str(number), level, parameters, read, unique, bits, 1e12))
+    return runs
+
+
+def test_the_fit_is_much_nearer_to_runs_of_other_laws_than_the_guess(script: ModuleType) -> None:
+    true = dataclasses.replace(Laws(), share=0.8, floor=0.4, of_bytes=18.0)
+    runs = made_by(script, true, noise=0.01)
+    fitted = script.fit(runs)
+
+    def far(laws: Laws) -> float:
+        return sum(abs(script.residual(laws, run)) for run in runs) / len(runs)
+
+    assert far(Laws()) > 0.05 and far(fitted) < 0.02
+    apart = script.spread_of(runs)
+    assert set(apart) == {str(number) for number in range(6)} and max(map(len, apart.values())) == 6
+
+
+def test_runs_are_read_and_those_without_an_evaluation_are_left_out(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "my.txt").write_text("The fox went to the river.\n" * 200)
+    row = {"text": str(tmp_path / "my.txt"), "bytes": 5400, "flags": "--data.vocab-size 300", "parameters": 1000, "tokens": 500}
+    rows = [row | {"tflop": 0.1, "evals": [[5, 3.0], [10, 2.5]]}, row | {"tflop": 0.1, "evals": []}]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    (run,) = script.read_runs(tmp_path / "runs.jsonl")
+    assert (run.parameters, run.bits, run.flops) == (1000, 2.5, 1e11) and run.unique == pytest.approx(4860, abs=30)
