@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -59,7 +59,15 @@ def read_runs(path: Path) -> list[Run]:
         text = counted[key]
         read = row["tokens"] * text.bytes_per_token
         found.append(
-            Run(row["text"], text.level, row["parameters"], read, text.train_bytes, row["evals"][-1][1], 1e12 * row["tflop"])
+            Run(
+                row["text"],
+                text.level,
+                row["parameters"],
+                read,
+                text.train_bytes,
+                row["evals"][-1][1],
+                1e12 * row["tflop"],
+            )
         )
     return found
 
@@ -69,7 +77,7 @@ def fit(runs: Sequence[Run], first: Laws = Laws()) -> Laws:
     start = np.array([math.log(getattr(first, name)) for name in FITTED] + [first.share])
 
     def laws_of(values: np.ndarray) -> Laws:
-        named = {name: float(math.exp(value)) for name, value in zip(FITTED, values[:-1], strict=True)}
+        named: dict[str, Any] = {name: float(math.exp(value)) for name, value in zip(FITTED, values[:-1], strict=True)}
         return dataclasses.replace(first, **named, share=float(values[-1]))
 
     def residuals(values: np.ndarray) -> np.ndarray:
@@ -112,7 +120,9 @@ def main() -> None:
     spread = sizes[min(len(sizes) - 1, math.ceil(0.8 * (len(sizes) + 1)) - 1)]
     flops = [run.flops for run in runs]
     laws = dataclasses.replace(laws, texts=len(texts), spread=spread, least_flops=min(flops), most_flops=max(flops))
-    print(f"{len(runs)} runs on {len(texts)} texts; root mean square of the residuals {np.sqrt(np.mean(np.square(inside))):.4f}")
+    print(
+        f"{len(runs)} runs on {len(texts)} texts; root mean square of the residuals {np.sqrt(np.mean(np.square(inside))):.4f}"
+    )
     print(f"of texts that were left out, four runs in five lie within {spread:.4f}")
     for field in dataclasses.fields(laws):
         value = getattr(laws, field.name)

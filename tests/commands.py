@@ -1,11 +1,13 @@
 """Starts the project's commands with a small model, and a folder for them to work in."""
 
+import hashlib
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from llama_jax.recipe.command import SEAL
 from tests import forked
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +47,8 @@ def make_place(folder: Path) -> Path:
         (folder / name).write_text(text)
     result = forked.run(["train.py", *SMALL, *STORIES], folder)
     assert result.returncode == 0, result.stderr
+    # A recipe, as an earlier start wrote it: without any settings.
+    (folder / "my.toml").write_text(f"{SEAL}{hashlib.sha256(b'').hexdigest()}\n\n")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "tokenizer.model").write_bytes((folder / "runs" / "tiny" / "tokenizer.model").read_bytes())
     return folder

@@ -166,7 +166,13 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
         if of_stable := bool({"--train.schedule", "--train.decay-run"} & {*argv}):  # in a hundredth of the steps
             argv = [str(int(each) // 100) if each.isdecimal() else each for each in argv]
             argv += [*SMALL_MODEL, *STORIES, "--train.batch-size=2", "--train.eval-iters=1", "--train.warmup-steps=1"]
-        if argv[0] == "train.py" and not of_stable:
+        of_recipe = {"--minutes", "--train.minutes"} & {*argv}  # of a moment, in which a small model is chosen
+        argv = ["0.01" if before in of_recipe else each for before, each in zip(["", *argv], argv, strict=False)]
+        if "--topology" in argv and "llama_jax.recipe" in argv and importlib.util.find_spec("libtpu") is None:
+            continue
+        if "--train.minutes" in argv:
+            argv += ["--train.save-dir", f"documented/{i}"]
+        elif argv[0] == "train.py" and not of_stable:
             tunes = "configs/chat-tiny.toml" in argv  # the small model of this place, with room for a conversation
             argv += [] if "--train.init-from" in argv or tunes else SMALL_MODEL
             argv += ["--model.max-seq-len=256", "--data.chats=40"] if tunes else []

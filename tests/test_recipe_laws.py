@@ -52,7 +52,13 @@ def test_the_fit_is_much_nearer_to_runs_of_other_laws_than_the_guess(script: Mod
 
 def test_runs_are_read_and_those_without_an_evaluation_are_left_out(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "my.txt").write_text("The fox went to the river.\n" * 200)
-    row = {"text": str(tmp_path / "my.txt"), "bytes": 5400, "flags": "--data.vocab-size 300", "parameters": 1000, "tokens": 500}
+    row = {
+        "text": str(tmp_path / "my.txt"),
+        "bytes": 5400,
+        "flags": "--data.vocab-size 300",
+        "parameters": 1000,
+        "tokens": 500,
+    }
     rows = [row | {"tflop": 0.1, "evals": [[5, 3.0], [10, 2.5]]}, row | {"tflop": 0.1, "evals": []}]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     (run,) = script.read_runs(tmp_path / "runs.jsonl")

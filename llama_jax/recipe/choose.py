@@ -38,12 +38,12 @@ Unit = Literal["minutes", "flops", "tokens", "parameters"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may take: so many FLOPs, tokens, or minutes, which a speed makes FLOPs, or the parameters of its model."""
+    """The limit of a run: FLOPs, tokens, minutes, which a speed turns into FLOPs, or the parameters of its model."""
 
     unit: Unit
     amount: float
     name: str
-    """What the person typed, such as --minutes 30."""
+    """The words that the person typed, such as --minutes 30."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Task:
-    """What a choice depends on. ``given``: the fields that the person gave, which are kept. ``rows``: the batch is a
+    """All that a choice depends on. ``given``: the fields that the person gave, which are kept. ``rows``: the batch is a
     multiple of it."""
 
     base: Config
@@ -246,7 +246,7 @@ def _settings(task: Task, model: ModelArgs, batch: int, steps: int) -> Config:
 
 
 def rate_for(dim: int) -> float:
-    """Return the learning rate: 0.003 at a width of 192, elsewhere by the root of the width, to two digits, up to 0.005."""
+    """Return the learning rate: 0.003 at a width of 192, elsewhere by the width's root, to two digits, up to 0.005."""
     return min(5e-3, float(f"{3e-3 * (192 / dim) ** 0.5:.2g}"))
 
 

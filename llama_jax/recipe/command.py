@@ -1,4 +1,4 @@
-"""The command ``python -m llama_jax.recipe``: reads the flags, makes a recipe, writes it as TOML, prints one JSON line."""
+"""The command ``python -m llama_jax.recipe``: reads the flags, makes a recipe, writes it, prints a JSON line."""
 
 import dataclasses
 import hashlib

@@ -52,7 +52,7 @@ def _bytes_of(text: bytes) -> np.ndarray:
 
 
 def _grams(text: np.ndarray, length: int) -> np.ndarray:
-    """Return each byte below the ``length`` bytes before it, in one number: uint64 [bytes]. Before the text are zeros."""
+    """Return each byte below the ``length`` bytes before it, in a number: uint64 [bytes]. Zeros precede the text."""
     found = text.copy()
     for back in range(1, min(length, len(text) - 1) + 1):
         found[back:] |= text[:-back] << np.uint64(8 * back)

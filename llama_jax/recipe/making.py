@@ -57,7 +57,7 @@ def _guess(topology: str) -> float:
 
 
 def _timed(task: Task, budget: Budget, choice: Choice, topology: str) -> tuple[Speed, Choice]:
-    """Measure or plan the speed of the chosen shape, and choose again with it, a second time if the shape changes much."""
+    """Measure or plan the speed of the chosen shape, and choose again with it, twice if the shape changes much."""
     for again in (False, True):
         config = _sized(choice.config, task.text)
         if topology:

@@ -1,4 +1,4 @@
-"""``train.py --train.minutes``: the choice of a recipe and its training in one step, and the stored choice after that."""
+"""``train.py --train.minutes``: the choice of a recipe and its training in one step, and the stored choice later."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

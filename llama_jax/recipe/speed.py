@@ -1,5 +1,6 @@
 """The speed of training: measured here by steps of about the chosen shape, or estimated for a slice by plan."""
 
+import functools
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -95,7 +96,7 @@ def measure(config: Config) -> Speed:
 
 
 def planned(config: Config, topology: str) -> tuple[Speed, Config]:
-    """Return the speed that plan estimates for a slice, and the configuration, with smaller microbatches if it needs them.
+    """Return the speed that plan estimates for a slice, and the configuration, in smaller microbatches if needed.
 
     Raises UserError if the step cannot be planned, or does not fit with one sequence a device at a time.
     """
@@ -106,10 +107,10 @@ def planned(config: Config, topology: str) -> tuple[Speed, Config]:
 
     where = Topology.parse(topology)
     while True:
-        tried = config
         try:
             with working(f"compiling for {where.name}"):
-                plan = run_apart(lambda begun: plan_step(tried, where, make_objective(tried), begun))
+                step = functools.partial(plan_step, config, where, make_objective(config))
+                plan = run_apart(step)
         except CompilerError as error:
             raise UserError(
                 f"--topology: expected a slice that the compiler knows, found that it fails: {str(error)[:300]}"

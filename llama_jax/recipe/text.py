@@ -1,4 +1,4 @@
-"""Counts a text: its bytes, what a vocabulary makes of them, and how predictable it is. A sample serves for a large one."""
+"""Counts a text: its bytes, what a vocabulary makes of them, and how predictable it is. Large ones are sampled."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ TOKENS_AT_ONCE = 1 << 14
 
 @dataclass(frozen=True)
 class Counted:
-    """What is known of a text before training."""
+    """The numbers that are known of a text before training."""
 
     source: str
     train_bytes: float
@@ -104,7 +104,8 @@ def vocabulary_for(train_bytes: float) -> int:
 
 def _counted(args: DataArgs, source: str, sample: _Sample, tokenizer: Tokenizer) -> Counted:
     """Return what is known of a text, by a sample of it and a tokenizer."""
-    train, held_out, notes = _joined(sample.train), _joined(sample.eval), ()
+    train, held_out = _joined(sample.train), _joined(sample.eval)
+    notes: tuple[str, ...] = ()
     per_token = _bytes_per_token(tokenizer, sample.eval or sample.train)
     if not held_out:
         cut = int(0.9 * len(train))
@@ -157,7 +158,7 @@ def _size(parts: Sequence[Part]) -> float:
 def _parts(
     corpus: AnyCorpus, units: Sequence[Unit], splits: Sequence[str], most: int
 ) -> tuple[dict[str, list[Part]], bool]:
-    """Return about ``most`` bytes of parts by split, out of units that are spread over all, and whether they are all."""
+    """Return about ``most`` bytes of parts by split, out of units spread over all, and whether they are all."""
     found: dict[int, list[tuple[str, Part]]] = {}
     size = 0
     for i in spread(len(units)) if units else ():

@@ -55,8 +55,8 @@ def read_command(argv: Sequence[str], check: bool = True) -> tuple[Config, list[
 
     Without --config, defaults come from tiny.toml, from finetune.toml with --train.init-from, from lora.toml with
     --lora.rank as well, and from dpo.toml or dpo-lora.toml with --train.objective dpo. With --train.decay-run they are
-    that run's. ``check`` False leaves the checks of values to the caller, who changes some first. Raises UserError if the
-    command line is wrong.
+    that run's. ``check`` False leaves the checks of values to the caller, who changes some first. Raises UserError if
+    the command line is wrong.
     """
     named, rest = take_option(list(argv), "--config")
     source, found = (shipped(DEFAULT), []) if named is None else find_config(named)

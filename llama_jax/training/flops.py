@@ -16,7 +16,7 @@ def train_flops_per_token(args: ModelArgs, lora: LoraArgs = LoraArgs(), paramete
     6 x (parameters without the embedding) + 6 x L x T x N H for causal attention. Attention counts visible pairs only,
     half of the square, or fewer with a sliding window; recomputation is not counted. Tied embeddings count once, as the
     output matrix. For 7B at 4096 this is 42.9e9. Frozen matrices have no gradient, so that with adapters they count 4
-    times, and the adapters 6 times. ``parameters``: their number, which takes a fifth of a second to count. None: count.
+    times, and the adapters 6 times. ``parameters``: their number, which takes a moment to count. None: count them.
     """
     counted = count_parameters(args) if parameters is None else parameters
     matrices = counted - (0 if args.tie_embeddings else args.vocab_size * args.dim)

@@ -100,7 +100,7 @@ def test_a_batch_is_shared_by_all_devices() -> None:
 
 
 def test_a_budget_below_a_step_is_refused() -> None:
-    with pytest.raises(UserError, match="^--flops: expected enough for a step"):
+    with pytest.raises(UserError, match=r"^--flops: expected enough for a step"):
         chosen(1e6, 1e6)
 
 
