@@ -69,8 +69,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Task:
-    """All that a choice depends on. ``given``: the fields that the person gave, which are kept. ``rows``: the batch is a
-    multiple of it."""
+    """All that a choice depends on.
+
+    ``given``: the fields that the person gave, which are kept. ``rows``: the batch is a multiple of it.
+    """
 
     base: Config
     given: frozenset[str]

@@ -1,7 +1,7 @@
 """The laws: what loss a run reaches, as a function of its model, of the text that it reads, and of how often it does.
 
 They have the form of Hoffmann et al. (2022, "Training Compute-Optimal Large Language Models") with the repeated data
-of Muennighoff et al. (2023, "Scaling Data-Constrained Language Models"), with a term for models that learn a text by heart.
+of Muennighoff et al. (2023, "Scaling Data-Constrained Language Models"), and a term for learning a text by heart.
 benchmarks/recipe_laws.py fits the constants, and prints them in the form of ``Laws``.
 """
 
