@@ -8,6 +8,7 @@ import pytest
 from llama_jax.config import load_toml
 from tests import inside
 from tests.commands import run, told
+from tests.plan import ENVIRONMENT, needs_libtpu
 
 FLAGS = ["--flops", "3e11"]
 NAMES = ["parameters", "tokens", "steps", "expected_bits_per_byte", "low", "high"]
@@ -140,10 +141,10 @@ def test_what_cannot_be_is_refused_in_a_line(argv: list[str], words: str, folder
     assert sorted(folder.iterdir()) == before
 
 
+@needs_libtpu
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_slice_is_planned_for(folder: Path) -> None:
-    pytest.importorskip("libtpu")
     argv = [
         "--data.filepath",
         "my.txt",
@@ -156,7 +157,7 @@ def test_a_slice_is_planned_for(folder: Path) -> None:
         "--output",
         "tpu.toml",
     ]
-    result = run(["-m", "llama_jax.recipe", *argv], folder)
+    result = run(["-m", "llama_jax.recipe", *argv], folder, environment=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
     assert "planned for v5e:2x2" in result.stdout and list(json.loads(result.stdout.splitlines()[-1])) == NAMES
     assert load_toml(folder / "tpu.toml").train.batch_size % 4 == 0
