@@ -170,6 +170,8 @@ class Recorder:
         }
         record |= {f"{activity}_seconds": since[activity] for activity in ACTIVITIES if activity != "step"}
         record |= {name: _finite(value) for name, value in (metrics.rewards or {}).items()}
+        if metrics.norms is not None:
+            record |= {name: _finite(value) for name, value in metrics.norms.to_dict().items()}
         if self._peak_rate is not None:
             record["mfu"] = rate / self._devices / self._peak_rate
         if (memory := memory_in_use(self._mesh.local_devices)) is not None:
