@@ -14,7 +14,10 @@ FIXED = {
     # data/ compares the text and the tokenizer themselves.
     "data": ("train_size", "separator", "vocab_size", "stories", "chats"),
     # A checkpoint holds the parameters and the optimizer's state in these forms.
-    "train": ("batch_size", "seed", "objective", "schedule", "param_dtype", "rounding", "optimizer", "moments"),
+    "train": (
+        *("batch_size", "batch_start", "batch_ramp_steps", "seed", "objective", "schedule"),
+        *("param_dtype", "rounding", "optimizer", "moments"),
+    ),
     "lora": ("rank", "alpha", "targets", "base_weights", "rslora"),
 }
 # Settings of places, which do not affect the results.

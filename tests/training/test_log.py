@@ -130,10 +130,10 @@ def test_panels_show_what_the_records_have(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_mean_speed_at_the_end_is_that_of_the_records() -> None:
-    """Two records of 3 and 1 steps of 64 tokens, at 96 and 32 tokens/s: 4 steps in 4 seconds."""
+    """Two records of 192 and 64 tokens, at 96 and 32 tokens/s: 256 tokens in 4 seconds."""
     clock = Clock()
     assert speed_text(clock, []) == ""
-    clock.recorded = 4, 4.0
+    clock.recorded = 256, 4.0
     assert speed_text(clock, RECORDS) == ", 64 tokens/s in steps on average"
 
 

@@ -1,6 +1,7 @@
 """Norms by kind of parameter: those of the gradients and of the change of the parameters, on every mesh."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
 from llama_jax.training.norms import KINDS, Norms, kind_of
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer, make_train_step
+from tests.eight_devices import run_on_eight_devices
 from tests.training.test_step import CLIPPED, literal_loss, ragged_batch
 from tests.training.test_step import MODEL as ONE_LAYER
 
@@ -79,15 +81,23 @@ def test_gradient_norms_are_those_before_clipping_and_make_up_the_global_norm() 
     assert total == pytest.approx(float(metrics.grad_norm), rel=1e-6) and total > CLIPPED.grad_clip
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_every_mesh_and_accumulation_has_the_norms_of_one_device(optimizer: Any) -> None:
-    train = dataclasses.replace(TRAIN, optimizer=optimizer)
-    one, total, _, _ = norms_of(train, {"data": 1})
-    for sizes, parts in (({"data": 2, "fsdp": 2, "tensor": 2}, 1), ({"fsdp": 4, "tensor": 2}, 2), ({"data": 8}, 1)):
-        other, its_total, _, _ = norms_of(train, sizes, parts)
-        np.testing.assert_allclose(other.gradients, one.gradients, rtol=1e-4)
-        np.testing.assert_allclose(other.updates, one.updates, rtol=1e-3)
-        assert its_total == pytest.approx(total, rel=1e-5)
+MESHES: list[tuple[dict[str, int], int]] = [
+    ({"data": 1}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 1), ({"fsdp": 4, "tensor": 2}, 2),
+]  # fmt: skip
+
+
+def test_every_mesh_and_accumulation_has_the_norms_of_one_device() -> None:
+    for found in run_on_eight_devices("tests.training.test_norms"):
+        one = found[0]
+        for other in found[1:]:
+            np.testing.assert_allclose(other["gradients"], one["gradients"], rtol=1e-4)
+            np.testing.assert_allclose(other["updates"], one["updates"], rtol=1e-3)
+
+
+def on_meshes(optimizer: Any) -> list[dict[str, list[float]]]:
+    """The norms on each of the meshes."""
+    found = [norms_of(dataclasses.replace(TRAIN, optimizer=optimizer), *mesh)[0] for mesh in MESHES]
+    return [{"gradients": norms.gradients.tolist(), "updates": norms.updates.tolist()} for norms in found]
 
 
 def test_a_skipped_step_has_no_update() -> None:
@@ -105,3 +115,7 @@ def test_both_factors_of_an_adapter_are_of_the_kind_of_their_matrix() -> None:
     shapes = adapter_shapes(ARGS, LoraArgs(rank=2, targets=("wq", "w2", "output")))
     kinds = {kind_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
     assert kinds == {"wq", "w2", "output"}
+
+
+if __name__ == "__main__":
+    print(json.dumps([on_meshes(optimizer) for optimizer in ("adamw", "adafactor")]))
