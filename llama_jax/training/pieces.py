@@ -86,14 +86,14 @@ class InPieces:
         scale = jnp.where(grad_norm > most, most / grad_norm, 1.0) if most else jnp.float32(1.0)
 
         def update(number: Any, grads: Any, before: tuple[Any, ...]) -> tuple[Any, ...]:
-            *before, _ = before
+            before = before[:3]  # what changes has no value before
             after = self._updated(jax.random.fold_in(key, number), scale, rate, grads, *before)
             if self.args.bad_steps != "stop":
-                after = cast(Any, jax.tree.map(lambda old, new: jnp.where(skipped, old, new), tuple(before), after))
+                after = cast(Any, jax.tree.map(lambda old, new: jnp.where(skipped, old, new), before, after))
             # Here, where a layer is in the caches: beside the new parameters, the old ones would fill memory.
             return *after, squares(jax.tree.map(jnp.subtract, _wide(after[0]), _wide(before[0])))
 
-        changes = jax.tree.map(lambda p: jnp.zeros(p.shape[:1], jnp.float32), params["layers"]), {}
+        changes: Any = jax.tree.map(lambda p: jnp.zeros(p.shape[:1], jnp.float32), params["layers"]), {}
         split = _split(params), (own.direction["layers"], own.direction["rest"]), _split(own.residue), changes
         (layers, rest), L = _split(grads), len(jax.tree.leaves(params["layers"])[0])
         stacks = _over_layers(L, update, layers, tuple(layers for layers, _ in split))

@@ -179,7 +179,7 @@ def test_every_mesh_has_the_same_losses_and_a_batch_that_it_does_not_divide_is_r
     found = run_on_eight_devices("tests.training.test_batch_ramp", str(tmp_path))
     one = [record["train_loss"] for record in records(whole[0])]
     for losses in found["losses"]:
-        np.testing.assert_allclose(losses, one, rtol=2e-4)
+        np.testing.assert_allclose(losses, one, rtol=5e-4)
     assert found["refusal"] == (
         "train.batch_start: expected a multiple of mesh.data x mesh.fsdp = 4, found 2; change one of them"
     )
@@ -188,7 +188,10 @@ def test_every_mesh_has_the_same_losses_and_a_batch_that_it_does_not_divide_is_r
 def on_eight_devices(folder: Path) -> dict[str, Any]:
     """The losses on two meshes, and the refusal of a third."""
     losses = []
-    for name, mesh in (("a", MeshArgs(data=1, fsdp=2, tensor=2, sequence=2)), ("b", MeshArgs(data=2, tensor=2))):
+    for name, mesh in (
+        ("a", MeshArgs(data=1, fsdp=2, tensor=2, sequence=2)),
+        ("b", MeshArgs(data=2, tensor=2, sequence=2)),
+    ):
         train(folder / name, mesh)
         losses.append([record["train_loss"] for record in records(folder / name)])
     try:
