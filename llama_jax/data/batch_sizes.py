@@ -1,6 +1,7 @@
-"""The number of sequences of each step: train.batch_size, or fewer in the beginning of a run (train.batch_start).
+"""The number of sequences of each step: train.batch_size, or fewer in the beginning (train.batch_start).
 
-It follows from the step alone. So a run reads its data in the same order however often it stops, and however long it is.
+It follows from the step alone. So a run reads its data in the same order, however often it stops and however long it
+is.
 """
 
 import dataclasses

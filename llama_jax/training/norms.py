@@ -1,4 +1,4 @@
-"""Norms of gradients and of updates by kind of parameter: one kind may explode or stand still while the total looks well.
+"""Norms of gradients and of updates by kind of parameter: one may explode while the total looks well.
 
 K kinds.
 """
@@ -44,7 +44,7 @@ def squares(tree: Any) -> Any:
 
 
 def kind_of(path: KeyPath) -> str:
-    """Return the kind of the parameter at ``path`` in the tree. Both factors of an adapter are of their matrix's kind."""
+    """Return the kind of the parameter at ``path``. Both factors of an adapter are of their matrix's kind."""
     names = [key.key for key in path]  # type: ignore[attr-defined]
     if is_vector(path):
         return "norms" if "norm" in names[-1] else "biases"

@@ -1,4 +1,4 @@
-"""Draws losses.png: losses over the tokens that a run has read, with a scale of time, and below them speed and norms."""
+"""Draws losses.png: losses over the tokens that a run has read, with a scale of time; below them speed and norms."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +92,7 @@ def _draw_updates(axes: Any, records: list[dict[str, Any]]) -> None:
 
 
 def _draw_norms(axes: Any, records: list[dict[str, Any]], name: str, label: str) -> None:
-    """Draw running means of norms, of which 0 has no place on a logarithmic scale. A kind has one color in all panels."""
+    """Draw running means of norms, without those that are 0. A kind has one color in all panels."""
     drawn: list[float] = []
     for key, color, what in (
         (name, "black", "all"),

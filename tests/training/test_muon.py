@@ -315,8 +315,10 @@ def test_the_counted_flops_are_those_of_the_compiled_iteration() -> None:
 def test_mfu_counts_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "peak_flops", lambda _: 1e9)
     plain = TrainArgs(batch_size=4)
+    timed = Clock()
+    timed.seconds["step"] = 1.0
     records = [
-        Recorder(Config(MODEL, train=train), MESH, 10, 0, Clock()).record(2, metrics())
+        Recorder(Config(MODEL, train=train), MESH, 10, 0, timed).record(2, metrics())
         for train in (plain, dataclasses.replace(plain, optimizer="muon"))
     ]
     rates = [record["tokens_per_second_per_device"] / record["mfu"] for record in records]
