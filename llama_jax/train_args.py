@@ -58,6 +58,11 @@ class TrainArgs:
     and the steps are chosen for the text by fitted laws, but for what you give. None: as the other settings say."""
     batch_size: int = 16
     """Sequences of max_seq_len tokens per optimizer step, over all devices and processes."""
+    batch_start: int = 0
+    """Sequences of the first step. They double in the first batch_ramp_steps until they are batch_size.
+    0: batch_size from the first step on."""
+    batch_ramp_steps: int = 0
+    """Steps with fewer sequences than batch_size, about as many of each size. See batch_start."""
     gradient_accumulation_steps: int = 1
     """Split each batch into this many microbatches, to save memory."""
     weight_decay: float = 0.1
@@ -167,7 +172,18 @@ class TrainArgs:
         """Raise UserError on impossible values."""
         counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps")
         intervals = ("eval_interval", "log_interval", "save_interval", "keep")
-        natural = dict.fromkeys(("warmup_steps", "eval_iters", "keep_every", "resume_step", "decay_from"), (0, LARGEST))
+        natural = dict.fromkeys(
+            (
+                "warmup_steps",
+                "eval_iters",
+                "keep_every",
+                "resume_step",
+                "decay_from",
+                "batch_start",
+                "batch_ramp_steps",
+            ),
+            (0, LARGEST),
+        )
         shares = dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0.0, BELOW_1)) | {
             "min_lr_ratio": (0.0, 1.0),
             "decay_fraction": (TINY, 1.0),
@@ -199,6 +215,7 @@ class TrainArgs:
             f"a divisor of train.batch_size = {self.batch_size}",
             self.gradient_accumulation_steps,
         )
+        self._check_batch_sizes()
         rounds = self.param_dtype == "bfloat16" or self.rounding == "stochastic"
         expect(
             rounds,
@@ -222,6 +239,36 @@ class TrainArgs:
             "train.optimizer muon beside it",
             f"train.optimizer {self.optimizer}",
         )
+
+    @property
+    def ramp_keeps_microbatches(self) -> bool:
+        """Whether the smaller batches are made of whole microbatches, or are shares of one."""
+        microbatch = self.batch_size // self.gradient_accumulation_steps
+        return not self.batch_start or microbatch % self.batch_start == 0 or self.batch_start % microbatch == 0
+
+    def _check_batch_sizes(self) -> None:
+        """Raise UserError if the batch cannot grow from batch_start to batch_size by doublings."""
+        if not self.batch_start:
+            expect(
+                not self.batch_ramp_steps, "train.batch_ramp_steps",
+                "train.batch_start beside it, the sequences of the first step", f"{self.batch_ramp_steps} and none",
+            )  # fmt: skip
+            return
+        times, left = divmod(self.batch_size, self.batch_start)
+        doublings = times.bit_length() - 1
+        expect(
+            not left and doublings > 0 and times == 1 << doublings, "train.batch_start",
+            f"train.batch_size = {self.batch_size} divided by 2, 4, 8 or another power of 2", self.batch_start,
+        )  # fmt: skip
+        expect(
+            self.batch_ramp_steps >= doublings, "train.batch_ramp_steps",
+            f"at least {doublings}, a step for each size before {self.batch_size}", self.batch_ramp_steps,
+        )  # fmt: skip
+        expect(
+            self.ramp_keeps_microbatches, "train.batch_start",
+            f"a multiple or a share of the {self.batch_size // self.gradient_accumulation_steps} sequences of a microbatch",
+            self.batch_start,
+        )  # fmt: skip
 
     def _check_schedule(self) -> None:
         """Raise UserError on settings of a decay that do not fit the schedule."""

@@ -10,6 +10,7 @@ import grain
 import jax
 import numpy as np
 
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.conversations import Conversations, PackedRow, PairRow, Stream
 from llama_jax.data.mixture import Mixed
 from llama_jax.data.stream import Tokens
@@ -136,12 +137,14 @@ def _order(count: int, seed: int) -> Any:
     return grain.MapDataset.range(count).shuffle(seed=order).repeat()
 
 
-def train_windows(source: Stream | Mixed, batch_size: int, length: int, seed: int, stop: int) -> dict[str, np.ndarray]:
+def train_windows(
+    source: Stream | Mixed, sizes: BatchSizes, length: int, seed: int, stop: int
+) -> dict[str, np.ndarray]:
     """Return the windows of each stream that steps 1 to ``stop`` read, in ascending order. A single one has no name."""
     if isinstance(source, Mixed):
         streams, rows = source.streams, source.schedule.rows_before(stop)
     else:
-        streams, rows = {"": source}, {"": stop * batch_size}
+        streams, rows = {"": source}, {"": sizes.rows(stop)}
     found = {}
     for name, stream in streams.items():
         count, read = windows_of(stream, length), rows.get(name, 0)
@@ -159,16 +162,19 @@ def train_batches(
     stop: int,
     own: np.ndarray | None = None,
     bos_id: int = -1,
+    before: int | None = None,
 ) -> Iterator[Batch | PackedBatch | PairBatch]:
     """Yield the batches of steps ``start`` to ``stop`` - 1, only rows ``own`` of each (None: all).
 
     Of each stream, every window is read once an epoch, in a new order each time. Threads of grain read ahead. Batches
-    with conversations are packed; ``bos_id`` begins the documents of a text among them.
+    with conversations are packed; ``bos_id`` begins the documents of a text among them. ``before`` rows of the run come
+    before those of step ``start``. None: as many as if all steps had ``batch_size``.
     """
     rows = _Rows(source, length, seed)
     own = np.arange(batch_size) if own is None else own
+    skipped = 0 if before is None else before - start * batch_size
     steps = grain.MapDataset.range(start, stop).map(
-        lambda s: _stacked([rows[s * batch_size + int(r)] for r in own], bos_id)
+        lambda s: _stacked([rows[skipped + s * batch_size + int(r)] for r in own], bos_id)
     )
     streams = source.streams.values() if isinstance(source, Mixed) else [source]
     readers = max(getattr(stream, "readers", 2) for stream in streams)  # more of them if each waits for an answer

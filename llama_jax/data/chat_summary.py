@@ -38,7 +38,7 @@ def chat_rows(data: Data, config: Config, length: int) -> list[tuple[str, str]]:
         ),
         (
             "packing",
-            f"{packing.windows:,} sequences of {length:,}, {percent(packing.padding)} padding; an epoch has {per_epoch:,} steps",
+            f"{packing.windows:,} sequences of {length:,}, {percent(packing.padding)} padding; an epoch has {per_epoch:,} steps{_of_size(config)}",
         ),
         ("too long", _too_long(manifest, length)),
     ]
@@ -64,7 +64,7 @@ def _pair_rows(data: Data, pairs: Pairs, config: Config, length: int) -> list[tu
         (
             "packing",
             f"{packing.windows:,} sequences of {pairs.positions(length):,}, room for two answers of {length:,}; "
-            f"{percent(packing.padding)} padding; an epoch has {per_epoch:,} steps of {count['train'] / per_epoch:,.0f} pairs",
+            f"{percent(packing.padding)} padding; an epoch has {per_epoch:,} steps{_of_size(config)} of {count['train'] / per_epoch:,.0f} pairs",
         ),
         ("too long", _too_long(manifest, length)),
         *([("alike", f"{alike:,} pairs were left out, as both answers are the same")] if alike else []),
@@ -73,6 +73,11 @@ def _pair_rows(data: Data, pairs: Pairs, config: Config, length: int) -> list[tu
         example = _indented(marked(pairs, number, data.tokenizer))
         rows.append((name, f"what counts is in {MARKS[0]} {MARKS[1]}\n{example}"))
     return rows
+
+
+def _of_size(config: Config) -> str:
+    """Return of how many sequences the steps are that are counted, if they are not all alike."""
+    return f" with {config.train.batch_size:,} sequences" if config.train.batch_start else ""
 
 
 def held_out_of(manifest: Manifest) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.conversations import Stream
 from llama_jax.errors import UserError
 
@@ -93,13 +94,15 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The weights of all steps of a run, whose steps have ``batch_size`` rows each."""
+    """The weights of all steps of a run, whose steps have as many rows as ``sizes`` says."""
 
     stretches: tuple[Stretch, ...]
-    batch_size: int
+    sizes: BatchSizes
 
     @classmethod
-    def of(cls, known: Sequence[dict[str, Any]], weights: dict[str, float], start: int, batch_size: int) -> "Schedule":
+    def of(
+        cls, known: Sequence[dict[str, Any]], weights: dict[str, float], start: int, sizes: BatchSizes
+    ) -> "Schedule":
         """Return the schedule of a run that goes on from step ``start``.
 
         ``known`` is what earlier starts noted, see ``to_list``. What they had planned for later steps is left out.
@@ -107,7 +110,7 @@ class Schedule:
         kept = [Stretch(int(s["step"]), dict(s["weights"])) for s in known if int(s["step"]) < start]
         if not kept or kept[-1].weights != weights:
             kept.append(Stretch(start if kept else 0, dict(weights)))
-        return cls(tuple(kept), batch_size)
+        return cls(tuple(kept), sizes)
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return the stretches for JSON."""
@@ -124,7 +127,7 @@ class Schedule:
 
     def rows_before(self, step: int) -> dict[str, int]:
         """Return how many rows of each source steps 1 to ``step`` have read."""
-        row = step * self.batch_size
+        row = self.sizes.rows(step)
         return self._span(max(0, row - 1)).read_until(row)
 
     def _span(self, row: int) -> "_Span":
@@ -135,7 +138,7 @@ class Schedule:
     def _spans(self) -> "list[_Span]":
         spans: list[_Span] = []
         for stretch in self.stretches:
-            first = stretch.step * self.batch_size
+            first = self.sizes.rows(stretch.step)
             spans.append(_Span.of(first, stretch.weights, spans[-1].read_until(first) if spans else {}))
         return spans
 

@@ -91,7 +91,10 @@ def check_divisible(mesh: Mesh, model: ModelArgs, train: TrainArgs | None = None
     }
     if train is not None:
         rows = train.batch_size // train.gradient_accumulation_steps
-        sizes = {"train.batch_size / train.gradient_accumulation_steps": ("batch", rows)} | sizes
+        batches = {"train.batch_size / train.gradient_accumulation_steps": ("batch", rows)}
+        if train.batch_start:
+            batches["train.batch_start"] = ("batch", train.batch_start)
+        sizes = batches | sizes
     for name, (axis, size) in sizes.items():
         mesh_axes = mesh_axes_of(axis)
         parts = math.prod(mesh.shape[a] for a in mesh_axes)

@@ -76,6 +76,8 @@ def candidates(config: Config, topology: Topology, most_rows: int | None = None)
                 break
             for policy in dict.fromkeys((*POLICIES, train.remat)):
                 changed = dataclasses.replace(train, remat=policy, gradient_accumulation_steps=parts // rows)
+                if not changed.ramp_keeps_microbatches or train.batch_start % (mesh.data * mesh.fsdp):
+                    continue
                 yield candidate(dataclasses.replace(config, mesh=mesh, train=changed), topology)
 
 

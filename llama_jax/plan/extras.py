@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.devices.chips import GiB
 from llama_jax.plan import Plan
 from llama_jax.plan.settings import Epoch
@@ -60,8 +61,8 @@ def reference_cost(plan: Plan, first: Plan | None, epoch: Epoch | None) -> dict[
     train = plan.config.train
     rows, sequences = train.batch_size // train.gradient_accumulation_steps, None
     if epoch is not None:
-        steps = train.max_steps or train.n_epochs * epoch.steps(plan.config)
-        sequences = min(epoch.rows, steps * train.batch_size)
+        steps = train.max_steps or epoch.steps(plan.config, train.n_epochs)
+        sequences = min(epoch.rows, BatchSizes.of(train).rows(steps))
     return {
         "rows": rows,
         "seconds_of_rows": first.seconds,

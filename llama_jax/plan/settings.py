@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.config import Config
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.manifest import TOKENIZER, read_manifest
 from llama_jax.data.mixture import folder_of
 from llama_jax.data.tokens import find_prepared
@@ -56,9 +57,10 @@ class Epoch:
     most_pairs: int
     source: str
 
-    def steps(self, config: Config) -> int:
-        """Return the number of steps."""
-        return -(-self.rows // config.train.batch_size)
+    def steps(self, config: Config, epochs: int = 1) -> int:
+        """Return the number of steps of a run of this many epochs."""
+        whole = -(-self.rows // config.train.batch_size) * config.train.batch_size
+        return BatchSizes.of(config.train).steps(epochs * whole)
 
 
 def epoch_of(config: Config) -> tuple[Epoch | None, str]:
@@ -99,23 +101,25 @@ def run_tokens(config: Config, given: float | None = None, known: tuple[Epoch | 
     train = config.train
     if given is not None:
         return Found(given, "--tokens")
-    a_step = train.batch_size * make_objective(config).length(config.model)
+    sizes, positions = BatchSizes.of(train), make_objective(config).length(config.model)
     if train.max_steps is not None:
-        return Found(train.max_steps * a_step, f"train.max_steps, {train.max_steps:,}")
+        return Found(sizes.rows(train.max_steps) * positions, f"train.max_steps, {train.max_steps:,}")
     if train.decay_from:
         from llama_jax.training.rates import decay_end  # imported here, because optax takes a second
 
         steps = decay_end(train)
-        return Found(steps * a_step, f"train.decay_from, {train.decay_from:,}, whose decay ends at step {steps:,}")
+        return Found(
+            sizes.rows(steps) * positions, f"train.decay_from, {train.decay_from:,}, whose decay ends at step {steps:,}"
+        )
     epoch, why = known or epoch_of(config)
     if epoch is None:
         return Found(None, why)
-    steps = train.n_epochs * epoch.steps(config)
+    steps = epoch.steps(config, train.n_epochs)
     what = ""
     if epoch.records is not None:
         kind = "pairs of answers" if train.objective == "dpo" else "conversations"
         what = f"{epoch.records:,} {kind} to train on, in {epoch.rows:,} sequences, "
-    return Found(steps * a_step, f"{train.n_epochs} epochs of {epoch.source}, {what}{steps:,} steps")
+    return Found(sizes.rows(steps) * positions, f"{train.n_epochs} epochs of {epoch.source}, {what}{steps:,} steps")
 
 
 def _prepared(config: Config, name: str) -> tuple[Path, int] | None:

@@ -8,6 +8,7 @@ from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
 from llama_jax.cli.progress import duration
 from llama_jax.config import Config, TrainArgs
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.devices.chips import GiB
 from llama_jax.devices.sharding import describe
 from llama_jax.foreign.family import constants_of
@@ -42,7 +43,7 @@ def summary(plan: Plan, length: Found, epoch: Epoch | None = None) -> dict[str, 
         "tokens_per_second": None,
         "tokens": length.value,
         "tokens_from": length.source,
-        "steps": None if length.value is None else -(-length.value // plan.tokens),
+        "steps": None if length.value is None else _steps(plan, length.value),
         "objective": plan.config.train.objective,
         "epoch": None if epoch is None else _epoch(plan, epoch),
         "days": None,
@@ -92,6 +93,13 @@ def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
     if plan.schedule is not None:
         found |= {"step_seconds": plan.seconds, "tokens_per_second": plan.tokens / plan.seconds}
     return found
+
+
+def _steps(plan: Plan, tokens: float) -> float:
+    """Return the steps of a run of this many tokens."""
+    train = plan.config.train
+    positions = plan.tokens // train.batch_size
+    return BatchSizes.of(train).steps(-(-tokens // positions))  # type: ignore[arg-type]
 
 
 def _epoch(plan: Plan, epoch: Epoch) -> dict[str, Any]:
@@ -230,7 +238,10 @@ def _length_text(plan: Plan, found: dict[str, Any], length: Found) -> str:
         return f"a run whose length is not known: {length.source}"
     time = f"{found['days']:,.1f} days" if found["days"] >= 1 else time_text(found["days"] * 86400)
     hours = f"{number(found['chip_hours'])} {plan.topology.unit}-hours"
-    return f"{length.value:,.0f} tokens ({length.source}): {at_least(plan.topology)}{time}, {hours}"
+    text = f"{length.value:,.0f} tokens ({length.source}): {at_least(plan.topology)}{time}, {hours}"
+    train = plan.config.train
+    slower = f"; smaller batches, in the first {train.batch_ramp_steps:,} steps, may be slower a token"
+    return text + (slower if train.batch_start else "")
 
 
 def time_text(seconds: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import jax
 
 from llama_jax.config import Config
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.devices.memory import memory_in_use
 from llama_jax.training.flops import peak_flops, step_flops
 from llama_jax.training.rates import learning_rate
@@ -38,7 +39,7 @@ class Clock:
         self.seconds: dict[Activity, float] = dict.fromkeys(ACTIVITIES, 0.0)
         self.activity: Activity = "start"
         self.finished = 0  # the newest step whose result has arrived
-        self.recorded = 0, 0.0  # steps of this start that records count, and the seconds that they took
+        self.recorded = 0, 0.0  # tokens of this start that records count, and the seconds that they took
         self.alive_at = time.perf_counter()  # when a step last finished, or an activity began or ended
         self._since = self._finished_at = self.alive_at
         self._dispatched = 0
@@ -133,10 +134,9 @@ class Recorder:
         # Seconds of earlier starts: in all, and on steps that were not lost.
         self._spent, self._spent_in_steps = spent, spent_in_steps
         self._clock, self._schedule = clock, learning_rate(config.train, steps, held)
-        self._tokens = config.train.batch_size * (positions or config.model.max_seq_len)
-        self._devices, self._mesh = mesh.devices.size, mesh
-        peak = peak_flops(mesh.devices.flat[0])
-        self._peak_rate = None if peak is None else peak * self._tokens / step_flops(config, self._tokens)
+        self._sizes, self._positions = BatchSizes.of(config.train), positions or config.model.max_seq_len
+        self._devices, self._mesh, self._config = mesh.devices.size, mesh, config
+        self._peak = peak_flops(mesh.devices.flat[0])
         self._step = start
         self._before: dict[Activity, float] = dict.fromkeys(ACTIVITIES, 0.0)
 
@@ -148,14 +148,15 @@ class Recorder:
         with self._clock.spent_on("step"):  # brings the clock's seconds up to date
             now = dict(self._clock.seconds)
         since = {activity: now[activity] - self._before[activity] for activity in ACTIVITIES}
-        seconds = (since["step"] + since["data"]) / (step - self._step)
-        steps, so_far = self._clock.recorded
-        self._clock.recorded = steps + step - self._step, so_far + since["step"] + since["data"]
+        steps, read = step - self._step, self._tokens(step) - self._tokens(self._step)
+        seconds = (since["step"] + since["data"]) / steps
+        tokens, so_far = self._clock.recorded
+        self._clock.recorded = tokens + read, so_far + since["step"] + since["data"]
         self._before, self._step = now, step
-        rate = self._tokens / seconds
+        rate = read / steps / seconds
         record = {
             "step": step,
-            "tokens": step * self._tokens,
+            "tokens": self._tokens(step),
             "train_loss": _finite(metrics.loss),
             "lr": float(self._schedule(step)),
             "grad_norm": _finite(metrics.grad_norm),
@@ -170,11 +171,17 @@ class Recorder:
         }
         record |= {f"{activity}_seconds": since[activity] for activity in ACTIVITIES if activity != "step"}
         record |= {name: _finite(value) for name, value in (metrics.rewards or {}).items()}
-        if self._peak_rate is not None:
-            record["mfu"] = rate / self._devices / self._peak_rate
+        if metrics.norms is not None:
+            record |= {name: _finite(value) for name, value in metrics.norms.to_dict().items()}
+        if self._peak is not None:
+            record["mfu"] = step_flops(self._config, read, steps) / steps / seconds / self._devices / self._peak
         if (memory := memory_in_use(self._mesh.local_devices)) is not None:
             record["memory_bytes"] = memory
         return record
+
+    def _tokens(self, step: int) -> int:
+        """Return the tokens of steps 1 to ``step``."""
+        return self._sizes.rows(step) * self._positions
 
 
 def _finite(value: Any) -> float | None:

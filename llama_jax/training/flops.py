@@ -34,9 +34,9 @@ def update_flops(args: ModelArgs, train: TrainArgs) -> float:
     return ITERATIONS * args.n_layers * sum(4.0 * m * m * n + 2.0 * m**3 for m, n in matrix_sizes(args))
 
 
-def step_flops(config: Config, tokens: int) -> float:
-    """Return the FLOPs of a step of this many tokens, its update included."""
-    return tokens * train_flops_per_token(config.model, config.lora) + update_flops(config.model, config.train)
+def step_flops(config: Config, tokens: int, steps: int = 1) -> float:
+    """Return the FLOPs of a step of this many tokens, its update included, or of several with so many in all."""
+    return tokens * train_flops_per_token(config.model, config.lora) + steps * update_flops(config.model, config.train)
 
 
 def keys_per_query(args: ModelArgs) -> float:

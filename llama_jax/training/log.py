@@ -14,6 +14,7 @@ from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Config, TrainArgs
 from llama_jax.data import AnyData, Data
+from llama_jax.data.batch_sizes import BatchSizes, batch_lines, sizes_text
 from llama_jax.data.batches import windows_of
 from llama_jax.data.chat_summary import chat_rows
 from llama_jax.data.mixture import Schedule
@@ -52,16 +53,15 @@ def announce(
     config, steps = settled.config, settled.steps
     model, train = config.model, config.train
     positions = settled.objective.length(model)
-    tokens = train.batch_size * positions
+    sizes = BatchSizes.of(train)
+    tokens = sizes.rows(steps) * positions
     to_train_on, held_out = (
         sum(text.tokens.manifest.tokens[split] for text in data.sources.values()) for split in SPLITS
     )
-    epochs = steps * tokens / to_train_on
+    epochs = tokens / to_train_on
     if chats_in(data):  # padding makes a sequence shorter than its positions
-        epochs = (
-            steps
-            * train.batch_size
-            / sum(windows_of(text.tokens.train, model.max_seq_len) for text in data.sources.values())
+        epochs = sizes.rows(steps) / sum(
+            windows_of(text.tokens.train, model.max_seq_len) for text in data.sources.values()
         )
     device = jax.devices()[0]
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -80,12 +80,13 @@ def announce(
         *_text_rows(data, settled, model.max_seq_len),
         (
             "training",
-            f"{steps:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
-            f"{step_flops(config, tokens) * steps / 1e12:,.1f} TFLOP",
+            f"{steps:,} steps of {sizes_text(sizes, steps, positions)} tokens ({epochs:.1f} epochs), "
+            f"{step_flops(config, tokens, steps) / 1e12:,.1f} TFLOP",
         ),
+        *(("batch", text) for text in batch_lines(train, opened.start, steps)),
         *objective_rows(train, opened),
         ("rate", rate_text(train, steps, settled.held_lr)),
-        *([("optimizer", muon_text(config, tokens))] if train.optimizer == "muon" else []),
+        *([("optimizer", muon_text(config, tokens, steps))] if train.optimizer == "muon" else []),
         (
             "devices",
             f"{len(mesh.devices.flat)} x {device.device_kind}{processes}, mesh: {describe(dict(mesh.shape))}, "
@@ -224,10 +225,10 @@ def decay_lines(settled: Settled, opened: Opened) -> list[str]:
     return lines
 
 
-def muon_text(config: Config, tokens: int) -> str:
-    """Describe what Muon updates, and what that costs in steps of this many tokens."""
+def muon_text(config: Config, tokens: int, steps: int) -> str:
+    """Describe what Muon updates, and what that costs in steps of this many tokens in all."""
     model = config.model
-    share = update_flops(model, config.train) / step_flops(config, tokens)
+    share = steps * update_flops(model, config.train) / step_flops(config, tokens, steps)
     numbers = model.n_layers * sum(m * n for m, n in matrix_sizes(model))
     return (
         f"Muon for the {model.n_layers * len(matrix_sizes(model)):,} matrices of the layers ({numbers:,} parameters), momentum "
@@ -263,12 +264,16 @@ def nothing_to_do_text(settled: Settled) -> str:
     return f"Run already complete: it has its {steps:,} steps. Raise --train.max-steps to go on, or choose a new --train.save-dir"
 
 
-def announce_cost(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float) -> None:
-    """Print what the compiled step needs. Raises UserError if the devices have less memory."""
+def announce_cost(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float, programs: int = 1) -> None:
+    """Print what the largest compiled step needs, and how long compiling all took.
+
+    Raises UserError if the devices have less memory.
+    """
     analysis = compiled.memory_analysis()
     if analysis is not None:
         need = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-        print(f"{'memory':>10}  {need / 1e6:,.0f} MB a device; the step compiled in {seconds:.1f} s")
+        what = "the step" if programs == 1 else f"{programs} sizes of the step"
+        print(f"{'memory':>10}  {need / 1e6:,.0f} MB a device; {what} compiled in {seconds:.1f} s")
         hint = "make train.batch_size smaller, or train.gradient_accumulation_steps larger"
         check_memory(need, mesh.local_devices, "the step needs", hint)
 
@@ -305,9 +310,9 @@ def progress_text(record: dict[str, Any], devices: int) -> str:
     return ", ".join(parts)
 
 
-def expected_time_text(steps: int, step_seconds: float) -> str:
+def expected_time_text(seconds: float) -> str:
     """Return a line with the time that the remaining steps will take, without evaluations."""
-    return f"{'time':>10}  about {duration(steps * step_seconds)} to go, evaluations aside"
+    return f"{'time':>10}  about {duration(seconds)} to go, evaluations aside"
 
 
 def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> str:
@@ -367,10 +372,9 @@ def time_text(clock: Clock, total: float, spent: float, record: dict[str, Any]) 
 
 def speed_text(clock: Clock, records: list[dict[str, Any]]) -> str:
     """Return the mean of the speeds in this start's records."""
-    steps, seconds = clock.recorded
+    tokens, seconds = clock.recorded
     if not seconds or not records:
         return ""
-    tokens = steps * records[-1]["tokens"] / records[-1]["step"]
     return f", {tokens / seconds:,.0f} tokens/s in steps on average"
 
 

@@ -15,6 +15,7 @@ from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import Progress, working
 from llama_jax.cli.stopping import NAMES, StopSignals, output_may_vanish, status_of
 from llama_jax.config import Config, SampleArgs, TrainArgs
+from llama_jax.data.batch_sizes import BatchSizes, with_size
 from llama_jax.data.batches import OwnRows, train_batches
 from llama_jax.data.opened import chat_format_of
 from llama_jax.devices.absent_tpu import skip_absent_tpu
@@ -170,12 +171,15 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
         began = time.perf_counter()
         if config.train.objective == "dpo":
             _know_reference(run, optimizer, state, base)
-        batch = batch_shapes(config.train, config.model, mesh, mask, settled.objective)
-        with working("compiling the training step", shown=is_main()):
-            compiled = compile_train_step(
-                module, optimizer, mesh, config.train.gradient_accumulation_steps, batch, adapting, settled.objective
-            )
-        log.announce_cost(compiled, mesh, time.perf_counter() - began)
+        programs = {}
+        for stage in BatchSizes.of(config.train).between(start, settled.steps):
+            sized = with_size(config.train, stage.size)
+            batch = batch_shapes(sized, config.model, mesh, mask, settled.objective)
+            with working("compiling the training step", shown=is_main()):
+                programs[stage.size] = compile_train_step(
+                    module, optimizer, mesh, sized.gradient_accumulation_steps, batch, adapting, settled.objective
+                )
+        log.announce_cost(programs[max(programs)], mesh, time.perf_counter() - began, len(programs))
         if evaluated(data):
             with working("compiling the evaluation", shown=is_main()):
                 run.evaluate = compile_eval_step(
@@ -183,7 +187,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
                 )
         if owed:
             make_up_evaluation(run, state, start)
-        end, stopped = _loop(run, compiled, state, start)
+        end, stopped = _loop(run, programs, state, start)
         signals.set_mode("ignore")
         _finish(run, end)
     return stopped
@@ -206,18 +210,17 @@ def _know_reference(run: Run, optimizer: Any, state: TrainState, base: WholeMode
     reference.compute(run, parts, params)
 
 
-def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int) -> tuple[int, int]:
-    """Take the steps, with their records, evaluations and checkpoints.
+def _loop(run: Run, programs: dict[int, jax.stages.Compiled], state: TrainState, start: int) -> tuple[int, int]:
+    """Take the steps, with their records, evaluations and checkpoints. ``programs`` has the step for each batch size.
 
     Return the last step, and the signal that ended the loop early, after saving, or 0.
     """
     args, clock, folder = run.config.train, run.clock, run.folder.path
     length = run.config.model.max_seq_len
-    own = OwnRows(batch_sharding(run.mesh), args.batch_size, run.positions)
-    source = run.data.rows(run.settled.schedule)
-    batches = train_batches(source, args.batch_size, length, args.seed, start, run.steps, own.rows, run.bos_id)
+    sizes = BatchSizes.of(args)
+    own = {size: OwnRows(batch_sharding(run.mesh), size, run.positions) for size in programs}
     unread: list[UserError] = []
-    readable = _readable(run.masked(batches), unread)
+    readable = _readable(run.masked(_batches(run, sizes, own, start)), unread)
     recorder = Recorder(
         run.config, run.mesh, run.steps, start, clock, run.folder.spent, run.folder.spent_in_steps, run.settled.held_lr,
         run.positions,
@@ -233,7 +236,8 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
         run.signals.set_mode("note")
         for step, batch in zip(range(start + 1, run.steps + 1), clock.waiting_for("data", readable), strict=False):
             with profile.step(step, before=pending):
-                state, metrics = compiled(state, own.assemble(batch), *run.frozen)
+                size = sizes.size_of(step)
+                state, metrics = programs[size](state, own[size].assemble(batch), *run.frozen)
             clock.dispatched(step, metrics.loss)
             pending.append(metrics)
             profile.stop_after(step, metrics)
@@ -253,10 +257,11 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
                     log.say(line)
                 record = recorder.record(step, found[-1])
                 record |= {} if run.opened.targets is None else {TARGETS: run.opened.targets}
-                progress.note(log.progress_text(record, run.mesh.devices.size), record["step_seconds"])
+                left = (sizes.rows(run.steps) - sizes.rows(step)) * run.positions / record["tokens_per_second"]
+                progress.note(log.progress_text(record, run.mesh.devices.size), left / max(1, run.steps - step))
                 if not announced:
                     announced = True
-                    log.say(log.expected_time_text(run.steps - step, record["step_seconds"]))
+                    log.say(log.expected_time_text(left))
                 improved = False
                 if evaluating:
                     with clock.spent_on("evaluation"), progress.busy(f"evaluating step {step:,}"):
@@ -296,6 +301,16 @@ def _loop(run: Run, compiled: jax.stages.Compiled, state: TrainState, start: int
     if stop:
         print(f"stopped by {NAMES[stop]} at step {step:,}, saved; rerun the same command to resume")  # type: ignore[index]
     return step, stop
+
+
+def _batches(run: Run, sizes: BatchSizes, own: dict[int, OwnRows], start: int) -> Iterator[Any]:
+    """Yield this process's rows of the batches after step ``start``."""
+    stages = sizes.between(start, run.steps)
+    for stage, end in zip(stages, [*(stage.step for stage in stages[1:]), run.steps], strict=True):
+        yield from train_batches(
+            run.data.rows(run.settled.schedule), stage.size, run.config.model.max_seq_len, run.config.train.seed,
+            stage.step, end, own[stage.size].rows, run.bos_id, stage.row,
+        )  # fmt: skip
 
 
 def _fetched(run: Run, pending: list[StepMetrics]) -> list[StepMetrics]:

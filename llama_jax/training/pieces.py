@@ -22,6 +22,7 @@ from llama_jax.devices.sharding import replicated
 from llama_jax.ops.parameters import is_vector
 from llama_jax.training.bad_steps import LossHistory, noted
 from llama_jax.training.moments import small_adam
+from llama_jax.training.norms import squares
 from llama_jax.training.rounding import compensated, noise, stochastic
 
 # What the random bits of a step are for.
@@ -74,26 +75,33 @@ class InPieces:
 
     def apply(
         self, grads: Any, state: tuple[PiecesState, LossHistory], params: Any, *, loss: jax.Array, grad_norm: jax.Array
-    ) -> tuple[Any, tuple[PiecesState, LossHistory]]:
-        """Return updated parameters and state. ``grads`` are not clipped yet; ``grad_norm`` is their norm."""
+    ) -> tuple[Any, tuple[PiecesState, LossHistory], Any]:
+        """Return updated parameters and state, and of each parameter the sum of squares of its change, float32.
+
+        ``grads`` are not clipped yet; ``grad_norm`` is their norm.
+        """
         own, history = state
         skipped, history = noted(self.args, history, loss, grad_norm)
         most, rate, key = self.args.grad_clip, self.rate(own.step + 1), self._key(own, UPDATES)
         scale = jnp.where(grad_norm > most, most / grad_norm, 1.0) if most else jnp.float32(1.0)
 
-        def update(number: Any, grads: Any, before: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        def update(number: Any, grads: Any, before: tuple[Any, ...]) -> tuple[Any, ...]:
+            before = before[:3]  # what changes has no value before
             after = self._updated(jax.random.fold_in(key, number), scale, rate, grads, *before)
-            if self.args.bad_steps == "stop":
-                return after
-            return cast(Any, jax.tree.map(lambda old, new: jnp.where(skipped, old, new), before, after))
+            if self.args.bad_steps != "stop":
+                after = cast(Any, jax.tree.map(lambda old, new: jnp.where(skipped, old, new), before, after))
+            # Here, where a layer is in the caches: beside the new parameters, the old ones would fill memory.
+            return *after, squares(jax.tree.map(jnp.subtract, _wide(after[0]), _wide(before[0])))
 
-        split = _split(params), (own.direction["layers"], own.direction["rest"]), _split(own.residue)
+        changes: Any = jax.tree.map(lambda p: jnp.zeros(p.shape[:1], jnp.float32), params["layers"]), {}
+        split = _split(params), (own.direction["layers"], own.direction["rest"]), _split(own.residue), changes
         (layers, rest), L = _split(grads), len(jax.tree.leaves(params["layers"])[0])
         stacks = _over_layers(L, update, layers, tuple(layers for layers, _ in split))
         rests = update(L, rest, tuple(rest for _, rest in split))  # type: ignore[arg-type]
         direction = {"layers": stacks[1], "rest": rests[1]}
         residue = {"layers": stacks[2], **rests[2]} if own.residue else {}
-        return {"layers": stacks[0], **rests[0]}, (PiecesState(own.step + 1, direction, residue), history)
+        changed = {"layers": jax.tree.map(jnp.sum, stacks[3]), **rests[3]}
+        return {"layers": stacks[0], **rests[0]}, (PiecesState(own.step + 1, direction, residue), history), changed
 
     def add(self, so_far: Any, grads: Any, state: tuple[PiecesState, LossHistory], part: jax.Array) -> Any:
         """Return the sum of gradients so far and those of the batch's part of this number, in the type of both.

@@ -1,11 +1,15 @@
-"""Draws losses.png: the losses of a run over the tokens it has read, with a scale of the time that they took."""
+"""Draws losses.png: losses over the tokens that a run has read, with a scale of time; below them speed and norms."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llama_jax.storage.files import replacing
+from llama_jax.training.norms import KINDS
 
 TRAIN, EVAL, FAINT = "tab:blue", "tab:orange", "gray"
+# Heights in inches, of the losses and of each panel below them.
+LOSSES, PANEL = 4.8, 2.2
 # Units of time in seconds, the largest first.
 UNITS = (86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")
 
@@ -13,8 +17,8 @@ UNITS = (86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")
 def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: float | None = None) -> None:
     """Plot the training loss (each logged step and a running mean) and the evaluations over tokens.
 
-    ``floor`` is the entropy of the text in bits per byte, drawn as a line. Without a record with a finite loss, nothing
-    is drawn.
+    Panels below show what the records have of rewards, throughput, and the norms of gradients and updates. ``floor`` is
+    the entropy of the text in bits per byte, drawn as a line. Without a record with a finite loss, nothing is drawn.
     """
     finite = [r for r in records if r["train_loss"] is not None]
     if not finite:
@@ -25,20 +29,24 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
 
     tokens, losses = [r["tokens"] for r in finite], [r["train_loss"] for r in finite]
     evals = [r for r in records if "eval_loss" in r]
-    of_pairs = [r for r in finite if r.get("reward_accuracy") is not None]
-    figure = Figure(figsize=(8, 7.2 if of_pairs else 4.8), layout="constrained")
-    axes = figure.add_subplot(2, 1, 1) if of_pairs else figure.add_subplot()
-    if of_pairs:
-        _draw_rewards(
-            figure.add_subplot(2, 1, 2, sharex=axes), of_pairs, [r for r in records if "eval_reward_accuracy" in r]
-        )
+    panels = _panels(records)
+    figure = Figure(figsize=(8, LOSSES + PANEL * len(panels)), layout="constrained")
+    grid = figure.add_gridspec(1 + len(panels), 1, height_ratios=[LOSSES, *[PANEL] * len(panels)])
+    axes = figure.add_subplot(grid[0])
+    lowest = axes
+    for row, draw in enumerate(panels, 1):
+        lowest = figure.add_subplot(grid[row], sharex=axes)
+        draw(lowest, records)
+        lowest.grid(alpha=0.25)
+    for above in figure.axes:
+        above.tick_params(labelbottom=above is lowest)
+    lowest.set_xlabel("tokens trained on")
     # The first hundredth of a run brings half of the loss's descent. Only a logarithmic scale shows the rest.
     axes.set_yscale("log")
     axes.plot(tokens, losses, color=TRAIN, alpha=0.3, linewidth=0.8, label="train, each logged step")
     axes.plot(tokens, _running_mean(losses), color=TRAIN, linewidth=1.6, label="train, running mean")
-    axes.set(
-        xlabel="tokens trained on", ylabel=f"loss, nats a {'pair' if of_pairs else 'token'} (log scale)", title=title
-    )
+    unit = "pair" if _draw_rewards in panels else "token"
+    axes.set(ylabel=f"loss, nats a {unit} (log scale)", title=title)
     axes.xaxis.set_major_formatter(EngFormatter())
     if evals:
         _draw_evaluations(axes, evals, floor)
@@ -48,6 +56,65 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
     axes.legend(frameon=False, loc="upper right")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def _panels(records: list[dict[str, Any]]) -> list[Callable[[Any, list[dict[str, Any]]], None]]:
+    """Return what draws each panel below the losses, of which earlier versions have recorded few or none."""
+    panels = {
+        _draw_rewards: "reward_accuracy",
+        _draw_throughput: "tokens_per_second",
+        _draw_gradients: "grad_norm",
+        _draw_updates: "update_norm/",
+    }
+    keys = {key for record in records for key, value in record.items() if value is not None}
+    return [draw for draw, wanted in panels.items() if any(key.startswith(wanted) for key in keys)]
+
+
+def _draw_throughput(axes: Any, records: list[dict[str, Any]]) -> None:
+    """Draw the tokens a second of steps, in which evaluations, saving and samples do not count."""
+    from matplotlib.ticker import EngFormatter
+
+    tokens, speeds = _series(records, "tokens_per_second")
+    axes.plot(tokens, speeds, color=TRAIN, alpha=0.3, linewidth=0.8)
+    axes.plot(tokens, _running_mean(speeds), color=TRAIN, linewidth=1.6)
+    axes.set(ylabel="tokens a second", ylim=(0, 1.1 * sorted(speeds)[-1 - len(speeds) // 50]))
+    axes.yaxis.set_major_formatter(EngFormatter())
+
+
+def _draw_gradients(axes: Any, records: list[dict[str, Any]]) -> None:
+    """Draw the norm of the gradients before clipping, of all parameters and by kind."""
+    _draw_norms(axes, records, "grad_norm", "gradient norm")
+
+
+def _draw_updates(axes: Any, records: list[dict[str, Any]]) -> None:
+    """Draw the norm of the change of the parameters in a step, by kind."""
+    _draw_norms(axes, records, "update_norm", "update norm")
+
+
+def _draw_norms(axes: Any, records: list[dict[str, Any]], name: str, label: str) -> None:
+    """Draw running means of norms, without those that are 0. A kind has one color in all panels."""
+    drawn: list[float] = []
+    for key, color, what in (
+        (name, "black", "all"),
+        *((f"{name}/{kind}", f"C{i}" if i < 10 else FAINT, kind) for i, kind in enumerate(KINDS)),
+    ):
+        tokens, norms = _series(records, key)
+        positive = [i for i, norm in enumerate(norms) if norm > 0]
+        if positive:
+            means = _running_mean([norms[i] for i in positive])
+            axes.plot([tokens[i] for i in positive], means, color=color, linewidth=1.1, label=what)
+            drawn += means
+    axes.set_ylabel(f"{label}\n(running mean, log scale)")
+    if drawn:
+        axes.set_yscale("log")
+        _write_numbers(axes.yaxis, max(drawn) / min(drawn))
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, labelspacing=0.2)
+
+
+def _series(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Return the tokens and the values of the records that have a value of ``key``."""
+    having = [r for r in records if r.get(key) is not None]
+    return [r["tokens"] for r in having], [r[key] for r in having]
 
 
 def _draw_time(axes: Any, records: list[dict[str, Any]]) -> None:
@@ -69,10 +136,11 @@ def _draw_time(axes: Any, records: list[dict[str, Any]]) -> None:
     time.set_xlabel(f"time, {name}")
 
 
-def _draw_rewards(axes: Any, records: list[dict[str, Any]], evals: list[dict[str, Any]]) -> None:
+def _draw_rewards(axes: Any, records: list[dict[str, Any]]) -> None:
     """Draw of preferences the share of pairs whose chosen answer gains more, and the margins."""
     margins = axes.twinx()
-    for of, prefix, style in ((records, "", "-"), (evals, "eval_", "o-")):
+    for prefix, style in (("", "-"), ("eval_", "o-")):
+        of = [r for r in records if r["train_loss"] is not None and r.get(f"{prefix}reward_accuracy") is not None]
         if of:
             tokens, name = [r["tokens"] for r in of], "eval" if prefix else "train, running mean"
             accuracies, means = ([r[f"{prefix}reward_{what}"] for r in of] for what in ("accuracy", "margin"))
@@ -80,9 +148,8 @@ def _draw_rewards(axes: Any, records: list[dict[str, Any]], evals: list[dict[str
                 accuracies, means = _running_mean(accuracies), _running_mean(means)
             axes.plot(tokens, accuracies, style, color=TRAIN, markersize=4, label=f"accuracy, {name}")
             margins.plot(tokens, means, style, color=EVAL, markersize=4, label=f"margin, {name}")
-    axes.set(xlabel="tokens trained on", ylabel="share of pairs ranked right", ylim=(0, 1.02))
+    axes.set(ylabel="share of pairs ranked right", ylim=(0, 1.02))
     margins.set_ylabel("mean reward margin")
-    axes.grid(alpha=0.25)
     lines = [*axes.get_lines(), *margins.get_lines()]
     axes.legend(lines, [line.get_label() for line in lines], frameon=False, loc="lower right", fontsize=8)
 

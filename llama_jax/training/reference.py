@@ -19,6 +19,7 @@ from llama_jax.checkpoint.adapted import WholeModel, digest_of
 from llama_jax.cli.progress import Progress, bytes_text
 from llama_jax.config import Config
 from llama_jax.data import AnyData
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.batches import OwnRows, batches_of, eval_windows, train_windows
 from llama_jax.data.conversations import Pairs
 from llama_jax.data.manifest import sha256
@@ -73,7 +74,8 @@ class Part:
 def parts_of(config: Config, settled: Settled, data: AnyData, folder: Path) -> list[Part]:
     """Return the preferences that a run reads: those of all its steps, and those held out that evaluations read."""
     train, length = config.train, config.model.max_seq_len
-    read = train_windows(data.rows(settled.schedule), train.batch_size, length, train.seed, settled.steps)
+    sizes = BatchSizes.of(train)
+    read = train_windows(data.rows(settled.schedule), sizes, length, train.seed, settled.steps)
     parts = []
     for name, text in data.sources.items():
         for split, stream in (("train", text.tokens.train), ("eval", text.tokens.eval)):

@@ -15,15 +15,8 @@ FIXED = {
     "data": ("train_size", "separator", "vocab_size", "stories", "chats"),
     # A checkpoint holds the parameters and the optimizer's state in these forms.
     "train": (
-        "minutes",
-        "batch_size",
-        "seed",
-        "objective",
-        "schedule",
-        "param_dtype",
-        "rounding",
-        "optimizer",
-        "moments",
+        *("minutes", "batch_size", "batch_start", "batch_ramp_steps", "seed", "objective", "schedule"),
+        *("param_dtype", "rounding", "optimizer", "moments"),
     ),
     "lora": ("rank", "alpha", "targets", "base_weights", "rslora"),
 }

@@ -15,6 +15,7 @@ from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import working
 from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import AnyData, Data, Talking, load_data, open_data
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.batches import windows_of
 from llama_jax.data.conversations import Pairs
 from llama_jax.data.document_mask import LOOKED_AT, check_documents, check_marks
@@ -159,7 +160,7 @@ def _schedule(config: Config, opened: Opened) -> Schedule | None:
     if not weights:
         return None
     known = json.loads(text_from_main(json.dumps(opened.record.mixture)))
-    return Schedule.of(known, weights, opened.start, config.train.batch_size)
+    return Schedule.of(known, weights, opened.start, BatchSizes.of(config.train))
 
 
 def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
@@ -209,8 +210,9 @@ def steps_of_run(config: Config, data: AnyData) -> int:
     """Return the total number of steps of a run. An epoch of a mixture has as many rows as all sources together."""
     train, length = config.train, config.model.max_seq_len
     rows = sum(windows_of(text.tokens.train, length) for text in data.sources.values())
-    per_epoch = -(-rows // train.batch_size)
-    return decay_end(train) if train.decay_from else train.max_steps or train.n_epochs * per_epoch
+    whole = -(-rows // train.batch_size) * train.batch_size
+    given = decay_end(train) if train.decay_from else train.max_steps
+    return given or BatchSizes.of(train).steps(train.n_epochs * whole)
 
 
 def evaluation_is_missing(opened: Opened, settled: Settled, data: AnyData) -> bool:

@@ -32,6 +32,7 @@ from llama_jax.ops.loss import log_likelihoods
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.bad_steps import LossHistory, watched
 from llama_jax.training.muon import in_layers, not_in_layers, scale_by_muon
+from llama_jax.training.norms import Norms, squares
 from llama_jax.training.objective import Dpo, NextToken, Objective, Rewards
 from llama_jax.training.pieces import InPieces, is_small, matrices, narrow, narrow_shapes, state_shardings
 from llama_jax.training.rates import learning_rate
@@ -59,6 +60,7 @@ class StepMetrics(NamedTuple):
     history: LossHistory
     targets: jax.Array | int = 0  # int32 []: tokens of the batch that count in the loss
     rewards: Rewards | None = None  # of preferences: means over the pairs of the batch
+    norms: Norms | None = None  # by kind of parameter
 
 
 def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> AnyOptimizer:
@@ -196,22 +198,25 @@ def make_train_step(
             nothing = (zero, dict.fromkeys(objective.rewards, zero)), jax.tree.map(jnp.zeros_like, state.params)
             ((loss, rewards), grads), _ = jax.lax.scan(add, nothing, (jnp.arange(accumulation), parts))
         with jax.named_scope("optimizer"):
-            norm, state = _updated(optimizer, state, loss, grads)
-        return state, StepMetrics(loss, norm, state.opt_state[-1], targets, rewards)
+            norm, norms, state = _updated(optimizer, state, loss, grads)
+        return state, StepMetrics(loss, norm, state.opt_state[-1], targets, rewards, norms)
 
     return train_step
 
 
-def _updated(optimizer: AnyOptimizer, state: TrainState, loss: jax.Array, grads: Any) -> tuple[jax.Array, TrainState]:
-    """Return the norm of the gradients, and the state after an update by them."""
-    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+def _updated(
+    optimizer: AnyOptimizer, state: TrainState, loss: jax.Array, grads: Any
+) -> tuple[jax.Array, Norms, TrainState]:
+    """Return the norm of the gradients, the norms by kind of parameter, and the state after an update."""
+    sums = squares(grads)
+    norm = jnp.sqrt(optax.tree.sum(sums))
     before = grads, state.opt_state, state.params
     if isinstance(optimizer, InPieces):
-        params, opt_state = optimizer.apply(*before, loss=loss, grad_norm=norm)
+        params, opt_state, changed = optimizer.apply(*before, loss=loss, grad_norm=norm)
     else:
         updates, opt_state = optimizer.update(*before, loss=loss, grad_norm=norm)
-        params = optax.apply_updates(state.params, updates)
-    return norm, TrainState(params, opt_state)
+        params, changed = optax.apply_updates(state.params, updates), squares(updates)
+    return norm, Norms.of(sums, changed), TrainState(params, opt_state)
 
 
 class Dispatched:

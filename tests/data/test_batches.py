@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.batches import EVAL_ROWS, Windows, eval_batches, train_batches, windows_of
 from llama_jax.data.mixture import Mixed, Schedule
 
@@ -154,10 +155,10 @@ def test_a_mixture_reads_every_token_of_each_source_once_an_epoch_whoever_reads_
     length = 5
     streams = {str(i): stream_of(size) + 1000 * i for i, size in enumerate(sizes)}
     weights = {name: i + 1.0 for i, name in enumerate(streams)}
-    schedule, at = Schedule.of([], weights, 0, batch_size), 0
+    schedule, at = Schedule.of([], weights, 0, BatchSizes(batch_size)), 0
     for steps, weight in changes:
         at += steps
-        schedule = Schedule.of(schedule.to_list(), weights | {"0": float(weight)}, at, batch_size)
+        schedule = Schedule.of(schedule.to_list(), weights | {"0": float(weight)}, at, BatchSizes(batch_size))
     stop = at + 40
     mixed = Mixed(streams, schedule)
     whole = list(train_batches(mixed, batch_size, length, seed, 0, stop))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.mixture import LONGEST_PERIOD, Schedule, Stretch, order_of, parts_of
 from llama_jax.errors import UserError
 
@@ -26,7 +27,7 @@ def test_every_beginning_of_a_period_has_each_share_to_less_than_a_row(parts: li
 @settings(deadline=None)
 @given(weights=WEIGHTS, batch_size=st.integers(1, 9), start=st.integers(0, 30), length=st.integers(1, 60))
 def test_any_stretch_of_steps_has_each_share_to_less_than_two_rows(weights, batch_size, start, length) -> None:
-    schedule = Schedule((Stretch(0, weights),), batch_size)
+    schedule = Schedule((Stretch(0, weights),), BatchSizes(batch_size))
     rows = range(start * batch_size, (start + length) * batch_size)
     counts = collections.Counter(schedule.place(row).source for row in rows)
     for name, weight in weights.items():
@@ -40,7 +41,7 @@ def test_a_source_is_read_row_after_row_whatever_weights_later_starts_bring(star
     known, read, at = [], [], 0
     for step, weights in starts:
         at = min(step, at)  # where the newest checkpoint is
-        schedule = Schedule.of(known, weights, at, batch_size)
+        schedule = Schedule.of(known, weights, at, BatchSizes(batch_size))
         known = schedule.to_list()
         del read[at * batch_size :]
         end = at + 8
@@ -61,12 +62,12 @@ def _counts(read, schedule):
 
 
 def test_equal_weights_go_on_in_the_same_period() -> None:
-    first = Schedule.of([], {"a": 0.7, "b": 0.3}, 0, 4)
-    again = Schedule.of(first.to_list(), {"a": 0.7, "b": 0.3}, 17, 4)
+    first = Schedule.of([], {"a": 0.7, "b": 0.3}, 0, BatchSizes(4))
+    again = Schedule.of(first.to_list(), {"a": 0.7, "b": 0.3}, 17, BatchSizes(4))
     assert again == first
-    changed = Schedule.of(first.to_list(), {"a": 0.5, "b": 0.5}, 17, 4)
+    changed = Schedule.of(first.to_list(), {"a": 0.5, "b": 0.5}, 17, BatchSizes(4))
     assert [s.step for s in changed.stretches] == [0, 17]
-    back = Schedule.of(changed.to_list(), {"a": 0.7, "b": 0.3}, 9, 4)  # from a checkpoint before the change
+    back = Schedule.of(changed.to_list(), {"a": 0.7, "b": 0.3}, 9, BatchSizes(4))  # from a checkpoint before the change
     assert back == first
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.chat.messages import Message
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.batches import batches_of, eval_windows, train_windows
 from llama_jax.data.chat_records import Preference, parsed
 from llama_jax.data.conversations import Pairs
@@ -146,7 +147,7 @@ def test_the_windows_of_a_run_are_those_that_its_batches_read(tmp_path: Path) ->
     pairs, *_ = pairs_of([(9, 9)] * 11)
     pairs.reference = np.arange(11, dtype=np.float32)[:, None] + np.zeros((11, 2 * LENGTH), np.float32)
     for steps in (1, 3, 4, 9):
-        read = train_windows(pairs, 3, LENGTH, 5, steps)[""]
+        read = train_windows(pairs, BatchSizes(3), LENGTH, 5, steps)[""]
         batches = train_batches(pairs, 3, LENGTH, 5, 0, steps)
         seen = {int(x) for batch in batches for x in np.unique(batch.reference)}  # type: ignore[union-attr]
         assert read.tolist() == sorted(seen)

@@ -121,6 +121,7 @@ ELSEWHERE = {
     "muon_momentum",  # tests/training/test_muon.py
     "objective", "dpo_beta", "dpo_label_smoothing",  # tests/training/test_preferences.py
     "keep_every", "save_minutes", "eval_minutes", "resume_step", "hold_lr",  # tests/training/test_resuming.py
+    "batch_start", "batch_ramp_steps",  # tests/training/test_batch_ramp.py
     "decay_fraction",  # tests/training/test_rates.py
     "decay_from", "decay_run",  # tests/training/test_decaying.py
     "minutes",  # tests/recipe/test_one_step.py

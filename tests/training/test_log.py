@@ -92,11 +92,48 @@ def test_a_scale_of_time_stands_above_that_of_tokens(tmp_path: Path, monkeypatch
     assert found == ["time, minutes"]
 
 
+def panels_of(records: list[dict[str, Any]], path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The panels below the losses by their labels, each with the names of its lines that have one."""
+    from matplotlib.figure import Figure
+
+    found: dict[str, list[str]] = {}
+    original = Figure.savefig
+
+    def savefig(figure: Figure, *args: Any, **options: Any) -> None:
+        for axes in figure.axes[1:]:
+            assert axes.get_xlim() == figure.axes[0].get_xlim()
+            lines = [str(line.get_label()) for line in axes.get_lines()]
+            found[axes.get_ylabel().partition("\n")[0]] = [name for name in lines if not name.startswith("_")]
+        assert [bool(axes.get_xlabel()) for axes in figure.axes] == [False] * len(found) + [True]
+        original(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    plot_losses(path / "losses.png", records, "a run")
+    return found
+
+
+def test_panels_show_what_the_records_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of before has only losses; one that was resumed has the other numbers in its later records alone."""
+    norms = {
+        "grad_norm": 1.0,
+        "grad_norm/wq": 0.5,
+        "update_norm/wq": 0.0,
+        "grad_norm/norms": None,
+        "update_norm/norms": 0.1,
+    }
+    with_all = [record | {"tokens_per_second": 100.0, **norms} for record in RECORDS]
+    expected = {"tokens a second": [], "gradient norm": ["all", "wq"], "update norm": ["norms"]}
+    assert panels_of(RECORDS, tmp_path, monkeypatch) == {}
+    assert panels_of(with_all, tmp_path, monkeypatch) == expected
+    assert panels_of([*RECORDS[:2], with_all[2]], tmp_path, monkeypatch) == expected
+    assert panels_of([r | {"update_norm/norms": 0.0} for r in with_all], tmp_path, monkeypatch)["update norm"] == []
+
+
 def test_the_mean_speed_at_the_end_is_that_of_the_records() -> None:
-    """Two records of 3 and 1 steps of 64 tokens, at 96 and 32 tokens/s: 4 steps in 4 seconds."""
+    """Two records of 192 and 64 tokens, at 96 and 32 tokens/s: 256 tokens in 4 seconds."""
     clock = Clock()
     assert speed_text(clock, []) == ""
-    clock.recorded = 4, 4.0
+    clock.recorded = 256, 4.0
     assert speed_text(clock, RECORDS) == ", 64 tokens/s in steps on average"
 
 

@@ -43,6 +43,7 @@ from llama_jax.training.step import (
     state_shapes,
 )
 from tests.eight_devices import run_on_eight_devices
+from tests.training.test_clock import metrics
 
 # Grouped queries and biases; matrices that are wide, tall and square, in a number of layers that no mesh divides.
 MODEL = ModelArgs(
@@ -314,10 +315,13 @@ def test_the_counted_flops_are_those_of_the_compiled_iteration() -> None:
 def test_mfu_counts_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "peak_flops", lambda _: 1e9)
     plain = TrainArgs(batch_size=4)
-    rates = [
-        Recorder(Config(MODEL, train=train), MESH, 10, 0, Clock())._peak_rate
+    timed = Clock()
+    timed.seconds["step"] = 1.0
+    records = [
+        Recorder(Config(MODEL, train=train), MESH, 10, 0, timed).record(2, metrics())
         for train in (plain, dataclasses.replace(plain, optimizer="muon"))
     ]
+    rates = [record["tokens_per_second_per_device"] / record["mfu"] for record in records]
     tokens = 4 * MODEL.max_seq_len
     ratio = step_flops(Config(MODEL, train=dataclasses.replace(plain, optimizer="muon")), tokens) / tokens
     assert rates == [pytest.approx(1e9 / train_flops_per_token(MODEL)), pytest.approx(1e9 / ratio)]

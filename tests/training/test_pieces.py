@@ -87,7 +87,7 @@ def run(args: TrainArgs, steps: int = 5) -> tuple[Any, Any, list[Any]]:
     apply = jax.jit(optimizer.apply)  # type: ignore[union-attr]
     for g in grads:
         norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), g))
-        params, state = apply(g, state, params, loss=jnp.ones(()), grad_norm=norm)
+        params, state, _ = apply(g, state, params, loss=jnp.ones(()), grad_norm=norm)
     return before, (params, state), grads
 
 
@@ -203,9 +203,10 @@ def test_a_skipped_step_changes_nothing_but_its_number() -> None:
     state = optimizer.init(params)
     good, bad = tree(rng, "bfloat16"), jax.tree.map(lambda x: x * jnp.nan, params)
     apply = jax.jit(optimizer.apply)  # type: ignore[union-attr]
-    one, (state, history) = apply(good, state, params, loss=jnp.ones(()), grad_norm=jnp.ones(()))
-    two, (after, history) = apply(bad, (state, history), one, loss=jnp.ones(()), grad_norm=jnp.float32(np.nan))
+    one, (state, history), _ = apply(good, state, params, loss=jnp.ones(()), grad_norm=jnp.ones(()))
+    two, (after, history), changed = apply(bad, (state, history), one, loss=jnp.ones(()), grad_norm=jnp.float32(np.nan))
     assert int(history.skipped_steps) == 1 and int(after.step) == 2
+    assert not any(map(float, jax.tree.leaves(changed)))
     before = (one, state._replace(step=after.step))
     assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves((two, after))))
 
