@@ -11,8 +11,8 @@ from pathlib import Path
 # Before JAX is imported: with the TPU's compiler installed it would look for a TPU first, and say that there is none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs are compiled for longer than they run here: without optimisation, and without the newer code generator for what is
-# fused, a training step compiles in an eighth of the time. Slow tests start all documented commands as users do, without
-# these flags; XLA_FLAGS= in the environment has all tests compiled so.
+# fused, a training step compiles in an eighth of the time. A slow test runs the documented commands as users do, without these
+# flags, wherever a program or a setting is new; XLA_FLAGS= in the environment has all tests compiled so.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
