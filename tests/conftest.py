@@ -11,8 +11,8 @@ from pathlib import Path
 # Before JAX is imported: with the TPU's compiler installed it would look for a TPU first, and say that there is none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs are compiled for longer than they run here: without optimisation, and without the newer code generator for what is
-# fused, a training step compiles in an eighth of the time. Slow tests start all documented commands as users do, without
-# these flags; XLA_FLAGS= in the environment has all tests compiled so.
+# fused, a training step compiles in an eighth of the time. A slow test runs the documented commands as users do, without these
+# flags, wherever a program or a setting is new; XLA_FLAGS= in the environment has all tests compiled so.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -52,12 +52,14 @@ LONGEST = [
     "test_programs.py",
     "test_notebooks.py",
     "test_commands.py",
+    "test_built_in_chats.py",
+    "test_families.py",
+    "test_on_ray.py",
     "test_decoding.py",
     "test_distributed.py",
     "test_plan.py",
     "test_loop.py",
     "test_fields.py",
-    "test_storage.py",
     "test_sharding.py",
     "test_speculative.py",
     "test_quantize.py",

@@ -15,7 +15,7 @@ from llama_jax.tokenizer import Tokenizer  # noqa: E402
 from tests.families import FAMILIES  # noqa: E402
 
 # Published config.json files.
-LLAMA_32_1B, TINYLLAMA = FAMILIES["LLaMA 3.2 1B"], FAMILIES["TinyLlama"]
+LLAMA_32_1B = FAMILIES["LLaMA 3.2 1B"]
 MISTRAL_01, MISTRAL_03 = FAMILIES["Mistral 7B v0.1"], FAMILIES["Mistral 7B v0.3"]
 
 
