@@ -9,7 +9,6 @@ from llama_jax.config import Config, ModelArgs
 from llama_jax.errors import UserError
 from llama_jax.recipe.laws import LAWS, Laws
 from llama_jax.recipe.text import Counted
-from llama_jax.train_args import Optimizer
 from llama_jax.training.flops import train_flops_per_token, update_flops
 
 # Widths to choose from. The shapes between 128 and 256 are those that runs on CPUs were tuned with.
@@ -17,8 +16,6 @@ WIDTHS = (
     32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096,
     5120, 6144, 8192,
 )  # fmt: skip
-# What trains the matrices of the layers, unless the person says otherwise.
-OPTIMIZER: Optimizer = "muon"
 # A run may end after so many epochs, before its budget does, if it would learn its text by heart.
 ENDS = tuple(0.25 * 1.1**i for i in range(80))
 # More of a budget is used only if it is worth this share of the loss.
@@ -26,10 +23,12 @@ WORTH_IT = 1e-3
 # What a recipe decides, unless the person gave it.
 MODEL = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "max_seq_len")
 TRAIN = (
-    "optimizer", "schedule", "min_lr_ratio", "lr", "warmup_steps", "max_steps", "batch_size", "gradient_accumulation_steps",
+    "schedule", "min_lr_ratio", "lr", "weight_decay", "warmup_steps", "max_steps", "batch_size", "gradient_accumulation_steps",
     "eval_interval", "eval_iters", "save_interval", "log_interval",
 )  # fmt: skip
 DECIDED = (*(f"model.{name}" for name in MODEL), "data.vocab_size", *(f"train.{name}" for name in TRAIN))
+# Small models read their text several times, and decay more for it.
+WEIGHT_DECAY = 0.5
 # The share of the time that evaluations may take, and their number.
 EVAL_SHARE, EVALUATIONS = 0.05, 4
 
@@ -238,8 +237,8 @@ def _settings(task: Task, model: ModelArgs, batch: int, steps: int) -> Config:
     affordable = EVAL_SHARE * steps * batch * 3 / EVALUATIONS
     iters = 0 if held_out <= affordable else max(1, round(affordable / 16))
     chosen: dict[str, Any] = {
-        "optimizer": _optimizer(task), "schedule": "linear", "min_lr_ratio": 0.0, "lr": rate_for(model.dim),
-        "warmup_steps": max(1, min(2000, steps // 25)), "max_steps": steps, "batch_size": batch, "eval_interval": every,
+        "schedule": "linear", "min_lr_ratio": 0.0, "lr": rate_for(model.dim),
+        "weight_decay": WEIGHT_DECAY, "warmup_steps": max(1, min(2000, steps // 25)), "max_steps": steps, "batch_size": batch, "eval_interval": every,
         "eval_iters": iters, "save_interval": every, "log_interval": max(1, min(10, steps // 20)),
     }  # fmt: skip
     train = replace(base.train, **{name: value for name, value in chosen.items() if f"train.{name}" not in given})
@@ -248,8 +247,8 @@ def _settings(task: Task, model: ModelArgs, batch: int, steps: int) -> Config:
 
 
 def rate_for(dim: int) -> float:
-    """Return the learning rate: 0.003 at a width of 192, elsewhere by the width's root, to two digits, up to 0.005."""
-    return min(5e-3, float(f"{3e-3 * (192 / dim) ** 0.5:.2g}"))
+    """Return the learning rate: 0.0025 at a width of 192, elsewhere by the width's root, to two digits, up to 0.004."""
+    return min(4e-3, float(f"{2.5e-3 * (192 / dim) ** 0.5:.2g}"))
 
 
 def parameters_of(model: ModelArgs, vocab_size: int) -> int:
@@ -263,13 +262,4 @@ def parameters_of(model: ModelArgs, vocab_size: int) -> int:
 def _step_flops(task: Task, model: ModelArgs, batch: int) -> float:
     sized = replace(model, vocab_size=task.text.vocab_size)
     per_token = train_flops_per_token(sized, parameters=parameters_of(model, task.text.vocab_size))
-    return batch * model.max_seq_len * per_token + update_flops(
-        sized, replace(task.base.train, optimizer=_optimizer(task))
-    )
-
-
-def _optimizer(task: Task) -> Optimizer:
-    """Return the person's optimizer, or OPTIMIZER, or AdamW where the person asks for types that Muon does not have."""
-    if "train.optimizer" in task.given:
-        return task.base.train.optimizer
-    return "adamw" if {"train.param_dtype", "train.moments"} & task.given else OPTIMIZER
+    return batch * model.max_seq_len * per_token + update_flops(sized, task.base.train)
