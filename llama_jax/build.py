@@ -13,11 +13,11 @@ from llama_jax.errors import UserError
 from llama_jax.model import Llama
 from llama_jax.ops.attention import choose_kernel
 from llama_jax.ops.exact import CPU_ROWS, ROWS
-from llama_jax.train_args import AttentionKernel, DType, Remat
+from llama_jax.train_args import AttentionKernel, DType
 
 # On a CPU, XLA's loop over layers is 15% slower than unrolled layers, so models of up to this many layers are unrolled.
 # Elsewhere a scan compiles faster and runs as fast.
-CPU_UNROLLED_LAYERS = 16
+CPU_UNROLLED_LAYERS, TPU_UNROLLED_LAYERS = 16, 2
 # Tokens whose logits exist at once in training. Each chunk reads and writes the whole gradient of the output matrix, so
 # chunks are large; on a CPU, small ones are faster because they fit its cache.
 LOSS_CHUNK, CPU_LOSS_CHUNK = 2048, 512
@@ -26,7 +26,7 @@ LOSS_CHUNK, CPU_LOSS_CHUNK = 2048, 512
 def make_model(
     args: ModelArgs,
     compute_dtype: DType = "auto",
-    remat: Remat = "none",
+    remat: str = "none",
     attention: AttentionKernel = "auto",
     mesh: jax.sharding.Mesh | None = None,
     exact: bool = False,
@@ -45,8 +45,10 @@ def make_model(
     dtype = jnp.dtype(fastest_dtype(platform) if compute_dtype == "auto" else compute_dtype)
     shards = 1 if mesh is None else mesh.shape["sequence"]
     kernel = choose_kernel(attention, platform, args, dtype, shards, document_mask)
-    # With unrolled layers, XLA would notice that remat recomputes known values, and keep them in memory after all.
+    # On a CPU with unrolled layers, XLA would notice that remat recomputes known values, and keep them in memory after
+    # all. On a TPU the last sum of a layer's gradients over the devices waits for all else; in pairs, once in two layers.
     unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
+    unroll = TPU_UNROLLED_LAYERS if platform == "tpu" and remat != "none" else unroll
     exact_rows = (CPU_ROWS if cpu else ROWS) if exact else 0
     return Llama(args, dtype, remat, kernel, CPU_LOSS_CHUNK if cpu else LOSS_CHUNK, unroll, exact_rows)
 

@@ -309,6 +309,8 @@ class Config:
                 f"data.loss_on: expected answers beside train.objective dpo, which compares answers alone, found {self.data.loss_on}; "
                 "leave it out"
             )
+        first, layers = self.train.remat.partition(":")[2], self.model.n_layers
+        expect(int(first or 0) <= layers, "train.remat", f"up to model.n_layers = {layers} after the colon", first)
         plain = TrainArgs()
         for name in ("param_dtype", "optimizer", "moments") if self.lora.rank else ():
             key, default, found = f"train.{name}", getattr(plain, name), getattr(self.train, name)

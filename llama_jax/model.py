@@ -25,11 +25,12 @@ from llama_jax.ops import exact
 from llama_jax.ops.attention import Documents, attention, attention_over_cache, same_segment
 from llama_jax.ops.cache import KVCache, KVPair, LayerCache
 from llama_jax.ops.embedding import embed, embed_few
-from llama_jax.ops.linear import linear
+from llama_jax.ops.gate import gated
+from llama_jax.ops.linear import features_last, linear
 from llama_jax.ops.parameters import bias, norm_weight, one_by_one, output_weight, weight
-from llama_jax.ops.remat import AFTER_ATTENTION, POLICIES
+from llama_jax.ops.remat import AFTER_ATTENTION, over_layers
 from llama_jax.ops.rotary import Angles, quarter_turn, rotary_angles
-from llama_jax.train_args import AttentionKernel, Remat
+from llama_jax.train_args import AttentionKernel
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, exact_rows: int = 0) -> jax.Array:
@@ -98,15 +99,15 @@ class Attention(nn.Module):
         bv = bias(self, "wv_bias", a.attention_bias, kv_heads=a.kv_heads, head_dim=a.head_width)
         bo = bias(self, "wo_bias", a.attention_bias, norm=a.dim)
 
-        q = rotary(product("BTD,DNH->BTNH", x, wq, bias=bq), angles, self.exact_rows)
-        k = rotary(product("BTD,DKH->BTKH", x, wk, bias=bk), angles, self.exact_rows)
-        v = product("BTD,DKH->BTKH", x, wv, bias=bv)
+        q = rotary(product("BTD,DNH->BTNH", x, wq, bias=bq, name="wq"), angles, self.exact_rows)
+        k = rotary(product("BTD,DKH->BTKH", x, wk, bias=bk, name="wk"), angles, self.exact_rows)
+        v = product("BTD,DKH->BTKH", x, wv, bias=bv, name="wv")
         if cache is not None:
             y, new = attention_over_cache(q, k, v, cache, self.kernel, self.exact_rows, a.window)
         else:
             attend = plain_attention if self.kernel == "plain" else functools.partial(attention, kernel=self.kernel)
             y, new = attend(q, k, v, segments=segments, window=a.window), None
-        return product("BTNH,NHD->BTD", y, wo, bias=bo), new
+        return product("BTNH,NHD->BTD", y, wo, bias=bo, name="wo"), new
 
 
 class SwiGLU(nn.Module):
@@ -125,8 +126,8 @@ class SwiGLU(nn.Module):
         b1 = bias(self, "w1_bias", a.mlp_bias, mlp=a.hidden_width)
         b3 = bias(self, "w3_bias", a.mlp_bias, mlp=a.hidden_width)
         b2 = bias(self, "w2_bias", a.mlp_bias, norm=a.dim)
-        gate = jax.nn.silu(product("BTD,DF->BTF", x, w1, bias=b1))
-        return product("BTF,FD->BTD", gate * product("BTD,DF->BTF", x, w3, bias=b3), w2, bias=b2)
+        gate, up = product("BTD,DF->BTF", x, w1, bias=b1, name="w1"), product("BTD,DF->BTF", x, w3, bias=b3, name="w3")
+        return product("BTF,FD->BTD", gated(gate, up), w2, bias=b2, name="w2")
 
 
 class Block(nn.Module):
@@ -146,9 +147,10 @@ class Block(nn.Module):
         a = self.args
         h = rms_norm(x, norm_weight(self, "attention_norm", a.dim), a.norm_eps, self.exact_rows)
         h, new = Attention(a, self.kernel, self.exact_rows, name="attention")(h, angles, cache, segments)
-        x = checkpoint_name(x + h, AFTER_ATTENTION)
+        x = checkpoint_name(x + (features_last(h) if cache is None else h), AFTER_ATTENTION)
         h = rms_norm(x, norm_weight(self, "ffn_norm", a.dim), a.norm_eps, self.exact_rows)
-        x = x + SwiGLU(a, self.exact_rows, name="feed_forward")(h)
+        h = SwiGLU(a, self.exact_rows, name="feed_forward")(h)
+        x = x + (features_last(h) if cache is None else h)
         return constrain(x, "batch", "length", None), new
 
 
@@ -164,7 +166,7 @@ class Llama(nn.Module):
 
     args: ModelArgs
     dtype: Any = jnp.float32
-    remat: Remat = "none"
+    remat: str = "none"
     kernel: AttentionKernel = "plain"
     loss_chunk: int = 512
     unroll: int = 1
@@ -215,14 +217,12 @@ class Llama(nn.Module):
         def layer(x: jax.Array, weights: Any, angles: Angles, cache: LayerCache | None) -> tuple[jax.Array, Any]:
             return cast(Any, block.apply({"params": weights}, x, angles, cache, segments))
 
-        def next_layer(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
-            return layer(x, weights, angles, None)
+        def next_layer(x: jax.Array, weights: Any) -> jax.Array:
+            return layer(x, weights, angles, None)[0]
 
         new: list[Any] = []
         if cache is None and not isinstance(self.layers, tuple):
-            if self.remat != "none":
-                next_layer = jax.checkpoint(next_layer, policy=POLICIES[self.remat], prevent_cse=False)
-            x, _ = jax.lax.scan(next_layer, x, self.layers, unroll=self.unroll)
+            x = over_layers(next_layer, x, self.layers, self.remat, self.unroll)
         else:
             layer = jax.jit(layer)  # Traces a layer once instead of L times.
             for i, weights in enumerate(one_by_one(self.layers)):

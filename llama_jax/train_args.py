@@ -2,14 +2,16 @@
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 from llama_jax.cli.flags import SEVERAL
 from llama_jax.fields import BELOW_1, COUNT, HUGE, LARGEST, POSITIVE, TINY, check_fields, expect
 from llama_jax.storage.files import is_address
 
 DType = Literal["auto", "float32", "bfloat16"]
+# What of a layer is kept for the backward pass, and the names of values that may be kept one by one.
 Remat = Literal["none", "dots", "attention", "offload", "full"]
+KEEPABLE = ("query", "key", "value", "attention", "after_attention", "wq", "wk", "wv", "wo", "w1", "w3", "w2")
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn", "plain"]
 BadSteps = Literal["stop", "skip", "count"]
 ParamDType = Literal["float32", "bfloat16"]
@@ -67,13 +69,16 @@ class TrainArgs:
     """AdamW's epsilon."""
     grad_clip: float = 1.0
     """Clip the gradient to this global norm. 0: no clipping."""
-    remat: Remat = "none"
+    remat: str = "none"
     """Activations to keep for the backward pass, which recomputes the others. From most memory to least:
     none: keep all, recompute nothing.
     dots: keep the results of projections and of attention.
     attention: keep those of the attention half of each block.
     offload: as attention, but in host memory.
-    full: keep only the input of each block."""
+    full: keep only the input of each block.
+    dots:20: dots for the first 20 layers, and attention for the others; any of the five may stand before the colon.
+    w1,w3,attention: keep the values of these names, that is, the products by wq, wk, wv, wo, w1, w3 and w2, and query,
+    key, value, attention and after_attention."""
     attention: AttentionKernel = "auto"
     """Attention implementation: xla (everywhere), splash (TPU), cudnn (NVIDIA GPUs), plain (the formula in model.py),
     or auto, the fastest available."""
@@ -180,6 +185,7 @@ class TrainArgs:
                 given == default, f"train.{name}", "train.objective dpo beside it", f"train.objective {self.objective}"
             )
         self._check_schedule()
+        check_remat(self.remat)
         no_spikes = self.spike_factor == 0 or self.spike_factor > 1
         expect(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)
         _ = self.profile_range
@@ -241,3 +247,22 @@ class TrainArgs:
             last is None or last > self.decay_from, "train.max_steps",
             f"the step at which the decay ends, after {step}", f"{last}; give --train.max-steps",
         )  # fmt: skip
+
+
+def check_remat(remat: str) -> None:
+    """Raise UserError unless ``remat`` is a policy, one for the first layers as dots:20, or names of values."""
+    policies = get_args(Remat)
+    name, colon, first = remat.partition(":")
+    counted = name in policies and re.fullmatch(r"[1-9][0-9]{0,5}", first)
+    names = set(remat.split(","))
+    if (not colon and (name in policies or names <= set(KEEPABLE))) or counted:
+        return
+    expected = f"one of {', '.join(map(repr, policies))}, or one of them for the first layers, as dots:20, or some of"
+    expect(False, "train.remat", f"{expected} {','.join(KEEPABLE)}", repr(remat))
+
+
+def layer_policies(remat: str, layers: int) -> list[tuple[str, int, int]]:
+    """Return the policies of a model's layers, in order, each with its first layer and the one after its last."""
+    name, _, first = remat.partition(":")
+    end = min(int(first), layers) if first else layers
+    return [(name, 0, end), ("attention", end, layers)][: 1 + (end < layers)]

@@ -30,6 +30,7 @@ from llama_jax.train_args import Remat
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {section.name: type(section.default) for section in dataclasses.fields(Config)}
+REFUSED_REMAT = ("some", "dots:", "dots:0", "dots:x", "w1:3", "w1,", "w1,full", "", "dots:1:2")
 FIELDS = [(name, field.name) for name, kind in SECTIONS.items() for field in dataclasses.fields(kind)]
 
 
@@ -63,7 +64,7 @@ def refusal(call: typing.Callable[[], object]) -> str:
         ("[model]\nn_kv_heads = 'all'", "model.n_kv_heads", "int or nothing", "'all'"),
         ("[data]\nfilepath = 3", "data.filepath", "str", "3"),
         ("[data]\nfilepath = ['a', 'b']", "data.filepath", "str", "['a', 'b']"),
-        ("[train]\nremat = 'some'", "train.remat", "'none', 'dots'", "'some'"),
+        ("[train]\nremat = 3", "train.remat", "str", "3"),
         ("model = 7", "model", "a table [model]", "7"),
         ("[train\nlr = 3", "c.toml", "TOML", "line 1"),
     ],
@@ -90,7 +91,7 @@ def test_a_toml_file_that_is_missing_a_folder_or_not_text_is_refused(tmp_path):
         (["--model.n-layers", "x"], ["--model.n-layers", "expected a whole number", "'x'"]),
         (["--model.n_layers", "4.5"], ["--model.n-layers", "expected a whole number", "'4.5'"]),
         (["--train.lr", "abc"], ["--train.lr", "expected a number", "'abc'"]),
-        (["--train.remat", "some"], ["--train.remat", "one of 'none', 'dots'", "'some'"]),
+        (["--train.attention", "some"], ["--train.attention", "one of 'auto', 'xla'", "'some'"]),
         (["--train.lr"], ["--train.lr", "expected a value"]),
         (["stray"], ["stray"]),
     ],
@@ -108,6 +109,8 @@ def test_a_bad_flag_is_refused_in_one_line_with_flag_expected_and_found(argv, pa
         (ModelArgs(dim=128, n_heads=7), "model.n_heads", "7"),
         (ModelArgs(dim=60, n_heads=12), "model.n_heads", "12 heads of 5"),
         (ModelArgs(n_kv_heads=5), "model.n_kv_heads", "5"),
+        *((TrainArgs(remat=text), "train.remat", repr(text)) for text in REFUSED_REMAT),
+        (Config(train=TrainArgs(remat="dots:40")), "train.remat", "40"),
         (ModelArgs(n_kv_heads=0), "model.n_kv_heads", "0"),
         (ModelArgs(n_kv_heads=-3), "model.n_kv_heads", "-3"),
         (ModelArgs(dim=0), "model.dim", "0"),
@@ -281,7 +284,7 @@ configs = st.builds(
         TrainArgs,
         lr=st.floats(allow_nan=False, allow_infinity=False),
         max_steps=st.none() | st.integers(),
-        remat=st.sampled_from(typing.get_args(Remat)),
+        remat=st.sampled_from([*typing.get_args(Remat), "dots:20", "w1,w3,attention"]),
     ),
     mesh=st.builds(MeshArgs, data=st.integers()),
     lora=st.builds(

@@ -23,6 +23,7 @@ from llama_jax.ops.parameters import one_by_one
 from llama_jax.train_args import Remat
 from tests import numpy_llama
 
+REMAT = (*get_args(Remat), "dots:2", "w1,attention")
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, multiple_of=8, max_seq_len=1000)
 
 
@@ -219,7 +220,7 @@ def by_policy() -> dict[str, Any]:
     args = dataclasses.replace(ARGS, n_layers=3, dim=64, max_seq_len=64)
     params, ids = random_params(args), random_ids(8, 65, args.vocab_size)
     found = {}
-    for policy in get_args(Remat):
+    for policy in REMAT:
         loss = loss_of(Llama(args, remat=policy, kernel="xla"), ids)
         lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
         compiled = lowered.compile()
@@ -227,7 +228,7 @@ def by_policy() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("policy", get_args(Remat)[1:])
+@pytest.mark.parametrize("policy", REMAT[1:])
 def test_remat_changes_neither_loss_nor_gradients(by_policy: dict[str, Any], policy: str) -> None:
     (loss, grads), (remat_loss, remat_grads) = by_policy["none"][2], by_policy[policy][2]
     np.testing.assert_allclose(remat_loss, loss, rtol=1e-6)
@@ -235,8 +236,9 @@ def test_remat_changes_neither_loss_nor_gradients(by_policy: dict[str, Any], pol
 
 
 def test_remat_saves_memory_and_the_more_the_more_is_computed_again(by_policy: dict[str, Any]) -> None:
-    none, dots, attention, full = (by_policy[policy][1] for policy in ("none", "dots", "attention", "full"))
-    assert full < attention < dots < none
+    none, dots, some, attention, full = (by_policy[name][1] for name in ("none", "dots", "dots:2", "attention", "full"))
+    assert full < attention < some < dots < none
+    assert full < by_policy["w1,attention"][1] < dots
     assert full < 0.7 * none
 
 
@@ -354,3 +356,16 @@ def test_a_layer_is_traced_once_however_many_there_are(layers: int, monkeypatch:
     model, ids = Llama(args), np.ones((1, 2), np.int32)
     jax.eval_shape(lambda p, c: model.apply({"params": p}, ids, c, 8, method="next_hidden"), params, cache)
     assert len(traced) == 2 + 1, "two norms of the layer, and the last one"
+
+
+def test_layers_in_pairs_have_the_gradients_of_layers_one_by_one() -> None:
+    args = dataclasses.replace(ARGS, n_layers=6)
+    params, ids = random_params(args), random_ids(2, 33, args.vocab_size)
+    found = []
+    for unroll in (1, 2):
+        for remat in ("dots", "dots:4", "attention:3"):
+            loss = loss_of(Llama(args, remat=remat, kernel="xla", unroll=unroll), ids)
+            found.append(jax.jit(jax.value_and_grad(loss))(params))
+    for loss, grads in found[1:]:
+        np.testing.assert_allclose(loss, found[0][0], rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, found[0][1])

@@ -1,34 +1,77 @@
 """Rematerialisation: the activations of a block that the backward pass keeps, by their names in the forward pass."""
 
+import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from llama_jax.ops.attention import ATTENTION, CUDNN_FORWARD, OPERANDS
-from llama_jax.ops.linear import PROJECTION
-from llama_jax.train_args import Remat
+from llama_jax.ops.parameters import AXES
+from llama_jax.train_args import layer_policies
 
 # The residual stream between a block's attention and its feed-forward layer.
 AFTER_ATTENTION = "after_attention"
+# The products of a layer are named after their matrices.
+PRODUCTS = tuple(name for name in AXES if name.startswith("w"))
 
 
-def _keeping(*names: str) -> Any:
-    """Keep values with one of these names, and the result of cuDNN's attention kernel, which cannot be named."""
+def kept_values(name: str) -> tuple[str, ...]:
+    """Return the names of the values that a policy keeps, or offloads. Of cuDNN's kernel see ``policy_of``."""
+    attention = (*OPERANDS, ATTENTION, AFTER_ATTENTION)
+    known = {"dots": (*PRODUCTS, ATTENTION), "attention": attention, "offload": attention, "full": ()}
+    return known.get(name, tuple(name.split(",")))
+
+
+def policy_of(name: str) -> Any:
+    """Return jax.checkpoint's policy of this name, or that which keeps the values of some names, joined by commas.
+
+    Values that are not kept are recomputed.
+    """
+    if name == "offload":
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(kept_values(name)),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    if name == "full":
+        return jax.checkpoint_policies.nothing_saveable
+    # cuDNN's attention kernel has a result that cannot be named.
     return jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names(*names),
+        jax.checkpoint_policies.save_only_these_names(*kept_values(name)),
         lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD,
     )
 
 
-# Values that are not kept are recomputed.
-POLICIES: dict[Remat, Any] = {
-    "dots": _keeping(PROJECTION, ATTENTION),
-    "attention": _keeping(*OPERANDS, ATTENTION, AFTER_ATTENTION),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[*OPERANDS, ATTENTION, AFTER_ATTENTION],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+def over_layers(
+    layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stack: Any, remat: str, unroll: int
+) -> jax.Array:
+    """Return x after all layers, each of which keeps for the backward pass what ``remat`` says.
+
+    layer: takes x and the weights of a layer. stack: the weights of all, stacked. unroll: how many layers the compiled
+    body of the loop has.
+    """
+    layers = len(jax.tree.leaves(stack)[0])
+    for name, first, end in layer_policies(remat, layers):
+        part = stack if end - first == layers else jax.tree.map(operator.itemgetter(slice(first, end)), stack)
+        if name == "none":
+            x = jax.lax.scan(lambda x, weights: (layer(x, weights), None), x, part, unroll=min(unroll, end - first))[0]
+        else:
+            kept = jax.checkpoint(layer, policy=policy_of(name), prevent_cse=False)
+            x = _over_groups(kept, x, part, math.gcd(end - first, unroll))
+    return x
+
+
+def _over_groups(layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stack: Any, size: int) -> jax.Array:
+    """Return x after all layers, in a loop over groups of them. The loop's own unrolling would copy what is kept."""
+
+    def group(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
+        leaves, structure = jax.tree.flatten(weights)
+        for one in zip(*map(jnp.unstack, leaves), strict=True):
+            x = layer(x, jax.tree.unflatten(structure, one))
+        return x, None
+
+    return jax.lax.scan(group, x, jax.tree.map(lambda w: w.reshape(-1, size, *w.shape[1:]), stack))[0]

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
 from llama_jax.config import Config, MeshArgs, ModelArgs, Weights
+from llama_jax.ops.remat import kept_values
 from llama_jax.plan.topology import Topology
-from llama_jax.train_args import Remat
+from llama_jax.train_args import Remat, layer_policies
 from llama_jax.training.account import positions_of, rows_of, state_bytes, working_bytes
-from llama_jax.training.flops import train_flops_per_token, update_flops
+from llama_jax.training.flops import keys_per_query, train_flops_per_token, update_flops
 
 POLICIES: tuple[Remat, ...] = ("none", "dots", "attention", "full")
+# The share of a chip's memory that layers are chosen to fill, since the estimate's bytes are a tenth off at most.
+FILLED = 0.95
 TENSOR = (1, 2, 4, 8)
 SEQUENCE = (1, 2, 4, 8)
 # A device gets a part of a sequence of at least this many positions.
@@ -74,9 +77,29 @@ def candidates(config: Config, topology: Topology, most_rows: int | None = None)
         for rows in () if left else divisors(parts):
             if most_rows is not None and rows > most_rows:
                 break
-            for policy in dict.fromkeys((*POLICIES, train.remat)):
-                changed = dataclasses.replace(train, remat=policy, gradient_accumulation_steps=parts // rows)
-                yield candidate(dataclasses.replace(config, mesh=mesh, train=changed), topology)
+            split = dataclasses.replace(train, gradient_accumulation_steps=parts // rows)
+            changed = dataclasses.replace(config, mesh=mesh, train=split)
+            found = {policy: with_remat(changed, topology, policy) for policy in (*POLICIES, train.remat)}
+            yield from found.values()
+            if (layers := layers_that_fit(found["dots"], found["attention"])) > 0:
+                yield with_remat(changed, topology, f"dots:{layers}")
+
+
+def with_remat(config: Config, topology: Topology, remat: str) -> Candidate:
+    """Return a configuration, whose mesh has no -1, with another policy of remat."""
+    return candidate(dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat)), topology)
+
+
+def layers_that_fit(more: Candidate, less: Candidate) -> int:
+    """Return how many layers may have the policy of ``more`` beside others with that of ``less``.
+
+    0: none, or all. It is an even number, since layers are compiled in pairs.
+    """
+    layers, room = more.config.model.n_layers, FILLED * more.topology.chip.hbm_bytes - less.bytes
+    if more.bytes <= less.bytes or room <= 0:
+        return 0
+    fitting = int(room / (more.bytes - less.bytes) * layers / 2) * 2
+    return fitting if fitting < layers else 0
 
 
 def meshes(config: Config, chips: int) -> Iterator[MeshArgs]:
@@ -125,8 +148,8 @@ def training_seconds(config: Config, topology: Topology) -> float:
     tokens = rows * positions / mesh.sequence
     forward = train_flops_per_token(m) / 3
     all_ = train_flops_per_token(m, config.lora)
-    feed_forward = 4.0 * m.n_layers * m.dim * m.hidden_width
-    again = {"full": forward, "attention": feed_forward, "offload": feed_forward}.get(train.remat, 0.0)
+    policies, layer = layer_policies(train.remat, m.n_layers), forward / m.n_layers
+    again = sum((end - first) * recomputed_flops(m, name, layer) for name, first, end in policies)
     compute = tokens * (all_ + again) / mesh.tensor / chip.peak_flops
     links = chip.link_bytes * chip.torus_axes
     gathers = 4 * 2 * parameters / mesh.tensor / links if mesh.fsdp > 1 else 0.0
@@ -145,6 +168,22 @@ def training_seconds(config: Config, topology: Topology) -> float:
             across += 2 * 4 * exchanged
     update = update_flops(m, train) / topology.chips / chip.peak_flops
     return train.gradient_accumulation_steps * (max(compute, gathers) + sums) + across + update
+
+
+def recomputed_flops(m: ModelArgs, policy: str, forward: float) -> float:
+    """Return the FLOPs per token that a layer computes again by a policy of remat. ``forward`` are those of a layer."""
+    if policy in ("none", "full"):
+        return forward if policy == "full" else 0.0
+    Q, KV, F, kept = m.n_heads * m.head_width, m.kv_heads * m.head_width, m.hidden_width, kept_values(policy)
+    products: dict[tuple[str, ...], int] = {
+        ("wq", "query"): Q,
+        ("wk", "key"): KV,
+        ("wv", "value"): KV,
+        ("wo", "after_attention"): Q,
+    }
+    products |= {("w1",): F, ("w3",): F}
+    again = 2.0 * m.dim * sum(width for names, width in products.items() if not set(names) & set(kept))
+    return again + (0.0 if "attention" in kept else 4.0 * Q * keys_per_query(m))
 
 
 def divisors(n: int) -> Iterable[int]:

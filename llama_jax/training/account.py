@@ -12,21 +12,14 @@ from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.devices.memory import bytes_of
 from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.model import Llama
+from llama_jax.ops.remat import kept_values
+from llama_jax.train_args import layer_policies
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.muon import at_once, matrix_sizes
 from llama_jax.training.objective import make_objective
 from llama_jax.training.pieces import narrow_shapes
 from llama_jax.training.step import make_optimizer
 
-# Features per token and layer that a policy of remat keeps besides the residual stream, as a function of D, the features
-# Q of all query heads, keys and values, F, and t tensor shards.
-KEPT = {
-    "none": lambda D, Q, KV, F, t: 9 * D + (3 * Q + KV + 6 * F) / t,
-    "dots": lambda D, Q, KV, F, t: D + (2 * Q + KV + 2 * F) / t,
-    "attention": lambda D, Q, KV, F, t: D + (2 * Q + KV) / t,
-    "offload": lambda D, Q, KV, F, t: 0,
-    "full": lambda D, Q, KV, F, t: 0,
-}
 # The settings that decide the bytes of a parameter and of what belongs to it.
 OF_STATE = ("param_dtype", "rounding", "optimizer", "moments")
 
@@ -70,7 +63,8 @@ def activation_bytes(config: Config) -> float:
     tokens = rows * positions / mesh.sequence
     size = 4 if train.compute_dtype == "float32" else 2
     keys_and_values = 2 * m.kv_heads * m.head_width
-    kept = m.dim + KEPT[train.remat](m.dim, m.n_heads * m.head_width, keys_and_values, m.hidden_width, t)
+    policies = layer_policies(train.remat, m.n_layers)
+    kept = sum((end - first) * (m.dim + kept_features(m, name, t)) for name, first, end in policies)
     tables = 1 if m.tie_embeddings else 2
     layer = (count_parameters(m) - tables * m.vocab_size * m.dim) / m.n_layers
     working = 2 * size * layer / t + size * tokens * (3 * m.hidden_width / t + 6 * m.dim)
@@ -78,7 +72,27 @@ def activation_bytes(config: Config) -> float:
         working += size * rows * positions * keys_and_values / t
     # Beside a frozen output matrix, its copy for the products; of one that is trained, also the gradient.
     vocabulary = (2 * size if config.lora.rank else 8) * m.vocab_size * m.dim / t
-    return m.n_layers * tokens * size * kept + working + vocabulary
+    return tokens * size * kept + working + vocabulary
+
+
+def kept_features(m: ModelArgs, policy: str, tensor: int) -> float:
+    """Return the features per token that a layer keeps by a policy of remat, besides the residual stream before it.
+
+    tensor: the shards of heads and of the hidden features.
+    """
+    Q, KV, F = m.n_heads * m.head_width, m.kv_heads * m.head_width, m.hidden_width
+    if policy == "none":
+        return 9 * m.dim + (3 * Q + 2 * KV + 6 * F) / tensor
+    if policy == "offload":
+        return 0.0
+    # The result of w2 is not read again.
+    features = dict.fromkeys(("wq", "query", "attention"), Q / tensor) | {
+        "wo": m.dim,
+        "after_attention": m.dim,
+        "w2": 0,
+    }
+    features |= dict.fromkeys(("wk", "key", "wv", "value"), KV / tensor) | dict.fromkeys(("w1", "w3"), F / tensor)
+    return float(sum(features[name] for name in kept_values(policy)))
 
 
 def update_bytes(config: Config) -> float:
