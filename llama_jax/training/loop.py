@@ -33,7 +33,7 @@ from llama_jax.errors import UserError
 from llama_jax.evaluate.tasks import Task
 from llama_jax.generation import Model
 from llama_jax.storage.locations import real_name
-from llama_jax.training import log, reference
+from llama_jax.training import eight_bits, log, reference
 from llama_jax.training.answers import answer, append, questions_of
 from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Clock, Recorder
@@ -121,6 +121,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     """Train the opened run. Return the signal that ended it early, after saving, or 0."""
     folder, start = opened.folder, opened.start
     mesh = make_mesh(config.mesh)
+    opened.notes += filter(None, [eight_bits.check_units(config.train.products, mesh.devices.flat[0])])
     if known := config.model.vocab_size != -1 and not config.lora.rank:
         announce_needs(config, mesh)
     base = base_of(config.train, config.lora) if config.train.init_from and not start else None
@@ -173,8 +174,9 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
         batch = batch_shapes(config.train, config.model, mesh, mask, settled.objective)
         with working("compiling the training step", shown=is_main()):
             compiled = compile_train_step(
-                module, optimizer, mesh, config.train.gradient_accumulation_steps, batch, adapting, settled.objective
-            )
+                module, optimizer, mesh, config.train.gradient_accumulation_steps, batch, adapting, settled.objective,
+                eight_bits.asked(config.train),
+            )  # fmt: skip
         log.announce_cost(compiled, mesh, time.perf_counter() - began)
         if evaluated(data):
             with working("compiling the evaluation", shown=is_main()):
