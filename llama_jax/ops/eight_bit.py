@@ -136,7 +136,7 @@ def quantized(
 
 def _parts(summed: list[str], sizes: dict[str, int]) -> dict[str, int]:
     """Return into how many parts the sums over these axes are cut: by the mesh, and such that int32 does not overflow."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh: Any = jax.sharding.get_abstract_mesh()
     parts = {axis: 1 if mesh.empty else shards_of(SPREAD.get(axis), mesh) for axis in summed}
     parts = {axis: count if sizes[axis] % count == 0 else 1 for axis, count in parts.items()}
     for axis in summed:

@@ -329,6 +329,7 @@ def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> No
         "host": socket.gethostname(),
         "text": run.opened.record.text,
         "optimizer": run.config.train.optimizer,
+        "products": run.config.train.products,
     } | ({} if run.opened.targets is None else {TARGETS: run.opened.targets})
     record = None if run.tuning is None else run.tuning.record
     run.writer.save(
