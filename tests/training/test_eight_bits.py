@@ -2,17 +2,28 @@
 
 import dataclasses
 import functools
+import json
+from types import SimpleNamespace
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
-from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
+from llama_jax.config import Config, MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
+from llama_jax.devices.chips import EIGHT_BIT_FLOPS, TPU_KINDS
 from llama_jax.devices.sharding import batch_sharding, make_mesh
+from llama_jax.errors import UserError
+from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
-from llama_jax.training.eight_bits import asked
+from llama_jax.ops.eight_bit import EightBit
+from llama_jax.training.eight_bits import asked, check_units, in_step, products_text
 from llama_jax.training.step import batch_shapes, compile_train_step, init_state, make_optimizer
+from tests.eight_devices import run_on_eight_devices
 
 MODEL = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32, max_seq_len=32)
 TRAIN = TrainArgs(lr=3e-3, warmup_steps=10, batch_size=16, weight_decay=0.0)
@@ -89,21 +100,14 @@ def test_it_stands_beside_every_optimizer(changes: dict[str, Any]) -> None:
 
 
 def seeds(step: int, row: int, seed: int = 0) -> set[tuple[int, ...]]:
-    model = Llama(MODEL)
-    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    args = dataclasses.replace(INT8, seed=seed)
-    state = (SimpleNamespace(), eight_bits.steps_taken, _counted(step))
-    made = in_step(args, jax.tree.map(lambda p: p.value, params, is_leaf=lambda p: hasattr(p, "value")), state, jnp.array([row]))
-    found = jax.tree.leaves(made, is_leaf=lambda w: isinstance(w, EightBit))
-    matrices = [w for w in found if isinstance(w, EightBit)]
-    assert len(matrices) == 7 and len(found) == 7 + 5
+    """The seeds of all matrices and layers in a step, for a part of the batch that begins with a row."""
+    params = nn.unbox(Llama(MODEL).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    state = (optax.ScaleByScheduleState(jnp.array(step)),)
+    made = in_step(dataclasses.replace(INT8, seed=seed), params, state, jnp.array([row]))
+    leaves = jax.tree.leaves(made, is_leaf=lambda w: isinstance(w, EightBit))
+    matrices = [w for w in leaves if isinstance(w, EightBit)]
+    assert len(matrices) == 7 and len(leaves) == 7 + len(("tok_embeddings", "output", "norm", "two norms", "of layers"))
     return {tuple(row) for w in matrices for row in np.asarray(w.seed).tolist()}
-
-
-def _counted(step: int) -> Any:
-    import optax
-
-    return optax.ScaleByScheduleState(jnp.array(step))
 
 
 def test_random_bits_differ_by_seed_step_part_layer_and_matrix() -> None:
@@ -113,11 +117,12 @@ def test_random_bits_differ_by_seed_step_part_layer_and_matrix() -> None:
     assert seeds(0, 0) == groups[0]
 
 
-MESHES = {"one": (1, 1, 1, 1), "data and fsdp": (2, 4, 1, 1), "tensor": (1, 2, 2, 2), "fsdp": (1, 8, 1, 1)}
+MESHES = {"one device": (1, 1, 1, 1), "fsdp": (2, 4, 1, 1), "tensor and sequence": (1, 2, 2, 2)}
 
 
 def on_meshes() -> dict[str, list[list[float]]]:
-    runs = {"int8": INT8, "fp8": KINDS["fp8"], "parts": dataclasses.replace(INT8, gradient_accumulation_steps=2)}
+    """The losses of eight steps of each kind on each mesh."""
+    runs = {"int8": dataclasses.replace(INT8, gradient_accumulation_steps=2), "fp8": KINDS["fp8"]}
     return {name: [losses(args, 8, sizes).tolist() for sizes in MESHES.values()] for name, args in runs.items()}
 
 
@@ -164,7 +169,11 @@ def test_a_run_says_which_products_and_what_stays() -> None:
     ("config", "key", "found"),
     [
         (Config(train=TrainArgs(products_of="forward,sideways")), "train.products_of", "'forward,sideways'"),
-        (Config(train=dataclasses.replace(INT8, products_of="forward,forward")), "train.products_of", "forward,forward"),
+        (
+            Config(train=dataclasses.replace(INT8, products_of="forward,forward")),
+            "train.products_of",
+            "forward,forward",
+        ),
         (Config(train=dataclasses.replace(INT8, products_of="")), "train.products_of", "''"),
         (Config(train=TrainArgs(products_of="forward")), "train.products_of", "train.products float"),
         (Config(train=INT8, lora=LoraArgs(rank=4)), "train.products", "int8"),
