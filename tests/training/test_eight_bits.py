@@ -21,8 +21,9 @@ from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
 from llama_jax.ops.eight_bit import EightBit
+from llama_jax.training import eight_bits
 from llama_jax.training.eight_bits import asked, check_units, in_step, products_text
-from llama_jax.training.step import batch_shapes, compile_train_step, init_state, make_optimizer
+from llama_jax.training.step import batch_shapes, compile_train_step, init_state, make_optimizer, shardings_of
 from tests.eight_devices import run_on_eight_devices
 
 MODEL = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32, max_seq_len=32)
@@ -43,15 +44,21 @@ def batches(steps: int, model: ModelArgs = MODEL) -> Any:
 
 
 @functools.cache
-def losses(args: TrainArgs, steps: int, sizes: tuple[int, ...] = (1, 1, 1, 1), remat: str = "none") -> np.ndarray:
-    """The losses of a run, float32 [steps]."""
+def losses(
+    args: TrainArgs, steps: int, sizes: tuple[int, ...] = (1, 1, 1, 1), remat: str = "none", stop: int = 0
+) -> np.ndarray:
+    """The losses of a run, float32 [steps], which stops after ``stop`` steps and goes on from its state alone."""
     mesh = make_mesh(MeshArgs(*sizes), jax.devices()[: int(np.prod(sizes))])
     model, optimizer = Llama(MODEL, remat=remat), make_optimizer(args, steps)
     accumulation = args.gradient_accumulation_steps
     shapes = batch_shapes(args, MODEL, mesh)
     step = compile_train_step(model, optimizer, mesh, accumulation, shapes, eight=asked(args))
-    state, found = init_state(model, optimizer, mesh, args.seed), []
+    state, found = init_state(model, optimizer, mesh, args.seed), list[float]()
     for batch in batches(steps):
+        if stop and len(found) == stop:
+            shardings = shardings_of(state)
+            state = jax.device_put(jax.device_get(state), shardings)
+            step = compile_train_step(model, optimizer, mesh, accumulation, shapes, eight=asked(args))
         state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
         found.append(float(metrics.loss))
     return np.array(found)
@@ -88,9 +95,31 @@ def test_other_arithmetic_is_other_numbers_and_the_same_settings_the_same_ones()
     np.testing.assert_array_equal(losses(INT8, 5), found)
 
 
+def alike(found: Any, wanted: Any) -> None:
+    """Two runs' losses differ as much as the last bit of a float may change, by which some values round another way.
+
+    Other random bits differ by more: see the test below.
+    """
+    np.testing.assert_allclose(found[:2], wanted[:2], rtol=1e-5)
+    np.testing.assert_allclose(found, wanted, rtol=5e-4)
+
+
+def test_other_random_bits_are_told_from_the_last_bit_of_a_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = losses(INT8, 8)
+    monkeypatch.setattr(eight_bits, "ROUNDING", eight_bits.ROUNDING + 1)
+    losses.cache_clear()
+    found = losses(INT8, 8)
+    losses.cache_clear()
+    assert np.abs(found / wanted - 1).max() > 5e-4
+
+
+def test_a_run_that_goes_on_from_its_state_has_the_same_numbers_to_the_bit() -> None:
+    np.testing.assert_array_equal(losses(INT8, 5, stop=3), losses(INT8, 5))
+
+
 @pytest.mark.parametrize("remat", ["dots", "full", "dots:1"])
 def test_what_is_computed_again_is_the_same(remat: str) -> None:
-    np.testing.assert_allclose(losses(INT8, 5, remat=remat), losses(INT8, 5), rtol=1e-5)
+    alike(losses(INT8, 5, remat=remat), losses(INT8, 5))
 
 
 @pytest.mark.parametrize("changes", [{"param_dtype": "bfloat16", "moments": "int8"}, {"optimizer": "muon"}])
@@ -127,10 +156,10 @@ def on_meshes() -> dict[str, list[list[float]]]:
 
 
 def test_losses_are_the_same_on_every_mesh() -> None:
-    for name, (one, *others) in run_on_eight_devices("tests.training.test_eight_bits").items():
+    for one, *others in run_on_eight_devices("tests.training.test_eight_bits").values():
+        assert len(others) == 2
         for other in others:
-            assert other[0] == pytest.approx(one[0], rel=1e-6), name
-            assert other == pytest.approx(one, rel=1e-4), name
+            alike(other, one)
 
 
 def device(kind: str, platform: str = "tpu") -> Any:
