@@ -43,7 +43,7 @@ def in_step(args: TrainArgs, params: Any, opt_state: Any, rows: jax.Array) -> An
 
 
 def check_units(kind: str, device: jax.Device) -> str:
-    """Return what to say of eight bits on ``device``: empty if it multiplies them faster than bfloat16.
+    """Return what to say of products of ``kind`` on ``device``: nothing of float.
 
     Raises UserError if it is known to have no units for them.
     """
@@ -61,8 +61,9 @@ def check_units(kind: str, device: jax.Device) -> str:
             f"give --train.products {has[0] if has else 'float'}"
         )
     if peaks[name] <= PEAK_FLOPS[name]:
-        return f"train.products {kind} on a {name} is no faster than bfloat16: {peaks[name] / 1e12:.0f} tera-operations a second of both"
-    return ""
+        rate = f"{peaks[name] / 1e12:.0f} tera-operations a second of both"
+        return f"train.products {kind} on a {name} is no faster than bfloat16: {rate}"
+    return f"train.products {kind} was not timed on a {name}: compare a few steps of it with float's"
 
 
 def products_text(args: TrainArgs, dtype: str) -> str:
