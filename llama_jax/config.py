@@ -313,7 +313,7 @@ class Config:
         first, layers = self.train.remat.partition(":")[2], self.model.n_layers
         expect(int(first or 0) <= layers, "train.remat", f"up to model.n_layers = {layers} after the colon", first)
         plain = TrainArgs()
-        for name in ("param_dtype", "optimizer", "moments") if self.lora.rank else ():
+        for name in ("param_dtype", "optimizer", "moments", "products") if self.lora.rank else ():
             key, default, found = f"train.{name}", getattr(plain, name), getattr(self.train, name)
             expect(
                 found == default, key, f"{default} beside lora.rank, as adapters are small", f"{found}; leave it out"

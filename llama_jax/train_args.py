@@ -12,6 +12,9 @@ DType = Literal["auto", "float32", "bfloat16"]
 # What of a layer is kept for the backward pass, and the names of values that may be kept one by one.
 Remat = Literal["none", "dots", "attention", "offload", "full"]
 KEEPABLE = ("query", "key", "value", "attention", "after_attention", "wq", "wk", "wv", "wo", "w1", "w3", "w2")
+Products = Literal["float", "int8", "fp8"]
+# The products of training with a matrix: its outputs, the gradient of its inputs, and its own gradient.
+PRODUCTS_OF = ("forward", "input", "weight")
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn", "plain"]
 BadSteps = Literal["stop", "skip", "count"]
 ParamDType = Literal["float32", "bfloat16"]
@@ -92,6 +95,15 @@ class TrainArgs:
     or auto, the fastest available."""
     compute_dtype: DType = "auto"
     """Data type of activations and matmuls. auto: bfloat16 on TPU and GPU, float32 on CPU."""
+    products: Products = "float"
+    """Arithmetic of the products with the layers' matrices in training.
+    float: in compute_dtype.
+    int8: in 8-bit integers, which TPUs from v5e on multiply at twice the rate.
+    fp8: in 8-bit floats, which GPUs from the H100 on multiply at twice the rate.
+    All else stays as it is: parameters, norms, attention, the output matrix and the loss, the optimizer, evaluation."""
+    products_of: str = ",".join(PRODUCTS_OF)
+    """Which products are in eight bits, joined by commas: forward (the outputs), input (the gradient of the inputs) and
+    weight (the gradient of the matrix)."""
     param_dtype: ParamDType = "float32"
     """Data type of the parameters that are trained, and of their gradients. Norms and biases are always float32.
     bfloat16 halves their memory; rounding says how an update is added."""
@@ -210,6 +222,7 @@ class TrainArgs:
             )
         self._check_schedule()
         check_remat(self.remat)
+        self._check_products()
         no_spikes = self.spike_factor == 0 or self.spike_factor > 1
         expect(no_spikes, "train.spike_factor", "0 or more than 1", self.spike_factor)
         _ = self.profile_range
@@ -275,6 +288,20 @@ class TrainArgs:
             f"a multiple or a share of the {self.batch_size // self.gradient_accumulation_steps} sequences of a microbatch",
             self.batch_start,
         )  # fmt: skip
+
+    def _check_products(self) -> None:
+        """Raise UserError on products in eight bits of unknown names, or beside settings that have none."""
+        names, default = self.products_of.split(","), TrainArgs.products_of
+        expect(
+            set(names) <= set(PRODUCTS_OF) and len(set(names)) == len(names), "train.products_of",
+            f"some of {default}, each once", repr(self.products_of),
+        )  # fmt: skip
+        if self.products == "float":
+            found = "train.products float"
+            expect(self.products_of == default, "train.products_of", "train.products int8 or fp8 beside it", found)
+        elif self.objective == "dpo":
+            expected = "float beside train.objective dpo, which compares small differences"
+            expect(False, "train.products", expected, f"{self.products}; leave it out")
 
     def _check_schedule(self) -> None:
         """Raise UserError on settings of a decay that do not fit the schedule."""

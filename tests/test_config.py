@@ -250,6 +250,7 @@ def test_every_field_can_be_set_by_its_flag():
             "optimizer": "adafactor",
             "schedule": "wsd",
             "moments": "int8",
+            "products": "int8",
             "bad_steps": "skip",
             "objective": "dpo",
             "bad_records": "skip",

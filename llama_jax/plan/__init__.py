@@ -34,6 +34,7 @@ from llama_jax.plan.hlo import HBM, Program
 from llama_jax.plan.roofline import Roofline, roofline_of
 from llama_jax.plan.settings import vocabulary, with_vocabulary
 from llama_jax.plan.topology import Topology
+from llama_jax.training import eight_bits
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.flops import keys_per_query
 from llama_jax.training.objective import Dpo, NextToken, Objective, make_objective
@@ -164,6 +165,7 @@ def plan_training(
     config = resolve(config)
     mesh = _mesh(config, topology)
     check_divisible(mesh, config.model, config.train)
+    eight_bits.check_units(config.train.products, mesh.devices.flat[0])
     train, objective = config.train, objective or make_objective(config)
     mask = config.data.document_mask or isinstance(objective, Dpo)
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
@@ -184,7 +186,9 @@ def plan_training(
         if only_reference:
             return compile_reference_step(module, mesh, train, config.model, adapting, objective)
         accumulation = train.gradient_accumulation_steps
-        return compile_train_step(module, optimizer, mesh, accumulation, batch, adapting, objective)
+        return compile_train_step(
+            module, optimizer, mesh, accumulation, batch, adapting, objective, eight_bits.asked(train)
+        )
 
     return _plan(config, topology, mesh, module, parts, compile_step, objective=objective)
 

@@ -17,6 +17,7 @@ from llama_jax.plan.topology import Topology
 from llama_jax.train_args import Remat, layer_policies
 from llama_jax.training.account import positions_of, rows_of, state_bytes, working_bytes
 from llama_jax.training.flops import keys_per_query, train_flops_per_token, update_flops
+from llama_jax.training.muon import matrix_sizes
 
 POLICIES: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 # The share of a chip's memory that layers are chosen to fill, since the estimate's bytes are a tenth off at most.
@@ -153,6 +154,7 @@ def training_seconds(config: Config, topology: Topology) -> float:
     policies, layer = layer_policies(train.remat, m.n_layers), forward / m.n_layers
     again = sum((end - first) * recomputed_flops(m, name, layer) for name, first, end in policies)
     compute = tokens * (all_ + again) / mesh.tensor / chip.peak_flops
+    compute -= tokens * _saved_by_eight_bits(config, topology, again) / mesh.tensor
     links = chip.link_bytes * chip.torus_axes
     gathers = 4 * 2 * parameters / mesh.tensor / links if mesh.fsdp > 1 else 0.0
     sums = 4 * m.n_layers * 2 * 2 * tokens * m.dim / chip.link_bytes if mesh.tensor > 1 else 0.0
@@ -170,6 +172,17 @@ def training_seconds(config: Config, topology: Topology) -> float:
             across += 2 * 4 * exchanged
     update = update_flops(m, train) / topology.chips / chip.peak_flops
     return train.gradient_accumulation_steps * (max(compute, gathers) + sums) + across + update
+
+
+def _saved_by_eight_bits(config: Config, topology: Topology, again: float) -> float:
+    """Return the seconds per token that products in eight bits save, of which ``again`` FLOPs are computed again."""
+    m, train, chip = config.model, config.train, topology.chip
+    peak = {"int8": chip.int8_flops, "fp8": chip.fp8_flops}.get(train.products)
+    if peak is None:
+        return 0.0
+    names, one = train.products_of.split(","), 2.0 * sum(a * b for a, b in matrix_sizes(m)) * m.n_layers
+    flops = one * len(names) + min(again, one) * ("forward" in names)
+    return flops / chip.peak_flops - flops / peak
 
 
 def recomputed_flops(m: ModelArgs, policy: str, forward: float) -> float:

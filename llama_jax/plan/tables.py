@@ -18,6 +18,7 @@ from llama_jax.plan.cost import BETWEEN_SLICES, KERNEL_EFFICIENCY
 from llama_jax.plan.roofline import Roofline
 from llama_jax.plan.settings import Epoch, Found
 from llama_jax.plan.topology import Topology
+from llama_jax.training.eight_bits import products_text
 from llama_jax.training.flops import step_flops
 from llama_jax.training.needs import GPU_MOST, GPU_SHARE
 from llama_jax.training.objective import Dpo
@@ -51,6 +52,8 @@ def summary(plan: Plan, length: Found, epoch: Epoch | None = None) -> dict[str, 
         "topology": plan.topology.name,
         "attention": plan.kernel,
         "remat": plan.config.train.remat,
+        "products": plan.config.train.products,
+        "products_of": plan.config.train.products_of,
         "document_mask": plan.config.data.document_mask,
         "param_dtype": plan.config.train.param_dtype,
         "optimizer": plan.config.train.optimizer,
@@ -188,6 +191,7 @@ def training_text(plan: Plan, length: Found) -> str:
             f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}{mask}; compiled in {duration(plan.compile_seconds)}",
         ),
         *_objective_rows(plan),
+        *([("products", products_text(train, plan.dtype))] if train.products != "float" else []),
         *adapters,
         *_state_rows(plan),
         *_memory(plan),

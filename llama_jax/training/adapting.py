@@ -1,7 +1,7 @@
 """The part of training adapters that the compiled steps know: how adapter and frozen base become a model."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import optax
@@ -13,6 +13,7 @@ from llama_jax.devices.sharding import with_shardings
 from llama_jax.generation.serving import generation_shardings, stacked_shapes
 from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
+from llama_jax.training.pieces import PiecesState
 
 
 @dataclass(frozen=True)
@@ -66,5 +67,7 @@ class Adapting:
 
 def steps_taken(opt_state: Any) -> jax.Array:
     """Return the number of steps in the state of step.make_optimizer, int32 []. Skipped steps count."""
-    states = jax.tree.leaves(opt_state, is_leaf=lambda state: isinstance(state, optax.ScaleByScheduleState))
-    return next(state.count for state in states if isinstance(state, optax.ScaleByScheduleState))
+    counting = optax.ScaleByScheduleState, PiecesState
+    states = jax.tree.leaves(opt_state, is_leaf=lambda state: isinstance(state, counting))
+    state = next(state for state in states if isinstance(state, counting))
+    return cast(jax.Array, state.step if isinstance(state, PiecesState) else state.count)

@@ -29,6 +29,7 @@ from llama_jax.model import Llama
 from llama_jax.ops.attention import choose_kernel
 from llama_jax.programs import typed
 from llama_jax.training.clock import Activity, Clock
+from llama_jax.training.eight_bits import products_text
 from llama_jax.training.flops import step_flops, update_flops
 from llama_jax.training.muon import matrix_sizes
 from llama_jax.training.opening import Opened
@@ -92,6 +93,7 @@ def announce(
             f"{len(mesh.devices.flat)} x {device.device_kind}{processes}, mesh: {describe(dict(mesh.shape))}, "
             f"{module.dtype.name}, attention: {module.kernel}",
         ),
+        *([("products", products_text(train, module.dtype.name))] if train.products != "float" else []),
         ("run folder", str(opened.folder.path)),
     ]
     for name, text in rows:

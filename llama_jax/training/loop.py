@@ -34,7 +34,7 @@ from llama_jax.errors import UserError
 from llama_jax.evaluate.tasks import Task
 from llama_jax.generation import Model
 from llama_jax.storage.locations import real_name
-from llama_jax.training import log, reference
+from llama_jax.training import eight_bits, log, reference
 from llama_jax.training.answers import answer, append, questions_of
 from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Clock, Recorder
@@ -122,6 +122,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     """Train the opened run. Return the signal that ended it early, after saving, or 0."""
     folder, start = opened.folder, opened.start
     mesh = make_mesh(config.mesh)
+    opened.notes += filter(None, [eight_bits.check_units(config.train.products, mesh.devices.flat[0])])
     if known := config.model.vocab_size != -1 and not config.lora.rank:
         announce_needs(config, mesh)
     base = base_of(config.train, config.lora) if config.train.init_from and not start else None
@@ -177,8 +178,9 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
             batch = batch_shapes(sized, config.model, mesh, mask, settled.objective)
             with working("compiling the training step", shown=is_main()):
                 programs[stage.size] = compile_train_step(
-                    module, optimizer, mesh, sized.gradient_accumulation_steps, batch, adapting, settled.objective
-                )
+                    module, optimizer, mesh, sized.gradient_accumulation_steps, batch, adapting, settled.objective,
+                    eight_bits.asked(config.train),
+                )  # fmt: skip
         log.announce_cost(programs[max(programs)], mesh, time.perf_counter() - began, len(programs))
         if evaluated(data):
             with working("compiling the evaluation", shown=is_main()):
@@ -342,6 +344,7 @@ def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> No
         "host": socket.gethostname(),
         "text": run.opened.record.text,
         "optimizer": run.config.train.optimizer,
+        "products": run.config.train.products,
     } | ({} if run.opened.targets is None else {TARGETS: run.opened.targets})
     record = None if run.tuning is None else run.tuning.record
     run.writer.save(

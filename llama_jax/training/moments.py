@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llama_jax.ops.noise import noise, uniform
 from llama_jax.ops.parameters import is_vector
 from llama_jax.train_args import Moments
-from llama_jax.training.rounding import noise, stochastic, uniform
+from llama_jax.training.rounding import stochastic
 
 # Numbers of a block, at most. Blocks of 128 cost 1/32 byte a number for their scales.
 BLOCK = 128

@@ -19,11 +19,12 @@ from jax.tree_util import DictKey, KeyPath
 
 from llama_jax.config import TrainArgs
 from llama_jax.devices.sharding import replicated
+from llama_jax.ops.noise import noise
 from llama_jax.ops.parameters import is_vector
 from llama_jax.training.bad_steps import LossHistory, noted
 from llama_jax.training.moments import small_adam
 from llama_jax.training.norms import squares
-from llama_jax.training.rounding import compensated, noise, stochastic
+from llama_jax.training.rounding import compensated, stochastic
 
 # What the random bits of a step are for.
 GRADIENTS, UPDATES = 0, 1

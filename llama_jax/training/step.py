@@ -29,6 +29,7 @@ from llama_jax.devices.sharding import (
 )
 from llama_jax.model import Llama
 from llama_jax.ops.loss import log_likelihoods
+from llama_jax.training import eight_bits
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.bad_steps import LossHistory, watched
 from llama_jax.training.muon import in_layers, not_in_layers, scale_by_muon
@@ -162,20 +163,24 @@ def make_train_step(
     accumulation: int,
     adapting: Adapting | None = None,
     objective: Objective = NextToken(),
+    eight: TrainArgs | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Return the training step: gradients of the mean loss over the batch's tokens or pairs, and one update. Jit it.
 
     The batch is split into ``accumulation`` parts whose gradients are summed. Each part is weighted by its tokens, so
-    the result equals that of the whole batch. With ``adapting``, the step takes a third argument, the frozen base.
+    the result equals that of the whole batch. With ``adapting``, the step takes a third argument, the frozen base. eight:
+    the settings of products in eight bits. None: there are none.
     """
 
     def train_step(state: TrainState, batch: AnyBatch, base: Any = None) -> tuple[TrainState, StepMetrics]:
         count, targets = jnp.maximum(objective.count(cast(Any, batch)), 1), jnp.count_nonzero(batch.weights)
-        rows = None if adapting is None else jnp.arange(len(batch.weights))
+        rows = None if adapting is None and eight is None else jnp.arange(len(batch.weights))
 
         def part_loss(params: Any, part: AnyBatch, rows: Any) -> tuple[jax.Array, Rewards]:
             if adapting is not None:
                 params = adapting.in_step(model.args, base, params, state.opt_state, rows)
+            elif eight is not None:
+                params = eight_bits.in_step(eight, params, state.opt_state, rows)
             loss, rewards = objective.sums(model, params, cast(Any, part))
             return loss / count, jax.tree.map(lambda total: total / count, rewards)
 
@@ -261,9 +266,10 @@ def trace_train_step(
     batch: AnyBatch,
     adapting: Adapting | None = None,
     objective: Objective = NextToken(),
+    eight: TrainArgs | None = None,
 ) -> jax.stages.Traced:
     """Trace the step for a mesh and the shapes of ``batch``. The state's buffers are donated, the base's are not."""
-    return _train_program(model, optimizer, mesh, accumulation, batch, adapting, objective)[1]
+    return _train_program(model, optimizer, mesh, accumulation, batch, adapting, objective, eight)[1]
 
 
 def _train_program(
@@ -274,13 +280,14 @@ def _train_program(
     batch: AnyBatch,
     adapting: Adapting | None,
     objective: Objective,
+    eight: TrainArgs | None = None,
     options: dict[str, Any] | None = None,
 ) -> tuple[Any, jax.stages.Traced]:
     """Return the jitted step, with XLA's ``options``, and the step traced for these shapes."""
     shapes = state_shapes(model, optimizer, mesh, adapting)
     frozen = () if adapting is None else (adapting.base_shapes(model, mesh),)
     step = jax.jit(
-        make_train_step(model, optimizer, accumulation, adapting, objective),
+        make_train_step(model, optimizer, accumulation, adapting, objective, eight),
         donate_argnums=0,
         out_shardings=(shardings_of(shapes), replicated(mesh)),
         compiler_options=options,
@@ -297,13 +304,14 @@ def compile_train_step(
     batch: AnyBatch,
     adapting: Adapting | None = None,
     objective: Objective = NextToken(),
+    eight: TrainArgs | None = None,
 ) -> jax.stages.Compiled:
     """Compile the step for the devices of ``mesh``, which may be only described (as in plan)."""
     options = compiler_options(mesh.devices.flat[0])
     if adapting is None:
-        traced = trace_train_step(model, optimizer, mesh, accumulation, batch, None, objective)
+        traced = trace_train_step(model, optimizer, mesh, accumulation, batch, None, objective, eight)
         return traced.lower().compile(compiler_options=options)
-    step, traced = _train_program(model, optimizer, mesh, accumulation, batch, adapting, objective, options)
+    step, traced = _train_program(model, optimizer, mesh, accumulation, batch, adapting, objective, None, options)
     return cast(jax.stages.Compiled, Dispatched(step, traced.lower().compile(), mesh))
 
 

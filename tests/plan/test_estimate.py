@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llama_jax.config import Config, MeshArgs, ModelArgs, TrainArgs
 from llama_jax.devices.chips import GiB
-from llama_jax.plan.estimate import candidate, candidates, divisors, training_bytes
+from llama_jax.plan.estimate import candidate, candidates, divisors, training_bytes, training_seconds
 from llama_jax.plan.topology import Topology
 from llama_jax.train_args import Remat
 
@@ -55,6 +55,18 @@ def test_bytes_come_within_a_tenth_of_the_compilers(
 ) -> None:
     train = TrainArgs(batch_size=batch, gradient_accumulation_steps=parts, remat=remat)
     assert training_bytes(Config(model, train=train, mesh=MeshArgs(*mesh))) == pytest.approx(found * GiB, rel=0.1)
+
+
+@pytest.mark.parametrize(("names", "products"), [("forward,input,weight", 3), ("forward,input", 2)])
+def test_products_in_eight_bits_are_counted_at_the_chips_peak_of_eight_bits(names: str, products: int) -> None:
+    plain = Config(SEVEN, train=TrainArgs(batch_size=64, remat="none"), mesh=MeshArgs(1, 16))
+    eight = replace(plain, train=replace(plain.train, products="int8", products_of=names))
+    saved = [
+        training_seconds(plain, at) - training_seconds(eight, at) for at in map(Topology.parse, ("v5e:4x4", "v4:2x2x4"))
+    ]
+    flops = products * 2.0 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert saved[0] == pytest.approx(4 * 4096 * flops * (1 / 197e12 - 1 / 393e12))
+    assert saved[1] == 0
 
 
 def test_computing_in_float32_keeps_twice_as_much() -> None:

@@ -106,7 +106,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         "log_interval": 2, "save_interval": 1, "save_dir": "elsewhere", "init_from": "base", "seed": 1, "bad_steps": "skip",
         "spike_factor": 1.001, "profile_steps": "2", "tensorboard": True, "keep": 1,
         "eval_tasks": ("task.jsonl",), "param_dtype": "bfloat16", "rounding": "compensated", "optimizer": "adafactor",
-        "moments": "int8",
+        "moments": "int8", "products": "int8", "products_of": "forward",
     },
 }  # fmt: skip
 # Values that change the numbers of a run on conversations.
@@ -166,6 +166,9 @@ def test_a_changed_field_changes_the_run(section: str, field: str, folder: Path,
     if field == "rounding":
         changes |= {"param_dtype": "bfloat16"}
         compared = outcome(folder, "stochastic", section, param_dtype="bfloat16")
+    if field == "products_of":
+        changes |= {"products": "int8"}
+        compared = outcome(folder, "all products", section, products="int8")
     if field == "stories":
         compared = outcome(folder, "fewer stories", "data", filepath="", stories=20)
         changes["filepath"] = ""

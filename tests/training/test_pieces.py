@@ -18,8 +18,8 @@ from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.devices.sharding import batch_sharding, make_mesh
 from llama_jax.model import Llama
+from llama_jax.ops.noise import noise
 from llama_jax.training.pieces import PiecesState, narrow
-from llama_jax.training.rounding import noise
 from llama_jax.training.step import TrainState, compile_train_step, init_state, make_optimizer, state_shapes
 from tests.eight_devices import run_on_eight_devices
 

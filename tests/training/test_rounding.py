@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llama_jax.training.rounding import compensated, nearest, noise, stochastic, uniform
+from llama_jax.ops.noise import noise, uniform
+from llama_jax.training.rounding import compensated, nearest, stochastic
 
 RNG = np.random.default_rng(0)
 NUMBERS = np.concatenate([RNG.normal(size=500), RNG.normal(size=500) * 1e-6, [0.0, 1.0, -2.0, 3e38, 1e-38]])
