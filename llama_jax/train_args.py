@@ -102,8 +102,10 @@ class TrainArgs:
     fp8: in 8-bit floats, which GPUs from the H100 on multiply at twice the rate.
     All else stays as it is: parameters, norms, attention, the output matrix and the loss, the optimizer, evaluation."""
     products_of: str = ",".join(PRODUCTS_OF)
-    """Which products are in eight bits, joined by commas: forward (the outputs), input (the gradient of the inputs) and
-    weight (the gradient of the matrix)."""
+    """Names of the products to compute in eight bits, joined by commas.
+    forward: the outputs.
+    input: the gradient of the inputs.
+    weight: the gradient of the matrix."""
     param_dtype: ParamDType = "float32"
     """Data type of the parameters that are trained, and of their gradients. Norms and biases are always float32.
     bfloat16 halves their memory; rounding says how an update is added."""

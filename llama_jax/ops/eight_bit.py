@@ -48,7 +48,7 @@ class EightBit(flax.struct.PyTreeNode):
     kind: str = flax.struct.field(pytree_node=False, default="int8")
     """"int8" or "fp8"."""
     products: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
-    """Which of "forward", "input" and "weight" have eight bits. The others are computed in x's type."""
+    """The products in eight bits: some of "forward", "input" and "weight". The others are computed in x's type."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ _product.defvjp(_forward, _backward)
 
 
 def multiply(equation: str, kind: str, a: jax.Array, b: jax.Array, seed: jax.Array | None = None) -> jax.Array:
-    """Compute einsum(equation, a, b) in eight bits -> a's type. Every axis stands in two of the three arrays, or in one.
+    """Compute einsum(equation, a, b) in eight bits -> a's type. Each axis stands in two of the three arrays.
 
     seed: a is a gradient, and int8 rounds it at random by this seed, uint32 [2]. None: a is rounded to the nearest.
     """
@@ -135,7 +135,7 @@ def quantized(
 
 
 def _parts(summed: list[str], sizes: dict[str, int]) -> dict[str, int]:
-    """Return into how many parts the sums over these axes are cut: by the mesh, and such that int32 does not overflow."""
+    """Return into how many parts to cut sums over these axes: by the mesh, and such that int32 does not overflow."""
     mesh: Any = jax.sharding.get_abstract_mesh()
     parts = {axis: 1 if mesh.empty else shards_of(SPREAD.get(axis), mesh) for axis in summed}
     parts = {axis: count if sizes[axis] % count == 0 else 1 for axis, count in parts.items()}

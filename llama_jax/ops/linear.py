@@ -46,8 +46,8 @@ def linear(
     (exact.py). bias: an array of the shape of w's outputs to add to the result. None: nothing is added. name: the
     product's name for policies of rematerialisation (remat.py), that of its matrix.
 
-    Values and gradients equal those of jnp.einsum. Of an EightBit they are rounded. A Matrix is frozen: x has a gradient,
-    and it has none.
+    Values and gradients equal those of jnp.einsum. Of an EightBit they are rounded. A Matrix is frozen: x has a
+    gradient, and it has none.
 
     JAX's own gradient of x @ w is (dy^T x)^T, for which XLA on a CPU first copies the wider operand transposed. The
     gradient here has the narrower operand first, which makes a training step of the 15M model a quarter faster on a
@@ -72,7 +72,7 @@ def linear(
 def features_last(x: jax.Array) -> jax.Array:
     """Return x, the result of a product, with its last axis last in memory.
 
-    A trick: on a TPU, XLA would put positions last and copy the result back, 10 of 1,069 ms of the 7B step on v5e:16x16.
+    A trick: on a TPU, XLA would put positions last and copy the result back: 10 of 1,069 ms of 7B's step on v5e:16x16.
     """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 

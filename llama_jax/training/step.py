@@ -168,8 +168,9 @@ def make_train_step(
     """Return the training step: gradients of the mean loss over the batch's tokens or pairs, and one update. Jit it.
 
     The batch is split into ``accumulation`` parts whose gradients are summed. Each part is weighted by its tokens, so
-    the result equals that of the whole batch. With ``adapting``, the step takes a third argument, the frozen base. eight:
-    the settings of products in eight bits. None: there are none.
+    the result equals that of the whole batch. With ``adapting``, the step takes a third argument, the frozen base.
+
+    eight: the settings of products in eight bits. None: there are none.
     """
 
     def train_step(state: TrainState, batch: AnyBatch, base: Any = None) -> tuple[TrainState, StepMetrics]:
