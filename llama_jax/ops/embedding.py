@@ -42,9 +42,8 @@ def _backward(dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], dy: jax.Arra
     table, token_ids = saved
 
     def add_up(token_ids: jax.Array, dy: jax.Array) -> jax.Array:
-        # A token may stand in thousands of places, whose sum bfloat16 would not hold. Sums over devices are of dy's type,
-        # as those of all other matrices' gradients.
-        whole = jnp.zeros(table.shape, jnp.float32).at[token_ids].add(dy.astype(jnp.float32)).astype(dy.dtype)
+        # A token may stand in thousands of places, whose sum bfloat16 would not hold.
+        whole = jnp.zeros(table.shape, jnp.float32).at[token_ids].add(dy.astype(jnp.float32))
         return sum_shards(whole, "embed", 1, "batch", "length").astype(table.dtype)
 
     return shard_by_shard(add_up, TOKENS, (TOKENS, VECTORS), TABLE)(token_ids, dy), None

@@ -174,7 +174,7 @@ def _forward(
         shape = tuple(output.shape[axes.index(axis)] for axis in "DV")
         start = jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32)
         (total, d_output), dx = jax.lax.scan(chunk, start, _chunks(chunk_tokens, hidden, targets, weights))
-        # Summed over devices in the type in which the gradients of all other matrices are.
+        # Summed over devices in the type in which the gradients of the layers' matrices are.
         d_output = (d_output if axes == "DV" else d_output.T).astype(hidden.dtype)
         return (
             jax.lax.psum(total, shard_axes(*TOKENS)),

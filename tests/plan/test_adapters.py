@@ -69,7 +69,7 @@ def test_7b_in_int4_is_tuned_on_one_chip_of_16_gb() -> None:
         [
             sys.executable, "-m", "llama_jax.plan", "--config", "llama2-7b", "--topology", "v5e:1x1", "--mesh.fsdp", "1",
             "--json", "--model.max-seq-len", "2048", "--train.batch-size", "1", "--train.gradient-accumulation-steps", "1",
-            "--lora.rank", "16", "--lora.base-weights", "int4", "--output", "", "--advice", "0",
+            "--train.remat", "attention", "--lora.rank", "16", "--lora.base-weights", "int4", "--output", "", "--advice", "0",
         ],
         capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=1200,
     )  # fmt: skip
