@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import decode
 import train_step
+from accelerator_table import Entry, cells, table
 from peers import worker
 
 from llama_jax.cli.flags import parse_flags
@@ -44,8 +45,6 @@ WEIGHTS: dict[Weights, str] = {"int8": "int8", "int4": "int4", "auto": "bfloat16
 PATIENCE, LEAST_SECONDS = 3, 150
 # Results can stand in one table if all of this is the same.
 SAME = ("device", "driver", "jax", "commit", "toy")
-
-Entry: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,7 @@ def main() -> None:
         raise UserError(f"--minutes: expected more than 0, found {args.minutes}")
     if output.suffix != ".json":
         raise UserError(f"--output: expected a name that ends in .json, found {quoted(args.output)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that measures ends, too
     print("looking at the device ...", flush=True)
     results = Results.open(output, conditions(args.toy), measurements(args.toy))
     results.announce(args.minutes)
@@ -225,6 +225,11 @@ class Results:
                 )
         return cls(path, found, wanted)
 
+    @property
+    def beside(self) -> dict[str, tuple[str, ...]]:
+        """All rows, each with those that it is compared with."""
+        return {row: others for each in self.wanted for row, others in each.rows.items()}
+
     def missing(self, measurement: Measurement) -> list[str]:
         """The rows that are not measured yet."""
         return [row for row in measurement.rows if self.found["rows"].get(row, {}).get("status") != "measured"]
@@ -233,7 +238,7 @@ class Results:
         """Add a row, write both files, and say so."""
         self.found["rows"][row] = entry | {"date": datetime.now(UTC).isoformat(timespec="seconds")}
         write_atomically(self.path, json.dumps(self.found, indent=1) + "\n")
-        write_atomically(self.path.with_suffix(".md"), table(self.found, self.wanted))
+        write_atomically(self.path.with_suffix(".md"), table(self.found, self.beside))
         print(f"  {row}: {' '.join(filter(None, cells(entry)))}", flush=True)
 
     def announce(self, minutes: float) -> None:
@@ -249,7 +254,7 @@ class Results:
 
     def conclude(self) -> None:
         """Print the table, what is missing, and where the files are."""
-        print("\n" + table(self.found, self.wanted))
+        print("\n" + table(self.found, self.beside))
         missing = [row for each in self.wanted for row in self.missing(each)]
         if missing:
             print(f"not measured: {'; '.join(missing)}. The same command tries these again.")
@@ -343,60 +348,6 @@ def _check_torch(needs_cuda: bool) -> None:
 
     if needs_cuda and not torch.cuda.is_available():
         raise Absent(f"torch {torch.__version__} finds no CUDA")
-
-
-def table(found: Entry, wanted: list[Measurement]) -> str:
-    """The results as a table in Markdown."""
-    about, rows = found["conditions"], found["rows"]
-    names = ("jax", "torch", "driver", "commit")
-    facts = ", ".join(f"{name} {about[name]}" for name in names if about.get(name))
-    toy = "; toy sizes, whose figures say nothing" if about["toy"] else ""
-    lines = [
-        f"{about['device']}, {about['cpu_cores']} CPU cores, {facts}{toy}. Medians; shapes are in the JSON file.",
-        "",
-        "| | tokens/s | time | of what the device can | memory | beside |",
-        "|---|---|---|---|---|---|",
-    ]
-    for each in wanted:
-        for row, beside in each.rows.items():
-            entry = rows.get(row, {"status": "missing", "reason": "not tried yet"})
-            lines.append(f"| {row} | " + " | ".join([*cells(entry), compared(entry, beside, rows)]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def cells(entry: Entry) -> list[str]:
-    """Rate, time, share and memory of a row, as text; the reason where it was not measured."""
-    if entry["status"] != "measured":
-        reason = entry["reason"].replace("|", "\\|")
-        return [f"{entry['status']}: {reason}", "", "", ""]
-    if entry["benchmark"] == "decode":
-        share = f"{entry['bandwidth_ratio']:.0%} of {entry['bandwidth_measured'] / 1e12:.3g} TB/s, by {entry['bandwidth_measured_by']}"
-        times = f"a step {1e3 * entry['batch'] / rate(entry):.4g} ms, the first token {1e3 * entry['first_token_seconds']:.3g} ms"
-        return [f"{rate(entry):,.0f}", times, share, ""]
-    mfu = f"{next(iter(entry['mfu'].values())):.1%} MFU" if "mfu" in entry else ""
-    peak = next(iter(entry["memory_bytes"].values()))
-    return [
-        f"{rate(entry):,.0f}", f"a step {1e3 * entry['step_seconds']:.4g} ms", mfu, f"{peak / 2**30:.1f} GiB" if peak else "",
-    ]  # fmt: skip
-
-
-def compared(entry: Entry, beside: tuple[str, ...], rows: dict[str, Entry]) -> str:
-    """How many times the rate of the fastest row of ``beside`` an entry has, or "" without both."""
-    others = {row: rate(rows[row]) for row in beside if rows.get(row, {}).get("status") == "measured"}
-    if entry["status"] != "measured" or not others:
-        return ""
-    best = max(others, key=lambda row: others[row])
-    return f"{rate(entry) / others[best]:.2f} times {best}"
-
-
-def rate(entry: Entry) -> float:
-    """Tokens a second of an entry that was measured."""
-    value = (
-        entry["decode_tokens_per_second"]
-        if entry["benchmark"] == "decode"
-        else next(iter(entry["tokens_per_second"].values()))
-    )
-    return float(value)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def script() -> Iterator[ModuleType]:
     finally:
         while str(SCRIPT.parent) in sys.path:
             sys.path.remove(str(SCRIPT.parent))
-        for name in ("accelerator", "decode", "train_step", "peers"):
+        for name in ("accelerator", "accelerator_table", "decode", "train_step", "peers"):
             if name not in before:
                 sys.modules.pop(name, None)
 
@@ -121,13 +121,13 @@ def test_results_of_other_conditions_are_not_mixed(script: ModuleType, tmp_path:
 
 
 def test_the_table_compares_with_the_fastest_beside_it(script: ModuleType) -> None:
-    wanted = script.measurements(False)
+    results = script.Results(Path("a.json"), {}, script.measurements(False))
     compiled, eager = script.PEERS.values()
     rows = {
         "decoding, int8, 1 sequence": decoded(260.0), "decoding, bfloat16, 1 sequence": decoded(130.0),
         "training step, bfloat16": stepped(90_000.0), compiled: stepped(60_000.0), eager: stepped(50_000.0),
     }  # fmt: skip
-    text = script.table({"conditions": CONDITIONS, "rows": rows}, wanted)
+    text = script.table({"conditions": CONDITIONS, "rows": rows}, results.beside)
     assert text.startswith("Chip 9, 16 CPU cores, jax 0.11, driver 1, commit abc. Medians")
     assert (
         "| decoding, int8, 1 sequence | 260 | a step 3.846 ms, the first token 48 ms | 75% of 2.71 TB/s, by copy |  "
