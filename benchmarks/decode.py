@@ -48,8 +48,8 @@ from llama_jax.train_args import DType
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 from peers import PAUSE, ratio, worker
 
-# What is read to measure the bandwidth: float32 values in as many rows, 512 MiB in all; so often in a row; so many times.
-READ_ROWS, READ_COLUMNS, READ_CALLS, READ_REPEATS = 8192, 16384, 4, 3
+# What is read to measure the bandwidth: rows of so many float32 values, 64 KiB; so often in a row; so many times.
+READ_COLUMNS, READ_CALLS, READ_REPEATS = 16384, 4, 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Arguments:
     """Tokens that are made of each."""
     repeats: int = 3
     """Measurements, of which medians are taken."""
+    read_megabytes: int = 512
+    """MiB that are read to measure the bandwidth; more than the caches hold."""
     peers: bool = False
     """Whether Hugging Face's generate is measured too, and llama2.c."""
     llama2c: str = ""
@@ -86,8 +88,15 @@ class Speed(NamedTuple):
     step: float  # of a token of every row, behind the first ones
 
 
+class Reader(NamedTuple):
+    """A way to read memory, or to copy it."""
+
+    run: Callable[[], Any]  # it may return before it is done
+    bytes: int  # that are read and written
+
+
 class Rate(NamedTuple):
-    """Bytes a second that are read from memory, and how."""
+    """Bytes a second that are read from memory and written to it, and how."""
 
     value: float
     kind: str
@@ -100,29 +109,24 @@ def main() -> None:
     use_compilation_cache()
     module = make_model(args.model, args.compute_dtype)
     params = random_parameters(module, args.weights)
-    readers = memory_readers(jax.devices()[0].platform)
+    readers = memory_readers(jax.devices()[0].platform, args.read_megabytes)
     with contextlib.ExitStack() as stack:
         huggingface = stack.enter_context(_huggingface(args, str(module.dtype))) if args.peers else None
         llama2c = stack.enter_context(llama2c_runner(args)) if args.llama2c else None
         for batch in args.batches:
-            ours: list[Speed] = []
             theirs: list[Speed] = []
             tokens_per_second: list[float] = []
-            rates: list[Rate] = []
-            for repeat in range(-1, args.repeats):
-                time.sleep(PAUSE)
-                speed = generate(module, params, args, batch)
-                rates.append(measure_bandwidth(readers))
-                if repeat >= 0:  # the first compiles
-                    ours.append(_certain(speed))
+
+            def peers(repeat: int, batch: int = batch, theirs: Any = theirs, rates: Any = tokens_per_second) -> None:
                 if huggingface is not None:
                     time.sleep(PAUSE)
                     huggingface.send(batch)
                     theirs += [_certain(huggingface.recv())][: repeat + 1]
                 if llama2c is not None and batch == 1:
                     time.sleep(PAUSE)
-                    tokens_per_second += [llama2c()][: repeat + 1]
-            result = _result(args, module, params, batch, ours, max(rates))
+                    rates += [llama2c()][: repeat + 1]
+
+            ours, result = measure(args, module, params, readers, batch, peers)
             if theirs:
                 result["huggingface"] = _huggingface_result(args, batch, ours, theirs)
             if tokens_per_second:
@@ -133,6 +137,27 @@ def main() -> None:
                     **ratio("decode_ratio", ratios),
                 }
             print(json.dumps(result), flush=True)
+
+
+def measure(
+    args: Arguments,
+    module: Llama,
+    params: Any,
+    readers: dict[str, "Reader"],
+    batch: int,
+    peers: Callable[[int], None] = lambda repeat: None,
+) -> tuple[list[Speed], dict[str, Any]]:
+    """Return the speeds of all repeats with so many rows, and the result; ``peers`` is called after each repeat."""
+    ours: list[Speed] = []
+    rates: list[Rate] = []
+    for repeat in range(-1, args.repeats):
+        time.sleep(PAUSE)
+        speed = generate(module, params, args, batch)
+        rates += measure_bandwidth(readers)
+        if repeat >= 0:  # the first compiles
+            ours.append(_certain(speed))
+        peers(repeat)
+    return ours, _result(args, module, params, batch, ours, rates)
 
 
 def _certain(speed: Speed) -> Speed:
@@ -149,8 +174,8 @@ def _check(args: Arguments) -> None:
         raise UserError(f"--model.vocab-size: expected 4 or more, found {args.model.vocab_size}")
     if not args.batches or min(args.batches) < 1:
         raise UserError(f"--batches: expected numbers of rows from 1 on, found {quoted(args.batches)}")
-    if args.repeats < 1 or args.prompt_tokens < 1:
-        raise UserError("--repeats and --prompt-tokens: expected 1 or more, found less")
+    if min(args.repeats, args.prompt_tokens, args.read_megabytes) < 1:
+        raise UserError("--repeats, --prompt-tokens and --read-megabytes: expected 1 or more, found less")
     if args.new_tokens < 2 * CHUNK or args.new_tokens % CHUNK:
         raise UserError(f"--new-tokens: expected a multiple of {CHUNK}, from {2 * CHUNK} on, found {args.new_tokens}")
     context, needed = args.model.max_seq_len, args.prompt_tokens + args.new_tokens
@@ -202,7 +227,10 @@ def generate(module: Llama, params: Any, args: Arguments, batch: int) -> Speed:
     return Speed(first, (seconds(args.new_tokens, CHUNK) - first) / (args.new_tokens - 1))
 
 
-def _result(args: Arguments, module: Llama, params: Any, batch: int, ours: list[Speed], rate: Rate) -> dict[str, Any]:
+def _result(
+    args: Arguments, module: Llama, params: Any, batch: int, ours: list[Speed], rates: list[Rate]
+) -> dict[str, Any]:
+    rate = max(rates)
     first = statistics.median(speed.first for speed in ours)
     step = statistics.median(speed.step for speed in ours)
     read = step_bytes(params, cached_bytes(args, module, batch))
@@ -226,6 +254,9 @@ def _result(args: Arguments, module: Llama, params: Any, batch: int, ours: list[
         "bandwidth_used": round(read / step),
         "bandwidth_measured": round(rate.value),
         "bandwidth_measured_by": rate.kind,
+        "bandwidth_by_way": {
+            way: round(max(r.value for r in rates if r.kind == way)) for way in {r.kind: 0 for r in rates}
+        },
         "bandwidth_ratio": round(read / step / rate.value, 3),
         "repeats": args.repeats,
         "model": asdict(args.model),
@@ -242,36 +273,39 @@ def mean_filled(args: Arguments) -> int:
     return args.prompt_tokens + args.new_tokens // 2
 
 
-def memory_readers(platform: str) -> dict[str, Callable[[], Any]]:
-    """Functions that read READ_ROWS x READ_COLUMNS float32 values, by what they do; they may return before it is done."""
-    matrix = jax.block_until_ready(jnp.ones((READ_ROWS, READ_COLUMNS), jnp.float32))
-    row, column = jnp.ones((1, READ_ROWS), jnp.float32), jnp.ones((READ_COLUMNS, 1), jnp.float32)
+def memory_readers(platform: str, megabytes: int) -> dict[str, Reader]:
+    """Ways to read so many MiB of float32 values, by what they do. A copy reads and writes them."""
+    rows = megabytes * (1 << 20) // (4 * READ_COLUMNS)
+    matrix = jax.block_until_ready(jnp.ones((rows, READ_COLUMNS), jnp.float32))
+    row, column = jnp.ones((1, rows), jnp.float32), jnp.ones((READ_COLUMNS, 1), jnp.float32)
     total, sums, product = jax.jit(jnp.sum), jax.jit(functools.partial(jnp.sum, axis=1)), jax.jit(jnp.matmul)
-    readers: dict[str, Callable[[], Any]] = {
-        "sum": lambda: total(matrix),
-        "sums of rows": lambda: sums(matrix),
-        "row by matrix": lambda: product(row, matrix),
-        "matrix by column": lambda: product(matrix, column),
+    copy = jax.jit(jnp.negative)  # a plain copy might be none
+    size = 4 * rows * READ_COLUMNS
+    readers = {
+        "sum": Reader(lambda: total(matrix), size),
+        "sums of rows": Reader(lambda: sums(matrix), size),
+        "row by matrix": Reader(lambda: product(row, matrix), size),
+        "matrix by column": Reader(lambda: product(matrix, column), size),
+        "copy": Reader(lambda: copy(matrix), 2 * size),
     }
     if platform == "cpu":
         threads = os.cpu_count() or 1
         pool, parts = ThreadPoolExecutor(threads), np.array_split(np.asarray(matrix), threads)
-        readers["a maximum a thread"] = lambda: list(pool.map(np.max, parts))
+        readers["a maximum a thread"] = Reader(lambda: list(pool.map(np.max, parts)), size)
     return readers
 
 
-def measure_bandwidth(readers: dict[str, Callable[[], Any]]) -> Rate:
-    """The best of several ways to read memory."""
+def measure_bandwidth(readers: dict[str, Reader]) -> list[Rate]:
+    """How fast memory is read and copied, several times in each way."""
     rates = []
-    for kind, read in readers.items():
-        jax.block_until_ready(read())
+    for kind, reader in readers.items():
+        jax.block_until_ready(reader.run())
         for _ in range(READ_REPEATS):
             began = time.perf_counter()
             # One after the other, so that what a call costs is hidden behind the one before.
-            jax.block_until_ready([read() for _ in range(READ_CALLS)])
-            seconds = time.perf_counter() - began
-            rates.append(Rate(READ_CALLS * 4 * READ_ROWS * READ_COLUMNS / seconds, kind))
-    return max(rates)
+            jax.block_until_ready([reader.run() for _ in range(READ_CALLS)])
+            rates.append(Rate(READ_CALLS * reader.bytes / (time.perf_counter() - began), kind))
+    return rates
 
 
 @contextlib.contextmanager
