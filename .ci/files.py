@@ -27,6 +27,7 @@ EXPLAINED = {
     ".ci/*": "the checks",
     "benchmarks/*.py": "measurements",
     "benchmarks/*.md": "their results",
+    "benchmarks/records/*": "runs that anyone can repeat",
     "configs/*.toml": "the shipped configurations",
     "docs/**.md": "documentation",
     "docs/**.py": "what documentation is made with",

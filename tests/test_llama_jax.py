@@ -118,7 +118,7 @@ def test_the_console_command_tells_its_commands_and_versions(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "expected a command, one of train, sample, convert, evaluate, plan, data, found none"),
+        ([], "expected a command, one of train, sample, convert, evaluate, plan, recipe, data, found none"),
         (["sampel"], "found sampel; perhaps you meant sample"),
         (["serve"], "found serve; `python -m llama_jax --help` says what each does"),
         (["--config", "tiny"], "found --config; `python -m llama_jax --help`"),

@@ -8,6 +8,7 @@ import jax
 
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Config
+from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.distributed import processes_of
 from llama_jax.errors import UserError
 from llama_jax.recipe.choose import DECIDED, Budget, Choice, Task, bytes_within, choose
@@ -34,6 +35,7 @@ def make_recipe(base: Config, given: frozenset[str], budget: Budget, topology: s
     Raises UserError if the text cannot be counted, or if the budget is too small.
     """
     _check(base, given)
+    note = "" if topology else skip_absent_tpu("measuring")
     rows = _rows_of(base, topology)
     timed = budget.unit == "minutes"
     rough = replace(budget, unit="flops", amount=60 * budget.amount * _guess(topology)) if timed else budget
@@ -44,7 +46,7 @@ def make_recipe(base: Config, given: frozenset[str], budget: Budget, topology: s
     if timed or topology:
         found, choice = _timed(task, budget, choice, topology)
     choice.config.check()
-    return choice, _lines(task, budget, choice, found)
+    return choice, [*([("", note)] if note else []), *_lines(task, budget, choice, found)]
 
 
 def _guess(topology: str) -> float:
