@@ -17,7 +17,7 @@ from llama_jax.train_args import AttentionKernel, DType
 
 # On a CPU, XLA's loop over layers is 15% slower than unrolled layers, so models of up to this many layers are unrolled.
 # Elsewhere a scan compiles faster and runs as fast.
-CPU_UNROLLED_LAYERS, TPU_UNROLLED_LAYERS = 16, 2
+CPU_UNROLLED_LAYERS, TPU_UNROLLED_LAYERS = 16, 4
 # Tokens whose logits exist at once in training. Each chunk reads and writes the whole gradient of the output matrix, so
 # chunks are large; on a CPU, small ones are faster because they fit its cache.
 LOSS_CHUNK, CPU_LOSS_CHUNK = 2048, 512
@@ -45,10 +45,12 @@ def make_model(
     dtype = jnp.dtype(fastest_dtype(platform) if compute_dtype == "auto" else compute_dtype)
     shards = 1 if mesh is None else mesh.shape["sequence"]
     kernel = choose_kernel(attention, platform, args, dtype, shards, document_mask)
-    # On a CPU with unrolled layers, XLA would notice that remat recomputes known values, and keep them in memory after
-    # all. On a TPU the last sum of a layer's gradients over the devices waits for all else; in pairs, once in two layers.
+    # With unrolled layers on a CPU, XLA would notice that remat recomputes known values, and keep them in memory after all.
     unroll = args.n_layers if cpu and remat == "none" and args.n_layers <= CPU_UNROLLED_LAYERS else 1
-    unroll = TPU_UNROLLED_LAYERS if platform == "tpu" and remat != "none" else unroll
+    # The last sum over devices of a layer's gradients waits for all else there; in groups of layers, once a group. Groups
+    # take memory, of which policies that keep less have none to spare: there, the schedule became slower.
+    if platform == "tpu" and mesh is not None and mesh.size > 1 and remat.startswith("dots"):
+        unroll = TPU_UNROLLED_LAYERS
     exact_rows = (CPU_ROWS if cpu else ROWS) if exact else 0
     return Llama(args, dtype, remat, kernel, CPU_LOSS_CHUNK if cpu else LOSS_CHUNK, unroll, exact_rows)
 

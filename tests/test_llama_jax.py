@@ -185,7 +185,7 @@ def test_the_extras_that_texts_name_are_those_that_there_are() -> None:
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("llama_jax/**/*.py"),
-        *ROOT.glob("benchmarks/*"),
+        *ROOT.glob("benchmarks/*.*"),
     ]
     named = {}
     for path in texts:

@@ -188,13 +188,11 @@ def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None) -> R
     kept = sorted(name for name in task.given if name in DECIDED)
     if kept:
         rows.append(("kept", f"as you gave them: {', '.join(f'{name} {_value(config, name)}' for name in kept)}"))
-    if not task.laws.texts:
-        rows.append(("laws", "their constants are guesses so far, so take the expectation as one, too"))
-    outside = bool(task.laws.texts) and not task.laws.least_flops <= choice.flops <= task.laws.most_flops
-    far = "; outside of the runs that the laws were fitted on, so wider" if outside else ""
+    outside = not task.laws.least_flops <= choice.flops <= task.laws.most_flops
+    far = "; outside of the FLOPs of their runs, so wider" if outside else ""
     rows.append((
         "expected",
-        f"{choice.expected:.3f} bits per byte on the held-out text, in four of five cases {choice.low:.3f} to {choice.high:.3f}{far}",
+        f"{choice.expected:.3f} bits per byte on the held-out text, in four of five cases {choice.low:.3f} to {choice.high:.3f}, by laws that were fitted on {task.laws.texts} texts{far}",
     ))  # fmt: skip
     return rows
 
