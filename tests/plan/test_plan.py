@@ -316,7 +316,7 @@ def test_a_search_ranks_what_it_compiled(tmp_path: Path) -> None:
         (["--topology", "v5e-16"], ["--topology", "v5e:4x4"]),
         (["--topology", ""], ["--topology", "found none"]),
         (["--topology", "v5e:2x2", "--slots", "0"], ["--slots", "found 0"]),
-        (["--topology", "v5e:2x2", "--train.remat", "all"], ["--train.remat", "'all'"]),
+        (["--topology", "v5e:2x2", "--train.remat", "all"], ["train.remat", "'all'"]),
         (["--topology", "v5e:2x2", "--hlo", "c.toml"], ["--hlo", "c.toml"]),
     ],
 )

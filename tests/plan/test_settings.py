@@ -44,7 +44,7 @@ def found_vocabulary(*flags: str) -> tuple[float | None, str]:
 
 def test_the_vocabulary_is_the_one_that_train_py_would_have(prepared: Path, small_tokenizer: Tokenizer) -> None:
     assert found_vocabulary("--config", str(CONFIGS / "tiny.toml"))[0] == 2048
-    assert found_vocabulary("--config", str(CONFIGS / "shakespeare.toml"))[0] == 1024
+    assert found_vocabulary("--config", str(CONFIGS / "shakespeare.toml"))[0] == 2048
     assert found_vocabulary("--data.filepath", "my.txt")[0] == DataArgs().vocab_size
     assert found_vocabulary("--data.vocab-size", "4096")[0] == 4096
     assert found_vocabulary("--model.vocab-size", "77")[0] == 77
