@@ -67,6 +67,9 @@ def over_layers(
 
 def _over_groups(layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stack: Any, size: int) -> jax.Array:
     """Return x after all layers, in a loop over groups of them. The loop's own unrolling would copy what is kept."""
+    if size == 1:
+        # A stack of quantized matrices in another shape would be a copy of it.
+        return jax.lax.scan(lambda x, weights: (layer(x, weights), None), x, stack)[0]
 
     def group(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
         leaves, structure = jax.tree.flatten(weights)
