@@ -54,21 +54,23 @@ def over_layers(
     layer: takes x and the weights of a layer. stack: the weights of all, stacked. unroll: how many layers the compiled
     body of the loop has.
     """
-    layers = len(jax.tree.leaves(stack)[0])
+    leaves = jax.tree.leaves(stack)
+    layers = len(leaves[0])
+    # A stack of quantized matrices in another shape would be a copy of it.
+    size = 1 if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in leaves) else unroll
     for name, first, end in layer_policies(remat, layers):
         part = stack if end - first == layers else jax.tree.map(operator.itemgetter(slice(first, end)), stack)
         if name == "none":
             x = jax.lax.scan(lambda x, weights: (layer(x, weights), None), x, part, unroll=min(unroll, end - first))[0]
         else:
             kept = jax.checkpoint(layer, policy=policy_of(name), prevent_cse=False)
-            x = _over_groups(kept, x, part, math.gcd(end - first, unroll))
+            x = _over_groups(kept, x, part, math.gcd(end - first, size))
     return x
 
 
 def _over_groups(layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stack: Any, size: int) -> jax.Array:
     """Return x after all layers, in a loop over groups of them. The loop's own unrolling would copy what is kept."""
     if size == 1:
-        # A stack of quantized matrices in another shape would be a copy of it.
         return jax.lax.scan(lambda x, weights: (layer(x, weights), None), x, stack)[0]
 
     def group(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
