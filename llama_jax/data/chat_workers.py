@@ -21,7 +21,7 @@ import numpy as np
 from llama_jax.chat.examples import chat_examples
 from llama_jax.chat.formats import ChatFormat
 from llama_jax.chat.messages import Message
-from llama_jax.data.workers import Process, Said, answering, running_process
+from llama_jax.data.workers import Process, Said, answering, cores, running_process
 from llama_jax.errors import UserError
 
 # Records that are encoded together, and those that are encoded before processes are worth their start.
@@ -62,9 +62,8 @@ def encode_tasks(tasks: Iterable[Task[T]], chat_format: ChatFormat, workers: int
         yield from _with_records(some, _encode([task.conversations for task in some.tasks], chat_format))
     if (more := next(lists, None)) is None:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     lists = itertools.chain([more], lists)
-    if (count := min(workers, cores)) < 2:
+    if (count := min(workers, cores())) < 2:
         for some in lists:
             yield from _with_records(some, _encode([task.conversations for task in some.tasks], chat_format))
         return

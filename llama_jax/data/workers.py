@@ -35,15 +35,19 @@ class Run(Protocol):
     ) -> None: ...
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_tasks(job: Job, tasks: Sequence[int], tokenizer: Tokenizer, workers: int, tell: Callable[[int], None]) -> None:
     """Encode tasks of a job in up to ``workers`` processes, no more than there are cores; one alone is this process.
 
     ``tell`` is called with the bytes of text that were encoded since the last call. Raises UserError if a text cannot
     be read or tokens cannot be written.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(workers, cores, len(tasks))
-    if count == cores < workers:
+    count = min(workers, cores(), len(tasks))
+    if count == cores() < workers:
         print(f"{count} process{'es' * (count > 1)} encode, as many as there are cores, not {workers}", flush=True)
     if count < 2:
         for task in tasks:

@@ -96,7 +96,7 @@ def with_remat(config: Config, topology: Topology, remat: str) -> Candidate:
 def layers_that_fit(more: Candidate, less: Candidate) -> int:
     """Return how many layers may have the policy of ``more`` beside others with that of ``less``.
 
-    0: none, or all. It is an even number, since layers are compiled in pairs.
+    0: none, or all. It is an even number, so that layers can be compiled in groups.
     """
     layers, room = more.config.model.n_layers, FILLED * more.topology.chip.hbm_bytes - less.bytes
     if more.bytes <= less.bytes or room <= 0:

@@ -160,7 +160,6 @@ def _with_tokens(task: Task, model: ModelArgs, tokens: float) -> Choice:
     batch = _batch(task, model, tokens)
     steps = max(1, round(tokens / (batch * model.max_seq_len)))
     config = _settings(task, model, batch, steps)
-    batch = config.train.batch_size
     read = steps * batch * model.max_seq_len
     text, parameters = task.text, parameters_of(model, task.text.vocab_size)
     flops = steps * _step_flops(task, model, batch)

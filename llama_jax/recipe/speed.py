@@ -12,7 +12,7 @@ from llama_jax.build import make_model
 from llama_jax.cli.progress import working
 from llama_jax.config import Config
 from llama_jax.data.batches import Batch
-from llama_jax.devices.absent_tpu import skip_absent_tpu
+from llama_jax.data.workers import cores
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.memory import keep_freed_memory
 from llama_jax.devices.sharding import batch_sharding, make_mesh
@@ -37,18 +37,10 @@ class Speed:
 
 def guess() -> float:
     """Return a first guess of this machine's FLOP/s, with which the shape to measure is chosen."""
-    skip_absent_tpu("measuring")
     device = jax.devices()[0]
     if device.platform == "cpu":
         return OF_CORE * cores()
     return OF_PEAK * (peak_flops(device) or 1e14) * jax.device_count()
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure(config: Config) -> Speed:

@@ -13,6 +13,8 @@ from tests.plan import ENVIRONMENT, needs_libtpu
 FLAGS = ["--flops", "3e11"]
 NAMES = ["parameters", "tokens", "steps", "expected_bits_per_byte", "low", "high"]
 
+SMALL = ["--model.dim=16", "--model.n-layers=1", "--model.n-heads=1", "--model.max-seq-len=16", "--train.eval-iters=1"]
+
 
 def recipe(folder: Path, *argv: str) -> tuple[str, dict[str, float]]:
     result = inside.run(["-m", "llama_jax.recipe", *argv], folder)
@@ -45,14 +47,7 @@ def test_the_bytes_and_tokens_of_a_text_are_counted_as_training_counts_them(fold
         "--train.save-dir",
         "runs/count",
     ]
-    small = [
-        "--model.dim=16",
-        "--model.n-layers=1",
-        "--model.n-heads=1",
-        "--model.max-seq-len=16",
-        "--train.eval-iters=1",
-    ]
-    result = inside.run(["train.py", *flags, *small], folder)
+    result = inside.run(["train.py", *flags, *SMALL], folder)
     assert result.returncode == 0, result.stderr
     tokens = json.loads((folder / "runs" / "count" / "tokens" / "manifest.json").read_text())["tokens"]["train"]
     assert about == pytest.approx(tokens, rel=0.05)
@@ -69,14 +64,7 @@ def test_prepared_tokens_have_recipes_too(folder: Path) -> None:
         "--data.vocab-size",
         "300",
     ]
-    small = [
-        "--model.dim=16",
-        "--model.n-layers=1",
-        "--model.n-heads=1",
-        "--model.max-seq-len=16",
-        "--train.eval-iters=1",
-    ]
-    assert inside.run(["train.py", *run_folder, *small], folder).returncode == 0
+    assert inside.run(["train.py", *run_folder, *SMALL], folder).returncode == 0
     prepare = ["--filepath", "my.txt", "--tokenizer-model-path", "runs/made/tokenizer.model", "--output", "tokens"]
     assert inside.run(["-m", "llama_jax.data", "prepare", *prepare], folder).returncode == 0
     told, of_tokens = recipe(folder, "--data.filepath", "tokens", *FLAGS)
