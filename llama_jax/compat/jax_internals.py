@@ -52,6 +52,13 @@ def is_described(device: Any) -> bool:
     return type(getattr(device, "client", None)).__name__ == "CompileOnlyPyClient"
 
 
+def has_started() -> bool:
+    """Return whether JAX has started its backends in this process. Their threads hold locks that a fork never gets."""
+    from jax._src import xla_bridge
+
+    return bool(xla_bridge.backends_are_initialized())
+
+
 def libtpu_version() -> str:
     """Return the version of libtpu that the installed JAX requires, without its last part ("0.0.43").
 

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import IO, Any, TypeVar, cast
 
-from llama_jax.compat.jax_internals import failed_check
+from llama_jax.compat.jax_internals import failed_check, has_started
 from llama_jax.errors import UserError
 
 T = TypeVar("T")
 
-# Only a fork can run a closure without importing JAX again. JAX's backends must not have been started before.
+# Only a fork can run a closure without importing JAX again.
 _FORK = multiprocessing.get_context("fork")
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h: the kernel sends a process this signal when its parent dies
 _SECONDS = 0.5
@@ -50,8 +50,12 @@ def run_apart(
         beat: is called here repeatedly with the seconds so far.
 
     Raises UserError and CompilerError like ``function``, CompilerError if its process dies, UserError if memory runs
-    out, and Bug on any other error.
+    out, and Bug on any other error. Raises RuntimeError if JAX's backends have started here, since the fork could hang.
     """
+    if has_started():
+        raise RuntimeError(
+            "run_apart: expected that JAX's backends have not started in this process, found that they have"
+        )
     reader, writer = _FORK.Pipe(duplex=False)
     began = time.monotonic()
     _flush()

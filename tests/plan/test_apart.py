@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 
 from llama_jax.errors import UserError
+from llama_jax.plan import apart
 from llama_jax.plan.apart import Bug, CompilerError, run_apart
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,19 @@ def begun():
 
 run_apart(work, begun)
 """
+
+
+@pytest.fixture(autouse=True)
+def not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these tests run apart leaves JAX alone, which other tests of this process may have started."""
+    monkeypatch.setattr(apart, "has_started", lambda: False)
+
+
+def test_a_process_in_which_jax_has_started_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    jax.devices()
+    with pytest.raises(RuntimeError, match="expected that JAX's backends have not started"):
+        run_apart(lambda _: None)
 
 
 def told(function: Callable[[Callable[[], None]], object]) -> str:

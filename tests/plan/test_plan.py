@@ -16,7 +16,7 @@ from llama_jax.compat.jax_internals import needed_bytes
 from llama_jax.config import Config, MeshArgs, ModelArgs, TrainArgs, to_toml
 from llama_jax.devices.chips import TPUS
 from llama_jax.errors import UserError
-from llama_jax.plan import Decoding, __main__, command, plan_decoding
+from llama_jax.plan import __main__, command
 from llama_jax.plan.cost import schedule_of
 from llama_jax.plan.hlo import Program
 from llama_jax.plan.topology import Topology
@@ -201,30 +201,19 @@ def test_heads_are_spread_for_decoding_and_the_cache_is_no_longer_than_the_conte
 @pytest.mark.parametrize(
     "weights", [pytest.param("auto", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow), "int4"]
 )
-def test_the_parameters_are_as_large_as_the_program_takes_them(weights: Any) -> None:
+def test_the_parameters_are_as_large_as_the_program_takes_them(tmp_path: Path, weights: str) -> None:
     """Four bits a number for int4, as they lie in a chip's memory."""
     model = ModelArgs(dim=512, n_layers=2, n_heads=4, vocab_size=512, multiple_of=128, max_seq_len=256)
-
-    def compiled(begun: Any) -> Any:
-        found = plan_decoding(
-            Config(model, mesh=MeshArgs(data=1)), Topology.parse("v5e:1x1"), Decoding(1, 256, weights)
-        )
-        program = Program.parse(found.text)
-        given = sum(i.size for i in program.computations[program.entry] if i.opcode == "parameter")
-        return given, found.bytes_by_part
-
-    given, parts = command.run_apart(in_environment(compiled))
+    text = tmp_path / "decode.hlo"
+    done = forked_plan(
+        tmp_path, "--output=", "--topology=v5e:1x1", "--decode", "--batch=1", "--slots=256", f"--weights={weights}",
+        f"--hlo={text}", "--json", config=Config(model, mesh=MeshArgs(data=1)),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    parts = json.loads(done.stdout)["parts"]["bytes"]
+    program = Program.parse(text.read_text())
+    given = sum(i.size for i in program.computations[program.entry] if i.opcode == "parameter")
     assert given == pytest.approx(parts["parameters"] + parts["cache"], rel=0.02)
-
-
-def in_environment(function: Any) -> Any:
-    """``function``, in an environment in which the TPU's compiler starts."""
-
-    def run(begun: Any) -> Any:
-        os.environ.update(ENVIRONMENT | __main__.ENVIRONMENT)
-        return function(begun)
-
-    return run
 
 
 LARGE = ModelArgs(dim=4096, n_layers=8, n_heads=32, vocab_size=32000, multiple_of=256, max_seq_len=1024)
