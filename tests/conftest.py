@@ -32,6 +32,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+import hypothesis
 import jax
 import pytest
 
@@ -67,6 +68,10 @@ LONGEST = [
     "test_decode.py",
 ]
 
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 # Linux gives a process 65,530 memory mappings. A compiled program takes some dozens for as long as JAX keeps it.
 MOST_MAPPINGS = 15_000

@@ -296,7 +296,7 @@ configs = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(config=configs)
 def test_what_to_toml_writes_load_toml_reads_back(tmp_path_factory, config):
     path = toml(tmp_path_factory.getbasetemp(), to_toml(config))

@@ -42,13 +42,13 @@ def sentencepiece_of(tokenizer):
     return spm.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=texts)
 def test_every_text_comes_back_through_a_trained_vocabulary(small_tokenizer, text):
     assert small_tokenizer.decode(small_tokenizer.encode(text, bos=True, eos=True)) == text
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=texts)
 def test_every_text_comes_back_through_llama2s_vocabulary(llama2_tokenizer, text):
     assert llama2_tokenizer.decode(llama2_tokenizer.encode(text, bos=True, eos=True)) == text
@@ -102,7 +102,7 @@ def test_a_long_text_has_the_ids_that_sentencepiece_gives_the_whole(small_tokeni
         assert tokenizer.encode(text, bos=False) == sentencepiece_of(tokenizer).encode(text)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     words=st.lists(st.text(characters, max_size=8) | st.sampled_from([" ", "  ", "\n", "\n\n", " a", "\nb", " c d"])),
     part_chars=st.integers(1, 40),
@@ -185,7 +185,7 @@ def test_a_part_of_a_document_loses_nothing_with_any_kind_of_model(others, name,
     assert tokenizer.decode_part(rows[1], start=False).split() == behind.split()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(text=texts)
 def test_a_part_is_decoded_to_what_it_was(small_tokenizer, llama2_tokenizer, text):
     for tokenizer in (small_tokenizer, llama2_tokenizer):
@@ -265,7 +265,7 @@ ODD = "".join(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     text=st.text(st.sampled_from(ODD + " ab1"), min_size=1, max_size=120) | st.just(ODD),
     vocab_size=st.sampled_from([262, 263, 266, 280, 1024]),
@@ -303,7 +303,7 @@ def test_no_vocabulary_is_trained_on_blank_text(tmp_path, lines):
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(prompt=texts, text=texts, chunk=st.integers(1, 5), bos=st.booleans())
 def test_streamed_pieces_join_to_the_whole_text(small_tokenizer, prompt, text, chunk, bos):
     prompt_ids = small_tokenizer.encode(prompt, bos=bos)
@@ -318,7 +318,7 @@ def test_streamed_pieces_join_to_the_whole_text(small_tokenizer, prompt, text, c
     assert stream.flush() == ""
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_streamed_pieces_of_any_tokens_join_to_the_whole_text(small_tokenizer, data):
     ids = data.draw(st.lists(st.integers(0, small_tokenizer.vocab_size - 1), max_size=30))

@@ -122,21 +122,21 @@ def test_a_model_with_unused_pieces_is_not_encoded_by_words(models):
     assert not can_encode(b"\x0a" + bytes([len(piece)]) + piece + model)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(documents=st.lists(texts, max_size=4))
 def test_every_text_has_sentencepieces_ids(models, small_tokenizer, llama2_tokenizer, documents):
     for tokenizer in (small_tokenizer, llama2_tokenizer, *(models[name] for name in BY_WORDS)):
         check_equal(tokenizer, documents)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(documents=st.lists(texts, max_size=4))
 def test_every_text_has_sentencepieces_ids_with_the_other_models(models, documents):
     for name in WHOLE:
         check_equal(models[name], documents)
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(documents=st.lists(texts, min_size=1, max_size=3), part_chars=st.integers(1, 30))
 def test_parts_behind_marks_have_the_ids_that_sentencepiece_gives_them(models, llama2_tokenizer, documents, part_chars):
     cut = [list(split_text(text, part_chars)) for text in documents]

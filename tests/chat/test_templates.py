@@ -209,7 +209,7 @@ def test_a_template_that_changes_messages_makes_no_token_of_them(llama3: Vocabul
             assert count(ids, llama3) == [llama3.specials["<|eot_id|>"]], text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.sampled_from([*ODD, *"<>[]|/ \n", "a", "｜", "▁", "STO", "P", "turn", "stop"]), max_size=4), min_size=3, max_size=3))  # noqa: RUF001  # fmt: skip
 def test_text_of_any_kind_stays_text(parts: list[list[str]]) -> None:
     vocabulary = odd()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.convert import safetensors, torch_file, torch_pickle, torch_zip
@@ -90,7 +90,7 @@ def mutated(draw: st.DrawFn, good: bytes) -> bytes:
     return bytes(data)
 
 
-LIMITS = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+LIMITS = settings(max_examples=400)
 
 
 @LIMITS

@@ -19,7 +19,7 @@ from tests.convert.test_convert import ARGS, BFLOAT16, random_weights, read_meta
 FLOAT32, FLOAT16 = np.dtype("<f4"), np.dtype("<f2")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_values_that_are_not_finite_are_counted(data: st.DataObject) -> None:
     """Of any bits, and so of every kind of NaN."""

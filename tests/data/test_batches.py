@@ -27,7 +27,7 @@ def equal(left, right) -> bool:
     )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     count=st.integers(2, 200),
     batch_size=st.integers(1, 5),
@@ -69,7 +69,7 @@ def test_an_epoch_begins_at_an_offset_of_its_own():
     assert len(set(first[:, 0] % 16)) > 1
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(count=st.integers(2, 300), length=st.integers(1, 50), seed=st.integers(0, 1000), epoch=st.integers(0, 3))
 def test_every_token_is_a_target_in_every_epoch(count, length, seed, epoch):
     rows = windows_of(stream_of(count), length)
@@ -79,7 +79,7 @@ def test_every_token_is_a_target_in_every_epoch(count, length, seed, epoch):
     assert times.sum() == rows * length < count + length  # no more is read twice than fills the last window
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(count=st.integers(2, 300), batch_size=st.integers(1, 5), length=st.integers(1, 50), seed=st.integers(0, 1000))
 def test_training_rows_are_stretches_of_the_ring_without_padding(count, batch_size, length, seed):
     for inputs, targets, weights in train(count, batch_size, length, seed, 0, 4):
@@ -102,7 +102,7 @@ def test_an_epoch_takes_the_steps_that_cover_the_stream(count, batch_size, lengt
     assert -(-windows_of(stream_of(count), length) // batch_size) == steps
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(count=st.integers(0, 300), batch_size=st.integers(1, 5), length=st.integers(1, 50))
 def test_evaluation_predicts_every_token_but_the_first_exactly_once(count, batch_size, length):
     predicted = []
@@ -123,13 +123,13 @@ def predicted(count: int, batch_size: int, length: int, limit: int = 0) -> list[
     return [target for _, targets, weights in batches for target in targets[weights == 1].tolist()]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(count=st.integers(2, 900), limit=st.integers(0, 20), length=st.integers(1, 9), sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)))  # fmt: skip
 def test_an_evaluation_reads_the_same_tokens_whatever_the_batch_size(count, limit, length, sizes):
     assert predicted(count, sizes[0], length, limit) == predicted(count, sizes[1], length, limit)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(count=st.integers(2, 900), limit=st.integers(1, 20), batch_size=st.integers(1, 40))
 def test_a_limited_evaluation_reads_so_many_groups_spread_over_the_text(count, limit, batch_size):
     group = EVAL_ROWS * 5
@@ -141,7 +141,7 @@ def test_a_limited_evaluation_reads_so_many_groups_spread_over_the_text(count, l
     assert places[0] == 0 and (gaps > 0).all() and (len(gaps) == 0 or gaps.max() - gaps.min() <= 1)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.integers(2, 90), min_size=1, max_size=4),
     batch_size=st.sampled_from([4, 8]),

@@ -93,7 +93,7 @@ def test_the_split_does_not_depend_on_the_format_the_order_or_the_files(
     assert held_out[0] == held_out[1] == held_out[2] and len(held_out[0]) > 10
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     texts=st.lists(st.text("ab\n é😀", max_size=40), min_size=1, max_size=12),
     train_size=st.floats(0.05, 1),

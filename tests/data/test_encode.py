@@ -56,7 +56,7 @@ def counts_of(tokens: TokenSet) -> TextCounts:
     return tokens.manifest.counts
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     texts=st.lists(st.text("abc dé字", min_size=1).filter(lambda text: text.strip()), min_size=2, max_size=12),
     train_size=st.floats(0.1, 1.0),

@@ -54,7 +54,7 @@ def in_shards(folder: Path, array: np.ndarray, cuts: list[int]) -> Iterator[Toke
     [(1, 1, 1), (2, 1, 2), (4, 1, 2), (4, 2, 4), (8, 1, 4), (8, 1, 8), (4, 2, 8)],
     ids=lambda layout: f"{layout[0] * layout[1]} devices in {layout[2]} processes",
 )
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=3)
 @given(
     count=st.integers(2, 500),
     cuts=st.lists(st.integers(0, 500), max_size=6),
@@ -83,7 +83,7 @@ def test_the_rows_of_all_processes_are_the_batch_of_one_at_any_step_after_any_st
     assert all(np.array_equal(a, b.inputs) for a, b in zip(found, wanted, strict=True))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     count=st.integers(2, 400),
     cuts=st.lists(st.integers(0, 400), max_size=6),

@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.data.batch_sizes import BatchSizes
@@ -14,7 +14,6 @@ from llama_jax.errors import UserError
 WEIGHTS = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 40).map(lambda n: n / 20), min_size=1)
 
 
-@settings(deadline=None)
 @given(parts=st.lists(st.integers(1, 60), min_size=1, max_size=7))
 def test_every_beginning_of_a_period_has_each_share_to_less_than_a_row(parts: list[int]) -> None:
     order, period = order_of(tuple(parts)), sum(parts)
@@ -24,7 +23,6 @@ def test_every_beginning_of_a_period_has_each_share_to_less_than_a_row(parts: li
     assert counts[-1].tolist() == parts
 
 
-@settings(deadline=None)
 @given(weights=WEIGHTS, batch_size=st.integers(1, 9), start=st.integers(0, 30), length=st.integers(1, 60))
 def test_any_stretch_of_steps_has_each_share_to_less_than_two_rows(weights, batch_size, start, length) -> None:
     schedule = Schedule((Stretch(0, weights),), BatchSizes(batch_size))
@@ -34,7 +32,6 @@ def test_any_stretch_of_steps_has_each_share_to_less_than_two_rows(weights, batc
         assert abs(counts[name] - len(rows) * weight / sum(weights.values())) < 2
 
 
-@settings(deadline=None)
 @given(starts=st.lists(st.tuples(st.integers(0, 12), WEIGHTS), min_size=1, max_size=6), batch_size=st.integers(1, 7))
 def test_a_source_is_read_row_after_row_whatever_weights_later_starts_bring(starts, batch_size) -> None:
     """Each start goes on from some step, perhaps one before the last start."""

@@ -102,7 +102,7 @@ def pairs_of(sizes: list[tuple[int, int]], seed: int = 0) -> tuple[Pairs, list[n
     return Pairs(np.concatenate(ids), starts, bits, False), ids, counted  # type: ignore[arg-type]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(2, LENGTH + 1), st.integers(2, LENGTH + 1)), min_size=1, max_size=12),
     st.integers(0, 9),

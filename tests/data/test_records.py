@@ -89,7 +89,7 @@ def test_records_give_the_documents_that_were_written_whatever_the_files_name(tm
 
 
 @pytest.mark.parametrize("name", ["JSON lines", "parquet of pandas", "an array of pandas"])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(documents=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=9))
 def test_any_documents_come_back(tmp_path_factory: pytest.TempPathFactory, name: str, documents: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.bin"

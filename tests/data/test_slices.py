@@ -55,7 +55,7 @@ READERS = st.lists(st.integers(0, 1), min_size=1, max_size=7)
 LARGEST = st.sampled_from([5, 11, 33, 100])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.data(), largest=LARGEST, readers=READERS, train_size=st.sampled_from([1.0, 0.9, 0.5, 0.1]))
 def test_slices_of_a_text_are_the_text(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, largest: int, readers: list[int], train_size: float
@@ -72,7 +72,7 @@ def test_slices_of_a_text_are_the_text(
     assert joined(by_slices(corpus, largest, readers)) == whole
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     texts=st.lists(st.sampled_from(["", "fox", "the owl\n", "ü" * 9, "x" * 60]), min_size=1, max_size=30),
     packed=st.booleans(),

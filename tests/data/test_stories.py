@@ -36,7 +36,7 @@ def test_stories_count_from_start() -> None:
     assert list(itertools.islice(stories(5, start=40), 3)) == [story(5, index) for index in (40, 41, 42)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(), st.integers())
 def test_any_seed_and_index_will_do(seed: int, index: int) -> None:
     assert story(seed, index).text.startswith("Once upon a time")

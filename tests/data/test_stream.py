@@ -43,7 +43,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return write(tmp_path_factory.mktemp("stream"), array), array
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_it_slices_as_an_array(both: tuple[TokenStream, np.ndarray], data: st.DataObject) -> None:
     stream, array = both
@@ -80,7 +80,7 @@ def test_an_empty_file_is_an_empty_array(tmp_path: Path) -> None:
     assert len(stream) == 0 and stream[:5].tolist() == [] and np.asarray(stream).dtype == np.dtype("<u2")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(count=st.integers(2, 400), batch_size=st.integers(1, 4), length=st.integers(1, 50), seed=st.integers(0, 9))
 def test_batches_of_a_file_are_those_of_the_array(
     tmp_path_factory: pytest.TempPathFactory, count: int, batch_size: int, length: int, seed: int

@@ -65,7 +65,7 @@ def test_the_two_splits_are_the_whole_text_cut_at_the_byte(tmp_path, name, train
     assert corpus.replaced == 0
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=4),
     train_size=st.floats(0.01, 1),
@@ -231,7 +231,7 @@ def reference(text: str, separator: str) -> list[str]:
     return [found for found in trimmed if found.strip(" \t\r\n")]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     pieces=st.lists(
         st.sampled_from(["\n", "\r", "\r\n", " ", "\t", "a", "b c", "<x>", "<x", "é", "\n\n"]), max_size=60

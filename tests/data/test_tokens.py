@@ -90,7 +90,7 @@ def test_a_document_stands_between_bos_and_eos(tmp_path, small_tokenizer, conten
     assert tokens.manifest.documents == {"train": len(texts), "eval": 0}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     words=st.lists(
         st.sampled_from(["the", "fox", "12", "a\tb", "don't", "\0", "(", "\r", "é", "<s>", "\u3000x"]), max_size=60
@@ -114,7 +114,7 @@ def test_a_document_read_in_parts_has_the_ids_of_the_whole(
             assert tokens.train.tolist() == tokenizer.encode(text, bos=True, eos=True)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(content=st.binary(max_size=200), train_size=st.floats(0.05, 1), part_bytes=st.integers(4, 40))
 def test_any_bytes_become_tokens_of_the_text_that_they_decode_to(
     tmp_path_factory, small_tokenizer, content, train_size, part_bytes

@@ -180,7 +180,7 @@ def test_requests_too_long_lose_their_beginning() -> None:
         fit(request, 2)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 300), min_size=1, max_size=60), st.floats(0, 5000), st.integers(0, 9), st.integers(300, 512)
 )

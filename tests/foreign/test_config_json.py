@@ -150,7 +150,7 @@ def ours(folder: Path) -> np.ndarray:
     return numpy_llama.llama(params, IDS, args)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(CHANGES)
 @example({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}})
 @example({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_theta": 500000}})

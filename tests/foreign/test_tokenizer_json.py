@@ -92,7 +92,7 @@ def test_the_library_encodes_as_sentencepiece_on_every_text(name: str, tmp_path:
     assert table is not None and not reason
     library, reader = tokenizers.Tokenizer.from_str(json.dumps(table)), Reader(table)
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=150, suppress_health_check=list(HealthCheck), database=None)
     @given(texts(tokenizer))
     def check(text: str) -> None:
         expected = tokenizer.encode(text, bos=False)
@@ -127,7 +127,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(OPTIONS, st.randoms(use_true_random=False))
 def test_whatever_the_options_what_is_written_is_sentencepiece_s(options: dict[str, Any], rng: random.Random) -> None:
     tokenizers = pytest.importorskip("tokenizers")

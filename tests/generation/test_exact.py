@@ -68,7 +68,7 @@ def drafts(model: Model, small_tokenizer: Tokenizer) -> dict[str, Draft | None]:
     }
 
 
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=3)
 @given(
     dtype=st.sampled_from(list(DTYPES)),
     weights=st.sampled_from(["auto", "int8", "int4"]),
@@ -88,7 +88,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_together_guessed_and_not(
         assert bits(plain.generate_ids([prompts[i]], SETTINGS[how])) == [together[i]]
 
 
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=3)
 @given(
     cache=st.sampled_from([None, jnp.int8]),
     weights=st.sampled_from(["auto", "int8"]),

@@ -58,7 +58,7 @@ def assert_fulfilled(done: Completion, schema: Any) -> None:
     jsonschema.validate(json.loads(done.text), schema)
 
 
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 1000), hot=st.sampled_from([1.0, 5.0]))
 def test_whatever_the_model_says_is_json_of_the_schema_in_a_mixed_batch(model: Model, seed: int, hot: float) -> None:
     given = [with_schema(schema, seed=seed, temperature=hot, n=2) for schema in SCHEMAS.values()]

@@ -72,7 +72,7 @@ def meta_ids(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool)
 texts = st.text(st.sampled_from("ab x\n\té(:1\u4e2d"), max_size=12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(prefix=texts, suffix=texts)
 def test_ids_are_those_of_metas_code_in_both_orders(tokenizer: Tokenizer, prefix: str, suffix: str) -> None:
     assert encode_infill(tokenizer, prefix, suffix, "psm") == meta_ids(tokenizer, prefix, suffix, False)

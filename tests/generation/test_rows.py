@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.config import SampleArgs
@@ -112,7 +112,6 @@ class Letters:
     stream = Tokenizer.stream
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),

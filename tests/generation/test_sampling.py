@@ -87,7 +87,7 @@ def literal_top_p(probs: np.ndarray, p: float) -> np.ndarray:
     return ~mask
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 50), min_size=8, max_size=8),
     st.floats(0.01, 0.99).filter(lambda p: abs(p * 1000 - round(p * 1000)) > 1e-3),
@@ -124,7 +124,7 @@ def test_the_token_that_crosses_the_border_stays_and_the_next_goes() -> None:
     assert kept(0.8) == [True, True, True, False]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 4), min_size=9, max_size=9), min_size=3, max_size=3), st.data())
 def test_weights_of_one_keep_the_k_likeliest_and_of_equal_ones_the_first(
     values: list[list[int]], data: st.DataObject
@@ -205,7 +205,7 @@ def test_settings_apply_in_the_documented_order(name: str, kept: set[int]) -> No
     assert set(np.flatnonzero(shares(LOGITS, CASES[name])).tolist()) == kept
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(-40, 40), min_size=8, max_size=8, unique=True),
     st.lists(st.integers(0, 7), max_size=6),

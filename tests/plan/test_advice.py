@@ -95,7 +95,7 @@ def test_without_compiles_advice_is_an_estimate() -> None:
     assert not calls and not only.verified and only.topology == "v5e:4x4"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     slice_=st.sampled_from(["v5e:1x1", "v5e:2x2", "v5e:4x8", "v6e:2x4", "v5p:2x2x1"]),
     rows=st.sampled_from([1, 2, 3, 8, 24, 64, 96]),
@@ -218,7 +218,7 @@ def test_what_does_not_fit_after_all_is_not_advised() -> None:
     assert [a.flags for a in found] == ["--topology v5e:2x2"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     slice_=st.sampled_from(["v5e:1x1", "v5e:2x2", "v5e:4x8", "v6e:2x4", "v5p:2x2x1", "v4:2x2x2"]),
     batch=st.integers(1, 400),

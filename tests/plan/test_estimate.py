@@ -75,7 +75,7 @@ def test_computing_in_float32_keeps_twice_as_much() -> None:
     assert training_bytes(more) > 1.4 * training_bytes(config)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 96),
     heads=st.sampled_from([1, 2, 6, 8]),

@@ -31,7 +31,7 @@ def chosen(
 sizes, budgets = st.floats(4.5, 9).map(lambda x: 10**x), st.floats(11.5, 18).map(lambda x: 10**x)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, budgets)
 def test_a_choice_passes_the_checks_and_uses_its_budget_or_says_what_it_leaves(size: float, flops: float) -> None:
     found = chosen(size, flops)
@@ -46,7 +46,7 @@ def test_a_choice_passes_the_checks_and_uses_its_budget_or_says_what_it_leaves(s
     assert config.train.warmup_steps <= found.steps and config.train.eval_interval <= found.steps
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, budgets, st.floats(1.5, 30))
 def test_more_is_never_expected_to_be_worse_nor_chosen_smaller(size: float, flops: float, times: float) -> None:
     less, more = chosen(size, flops), chosen(size, times * flops)
