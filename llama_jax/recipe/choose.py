@@ -186,10 +186,10 @@ def with_curve(task: Task, choice: Choice) -> Choice:
     for share in SHARES:
         rate = float(rates(share * choice.steps)) / train.lr
         read = share * choice.tokens * text.bytes_per_token
-        bits = laws.bits_per_byte(text.level, choice.parameters, read, text.train_bytes, rate)
-        ends = laws.interval(bits, choice.flops, rate)
+        loss = laws.bits_per_byte(text.level, choice.parameters, read, text.train_bytes, rate)
+        ends = laws.interval(loss, choice.flops, rate)
         points[max(1, round(share * choice.tokens))] = tuple(
-            float(f"{value:.5g}") for value in (ends[0], bits, ends[1])
+            float(f"{value:.5g}") for value in (ends[0], loss, ends[1])
         )
     if len(points) == 1:  # a run of a token
         return choice

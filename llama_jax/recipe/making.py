@@ -11,6 +11,7 @@ from llama_jax.config import Config
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.distributed import processes_of
 from llama_jax.errors import UserError
+from llama_jax.expected_args import ExpectedArgs
 from llama_jax.recipe.choose import DECIDED, Budget, Choice, Task, bytes_within, choose, with_curve
 from llama_jax.recipe.laws import LAWS
 from llama_jax.recipe.speed import Speed, guess, measure, planned
@@ -100,13 +101,16 @@ def _check(base: Config, given: frozenset[str]) -> None:
                 f"{name}: expected none beside a recipe, which decides how long to train, found "
                 f"{getattr(getattr(base, section), field)}; leave it out"
             )
+    if base.expected != ExpectedArgs():
+        raise UserError(
+            "expected.tokens: expected none beside a recipe, which writes them, found some; leave [expected] out"
+        )
     for holds, name, found in (
         (base.train.init_from, "train.init_from", base.train.init_from),
         (base.lora.rank, "lora.rank", base.lora.rank),
         (base.train.objective != "next-token", "train.objective", base.train.objective),
         (base.train.decay_run or base.train.decay_from, "train.decay_from", base.train.decay_from),
         (base.model.vocab_size != -1, "model.vocab_size", base.model.vocab_size),
-        (base.expected.tokens, "expected.tokens", "some"),
     ):
         if holds:
             raise UserError(

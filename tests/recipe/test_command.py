@@ -122,6 +122,7 @@ def test_only_a_recipe_that_nobody_changed_is_replaced(folder: Path) -> None:
         (["--data.filepath", "my.txt", *FLAGS, "--train.init-from", "runs/x"], "train.init_from: expected none beside a recipe"),
         (["--data.filepath", "my.txt", *FLAGS, "--train.minutes", "3"], "train.minutes: expected --minutes"),
         (["--data.filepath", "my.txt", *FLAGS, "--output", "no/my.toml"], "--output: expected a file in a folder"),
+        (["--data.filepath", "my.txt", *FLAGS, "--expected.parameters", "9"], "expected.tokens: expected none beside a recipe"),
         (["--data.filepath", "my.txt", *FLAGS, "--model.dim", "33"], "model.n_heads: expected a divisor of the width"),
         (["--data.filepath", "my.txt", *FLAGS, "--output", "many"], "--output: expected a new file, found a folder"),
     ],
