@@ -45,6 +45,8 @@ class Run(NamedTuple):
     flops: float
     earlier: tuple[tuple[float, float], ...] = ()
     """Evaluations before the end: the share of the run that was done, and bits per byte."""
+    frequencies: float = math.inf
+    """Bits per byte for who knows how often each token occurs and no more."""
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -79,6 +81,7 @@ def read_runs(path: Path) -> list[Run]:
                     for step, bits in row["evals"]
                     if step < 0.95 * row["evals"][-1][0]
                 ),
+                text.frequencies,
             )
         )
     return found
@@ -111,13 +114,31 @@ def residual(laws: Laws, run: Run) -> float:
     return math.log(run.bits / laws.bits_per_byte(run.level, run.parameters, run.read, run.unique))
 
 
-def spread_of(runs: Sequence[Run], first: Laws = Laws()) -> dict[str, list[float]]:
+def without_each(runs: Sequence[Run], first: Laws = Laws()) -> dict[str, Laws]:
+    """Return, for each text, the laws that are fitted on the other texts."""
+    texts = dict.fromkeys(run.text for run in runs)
+    return {text: fit([run for run in runs if run.text != text], first) for text in texts}
+
+
+def spread_of(runs: Sequence[Run], others: dict[str, Laws]) -> dict[str, list[float]]:
     """Return, for each text, the residuals of its runs by laws that were fitted on the other texts."""
-    found = {}
-    for text in dict.fromkeys(run.text for run in runs):
-        laws = fit([run for run in runs if run.text != text], first)
-        found[text] = [residual(laws, run) for run in runs if run.text == text]
-    return found
+    return {text: [residual(laws, run) for run in runs if run.text == text] for text, laws in others.items()}
+
+
+def ways_back(runs: Sequence[Run], others: dict[str, Laws]) -> tuple[dict[str, float], float]:
+    """Return how far each text's evaluations go back to the frequencies of tokens at most, and the least way there.
+
+    A way is a difference of logarithms from the expectation, by laws that were fitted on the other texts.
+    """
+    found: dict[str, float] = {}
+    ways = []
+    for run in runs:
+        laws = others[run.text]
+        for share, bits in (*run.earlier, (1.0, run.bits)):
+            expected = laws.bits_per_byte(run.level, run.parameters, share * run.read, run.unique, 1 - share)
+            ways.append(math.log(run.frequencies / expected))
+            found[run.text] = max(found.get(run.text, 0.0), math.log(bits / expected) / ways[-1])
+    return found, min(ways)
 
 
 def excesses(laws: Laws, runs: Sequence[Run]) -> dict[str, np.ndarray]:
@@ -171,7 +192,8 @@ def main() -> None:
     texts = {run.text for run in runs}
     if len(texts) < 2:
         sys.exit(f"expected runs on two texts or more, found {len(runs)} runs on {len(texts)}")
-    laws, apart = fit(runs), spread_of(runs)
+    laws, others = fit(runs), without_each(runs)
+    apart = spread_of(runs, others)
     for text, values in apart.items():
         print(f"{text}: {len(values)} runs, left out: {', '.join(f'{value:+.3f}' for value in values)}")
     inside = [residual(laws, run) for run in runs]
@@ -182,6 +204,15 @@ def main() -> None:
     costs = excesses(laws, runs)
     sizes = undecayed_sizes(laws, costs)
     laws = dataclasses.replace(fit_undecayed(laws, costs), undecayed_spread=four_in_five(list(sizes.values())))
+    ways, least = ways_back(
+        runs,
+        {
+            text: dataclasses.replace(each, undecayed=laws.undecayed, undecayed_power=laws.undecayed_power)
+            for text, each in others.items()
+        },
+    )
+    laws = dataclasses.replace(laws, way_back=four_in_five(list(ways.values())), least_learned=least)
+    print(f"shares of the way back to frequencies: {', '.join(f'{way:.2f}' for way in ways.values())}")
     for text, size in sizes.items():
         print(f"{text}: left out, {size:.3f} x r from the cost of a share r of the peak rate")
     print(

@@ -46,7 +46,7 @@ def test_the_fit_is_much_nearer_to_runs_of_other_laws_than_the_guess(script: Mod
         return sum(abs(script.residual(laws, run)) for run in runs) / len(runs)
 
     assert far(Laws()) > 0.05 and far(fitted) < 0.02
-    apart = script.spread_of(runs)
+    apart = script.spread_of(runs, script.without_each(runs))
     assert set(apart) == {str(number) for number in range(6)} and max(map(len, apart.values())) == 6
 
 
@@ -73,6 +73,15 @@ def test_the_cost_of_a_rate_that_has_not_decayed_is_found_apart_from_how_runs_en
     assert 0.005 < script.four_in_five(list(script.undecayed_sizes(laws, apart).values())) < 0.06
 
 
+def test_the_way_back_to_frequencies_is_that_of_the_worst_evaluation_of_a_text(script: ModuleType) -> None:
+    laws, runs = Laws(), []
+    for run in made_by(script, laws, noise=0.0)[:3]:
+        earlier = laws.bits_per_byte(run.level, run.parameters, 0.5 * run.read, run.unique, 0.5)
+        runs.append(run._replace(earlier=((0.5, earlier * 1.1),), frequencies=1.21 * earlier))
+    found, least = script.ways_back(runs, {"0": laws})
+    assert found == {"0": pytest.approx(0.5)} and least == pytest.approx(math.log(1.21))
+
+
 def test_runs_are_read_and_those_without_an_evaluation_are_left_out(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "my.txt").write_text("The fox went to the river.\n" * 200)
     row = {
@@ -85,5 +94,5 @@ def test_runs_are_read_and_those_without_an_evaluation_are_left_out(script: Modu
     rows = [row | {"tflop": 0.1, "evals": [[5, 3.0], [10, 2.5]]}, row | {"tflop": 0.1, "evals": []}]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     (run,) = script.read_runs(tmp_path / "runs.jsonl")
-    assert run.earlier == ((0.5, 3.0),)
+    assert run.earlier == ((0.5, 3.0),) and 1 < run.frequencies < 8
     assert (run.parameters, run.bits, run.flops) == (1000, 2.5, 1e11) and run.unique == pytest.approx(4860, abs=30)

@@ -175,7 +175,7 @@ def _with_tokens(task: Task, model: ModelArgs, tokens: float) -> Choice:
     flops = steps * _step_flops(task, model, batch)
     seen, rate = read * text.bytes_per_token, config.train.min_lr_ratio
     expected = task.laws.bits_per_byte(text.level, parameters, seen, text.train_bytes, rate)
-    low, high = task.laws.interval(expected, flops, rate)
+    low, high = task.laws.interval(expected, flops, rate, text.frequencies)
     return Choice(config, parameters, read, flops, read / text.train_tokens, expected, low, high)
 
 
@@ -187,7 +187,7 @@ def with_curve(task: Task, choice: Choice) -> Choice:
         rate = float(rates(share * choice.steps)) / train.lr
         read = share * choice.tokens * text.bytes_per_token
         loss = laws.bits_per_byte(text.level, choice.parameters, read, text.train_bytes, rate)
-        ends = laws.interval(loss, choice.flops, rate)
+        ends = laws.interval(loss, choice.flops, rate, text.frequencies)
         points[max(1, round(share * choice.tokens))] = tuple(
             float(f"{value:.5g}") for value in (ends[0], loss, ends[1])
         )

@@ -41,6 +41,11 @@ class Laws:
     undecayed_power: float = 2.569
     undecayed_spread: float = 0.2487
     """At a rate of r, four in five texts are within r times this of the expectation, apart from how their runs end."""
+    way_back: float = 0.518
+    """Four in five texts lie no higher than this share of the way from the expectation back to the frequencies of
+    tokens, in logarithms."""
+    least_learned: float = 0.1268
+    """The recorded runs were expected to be below the frequencies by this or more, as a difference of logarithms."""
     texts: int = 7
     """The number of texts whose runs the constants were fitted on."""
     spread: float = 0.339
@@ -84,11 +89,19 @@ class Laws:
         """
         return self.level(text) * self.relative(parameters, read, unique) * math.exp(self.excess(rate))
 
-    def interval(self, expected: float, flops: float, rate: float = 0.0) -> tuple[float, float]:
-        """Return the bounds between which a run's loss lies in four of five cases. flops: those of the whole run."""
+    def interval(
+        self, expected: float, flops: float, rate: float = 0.0, frequencies: float = math.inf
+    ) -> tuple[float, float]:
+        """Return the bounds between which a run's loss lies in four of five cases.
+
+        flops: those of the whole run. rate: as of ``bits_per_byte``. frequencies: the bits per byte for who knows how
+        often each token occurs and no more, if known; a run that learns is well below.
+        """
         outside = max(0.0, math.log10(self.least_flops / flops), math.log10(flops / self.most_flops))
         spread = math.hypot(self.spread + self.beyond * outside, self.undecayed_spread * rate)
-        return expected * math.exp(-spread), expected * math.exp(spread)
+        learned = math.log(frequencies / expected)
+        above = min(spread, self.way_back * learned) if learned >= self.least_learned else spread
+        return expected * math.exp(-spread), expected * math.exp(above)
 
 
 LAWS = Laws()

@@ -1,5 +1,6 @@
 """The choice: sane and monotone over budgets and texts, as large as the budget allows, and with what was given."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -89,6 +90,19 @@ def test_a_rate_that_has_not_decayed_costs_what_recorded_runs_say() -> None:
         for s, found in enumerate(law[:-1]):
             assert bits[s] / bits[-1] == pytest.approx(found / law[-1], rel=0.04)
             assert found / law[-1] > 1.01, "and the law alone is lower"
+
+
+def test_a_run_that_learns_the_frequencies_of_tokens_alone_lies_outside_where_more_was_always_learned() -> None:
+    """As one does whose rate is much too high. Where little is expected of a run, nothing is known of it."""
+    laws, flops = Laws(), 1e13
+    for frequencies in (2.0 * 1.5, 2.0 * 2.0):
+        low, high = laws.interval(2.0, flops, 0.0, frequencies)
+        assert (low, laws.interval(2.0, flops)[1]) == pytest.approx(
+            (2 * math.exp(-laws.spread), 2 * math.exp(laws.spread))
+        )
+        assert 2.0 < high < frequencies and high <= laws.interval(2.0, flops)[1]
+    little = 2.0 * math.exp(0.5 * laws.least_learned)
+    assert laws.interval(2.0, flops, 0.0, little) == laws.interval(2.0, flops) == laws.interval(2.0, flops, 0.0, 1.9)
 
 
 def test_a_small_text_is_not_learned_by_heart_however_long_the_time() -> None:
