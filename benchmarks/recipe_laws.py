@@ -4,8 +4,9 @@ python benchmarks/recipe_laws.py runs.jsonl
 
 Runs of more than MOST_EPOCHS are left out, since the law of learning by heart is one of runs near their best length.
 A line of the file is a run: text (a path), parameters, tokens, tflop, and evals, a list of [step, bits per byte], of which
-the last one counts, since the rate has decayed by then. Texts are split and counted as recipe does. The spread is that of
-texts that were left out, one after the other: of these, four in five lie within it.
+the last one counts, since the rate has decayed by then: a line to 0. What comes before it says how much a rate costs that has
+not decayed yet. Texts are split and counted as recipe does. The spread is that of texts that were left out, one after the
+other: of these, four in five lie within it.
 """
 
 import dataclasses
@@ -42,6 +43,10 @@ class Run(NamedTuple):
     unique: float
     bits: float
     flops: float
+    earlier: tuple[tuple[float, float], ...] = ()
+    """Evaluations before the end: the share of the run that was done, and bits per byte."""
+    frequencies: float = math.inf
+    """Bits per byte for who knows how often each token occurs and no more."""
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -71,6 +76,12 @@ def read_runs(path: Path) -> list[Run]:
                 text.train_bytes,
                 row["evals"][-1][1],
                 1e12 * row["tflop"],
+                tuple(
+                    (step / row["evals"][-1][0], bits)
+                    for step, bits in row["evals"]
+                    if step < 0.95 * row["evals"][-1][0]
+                ),
+                text.frequencies,
             )
         )
     return found
@@ -103,13 +114,74 @@ def residual(laws: Laws, run: Run) -> float:
     return math.log(run.bits / laws.bits_per_byte(run.level, run.parameters, run.read, run.unique))
 
 
-def spread_of(runs: Sequence[Run], first: Laws = Laws()) -> dict[str, list[float]]:
+def without_each(runs: Sequence[Run], first: Laws = Laws()) -> dict[str, Laws]:
+    """Return, for each text, the laws that are fitted on the other texts."""
+    texts = dict.fromkeys(run.text for run in runs)
+    return {text: fit([run for run in runs if run.text != text], first) for text in texts}
+
+
+def spread_of(runs: Sequence[Run], others: dict[str, Laws]) -> dict[str, list[float]]:
     """Return, for each text, the residuals of its runs by laws that were fitted on the other texts."""
+    return {text: [residual(laws, run) for run in runs if run.text == text] for text, laws in others.items()}
+
+
+def ways_back(runs: Sequence[Run], others: dict[str, Laws]) -> tuple[dict[str, float], float]:
+    """Return how far each text's evaluations go back to the frequencies of tokens at most, and the least way there.
+
+    A way is a difference of logarithms from the expectation, by laws that were fitted on the other texts.
+    """
+    found: dict[str, float] = {}
+    ways = []
+    for run in runs:
+        laws = others[run.text]
+        for share, bits in (*run.earlier, (1.0, run.bits)):
+            expected = laws.bits_per_byte(run.level, run.parameters, share * run.read, run.unique, 1 - share)
+            ways.append(math.log(run.frequencies / expected))
+            found[run.text] = max(found.get(run.text, 0.0), math.log(bits / expected) / ways[-1])
+    return found, min(ways)
+
+
+def excesses(laws: Laws, runs: Sequence[Run]) -> dict[str, np.ndarray]:
+    """Return, for each text, the share r of the peak rate and the logarithm of what it cost: float64 [evaluations, 2].
+
+    The cost is that beyond the law of the bytes read so far, by which a run of its own would end there. How far the run
+    ends from the laws does not count.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        end = laws.relative(run.parameters, run.read, run.unique)
+        for share, bits in run.earlier:
+            law = laws.relative(run.parameters, share * run.read, run.unique)
+            found.setdefault(run.text, []).append((1 - share, math.log(bits / run.bits) - math.log(law / end)))
+    return {text: np.array(each) for text, each in found.items()}
+
+
+def fit_undecayed(laws: Laws, apart: dict[str, np.ndarray]) -> Laws:
+    """Return the laws with the cost of a rate that has not decayed. Each text weighs the same."""
+
+    def residuals(values: np.ndarray) -> np.ndarray:
+        return np.concatenate(
+            [(each[:, 1] - values[0] * each[:, 0] ** values[1]) / math.sqrt(len(each)) for each in apart.values()]
+        )
+
+    first = np.array([laws.undecayed, laws.undecayed_power])
+    found = least_squares(residuals, first, bounds=([0, 0.5], [2, 4]), loss="soft_l1", f_scale=SCALE).x
+    return dataclasses.replace(laws, undecayed=float(found[0]), undecayed_power=float(found[1]))
+
+
+def undecayed_sizes(laws: Laws, apart: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return how far each text lies from a fit on the others, as a multiple of r: a root mean square."""
     found = {}
-    for text in dict.fromkeys(run.text for run in runs):
-        laws = fit([run for run in runs if run.text != text], first)
-        found[text] = [residual(laws, run) for run in runs if run.text == text]
+    for text, each in apart.items():
+        others = fit_undecayed(laws, {name: values for name, values in apart.items() if name != text})
+        far = each[:, 1] - [others.excess(rate) for rate in each[:, 0]]
+        found[text] = float(np.sqrt(np.mean(np.square(far / each[:, 0]))))
     return found
+
+
+def four_in_five(sizes: Sequence[float]) -> float:
+    """Return the size within which four in five others lie, by conformal prediction: the quantile of one value more."""
+    return sorted(sizes)[min(len(sizes) - 1, math.ceil(0.8 * (len(sizes) + 1)) - 1)]
 
 
 def main() -> None:
@@ -120,15 +192,29 @@ def main() -> None:
     texts = {run.text for run in runs}
     if len(texts) < 2:
         sys.exit(f"expected runs on two texts or more, found {len(runs)} runs on {len(texts)}")
-    laws, apart = fit(runs), spread_of(runs)
+    laws, others = fit(runs), without_each(runs)
+    apart = spread_of(runs, others)
     for text, values in apart.items():
         print(f"{text}: {len(values)} runs, left out: {', '.join(f'{value:+.3f}' for value in values)}")
     inside = [residual(laws, run) for run in runs]
-    # By the rule of conformal prediction: the quantile of one value more. Runs of one text err together, so a text counts once.
-    sizes = sorted(float(np.sqrt(np.mean(np.square(values)))) for values in apart.values())
-    spread = sizes[min(len(sizes) - 1, math.ceil(0.8 * (len(sizes) + 1)) - 1)]
+    # Runs of one text err together, so a text counts once.
+    spread = four_in_five([float(np.sqrt(np.mean(np.square(values)))) for values in apart.values()])
     flops = [run.flops for run in runs]
     laws = dataclasses.replace(laws, texts=len(texts), spread=spread, least_flops=min(flops), most_flops=max(flops))
+    costs = excesses(laws, runs)
+    sizes = undecayed_sizes(laws, costs)
+    laws = dataclasses.replace(fit_undecayed(laws, costs), undecayed_spread=four_in_five(list(sizes.values())))
+    ways, least = ways_back(
+        runs,
+        {
+            text: dataclasses.replace(each, undecayed=laws.undecayed, undecayed_power=laws.undecayed_power)
+            for text, each in others.items()
+        },
+    )
+    laws = dataclasses.replace(laws, way_back=four_in_five(list(ways.values())), least_learned=least)
+    print(f"shares of the way back to frequencies: {', '.join(f'{way:.2f}' for way in ways.values())}")
+    for text, size in sizes.items():
+        print(f"{text}: left out, {size:.3f} x r from the cost of a share r of the peak rate")
     print(
         f"{len(runs)} runs on {len(texts)} texts; root mean square of the residuals {np.sqrt(np.mean(np.square(inside))):.4f}"
     )

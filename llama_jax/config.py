@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from llama_jax.cli.flags import ESCAPED
 from llama_jax.cli.json_argument import json_line, load_json
 from llama_jax.errors import UserError, quoted
+from llama_jax.expected_args import ExpectedArgs
 from llama_jax.fields import (
     COUNT,
     LARGEST,
@@ -300,10 +301,11 @@ class Config:
     mesh: MeshArgs = MeshArgs()
     distributed: DistributedArgs = DistributedArgs()
     lora: LoraArgs = LoraArgs()
+    expected: ExpectedArgs = ExpectedArgs()
 
     def check(self) -> None:
         """Raise UserError on impossible values, in a section or between sections."""
-        for section in (self.model, self.data, self.train, self.mesh, self.distributed, self.lora):
+        for section in (self.model, self.data, self.train, self.mesh, self.distributed, self.lora, self.expected):
             section.check()
         if self.train.objective == "dpo" and self.data.loss_on != "answers":
             raise UserError(

@@ -25,6 +25,7 @@ from llama_jax.config import (
     to_toml,
 )
 from llama_jax.errors import UserError
+from llama_jax.expected_args import ExpectedArgs
 from llama_jax.lora_args import MATRICES, LoraArgs
 from llama_jax.train_args import Remat
 
@@ -176,6 +177,7 @@ def test_a_configuration_checks_all_its_sections():
         "mesh": MeshArgs(data=0),
         "distributed": DistributedArgs(timeout_seconds=0),
         "lora": LoraArgs(rank=-1),
+        "expected": ExpectedArgs(tokens=(1,)),
     }
     assert bad.keys() == SECTIONS.keys()
     for name, section in bad.items():
@@ -235,6 +237,9 @@ def test_every_field_can_be_set_by_its_flag():
             assert changed.rope_scaling == {"rope_type": "linear", "factor": 2.0}
             assert flags(flag, "None", default=Config(model=changed)).model.rope_scaling is None
             continue
+        if section == "expected" and name != "parameters":
+            assert getattr(flags(flag, "1", "2").expected, name) == (1, 2)
+            continue
         if name == "eval_tasks":
             assert flags(flag, "a.jsonl", "b").train.eval_tasks == ("a.jsonl", "b")
             continue
@@ -292,6 +297,11 @@ configs = st.builds(
         LoraArgs,
         alpha=st.none() | st.floats(allow_nan=False, allow_infinity=False),
         targets=st.lists(st.sampled_from(MATRICES)).map(tuple),
+    ),
+    expected=st.builds(
+        ExpectedArgs,
+        tokens=st.lists(st.integers()).map(tuple),
+        low=st.lists(st.floats(allow_nan=False, allow_infinity=False)).map(tuple),
     ),
 )
 

@@ -13,7 +13,7 @@ def test_every_default_has_a_line_with_what_chose_it() -> None:
     rows = [
         line.split("|")[1]
         for line in PAGE.splitlines()
-        if re.match(r"\| `(model|data|train|mesh|distributed|lora)\.", line)
+        if re.match(r"\| `(model|data|train|mesh|distributed|lora|expected)\.", line)
     ]
     named = set()
     for row in rows:

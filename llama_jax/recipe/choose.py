@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from llama_jax.config import Config, ModelArgs
 from llama_jax.errors import UserError
+from llama_jax.expected_args import ExpectedArgs
 from llama_jax.recipe.laws import LAWS, Laws
 from llama_jax.recipe.text import Counted
 from llama_jax.training.flops import train_flops_per_token, update_flops
+from llama_jax.training.rates import learning_rate
 
 # Widths to choose from. The shapes between 128 and 256 are those that runs on CPUs were tuned with.
 WIDTHS = (
@@ -26,7 +28,15 @@ TRAIN = (
     "schedule", "min_lr_ratio", "lr", "weight_decay", "warmup_steps", "max_steps", "batch_size", "gradient_accumulation_steps",
     "eval_interval", "eval_iters", "save_interval", "log_interval",
 )  # fmt: skip
-DECIDED = (*(f"model.{name}" for name in MODEL), "data.vocab_size", *(f"train.{name}" for name in TRAIN))
+DECIDED = (
+    *(f"model.{name}" for name in MODEL),
+    "data.vocab_size",
+    *(f"train.{name}" for name in TRAIN),
+    *(f"expected.{field.name}" for field in fields(ExpectedArgs)),
+)
+# The shares of a run at which its recipe says what to expect. The recorded runs were evaluated first after a quarter; a
+# fifth leaves room for the rounding of a quarter to whole steps. Nothing is known of what comes before.
+SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 # Small models read their text several times, and decay more for it.
 WEIGHT_DECAY = 0.5
 # The share of the time that evaluations may take, and their number.
@@ -163,10 +173,29 @@ def _with_tokens(task: Task, model: ModelArgs, tokens: float) -> Choice:
     read = steps * batch * model.max_seq_len
     text, parameters = task.text, parameters_of(model, task.text.vocab_size)
     flops = steps * _step_flops(task, model, batch)
-    seen = read * text.bytes_per_token
-    expected = task.laws.bits_per_byte(text.level, parameters, seen, text.train_bytes)
-    low, high = task.laws.interval(expected, flops)
+    seen, rate = read * text.bytes_per_token, config.train.min_lr_ratio
+    expected = task.laws.bits_per_byte(text.level, parameters, seen, text.train_bytes, rate)
+    low, high = task.laws.interval(expected, flops, rate, text.frequencies)
     return Choice(config, parameters, read, flops, read / text.train_tokens, expected, low, high)
+
+
+def with_curve(task: Task, choice: Choice) -> Choice:
+    """Return a choice whose configuration says what to expect during the run, of which ``expected`` is the end."""
+    text, laws, train = task.text, task.laws, choice.config.train
+    rates, points = learning_rate(train, choice.steps), dict[int, tuple[float, ...]]()
+    for share in SHARES:
+        rate = float(rates(share * choice.steps)) / train.lr
+        read = share * choice.tokens * text.bytes_per_token
+        loss = laws.bits_per_byte(text.level, choice.parameters, read, text.train_bytes, rate)
+        ends = laws.interval(loss, choice.flops, rate, text.frequencies)
+        points[max(1, round(share * choice.tokens))] = tuple(
+            float(f"{value:.5g}") for value in (ends[0], loss, ends[1])
+        )
+    if len(points) == 1:  # a run of a token
+        return choice
+    low, bits, high = zip(*points.values(), strict=True)
+    curve = ExpectedArgs(tuple(points), low, bits, high, choice.parameters)
+    return replace(choice, config=replace(choice.config, expected=curve))
 
 
 def _shapes(task: Task) -> Iterator[ModelArgs]:

@@ -24,6 +24,9 @@ class Laws:
     bits per byte = level x (floor + of_size / N^size_power + of_bytes / E^bytes_power + by_heart x N / U x R^2), where
     R = D / U - 1 counts repetitions, E = U + U x worth x (1 - exp(-R / worth)) the bytes as fresh ones, E = D without
     repetition, and the level is counted^share x compressed^(1 - share).
+
+    While the learning rate is still at a share r of its peak, the loss is exp(undecayed x r^undecayed_power) times as
+    high as that of a run that ends there. D and E are then of the bytes read so far.
     """
 
     share: float = 0.8314
@@ -34,6 +37,15 @@ class Laws:
     bytes_power: float = 0.2816
     worth: float = 22.61
     by_heart: float = 1.821e-05
+    undecayed: float = 0.1025
+    undecayed_power: float = 2.569
+    undecayed_spread: float = 0.2487
+    """At a rate of r, four in five texts are within r times this of the expectation, apart from how their runs end."""
+    way_back: float = 0.518
+    """Four in five texts lie no higher than this share of the way from the expectation back to the frequencies of
+    tokens, in logarithms."""
+    least_learned: float = 0.1268
+    """The recorded runs were expected to be below the frequencies by this or more, as a difference of logarithms."""
     texts: int = 7
     """The number of texts whose runs the constants were fitted on."""
     spread: float = 0.339
@@ -66,15 +78,30 @@ class Laws:
             + self.by_heart * parameters / unique * repeats**2
         )
 
-    def bits_per_byte(self, text: TextLevel, parameters: float, read: float, unique: float) -> float:
-        """Return the expected held-out loss of a run in bits per byte."""
-        return self.level(text) * self.relative(parameters, read, unique)
+    def excess(self, rate: float) -> float:
+        """Return the logarithm of what a rate costs that has not decayed yet, ``rate`` being its share of the peak."""
+        return self.undecayed * rate**self.undecayed_power
 
-    def interval(self, expected: float, flops: float) -> tuple[float, float]:
-        """Return the bounds between which a run's loss lies in four of five cases."""
+    def bits_per_byte(self, text: TextLevel, parameters: float, read: float, unique: float, rate: float = 0.0) -> float:
+        """Return the expected held-out loss of a run in bits per byte.
+
+        rate: the learning rate that is still in force, as a share of its peak.
+        """
+        return self.level(text) * self.relative(parameters, read, unique) * math.exp(self.excess(rate))
+
+    def interval(
+        self, expected: float, flops: float, rate: float = 0.0, frequencies: float = math.inf
+    ) -> tuple[float, float]:
+        """Return the bounds between which a run's loss lies in four of five cases.
+
+        flops: those of the whole run. rate: as of ``bits_per_byte``. frequencies: the bits per byte for who knows how
+        often each token occurs and no more, if known; a run that learns is well below.
+        """
         outside = max(0.0, math.log10(self.least_flops / flops), math.log10(flops / self.most_flops))
-        spread = self.spread + self.beyond * outside
-        return expected * math.exp(-spread), expected * math.exp(spread)
+        spread = math.hypot(self.spread + self.beyond * outside, self.undecayed_spread * rate)
+        learned = math.log(frequencies / expected)
+        above = min(spread, self.way_back * learned) if learned >= self.least_learned else spread
+        return expected * math.exp(-spread), expected * math.exp(above)
 
 
 LAWS = Laws()

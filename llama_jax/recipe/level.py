@@ -6,6 +6,7 @@ near a mean of both, whose weight is fitted. They take about two seconds a megab
 """
 
 import lzma
+import math
 
 import numpy as np
 
@@ -45,6 +46,15 @@ def counted_level(train: bytes, held_out: bytes) -> float:
         mixed = (of_gram + different * probability) / np.maximum(1, of_context + different)
         probability = np.where(of_context > 0, mixed, probability)
     return float(-np.log2(probability).mean())
+
+
+def frequency_level(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
+    """Return the bits per token of ``held_out`` by how often each token occurs in ``train``, both integers [tokens].
+
+    Each token of the vocabulary counts a half more, as those do that do not occur (Krichevsky and Trofimov, 1981).
+    """
+    times = np.bincount(train, minlength=vocab_size) + 0.5
+    return float(-np.log2(times / times.sum())[held_out].mean()) if len(held_out) else math.inf
 
 
 def _bytes_of(text: bytes) -> np.ndarray:

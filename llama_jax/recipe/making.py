@@ -11,7 +11,8 @@ from llama_jax.config import Config
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.distributed import processes_of
 from llama_jax.errors import UserError
-from llama_jax.recipe.choose import DECIDED, Budget, Choice, Task, bytes_within, choose
+from llama_jax.expected_args import ExpectedArgs
+from llama_jax.recipe.choose import DECIDED, Budget, Choice, Task, bytes_within, choose, with_curve
 from llama_jax.recipe.laws import LAWS
 from llama_jax.recipe.speed import Speed, guess, measure, planned
 from llama_jax.recipe.text import Counted, count_text
@@ -45,6 +46,7 @@ def make_recipe(base: Config, given: frozenset[str], budget: Budget, topology: s
     choice = choose(task, rough)
     if timed or topology:
         found, choice = _timed(task, budget, choice, topology)
+    choice = with_curve(task, choice)
     choice.config.check()
     return choice, [*([("", note)] if note else []), *_lines(task, budget, choice, found)]
 
@@ -90,7 +92,7 @@ def _sized(config: Config, text: Counted) -> Config:
 
 def _check(base: Config, given: frozenset[str]) -> None:
     """Raise UserError on settings that contradict a recipe: it trains a new model on a text, and decides how long."""
-    for part in (base.data, base.train, base.mesh, base.distributed, base.lora):
+    for part in (base.data, base.train, base.mesh, base.distributed, base.lora, base.expected):
         part.check()  # the model's settings are checked with those that are chosen beside them
     for name in ("train.max_steps", "train.n_epochs"):
         if name in given:
@@ -99,6 +101,10 @@ def _check(base: Config, given: frozenset[str]) -> None:
                 f"{name}: expected none beside a recipe, which decides how long to train, found "
                 f"{getattr(getattr(base, section), field)}; leave it out"
             )
+    if base.expected != ExpectedArgs():
+        raise UserError(
+            "expected.tokens: expected none beside a recipe, which writes them, found some; leave [expected] out"
+        )
     for holds, name, found in (
         (base.train.init_from, "train.init_from", base.train.init_from),
         (base.lora.rank, "lora.rank", base.lora.rank),

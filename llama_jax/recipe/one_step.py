@@ -63,7 +63,7 @@ def _as_stored(config: Config, stored: Config, given: frozenset[str]) -> Config:
 
 def _with(config: Config, other: Config, chosen: Callable[[str], bool]) -> Config:
     """Return a configuration with the chosen fields of another one."""
-    for section in ("model", "data", "train"):
+    for section in ("model", "data", "train", "expected"):
         now, then = getattr(config, section), getattr(other, section)
         names = [field.name for field in dataclasses.fields(now) if chosen(f"{section}.{field.name}")]
         config = replace(config, **{section: replace(now, **{name: getattr(then, name) for name in names})})

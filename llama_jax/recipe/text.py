@@ -1,9 +1,12 @@
 """Counts a text: its bytes, what a vocabulary makes of them, and how predictable it is. Large ones are sampled."""
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
@@ -18,7 +21,7 @@ from llama_jax.data.tokens import TokenSet, find_prepared, open_tokens, spread
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError
 from llama_jax.recipe.laws import TextLevel
-from llama_jax.recipe.level import compressed_level, counted_level
+from llama_jax.recipe.level import compressed_level, counted_level, frequency_level
 from llama_jax.tokenizer import Tokenizer, kept_tokenizer, train_tokenizer
 
 # At most so many bytes are read of a text to train on and of a held-out one, in pieces spread over it.
@@ -43,6 +46,8 @@ class Counted:
     trains_vocabulary: bool = False
     eval_tokens: float = 0.0
     notes: tuple[str, ...] = ()
+    frequencies: float = math.inf
+    """Bits per byte of the held-out text for who knows how often each token occurs, and nothing of what precedes it."""
 
     @property
     def train_tokens(self) -> float:
@@ -106,7 +111,8 @@ def _counted(args: DataArgs, source: str, sample: _Sample, tokenizer: Tokenizer)
     """Return what is known of a text, by a sample of it and a tokenizer."""
     train, held_out = _joined(sample.train), _joined(sample.eval)
     notes: tuple[str, ...] = ()
-    per_token = _bytes_per_token(tokenizer, sample.eval or sample.train)
+    ids, per_token = _encoded(tokenizer, sample.eval or sample.train)
+    seen, _ = _encoded(tokenizer, sample.train)
     if not held_out:
         cut = int(0.9 * len(train))
         train, held_out = train[:cut], train[cut:]
@@ -115,13 +121,15 @@ def _counted(args: DataArgs, source: str, sample: _Sample, tokenizer: Tokenizer)
     return Counted(
         source, sample.train_bytes, tokenizer.vocab_size if args.tokenizer_model_path else args.vocab_size, per_token, level,
         len(train) + len(held_out), not args.tokenizer_model_path, sample.eval_bytes / per_token, notes,
+        frequency_level(seen, ids, tokenizer.vocab_size) / per_token,
     )  # fmt: skip
 
 
-def _bytes_per_token(tokenizer: Tokenizer, parts: Sequence[Part]) -> float:
+def _encoded(tokenizer: Tokenizer, parts: Sequence[Part]) -> tuple[np.ndarray, float]:
+    """Return the ids of parts, and how many bytes a token of them has."""
     ids, _ = tokenizer.encode_batch([part.text for part in parts], [part.starts for part in parts])
     marks = sum(part.starts + part.ends for part in parts)  # BOS and EOS
-    return sum(part.size for part in parts) / max(1, len(ids) + marks)
+    return np.asarray(ids), sum(part.size for part in parts) / max(1, len(ids) + marks)
 
 
 def _joined(parts: Sequence[Part]) -> bytes:
@@ -180,7 +188,7 @@ def _of_tokens(args: DataArgs, tokens: TokenSet, tokenizer: Tokenizer) -> Counte
         for stream, most in ((tokens.train, SAMPLE_BYTES), (tokens.eval, HELD_OUT_BYTES))
     )
     known = tokens.manifest.text_bytes
-    per_token = _bytes_per_token(tokenizer, held_out or train)
+    _, per_token = _encoded(tokenizer, held_out or train)
     sizes = [float(known[split] or tokens.manifest.tokens[split] * per_token) for split in ("train", "eval")]
     given = replace(args, tokenizer_model_path=args.tokenizer_model_path or "its own")
     return _counted(given, args.filepath, _Sample(train, held_out, *sizes), tokenizer)

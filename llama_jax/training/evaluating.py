@@ -5,12 +5,14 @@ import time
 from typing import Any
 
 from llama_jax.cli.progress import working
+from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.batches import OwnRows, eval_batches
 from llama_jax.data.conversations import Stream
 from llama_jax.devices.distributed import from_main, is_main
 from llama_jax.devices.sharding import batch_sharding, on_mesh
 from llama_jax.training import log
 from llama_jax.training.bad_steps import raise_not_finite
+from llama_jax.training.expecting import leaving_text, values_at
 from llama_jax.training.run import Run
 from llama_jax.training.start import evaluated
 from llama_jax.training.step import TrainState
@@ -44,7 +46,9 @@ def evaluate(run: Run, state: TrainState, step: int, saved_at: int) -> tuple[dic
     of_pairs = {
         f"eval_{name}": run.data.combine(means, run.config.data.document_mask)[0] for name, means in rewards.items()
     }
-    return {"eval_loss": loss, "eval_bits_per_byte": bits, **of_pairs, **of_each, **of_tasks}, 0
+    tokens = BatchSizes.of(run.config.train).rows(step) * run.positions
+    expected = values_at(run.settled.expected, tokens) if bits is not None else {}
+    return {"eval_loss": loss, "eval_bits_per_byte": bits, **expected, **of_pairs, **of_each, **of_tasks}, 0
 
 
 def _means_of(run: Run, state: TrainState, stream: Stream) -> tuple[list[float], int]:
@@ -71,11 +75,13 @@ def _means_of(run: Run, state: TrainState, stream: Stream) -> tuple[list[float],
 
 
 def is_best(run: Run, record: dict[str, Any]) -> bool:
-    """Print an evaluation. Return whether it is the best so far."""
+    """Print an evaluation, and whether it leaves what is expected. Return whether it is the best so far."""
     best = run.folder.best()
     # Process 0 decides for all, since only it knows the records of earlier starts.
     improved = bool(from_main(best is None or record["eval_loss"] < best["eval_loss"]))
     log.say(log.evaluation_text(record, run.data.floor, improved))
+    if leaving := leaving_text(run.folder.records, record):
+        log.say(leaving)
     return improved
 
 

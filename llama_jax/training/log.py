@@ -28,6 +28,7 @@ from llama_jax.foreign.family import constants_of
 from llama_jax.model import Llama
 from llama_jax.ops.attention import choose_kernel
 from llama_jax.programs import typed
+from llama_jax.training import expecting
 from llama_jax.training.clock import Activity, Clock
 from llama_jax.training.eight_bits import products_text
 from llama_jax.training.flops import step_flops, update_flops
@@ -94,6 +95,7 @@ def announce(
             f"{module.dtype.name}, attention: {module.kernel}",
         ),
         *([("products", products_text(train, module.dtype.name))] if train.products != "float" else []),
+        *expecting.rows(settled.expected),
         ("run folder", str(opened.folder.path)),
     ]
     for name, text in rows:

@@ -409,7 +409,9 @@ def _tell_answers(run: Run, step: int, given: Sequence[str]) -> None:
 
 def _plot(run: Run) -> None:
     if is_main():
-        plot_losses(run.folder.plot_path, run.folder.records, str(run.folder.path), run.data.floor)
+        plot_losses(
+            run.folder.plot_path, run.folder.records, str(run.folder.path), run.data.floor, run.settled.expected
+        )
 
 
 def _finish(run: Run, step: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llama_jax.expected_args import ExpectedArgs
 from llama_jax.storage.files import replacing
 from llama_jax.training.norms import KINDS
 
@@ -14,11 +15,18 @@ LOSSES, PANEL = 4.8, 2.2
 UNITS = (86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")
 
 
-def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: float | None = None) -> None:
+def plot_losses(
+    path: Path,
+    records: list[dict[str, Any]],
+    title: str,
+    floor: float | None = None,
+    expected: ExpectedArgs = ExpectedArgs(),
+) -> None:
     """Plot the training loss (each logged step and a running mean) and the evaluations over tokens.
 
     Panels below show what the records have of rewards, throughput, and the norms of gradients and updates. ``floor`` is
-    the entropy of the text in bits per byte, drawn as a line. Without a record with a finite loss, nothing is drawn.
+    the entropy of the text in bits per byte, drawn as a line. ``expected`` is drawn as a band with a line in it once an
+    evaluation says how many bits per byte a nat a token is. Without a record with a finite loss, nothing is drawn.
     """
     finite = [r for r in records if r["train_loss"] is not None]
     if not finite:
@@ -49,8 +57,8 @@ def plot_losses(path: Path, records: list[dict[str, Any]], title: str, floor: fl
     axes.set(ylabel=f"loss, nats a {unit} (log scale)", title=title)
     axes.xaxis.set_major_formatter(EngFormatter())
     if evals:
-        _draw_evaluations(axes, evals, floor)
-    _draw_time(axes, records)
+        _draw_evaluations(axes, evals, floor, expected)
+    _draw_time(axes, records, max([*tokens, *expected.tokens]))
     _write_numbers(axes.yaxis, max(losses) / min(losses))
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, loc="upper right")
@@ -117,8 +125,11 @@ def _series(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[
     return [r["tokens"] for r in having], [r[key] for r in having]
 
 
-def _draw_time(axes: Any, records: list[dict[str, Any]]) -> None:
-    """Draw a scale of time above that of tokens: of all starts, evaluations and saving included."""
+def _draw_time(axes: Any, records: list[dict[str, Any]], end: float) -> None:
+    """Draw a scale of time above that of tokens: of all starts, evaluations and saving included.
+
+    end: the last token that the plot shows. What the run has not read yet would take as long as what it has.
+    """
     import numpy as np
 
     tokens, seconds = [0.0], [0.0]
@@ -130,8 +141,9 @@ def _draw_time(axes: Any, records: list[dict[str, Any]]) -> None:
         return
     unit, name = next((size, name) for size, name in UNITS if seconds[-1] >= 2 * size or size == 1)
     # The margins of the plot lie before the first token and after the last one.
-    x = np.array([-tokens[-1], *tokens, 2 * tokens[-1]])
-    y = np.array([-seconds[-1], *seconds, 2 * seconds[-1]]) / unit
+    margin = 2 * max(1.0, end / tokens[-1])
+    x = np.array([-margin * tokens[-1], *tokens, margin * tokens[-1]])
+    y = np.array([-margin * seconds[-1], *seconds, margin * seconds[-1]]) / unit
     time = axes.secondary_xaxis("top", functions=(lambda t: np.interp(t, x, y), lambda t: np.interp(t, y, x)))
     time.set_xlabel(f"time, {name}")
 
@@ -154,8 +166,8 @@ def _draw_rewards(axes: Any, records: list[dict[str, Any]]) -> None:
     axes.legend(lines, [line.get_label() for line in lines], frameon=False, loc="lower right", fontsize=8)
 
 
-def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | None) -> None:
-    """Draw held-out losses, a label at the best one, the scale in bits per byte, and the floor."""
+def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | None, expected: ExpectedArgs) -> None:
+    """Draw held-out losses, a label at the best one, the scale in bits per byte, what is expected, and the floor."""
     best = min(evals, key=lambda r: r["eval_loss"])
     bits = best["eval_bits_per_byte"]  # None if the tokenizer loses text
     axes.plot(
@@ -191,6 +203,14 @@ def _draw_evaluations(axes: Any, evals: list[dict[str, Any]], floor: float | Non
     secondary = axes.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))
     secondary.set_ylabel("bits a byte (log scale)")
     _write_numbers(secondary.yaxis, 1)
+    if expected.tokens:
+        low, middle, high = (
+            [value / bits_per_nat for value in row] for row in (expected.low, expected.bits_per_byte, expected.high)
+        )
+        axes.fill_between(
+            expected.tokens, low, high, color=EVAL, alpha=0.12, linewidth=0, label="eval, expected interval"
+        )
+        axes.plot(expected.tokens, middle, color=EVAL, linestyle=":", linewidth=1.4, label="eval, expected")
     if floor is not None:
         label = f"entropy of the text, {floor:.3f} bits a byte"
         axes.axhline(floor / bits_per_nat, color=FAINT, linestyle="--", linewidth=1, label=label)

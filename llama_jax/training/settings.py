@@ -38,7 +38,7 @@ class Change(NamedTuple):
 def changes(stored: Config, now: Config, folder: Path) -> list[Change]:
     """Return the settings that this start changes. Raises UserError if the run in ``folder`` cannot change one."""
     found = []
-    for section in ("model", "data", "train", "mesh", "lora"):
+    for section in ("model", "data", "train", "mesh", "lora", "expected"):
         before, after = getattr(stored, section), getattr(now, section)
         for field in dataclasses.fields(before):
             name, old, new = f"{section}.{field.name}", getattr(before, field.name), getattr(after, field.name)

@@ -25,10 +25,12 @@ from llama_jax.data.tokens import TokenSet
 from llama_jax.data.tuning_set import kept_setup
 from llama_jax.devices.distributed import is_main, main_first, on_main, text_from_main
 from llama_jax.errors import UserError
+from llama_jax.expected_args import ExpectedArgs
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.training.answers import keep_until
 from llama_jax.training.bad_steps import LossHistory
 from llama_jax.training.decaying import check_decay, copy_checkpoint
+from llama_jax.training.expecting import expected_of
 from llama_jax.training.objective import NextToken, Objective, make_objective
 from llama_jax.training.opening import Opened
 from llama_jax.training.rates import decay_end, learning_rate, stable_until
@@ -51,6 +53,8 @@ class Settled:
     """The rows of a mixture's sources. None: a single text."""
     objective: Objective = NextToken()
     """The objective of training, which knows the positions of its rows."""
+    expected: ExpectedArgs = ExpectedArgs()
+    """The held-out loss to expect. It is empty if nothing is expected of such a run."""
 
 
 def open_text(config: Config, base: WholeModel | None, opened: Opened) -> AnyData:
@@ -103,13 +107,16 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
             "train.minutes: expected steps that were chosen for them, found none, as only the command train chooses; give "
             "train.max_steps, or start the command"
         )
-    steps = steps_of_run(config, data)
+    steps, objective = steps_of_run(config, data), objective_of(config, data)
+    expected, note = expected_of(config, BatchSizes.of(config.train).rows(steps) * objective.length(config.model))
+    opened.notes += [note] * bool(note)
     settled = Settled(
         config,
         steps,
         stable_until=None if config.train.hold_lr else stable_until(config.train, steps),
         schedule=_schedule(config, opened),
-        objective=objective_of(config, data),
+        objective=objective,
+        expected=expected,
     )
     if not opened.start and config.train.hold_lr:
         raise UserError("train.hold_lr: expected a run to resume, found a new one; leave it out")

@@ -1,6 +1,8 @@
 """The choice: sane and monotone over budgets and texts, as large as the budget allows, and with what was given."""
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -9,9 +11,10 @@ from hypothesis import strategies as st
 from llama_jax.build import count_parameters
 from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
-from llama_jax.recipe.choose import Budget, Choice, Task, bytes_within, choose, parameters_of
+from llama_jax.recipe.choose import Budget, Choice, Task, bytes_within, choose, parameters_of, with_curve
 from llama_jax.recipe.laws import Laws, TextLevel
 from llama_jax.recipe.text import Counted, vocabulary_for
+from llama_jax.train_args import ScheduleName
 from llama_jax.training.flops import step_flops
 
 
@@ -55,6 +58,51 @@ def test_more_is_never_expected_to_be_worse_nor_chosen_smaller(size: float, flop
     assert more.config.train.lr <= less.config.train.lr * 1.2
     longer = chosen(size * times, flops)
     assert longer.expected <= less.expected * 1.02, "more text of the same level does no harm"
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes, budgets, st.sampled_from(["linear", "wsd", "cosine"]))
+def test_the_curve_ends_at_what_is_expected_and_falls_and_narrows_towards_it(
+    size: float, flops: float, schedule: ScheduleName
+) -> None:
+    found = chosen(size, flops, Config(train=TrainArgs(schedule=schedule)), frozenset({"train.schedule"}))
+    curve = with_curve(Task(found.config, frozenset(), text(size, found.config.data.vocab_size)), found).config.expected
+    curve.check()
+    assert (curve.tokens[-1], curve.parameters) == (found.tokens, found.parameters)
+    end = curve.at(found.tokens)
+    assert end is not None and end == pytest.approx((found.low, found.expected, found.high), rel=1e-4)
+    widths = [high / low for low, high in zip(curve.low, curve.high, strict=True)]
+    assert all(a >= b * (1 - 1e-4) for a, b in pairwise(widths))
+    if found.epochs < 2:  # else the end of a run may learn its text by heart
+        bits = curve.bits_per_byte
+        assert all(a >= b for a, b in pairwise(bits)) and bits[0] > bits[-1]
+
+
+def test_a_rate_that_has_not_decayed_costs_what_recorded_runs_say() -> None:
+    """Of three of the recorded runs: parameters, bytes read and to train on; bits per byte at quarters of each."""
+    for parameters, read, unique, bits in (
+        (1942848, 2.2e6, 1.0e6, (2.567, 2.334, 2.235, 2.161)),
+        (975744, 1.2e6, 0.9e6, (2.946, 2.718, 2.594, 2.543)),
+        (1237888, 1.4e6, 2.7e6, (2.368, 2.169, 2.059, 2.007)),
+    ):
+        laws, level = Laws(), TextLevel(2.0, 2.0)
+        law = [laws.bits_per_byte(level, parameters, s * read, unique, 1 - s) for s in (0.25, 0.5, 0.75, 1.0)]
+        for s, found in enumerate(law[:-1]):
+            assert bits[s] / bits[-1] == pytest.approx(found / law[-1], rel=0.04)
+            assert found / law[-1] > 1.01, "and the law alone is lower"
+
+
+def test_a_run_that_learns_the_frequencies_of_tokens_alone_lies_outside_where_more_was_always_learned() -> None:
+    """As one does whose rate is much too high. Where little is expected of a run, nothing is known of it."""
+    laws, flops = Laws(), 1e13
+    for frequencies in (2.0 * 1.5, 2.0 * 2.0):
+        low, high = laws.interval(2.0, flops, 0.0, frequencies)
+        assert (low, laws.interval(2.0, flops)[1]) == pytest.approx(
+            (2 * math.exp(-laws.spread), 2 * math.exp(laws.spread))
+        )
+        assert 2.0 < high < frequencies and high <= laws.interval(2.0, flops)[1]
+    little = 2.0 * math.exp(0.5 * laws.least_learned)
+    assert laws.interval(2.0, flops, 0.0, little) == laws.interval(2.0, flops) == laws.interval(2.0, flops, 0.0, 1.9)
 
 
 def test_a_small_text_is_not_learned_by_heart_however_long_the_time() -> None:

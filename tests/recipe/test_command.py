@@ -85,6 +85,9 @@ def test_the_file_runs_as_it_is(folder: Path) -> None:
     result = inside.run(["train.py", "--config", "runs.toml", "--train.save-dir", "runs/by-recipe"], folder)
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
     assert f"{found['parameters']:,} parameters" in result.stdout and f"{found['steps']:,} steps of" in result.stdout
+    assert config.expected.tokens[-1] == found["tokens"] and config.expected.parameters == found["parameters"]
+    assert f"expected  {found['expected_bits_per_byte']:.3f} bits per byte held out at the end" in result.stdout
+    assert load_toml(folder / "runs" / "by-recipe" / "config.toml").expected == config.expected
 
 
 def test_only_a_recipe_that_nobody_changed_is_replaced(folder: Path) -> None:
@@ -119,6 +122,7 @@ def test_only_a_recipe_that_nobody_changed_is_replaced(folder: Path) -> None:
         (["--data.filepath", "my.txt", *FLAGS, "--train.init-from", "runs/x"], "train.init_from: expected none beside a recipe"),
         (["--data.filepath", "my.txt", *FLAGS, "--train.minutes", "3"], "train.minutes: expected --minutes"),
         (["--data.filepath", "my.txt", *FLAGS, "--output", "no/my.toml"], "--output: expected a file in a folder"),
+        (["--data.filepath", "my.txt", *FLAGS, "--expected.parameters", "9"], "expected.tokens: expected none beside a recipe"),
         (["--data.filepath", "my.txt", *FLAGS, "--model.dim", "33"], "model.n_heads: expected a divisor of the width"),
         (["--data.filepath", "my.txt", *FLAGS, "--output", "many"], "--output: expected a new file, found a folder"),
     ],

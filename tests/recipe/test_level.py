@@ -4,9 +4,10 @@ import collections
 import math
 import random
 
+import numpy as np
 import pytest
 
-from llama_jax.recipe.level import ORDER, compressed_level, counted_level
+from llama_jax.recipe.level import ORDER, compressed_level, counted_level, frequency_level
 
 
 def literal(train: bytes, held_out: bytes) -> float:
@@ -47,3 +48,12 @@ def test_a_text_that_repeats_is_easier_than_words_and_words_than_noise(level: ob
 @pytest.mark.parametrize("train", [b"a", b"ab", b"\x00"])
 def test_the_shortest_texts_have_a_level(train: bytes) -> None:
     assert 0 < counted_level(train, b"b") < 16 and compressed_level(train, b"b") > 0
+
+
+def test_who_knows_the_frequencies_of_tokens_needs_their_entropy() -> None:
+    train = np.array([0] * 500 + [1] * 250 + [2] * 250)
+    assert frequency_level(train, train[::3], 3) == pytest.approx(1.5, abs=0.01)
+    assert frequency_level(train, np.array([3, 3]), 4) == pytest.approx(-math.log2(0.5 / 1002)), (
+        "one that did not occur"
+    )
+    assert frequency_level(train, np.array([], np.int64), 3) == math.inf

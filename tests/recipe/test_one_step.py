@@ -48,6 +48,8 @@ def test_a_stopped_run_goes_on_with_its_choice_to_the_same_bits(folder: Path, of
         assert words in whole.stdout, words
     config, count = load_toml(folder / "runs" / "whole" / "config.toml"), len(of_one_speed)
     assert config.train.minutes == 1 and config.train.max_steps and count >= 1
+    tokens = config.train.max_steps * config.train.batch_size * config.model.max_seq_len
+    assert config.expected.tokens[-1] == tokens and "bits per byte held out at the end" in whole.stdout
     # The newest checkpoint is lost, as if the run had been killed before it.
     steps = sorted(int(path.name) for path in (folder / "runs" / "whole" / "checkpoints").iterdir())
     assert len(steps) > 1

@@ -141,8 +141,11 @@ def test_every_field_is_covered() -> None:
     assert fields["train"] == set(CHANGED["train"]) | OPTIMIZER | set(SAME_NUMBERS) | ELSEWHERE
     assert {f.name for f in dataclasses.fields(SampleArgs)} == set(SAMPLING) | OPTIONS
     # LoraArgs: tests/training/test_lora.py.
+    # ExpectedArgs: tests/training/test_expecting.py.
     # ModelArgs: tests/test_model.py; MeshArgs: tests/devices/test_sharding.py; DistributedArgs: tests/devices/test_distributed.py.
-    assert {f.name for f in dataclasses.fields(Config)} == {"model", "data", "train", "mesh", "distributed", "lora"}
+    assert {f.name for f in dataclasses.fields(Config)} == {
+        *("model", "data", "train", "mesh", "distributed", "lora", "expected")
+    }
 
 
 @pytest.mark.parametrize(("section", "field"), [(s, f) for s, fields in CHANGED.items() for f in fields])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llama_jax.expected_args import ExpectedArgs
 from llama_jax.training.clock import Clock
 from llama_jax.training.log import evaluation_text, loss_text, speed_text, time_text
 from llama_jax.training.plot import _running_mean, plot_losses
@@ -65,6 +66,33 @@ def test_axes_say_that_they_are_logarithmic(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Figure, "savefig", savefig)
     plot_losses(tmp_path / "losses.png", RECORDS, "a run")
     assert len(seen) == 2 and all("(log scale)" in label for _, label in seen) and seen[0][0] == "log"
+
+
+@pytest.mark.parametrize("records", [RECORDS[:2], LOSSY], ids=["known", "not known"])
+def test_what_is_expected_is_drawn_where_it_is_known_in_the_unit_of_the_panel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[dict[str, Any]]
+) -> None:
+    """Two nats a token are one bit per byte here. The curve goes on to the end of a run that is at two thirds."""
+    from matplotlib.figure import Figure
+
+    seen: list[tuple[list[str], list[Any]]] = []
+    original = Figure.savefig
+
+    def savefig(figure: Figure, *args: Any, **options: Any) -> None:
+        axes = figure.axes[0]
+        lines = {str(line.get_label()): line for line in axes.get_lines()}
+        bands = [str(band.get_label()) for band in axes.collections]
+        middle = lines["eval, expected"].get_xydata().tolist() if "eval, expected" in lines else []
+        seen.append((bands, middle))
+        original(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    expected = ExpectedArgs((64, 192), (1.0, 0.4), (1.5, 0.5), (2.0, 0.6))
+    timed = [r | {"run_seconds": 60.0 * r["step"]} for r in records]
+    plot_losses(tmp_path / "losses.png", timed, "a run", None, expected)
+    plot_losses(tmp_path / "losses.png", timed, "a run of which nothing is expected")
+    drawn = (["eval, expected interval"], [[64.0, pytest.approx(3.0)], [192.0, pytest.approx(1.0)]])
+    assert seen == [drawn if records[0]["eval_bits_per_byte"] else ([], []), ([], [])]
 
 
 def test_a_scale_of_time_stands_above_that_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
