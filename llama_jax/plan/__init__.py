@@ -70,7 +70,7 @@ Kind = Decoding | Objective | Reference
 
 @dataclass(frozen=True)
 class Plan:
-    """A step compiled for a slice. Bytes are per chip.
+    """A step compiled for a slice. Bytes are per device, which is a chip but for v7x.
 
     A TPU's compiler refuses what does not fit. Then ``schedule`` is None and ``text`` is empty.
     """
@@ -89,8 +89,8 @@ class Plan:
     objective: Objective = NextToken()
 
     @property
-    def chips(self) -> int:
-        """The number of chips in all slices."""
+    def devices(self) -> int:
+        """The number of JAX devices in the mesh."""
         return math.prod(self.mesh.values())
 
     @property

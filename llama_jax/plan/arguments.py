@@ -28,8 +28,8 @@ class PlanConfig(Config):
     """The arguments of plan: a training run, and what to plan of it."""
 
     topology: str = ""
-    """TPU slice: version and grid, such as v5e:16x16, v5p:4x4x4 or v6e:8x8. 2xv5e:16x16 stands for two slices.
-    Or GPUs of one host: h100:1 to h100:8, whose compiler is in the extra cuda."""
+    """TPU slice: version and grid, such as v5e:16x16, v5p:4x4x4, v6e:8x8 or v7x:2x2x1. 2xv5e:16x16 stands for two
+    slices. Or GPUs of one host: h100:1 to h100:8, whose compiler is in the extra cuda."""
     json: bool = False
     """Print one JSON object instead of text. Other messages go to standard error."""
     hlo: str = ""

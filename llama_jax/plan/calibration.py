@@ -24,7 +24,7 @@ REFUSED = 1.1
 
 @dataclass(frozen=True)
 class Guess:
-    """What is expected of a candidate: bytes a device, and seconds a step."""
+    """Expected bytes a device, and seconds a step, of a candidate."""
 
     bytes: float
     seconds: float
@@ -48,7 +48,7 @@ class Correction:
 
     @classmethod
     def of(cls, features: np.ndarray, logarithms: np.ndarray) -> "Correction":
-        """Fit ``features`` [plans, features] to ``logarithms`` [plans] of the compiler's figures over the estimates."""
+        """Return the correction that ``features`` [plans, features] and ``logarithms`` [plans] of ratios suggest."""
         precision = np.diag(1.0 / _deviations() ** 2) + features.T @ features / REST**2
         covariance = np.linalg.inv(precision)
         return cls(covariance @ features.T @ logarithms / REST**2, covariance)
@@ -64,14 +64,14 @@ class Correction:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the plans compiled so far say about estimates of bytes and of seconds."""
+    """Corrections of bytes and of seconds, by the plans compiled so far."""
 
     bytes: Correction
     seconds: Correction
 
     @classmethod
     def of(cls, found: Sequence[Compiled]) -> "Calibration":
-        """Fit both corrections to compiled plans. Without any, all factors are 1."""
+        """Return corrections that compiled plans suggest. Without any, all factors are 1."""
         sizes = [(c.candidate, needed_bytes(c.plan) / c.candidate.bytes) for c in found]
         times = [(c.candidate, c.plan.seconds / c.candidate.seconds) for c in found if 0 < c.plan.seconds < math.inf]
         return cls(_fitted(sizes), _fitted(times))
@@ -140,8 +140,8 @@ class Errors:
 def errors(found: Sequence[Compiled]) -> dict[str, tuple[Errors | None, Errors | None]]:
     """Return errors of "bytes" and of "seconds", each of the plain estimate and of the calibrated one.
 
-    ``found`` is in the order of compilation. Every candidate was estimated before it was compiled. The first one is left
-    out, since nothing calibrated its estimate.
+    ``found`` is in the order of compilation. Every candidate was estimated before it was compiled. The first one is
+    left out, since nothing calibrated its estimate.
     """
     later = found[1:]
     sized, timed = [c for c in later if c.plan.bytes], [c for c in later if 0 < c.plan.seconds < math.inf]

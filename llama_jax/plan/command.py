@@ -96,6 +96,12 @@ def run(request: Request) -> int:
     if not topology.is_offered:
         _check_slice(topology)
         before.append(("slice", f"{topology.name} is not in Google's tables; the nearest: {topology.nearest}"))
+    if topology.chip.devices > 1:
+        before.append((
+            "devices",
+            f"JAX has two devices a chip of {topology.version}: {topology.chips:,} chips, {topology.device_count:,} devices; what follows is of a "
+            "device, which has half of a chip's memory, peak and links",
+        ))  # fmt: skip
     if topology.is_gpu:
         before.append(("time", "lower bounds: for a GPU the compiler tells memory exactly, but no schedule"))
     outputs = Outputs.check(args.hlo, args.output, "output" in request.given)

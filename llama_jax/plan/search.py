@@ -39,8 +39,8 @@ class Search:
         found = list(candidates(config, topology, MOST_ROWS))
         if not found:
             raise UserError(
-                f"--search: expected a train.batch_size and a model that some mesh of {topology.chips} chips divides, found "
-                f"{config.train.batch_size} sequences; take a multiple of the chips"
+                f"--search: expected a train.batch_size and a model that some mesh of {topology.device_count} {topology.unit}s divides, found "
+                f"{config.train.batch_size} sequences; take a multiple of the {topology.unit}s"
             )
         return cls(config, topology, found, features_of(found))
 
