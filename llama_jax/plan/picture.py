@@ -64,6 +64,7 @@ def draw_search(search: Search, found: Sequence[Compiled], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(figsize=(13, 6), layout="constrained")
     topology, guesses = search.topology, search.guesses(found)
@@ -93,7 +94,8 @@ def draw_search(search: Search, found: Sequence[Compiled], path: Path) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
             formatter("{x:,.4g}")
-    axes.tick_params(which="minor", labelsize=7)
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axes.tick_params(which="both", labelsize=8)
     axes.set_title(f"{topology.name}: ways to run a step", loc="left", fontsize=10)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)
     _save(figure, path)

@@ -116,18 +116,18 @@ def row_text(compiled: Compiled, asked: Config) -> str:
 
 
 def error_rows(found: Sequence[Compiled]) -> list[tuple[str, str]]:
-    """Return lines about the errors of the estimates, in the order of compilation."""
+    """Return lines about the errors of the estimates. ``found`` is in the order of compilation."""
     rows = []
     for name, (before, after) in errors(found).items():
         if before is None or after is None:
-            rows.append(("error", f"of the estimate of {name}: not known, since it takes two compiled candidates"))
+            text = "not known, since it takes two compiled candidates"
         else:
-            rows.append((
-                "error",
-                f"of the estimate of {name}: {after.median:.1%}, {after.largest:.1%} at most; {before.median:.1%}, "
-                f"{before.largest:.1%} at most, were it not calibrated ({after.count} candidates, each estimated before it was compiled)",
-            ))  # fmt: skip
-    return [rows[0], *(("", text) for _, text in rows[1:])]
+            text = (
+                f"median {after.median:.1%}, largest {after.largest:.1%}; without the calibration {before.median:.1%} and "
+                f"{before.largest:.1%} ({after.count} candidate{'s'[: after.count != 1]}, each estimated before it was compiled)"
+            )
+        rows.append(("" if rows else "error", f"of the estimate of {name}: {text}"))
+    return rows
 
 
 def estimates_of(compiled: Compiled) -> dict[str, Any]:

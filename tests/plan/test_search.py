@@ -149,7 +149,7 @@ def test_errors_are_of_what_was_expected_before_the_compiler_spoke() -> None:
     assert before.median == pytest.approx(0.25) and after.largest < 0.02
     assert found[0].expected.bytes == found[0].candidate.bytes
     said = error_rows(found)
-    assert "bytes" in said[0][1] and "25.0%" in said[0][1] and "2 candidates" in said[0][1]
+    assert "bytes" in said[0][1] and "calibration 25.0%" in said[0][1] and "(2 candidate" in said[0][1]
     assert errors_summary(found)["bytes"]["estimated"] == {
         "count": 2,
         "median": before.median,
