@@ -117,7 +117,7 @@ def row_text(compiled: Compiled, asked: Config) -> str:
 
 def error_rows(found: Sequence[Compiled]) -> list[tuple[str, str]]:
     """Return lines about the errors of the estimates. ``found`` is in the order of compilation."""
-    rows = []
+    rows: list[tuple[str, str]] = []
     for name, (before, after) in errors(found).items():
         if before is None or after is None:
             text = "not known, since it takes two compiled candidates"
