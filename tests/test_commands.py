@@ -203,7 +203,7 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
             if importlib.util.find_spec("libtpu") is None:
                 continue
             argv += ["--model.dim=256", "--model.n-heads=2", "--model.n-layers=1", "--model.max-seq-len=256"]
-            argv += ["--model.vocab-size=512"]
+            argv += ["--model.vocab-size=512", *["--compiles=1"] * ("--search" in argv)]
             argv += ["--topology", "v5e:2x2", "--train.batch-size", "8", "--train.gradient-accumulation-steps", "1"]
         if argv[0] == "convert_torch_weights.py" and "--output" in argv:
             shutil.rmtree(place / argv[argv.index("--output") + 1], ignore_errors=True)

@@ -189,6 +189,8 @@ def test_the_extras_that_texts_name_are_those_that_there_are() -> None:
     ]
     named = {}
     for path in texts:
-        for words in re.findall(r"(?:llama-jax|\.)\[([a-z,]+)\]|install_command\(['\"](\w+)['\"]\)", path.read_text()):
+        for words in re.findall(
+            r"(?:llama-jax|\.)\[([a-z][a-z0-9,]*)\]|install_command\(['\"](\w+)['\"]\)", path.read_text()
+        ):
             named |= dict.fromkeys("".join(words).split(","), path)
-    assert {"cuda", "tpu", "test", "gcs", "tensorboard"} <= named.keys() <= set(extras), named
+    assert {"cuda", "cuda13", "rocm", "tpu", "test", "gcs", "tensorboard"} <= named.keys() <= set(extras), named

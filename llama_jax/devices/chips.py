@@ -7,9 +7,9 @@ GiB = 1 << 30
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip of a TPU, by Google Cloud's pages on TPU versions, or a GPU, by its maker's data sheet.
+    """One device of JAX: a chip of a TPU, by Google Cloud's pages on TPU versions, or a GPU, by its data sheet.
 
-    A TPU's memory is what the compiler leaves to a program.
+    A TPU's memory is what the compiler leaves to a program. Where a chip is several devices, all figures are of one.
     """
 
     peak_flops: float  # bfloat16
@@ -24,6 +24,7 @@ class Chip:
     # Operations per second of products of int8, and of float8. None: it has no units for them.
     int8_flops: float | None = None
     fp8_flops: float | None = None
+    devices: int = 1  # of a chip
 
 
 TPUS = {
@@ -31,6 +32,9 @@ TPUS = {
     "v5e": Chip(197e12, 15.75 * GiB, 0.819e12, 1.5e9, 9e10, 2, 3.125e9, 393e12),
     "v5p": Chip(459e12, 95.73 * GiB, 2.765e12, 1.75e9, 1.8e11, 3, 6.25e9, 918e12),
     "v6e": Chip(918e12, 31.24 * GiB, 1.64e12, 1.75e9, 1.8e11, 2, 12.5e9, 1836e12),
+    # Ironwood, TPU7x. Its chip is two devices: 2307 TFLOP/s (4614 of fp8), 192 GiB, 7380 GB/s and links like v5p's are
+    # halved. The clock is the one at which the four 256 x 256 units that cycles are counted for reach that peak.
+    "v7x": Chip(1153.5e12, 94.74 * GiB, 3.69e12, 2.2e9, 9e10, 3, 6.25e9, None, 2307e12, 2),
 }
 # The GPUs that programs can be compiled for without one. Of the 80 GB that give the H100 its name, its driver reports
 # 85; the rest is room for the driver's own arrays and for libraries. NVLink moves 900 GB a second, half of it each way.
@@ -44,6 +48,7 @@ TPU_KINDS = {
     "TPU v5p": "v5p",
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
+    "TPU7x": "v7x",
 }
 # Per device_kind: dense bfloat16 FLOP/s, and memory bandwidth in bytes per second.
 PEAK_FLOPS = {kind: TPUS[name].peak_flops for kind, name in TPU_KINDS.items()} | {

@@ -70,7 +70,7 @@ Kind = Decoding | Objective | Reference
 
 @dataclass(frozen=True)
 class Plan:
-    """A step compiled for a slice. Bytes are per chip.
+    """A step compiled for a slice. Bytes are per device, which is a chip but for v7x.
 
     A TPU's compiler refuses what does not fit. Then ``schedule`` is None and ``text`` is empty.
     """
@@ -89,8 +89,8 @@ class Plan:
     objective: Objective = NextToken()
 
     @property
-    def chips(self) -> int:
-        """The number of chips in all slices."""
+    def devices(self) -> int:
+        """The number of JAX devices in the mesh."""
         return math.prod(self.mesh.values())
 
     @property
@@ -265,7 +265,7 @@ def _plan(
         needed = needed_bytes(str(error))
         rest = {"all else": needed - sum(parts.values())} if needed > sum(parts.values()) else {}
         return plan(needed, parts | rest, None, "")
-    text, memory = cast(str, compiled.as_text()), cast(Any, compiled.memory_analysis())
+    text, memory = _text(compiled, topology), cast(Any, compiled.memory_analysis())
     program = Program.parse(text)
     peak = _peak_bytes(memory, topology)
     if decoding is None and (kept := _kept_bytes(program, config.model.n_layers)):
@@ -274,6 +274,18 @@ def _plan(
     positions = objective.length(config.model)
     seen = keys_per_query(replace(config.model, max_seq_len=positions)) / positions
     return plan(peak, parts, (roofline_of if topology.is_gpu else schedule_of)(program, topology.chip, seen), text)
+
+
+def _text(compiled: jax.stages.Compiled, topology: Topology) -> str:
+    """Return a compiled program as text. Raises UserError if this JAX is too old for what the compiler writes."""
+    try:
+        return cast(str, compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"plan: expected a compiled program that jax {jax.__version__} can read, found that it cannot read what the compiler wrote "
+            f"for {topology.name} ({' '.join(str(error).split())[:160]}); install a newer jax, which may need Python 3.12, or plan for "
+            "another version of TPU"
+        ) from None
 
 
 def _peak_bytes(memory: Any, topology: Topology) -> int:

@@ -20,7 +20,7 @@ The exit status is 0 if the step fits, 1 if it does not, and 2 if the command mu
 OF_DECODING = {"batch", "slots", "weights", "cache"}
 OF_SEARCH = {"compiles"}
 OF_TRAINING = {"tokens"}
-NOT_OF_SEARCH = {"decode", "hlo", "output", "advice"}
+NOT_OF_SEARCH = {"decode", "hlo", "advice"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +28,22 @@ class PlanConfig(Config):
     """The arguments of plan: a training run, and what to plan of it."""
 
     topology: str = ""
-    """TPU slice: version and grid, such as v5e:16x16, v5p:4x4x4 or v6e:8x8. 2xv5e:16x16 stands for two slices.
-    Or GPUs of one host: h100:1 to h100:8, whose compiler is in the extra cuda."""
+    """TPU slice: version and grid, such as v5e:16x16, v5p:4x4x4, v6e:8x8 or v7x:2x2x1. 2xv5e:16x16 stands for two
+    slices. Or GPUs of one host: h100:1 to h100:8, whose compiler is in the extra cuda."""
     json: bool = False
     """Print one JSON object instead of text. Other messages go to standard error."""
     hlo: str = ""
     """File for the compiled program's text. Empty: do not write it."""
     output: str = "plan.png"
-    """File for the picture of memory and time. Empty: do not draw it."""
+    """File for the picture of memory and time, with --search of all candidates. Empty: do not draw it."""
     tokens: float | None = None
     """Tokens of the whole run, to compute days and chip-hours. None: as the configuration says."""
     advice: int = 3
     """If the step does not fit, compile up to this many other settings to find some that do. 0: only estimate them."""
     search: bool = False
     """Try meshes, sequences per chip and remat policies, and rank them."""
-    compiles: int = 6
-    """With --search: number of candidates to compile, the most promising first."""
+    compiles: int = 12
+    """With --search: number of candidates to compile, the most promising first by what those before have shown."""
     decode: bool = False
     """Plan decoding steps instead of training.
     The file's [mesh] and train.compute_dtype are for training and are ignored. Flags are not."""

@@ -18,7 +18,8 @@ from llama_jax.plan.apart import CompilerError, run_apart
 from llama_jax.plan.arguments import Request
 from llama_jax.plan.decoding import Layout, fewest_chips, lay_out
 from llama_jax.plan.outputs import Outputs
-from llama_jax.plan.search import Search, ranked, ratio, row_text
+from llama_jax.plan.picture import draw_search
+from llama_jax.plan.search import Search, error_rows, errors_summary, estimates_of, ranked, ratio, row_text
 from llama_jax.plan.settings import Epoch, Found, epoch_of, run_tokens, vocabulary, with_vocabulary
 from llama_jax.plan.tables import Rows
 from llama_jax.plan.topology import HOST_CHIPS, Topology
@@ -95,11 +96,17 @@ def run(request: Request) -> int:
     if not topology.is_offered:
         _check_slice(topology)
         before.append(("slice", f"{topology.name} is not in Google's tables; the nearest: {topology.nearest}"))
+    if topology.chip.devices > 1:
+        before.append((
+            "devices",
+            f"JAX has two devices a chip of {topology.version}: {topology.chips:,} chips, {topology.device_count:,} devices; what follows is of a "
+            "device, which has half of a chip's memory, peak and links",
+        ))  # fmt: skip
     if topology.is_gpu:
         before.append(("time", "lower bounds: for a GPU the compiler tells memory exactly, but no schedule"))
-    if args.search:
-        return _search(request, console, before)
     outputs = Outputs.check(args.hlo, args.output, "output" in request.given)
+    if args.search:
+        return _search(request, console, before, outputs)
     task = (_decoding if args.decode else _training)(request, console)
     return _plan(task, request, console, before + task.before, outputs)
 
@@ -246,37 +253,42 @@ def _mesh_rows(request: Request, layout: Layout) -> Rows:
     return rows
 
 
-def _search(request: Request, console: Console, before: Rows) -> int:
-    """Compile the most promising ways to run the step, and rank them."""
+def _search(request: Request, console: Console, before: Rows, outputs: Outputs) -> int:
+    """Compile the most promising ways to run the step, rank them, and tell how good the estimates were."""
     config, topology, args = request.config, request.topology, request.args
     length, epoch, objective = _length(config, args.tokens)
     search = Search.begin(config, topology)
-    count = min(args.compiles, len(search.promising))
     console.say([
         *before,
-        ("search", f"{search.possible} ways to run the step, {search.fitting} may fit; the best {count} are compiled, a minute or more each"),
+        ("search", f"{len(search.possible)} ways to run the step, {search.fitting} may fit by the estimate; at most {args.compiles} are compiled, "
+         "a minute or more each, and each corrects the estimate of the others"),
     ])  # fmt: skip
     found = []
-    for candidate, plan in search.run(
+    for compiled in search.run(
         args.compiles, lambda c: _tried(c.flags(config), c.config, topology, objective, console)
     ):
-        found.append((candidate, plan))
-        console.print(row_text(candidate, plan, config))
-    found = ranked(found)
-    fits = bool(found) and found[0][1].fits
+        found.append(compiled)
+        console.print(row_text(compiled, config))
+    best = ranked(found)
+    fits = bool(best) and best[0].plan.fits
     other = None if fits else smallest_slice(config, topology, ratio(found))
     advice = [] if other is None else [other]
     if args.json:
+        more = {"advice": [a.summary() for a in advice], "errors": errors_summary(found)}
         entries = [
-            tables.summary(plan, length, epoch) | {"flags": candidate.flags(config)} for candidate, plan in found
+            tables.summary(c.plan, length, epoch) | {"flags": c.candidate.flags(config)} | estimates_of(c) | more
+            for c in best
         ]
-        print(json.dumps([entry | {"advice": [a.summary() for a in advice]} for entry in entries]), flush=True)
+        print(json.dumps(entries), flush=True)
     else:
         print("\nranked:")
-        for candidate, plan in found:
-            print(row_text(candidate, plan, config))
+        for compiled in best:
+            print(row_text(compiled, config))
+        print(tables.table(error_rows(found)), flush=True)
         if not fits:
             print(tables.table(tables.advice_rows(topology, advice)), flush=True)
+    if written := outputs.draw(lambda path: draw_search(search, found, path)):
+        console.say(written)
     return FITS if fits else DOES_NOT_FIT
 
 

@@ -66,13 +66,16 @@ def lay_out(config: Config, topology: Topology, decoding: Decoding, whole: bool 
         )
     fitting = [layout for layout in found if layout.fits]
     if fitting:
-        return min(fitting, key=lambda layout: (layout.seconds, layout.topology.chips))
+        return min(fitting, key=lambda layout: (layout.seconds, layout.topology.device_count))
     return min(found, key=lambda layout: layout.bytes)
 
 
 def fewest_chips(config: Config, topology: Topology, weights: Weights) -> int:
     """Return the number of chips that sample.py uses by default: the fewest of a host that hold the parameters."""
-    need, most = parameter_bytes(config, weights), min(topology.chips, HOST_CHIPS[topology.version])
+    need, most = (
+        parameter_bytes(config, weights),
+        min(topology.chips, HOST_CHIPS[topology.version]) * topology.chip.devices,
+    )
     counts = [n for n in range(1, most + 1) if _spreads(config, n)]
     return next((n for n in counts if need / n <= topology.chip.hbm_bytes), counts[-1])
 
@@ -158,7 +161,7 @@ def _layouts(config: Config, topology: Topology, decoding: Decoding) -> Iterator
     m, chip = config.model, topology.chip
     for part, tensor, copies in _cuts(config, topology):
         if decoding.batch % copies == 0:
-            held = parameters / tensor + cache / part.chips
+            held = parameters / tensor + cache / part.device_count
             sums = 2 * m.n_layers * 2 * 2 * decoding.batch / copies * m.dim / chip.link_bytes * (tensor > 1)
             hops = 2 * m.n_layers * HOP * (tensor - 1)
             yield Layout(part, MeshArgs(data=copies, tensor=tensor), held, held / chip.hbm_bandwidth + sums + hops)
@@ -167,9 +170,9 @@ def _layouts(config: Config, topology: Topology, decoding: Decoding) -> Iterator
 def _cuts(config: Config, topology: Topology) -> Iterator[tuple[Topology, int, int]]:
     """Yield every part of the slice, with the number of chips per copy of the model and the number of copies."""
     for part in topology.parts():
-        for tensor in divisors(part.chips // part.slices):
+        for tensor in divisors(part.device_count // part.slices):
             if _spreads(config, tensor):
-                yield part, tensor, part.chips // tensor
+                yield part, tensor, part.device_count // tensor
 
 
 def _spreads(config: Config, chips: int) -> bool:

@@ -73,7 +73,7 @@ def candidate(config: Config, topology: Topology) -> Candidate:
 def candidates(config: Config, topology: Topology, most_rows: int | None = None) -> Iterator[Candidate]:
     """Yield every divisible combination of mesh, sequences at once (up to ``most_rows``) and remat policy."""
     train = config.train
-    for mesh in meshes(config, topology.chips):
+    for mesh in meshes(config, topology.device_count):
         parts, left = divmod(train.batch_size, mesh.data * mesh.fsdp)
         for rows in () if left else divisors(parts):
             if most_rows is not None and rows > most_rows:
@@ -105,24 +105,24 @@ def layers_that_fit(more: Candidate, less: Candidate) -> int:
     return fitting if fitting < layers else 0
 
 
-def meshes(config: Config, chips: int) -> Iterator[MeshArgs]:
-    """Yield every mesh of ``chips`` chips that divides the model's sizes.
+def meshes(config: Config, devices: int) -> Iterator[MeshArgs]:
+    """Yield every mesh of ``devices`` devices that divides the model's sizes.
 
     Its tensor and sequence axes may be as large as the current ones.
     """
     m, now = config.model, config.mesh
-    widths = (chips, m.n_heads, m.kv_heads, m.hidden_width, m.vocab_size)
+    widths = (devices, m.n_heads, m.kv_heads, m.hidden_width, m.vocab_size)
     for tensor in sorted({*TENSOR, max(1, now.tensor)}):
         if any(size % tensor for size in widths):
             continue
         for sequence in sorted({*SEQUENCE, max(1, now.sequence)}):
             positions, uneven = divmod(m.max_seq_len, sequence)
             few = positions < FEWEST_POSITIONS and sequence not in (1, now.sequence)
-            if few or uneven or (chips // tensor) % sequence:
+            if few or uneven or (devices // tensor) % sequence:
                 continue
-            for fsdp in divisors(chips // tensor // sequence):
+            for fsdp in divisors(devices // tensor // sequence):
                 if m.dim % fsdp == 0:
-                    yield MeshArgs(chips // tensor // sequence // fsdp, fsdp, tensor, sequence)
+                    yield MeshArgs(devices // tensor // sequence // fsdp, fsdp, tensor, sequence)
 
 
 def training_bytes(config: Config) -> float:
@@ -165,12 +165,12 @@ def training_seconds(config: Config, topology: Topology) -> float:
     trained = count_adapter(m, config.lora) if config.lora.rank else parameters
     across = 2 * 4 * trained / (mesh.fsdp * mesh.tensor) / links if copies else 0.0
     if topology.slices > 1:
-        exchanged = trained * (topology.slices - 1) / topology.chips / (chip.slice_bytes or 1.0)
+        exchanged = trained * (topology.slices - 1) / topology.device_count / (chip.slice_bytes or 1.0)
         if mesh.data % topology.slices:  # parameters are sharded across slices
             gathers += 4 * 2 * exchanged
         else:
             across += 2 * 4 * exchanged
-    update = update_flops(m, train) / topology.chips / chip.peak_flops
+    update = update_flops(m, train) / topology.device_count / chip.peak_flops
     return train.gradient_accumulation_steps * (max(compute, gathers) + sums) + across + update
 
 

@@ -42,18 +42,20 @@ class Outputs:
 
     def write(self, plan: Plan) -> list[tuple[str, str]]:
         """Write the files. Return lines to print about them."""
-        said = []
+        said: list[tuple[str, str]] = []
         if self.hlo is not None and plan.schedule is None:
             said.append(("text", f"{self.hlo} is not written: there is no program, as the step does not fit"))
         elif self.hlo is not None:
             write_atomically(self.hlo, plan.text)
             said.append(("text", f"{self.hlo}, of the compiled program"))
-        if self.picture is not None:
-            draw(plan, self.picture)
-            said.append(("picture", str(self.picture)))
-        elif self.note:
-            said.append(("picture", self.note))
-        return said
+        return said + self.draw(lambda path: draw(plan, path))
+
+    def draw(self, draw: Callable[[Path], None]) -> list[tuple[str, str]]:
+        """Write the picture with ``draw``, if there is to be one. Return lines to print about it."""
+        if self.picture is None:
+            return [("picture", self.note)] if self.note else []
+        draw(self.picture)
+        return [("picture", str(self.picture))]
 
 
 def _writable(flag: str, name: str, is_ours: Callable[[bytes], bool]) -> Path | None:

@@ -32,7 +32,7 @@ def summary(plan: Plan, length: Found, epoch: Epoch | None = None) -> dict[str, 
     ``length`` is the number of tokens of the whole run, ``epoch`` one pass over its data, if it is known.
     """
     flops = step_flops(plan.config, plan.tokens)
-    chips, chip = plan.chips, plan.topology.chip
+    devices, chip = plan.devices, plan.topology.chip
     found = {
         "fits": plan.fits,
         "bytes_per_device": plan.bytes,
@@ -65,12 +65,15 @@ def summary(plan: Plan, length: Found, epoch: Epoch | None = None) -> dict[str, 
         rate = plan.tokens / plan.seconds
         found |= {
             "step_seconds": plan.seconds,
-            "mfu": flops / plan.seconds / (chips * chip.peak_flops),
+            "mfu": flops / plan.seconds / (devices * chip.peak_flops),
             "tokens_per_second": rate,
-            "tokens_per_second_per_device": rate / chips,
+            "tokens_per_second_per_device": rate / devices,
         }
         if length.value is not None:
-            found |= {"days": length.value / rate / 86400, "chip_hours": length.value / rate / 3600 * chips}
+            found |= {
+                "days": length.value / rate / 86400,
+                "chip_hours": length.value / rate / 3600 * devices / chip.devices,
+            }
     return found
 
 
@@ -90,7 +93,7 @@ def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
         "memory_seconds": _memory_seconds(plan),
         "tokens_per_second": None,
         "topology": on.name,
-        "idle_devices": on.chips - plan.chips,
+        "idle_devices": on.device_count - plan.devices,
         **_common(plan),
     }
     if plan.schedule is not None:
@@ -153,7 +156,7 @@ def _common(plan: Plan) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "time": "roofline, a lower bound" if plan.topology.is_gpu else "schedule",
-        "devices": plan.chips,
+        "devices": plan.devices,
         "mesh": plan.mesh,
         "compute_dtype": plan.dtype,
         "vocab_size": plan.config.model.vocab_size,
@@ -185,7 +188,7 @@ def training_text(plan: Plan, length: Found) -> str:
         [("adapters", f"{lora.text(count_adapter(model, lora))}; the base is frozen, in {held}")] if lora.rank else []
     )
     rows = [
-        ("slice", f"{plan.topology.name}, {devices_text(plan.chips, plan.topology)}, mesh: {describe(plan.mesh)}"),
+        ("slice", f"{plan.topology.name}, {devices_text(plan.devices, plan.topology)}, mesh: {describe(plan.mesh)}"),
         (
             "program",
             f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}{mask}; compiled in {duration(plan.compile_seconds)}",
@@ -241,7 +244,7 @@ def _length_text(plan: Plan, found: dict[str, Any], length: Found) -> str:
     if length.value is None:
         return f"a run whose length is not known: {length.source}"
     time = f"{found['days']:,.1f} days" if found["days"] >= 1 else time_text(found["days"] * 86400)
-    hours = f"{number(found['chip_hours'])} {plan.topology.unit}-hours"
+    hours = f"{number(found['chip_hours'])} {plan.topology.rented}-hours"
     text = f"{length.value:,.0f} tokens ({length.source}): {at_least(plan.topology)}{time}, {hours}"
     train = plan.config.train
     slower = f"; smaller batches, in the first {train.batch_ramp_steps:,} steps, may be slower a token"
@@ -254,8 +257,9 @@ def time_text(seconds: float) -> str:
 
 
 def devices_text(count: int, topology: Topology) -> str:
-    """Return "1 chip" or "8 GPUs"."""
-    return f"{count:,} {topology.unit}{'s'[: count != 1]}"
+    """Return "1 chip", "8 GPUs", or, of a version whose chips are two devices, "8 devices, two a chip"."""
+    each = {1: "", 2: ", two a chip"}[topology.chip.devices]
+    return f"{count:,} {topology.unit}{'s'[: count != 1]}{each}"
 
 
 def number(value: float) -> str:
@@ -267,10 +271,10 @@ def decoding_text(plan: Plan, on: Topology) -> str:
     """Return the text that ``plan --decode`` prints. ``on`` is the slice that the user named."""
     decoding = plan.decoding
     assert decoding is not None
-    idle = f" of {on.chips}; {on.chips - plan.chips} are idle" if on.chips > plan.chips else ""
+    idle = f" of {on.device_count}; {on.device_count - plan.devices} are idle" if on.device_count > plan.devices else ""
     weights, cache = (plan.dtype if kind == "auto" else kind for kind in (decoding.weights, decoding.cache))
     rows = [
-        ("slice", f"{on.name}, {devices_text(plan.chips, plan.topology)}{idle}, mesh: {describe(plan.mesh)}"),
+        ("slice", f"{on.name}, {devices_text(plan.devices, plan.topology)}{idle}, mesh: {describe(plan.mesh)}"),
         ("program", f"{plan.dtype}, weights: {weights}, cache: {cache}; compiled in {duration(plan.compile_seconds)}"),
         *_memory(plan),
     ]
@@ -340,7 +344,7 @@ def _time(plan: Plan) -> Rows:
 
     kernels = ", ".join(f"{name} x {runs}" for name, runs in cost.kernels.items())
     rows = [
-        row(cost.matrix, f"matrix products, {cost.flops / 1e12:,.1f} TFLOP a chip"),
+        row(cost.matrix, f"matrix products, {cost.flops / 1e12:,.1f} TFLOP a {plan.topology.unit}"),
         row(cost.other, f"all else; {cost.hbm_bytes / 1e9:,.0f} GB from and to memory in all"),
         row(schedule.blocking, "collectives that block"),
     ]
@@ -364,7 +368,7 @@ def _time(plan: Plan) -> Rows:
         rows.append(
             row(
                 c.seconds,
-                f"{c.kind} over {c.group}{'' if c.kind.endswith(BETWEEN_SLICES) else ' chips'}, {c.bytes / 1e9:,.3f} GB, {how}",
+                f"{c.kind} over {c.group}{'' if c.kind.endswith(BETWEEN_SLICES) else f' {plan.topology.unit}s'}, {c.bytes / 1e9:,.3f} GB, {how}",
             )
         )
     return rows

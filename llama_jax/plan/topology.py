@@ -12,7 +12,7 @@ from llama_jax.errors import UserError, quoted
 from llama_jax.plan.gpus import COUNTS, HOST_GPUS, gpu_devices
 from llama_jax.programs import install_command
 
-EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, 2 slices as 2xv5e:16x16, or GPUs as h100:8"
+EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, v7x:2x2x1, 2 slices as 2xv5e:16x16, or GPUs as h100:8"
 # Environment variables for libtpu without a TPU or a metadata server.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -37,19 +37,22 @@ SLICES: dict[str, tuple[tuple[int, ...], ...]] = {
     "v5e": _FLAT,
     "v5p": (*_CUBES, (16, 16, 24)),
     "v6e": _FLAT,
+    "v7x": (*_CUBES, (16, 24, 24)),
 }
 CUBE = 4
 # Number of chips of a host.
-HOST_CHIPS = {"v4": 4, "v5e": 8, "v5p": 4, "v6e": 8} | dict.fromkeys(GPUS, HOST_GPUS)
-# Google's slice names, such as "v5p-16", count cores for the older versions, whose chips have two.
-CORES = {"v4": 2, "v5p": 2}
-ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
+HOST_CHIPS = {"v4": 4, "v5e": 8, "v5p": 4, "v6e": 8, "v7x": 4} | dict.fromkeys(GPUS, HOST_GPUS)
+# Google's slice names, such as "v5p-16", count cores for the versions whose chips have two.
+CORES = {"v4": 2, "v5p": 2, "v7x": 2}
+ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "v7x", "v7": "v7x"}
+# Names that the compiler knows a version by, where it has another.
+COMPILER_NAMES = {"v7x": "tpu7x"}
 # More chips than any job has had; describing more takes minutes.
 MOST_CHIPS = 100_000
 
-_GRID = re.compile(r"(?:([0-9]{1,9})x)?(v[0-9]+[a-z]*):([0-9]{1,9}(?:x[0-9]{1,9})*)")
+_GRID = re.compile(r"(?:([0-9]{1,9})x)?(v[0-9]+[a-z]*|tpu7x):([0-9]{1,9}(?:x[0-9]{1,9})*)")
 _GPUS = re.compile(r"(?:nvidia-?)?(" + "|".join(GPUS) + r")(?:[:x-]([0-9]{1,9}))?")
-_TYPE = re.compile(r"(v[0-9]+[a-z]*)[-:]([0-9]{1,9})")
+_TYPE = re.compile(r"(v[0-9]+[a-z]*|tpu7x)[-:]([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,13 @@ class Topology:
         return math.prod(self.grid) * self.slices
 
     @property
+    def device_count(self) -> int:
+        """The number of JAX devices in all slices: two a chip of v7x, one of all others."""
+        return self.chips * self.chip.devices
+
+    @property
     def chip(self) -> Chip:
-        """The performance of one chip."""
+        """The performance of one device, which is a chip but for v7x."""
         return GPUS[self.version] if self.is_gpu else TPUS[self.version]
 
     @property
@@ -120,6 +128,11 @@ class Topology:
     @property
     def unit(self) -> str:
         """The word for one of its devices."""
+        return "device" if self.chip.devices > 1 else self.rented
+
+    @property
+    def rented(self) -> str:
+        """The word for what is counted, and paid by the hour."""
         return "GPU" if self.is_gpu else "chip"
 
     @property
@@ -159,9 +172,9 @@ class Topology:
                 yield Topology.of(self.version, grid, self.slices)
         if self.is_gpu:
             return
-        room = {version: chip.hbm_bytes for version, chip in TPUS.items() if chip.hbm_bytes > self.chip.hbm_bytes}
+        room = {version: chip.hbm_bytes * chip.devices for version, chip in TPUS.items()}
         for version in sorted(room, key=lambda version: room[version]):
-            for grid in SLICES[version]:
+            for grid in SLICES[version] if room[version] > room[self.version] else ():
                 yield Topology.of(version, grid)
 
     def devices(self) -> list[Any]:
@@ -178,10 +191,11 @@ class Topology:
         options: dict[str, Any] = {
             "wrap": tuple(size % full == 0 for size in self.grid) + (False,) * (3 - len(self.grid))
         }
-        if self.chip.torus_axes == 3:
+        if self.chip.torus_axes == 3 and self.chip.devices == 1:
             options["chip_config_name"] = "megacore"
         bounds = [min(2, self.grid[0]), min(2, self.grid[1]), 1]
-        name = Topology.of(self.version, self.grid).name
+        version = COMPILER_NAMES.get(self.version, self.version)
+        name = f"{version}:{'x'.join(map(str, self.grid))}"
         try:
             described = topologies.get_topology_desc(
                 platform="tpu", topology_name=name, chips_per_host_bounds=bounds, num_slices=self.slices, **options
@@ -195,7 +209,12 @@ class Topology:
         return list(described.devices)
 
     def refused(self, reason: str) -> UserError:
-        """Return the error to raise if the TPU's compiler refuses the slice."""
+        """Return the error to raise if the TPU's compiler refuses the slice, or does not know the version."""
+        if self.is_offered:
+            return UserError(
+                f"--topology: expected a TPU compiler that knows {self.name}, found one that refuses it: "
+                f"{' '.join(reason.split())[:200]}; install a newer libtpu, or take another version"
+            )
         return UserError(
             f"--topology: expected a slice that the TPU compiler knows, such as {self.nearest}, found {self.name}: "
             f"{' '.join(reason.split())[:200]}"

@@ -57,7 +57,7 @@ def _guess(topology: str) -> float:
     from llama_jax.plan.topology import Topology
 
     where = Topology.parse(topology)
-    return 0.4 * where.chip.peak_flops * where.chips
+    return 0.4 * where.chip.peak_flops * where.device_count
 
 
 def _timed(task: Task, budget: Budget, choice: Choice, topology: str) -> tuple[Speed, Choice]:
@@ -123,7 +123,7 @@ def _rows_of(base: Config, topology: str) -> int:
     if topology:
         from llama_jax.plan.topology import Topology
 
-        devices = Topology.parse(topology).chips
+        devices = Topology.parse(topology).device_count
     else:
         if (count := processes_of(base.distributed)) > 1:
             raise UserError(

@@ -111,10 +111,10 @@ def planned(config: Config, topology: str) -> tuple[Speed, Config]:
         if plan.fits:
             break
         parts = train.gradient_accumulation_steps * 2
-        if train.batch_size % (parts * plan.chips):
+        if train.batch_size % (parts * plan.devices):
             raise UserError(
                 f"--topology: expected a slice with room for the model of {config.model.dim} features, found that it does not fit "
-                f"{where.name}; give a larger slice, a smaller budget, or --mesh.fsdp {plan.chips} --mesh.data 1"
+                f"{where.name}; give a larger slice, a smaller budget, or --mesh.fsdp {plan.devices} --mesh.data 1"
             )
         config = replace(config, train=replace(train, gradient_accumulation_steps=parts))
     flops = step_flops(config, plan.tokens) / plan.seconds

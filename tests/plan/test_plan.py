@@ -10,15 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from llama_jax.compat.jax_internals import needed_bytes
 from llama_jax.config import Config, MeshArgs, ModelArgs, TrainArgs, to_toml
 from llama_jax.devices.chips import TPUS
 from llama_jax.errors import UserError
-from llama_jax.plan import __main__, command
+from llama_jax.plan import __main__, _text, command
 from llama_jax.plan.cost import schedule_of
 from llama_jax.plan.hlo import Program
+from llama_jax.plan.picture import is_picture
 from llama_jax.plan.topology import Topology
 from llama_jax.training.flops import train_flops_per_token
 from tests import forked
@@ -270,6 +272,7 @@ def test_a_search_that_finds_nothing_ends_with_status_1_and_the_smallest_slice(t
     done = forked_plan(tmp_path, "--topology=v5e:1x1", "--search", "--json", config=config)
     assert done.returncode == 1, done.stdout + done.stderr
     (only,) = json.loads(done.stdout)
+    assert only["errors"]["bytes"] == {"estimated": None, "expected": None}
     assert only["fits"] is False and only["advice"][0]["flags"].startswith("--topology v5e:")
 
 
@@ -285,6 +288,32 @@ def test_what_the_compiler_needs_is_read_from_its_refusal(refusal: str, needed: 
     assert needed_bytes(refusal) == int(needed * (1 << 30))
 
 
+@needs_libtpu
+def test_two_devices_a_chip_are_counted_and_told(tmp_path: Path) -> None:
+    config = Config(TINY, train=TrainArgs(batch_size=8, gradient_accumulation_steps=1, max_steps=7))
+    done = forked_plan(tmp_path, "--topology=v7x:2x2x1", "--json", "--output=", config=config)
+    assert "two devices a chip of v7x: 4 chips, 8 devices" in done.stderr
+    if done.returncode == 2:  # the next test
+        assert "error: plan: expected a compiled program that jax" in done.stderr and done.stdout == ""
+        assert jax.__version_info__ < (0, 12)
+        pytest.skip("this jax cannot read the programs that libtpu compiles for v7x")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["fits"] and found["devices"] == 8 and found["hbm_per_device"] == int(TPUS["v7x"].hbm_bytes)
+    assert found["chip_hours"] == pytest.approx(4 * found["days"] * 24)
+    assert found["mfu"] == pytest.approx(found["flops_per_step"] / found["step_seconds"] / (4 * 2307e12))
+
+
+def test_a_jax_that_cannot_read_a_compiled_program_is_told_from_a_fault() -> None:
+    class Unreadable:
+        def as_text(self) -> str:
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have\n 1 operands but sees 2")
+
+    with pytest.raises(UserError, match=r"^plan: expected .* v7x:2x2x1 .*1 operands but sees 2.*newer jax") as told:
+        _text(Unreadable(), Topology.parse("v7x:2x2x1"))  # type: ignore[arg-type]
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.slow
 @needs_libtpu
 def test_a_search_ranks_what_it_compiled(tmp_path: Path) -> None:
@@ -293,7 +322,10 @@ def test_a_search_ranks_what_it_compiled(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = json.loads(done.stdout)
     assert first["fits"] and second["fits"] and first["step_seconds"] <= second["step_seconds"]
-    assert first["flags"] != second["flags"]
+    assert first["flags"] != second["flags"] and is_picture((tmp_path / "plan.png").read_bytes()[:4096])
+    expected = [entry["expected"]["step_seconds"] / entry["step_seconds"] - 1 for entry in (first, second)]
+    assert first["errors"] == second["errors"] and first["errors"]["seconds"]["expected"]["count"] == 1
+    assert abs(first["errors"]["seconds"]["expected"]["median"]) in [pytest.approx(abs(e)) for e in expected]
     again = forked_plan(tmp_path, "--topology=v5e:2x2", "--output=", "--json", *first["flags"].split(), config=config)
     assert json.loads(again.stdout)["step_seconds"] == pytest.approx(first["step_seconds"])
 

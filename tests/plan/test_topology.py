@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from llama_jax.devices.chips import EIGHT_BIT_FLOPS, PEAK_FLOPS, TPUS, GiB
 from llama_jax.errors import UserError
 from llama_jax.plan.topology import MOST_CHIPS, SLICES, Topology
 
@@ -19,6 +20,9 @@ from llama_jax.plan.topology import MOST_CHIPS, SLICES, Topology
         ("v5p:4x4x12", "v5p:4x4x12", 192),
         ("1xv5e:2x2", "v5e:2x2", 4),
         ("2xv5e:16x16", "2xv5e:16x16", 512),
+        ("tpu7x:2x2x1", "v7x:2x2x1", 4),
+        ("v7x:4x4x4", "v7x:4x4x4", 64),
+        ("2xTPU7x:2x2x2", "2xv7x:2x2x2", 16),
     ],
 )
 def test_a_slice_is_read_however_its_name_is_typed(typed: str, name: str, chips: int) -> None:
@@ -42,8 +46,9 @@ def test_a_slice_is_read_however_its_name_is_typed(typed: str, name: str, chips:
         ("v5e:0x4", ["2 sizes", "'v5e:0x4'"]),
         ("v5e:-2x2", ["'v5e:-2x2'"]),
         ("v5e", ["v5e:16x16"]),
-        ("v9:2x2", ["v4, v5e, v5p, v6e"]),
-        ("a100:8", ["v5e:16x16", "h100:8", "v6e, h100"]),
+        ("tpu7x-8", ["v7x:2x2x1", "4 chips, 8 cores"]),
+        ("v9:2x2", ["v4, v5e, v5p, v6e, v7x"]),
+        ("a100:8", ["v5e:16x16", "h100:8", "v7x, h100"]),
         ("h100:16", ["1 to 8 GPUs", "'h100:16'", "h100:8"]),
         ("h100:0", ["1 to 8 GPUs"]),
         ("2xh100:8", ["h100:8"]),
@@ -74,12 +79,35 @@ def test_a_slice_that_nobody_offers_is_told_from_those_that_are(name: str) -> No
 
 
 @pytest.mark.parametrize("version", SLICES)
+def test_a_chip_is_one_device_but_for_v7x_whose_halves_have_half_of_its_figures(version: str) -> None:
+    topology = Topology.of(version, SLICES[version][2])
+    each = 2 if version == "v7x" else 1
+    assert topology.device_count == each * topology.chips == each * math.prod(topology.grid)
+    assert topology.unit == ("device" if each == 2 else "chip") and topology.rented == "chip"
+
+
+def test_figures_of_v7x_are_those_that_google_prints_of_a_chip() -> None:
+    """The compiler's cycles are of four units of 256 x 256 a device, at two operations a multiplication."""
+    chip = TPUS["v7x"]
+    assert (2 * chip.peak_flops, 2 * (chip.fp8_flops or 0)) == (2307e12, 4614e12) and chip.int8_flops is None
+    assert 2 * chip.hbm_bandwidth == 7380e9 and 0.97 * 192 < 2 * chip.hbm_bytes / GiB < 192
+    assert 4 * 256 * 256 * 2 * chip.clock == pytest.approx(chip.peak_flops, rel=1e-3)
+    assert PEAK_FLOPS["TPU7x"] == chip.peak_flops and EIGHT_BIT_FLOPS["fp8"]["TPU7x"] == chip.fp8_flops
+
+
+def test_a_compiler_that_does_not_know_a_version_is_told_from_a_slice_that_it_does_not_know() -> None:
+    assert "newer libtpu" in str(Topology.parse("v7x:2x2x1").refused("Invalid TPU external name"))
+    assert "newer libtpu" not in str(Topology.parse("v5e:3x5").refused("no such slice"))
+
+
+@pytest.mark.parametrize("version", SLICES)
 def test_larger_slices_come_smallest_first_and_parts_make_up_the_whole(version: str) -> None:
     topology = Topology.of(version, SLICES[version][4])
     same = [t for t in topology.larger() if t.version == version]
     assert [t.chips for t in same] == sorted(t.chips for t in same) and same[0].chips > topology.chips
     others = [t for t in topology.larger() if t.version != version]
-    assert all(t.chip.hbm_bytes > topology.chip.hbm_bytes for t in others)
+    room = topology.chip.hbm_bytes * topology.chip.devices
+    assert all(t.chip.hbm_bytes * t.chip.devices > room for t in others)
     *parts, whole = topology.parts()
     assert whole == topology and parts[0].chips == 1
     assert all(topology.chips % part.chips == 0 and math.prod(part.grid) == part.chips for part in parts)
