@@ -17,7 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax.ops import eight_bit, exact, frozen
 from llama_jax.ops.eight_bit import EightBit
-from llama_jax.ops.einsum import einsum
+from llama_jax.ops.einsum import axes_of, einsum
 from llama_jax.ops.quantize import Adapted, Matrix, Weight, to_integers
 
 # A TPU multiplies on its matrix unit if there are at least this many rows, and element by element if there are fewer.
@@ -66,7 +66,22 @@ def linear(
         return checkpoint_name(_matrix(equation, kind, exact_rows, x.dtype.name, x, w), name)
     if dtype is not None:
         return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=dtype)
-    return checkpoint_name(einsum(equation, x, w.astype(x.dtype)), name)
+    return checkpoint_name(einsum(equation, x, _as_multiplied(equation, w.astype(x.dtype))), name)
+
+
+def _as_multiplied(equation: str, w: jax.Array) -> jax.Array:
+    """Return the weight w in the order in memory in which a TPU multiplies by it.
+
+    A trick: XLA would gather the shards of a weight [N, H, D], of which N and H are summed over, with D outermost, where
+    it stands between them in no product, and then copy the whole. With N outermost, 7B's step on v5e:16x16, without
+    kernels, takes 3,930 ms instead of 4,032.
+    """
+    x_axes, w_axes, y_axes = axes_of(equation)
+    if len(w_axes) != 3 or w_axes[1] in y_axes:
+        return w
+    return jax.lax.platform_dependent(
+        w, tpu=lambda w: with_layout_constraint(w, Layout((0, 2, 1))), default=lambda w: w
+    )
 
 
 def features_last(x: jax.Array) -> jax.Array:
