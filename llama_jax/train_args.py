@@ -43,6 +43,10 @@ class TrainArgs:
     """Share of the pairs that DPO takes to be labelled the wrong way round. 0: none, as in the paper."""
     lr: float = 3e-4
     """Peak learning rate."""
+    rate_width: int | None = None
+    """Width (model.dim) for which lr was chosen. At another width the rates of the layers' matrices and of the output
+    are lr x rate_width / width, with muon those of the matrices by the root; embeddings, norms and weight decay keep
+    lr. None: lr is for this model, and everything takes it."""
     schedule: ScheduleName = "cosine"
     """Learning rate after the warmup, down to min_lr_ratio x lr at the last step.
     cosine: half a cosine.
@@ -189,7 +193,7 @@ class TrainArgs:
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
-        counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps")
+        counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "rate_width")
         intervals = ("eval_interval", "log_interval", "save_interval", "keep")
         natural = dict.fromkeys(
             (

@@ -99,6 +99,11 @@ def _check(base: Config, given: frozenset[str]) -> None:
                 f"{name}: expected none beside a recipe, which decides how long to train, found "
                 f"{getattr(getattr(base, section), field)}; leave it out"
             )
+    if base.train.rate_width is not None and "train.lr" not in given:
+        raise UserError(
+            "train.rate_width: expected train.lr beside it, since a recipe's own rate is for the width that it chooses, found "
+            f"{base.train.rate_width} alone; give the train.lr of that width, or leave it out"
+        )
     for holds, name, found in (
         (base.train.init_from, "train.init_from", base.train.init_from),
         (base.lora.rank, "lora.rank", base.lora.rank),
