@@ -6,7 +6,8 @@ python benchmarks/sweep.py --output sweeps/rates --vary train.lr=1e-3,2e-3,4e-3 
 What follows ``--`` are flags of train.py that all runs share. Runs are trained one after the other, each in a folder of
 its own below the output. A finished run is a line of results.jsonl; it is not trained again, and a run that was stopped
 goes on. ``--random N`` trains N combinations drawn at random in place of all. The last lines are a table, best first, by
-the median over the seeds of the last evaluation; sweep.png shows it over the first setting with numbers.
+the median over the seeds of the last evaluation; sweep.png shows it over the first setting with numbers. Where the best
+of these lies between two others, a parabola through the three in its logarithm says where the least loss would be.
 """
 
 import argparse
@@ -93,6 +94,38 @@ def medians(results: Iterable[dict[str, Any]]) -> list[tuple[Settings, list[floa
     return sorted(found, key=lambda each: statistics.median(each[1]))
 
 
+def by_first_number(results: list[dict[str, Any]]) -> tuple[str, dict[str, list[tuple[float, list[float]]]]]:
+    """Return the first setting that is a number in all results, and of each of the other settings its points in order.
+
+    A point is the setting's value and the bits per byte of the seeds. The name is empty if no setting is a number.
+    """
+    names = [name for name in results[0]["settings"] if all(_number(r["settings"][name]) is not None for r in results)]
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    for settings, reached_, _ in medians(results) if names else ():
+        others = _text({name: value for name, value in settings.items() if name != names[0]})
+        lines.setdefault(others, []).append((_number(settings[names[0]]) or 0.0, reached_))
+    return (names[0] if names else ""), {others: sorted(points) for others, points in lines.items()}
+
+
+def optimum(points: list[tuple[float, float]]) -> tuple[float, float] | None:
+    """Return where the least y would be, and it, by a parabola in log x through the least point and its neighbours.
+
+    ``points`` are (x, y), ordered by x. None: the least is at an end, x is not positive, or y is not finite.
+    """
+    ys = [y for _, y in points]
+    at = ys.index(min(ys))
+    three = points[max(0, at - 1) : at + 2]
+    if not 0 < at < len(points) - 1 or three[0][0] <= 0 or not all(math.isfinite(y) for _, y in three):
+        return None
+    (a, ya), (b, yb), (c, yc) = ((math.log(x), y) for x, y in three)
+    left, right = (yb - ya) / (b - a), (yc - yb) / (c - b)
+    bend = (right - left) / (c - a)
+    if bend <= 0:
+        return None
+    best = (a + b - left / bend) / 2
+    return math.exp(best), ya + left * (best - a) + bend * (best - a) * (best - b)
+
+
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Draw the runs and their medians over the first setting with numbers, a line for each of the other settings."""
     import matplotlib
@@ -100,22 +133,15 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    numbers = [
-        name for name in results[0]["settings"] if all(_number(r["settings"][name]) is not None for r in results)
-    ]
-    if not numbers:
+    name, lines = by_first_number(results)
+    if not name:
         return
-    lines: dict[str, list[tuple[float, list[float]]]] = {}
-    for settings, reached_, _ in medians(results):
-        others = _text({name: value for name, value in settings.items() if name != numbers[0]})
-        lines.setdefault(others, []).append((_number(settings[numbers[0]]) or 0.0, reached_))
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for others, points in sorted(lines.items()):
-        points.sort()
         (line,) = axes.plot([x for x, _ in points], [statistics.median(y) for _, y in points], marker="o", label=others)
         for x, each in points:
             axes.plot([x] * len(each), each, ".", color=line.get_color(), alpha=0.4)
-    axes.set(xlabel=numbers[0], ylabel="bits per byte, held out")
+    axes.set(xlabel=name, ylabel="bits per byte, held out")
     if min(x for points in lines.values() for x, _ in points) > 0:
         axes.set_xscale("log")
     if any(lines):
@@ -159,6 +185,10 @@ def main() -> None:
         text = _text(settings)
         finite = statistics.median(found) if all(map(math.isfinite, found)) else math.nan
         print(f"{finite:.4f}{spread} bits per byte, {first['tflop']} TFLOP, {first['seconds']} s: {text}")
+    name, lines_ = by_first_number(results)
+    for others, points in lines_.items():
+        if found_ := optimum([(x, statistics.median(y)) for x, y in points]):
+            print(f"best {name} by a parabola: {found_[0]:.3g}, {found_[1]:.4f} bits per byte{others and ': '}{others}")
     plot(results, args.output / "sweep.png")
     print(f"results: {file}   picture: {args.output / 'sweep.png'}   runs: {args.output / 'runs'}")
 

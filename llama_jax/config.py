@@ -320,6 +320,11 @@ class Config:
             expect(
                 found == default, key, f"{default} beside lora.rank, as adapters are small", f"{found}; leave it out"
             )
+        expect(
+            self.train.rate_width is None or not self.lora.rank, "train.rate_width",
+            "none beside lora.rank, as no rule is known for the rate of adapters",
+            f"{self.train.rate_width}; leave it out, and give the train.lr of this model",
+        )  # fmt: skip
         if self.data.document_mask and depends_on_length(self.model.rope_scaling):
             raise UserError(
                 "data.document_mask: expected a rotary embedding that does not depend on the length of the text, found "

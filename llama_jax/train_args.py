@@ -43,6 +43,10 @@ class TrainArgs:
     """Share of the pairs that DPO takes to be labelled the wrong way round. 0: none, as in the paper."""
     lr: float = 3e-4
     """Peak learning rate."""
+    rate_width: int | None = None
+    """Width (model.dim) for which lr was chosen. At another width the rates of the layers' matrices and of the output
+    are lr x rate_width / width, with muon those of the matrices by the root; embeddings, norms and weight decay keep
+    lr. None: lr is for this model, and everything takes it."""
     schedule: ScheduleName = "cosine"
     """Learning rate after the warmup, down to min_lr_ratio x lr at the last step.
     cosine: half a cosine.
@@ -118,6 +122,8 @@ class TrainArgs:
     muon: a first moment, orthogonalised, for the matrices of the layers, and AdamW for all else. One rate serves both.
     adafactor: no first moment, and of the second only its means over rows and columns, with hardly any memory.
     It uses neither beta1 nor beta2 nor eps."""
+    nesterov: bool = False
+    """Whether AdamW looks ahead: its first moment counts the gradient of this step once more (Dozat, 2016)."""
     muon_momentum: float = 0.95
     """Muon's momentum, the decay rate of the gradient's running mean."""
     moments: Moments = "float32"
@@ -189,7 +195,7 @@ class TrainArgs:
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
-        counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps")
+        counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "rate_width")
         intervals = ("eval_interval", "log_interval", "save_interval", "keep")
         natural = dict.fromkeys(
             (
@@ -250,6 +256,12 @@ class TrainArgs:
             "train.moments",
             "none beside train.optimizer adafactor, which keeps no such moments",
             self.moments,
+        )
+        expect(
+            self.optimizer != "adafactor" or not self.nesterov,
+            "train.nesterov",
+            "none beside train.optimizer adafactor, which has no first moment",
+            self.nesterov,
         )
         for name in ("moments", "param_dtype") if self.optimizer == "muon" else ():
             found = getattr(self, name)

@@ -131,6 +131,8 @@ def test_a_bad_flag_is_refused_in_one_line_with_flag_expected_and_found(argv, pa
         (DataArgs(vocab_size=100), "data.vocab_size", "100"),
         (DataArgs(stories=0), "data.stories", "0"),
         (TrainArgs(lr=0.0), "train.lr", "0.0"),
+        (TrainArgs(rate_width=0), "train.rate_width", "0"),
+        (TrainArgs(rate_width=-128), "train.rate_width", "-128"),
         (TrainArgs(batch_size=0), "train.batch_size", "0"),
         (TrainArgs(batch_size=6, gradient_accumulation_steps=4), "train.gradient_accumulation_steps", "4"),
         (TrainArgs(max_steps=0), "train.max_steps", "0"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,18 @@ def test_the_best_median_over_the_seeds_is_first(sweep: ModuleType, tmp_path: Pa
     ]
     sweep.plot(results, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+def test_the_best_value_lies_where_a_parabola_in_its_logarithm_has_its_least(sweep: ModuleType) -> None:
+    def loss(x: float) -> float:
+        return 2.0 + 0.3 * math.log(x / 0.003) ** 2
+
+    points = [(x, loss(x)) for x in (1e-3, 2e-3, 4e-3, 5e-3)]
+    assert sweep.optimum(points) == pytest.approx((0.003, 2.0))
+    assert sweep.optimum(points[2:]) is None is sweep.optimum([(-1.0, 2.0), (1.0, 1.0), (2.0, 2.0)])
+    assert sweep.optimum([(1.0, math.inf), (2.0, 1.0), (3.0, 2.0)]) is None is sweep.optimum([(1.0, 1.0)] * 3)
+    results = [result(f"{x}", 0, y) for x, y in points]
+    assert sweep.by_first_number(results) == ("train.lr", {"": [(x, [y]) for x, y in points]})
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,11 @@ def _check(base: Config, given: frozenset[str]) -> None:
         raise UserError(
             "expected.tokens: expected none beside a recipe, which writes them, found some; leave [expected] out"
         )
+    if base.train.rate_width is not None and "train.lr" not in given:
+        raise UserError(
+            "train.rate_width: expected train.lr beside it, since a recipe's own rate is for the width that it chooses, found "
+            f"{base.train.rate_width} alone; give the train.lr of that width, or leave it out"
+        )
     for holds, name, found in (
         (base.train.init_from, "train.init_from", base.train.init_from),
         (base.lora.rank, "lora.rank", base.lora.rank),

@@ -38,6 +38,7 @@ from llama_jax.training.rates import decay_end, decay_start, warmup_steps
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.start import Settled
 from llama_jax.training.tuning import Tuning
+from llama_jax.training.widths import widths_text
 
 # Tokens for the sample command that is printed at the end: a whole story.
 NEXT_TOKENS = 256
@@ -88,6 +89,7 @@ def announce(
         *(("batch", text) for text in batch_lines(train, opened.start, steps)),
         *objective_rows(train, opened),
         ("rate", rate_text(train, steps, settled.held_lr)),
+        *([] if train.rate_width is None else [("rates", widths_text(train, model.dim))]),
         *([("optimizer", muon_text(config, tokens, steps))] if train.optimizer == "muon" else []),
         (
             "devices",

@@ -85,12 +85,14 @@ def _of_each(scales: jax.Array, axis: int, size: int) -> jax.Array:
     return spread.reshape(*shape[:axis], math.prod(spread.shape[axis : axis + 2]), *shape[axis + 1 :])
 
 
-def small_adam(b1: float, b2: float, eps: float, kind: Moments) -> optax.GradientTransformationExtraArgs:
+def small_adam(
+    b1: float, b2: float, eps: float, kind: Moments, nesterov: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """Return ``optax.scale_by_adam``, which keeps its moments in ``kind`` between steps, those of vectors in float32.
 
     Its update also takes ``seeds``, uint32 [leaves, 2, 2]: of each parameter, for the first and the second moment.
     """
-    adam = optax.scale_by_adam(b1, b2, eps)
+    adam = optax.scale_by_adam(b1, b2, eps, nesterov=nesterov)
 
     def init(params: Any) -> optax.ScaleByAdamState:
         state = cast(optax.ScaleByAdamState, adam.init(params))

@@ -25,6 +25,7 @@ from llama_jax.training.bad_steps import LossHistory, noted
 from llama_jax.training.moments import small_adam
 from llama_jax.training.norms import squares
 from llama_jax.training.rounding import compensated, stochastic
+from llama_jax.training.widths import by_width
 
 # What the random bits of a step are for.
 GRADIENTS, UPDATES = 0, 1
@@ -124,8 +125,9 @@ class InPieces:
         if args.optimizer == "adafactor":
             by = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(ADAFACTOR_CLIP))
         else:
-            by = small_adam(args.beta1, args.beta2, args.eps, args.moments)
-        return optax.with_extra_args_support(optax.chain(by, optax.add_decayed_weights(args.weight_decay, matrices)))
+            by = small_adam(args.beta1, args.beta2, args.eps, args.moments, args.nesterov)
+        decay = optax.add_decayed_weights(args.weight_decay, matrices)
+        return optax.with_extra_args_support(optax.chain(by_width(by, args), decay))
 
     def _updated(
         self, key: jax.Array, scale: jax.Array, rate: Any, grads: Any, params: Any, state: Any, residue: Any

@@ -37,6 +37,7 @@ from llama_jax.training.norms import Norms, squares
 from llama_jax.training.objective import Dpo, NextToken, Objective, Rewards
 from llama_jax.training.pieces import InPieces, is_small, matrices, narrow, narrow_shapes, state_shardings
 from llama_jax.training.rates import learning_rate
+from llama_jax.training.widths import by_width
 
 AnyBatch = Batch | PackedBatch | PairBatch
 # What ``make_optimizer`` returns.
@@ -68,33 +69,23 @@ def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> An
     """Return AdamW with gradient clipping, weight decay on all parameters but norm weights, and handling of bad steps.
 
     ``steps`` and ``held`` are those of ``learning_rate``. With settings that save memory, or Adafactor, the optimizer
-    works in pieces (pieces.py). Muon takes AdamW's place for the matrices of the layers (muon.py).
+    works in pieces (pieces.py). Muon takes AdamW's place for the matrices of the layers (muon.py). With rate_width, each
+    kind of parameter has its own rate (widths.py).
     """
     schedule = learning_rate(args, steps, held)
     if is_small(args):
         return InPieces(args, schedule)
     clip = optax.clip_by_global_norm(args.grad_clip) if args.grad_clip else optax.identity()
-    if args.optimizer == "muon":
-        muon = optax.chain(
-            clip,
-            optax.masked(scale_by_muon(args.muon_momentum, args.compute_dtype), in_layers),
-            optax.masked(optax.scale_by_adam(args.beta1, args.beta2, args.eps), not_in_layers),
-            optax.add_decayed_weights(args.weight_decay, matrices),
-            optax.scale_by_learning_rate(lambda count: schedule(count + 1)),
-        )
-        return watched(muon, args)
-    adamw = optax.chain(
-        clip,
-        optax.adamw(
-            lambda count: schedule(count + 1),
-            b1=args.beta1,
-            b2=args.beta2,
-            eps=args.eps,
-            weight_decay=args.weight_decay,
-            mask=matrices,
-        ),
+    adam = optax.scale_by_adam(args.beta1, args.beta2, args.eps, nesterov=args.nesterov)
+    step = (
+        optax.add_decayed_weights(args.weight_decay, matrices),
+        optax.scale_by_learning_rate(lambda count: schedule(count + 1)),
     )
-    return watched(adamw, args)
+    if args.optimizer == "muon":
+        muon = optax.masked(scale_by_muon(args.muon_momentum, args.compute_dtype), in_layers)
+        return watched(optax.chain(clip, muon, by_width(optax.masked(adam, not_in_layers), args), *step), args)
+    # A chain in the chain, since checkpoints hold the state in this form.
+    return watched(optax.chain(clip, optax.chain(by_width(adam, args), *step)), args)
 
 
 def state_shapes(model: Llama, optimizer: AnyOptimizer, mesh: Mesh, adapting: Adapting | None = None) -> TrainState:

@@ -119,6 +119,7 @@ def test_only_a_recipe_that_nobody_changed_is_replaced(folder: Path) -> None:
         (["--data.mixture", "my.txt", "1", "many", "2", *FLAGS], "data.mixture: expected one text for a recipe"),
         (["--data.filepath", "my.txt", *FLAGS, "--train.max-steps", "9"], "train.max_steps: expected none beside a recipe"),
         (["--data.filepath", "my.txt", *FLAGS, "--train.n-epochs", "9"], "train.n_epochs: expected none beside a recipe"),
+        (["--data.filepath", "my.txt", *FLAGS, "--train.rate-width", "9"], "train.rate_width: expected train.lr beside it"),
         (["--data.filepath", "my.txt", *FLAGS, "--train.init-from", "runs/x"], "train.init_from: expected none beside a recipe"),
         (["--data.filepath", "my.txt", *FLAGS, "--train.minutes", "3"], "train.minutes: expected --minutes"),
         (["--data.filepath", "my.txt", *FLAGS, "--output", "no/my.toml"], "--output: expected a file in a folder"),

@@ -106,7 +106,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         "log_interval": 2, "save_interval": 1, "save_dir": "elsewhere", "init_from": "base", "seed": 1, "bad_steps": "skip",
         "spike_factor": 1.001, "profile_steps": "2", "tensorboard": True, "keep": 1,
         "eval_tasks": ("task.jsonl",), "param_dtype": "bfloat16", "rounding": "compensated", "optimizer": "adafactor",
-        "moments": "int8", "products": "int8", "products_of": "forward",
+        "moments": "int8", "products": "int8", "products_of": "forward", "rate_width": 4,
     },
 }  # fmt: skip
 # Values that change the numbers of a run on conversations.

@@ -94,10 +94,14 @@ def run(args: TrainArgs, steps: int = 5) -> tuple[Any, Any, list[Any]]:
 PLAIN = TrainArgs(lr=1e-2, warmup_steps=2, weight_decay=0.3, grad_clip=3.0, beta1=0.8, beta2=0.9, eps=1e-3)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize(("moments", "most", "mean"), [("int8", 0.15, 0.01), ("bfloat16", 0.02, 0.003)])
-def test_only_the_moments_of_matrices_differ_from_the_plain_optimizers(moments: Any, most: float, mean: float) -> None:
-    before, (params, _), grads = run(dataclasses.replace(PLAIN, moments=moments))
-    plain = make_optimizer(PLAIN, 10)
+def test_only_the_moments_of_matrices_differ_from_the_plain_optimizers(
+    moments: Any, most: float, mean: float, nesterov: bool
+) -> None:
+    args = dataclasses.replace(PLAIN, nesterov=nesterov)
+    before, (params, _), grads = run(dataclasses.replace(args, moments=moments))
+    plain = make_optimizer(args, 10)
     expected, state = before, plain.init(before)
     for g in grads:
         extra = {"loss": jnp.ones(()), "grad_norm": optax.tree.norm(g)}
@@ -147,14 +151,18 @@ def literal_adamw(args: TrainArgs, before: Any, grads: list[Any], add: Any) -> A
             g = g * min(1.0, args.grad_clip / norm)
             m[name] = args.beta1 * m[name] + (1 - args.beta1) * g
             v[name] = args.beta2 * v[name] + (1 - args.beta2) * g**2
-            update = m[name] / (1 - args.beta1**t) / (np.sqrt(v[name] / (1 - args.beta2**t)) + args.eps)
+            first = m[name] / (1 - args.beta1**t)
+            if args.nesterov:  # Dozat, 2016, algorithm 2
+                first = args.beta1 * m[name] / (1 - args.beta1 ** (t + 1)) + (1 - args.beta1) * g / (1 - args.beta1**t)
+            update = first / (np.sqrt(v[name] / (1 - args.beta2**t)) + args.eps)
             flat[name] = add(name, flat[name], -rate * update, 0.0 if "norm" in name else rate * args.weight_decay)
     return flat
 
 
-def test_compensated_updates_are_numpys_formula() -> None:
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_compensated_updates_are_numpys_formula(nesterov: bool) -> None:
     """Value and residue are a number of 16 bits, which follows the update in float64 to a few of them."""
-    args = dataclasses.replace(PLAIN, param_dtype="bfloat16", rounding="compensated")
+    args = dataclasses.replace(PLAIN, param_dtype="bfloat16", rounding="compensated", nesterov=nesterov)
     before, (params, (state, _)), grads = run(args)
 
     def exactly(name: str, value: np.ndarray, update: np.ndarray, decay: float) -> np.ndarray:

@@ -185,6 +185,7 @@ PERTURBED = {
     "beta2": 0.5,
     "eps": 1e-3,
     "grad_clip": 0.01,
+    "nesterov": True,
 }
 
 
