@@ -72,9 +72,9 @@ def linear(
 def _as_multiplied(equation: str, w: jax.Array) -> jax.Array:
     """Return the weight w in the order in memory in which a TPU multiplies by it.
 
-    A trick: XLA would gather the shards of a weight [N, H, D], of which N and H are summed over, with D outermost, as no
-    product takes it, and then copy the whole. With N outermost, 7B's step on v5e:16x16, without kernels, takes 3,930 ms
-    instead of 4,032.
+    A trick: XLA would gather the shards of a weight [N, H, D], of which N and H are summed over, with D outermost, as
+    no product takes it, and then copy the whole. With N outermost, 7B's step on v5e:16x16, without kernels, takes
+    3,930 ms instead of 4,032.
     """
     _, w_axes, y_axes = axes_of(equation)
     if len(w_axes) != 3 or w_axes[1] in y_axes:
