@@ -21,7 +21,7 @@ from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
 from llama_jax.ops.eight_bit import EightBit
-from llama_jax.training.eight_bits import asked, check_units, in_step, products_text
+from llama_jax.training.eight_bits import asked, check_units, copies, in_step, products_text
 from llama_jax.training.step import batch_shapes, compile_train_step, init_state, make_optimizer, shardings_of
 from tests.eight_devices import run_on_eight_devices
 
@@ -122,7 +122,8 @@ def seeds(step: int, row: int, seed: int = 0) -> set[tuple[int, ...]]:
     """The seeds of all matrices and layers in a step, for a part of the batch that begins with a row."""
     params = nn.unbox(Llama(MODEL).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     state = (optax.ScaleByScheduleState(jnp.array(step)),)
-    made = in_step(dataclasses.replace(INT8, seed=seed), params, state, jnp.array([row]))
+    args = dataclasses.replace(INT8, seed=seed)
+    made = in_step(args, params, copies(args, params), state, jnp.array([row]))
     leaves = jax.tree.leaves(made, is_leaf=lambda w: isinstance(w, EightBit))
     matrices = [w for w in leaves if isinstance(w, EightBit)]
     assert len(matrices) == 7 and len(leaves) == 7 + len(("tok_embeddings", "output", "norm", "two norms", "of layers"))
