@@ -148,19 +148,6 @@ def _summed_last(x: Quantized, summed: list[int]) -> Quantized:
     return Quantized(with_layout_constraint(jax.lax.optimization_barrier(x.values), Layout(order)), x.scales)
 
 
-@jax.custom_vjp
-def kept_apart(y: jax.Array) -> jax.Array:
-    """Return y, the result of a product.
-
-    A trick: behind a barrier, a TPU rounds y at the end of the product, and stacks it there for the backward pass. XLA
-    would write the wider sums, and read them for each use.
-    """
-    return jax.lax.optimization_barrier(y)
-
-
-kept_apart.defvjp(lambda y: (kept_apart(y), None), lambda _, dy: (dy,))
-
-
 def multiply(equation: str, kind: str, a: jax.Array, b: Quantized, seed: jax.Array | None = None) -> jax.Array:
     """Compute einsum(equation, a, b) in eight bits -> a's type. Each axis stands in two of the three arrays.
 

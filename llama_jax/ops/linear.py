@@ -60,9 +60,7 @@ def linear(
         product = linear(equation, x, w.base, dtype, exact_rows, name=name)
         return product + _low_rank(equation, x, w, exact_rows).astype(product.dtype)
     if isinstance(w, EightBit):
-        y = checkpoint_name(eight_bit.product(equation, x, w), name)
-        # What is added to the residual stream is added at the end of the product.
-        return y if equation.endswith("D") else eight_bit.kept_apart(y)
+        return checkpoint_name(eight_bit.product(equation, x, w), name)
     if isinstance(w, Matrix):
         kind = jnp.dtype(dtype or x.dtype).name
         return checkpoint_name(_matrix(equation, kind, exact_rows, x.dtype.name, x, w), name)

@@ -22,7 +22,14 @@ from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
 from llama_jax.ops.eight_bit import EightBit
 from llama_jax.training.eight_bits import asked, check_units, copies, in_step, products_text
-from llama_jax.training.step import batch_shapes, compile_train_step, init_state, make_optimizer, shardings_of
+from llama_jax.training.step import (
+    batch_shapes,
+    compile_train_step,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    shardings_of,
+)
 from tests.eight_devices import run_on_eight_devices
 
 MODEL = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32, max_seq_len=32)
@@ -101,6 +108,29 @@ def alike(found: Any, wanted: Any) -> None:
     """
     np.testing.assert_allclose(found[0], wanted[0], rtol=2e-5)
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
+
+
+def rounded(jaxpr: Any, loops: int = 0) -> list[tuple[int, tuple[int, ...]]]:
+    """The shapes of all that a program rounds to integers, each with the number of loops around it."""
+    found = [(loops, eqn.outvars[0].aval.shape) for eqn in jaxpr.eqns if eqn.primitive.name == "round"]
+    for eqn in jaxpr.eqns:
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                found += rounded(inner, loops + (eqn.primitive.name == "scan"))
+    return found
+
+
+def test_matrices_are_quantized_once_a_step_and_not_in_each_layer_of_each_part() -> None:
+    args = dataclasses.replace(INT8, gradient_accumulation_steps=2)
+    model, optimizer, mesh = Llama(MODEL), make_optimizer(args, 1), make_mesh(MeshArgs(), jax.devices()[:1])
+    state, batch = init_state(model, optimizer, mesh, 0), next(batches(1))
+    program = jax.make_jaxpr(make_train_step(model, optimizer, 2, eight=args))(state, batch)
+    found = rounded(program.jaxpr)
+    matrices = [w.shape for w in jax.tree.leaves(state.params["layers"]) if w.ndim > 2]
+    assert len(matrices) == 7
+    assert sorted(shape for loops, shape in found if not loops) == sorted(2 * matrices)
+    inside = {shape for loops, shape in found if loops}
+    assert inside and not inside & {one for shape in matrices for one in (shape, shape[1:])}
 
 
 def test_a_run_that_goes_on_from_its_state_has_the_same_numbers_to_the_bit() -> None:
