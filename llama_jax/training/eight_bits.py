@@ -57,7 +57,8 @@ def in_step(args: TrainArgs, params: Any, made: dict[str, Any], opt_state: Any, 
         if (name := path[-1].key) not in PRODUCTS:
             return w
         bits = jax.random.bits(jax.random.fold_in(key, PRODUCTS.index(name)), (len(w), 2), jnp.uint32)
-        return EightBit(w, *made[name], bits, args.products, of)
+        by_output, by_input = made[name]
+        return EightBit(w, by_output, by_input, bits, args.products, of)
 
     return {**params, "layers": jax.tree_util.tree_map_with_path(one, params["layers"])}
 
