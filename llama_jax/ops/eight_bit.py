@@ -8,18 +8,21 @@ scales factor out of the sums. The three products of training sum over different
     input    dx = dy w^T             by token and by input
     weight   dw = x^T dy             by input and by output
 
+A matrix is quantized once a step, for the first and for the second, where each device holds its shard of it.
+
 int8 rounds the gradient dy at random, right on average (Gupta et al., 2015, section 3.1), and all else to the nearest.
 float8 rounds to the nearest: x and w to e4m3, dy to e5m2, whose range is larger (Micikevicius et al., 2022, section 3).
 """
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax.devices.sharding import shards_of
 from llama_jax.ops.einsum import axes_of, input_gradient, weight_gradient
@@ -38,11 +41,22 @@ MOST_INT8 = (2**31 - 1) // 127**2
 LEAST = np.float32(1e-30)
 
 
+class Quantized(NamedTuple):
+    """An array in eight bits, and float32 scales of the same axes, 1 where they do not differ: about their product."""
+
+    values: jax.Array
+    scales: jax.Array
+
+
 class EightBit(flax.struct.PyTreeNode):
     """A plain matrix in training, whose products are computed in eight bits. Generation never sees one."""
 
     values: jax.Array
     """float, of any shape, or with L in front if layers are stacked."""
+    by_output: Quantized | None
+    """The values with a scale for each output. None: the product "forward" is not in eight bits."""
+    by_input: Quantized | None
+    """The values with a scale for each input. None: the product "input" is not in eight bits."""
     seed: jax.Array
     """uint32 [2], or [L, 2]: what random rounding follows from."""
     kind: str = flax.struct.field(pytree_node=False, default="int8")
@@ -56,53 +70,97 @@ class EightBit(flax.struct.PyTreeNode):
         return self.values.shape
 
 
+def both_ways(
+    w: jax.Array, inputs: range, outputs: range, kind: str, products: tuple[str, ...]
+) -> tuple[Quantized | None, Quantized | None]:
+    """Return a matrix quantized by output and by input, for those ``products`` that multiply by it.
+
+    inputs, outputs: which of its axes are those. Other axes are of a stack.
+    """
+    operand = TYPES[kind][0]
+    return (
+        quantized(w, list(inputs), operand) if "forward" in products else None,
+        quantized(w, list(outputs), operand) if "input" in products else None,
+    )
+
+
 def product(equation: str, x: jax.Array, w: EightBit) -> jax.Array:
     """Compute einsum(equation, x, w) in eight bits, with a result and gradients of x's type."""
-    return _product(equation, w.kind, w.products, x, w.values.astype(x.dtype), w.seed)
+    return _product(equation, w.kind, w.products, x, w.values.astype(x.dtype), w.by_output, w.by_input, w.seed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(
-    equation: str, kind: str, products: tuple[str, ...], x: jax.Array, w: jax.Array, seed: jax.Array
+    equation: str,
+    kind: str,
+    products: tuple[str, ...],
+    x: jax.Array,
+    w: jax.Array,
+    by_output: Quantized | None,
+    by_input: Quantized | None,
+    seed: jax.Array,
 ) -> jax.Array:
-    return multiply(equation, kind, x, w) if "forward" in products else jnp.einsum(equation, x, w)
+    return jnp.einsum(equation, x, w) if by_output is None else multiply(equation, kind, x, by_output)
 
 
 def _forward(
-    equation: str, kind: str, products: tuple[str, ...], x: jax.Array, w: jax.Array, seed: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _product(equation, kind, products, x, w, seed), (x, w, seed)
+    equation: str,
+    kind: str,
+    products: tuple[str, ...],
+    x: jax.Array,
+    w: jax.Array,
+    by_output: Quantized | None,
+    by_input: Quantized | None,
+    seed: jax.Array,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    y = _product(equation, kind, products, x, w, by_output, by_input, seed)
+    return y, (x, w if by_input is None else by_input, seed)
 
 
 def _backward(
-    equation: str, kind: str, products: tuple[str, ...], saved: tuple[jax.Array, ...], dy: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
+    equation: str, kind: str, products: tuple[str, ...], saved: tuple[Any, ...], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None, None]:
     (x, w, seed), (x_axes, w_axes, y_axes) = saved, axes_of(equation)
-    if "input" in products:
+    if isinstance(w, Quantized):
         dx = multiply(f"{y_axes},{w_axes}->{x_axes}", kind, dy, w, seed)
     else:
         dx = input_gradient(equation, dy, w)
     if "weight" in products:
-        dw = multiply(f"{y_axes},{x_axes}->{w_axes}", kind, dy, x, seed)
+        summed = [i for i, axis in enumerate(x_axes) if axis in y_axes]
+        second = _summed_last(quantized(x, summed, TYPES[kind][0]), summed)
+        dw = multiply(f"{y_axes},{x_axes}->{w_axes}", kind, dy, second, seed)
     else:
         dw = weight_gradient(equation, x, dy)
-    return dx.astype(x.dtype), dw.astype(w.dtype), None
+    return dx.astype(x.dtype), dw.astype(x.dtype), None, None, None
 
 
 _product.defvjp(_forward, _backward)
 
 
-def multiply(equation: str, kind: str, a: jax.Array, b: jax.Array, seed: jax.Array | None = None) -> jax.Array:
+def _summed_last(x: Quantized, summed: list[int]) -> Quantized:
+    """Return x with the last of the axes ``summed`` last in memory.
+
+    A trick: a TPU multiplies int8 at its full rate only if the operand that gives the result's rows lies so. The
+    barrier makes XLA transpose the eight bits, and not what they are made of.
+    """
+    *first, last = summed
+    order = (*first, *(axis for axis in range(x.values.ndim) if axis not in summed), last)
+    return Quantized(with_layout_constraint(jax.lax.optimization_barrier(x.values), Layout(order)), x.scales)
+
+
+def multiply(equation: str, kind: str, a: jax.Array, b: Quantized, seed: jax.Array | None = None) -> jax.Array:
     """Compute einsum(equation, a, b) in eight bits -> a's type. Each axis stands in two of the three arrays.
+
+    b: has scales of 1 along the axes that are summed over.
 
     seed: a is a gradient, and int8 rounds it at random by this seed, uint32 [2]. None: a is rounded to the nearest.
     """
     a_axes, b_axes, y_axes = axes_of(equation)
-    sizes, dtype = dict(zip(a_axes + b_axes, a.shape + b.shape, strict=True)), a.dtype
+    sizes, dtype = dict(zip(a_axes + b_axes, a.shape + b.values.shape, strict=True)), a.dtype
     summed = [axis for axis in a_axes if axis in b_axes]
     operand, of_gradient, of_sums = TYPES[kind]
     first, scales = quantized(a, [a_axes.index(s) for s in summed], operand if seed is None else of_gradient, seed)
-    second, others = quantized(b, [b_axes.index(s) for s in summed], operand)
+    second, others = b
     # Sums over shards are taken of the results, in their own type: of int32, they would move twice the bytes, and could
     # overflow.
     parts = _parts(summed, sizes)
@@ -115,9 +173,7 @@ def multiply(equation: str, kind: str, a: jax.Array, b: jax.Array, seed: jax.Arr
     return jax.lax.reduce(y, jnp.zeros((), dtype), jax.lax.add, range(len(parts))) if parts else y
 
 
-def quantized(
-    x: jax.Array, summed: list[int], dtype: Any, seed: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+def quantized(x: jax.Array, summed: list[int], dtype: Any, seed: jax.Array | None = None) -> Quantized:
     """Return x in eight bits, and float32 scales whose axes ``summed`` are 1, such that their product is about x.
 
     Values that are not finite make their scale infinite, and so every product with them infinite or NaN.
@@ -131,7 +187,7 @@ def quantized(
     x = x * (1 / scales)
     if whole:
         x = jnp.round(x) if seed is None else jnp.floor(x + uniform(noise(seed, x.shape)))
-    return jnp.clip(x, -most, most).astype(dtype), scales
+    return Quantized(jnp.clip(x, -most, most).astype(dtype), scales)
 
 
 def _parts(summed: list[str], sizes: dict[str, int]) -> dict[str, int]:

@@ -25,12 +25,18 @@ OF_STATE = ("param_dtype", "rounding", "optimizer", "moments")
 
 
 def state_bytes(model: ModelArgs, train: TrainArgs) -> dict[str, int]:
-    """Return the bytes, over all devices, of the parameters, their gradients and the optimizer's state, by part."""
+    """Return the bytes, over all devices, of the parameters, their gradients and the optimizer's state, by part.
+
+    Beside them are the matrices' copies for products in eight bits, without their scales.
+    """
     plain = dataclasses.replace(TrainArgs(), **{name: getattr(train, name) for name in OF_STATE})
     parts = dict(_parts(model, plain))
     if train.gradient_accumulation_steps > 1:
         parts["gradients so far"] = parts["gradients"]
-    return parts
+    if train.products != "float":
+        matrices = model.n_layers * sum(map(math.prod, matrix_sizes(model)))
+        parts["copies in eight bits"] = matrices * sum(name in train.products_of for name in ("forward", "input"))
+    return {part: size for part, size in parts.items() if size}
 
 
 @functools.cache

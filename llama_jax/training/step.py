@@ -168,11 +168,13 @@ def make_train_step(
         count, targets = jnp.maximum(objective.count(cast(Any, batch)), 1), jnp.count_nonzero(batch.weights)
         rows = None if adapting is None and eight is None else jnp.arange(len(batch.weights))
 
+        copies = {} if eight is None else eight_bits.copies(eight, state.params)
+
         def part_loss(params: Any, part: AnyBatch, rows: Any) -> tuple[jax.Array, Rewards]:
             if adapting is not None:
                 params = adapting.in_step(model.args, base, params, state.opt_state, rows)
             elif eight is not None:
-                params = eight_bits.in_step(eight, params, state.opt_state, rows)
+                params = eight_bits.in_step(eight, params, copies, state.opt_state, rows)
             loss, rewards = objective.sums(model, params, cast(Any, part))
             return loss / count, jax.tree.map(lambda total: total / count, rewards)
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from llama_jax.config import MeshArgs
 from llama_jax.devices.sharding import make_mesh, on_mesh, spec
 from llama_jax.ops import eight_bit
-from llama_jax.ops.eight_bit import TYPES, EightBit
+from llama_jax.ops.eight_bit import TYPES, EightBit, both_ways
 from llama_jax.ops.linear import linear
 from tests.eight_devices import run_on_eight_devices
 from tests.ops.test_linear import EQUATIONS, operands, results
@@ -26,7 +26,14 @@ E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 
 
 def multiplied(kind: str, products: tuple[str, ...] = ALL) -> Any:
-    return lambda equation, x, w: linear(equation, x, EightBit(w, SEED, kind, products))
+    return lambda equation, x, w: linear(equation, x, eight_bits(equation, w, SEED, kind, products))
+
+
+def eight_bits(equation: str, w: jax.Array, seed: jax.Array, kind: str, products: tuple[str, ...] = ALL) -> EightBit:
+    x_axes, w_axes = equation.split("->")[0].split(",")
+    border = sum(axis in x_axes for axis in w_axes)
+    made = both_ways(jax.lax.stop_gradient(w), range(border), range(border, w.ndim), kind, products)
+    return EightBit(w, *made, seed, kind, products)
 
 
 def flat(equation: str, x: np.ndarray, w: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -100,7 +107,7 @@ def by_seed() -> tuple[Any, Any]:
     seeds = jax.random.bits(jax.random.key(3), (400, 2), jnp.uint32)
 
     def gradients(seed: jax.Array) -> Any:
-        return jax.vjp(lambda x, w: linear("BTD,DF->BTF", x, EightBit(w, seed, "int8", ALL)), x, w)[1](dy)
+        return jax.vjp(lambda x, w: linear("BTD,DF->BTF", x, eight_bits("BTD,DF->BTF", w, seed, "int8")), x, w)[1](dy)
 
     # w and x are rounded to the nearest, which is not of interest here.
     of_w, of_x = (eight_bit.quantized(a, [axis], jnp.int8) for a, axis in ((w, 1), (x.reshape(16, 12), 0)))

@@ -21,8 +21,15 @@ from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
 from llama_jax.ops.eight_bit import EightBit
-from llama_jax.training.eight_bits import asked, check_units, in_step, products_text
-from llama_jax.training.step import batch_shapes, compile_train_step, init_state, make_optimizer, shardings_of
+from llama_jax.training.eight_bits import asked, check_units, copies, in_step, products_text
+from llama_jax.training.step import (
+    batch_shapes,
+    compile_train_step,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    shardings_of,
+)
 from tests.eight_devices import run_on_eight_devices
 
 MODEL = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=32, max_seq_len=32)
@@ -103,6 +110,29 @@ def alike(found: Any, wanted: Any) -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
 
 
+def rounded(jaxpr: Any, loops: int = 0) -> list[tuple[int, tuple[int, ...]]]:
+    """The shapes of all that a program rounds to integers, each with the number of loops around it."""
+    found = [(loops, eqn.outvars[0].aval.shape) for eqn in jaxpr.eqns if eqn.primitive.name == "round"]
+    for eqn in jaxpr.eqns:
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                found += rounded(inner, loops + (eqn.primitive.name == "scan"))
+    return found
+
+
+def test_matrices_are_quantized_once_a_step_and_not_in_each_layer_of_each_part() -> None:
+    args = dataclasses.replace(INT8, gradient_accumulation_steps=2)
+    model, optimizer, mesh = Llama(MODEL), make_optimizer(args, 1), make_mesh(MeshArgs(), jax.devices()[:1])
+    state, batch = init_state(model, optimizer, mesh, 0), next(batches(1))
+    program = jax.make_jaxpr(make_train_step(model, optimizer, 2, eight=args))(state, batch)
+    found = rounded(program.jaxpr)
+    matrices = [w.shape for w in jax.tree.leaves(state.params["layers"]) if w.ndim > 2]
+    assert len(matrices) == 7
+    assert sorted(shape for loops, shape in found if not loops) == sorted(2 * matrices)
+    inside = {shape for loops, shape in found if loops}
+    assert inside and not inside & {one for shape in matrices for one in (shape, shape[1:])}
+
+
 def test_a_run_that_goes_on_from_its_state_has_the_same_numbers_to_the_bit() -> None:
     np.testing.assert_array_equal(losses(INT8, 5, stop=3), losses(INT8, 5))
 
@@ -122,7 +152,8 @@ def seeds(step: int, row: int, seed: int = 0) -> set[tuple[int, ...]]:
     """The seeds of all matrices and layers in a step, for a part of the batch that begins with a row."""
     params = nn.unbox(Llama(MODEL).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     state = (optax.ScaleByScheduleState(jnp.array(step)),)
-    made = in_step(dataclasses.replace(INT8, seed=seed), params, state, jnp.array([row]))
+    args = dataclasses.replace(INT8, seed=seed)
+    made = in_step(args, params, copies(args, params), state, jnp.array([row]))
     leaves = jax.tree.leaves(made, is_leaf=lambda w: isinstance(w, EightBit))
     matrices = [w for w in leaves if isinstance(w, EightBit)]
     assert len(matrices) == 7 and len(leaves) == 7 + len(("tok_embeddings", "output", "norm", "two norms", "of layers"))

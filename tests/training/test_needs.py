@@ -15,6 +15,7 @@ from llama_jax.model import Llama
 from llama_jax.training import needs
 from llama_jax.training.account import state_bytes
 from llama_jax.training.command import read_command
+from llama_jax.training.eight_bits import copies
 from llama_jax.training.needs import announce_needs, need_of
 from llama_jax.training.step import init_state, make_optimizer
 
@@ -47,6 +48,15 @@ def test_the_account_is_the_bytes_of_the_arrays(kind: dict[str, Any]) -> None:
     assert parts["gradients"] == parts["gradients so far"] == parts["parameters"] == bytes_of(state.params)
     assert parts["moments"] + parts.get("rounding", 0) == bytes_of(state.opt_state)
     assert ("rounding" in parts) == ("rounding" in kind)
+
+
+@pytest.mark.parametrize(("names", "count"), [("forward,input,weight", 2), ("input,weight", 1), ("weight", 0)])
+def test_the_copies_in_eight_bits_are_counted(names: str, count: int) -> None:
+    train = dataclasses.replace(TRAIN, products="int8", products_of=names)
+    made = copies(train, init_state(Llama(TINY), make_optimizer(train, 10), MESH, seed=0).params)
+    arrays = [one for pair in made.values() for one in pair if one is not None]
+    assert state_bytes(TINY, train).get("copies in eight bits", 0) == sum(one.values.nbytes for one in arrays)
+    assert len(arrays) == 7 * count
 
 
 def test_seven_billion_fit_eighty_gigabytes_in_bfloat16_and_eight_bits() -> None:
