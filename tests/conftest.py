@@ -78,7 +78,14 @@ MOST_MAPPINGS = 15_000
 SINCE_LOOKED: list[str] = []
 
 
+# Seconds that a slow test may take on a machine that does much else, unless it has a limit of its own.
+SLOW_SECONDS = 2400
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
     order = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 

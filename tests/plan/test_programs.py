@@ -59,7 +59,7 @@ class Case:
                     command += [f"--model.{name}", str(value)]
             command += ["--train.batch-size", str(self.rows * self.chips), "--train.gradient-accumulation-steps", "1"]
             command += ["--json", "--output", "", "--hlo", hlo]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=1200)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=2400)
             assert done.returncode == 0, done.stderr[-2000:]
             return Compiled(self, json.loads(done.stdout), hlo.read_text())
 
