@@ -69,8 +69,8 @@ def make_optimizer(args: TrainArgs, steps: int, held: float | None = None) -> An
     """Return AdamW with gradient clipping, weight decay on all parameters but norm weights, and handling of bad steps.
 
     ``steps`` and ``held`` are those of ``learning_rate``. With settings that save memory, or Adafactor, the optimizer
-    works in pieces (pieces.py). Muon takes AdamW's place for the matrices of the layers (muon.py). With rate_width, each
-    kind of parameter has its own rate (widths.py).
+    works in pieces (pieces.py). Muon takes AdamW's place for the matrices of the layers (muon.py). Each kind of
+    parameter has its own rate with rate_width (widths.py).
     """
     schedule = learning_rate(args, steps, held)
     if is_small(args):
