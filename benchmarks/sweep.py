@@ -145,7 +145,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     if min(x for points in lines.values() for x, _ in points) > 0:
         axes.set_xscale("log")
     if any(lines):
-        axes.legend()
+        figure.legend(loc="outside upper center", fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -45,8 +45,8 @@ class TrainArgs:
     """Peak learning rate."""
     rate_width: int | None = None
     """Width (model.dim) for which lr was chosen. At another width the rates of the layers' matrices and of the output
-    are lr x rate_width / width, with muon those of the matrices by the root; embeddings, norms and weight decay keep
-    lr. None: lr is for this model, and everything takes it."""
+    are lr x (rate_width / width)^1.125, and Muon's by the root. Embeddings, norms and weight decay keep lr.
+    None: lr is for this model, and everything takes it."""
     schedule: ScheduleName = "cosine"
     """Learning rate after the warmup, down to min_lr_ratio x lr at the last step.
     cosine: half a cosine.
