@@ -78,7 +78,7 @@ def reached(folder: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "eval_loss" in line][-1]
     config = load_toml(folder / "config.toml")
-    tflop = last["step"] * step_flops(config, config.train.batch_size * config.model.max_seq_len) / 1e12
+    tflop = step_flops(config, last["tokens"], last["step"]) / 1e12
     return {
         "bits_per_byte": last["eval_bits_per_byte"], "loss": last["eval_loss"], "step": last["step"],
         "tokens": last["tokens"], "tflop": float(f"{tflop:.4g}"), "seconds": round(last["run_step_seconds"], 1),

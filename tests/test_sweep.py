@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from llama_jax.config import Config, ModelArgs, TrainArgs, to_toml
+from llama_jax.data.batch_sizes import BatchSizes
+from llama_jax.training.flops import step_flops
 from tests.commands import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "sweep.py"
@@ -81,6 +84,18 @@ def test_what_it_cannot_vary_is_refused(
     with pytest.raises(SystemExit) as ended:
         sweep.arguments(["--output", "x", *flags])
     assert ended.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_the_flops_are_of_the_tokens_that_were_read(sweep: ModuleType, tmp_path: Path) -> None:
+    """With a batch that grows, they are fewer than the steps times the batch."""
+    train = TrainArgs(batch_size=8, batch_start=2, batch_ramp_steps=4, max_steps=8)
+    config = Config(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=64, max_seq_len=16), train=train)
+    tokens = BatchSizes.of(train).rows(8) * 16
+    record = {"step": 8, "tokens": tokens, "eval_loss": 3.0, "eval_bits_per_byte": 2.0, "run_step_seconds": 1.0}
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert tokens < 8 * 8 * 16
+    assert sweep.reached(tmp_path)["tflop"] == pytest.approx(step_flops(config, tokens, 8) / 1e12, rel=1e-3)
 
 
 @pytest.mark.slow
