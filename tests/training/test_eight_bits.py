@@ -206,7 +206,10 @@ def test_a_run_says_what_is_known_of_eight_bits_on_its_device() -> None:
     assert not check_units("float", device("TPU v4"))
     assert "not timed" in check_units("int8", device("TPU v5 lite"))
     assert "not timed" in check_units("fp8", device("NVIDIA H200", "gpu"))
-    assert TPU_KINDS.keys() == {name for name in EIGHT_BIT_FLOPS["int8"] if name.startswith("TPU")}
+    known = {name for peaks in EIGHT_BIT_FLOPS.values() for name in peaks if name.startswith("TPU")}
+    assert TPU_KINDS.keys() == known
+    with pytest.raises(UserError, match=r"TPU7x multiplies, bfloat16 and fp8, found int8; give --train.products fp8$"):
+        check_units("int8", device("TPU7x"))
 
 
 def test_a_run_says_which_products_and_what_stays() -> None:
