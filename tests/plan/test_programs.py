@@ -125,7 +125,9 @@ def test_no_stacked_parameter_is_gathered_whole(compiled: Compiled) -> None:
         if i.opcode.startswith("all-gather")
         for array in i.results
     ]
-    assert gathered and not [dims for dims in gathered if dims[:1] == (compiled.case.model.n_layers,)]
+    model = compiled.case.model
+    of_a_layer = (model.n_heads, model.head_width, model.dim)  # 7B has as many heads as layers
+    assert gathered and not [dims for dims in gathered if dims[:1] == (model.n_layers,) and dims != of_a_layer]
 
 
 def test_no_logits_of_a_whole_batch_are_held_in_float32(compiled: Compiled) -> None:
@@ -136,7 +138,8 @@ def test_no_logits_of_a_whole_batch_are_held_in_float32(compiled: Compiled) -> N
         for instructions in compiled.program.computations.values()
         for i in instructions
         for array in i.results
-        if array.dtype == "f32"
+        # The gradients of the embeddings and of the output have as many numbers, where a sequence is as long as D is wide.
+        if array.dtype == "f32" and sorted(array.dims) != sorted((model.dim, model.vocab_size))
     )
     assert largest < whole
 
