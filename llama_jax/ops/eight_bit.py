@@ -48,6 +48,10 @@ class Quantized(NamedTuple):
     scales: jax.Array
 
 
+# A matrix quantized by output and by input. None: the product that multiplies by it is not in eight bits.
+Copies = tuple[Quantized | None, Quantized | None]
+
+
 class EightBit(flax.struct.PyTreeNode):
     """A plain matrix in training, whose products are computed in eight bits. Generation never sees one."""
 
@@ -70,9 +74,7 @@ class EightBit(flax.struct.PyTreeNode):
         return self.values.shape
 
 
-def both_ways(
-    w: jax.Array, inputs: range, outputs: range, kind: str, products: tuple[str, ...]
-) -> tuple[Quantized | None, Quantized | None]:
+def both_ways(w: jax.Array, inputs: range, outputs: range, kind: str, products: tuple[str, ...]) -> Copies:
     """Return a matrix quantized by output and by input, for those ``products`` that multiply by it.
 
     inputs, outputs: which of its axes are those. Other axes are of a stack.
@@ -86,40 +88,27 @@ def both_ways(
 
 def product(equation: str, x: jax.Array, w: EightBit) -> jax.Array:
     """Compute einsum(equation, x, w) in eight bits, with a result and gradients of x's type."""
-    return _product(equation, w.kind, w.products, x, w.values.astype(x.dtype), w.by_output, w.by_input, w.seed)
+    return _product(equation, w.kind, w.products, x, w.values.astype(x.dtype), (w.by_output, w.by_input), w.seed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(
-    equation: str,
-    kind: str,
-    products: tuple[str, ...],
-    x: jax.Array,
-    w: jax.Array,
-    by_output: Quantized | None,
-    by_input: Quantized | None,
-    seed: jax.Array,
+    equation: str, kind: str, products: tuple[str, ...], x: jax.Array, w: jax.Array, copies: Copies, seed: jax.Array
 ) -> jax.Array:
+    by_output, _ = copies
     return jnp.einsum(equation, x, w) if by_output is None else multiply(equation, kind, x, by_output)
 
 
 def _forward(
-    equation: str,
-    kind: str,
-    products: tuple[str, ...],
-    x: jax.Array,
-    w: jax.Array,
-    by_output: Quantized | None,
-    by_input: Quantized | None,
-    seed: jax.Array,
+    equation: str, kind: str, products: tuple[str, ...], x: jax.Array, w: jax.Array, copies: Copies, seed: jax.Array
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    y = _product(equation, kind, products, x, w, by_output, by_input, seed)
-    return y, (x, w if by_input is None else by_input, seed)
+    _, by_input = copies
+    return _product(equation, kind, products, x, w, copies, seed), (x, w if by_input is None else by_input, seed)
 
 
 def _backward(
     equation: str, kind: str, products: tuple[str, ...], saved: tuple[Any, ...], dy: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None, None]:
+) -> tuple[jax.Array, jax.Array, None, None]:
     (x, w, seed), (x_axes, w_axes, y_axes) = saved, axes_of(equation)
     if isinstance(w, Quantized):
         dx = multiply(f"{y_axes},{w_axes}->{x_axes}", kind, dy, w, seed)
@@ -131,7 +120,7 @@ def _backward(
         dw = multiply(f"{y_axes},{x_axes}->{w_axes}", kind, dy, second, seed)
     else:
         dw = weight_gradient(equation, x, dy)
-    return dx.astype(x.dtype), dw.astype(x.dtype), None, None, None
+    return dx.astype(x.dtype), dw.astype(x.dtype), None, None
 
 
 _product.defvjp(_forward, _backward)

@@ -72,10 +72,8 @@ def lay_out(config: Config, topology: Topology, decoding: Decoding, whole: bool 
 
 def fewest_chips(config: Config, topology: Topology, weights: Weights) -> int:
     """Return the number of chips that sample.py uses by default: the fewest of a host that hold the parameters."""
-    need, most = (
-        parameter_bytes(config, weights),
-        min(topology.chips, HOST_CHIPS[topology.version]) * topology.chip.devices,
-    )
+    need = parameter_bytes(config, weights)
+    most = min(topology.chips, HOST_CHIPS[topology.version]) * topology.chip.devices
     counts = [n for n in range(1, most + 1) if _spreads(config, n)]
     return next((n for n in counts if need / n <= topology.chip.hbm_bytes), counts[-1])
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from llama_jax.config import Config, ModelArgs
 from llama_jax.errors import UserError
-from llama_jax.expected_args import ExpectedArgs
+from llama_jax.expected_args import Expected, ExpectedArgs
 from llama_jax.recipe.laws import LAWS, Laws
 from llama_jax.recipe.text import Counted
 from llama_jax.training.flops import train_flops_per_token, update_flops
@@ -171,26 +171,27 @@ def _with_tokens(task: Task, model: ModelArgs, tokens: float) -> Choice:
     steps = max(1, round(tokens / (batch * model.max_seq_len)))
     config = _settings(task, model, batch, steps)
     read = steps * batch * model.max_seq_len
-    text, parameters = task.text, parameters_of(model, task.text.vocab_size)
-    flops = steps * _step_flops(task, model, batch)
-    seen, rate = read * text.bytes_per_token, config.train.min_lr_ratio
-    expected = task.laws.bits_per_byte(text.level, parameters, seen, text.train_bytes, rate)
-    low, high = task.laws.interval(expected, flops, rate, text.frequencies)
-    return Choice(config, parameters, read, flops, read / text.train_tokens, expected, low, high)
+    parameters, flops = parameters_of(model, task.text.vocab_size), steps * _step_flops(task, model, batch)
+    low, expected, high = _expectation(task, parameters, flops, read, config.train.min_lr_ratio)
+    return Choice(config, parameters, read, flops, read / task.text.train_tokens, expected, low, high)
+
+
+def _expectation(task: Task, parameters: int, flops: float, tokens: float, rate: float) -> Expected:
+    """Return what to expect of a run of so many FLOPs after ``tokens``, at a share ``rate`` of the peak rate."""
+    text, laws = task.text, task.laws
+    loss = laws.bits_per_byte(text.level, parameters, tokens * text.bytes_per_token, text.train_bytes, rate)
+    low, high = laws.interval(loss, flops, rate, text.frequencies)
+    return Expected(low, loss, high)
 
 
 def with_curve(task: Task, choice: Choice) -> Choice:
     """Return a choice whose configuration says what to expect during the run, of which ``expected`` is the end."""
-    text, laws, train = task.text, task.laws, choice.config.train
+    train = choice.config.train
     rates, points = learning_rate(train, choice.steps), dict[int, tuple[float, ...]]()
     for share in SHARES:
         rate = float(rates(share * choice.steps)) / train.lr
-        read = share * choice.tokens * text.bytes_per_token
-        loss = laws.bits_per_byte(text.level, choice.parameters, read, text.train_bytes, rate)
-        ends = laws.interval(loss, choice.flops, rate, text.frequencies)
-        points[max(1, round(share * choice.tokens))] = tuple(
-            float(f"{value:.5g}") for value in (ends[0], loss, ends[1])
-        )
+        found = _expectation(task, choice.parameters, choice.flops, share * choice.tokens, rate)
+        points[max(1, round(share * choice.tokens))] = tuple(float(f"{value:.5g}") for value in found)
     if len(points) == 1:  # a run of a token
         return choice
     low, bits, high = zip(*points.values(), strict=True)

@@ -111,8 +111,8 @@ def _counted(args: DataArgs, source: str, sample: _Sample, tokenizer: Tokenizer)
     """Return what is known of a text, by a sample of it and a tokenizer."""
     train, held_out = _joined(sample.train), _joined(sample.eval)
     notes: tuple[str, ...] = ()
-    ids, per_token = _encoded(tokenizer, sample.eval or sample.train)
-    seen, _ = _encoded(tokenizer, sample.train)
+    seen = _encoded(tokenizer, sample.train)
+    ids, per_token = _encoded(tokenizer, sample.eval) if sample.eval else seen
     if not held_out:
         cut = int(0.9 * len(train))
         train, held_out = train[:cut], train[cut:]
@@ -121,7 +121,7 @@ def _counted(args: DataArgs, source: str, sample: _Sample, tokenizer: Tokenizer)
     return Counted(
         source, sample.train_bytes, tokenizer.vocab_size if args.tokenizer_model_path else args.vocab_size, per_token, level,
         len(train) + len(held_out), not args.tokenizer_model_path, sample.eval_bytes / per_token, notes,
-        frequency_level(seen, ids, tokenizer.vocab_size) / per_token,
+        frequency_level(seen[0], ids, tokenizer.vocab_size) / per_token,
     )  # fmt: skip
 
 

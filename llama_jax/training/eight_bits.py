@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from llama_jax.devices.chips import EIGHT_BIT_FLOPS, PEAK_FLOPS
 from llama_jax.errors import UserError
-from llama_jax.ops.eight_bit import EightBit, both_ways
+from llama_jax.ops.eight_bit import Copies, EightBit, both_ways
 from llama_jax.ops.parameters import AXES
 from llama_jax.ops.remat import PRODUCTS
 from llama_jax.train_args import TrainArgs
@@ -24,25 +24,23 @@ def asked(args: TrainArgs) -> TrainArgs | None:
     return None if args.products == "float" else args
 
 
-def copies(args: TrainArgs, params: Any) -> dict[str, Any]:
+def copies(args: TrainArgs, params: Any) -> dict[str, Copies]:
     """Return the layers' matrices in eight bits, by name and quantized both ways: once a step, each shard in its place.
 
     Each part of the batch, and each layer forward and backward, multiplies by these.
     """
     kind, of = args.products, tuple(args.products_of.split(","))
 
-    def made(path: Any, w: jax.Array) -> None:
-        if (name := path[-1].key) in PRODUCTS:
-            # The first axis is of the layers. The embedding's axis is alone, and the other side may have two.
-            border = 2 if AXES[name][0] == "embed" else w.ndim - 1
-            found[name] = both_ways(w, range(1, border), range(border, w.ndim), kind, of)
+    def made(name: str, w: jax.Array) -> Copies:
+        # The first axis is of the layers. The embedding's axis is alone, and the other side may have two.
+        border = 2 if AXES[name][0] == "embed" else w.ndim - 1
+        return both_ways(w, range(1, border), range(border, w.ndim), kind, of)
 
-    found: dict[str, Any] = {}
-    jax.tree_util.tree_map_with_path(made, params["layers"])
-    return found
+    layers = ((path[-1].key, w) for path, w in jax.tree_util.tree_leaves_with_path(params["layers"]))
+    return {name: made(name, w) for name, w in layers if name in PRODUCTS}
 
 
-def in_step(args: TrainArgs, params: Any, made: dict[str, Any], opt_state: Any, rows: jax.Array) -> Any:
+def in_step(args: TrainArgs, params: Any, made: dict[str, Copies], opt_state: Any, rows: jax.Array) -> Any:
     """Return the parameters with the layers' matrices as EightBit, for the step that ``opt_state`` has reached.
 
     made: their ``copies``.
@@ -57,8 +55,7 @@ def in_step(args: TrainArgs, params: Any, made: dict[str, Any], opt_state: Any, 
         if (name := path[-1].key) not in PRODUCTS:
             return w
         bits = jax.random.bits(jax.random.fold_in(key, PRODUCTS.index(name)), (len(w), 2), jnp.uint32)
-        by_output, by_input = made[name]
-        return EightBit(w, by_output, by_input, bits, args.products, of)
+        return EightBit(w, *made[name], bits, args.products, of)
 
     return {**params, "layers": jax.tree_util.tree_map_with_path(one, params["layers"])}
 

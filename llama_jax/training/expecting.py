@@ -23,9 +23,10 @@ def expected_of(config: Config, tokens: int) -> tuple[ExpectedArgs, str]:
     The second result is a note if the configuration has an expectation that is for another run. The configuration's
     vocabulary size must be known.
     """
-    given, parameters = config.expected, count_parameters(config.model)
+    given = config.expected
     if not given.tokens:
         return given, ""
+    parameters = count_parameters(config.model)
     if given.tokens[-1] != tokens:
         what = f"a run of {given.tokens[-1]:,} tokens, and this one reads {tokens:,}"
     elif given.parameters and abs(parameters / given.parameters - 1) > OTHER_MODEL:
