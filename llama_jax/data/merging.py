@@ -9,10 +9,11 @@ from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs, from_dict
 from llama_jax.data import Data, find_text
+from llama_jax.data.joining import join
 from llama_jax.data.manifest import TOKENIZER, UNFINISHED, read_manifest
 from llama_jax.data.partial import files_of, job_of_parts, missing_parts
 from llama_jax.data.preparing import report
-from llama_jax.data.shards import ABOUT, finish, join, unfinished_in
+from llama_jax.data.shards import ABOUT, finish, unfinished_in
 from llama_jax.data.tokens import open_tokens
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
