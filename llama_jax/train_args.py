@@ -24,6 +24,23 @@ ScheduleName = Literal["cosine", "wsd", "linear"]
 Moments = Literal["float32", "bfloat16", "int8"]
 ObjectiveName = Literal["next-token", "dpo"]
 
+# The lowest and the highest number of each field, both allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "rate_width"), COUNT),
+    **dict.fromkeys(("eval_interval", "log_interval", "save_interval", "keep"), COUNT),
+    **dict.fromkeys(("warmup_steps", "eval_iters", "keep_every", "resume_step", "decay_from"), (0, LARGEST)),
+    **dict.fromkeys(("batch_start", "batch_ramp_steps"), (0, LARGEST)),
+    **dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0.0, BELOW_1)),
+    **dict.fromkeys(("lr", "eps", "dpo_beta"), POSITIVE),
+    **dict.fromkeys(("weight_decay", "grad_clip", "spike_factor"), (0.0, HUGE)),
+    **dict.fromkeys(("watchdog_seconds", "save_minutes", "eval_minutes"), (0.0, 1e9)),
+    "minutes": (TINY, 1e9),
+    "min_lr_ratio": (0.0, 1.0),
+    "decay_fraction": (TINY, 1.0),
+    "dpo_label_smoothing": (0.0, 0.5),
+    "seed": (0, 2**32 - 1),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainArgs:
@@ -195,39 +212,8 @@ class TrainArgs:
 
     def check(self) -> None:
         """Raise UserError on impossible values."""
-        counts = ("n_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "rate_width")
-        intervals = ("eval_interval", "log_interval", "save_interval", "keep")
-        natural = dict.fromkeys(
-            (
-                "warmup_steps",
-                "eval_iters",
-                "keep_every",
-                "resume_step",
-                "decay_from",
-                "batch_start",
-                "batch_ramp_steps",
-            ),
-            (0, LARGEST),
-        )
-        shares = dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0.0, BELOW_1)) | {
-            "min_lr_ratio": (0.0, 1.0),
-            "decay_fraction": (TINY, 1.0),
-            "seed": (0, 2**32 - 1),
-        }
-        positive = {"lr": POSITIVE, "eps": POSITIVE, "weight_decay": (0.0, HUGE), "grad_clip": (0.0, HUGE)}
-        positive |= dict.fromkeys(("watchdog_seconds", "save_minutes", "eval_minutes"), (0.0, 1e9))
-        positive |= {
-            "minutes": (TINY, 1e9),
-            "spike_factor": (0.0, HUGE),
-            "dpo_beta": POSITIVE,
-            "dpo_label_smoothing": (0.0, 0.5),
-        }
-        check_fields(self, "train.", dict.fromkeys(counts + intervals, COUNT) | natural | shares | positive)
-        for name in ("dpo_beta", "dpo_label_smoothing") if self.objective != "dpo" else ():
-            given, default = getattr(self, name), getattr(TrainArgs, name)
-            expect(
-                given == default, f"train.{name}", "train.objective dpo beside it", f"train.objective {self.objective}"
-            )
+        check_fields(self, "train.", RANGES)
+        self._check_read_beside("objective", "dpo", "dpo_beta", "dpo_label_smoothing")
         self._check_schedule()
         check_remat(self.remat)
         self._check_products()
@@ -236,42 +222,30 @@ class TrainArgs:
         _ = self.profile_range
         on_disk = "a folder on disk (--train.checkpoint-dir may be in object storage)"
         expect(not is_address(self.save_dir), "train.save_dir", on_disk, self.save_dir)
-        expect(
-            self.batch_size % self.gradient_accumulation_steps == 0,
-            "train.gradient_accumulation_steps",
-            f"a divisor of train.batch_size = {self.batch_size}",
-            self.gradient_accumulation_steps,
-        )
         self._check_batch_sizes()
+        self._check_optimizer()
+
+    def _check_read_beside(self, setting: str, value: str, *names: str) -> None:
+        """Raise UserError if a field was changed that is read only if ``setting`` has ``value``."""
+        found = getattr(self, setting)
+        for name in names if found != value else ():
+            unchanged = getattr(self, name) == getattr(TrainArgs, name)
+            expect(unchanged, f"train.{name}", f"train.{setting} {value} beside it", f"train.{setting} {found}")
+
+    def _check_optimizer(self) -> None:
+        """Raise UserError on settings that the optimizer does not have."""
+        self._check_read_beside("optimizer", "muon", "muon_momentum")
         rounds = self.param_dtype == "bfloat16" or self.rounding == "stochastic"
-        expect(
-            rounds,
-            "train.rounding",
-            "train.param_dtype bfloat16, which alone is rounded",
-            f"{self.rounding} beside float32",
-        )
-        has_moments = self.optimizer != "adafactor" or self.moments == "float32"
-        expect(
-            has_moments,
-            "train.moments",
-            "none beside train.optimizer adafactor, which keeps no such moments",
-            self.moments,
-        )
-        expect(
-            self.optimizer != "adafactor" or not self.nesterov,
-            "train.nesterov",
-            "none beside train.optimizer adafactor, which has no first moment",
-            self.nesterov,
-        )
+        expected = "train.param_dtype bfloat16, which alone is rounded"
+        expect(rounds, "train.rounding", expected, f"{self.rounding} beside float32")
+        if self.optimizer == "adafactor":
+            expected = "none beside train.optimizer adafactor, which keeps no such moments"
+            expect(self.moments == "float32", "train.moments", expected, self.moments)
+            expected = "none beside train.optimizer adafactor, which has no first moment"
+            expect(not self.nesterov, "train.nesterov", expected, self.nesterov)
         for name in ("moments", "param_dtype") if self.optimizer == "muon" else ():
             found = getattr(self, name)
             expect(found == "float32", f"train.{name}", "float32 beside train.optimizer muon", f"{found}; leave it out")
-        expect(
-            self.optimizer == "muon" or self.muon_momentum == TrainArgs.muon_momentum,
-            "train.muon_momentum",
-            "train.optimizer muon beside it",
-            f"train.optimizer {self.optimizer}",
-        )
 
     @property
     def ramp_keeps_microbatches(self) -> bool:
@@ -280,7 +254,14 @@ class TrainArgs:
         return not self.batch_start or microbatch % self.batch_start == 0 or self.batch_start % microbatch == 0
 
     def _check_batch_sizes(self) -> None:
-        """Raise UserError if the batch cannot grow from batch_start to batch_size by doublings."""
+        """Raise UserError if the batch has no equal parts, or cannot grow from batch_start to batch_size.
+
+        It grows by doublings.
+        """
+        expect(
+            self.batch_size % self.gradient_accumulation_steps == 0, "train.gradient_accumulation_steps",
+            f"a divisor of train.batch_size = {self.batch_size}", self.gradient_accumulation_steps,
+        )  # fmt: skip
         if not self.batch_start:
             expect(
                 not self.batch_ramp_steps, "train.batch_ramp_steps",
@@ -319,9 +300,7 @@ class TrainArgs:
 
     def _check_schedule(self) -> None:
         """Raise UserError on settings of a decay that do not fit the schedule."""
-        for name in ("decay_fraction", "decay_from") if self.schedule != "wsd" else ():
-            given, default = getattr(self, name), getattr(TrainArgs, name)
-            expect(given == default, f"train.{name}", "train.schedule wsd beside it", f"train.schedule {self.schedule}")
+        self._check_read_beside("schedule", "wsd", "decay_fraction", "decay_from")
         if not self.decay_from:
             expect(
                 not self.decay_run, "train.decay_run", "train.decay_from beside it, the step to continue from", "none"

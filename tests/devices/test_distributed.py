@@ -38,9 +38,9 @@ STEPS, MORE = 30, 3
 def train_several(runs: list[list[str]]) -> None:
     """train.py, once for each list of arguments, in this process; without its picture, which takes longer than the steps."""
     from llama_jax.commands import train
-    from llama_jax.training import loop
+    from llama_jax.training import samples
 
-    loop._plot = lambda run: None
+    samples.draw_losses = lambda run: None
     job = sys.argv[2:]
     for argv in runs:
         sys.argv = ["train.py", *argv, *job]

@@ -19,7 +19,7 @@ from llama_jax.checkpoint import Checkpoint
 from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.errors import UserError
-from llama_jax.training import bad_steps, loop
+from llama_jax.training import bad_steps, loop, samples, steps
 from llama_jax.training.bad_steps import MEAN_STEPS, MOST_SKIPPED, LossHistory, judge
 from llama_jax.training.clock import TIMES
 from llama_jax.training.step import StepMetrics, make_optimizer
@@ -30,7 +30,7 @@ PARAMS = {"w": jnp.array([[1.0, -2.0]]), "norm": jnp.ones(2)}
 GRADS = {"w": jnp.array([[0.3, -0.4]]), "norm": jnp.array([0.1, -0.2])}
 
 
-def steps(args: TrainArgs, losses: list[float], norms: dict[int, float] | None = None) -> list[tuple[Any, Any]]:
+def states_after(args: TrainArgs, losses: list[float], norms: dict[int, float] | None = None) -> list[tuple[Any, Any]]:
     """Parameters and the optimizer's state after each of the steps with these losses, and gradient norms of 1 but for ``norms``."""
     optimizer = make_optimizer(args, 20)
     params, state, found = PARAMS, optimizer.init(PARAMS), []
@@ -62,7 +62,7 @@ def is_schedule(state: Any) -> bool:
 def test_a_skipped_step_changes_neither_parameters_nor_moments_and_takes_its_place_in_the_schedule(
     loss: float, norm: float
 ) -> None:
-    (before, state_before), (after, state_after), (_, state_later) = steps(ARGS, [4.0, loss, 4.0], {1: norm})
+    (before, state_before), (after, state_after), (_, state_later) = states_after(ARGS, [4.0, loss, 4.0], {1: norm})
     np.testing.assert_array_equal(flat(before), flat(after))
     assert schedule_count(state_before) + 1 == schedule_count(state_after) == schedule_count(state_later) - 1
     *inner_before, _ = state_before
@@ -80,27 +80,30 @@ def test_a_skipped_step_changes_neither_parameters_nor_moments_and_takes_its_pla
 def test_good_steps_are_those_of_a_run_that_does_not_look() -> None:
     losses = [4.0, 5.0, 3.0]
     looking, not_looking = (
-        steps(a, losses)[-1][0] for a in (ARGS, dataclasses.replace(ARGS, spike_factor=0.0, bad_steps="stop"))
+        states_after(a, losses)[-1][0] for a in (ARGS, dataclasses.replace(ARGS, spike_factor=0.0, bad_steps="stop"))
     )
     np.testing.assert_array_equal(flat(looking), flat(not_looking))
 
 
 def test_counting_takes_a_spike_and_skips_what_is_not_finite() -> None:
     count = dataclasses.replace(ARGS, bad_steps="count")
-    taken, ignored = steps(count, [4.0, 9.0]), steps(dataclasses.replace(ARGS, spike_factor=0.0), [4.0, 9.0])
+    taken, ignored = (
+        states_after(count, [4.0, 9.0]),
+        states_after(dataclasses.replace(ARGS, spike_factor=0.0), [4.0, 9.0]),
+    )
     np.testing.assert_array_equal(flat(taken[-1][0]), flat(ignored[-1][0]))
     history = taken[-1][1][-1]
     assert (int(history.bad_steps), int(history.skipped_steps), int(history.is_bad)) == (1, 0, 1)
-    found = steps(count, [4.0, 4.0], {1: NAN})
+    found = states_after(count, [4.0, 4.0], {1: NAN})
     np.testing.assert_array_equal(flat(found[0][0]), flat(found[1][0]))
     assert int(found[1][1][-1].skipped_steps) == 1
 
 
 def test_a_spike_is_measured_against_the_mean_of_the_good_losses_before_it() -> None:
     losses = [4.0, 5.0, 9.1, NAN, 3.0, 8.1, 7.9]  # means before: none, 4, 4.5, 4.5, 4.5, 4, 4
-    found = [int(state[-1].is_bad) for _, state in steps(ARGS, losses)]
+    found = [int(state[-1].is_bad) for _, state in states_after(ARGS, losses)]
     assert found == [0, 0, 1, 1, 0, 1, 0]
-    history = steps(ARGS, losses)[-1][1][-1]
+    history = states_after(ARGS, losses)[-1][1][-1]
     assert float(history.mean) == pytest.approx(np.mean([4, 5, 3, 7.9]), rel=1e-6)
 
 
@@ -153,11 +156,11 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Spoil], None]:
             for step, batch in enumerate(original(*args), args[4] + 1):
                 yield spoil(step, batch)
 
-        monkeypatch.setattr(loop, "train_batches", batches)
+        monkeypatch.setattr(steps, "train_batches", batches)
 
-    original = loop.train_batches
-    monkeypatch.setattr(loop, "_draw", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "_plot", lambda *_: None)
+    original = steps.train_batches
+    monkeypatch.setattr(samples, "show", lambda *_, **__: None)
+    monkeypatch.setattr(samples, "draw_losses", lambda *_: None)
     return set_spoil
 
 
@@ -236,7 +239,7 @@ def test_a_checkpoint_from_before_losses_were_remembered_goes_on(
 ) -> None:
     spoilt(lambda step, batch: batch)
     train(tmp_path / "new")
-    save = loop._save
+    save = steps._save
 
     def save_as_before(run: Any, state: Any, step: int, eval_loss: float | None) -> None:
         save(run, state.replace(opt_state=state.opt_state[:-1]), step, eval_loss)
@@ -248,7 +251,7 @@ def test_a_checkpoint_from_before_losses_were_remembered_goes_on(
 
     spoilt(kill_at_4)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "_save", save_as_before)
+        patch.setattr(steps, "_save", save_as_before)
         train(tmp_path / "old")
     before, now = (
         Checkpoint.find(tmp_path / name / "checkpoints" / step) for name, step in (("old", "3"), ("new", "8"))

@@ -19,7 +19,7 @@ from llama_jax.data.batches import train_batches, train_windows
 from llama_jax.data.mixture import Mixed, Schedule
 from llama_jax.errors import UserError
 from llama_jax.plan.settings import Epoch, run_tokens
-from llama_jax.training import loop
+from llama_jax.training import loop, samples
 from tests.eight_devices import run_on_eight_devices
 from tests.training.test_resuming import assert_same, records, write_text
 
@@ -36,8 +36,8 @@ SIZES = [2, 2, 2, 4, 4, 8, 8, 8]
 def undrawn() -> Iterator[None]:
     """Runs are not drawn here, nor do they tell samples, which these tests are not about."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_draw", lambda *_: 0)
-        patch.setattr(loop, "_plot", lambda *_: None)
+        patch.setattr(samples, "show", lambda *_: 0)
+        patch.setattr(samples, "draw_losses", lambda *_: None)
         yield
 
 
@@ -204,5 +204,5 @@ def on_eight_devices(folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     import sys
 
-    loop._draw, loop._plot = (lambda *_: 0), (lambda *_: None)  # type: ignore[assignment]
+    samples.show, samples.draw_losses = (lambda *_: 0), (lambda *_: None)  # type: ignore[assignment]
     print(json.dumps(on_eight_devices(Path(sys.argv[1]))))

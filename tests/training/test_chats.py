@@ -25,7 +25,7 @@ from llama_jax.errors import UserError
 from llama_jax.model import Llama
 from llama_jax.ops.loss import loss_sum
 from llama_jax.tokenizer import Tokenizer
-from llama_jax.training import loop
+from llama_jax.training import loop, samples
 from llama_jax.training.clock import TIMES
 from tests.eight_devices import run_on_eight_devices
 from tests.numpy_llama import random_params
@@ -60,7 +60,7 @@ def write(path: Path, seed: int, count: int) -> None:
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(loop, "_plot", lambda *_: None)
+    monkeypatch.setattr(samples, "draw_losses", lambda *_: None)
     monkeypatch.chdir(folder)
 
 
@@ -83,7 +83,7 @@ def run(*args: Any, **options: Any) -> tuple[list[dict[str, Any]], str]:
 def whole(folder: Path) -> tuple[list[dict[str, Any]], str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(loop, "_plot", lambda *_: None)
+        patch.setattr(samples, "draw_losses", lambda *_: None)
         return run("whole")
 
 

@@ -12,7 +12,7 @@ import pytest
 from llama_jax.build import count_parameters
 from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
 from llama_jax.expected_args import ExpectedArgs
-from llama_jax.training import loop
+from llama_jax.training import loop, samples
 from llama_jax.training.expecting import expected_of, leaving_text, rows, values_at
 
 WIDE = ExpectedArgs((64, 256), (0.001, 0.001), (1.0, 1.0), (1e3, 1e3))
@@ -85,8 +85,8 @@ def trained(folder: Path, name: str, expected: ExpectedArgs, **changes: Any) -> 
     model = ModelArgs(dim=16, n_layers=1, n_heads=2, multiple_of=16, max_seq_len=16)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_draw", lambda *_, **__: 0)
-        patch.setattr(loop, "_plot", lambda *_: None)
+        patch.setattr(samples, "show", lambda *_, **__: 0)
+        patch.setattr(samples, "draw_losses", lambda *_: None)
         run = loop.train(Config(model, DataArgs(str(folder / "a.txt"), vocab_size=280), train, expected=expected))
     return printed.getvalue(), [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
 

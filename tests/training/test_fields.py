@@ -20,7 +20,7 @@ from llama_jax.checkpoint import steps_of
 from llama_jax.config import Config, DataArgs, ModelArgs, SampleArgs, TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.devices.sharding import make_mesh
-from llama_jax.training import loop
+from llama_jax.training import loop, samples, steps
 from llama_jax.training.clock import TIMES
 from llama_jax.training.rates import learning_rate
 from llama_jax.training.step import compile_train_step, make_optimizer
@@ -54,11 +54,11 @@ def watched() -> Iterator[None]:
         SAVES.append(step)
         original(run, state, step, eval_loss)
 
-    original = loop._save
+    original = steps._save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_save", save)
-        patch.setattr(loop, "_plot", lambda *_: None)
-        patch.setattr(loop, "_draw", lambda *_, **__: None)
+        patch.setattr(steps, "_save", save)
+        patch.setattr(samples, "draw_losses", lambda *_: None)
+        patch.setattr(samples, "show", lambda *_, **__: None)
         yield
 
 

@@ -24,7 +24,7 @@ from llama_jax.errors import UserError
 from llama_jax.generation import Model
 from llama_jax.lora_args import LoraArgs
 from llama_jax.ops.quantize import Adapted, flat
-from llama_jax.training import loop
+from llama_jax.training import loop, samples
 from llama_jax.training.clock import TIMES
 
 MODEL = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=16, max_seq_len=16)
@@ -38,7 +38,7 @@ LORA = LoraArgs(rank=4, alpha=6.0)
 @pytest.fixture(autouse=True, scope="module")
 def undrawn() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_plot", lambda *_: None)
+        patch.setattr(samples, "draw_losses", lambda *_: None)
         yield
 
 

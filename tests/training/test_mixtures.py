@@ -16,7 +16,7 @@ from llama_jax.data import open_tokens
 from llama_jax.data.mixture import folder_of
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
-from llama_jax.training import loop
+from llama_jax.training import loop, samples
 from llama_jax.training.clock import TIMES
 from llama_jax.training.command import read_command
 
@@ -38,8 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(loop, "_plot", lambda *_: None)
-    monkeypatch.setattr(loop, "_draw", lambda *_, **__: None)
+    monkeypatch.setattr(samples, "draw_losses", lambda *_: None)
+    monkeypatch.setattr(samples, "show", lambda *_, **__: None)
     monkeypatch.chdir(folder)
 
 

@@ -29,7 +29,7 @@ from llama_jax.devices.memory import bytes_of
 from llama_jax.devices.sharding import batch_sharding, make_mesh
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
-from llama_jax.training import clock, loop, muon
+from llama_jax.training import clock, loop, muon, samples
 from llama_jax.training.account import activation_bytes, state_bytes, update_bytes
 from llama_jax.training.clock import TIMES, Clock, Recorder
 from llama_jax.training.flops import step_flops, train_flops_per_token, update_flops
@@ -365,8 +365,8 @@ def train(folder: Path, **changes: Any) -> str:
         keep=9, optimizer="muon", save_dir=str(folder),
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_draw", lambda *_: 0)
-        patch.setattr(loop, "_plot", lambda *_: None)
+        patch.setattr(samples, "show", lambda *_: 0)
+        patch.setattr(samples, "draw_losses", lambda *_: None)
         loop.train(Config(small, DataArgs(str(text), vocab_size=280), dataclasses.replace(args, **changes)))
     return out.getvalue()
 

@@ -22,7 +22,7 @@ from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
 from llama_jax.data.chat_records import parsed
 from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs
-from llama_jax.training import loop, reference
+from llama_jax.training import loop, reference, samples
 from llama_jax.training.clock import TIMES
 from tests import processes
 
@@ -38,8 +38,8 @@ WHOLE = LoraArgs()
 @pytest.fixture(autouse=True, scope="module")
 def undrawn() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_plot", lambda *_: None)
-        patch.setattr(loop, "_draw", lambda *_, **__: 0)
+        patch.setattr(samples, "draw_losses", lambda *_: None)
+        patch.setattr(samples, "show", lambda *_, **__: 0)
         yield
 
 

@@ -21,7 +21,7 @@ from llama_jax.checkpoint import steps_of
 from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
 from llama_jax.storage.owner import owning
-from llama_jax.training import loop
+from llama_jax.training import loop, samples
 from llama_jax.training.clock import TIMES
 from llama_jax.training.saving import CheckpointWriter, kept
 
@@ -43,8 +43,8 @@ RUN = TrainArgs(
 def undrawn() -> Iterator[None]:
     """Runs are not drawn here, nor do they tell samples, which these tests are not about."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_draw", lambda *_: 0)
-        patch.setattr(loop, "_plot", lambda *_: None)
+        patch.setattr(samples, "show", lambda *_: 0)
+        patch.setattr(samples, "draw_losses", lambda *_: None)
         yield
 
 

@@ -18,7 +18,8 @@ import pytest
 from llama_jax.checkpoint import steps_of
 from llama_jax.cli.stopping import StopSignals, output_may_vanish
 from llama_jax.errors import INTERRUPTED, STOPPED
-from llama_jax.training import evaluating, loop
+from llama_jax.training import evaluating, loop, samples, steps
+from llama_jax.training.run import Run
 from tests.commands import ROOT
 from tests.signals import disturb, held
 from tests.training.test_resuming import assert_same, records, train
@@ -67,15 +68,15 @@ def stopped(folder: Path, **changes: Any) -> int:
 def test_a_signal_in_a_step_saves_it_and_leaves(
     number: int, status: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def note_saved(run: loop.Run) -> None:
+    def note_saved(run: Run) -> None:
         if run.folder.records and run.folder.records[-1]["step"] == 2:
             interrupt(number)
             interrupt(number)  # and once more
         original(run)
 
-    original = loop._note_saved
+    original = steps._note_saved
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_note_saved", note_saved)
+        patch.setattr(steps, "_note_saved", note_saved)
         assert stopped(tmp_path / "run") == status
     assert steps_of(tmp_path / "run")[-1] == records(tmp_path / "run")[-1]["step"] == 4
     train(tmp_path / "run")
@@ -128,12 +129,12 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(
 def test_a_signal_while_a_sample_is_made_saves_what_was_not(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def draw(run: loop.Run, params: Any, step: int) -> int:
+    def draw(run: Run, params: Any, step: int) -> int:
         interrupt()
         return run.stop_asked()
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_draw", draw)
+        patch.setattr(samples, "show", draw)
         assert stopped(tmp_path / "run") == STOPPED
     assert steps_of(tmp_path / "run")[-1] == 4
     train(tmp_path / "run")
@@ -152,8 +153,8 @@ def test_a_sample_heeds_a_signal_between_its_tokens(tmp_path: Path, monkeypatch:
             on_progress(None)
             pytest.fail("the sample goes on")
 
-    monkeypatch.setattr(loop, "Model", Talking)
-    monkeypatch.setattr(loop, "_plot", lambda *_: None)
+    monkeypatch.setattr(samples, "Model", Talking)
+    monkeypatch.setattr(samples, "draw_losses", lambda *_: None)
     assert stopped(tmp_path / "run") == STOPPED
 
 

@@ -18,7 +18,7 @@ from llama_jax.errors import UserError
 from llama_jax.evaluate.scores import evaluate_task
 from llama_jax.evaluate.suite import records
 from llama_jax.evaluate.tasks import read_tasks
-from llama_jax.training import loop
+from llama_jax.training import loop, samples
 from llama_jax.training.command import read_command
 from tests.processes import end, flags
 from tests.processes import start as start_job
@@ -33,8 +33,8 @@ DATA = DataArgs(stories=40, vocab_size=290)
 @pytest.fixture(autouse=True, scope="module")
 def undrawn() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_draw", lambda *_: 0)
-        patch.setattr(loop, "_plot", lambda *_: None)
+        patch.setattr(samples, "show", lambda *_: 0)
+        patch.setattr(samples, "draw_losses", lambda *_: None)
         yield
 
 

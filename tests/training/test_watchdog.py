@@ -79,14 +79,14 @@ def test_zero_seconds_is_no_watchdog(tmp_path: Path) -> None:
 RUN = """
 import sys, threading
 sys.argv = ["train.py", *sys.argv[2:]]
-from llama_jax.training import loop
-original = loop.train_batches
+from llama_jax.training import steps
+original = steps.train_batches
 def batches_that_stop(*args):
     for step, batch in enumerate(original(*args), args[4] + 1):
         if step == 4:
             threading.Event().wait()
         yield batch
-loop.train_batches = batches_that_stop
+steps.train_batches = batches_that_stop
 from llama_jax.commands import run
 run("train")
 """
