@@ -58,21 +58,25 @@ def value_and_gradients(kernel: AttentionKernel, window: int | None, documents: 
     return [np.asarray(x) for x in jax.tree.leaves(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*qkv))]
 
 
+# Where no mesh is given, several tests want the same.
+on_one_device = functools.cache(value_and_gradients)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("window", [1, 64, WINDOW, 300, 511])
 def test_xla_equals_the_plain_formula_which_differs_from_full_attention(window: int, documents: bool) -> None:
-    plain = value_and_gradients("plain", window, documents)
-    for found, wanted in zip(value_and_gradients("xla", window, documents), plain, strict=True):
+    plain = on_one_device("plain", window, documents)
+    for found, wanted in zip(on_one_device("xla", window, documents), plain, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
     if not documents:
-        full = value_and_gradients("plain", None, documents)
+        full = on_one_device("plain", None, documents)
         assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(plain, full, strict=True))
 
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_splash_equals_xla(documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted(monkeypatch)
-    wanted = value_and_gradients("xla", WINDOW, documents)
+    wanted = on_one_device("xla", WINDOW, documents)
     for found, expected in zip(value_and_gradients("splash", WINDOW, documents), wanted, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
@@ -111,7 +115,7 @@ def on_meshes(request: pytest.FixtureRequest) -> list[Any]:
 def test_heads_and_positions_spread_over_devices_change_nothing(on_meshes: list[Any]) -> None:
     assert len(on_meshes) in (2, 8)
     for mesh, kernel, documents, results in on_meshes:
-        wanted = value_and_gradients("xla", WINDOW, documents)
+        wanted = on_one_device("xla", WINDOW, documents)
         for found, expected in zip(results, wanted, strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4, err_msg=f"{mesh}, {kernel}")
 

@@ -1,8 +1,10 @@
 """Generation over a mesh says what one device says: heads over "tensor", rows over "data"."""
 
 import dataclasses
+import itertools
 import json
 import re
+import sys
 from typing import Any
 
 import jax
@@ -37,8 +39,9 @@ OPTIONS = [
     SampleArgs(temperature=1.0, seed=4, max_new_tokens=30, json_schema='{"enum": ["fox", 12, [null]]}'),
     SampleArgs(temperature=1.0, seed=5, max_new_tokens=12),
 ]
-# The meshes on which the options are tried: rows over some devices, vocabulary over others.
-TRIED = ("one device", "data 2 x tensor 4")
+# The mesh with rows over some devices and the vocabulary over others, where the options are tried; and the rest.
+ASKED = {"few": ["data 2 x tensor 4"], "rest": ["tensor 8", "data 8", "fsdp 2 x tensor 4"]}
+SHARDS = {"data 2 x tensor 4": [64, 16], "tensor 8": [64, 8], "fsdp 2 x tensor 4": [32, 16]}
 
 
 def with_options(model: Model) -> list[Any]:
@@ -59,7 +62,7 @@ def collectives(kind: str) -> list[str]:
     return sorted(set(re.findall(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)))
 
 
-def main() -> None:
+def main(asked: str) -> None:
     """Print, by mesh ("one device" first), what greedy, sampled and quantized generation say; and the collectives of a product."""
     import tempfile
     from pathlib import Path
@@ -69,8 +72,10 @@ def main() -> None:
         model = never_ending(tokenizer, dim=64, n_heads=8, n_kv_heads=8, multiple_of=64, max_seq_len=256)
         prompts = prompts_of_lengths(model, LENGTHS)
         found: dict[str, Any] = {}
-        for name, args in {"one device": MeshArgs(data=1), **MESHES}.items():
-            mesh = make_mesh(args, jax.devices()[:1] if name == "one device" else jax.devices())
+        for name in ["one device", *ASKED[asked]]:
+            mesh = make_mesh(
+                MESHES.get(name, MeshArgs(data=1)), jax.devices()[:1] if name == "one device" else jax.devices()
+            )
             params = jax.device_put(model.params, parameter_shardings(model.module, mesh))
             found[name] = {}
             for weights in ("auto", "int8"):
@@ -78,7 +83,7 @@ def main() -> None:
                 for kind, sample in {"greedy": GREEDY, "sampled": SAMPLED}.items():
                     ids, logprobs = decode(model, prompts, sample, 24, params=served)
                     found[name][f"{kind} {weights}"] = ids.tolist(), logprobs.tolist()
-            if name in TRIED:
+            if asked == "few":
                 found[name]["options"] = with_options(dataclasses.replace(model, params=for_generation(params)))
             wq = served["layers"][0]["attention"]["wq"]
             found[name]["shard"] = wq.values.addressable_shards[0].data.shape
@@ -86,33 +91,37 @@ def main() -> None:
     print(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def found() -> Any:
-    return run_on_eight_devices("tests.generation.test_mesh")
+@pytest.fixture(scope="module", params=["few", pytest.param("rest", marks=pytest.mark.slow)])
+def found(request: pytest.FixtureRequest) -> Any:
+    return run_on_eight_devices("tests.generation.test_mesh", request.param)
+
+
+def meshes_of(found: Any) -> list[str]:
+    return [name for name in MESHES if name in found]
 
 
 @pytest.mark.parametrize("kind", ["greedy auto", "sampled auto", "greedy int8", "sampled int8"])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_every_mesh_makes_the_tokens_of_one_device(found: Any, mesh: str, kind: str) -> None:
-    ids, logprobs = found[mesh][kind]
+def test_every_mesh_makes_the_tokens_of_one_device(found: Any, kind: str) -> None:
     wanted, wanted_logprobs = found["one device"][kind]
-    assert ids == wanted
-    np.testing.assert_allclose(logprobs, wanted_logprobs, atol=1e-4)
+    assert meshes_of(found) in ASKED.values() and {*itertools.chain(*ASKED.values())} == MESHES.keys()
+    for mesh in meshes_of(found):
+        ids, logprobs = found[mesh][kind]
+        assert ids == wanted, mesh
+        np.testing.assert_allclose(logprobs, wanted_logprobs, atol=1e-4, err_msg=mesh)
 
 
+@pytest.mark.parametrize("found", ["few"], indirect=True)
 def test_a_mesh_knows_every_option(found: Any) -> None:
-    for one, wanted in zip(found[TRIED[1]]["options"], found[TRIED[0]]["options"], strict=True):
+    (mesh,) = meshes_of(found)
+    for one, wanted in zip(found[mesh]["options"], found["one device"]["options"], strict=True):
         assert one[:3] == wanted[:3]
         np.testing.assert_allclose(one[3], wanted[3], atol=1e-4)
-    assert json.loads(found[TRIED[1]]["options"][1][1]) in ("fox", 12, [None])
+    assert json.loads(found[mesh]["options"][1][1]) in ("fox", 12, [None])
 
 
-@pytest.mark.parametrize(
-    ("mesh", "shard"),
-    [("data 2 x tensor 4", [64, 16]), ("tensor 8", [64, 8]), ("fsdp 2 x tensor 4", [32, 16])],
-)
-def test_each_device_holds_its_part_of_a_matrix(found: Any, mesh: str, shard: list[int]) -> None:
-    assert found[mesh]["shard"] == shard
+def test_each_device_holds_its_part_of_a_matrix(found: Any) -> None:
+    held = {mesh: found[mesh]["shard"] for mesh in meshes_of(found) if mesh in SHARDS}
+    assert held and held == {mesh: SHARDS[mesh] for mesh in held}
 
 
 @pytest.mark.parametrize("kind", ["auto", "int8"])
@@ -121,4 +130,4 @@ def test_a_matrix_whose_inputs_are_spread_is_multiplied_where_it_lies(found: Any
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

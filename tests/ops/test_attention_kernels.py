@@ -83,6 +83,10 @@ def value_and_gradients(kernel: AttentionKernel) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*qkv))]
 
 
+# Where no mesh is given, several tests want the same.
+on_one_device = functools.cache(value_and_gradients)
+
+
 def interpreted(patch: Any) -> None:
     """Run splash's kernel without a TPU."""
     make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
@@ -91,7 +95,7 @@ def interpreted(patch: Any) -> None:
 
 def test_splash_equals_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted(monkeypatch)
-    for found, wanted in zip(value_and_gradients("splash"), value_and_gradients("xla"), strict=True):
+    for found, wanted in zip(value_and_gradients("splash"), on_one_device("xla"), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-4)
 
 
@@ -105,7 +109,7 @@ def on_meshes() -> dict[str, Any]:
 def test_heads_and_positions_spread_over_devices_change_nothing(
     on_meshes: dict[str, Any], mesh: str, kernel: str
 ) -> None:
-    for found, wanted in zip(on_meshes[mesh][kernel], value_and_gradients("xla"), strict=True):
+    for found, wanted in zip(on_meshes[mesh][kernel], on_one_device("xla"), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-4)
 
 

@@ -300,7 +300,13 @@ RELATIVES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "weights"), [("tied", "int8"), ("biased", "auto"), ("of other sizes", "int4")])
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("of other sizes", "int4"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("tied", "int8"), ("biased", "auto")]),
+    ],
+)
 def test_relatives_of_llama_2_are_bases_too(root: Path, tmp_path: Path, kind: str, weights: Any) -> None:
     for name in ("a.txt", "b.txt"):
         shutil.copy(root / name, tmp_path)

@@ -406,11 +406,12 @@ MESHES: dict[str, dict[str, int]] = {
     "data 8": {"data": 8}, "data 2 x sequence 2 x tensor 2": {"data": 2, "sequence": 2, "tensor": 2},
 }  # fmt: skip
 FEW = 3  # of which each axis is in one
+NAMES = {"few": list(MESHES)[:FEW], "rest": ["one device", *list(MESHES)[FEW:]]}
 STEPS = 20
 
 
-def train_on_meshes(folder: Path, few: bool) -> dict[str, Any]:
-    """Losses of each mesh, or few, of steps that resume what one device has saved, and how many matrices a device takes."""
+def train_on_meshes(folder: Path, names: list[str]) -> dict[str, Any]:
+    """Losses of meshes, of steps that resume what one device has saved, and how many matrices a device takes."""
     found: dict[str, Any] = {}
     counts: list[tuple[int, ...]] = []
     original = muon.at_once
@@ -421,8 +422,8 @@ def train_on_meshes(folder: Path, few: bool) -> dict[str, Any]:
         return original(sides, count, most)
 
     muon.at_once = noted  # type: ignore[assignment]
-    for name, sizes in list(MESHES.items())[: FEW if few else None]:
-        mesh = make_mesh(MeshArgs(**sizes), jax.devices()[: 1 if name == "one device" else 8])
+    for name in names:
+        mesh = make_mesh(MeshArgs(**MESHES[name]), jax.devices()[: 1 if name == "one device" else 8])
         optimizer = make_optimizer(ARGS, STEPS)
         counts.clear()
         step = compile_train_step(LLAMA, optimizer, mesh, 1, jax.device_put(batch(0), batch_sharding(mesh)))
@@ -449,7 +450,7 @@ def train_on_meshes(folder: Path, few: bool) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["few", pytest.param("rest", marks=pytest.mark.slow)])
 def on_meshes(request: pytest.FixtureRequest) -> dict[str, Any]:
     return run_on_eight_devices("tests.training.test_muon", request.param)
 
@@ -485,5 +486,5 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as at:
-        print(json.dumps(train_on_meshes(Path(at), sys.argv[1] == "few")))
+        print(json.dumps(train_on_meshes(Path(at), NAMES[sys.argv[1]])))
     sys.stdout.flush()
