@@ -15,7 +15,7 @@ from llama_jax.plan.arguments import Request, read_request
 from llama_jax.plan.settings import run_tokens, vocabulary
 from llama_jax.plan.tuning_data import with_masks
 from llama_jax.tokenizer import Tokenizer
-from llama_jax.training import loop
+from llama_jax.training import loop, samples
 from tests import forked
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -108,7 +108,7 @@ def test_conversations_are_planned_with_document_masks_and_that_is_told(chats: P
 def test_epochs_of_conversations_are_as_many_steps_as_training_takes(
     chats: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_plot", lambda *_: None)
+    monkeypatch.setattr(samples, "draw_losses", lambda *_: None)
     data = DataArgs(str(chats), tokenizer_model_path=str(prepared / "tokenizer.model"), chat_template="llama2")
     train = TrainArgs(batch_size=2, n_epochs=2, eval_interval=100, save_dir=str(tmp_path / "run"))
     config = Config(ModelArgs(dim=16, n_layers=1, n_heads=2, multiple_of=16, max_seq_len=64), data, train)

@@ -22,7 +22,7 @@ from llama_jax.plan.tables import summary, training_text
 from llama_jax.plan.topology import Topology
 from llama_jax.plan.tuning_data import with_masks
 from llama_jax.tokenizer import Tokenizer
-from llama_jax.training import loop
+from llama_jax.training import loop, samples
 from llama_jax.training.command import read_command
 from llama_jax.training.objective import Dpo, NextToken, make_objective
 from tests import forked
@@ -52,8 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer)
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_plot", lambda *_: None)
-    monkeypatch.setattr(loop, "_draw", lambda *_, **__: 0)
+    monkeypatch.setattr(samples, "draw_losses", lambda *_: None)
+    monkeypatch.setattr(samples, "show", lambda *_, **__: 0)
 
 
 def planned(flags: list[str]) -> Config:
