@@ -80,16 +80,13 @@ def source() -> str:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the lines of a file, none if there is no file. A line that a kill has cut off is left out, and said.
+    """Return the lines of a file, none if there is no file. A last line that a kill has cut off is left out.
 
     Raises UserError if another line is none of this tool's.
     """
     text = path.read_text() if path.exists() else ""
-    whole, _, rest = text.rpartition("\n")
-    if rest:
-        print(f"{path}: the last line was cut off by a stop; its cell is compiled again", flush=True)
     found = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             found.append(json.loads(line))
             found[-1]["cell"], found[-1]["asked"]
@@ -114,6 +111,7 @@ def appending(path: Path) -> Iterator[IO[str]]:
         file.seek(0)
         text = file.read()
         if text and not text.endswith("\n"):
+            print(f"{path}: the last line was cut off by a stop; its cell is compiled again", flush=True)
             file.truncate(len(text[: text.rfind("\n") + 1].encode()))
         yield file
 
@@ -244,7 +242,7 @@ def compile_missing(
     planner: Planner = compile_cell,
 ) -> None:
     """Compile the cells that are missing, until the minutes are over, and append a line of each to the file and ``lines``."""
-    done, began = of_now(cells, lines), time.monotonic()
+    done, began = {line["cell"] for line in lines}, time.monotonic()
     missing = [cell for cell in cells if cell.name not in done]
     for number, cell in enumerate(missing, 1):
         if (gone := time.monotonic() - began) >= 60 * minutes:
@@ -256,7 +254,7 @@ def compile_missing(
         left = f", about {duration(gone / (number - 1) * (len(missing) - number + 1))} to go" if number > 1 else ""
         print(f"{number} of {len(missing)}{rate}{left}: compiling {cell.name}", flush=True)
         try:
-            line = compiled(cell, list(of_now(cells, lines).values()), compiles, planner)
+            line = compiled(cell, lines, compiles, planner)
         except UserError as error:  # no mesh divides it, which the estimates say
             print(f"{cell.name}: left out: {error}", flush=True)
             continue
@@ -295,16 +293,19 @@ def main() -> None:
         raise UserError(f"--only: expected words of a cell's name, such as '{cells[0].name}', found {args.only!r}")
     path = args.records / "compiled.jsonl"
     with appending(path) as file:
-        lines = read_lines(path)
-        done = of_now(cells, lines)
+        there = read_lines(path)
+        done = of_now(cells, there)
         print(f"{len(cells)} cells, {len(done)} of them compiled before, in {path}", flush=True)
-        if len({line["cell"] for line in lines}) > len(done):
-            print("lines of other settings than a cell has now are not used; their cells are compiled anew", flush=True)
+        if other := {line["cell"] for line in there} - set(done):
+            print(
+                f"{len(other)} cells were compiled with other settings than now, which do not count: {'; '.join(sorted(other))}",
+                flush=True,
+            )
         check_versions(done, args.mix)
         absent = missing_compilers(chosen)
         for what, count in Counter(absent.values()).items():
             print(f"{count} cells wait for {what}, which is not installed here", flush=True)
-        here = [cell for cell in chosen if cell.name not in absent]
+        here, lines = [cell for cell in chosen if cell.name not in absent], list(done.values())
         write(args, cells, lines)
         if args.minutes > 0:
             try:

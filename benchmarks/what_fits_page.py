@@ -11,6 +11,8 @@ from llama_jax.devices.chips import GiB
 from llama_jax.plan.topology import Topology
 from llama_jax.storage.files import replacing
 
+# The error of an estimate is told in its row if at least so many compiled cells show it.
+FEWEST = 3
 HEAD = """# What fits where
 
 <!-- Written by `python benchmarks/what_fits.py`; change that, not this. -->
@@ -76,13 +78,13 @@ def page(cells: Sequence[Cell], compiled: Mapping[str, Line], estimates: Sequenc
         )
     ]  # fmt: skip
     for family, (title, text) in ABOUT.items():
-        of_family = [cell for cell in cells if cell.task.family == family]
+        if not (of_family := [cell for cell in cells if cell.task.family == family]):
+            continue
         parts.append(f"{title}\n\n{text}\n")
         for task in dict.fromkeys(cell.task.name for cell in of_family):
             parts.append(_overview([cell for cell in of_family if cell.task.name == task], lines))
-        for model in MODELS.values():
-            own = [cell for cell in of_family if cell.model == model]
-            parts.append(_details(own, lines, compiled))
+        for model in dict.fromkeys(cell.model for cell in of_family):
+            parts.append(_details([cell for cell in of_family if cell.model == model], lines, compiled))
     parts.append(_made_with(compiled))
     return "\n".join(parts)
 
@@ -139,11 +141,12 @@ def slice_text(name: str) -> str:
 def _short(line: Line) -> str:
     if line["fits"] is None:
         return "no layout"
-    if not line["fits"]:
-        text = f"needs {line['bytes'] / GiB:,.3g} GiB" if line["bytes"] else "too large"
+    mark = "" if line["from"] == "compiled" else "~"
+    if line["fits"]:
+        text = f"{mark}{rate_text(line['tokens_per_step'] / line['step_seconds'])}"
     else:
-        text = rate_text(line["tokens_per_step"] / line["step_seconds"])
-    return f"**{text}**" if line["from"] == "compiled" else f"~{text}"
+        text = f"needs {mark}{line['bytes'] / GiB:,.0f} GiB" if line["bytes"] else "too large"
+    return text if mark else f"**{text}**"
 
 
 def rate_text(rate: float) -> str:
@@ -160,7 +163,7 @@ def _details(cells: Sequence[Cell], lines: Mapping[str, Line], compiled: Mapping
     if fitting:
         length = "" if tokens is None else f" {'a trillion' if tokens == 1e12 else '100 million'} tokens |"
         parts.append(f"```bash\n{cells[0].command}\n```\n")
-        parts.append(f"| slice | memory of a chip | step | tokens/s |{length} by | more flags |")
+        parts.append(f"| slice | memory of each | step | tokens/s |{length} by | more flags |")
         parts.append("|---" * (7 - (tokens is None)) + "|")
         parts += [_row(cell, lines[cell.name]) for cell in fitting]
         parts.append("")
@@ -210,7 +213,7 @@ def _source(line: Line) -> str:
     known = [
         f"{what} up to {errors[name]['largest']:.0%} off"
         for name, what in (("bytes", "memory"), ("seconds", "time"))
-        if errors.get(name)
+        if (errors.get(name) or {}).get("count", 0) >= FEWEST
     ]
     return f"estimate, {', '.join(known)}" if known else "estimate, error not known"
 
