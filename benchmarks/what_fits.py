@@ -3,9 +3,9 @@
 python benchmarks/what_fits.py
 
 First, plan's estimates fill all cells. Then the settings chosen for a cell are compiled by plan, in the order in which
-people want them. Each compiled cell is a line of compiled.jsonl below ``--records``, appended when it is done: a kill
+people want them. Each compiled cell is a line of what-fits.jsonl in ``--records``, appended when it is done: a kill
 loses one cell, and the same command goes on with what is missing. Each compiled cell corrects the estimates of the
-others, so that estimates.jsonl, the page and the picture are written anew at the end.
+others, so that what-fits-estimates.jsonl, the page and the picture are written anew at the end.
 
 ``--minutes 0`` compiles nothing and writes the page. ``--only 13B`` compiles the cells whose names have these words.
 """
@@ -35,7 +35,6 @@ from what_fits_cells import (
     alike,
     all_cells,
     decoding_answer,
-    decoding_factors,
     estimates,
     near_lines,
     training_answer,
@@ -52,10 +51,12 @@ from llama_jax.storage.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(llama_jax.__file__).parent
-RECORDS = ROOT / "benchmarks" / "records" / "what-fits"
+RECORDS = ROOT / "benchmarks" / "records"
+# The files there: of compiled cells, and of the estimates of all cells.
+COMPILED, ESTIMATES = "what-fits.jsonl", "what-fits-estimates.jsonl"
 DOCS = ROOT / "docs"
 # The exit statuses of plan with which it prints what it compiled.
-COMPILED = (0, 1)
+DONE = (0, 1)
 Planner = Callable[[Cell, Answer], Line | str]
 
 
@@ -160,7 +161,7 @@ def compile_cell(cell: Cell, answer: Answer) -> Line | str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "llama_jax.plan", *flags, "--advice", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode in COMPILED and done.stdout.strip():
+    if done.returncode in DONE and done.stdout.strip():
         return dict(json.loads(done.stdout))
     return (done.stderr.strip().splitlines() or [f"plan ended with exit status {done.returncode}"])[-1]
 
@@ -191,7 +192,7 @@ def compiled(cell: Cell, lines: Sequence[Line], compiles: int, planner: Planner)
     """Compile a cell: the settings that are expected to be best, and where they do not fit, the next ones."""
     if cell.task.weights is not None:
         decoded = [one for one in lines if one["task"].startswith("decoding") and one["fits"] is not None]
-        answer = decoding_answer(cell, decoding_factors(near_lines(decoded, cell.task.name, cell.topology)))
+        answer = decoding_answer(cell, near_lines(decoded, cell.task.name, cell.topology))
         return line_of(cell, answer, planner(cell, answer), answer)
     known = [Known.of(one) for one in lines if one["fits"] is not None and not one["task"].startswith("decoding")]
     known = alike(known, cell.task.name, cell.topology)
@@ -268,7 +269,9 @@ def compile_missing(
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of compiled.jsonl and estimates.jsonl")
+    parser.add_argument(
+        "--records", type=Path, default=RECORDS, help="folder of what-fits.jsonl and what-fits-estimates.jsonl"
+    )
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of what-fits.md and what-fits.png")
     parser.add_argument("--only", default="", help="compile the cells whose names contain these words")
     parser.add_argument(
@@ -291,7 +294,7 @@ def main() -> None:
     chosen = [cell for cell in cells if args.only in cell.name]
     if not chosen:
         raise UserError(f"--only: expected words of a cell's name, such as '{cells[0].name}', found {args.only!r}")
-    path = args.records / "compiled.jsonl"
+    path = args.records / COMPILED
     with appending(path) as file:
         there = read_lines(path)
         done = of_now(cells, there)
@@ -324,7 +327,7 @@ def write(args: argparse.Namespace, cells: Sequence[Cell], lines: Sequence[Line]
         found.append(line)
         if number % 50 == 0:
             print(f"estimated {number} of {len(cells)} cells in {duration(time.monotonic() - began)}", flush=True)
-    write_atomically(args.records / "estimates.jsonl", "".join(json.dumps(line) + "\n" for line in found))
+    write_atomically(args.records / ESTIMATES, "".join(json.dumps(line) + "\n" for line in found))
     write_atomically(args.docs / "what-fits.md", page(cells, done, found))
     draw(cells, done, found, args.docs / "what-fits.png")
 

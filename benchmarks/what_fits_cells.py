@@ -199,6 +199,7 @@ class Answer:
     plain: Guess
     expected: Guess
     tokens: int
+    corrected_by: int = 0  # compiled cells
 
 
 def calibration_of(known: Sequence[Known]) -> Calibration:
@@ -241,7 +242,7 @@ def training_answer(cell: Cell, known: Sequence[Known]) -> Answer:
         chosen = search.possible[i]
         flags = " ".join(part for part in (choice, chosen.flags(asked)) if part)
         tokens = asked.train.batch_size * asked.model.max_seq_len
-        answer = Answer(flags, bool(fitting), Guess(chosen.bytes, chosen.seconds), guesses[i], tokens)
+        answer = Answer(flags, bool(fitting), Guess(chosen.bytes, chosen.seconds), guesses[i], tokens, len(known))
         if fitting:
             break
     return answer
@@ -252,15 +253,16 @@ def _cost(chosen: Candidate, guess: Guess) -> tuple[float, int, float]:
     return float(f"{guess.seconds:.3g}"), chosen.config.train.gradient_accumulation_steps, guess.bytes
 
 
-def decoding_answer(cell: Cell, factors: tuple[float, float] = (1.0, 1.0)) -> Answer:
-    """Return the mesh that plan lays out for a decoding step. ``factors`` correct its bytes and its seconds."""
+def decoding_answer(cell: Cell, near: Sequence[Line]) -> Answer:
+    """Return the mesh that plan lays out for a decoding step. The lines ``near``, of compiled ones, correct its estimates."""
+    factors = decoding_factors(near)
     decoding = Decoding(8, 2048, cell.task.weights or "auto", "auto")
     layout = lay_out(config_of(cell.asked()), cell.topology, decoding)
     flags = [] if cell.task.weights == "auto" else [f"--weights {cell.task.weights}"]
     flags += [f"--mesh.{axis} {size}" for axis, size in asdict(layout.mesh).items() if size != 1 or axis == "data"]
     expected = Guess(layout.bytes * factors[0], layout.seconds * factors[1])
     fits = layout.fits and expected.bytes <= cell.topology.chip.hbm_bytes
-    return Answer(" ".join(flags), fits, Guess(layout.bytes, layout.seconds), expected, decoding.batch)
+    return Answer(" ".join(flags), fits, Guess(layout.bytes, layout.seconds), expected, decoding.batch, len(near))
 
 
 def near_lines(lines: Sequence[Line], task: str, topology: Topology) -> list[Line]:
@@ -314,7 +316,7 @@ def estimate(cell: Cell, known: Sequence[Known], decoded: Sequence[Line]) -> Ans
     """
     if cell.task.weights is None:
         return training_answer(cell, alike(known, cell.task.name, cell.topology))
-    return decoding_answer(cell, decoding_factors(near_lines(decoded, cell.task.name, cell.topology)))
+    return decoding_answer(cell, near_lines(decoded, cell.task.name, cell.topology))
 
 
 def estimates(cells: Sequence[Cell], lines: Sequence[Line]) -> Iterator[Line]:
@@ -337,6 +339,7 @@ def estimates(cells: Sequence[Cell], lines: Sequence[Line]) -> Iterator[Line]:
         yield about | {
             "asked": cell.asked(), "flags": answer.flags, "fits": answer.fits, "bytes": round(answer.expected.bytes),
             "step_seconds": float(f"{answer.expected.seconds:.5g}"), "tokens_per_step": answer.tokens,
+            "corrected_by": answer.corrected_by,
             "errors": {name: each and asdict(each) for name, each in of_task.items()},
         }  # fmt: skip
 

@@ -23,15 +23,16 @@ To look up what a machine can do, read a row of a table below; to look up what t
 ![What fits where](what-fits.png)
 
 **{compiled} of {cells} cells are compiled**, in bold: memory is exact, and the time is the TPU compiler's schedule ([what the numbers
-are](planning.md#what-the-numbers-are)). {estimated} are estimates, with a ~: those of `plan --search`, corrected by the compiled cells.
-{none} have no layout, since no mesh divides the model and the batch among the chips. {failed}Nothing here was measured on a chip. Times
+are](planning.md#what-the-numbers-are)). {estimated} are estimates, with a ~: those of `plan --search`, corrected by the compiled cells of the
+same task and chip, else of the same task, else of all tasks, on TPUs and GPUs apart. One that is not corrected takes the products at the
+chip's peak, which is too fast. {none} have no layout, since no mesh divides the model and the batch among the chips. {failed}Nothing here was measured on a chip. Times
 of an H100 are lower bounds, compiled or not: its compiler writes no schedule.
 
 ```bash
 python benchmarks/what_fits.py
 ```
 
-goes on with the cells that are not compiled, a line each in `benchmarks/records/what-fits/compiled.jsonl`, and writes this page. To try
+goes on with the cells that are not compiled, a line each in `benchmarks/records/what-fits.jsonl`, and writes this page. To try
 other settings of a cell, give its flags to [plan](planning.md).
 
 {errors}
@@ -209,6 +210,8 @@ def _source(line: Line) -> str:
     """Return whether a row is compiled or estimated, and how wrong the estimate may be."""
     if line["from"] == "compiled":
         return "**compiled**"
+    if not line["corrected_by"]:
+        return "estimate, not corrected"
     errors = line.get("errors") or {}
     known = [
         f"{what} up to {errors[name]['largest']:.0%} off"

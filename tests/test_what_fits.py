@@ -23,7 +23,7 @@ from tests.commands import ROOT
 from tests.plan import needs_libtpu
 
 FOLDER = ROOT / "benchmarks"
-RECORDS = FOLDER / "records" / "what-fits"
+RECORDS = FOLDER / "records"
 PAGE = ROOT / "docs" / "what-fits.md"
 NAMES = ("what_fits", "what_fits_cells", "what_fits_page")
 
@@ -85,8 +85,8 @@ def few(cells: dict[str, Any]) -> list[Any]:
 
 
 def test_the_page_is_what_the_lines_say(script: ModuleType, cells: dict[str, Any]) -> None:
-    compiled = script.of_now(list(cells.values()), script.read_lines(RECORDS / "compiled.jsonl"))
-    estimates = script.read_lines(RECORDS / "estimates.jsonl")
+    compiled = script.of_now(list(cells.values()), script.read_lines(RECORDS / script.COMPILED))
+    estimates = script.read_lines(RECORDS / script.ESTIMATES)
     assert sorted(line["cell"] for line in estimates) == sorted(cells)
     assert all(line["asked"] == cells[line["cell"]].asked() for line in estimates)
     assert script.page(list(cells.values()), compiled, estimates) == PAGE.read_text()
@@ -297,7 +297,7 @@ def test_the_page_says_of_each_row_whether_it_is_compiled(script: ModuleType, ce
 
 
 def test_the_picture_is_drawn_of_the_lines(script: ModuleType, cells: dict[str, Any], tmp_path: Path) -> None:
-    estimates = script.read_lines(RECORDS / "estimates.jsonl")
+    estimates = script.read_lines(RECORDS / script.ESTIMATES)
     script.draw(list(cells.values()), {}, estimates, tmp_path / "what-fits.png")
     assert (tmp_path / "what-fits.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["what-fits.png"]
