@@ -57,6 +57,8 @@ COMPILED, ESTIMATES = "what-fits.jsonl", "what-fits-estimates.jsonl"
 DOCS = ROOT / "docs"
 # The exit statuses of plan with which it prints what it compiled.
 DONE = (0, 1)
+# What plan says where the machine has too little memory to compile.
+TOO_LITTLE = "expected memory for the compiler"
 Planner = Callable[[Cell, Answer], Line | str]
 
 
@@ -258,6 +260,9 @@ def compile_missing(
             line = compiled(cell, lines, compiles, planner)
         except UserError as error:  # no mesh divides it, which the estimates say
             print(f"{cell.name}: left out: {error}", flush=True)
+            continue
+        if TOO_LITTLE in line.get("why", ""):  # this machine's fault, and none of the cell's
+            print(f"{cell.name}: left for another run: {line['why']}", flush=True)
             continue
         lines.append(line)
         file.write(json.dumps(line) + "\n")

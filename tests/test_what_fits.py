@@ -186,6 +186,17 @@ def test_no_cell_is_begun_when_the_time_is_over(script: ModuleType, cells: dict[
     assert run(script, tmp_path / "compiled.jsonl", few(cells), compiler, minutes=0.0) == [] == compiler.asked
 
 
+def test_what_fails_for_want_of_memory_here_is_left_for_another_run_and_other_failures_are_lines(
+    script: ModuleType, cells: dict[str, Any], tmp_path: Path
+) -> None:
+    path, wanted = tmp_path / "what-fits.jsonl", few(cells)[1:2]
+    killed, refused = "error: plan: expected memory for the compiler, found too little", "error: plan: expected luck"
+    assert run(script, path, wanted, lambda cell, answer: killed) == []  # type: ignore[arg-type, return-value]
+    (line,) = run(script, path, wanted, lambda cell, answer: refused)  # type: ignore[arg-type, return-value]
+    assert script.TOO_LITTLE in (ROOT / "llama_jax" / "plan" / "apart.py").read_text()
+    assert line["fits"] is None and line["why"] == refused and len(path.read_text().splitlines()) == 1
+
+
 def test_two_runs_do_not_write_the_same_file(script: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "compiled.jsonl"
     refused = pytest.raises(UserError, match=r"^--records: expected a file that nobody else writes")
