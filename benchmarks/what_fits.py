@@ -7,7 +7,8 @@ people want them. Each compiled cell is a line of what-fits.jsonl in ``--records
 loses one cell, and the same command goes on with what is missing. Each compiled cell corrects the estimates of the
 others, so that what-fits-estimates.jsonl, the page and the picture are written anew at the end.
 
-``--minutes 0`` compiles nothing and writes the page. ``--only 13B`` compiles the cells whose names have these words.
+``--minutes 0`` compiles nothing and writes the page. ``--only h100 --only 13B`` compiles the cells whose names have these
+words, in this order.
 """
 
 import argparse
@@ -278,7 +279,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--records", type=Path, default=RECORDS, help="folder of what-fits.jsonl and what-fits-estimates.jsonl"
     )
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of what-fits.md and what-fits.png")
-    parser.add_argument("--only", default="", help="compile the cells whose names contain these words")
+    parser.add_argument(
+        "--only",
+        action="append",
+        help="compile the cells whose names contain these words; given again, others after them",
+    )
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="begin no cell after this time; 0: compile none"
     )
@@ -296,9 +301,9 @@ def main() -> None:
     """Fill all cells with estimates, compile those that are missing, and write the page."""
     args = arguments(sys.argv[1:])
     cells = all_cells()
-    chosen = [cell for cell in cells if args.only in cell.name]
+    chosen = list(dict.fromkeys(cell for words in args.only or [""] for cell in cells if words in cell.name))
     if not chosen:
-        raise UserError(f"--only: expected words of a cell's name, such as '{cells[0].name}', found {args.only!r}")
+        raise UserError(f"--only: expected words of a cell's name, such as '{cells[0].name}', found {args.only}")
     path = args.records / COMPILED
     with appending(path) as file:
         there = read_lines(path)
@@ -314,12 +319,12 @@ def main() -> None:
         for what, count in Counter(absent.values()).items():
             print(f"{count} cells wait for {what}, which is not installed here", flush=True)
         here, lines = [cell for cell in chosen if cell.name not in absent], list(done.values())
-        write(args, cells, lines)
-        if args.minutes > 0:
-            try:
-                compile_missing(here, lines, file, args.minutes, args.compiles)
-            finally:
-                write(args, cells, lines)
+        if not (args.records / ESTIMATES).exists():  # it takes half a minute, and is done at the end anyway
+            write(args, cells, lines)
+        try:
+            compile_missing(here, lines, file, args.minutes, args.compiles)
+        finally:
+            write(args, cells, lines)
     print(f"page: {args.docs / 'what-fits.md'}   picture: {args.docs / 'what-fits.png'}   lines: {path}")
 
 
