@@ -25,7 +25,7 @@ To look up what a machine can do, read a row of a table below; to look up what t
 **{compiled} of {cells} cells are compiled**, in bold: memory is exact, and the time is the TPU compiler's schedule ([what the numbers
 are](planning.md#what-the-numbers-are)). {estimated} are estimates, with a ~: those of `plan --search`, corrected by the compiled cells of the
 same task and chip, else of the same task, else of all tasks, on TPUs and GPUs apart. One that is not corrected takes the products at the
-chip's peak, which is too fast. {none} have no layout, since no mesh divides the model and the batch among the chips. {failed}Nothing here was measured on a chip. Times
+chip's peak, and decoding the memory at its bandwidth, which is too fast. {none} have no layout, since no mesh divides the model and the batch among the chips. {failed}Nothing here was measured on a chip. Times
 of an H100 are lower bounds, compiled or not: its compiler writes no schedule.
 
 ```bash
