@@ -28,7 +28,7 @@ from llama_jax.devices.distributed import (
     only_main_prints,
     start_job,
 )
-from llama_jax.devices.memory import keep_freed_memory
+from llama_jax.devices.memory import keep_freed_memory, return_freed_memory
 from llama_jax.devices.sharding import batch_sharding, check_divisible, make_mesh, on_mesh
 from llama_jax.errors import UserError
 from llama_jax.evaluate.tasks import Task
@@ -189,6 +189,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
                 )
         if owed:
             make_up_evaluation(run, state, start)
+        return_freed_memory()  # What compiling and reading took is more than a small model's step takes.
         end, stopped = _loop(run, programs, state, start)
         signals.set_mode("ignore")
         _finish(run, end)
