@@ -63,7 +63,7 @@ def _forward(
 def _backward(spans: tuple[Span, ...], saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, weights, norm, y = saved
     q, k, v = (known_after(dy, x) for x in (q, k, v))
-    # Sums of all blocks at once: XLA on a CPU would make the sum of each part of a slow kernel, with what follows it.
+    # Take the sums of all blocks at once. XLA on a CPU would put the sum of each block into one slow kernel with its use.
     dy = dy.astype(jnp.float32) / norm
     mean = jnp.sum(dy * y, axis=-1, keepdims=True)
     dy = dy.astype(v.dtype)
