@@ -31,7 +31,7 @@ from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.data.batches import Batch, with_documents
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.chips import PEAK_FLOPS
-from llama_jax.devices.memory import keep_freed_memory, memory_in_use
+from llama_jax.devices.memory import keep_freed_memory, memory_in_use, return_freed_memory
 from llama_jax.devices.sharding import batch_sharding, make_mesh
 from llama_jax.errors import UserError, run_command
 from llama_jax.lora_args import LoraArgs
@@ -200,6 +200,7 @@ def jax_runner(args: Arguments, tokens: np.ndarray) -> Runner:
     state = init_state(module, optimizer, mesh, 0, None, adapting)
     frozen = () if adapting is None else (random_base(module, mesh, adapting),)
     device = mesh.devices.flat[0]
+    return_freed_memory()
 
     def run(steps: int) -> None:
         nonlocal state

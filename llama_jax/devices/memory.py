@@ -28,11 +28,24 @@ def keep_freed_memory() -> None:
 
     XLA on a CPU allocates a program's temporaries at every call. By default glibc returns such blocks to the kernel,
     which clears their pages each time. That costs a quarter of a small model's step. Without glibc, nothing happens.
+
+    A program's temporaries are allocated when it is dispatched. So JAX dispatches programs on a CPU one after the other
+    from now on: two steps at a time would hold twice what one needs, in a heap that never shrinks.
     """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         for parameter, value in KEEP_FREED_MEMORY.items():
             libc.mallopt(parameter, value)
+
+
+def return_freed_memory() -> None:
+    """Make glibc return what is free in its heap to the kernel, such as what the compiler took. It takes milliseconds.
+
+    The heap keeps its addresses. Without glibc, nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_memory(need: float, devices: Sequence[jax.Device], what: str, hint: str) -> None:

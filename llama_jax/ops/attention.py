@@ -17,6 +17,7 @@ from llama_jax.config import ModelArgs
 from llama_jax.devices.sharding import gather_shards, shard_axes, shard_by_shard
 from llama_jax.errors import UserError
 from llama_jax.ops import exact
+from llama_jax.ops.blocks import ATTENTION, Span, softmax_attention
 from llama_jax.ops.cache import KVArray, KVPair, LayerCache
 from llama_jax.ops.linear import MATRIX_ROWS
 from llama_jax.train_args import AttentionKernel
@@ -31,9 +32,8 @@ SPLASH_BLOCKS = (1024, 512, 256, 128)
 LANES = 128
 # A document mask: the segments of the queries, int [B, T], and those of the keys, int [B, S].
 Segments = tuple[jax.Array, jax.Array]
-# Names of the operands and the result for rematerialisation policies (remat.py).
+# Names of the operands for rematerialisation policies (remat.py).
 OPERANDS = ("query", "key", "value")
-ATTENTION = "attention"
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # the name of JAX's primitive
 
 QUERIES, KEYS = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
@@ -213,7 +213,7 @@ def _attend_in_blocks(
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     block = max(BLOCK, -(-T // MAX_BLOCKS))
-    blocks = []
+    spans, biases = [], []
     for at in range(0, T, block):
         end = min(at + block, T)
         begin, seen = 0, end if start is None else k.shape[2]
@@ -226,9 +226,9 @@ def _attend_in_blocks(
         if segments is not None:
             of_queries, of_keys = segments
             visible = (visible & same_segment(of_queries[:, at:end], of_keys[:, begin:seen]))[:, None, None]
-        bias = jnp.where(visible, 0.0, -jnp.inf)
-        blocks.append(_softmax_attention(q[:, :, :, at:end], k[:, :, begin:seen], v[:, :, begin:seen], bias))
-    out = jnp.concatenate(blocks, axis=3)
+        spans.append(Span(at, end, begin, seen))
+        biases.append(jnp.where(visible, 0.0, -jnp.inf))
+    out = softmax_attention(tuple(spans), q, k, v, biases)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
@@ -348,40 +348,3 @@ def _few_rows(equation: str, x: jax.Array, stored: jax.Array) -> jax.Array:
 def _float32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Compute einsum in float32, with y converted to x's type."""
     return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-@jax.custom_vjp
-def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-    """Compute softmax(q k + bias) v: q [B, K, G, T, H]; k, v [B, K, S, H]; bias float32 [T, S] or [B, 1, 1, T, S].
-
-    The bias is not differentiated. Divisions and sums are over [T, H] instead of [T, S] if possible: the softmax is
-    normalised after its product with v, and its gradient uses the sum of dy y instead of dw w (FlashAttention-2,
-    section 3.1).
-    """
-    return _forward(q, k, v, bias)[0]
-
-
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) + bias
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    norm = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(v.dtype)
-    y = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32) / norm
-    y = checkpoint_name(y.astype(v.dtype), ATTENTION)
-    return y, (q, k, v, weights, norm, y)
-
-
-def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, weights, norm, y = saved
-    dy = dy.astype(jnp.float32) / norm
-    mean = jnp.sum(dy * y, axis=-1, keepdims=True)
-    dy = dy.astype(v.dtype)
-    d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", dy, v, preferred_element_type=jnp.float32)
-    d_scores = (weights * (d_weights - mean)).astype(k.dtype)
-    dq = jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k).astype(q.dtype)
-    dk = jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q.astype(k.dtype))
-    dv = jnp.einsum("BKGTS,BKGTH->BKSH", weights, dy)
-    return dq, dk, dv, None
-
-
-_softmax_attention.defvjp(_forward, _backward)

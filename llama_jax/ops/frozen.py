@@ -9,6 +9,7 @@ B batch, T positions, I inputs and O outputs of a flat matrix.
 import jax
 import jax.numpy as jnp
 
+from llama_jax.ops.gradient_order import known_after
 from llama_jax.ops.quantize import Matrix
 
 
@@ -37,6 +38,9 @@ def gradient(equation: str, dy: jax.Array, w: Matrix, dtype: jnp.dtype) -> jax.A
         # A trick: the barrier makes the matrix depend on dy. Otherwise, XLA might keep the dequantized matrix of the
         # forward product for this one.
         dy, w = jax.lax.optimization_barrier((dy, w))
+    else:
+        # So the layer is cut out of its stack again. Otherwise, all layers of the forward pass would be kept.
+        w = w.replace(values=known_after(dy, w.values))
     values, scales = _operand(w, dtype)
     rows, inputs = dy.shape[:2], w.shape[: _inputs(equation)]
     flat = dy.reshape(*rows, -1)

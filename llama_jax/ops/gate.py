@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from llama_jax.ops.gradient_order import known_after
+
 
 @jax.custom_vjp
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -18,7 +20,8 @@ def _forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax.Array
 
 
 def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    gate, up, dy32 = (x.astype(jnp.float32) for x in (*saved, dy))
+    gate, up = (known_after(dy, x) for x in saved)
+    gate, up, dy32 = (x.astype(jnp.float32) for x in (gate, up, dy))
     open_ = jax.nn.sigmoid(gate)
     silu = gate * open_
     d_gate, d_up = dy32 * up * (open_ + silu * (1 - open_)), dy32 * silu

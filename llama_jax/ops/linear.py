@@ -17,7 +17,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax.ops import eight_bit, exact, frozen
 from llama_jax.ops.eight_bit import EightBit
-from llama_jax.ops.einsum import axes_of, einsum
+from llama_jax.ops.einsum import axes_of, einsum, few_outputs, few_outputs_gradient
+from llama_jax.ops.gradient_order import known_after
 from llama_jax.ops.quantize import Adapted, Matrix, Weight, to_integers
 
 # A TPU multiplies on its matrix unit if there are at least this many rows, and element by element if there are fewer.
@@ -57,6 +58,8 @@ def linear(
         product = linear(equation, x, w, dtype, exact_rows, name=name)
         return product + bias.astype(product.dtype)
     if isinstance(w, Adapted):
+        if not exact_rows and _is_merged(equation, x, w):
+            return checkpoint_name(_merged(equation, w.scale, x, w.base, w.a, w.b), name)
         product = linear(equation, x, w.base, dtype, exact_rows, name=name)
         return product + _low_rank(equation, x, w, exact_rows).astype(product.dtype)
     if isinstance(w, EightBit):
@@ -92,6 +95,44 @@ def features_last(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
+def _is_merged(equation: str, x: jax.Array, w: Adapted) -> bool:
+    """Return whether x (W + scale a b) is computed with one product, as x W + scale (x a) b in float32 are two.
+
+    It is one if the sum takes fewer numbers than the second product's inputs and outputs have, and loses no digits.
+    """
+    plain = w.base.scales is None and x.dtype == w.base.values.dtype == jnp.float32
+    return plain and w.keys is None and math.prod(x.shape[:2]) * sum(w.base.values.shape) >= w.base.values.size
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _merged(equation: str, scale: float, x: jax.Array, base: Matrix, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Compute einsum(equation, x, W + scale a b) of a plain frozen W, with gradients for x, a and b."""
+    return _merged_forward(equation, scale, x, base, a, b)[0]
+
+
+def _merged_forward(
+    equation: str, scale: float, x: jax.Array, base: Matrix, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, Matrix, jax.Array, jax.Array]]:
+    whole = base.replace(values=base.values + scale * (a @ b))
+    return frozen.product(equation, x, whole, x.dtype), (x, base, a, b)
+
+
+def _merged_backward(
+    equation: str, scale: float, saved: tuple[jax.Array, Matrix, jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, None, jax.Array, jax.Array]:
+    x, base, a, b = saved
+    # The sum is made again. To keep it would take as much memory as the base.
+    whole = base.replace(values=base.values + scale * (known_after(dy, a) @ b))
+    dx = frozen.gradient(equation, dy, whole, x.dtype)
+    x, dy = (rows.reshape(*rows.shape[:2], -1) for rows in (x, dy))
+    low = few_outputs(x, scale * a)
+    db = jnp.einsum("BTR,BTO->RO", low, dy)
+    return dx, None, few_outputs_gradient(x, scale * jnp.einsum("BTO,RO->BTR", dy, b)), db
+
+
+_merged.defvjp(_merged_forward, _merged_backward)
+
+
 def _low_rank(equation: str, x: jax.Array, w: Adapted, exact_rows: int) -> jax.Array:
     """Compute scale (dropout(x) a) b in x's type, or in float32 if exact_rows is not 0."""
     inputs = sum(axis in equation.split(",")[1].split("->")[0] for axis in equation.split(",")[0])
@@ -110,7 +151,7 @@ def low_rank_inputs(x: jax.Array, w: Adapted) -> jax.Array:
     if w.keys is not None:
         kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - w.dropout, x.shape[1:]))(w.keys)
         x = jnp.where(kept, x / (1 - w.dropout), 0)
-    return einsum("BTI,IR->BTR", x, w.a.astype(x.dtype)) * w.scale
+    return few_outputs(x, w.a.astype(x.dtype)) * w.scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

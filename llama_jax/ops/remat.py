@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.ops.attention import ATTENTION, CUDNN_FORWARD, OPERANDS
+from llama_jax.ops.attention import CUDNN_FORWARD, OPERANDS
+from llama_jax.ops.blocks import ATTENTION
 from llama_jax.ops.parameters import AXES
 from llama_jax.train_args import layer_policies
 

@@ -24,7 +24,7 @@ from llama_jax.devices.distributed import (
     only_main_prints,
     start_job,
 )
-from llama_jax.devices.memory import keep_freed_memory
+from llama_jax.devices.memory import keep_freed_memory, return_freed_memory
 from llama_jax.devices.sharding import check_divisible, make_mesh
 from llama_jax.errors import UserError
 from llama_jax.evaluate.tasks import Task
@@ -165,6 +165,7 @@ def _go_on(run: Run, optimizer: Any, base: WholeModel | None) -> int:
     programs = _compiled(run, optimizer, start)
     if owed:
         make_up_evaluation(run, state, start)
+    return_freed_memory()  # What compiling and reading took is more than a small model's step takes.
     end, stopped = take_steps(run, programs, state, start)
     run.signals.set_mode("ignore")
     _finish(run, end)

@@ -219,7 +219,7 @@ def _updated(
 
 
 class Dispatched:
-    """A compiled program that is called through ``jax.jit``, which finds it compiled.
+    """A compiled program that is called through ``jax.jit``, which compiles it again, or reads it from JAX's cache.
 
     Called directly, JAX's compiled programs refuse arrays of 4-bit integers on CPUs: the layout that such an array
     reports is not the one that its own program reports.
@@ -234,6 +234,11 @@ class Dispatched:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiled, name)
+
+    @classmethod
+    def if_needed(cls, jitted: Callable[..., Any], compiled: jax.stages.Compiled, mesh: Mesh, base: Any) -> Any:
+        """Return ``compiled`` as it is called with a frozen base of these shapes: directly, unless it has 4 bits."""
+        return cls(jitted, compiled, mesh) if any(x.dtype == jnp.int4 for x in jax.tree.leaves(base)) else compiled
 
 
 def batch_shapes(
@@ -306,7 +311,8 @@ def compile_train_step(
         traced = trace_train_step(model, optimizer, mesh, accumulation, batch, None, objective, eight)
         return traced.lower().compile(compiler_options=options)
     step, traced = _train_program(model, optimizer, mesh, accumulation, batch, adapting, objective, None, options)
-    return cast(jax.stages.Compiled, Dispatched(step, traced.lower().compile(), mesh))
+    base = adapting.base_shapes(model, mesh)
+    return cast(jax.stages.Compiled, Dispatched.if_needed(step, traced.lower().compile(), mesh, base))
 
 
 def eval_step(
@@ -376,5 +382,6 @@ def _part_program(
         if adapting is None:
             params = with_shardings(narrow_shapes(parameter_shapes(model), train), parameter_shardings(model, mesh))
             return step.lower(params, batch).compile()
-        compiled = step.lower(adapting.adapter_shapes(args, mesh), batch, adapting.base_shapes(model, mesh)).compile()
-    return cast(jax.stages.Compiled, Dispatched(step, compiled, mesh))
+        base = adapting.base_shapes(model, mesh)
+        compiled = step.lower(adapting.adapter_shapes(args, mesh), batch, base).compile()
+    return cast(jax.stages.Compiled, Dispatched.if_needed(step, compiled, mesh, base))

@@ -40,14 +40,15 @@ def adapted(base: Matrix, rank: int = 3, scale: float = 0.5, **more: Any) -> Ada
     return Adapted(base, normal(inputs, rank, seed=1), normal(rank, outputs, seed=2), scale=scale, **more)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "rows"), [*((kind, 5) for kind in KINDS), ("auto", 50)])
 @pytest.mark.parametrize(("equation", "shape", "inputs"), PRODUCTS)
 def test_products_and_gradients_are_those_of_the_dequantized_matrix_and_the_literal_adapter(
-    kind: Weights, equation: str, shape: tuple[int, ...], inputs: int
+    kind: Weights, rows: int, equation: str, shape: tuple[int, ...], inputs: int
 ) -> None:
+    """Many rows are multiplied by the sum of a plain matrix and its adapter, few by each."""
     w = adapted(matrix(shape, inputs, kind))
-    x = normal(2, 5, *shape[:inputs], seed=3)
-    dy = normal(2, 5, *shape[inputs:], seed=4)
+    x = normal(2, rows, *shape[:inputs], seed=3)
+    dy = normal(2, rows, *shape[inputs:], seed=4)
     dense = w.base.dequantized()
 
     def ours(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -72,6 +73,47 @@ def test_operands_of_bfloat16_have_gradients_of_bfloat16_near_those_of_float32(k
     for a, b in ((found, exact), (pull(dy.astype(jnp.bfloat16))[0], pull_exact(dy)[0])):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("rows", [5, 50])
+def test_the_gradient_of_the_first_factor_is_no_product_of_a_transposed_input(rows: int) -> None:
+    """XLA on a CPU computes such a product, which has few columns, many times slower."""
+    equation, shape, inputs = PRODUCTS[2]
+    w, x, dy = adapted(matrix(shape, inputs, "auto")), normal(2, rows, 88), normal(2, rows, 24)
+
+    def gradient(a: jax.Array, x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda a: linear(equation, x, w.replace(a=a)), a)[1](dy)[0]
+
+    text = jax.jit(gradient).lower(w.a, x, dy).compile().as_text()
+    products = re.findall(r"= f32\[([\d,]+)\]\S* (?:dot\(|fusion\(.*(?=dot_general))", text)
+    assert "3,88" in products and "88,3" not in products
+
+
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_unrolled_layers_of_a_plain_base_are_not_kept_for_the_backward_pass(
+    has_adapter: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, it is the order of the gradient that saves the memory of the layers."""
+    stack, a, b = normal(8, 128, 128), normal(8, 128, 2, seed=1), normal(8, 2, 128, seed=2)
+
+    def loss(x: jax.Array, a: jax.Array, b: jax.Array, stack: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, values: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            base = Matrix(values[0], None, (128, 128))
+            return jnp.tanh(linear("BTD,DF->BTF", x, Adapted(base, *values[1:]) if has_adapter else base)), None
+
+        return jnp.sum(jax.lax.scan(layer, x, (stack, a, b), unroll=8)[0])
+
+    def temporary() -> int:
+        jax.clear_caches()
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(normal(1, 512, 128), a, b, stack).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    ordered = temporary()
+    for module in ("linear", "frozen"):
+        monkeypatch.setattr(f"llama_jax.ops.{module}.known_after", lambda dy, x: x)
+    assert ordered <= temporary() - 5 * stack[0].nbytes
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

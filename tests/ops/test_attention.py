@@ -54,6 +54,19 @@ def test_blocks_grow_where_their_number_would_not_stay_bounded(monkeypatch: pyte
     assert str(jax.make_jaxpr(lambda *qkv: attention(*qkv))(q, k, v)).count("dot_general") == 2 * 3
 
 
+def test_the_backward_pass_keeps_the_softmax_once_and_few_arrays_beside_it() -> None:
+    """Of 12 arrays of the queries' size a layer, the softmax's weights of 512 positions are 4.5."""
+    q = random_qkv(1, 512, 512, 2, 2, 64)[0]
+
+    def loss(x: jax.Array) -> jax.Array:
+        for _ in range(6):
+            x = x + attention(x, 2 * x, 3 * x)
+        return jnp.sum(x)
+
+    memory = jax.jit(jax.grad(loss)).lower(q).compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 6 * 12 * q.nbytes
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (4, 4), (6, 2), (1, 1)])
 def test_query_heads_read_their_groups_kv_head(heads: int, kv_heads: int) -> None:
     q, k, v = random_qkv(2, 9, 9, heads, kv_heads, 4)
