@@ -24,6 +24,7 @@ from llama_jax.devices.sharding import constrain
 from llama_jax.ops import exact
 from llama_jax.ops.attention import Documents, attention, attention_over_cache, same_segment
 from llama_jax.ops.cache import KVCache, KVPair, LayerCache
+from llama_jax.ops.eight_bit import EightBit
 from llama_jax.ops.embedding import embed, embed_few
 from llama_jax.ops.gate import gated
 from llama_jax.ops.linear import features_last, linear
@@ -127,7 +128,7 @@ class SwiGLU(nn.Module):
         b3 = bias(self, "w3_bias", a.mlp_bias, mlp=a.hidden_width)
         b2 = bias(self, "w2_bias", a.mlp_bias, norm=a.dim)
         gate, up = product("BTD,DF->BTF", x, w1, bias=b1, name="w1"), product("BTD,DF->BTF", x, w3, bias=b3, name="w3")
-        return product("BTF,FD->BTD", gated(gate, up), w2, bias=b2, name="w2")
+        return product("BTF,FD->BTD", gated(gate, up, isinstance(w1, EightBit)), w2, bias=b2, name="w2")
 
 
 class Block(nn.Module):

@@ -6,11 +6,15 @@ scales factor out of the sums. The three products of training sum over different
 
     forward  y = x w                 scales by token and by output
     input    dx = dy w^T             by token and by input
-    weight   dw = x^T dy             by input and by output
+    weight   dw = x^T dy             by input or by output
+
+The last sums over tokens, and scales by token do not factor out of it. So the wider of x and dy stays as another
+product has quantized it, and the narrower takes its scales, and is then quantized anew.
 
 A matrix is quantized once a step, for the first and for the second, where each device holds its shard of it.
 
-int8 rounds the gradient dy at random, right on average (Gupta et al., 2015, section 3.1), and all else to the nearest.
+int8 rounds gradients at random, right on average (Gupta et al., 2015, section 3.1): dy, and x where it takes dy's
+scales. It rounds all else to the nearest.
 float8 rounds to the nearest: x and w to e4m3, dy to e5m2, whose range is larger (Micikevicius et al., 2022, section 3).
 """
 
@@ -22,6 +26,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax.devices.sharding import shards_of
@@ -37,6 +42,10 @@ TYPES: dict[str, tuple[Any, Any, Any]] = {
 SPREAD = {"B": "batch", "T": "length", "N": "heads", "K": "kv_heads", "F": "mlp"}
 # So many products of two int8 numbers fit into a sum of int32.
 MOST_INT8 = (2**31 - 1) // 127**2
+# The name of x's scales, a number for each token, which policies of rematerialisation keep.
+SCALES = "scales"
+# The random bits of a second operand.
+OTHER = np.uint32(0x5BD1E995)
 # The largest magnitude that is not quantized to zeros alone. Its reciprocal is a float32 number.
 LEAST = np.float32(1e-30)
 
@@ -80,10 +89,11 @@ def both_ways(w: jax.Array, inputs: range, outputs: range, kind: str, products: 
     inputs, outputs: which of its axes are those. Other axes are of a stack.
     """
     operand = TYPES[kind][0]
-    return (
-        quantized(w, list(inputs), operand) if "forward" in products else None,
-        quantized(w, list(outputs), operand) if "input" in products else None,
-    )
+
+    def by(summed: range) -> Quantized:
+        return quantized(w, scales_of(w, list(summed), operand), operand)
+
+    return by(inputs) if "forward" in products else None, by(outputs) if "input" in products else None
 
 
 def product(equation: str, x: jax.Array, w: EightBit) -> jax.Array:
@@ -95,35 +105,64 @@ def product(equation: str, x: jax.Array, w: EightBit) -> jax.Array:
 def _product(
     equation: str, kind: str, products: tuple[str, ...], x: jax.Array, w: jax.Array, copies: Copies, seed: jax.Array
 ) -> jax.Array:
-    by_output, _ = copies
-    return jnp.einsum(equation, x, w) if by_output is None else multiply(equation, kind, x, by_output)
+    return _forward(equation, kind, products, x, w, copies, seed)[0]
 
 
 def _forward(
     equation: str, kind: str, products: tuple[str, ...], x: jax.Array, w: jax.Array, copies: Copies, seed: jax.Array
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    _, by_input = copies
-    return _product(equation, kind, products, x, w, copies, seed), (x, w if by_input is None else by_input, seed)
+    by_output, by_input = copies
+    scales = checkpoint_name(scales_of(x, _features(equation, 0), TYPES[kind][0]), SCALES)
+    if by_output is None:
+        y = jnp.einsum(equation, x, w)
+    else:
+        y = multiply(equation, kind, quantized(x, scales, TYPES[kind][0]), by_output, x.dtype)
+    return y, (x, scales, w if by_input is None else by_input, seed)
 
 
 def _backward(
     equation: str, kind: str, products: tuple[str, ...], saved: tuple[Any, ...], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    (x, w, seed), (x_axes, w_axes, y_axes) = saved, axes_of(equation)
+    (x, scales, w, seed), (x_axes, w_axes, y_axes), (operand, of_gradient, _) = saved, axes_of(equation), TYPES[kind]
+    rounded = quantized(dy, scales_of(dy, _features(equation, 1), of_gradient), of_gradient, seed)
     if isinstance(w, Quantized):
-        dx = multiply(f"{y_axes},{w_axes}->{x_axes}", kind, dy, w, seed)
+        dx = multiply(f"{y_axes},{w_axes}->{x_axes}", kind, rounded, w, x.dtype)
     else:
         dx = input_gradient(equation, dy, w)
-    if "weight" in products:
-        summed = [i for i, axis in enumerate(x_axes) if axis in y_axes]
-        second = _summed_last(quantized(x, summed, TYPES[kind][0]), summed)
-        dw = multiply(f"{y_axes},{x_axes}->{w_axes}", kind, dy, second, seed)
-    else:
+    if "weight" not in products:
         dw = weight_gradient(equation, x, dy)
+    elif dy.size >= x.size:
+        dw = _weight_product(kind, (y_axes, w_axes, x_axes), rounded, x, operand, seed)
+    else:
+        dw = _weight_product(kind, (x_axes, w_axes, y_axes), quantized(x, scales, operand), dy, of_gradient, seed)
     return dx.astype(x.dtype), dw.astype(x.dtype), None, None
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _features(equation: str, side: int) -> list[int]:
+    """Return which axes of x (side 0) or of y (side 1) are w's, in "x,w->y"."""
+    x_axes, w_axes, y_axes = axes_of(equation)
+    return [i for i, axis in enumerate((x_axes, y_axes)[side]) if axis in w_axes]
+
+
+def _weight_product(
+    kind: str, axes: tuple[str, str, str], wide: Quantized, narrow: jax.Array, dtype: Any, seed: jax.Array
+) -> jax.Array:
+    """Return the sum over tokens of two operands' products, the gradient of a matrix, in eight bits -> narrow's type.
+
+    axes: those of wide, of the matrix and of narrow. wide: has a scale for each token. dtype: narrow's, when quantized.
+    """
+    wide_axes, w_axes, narrow_axes = axes
+    tokens = [i for i, axis in enumerate(narrow_axes) if axis not in w_axes]
+    scaled = narrow.astype(jnp.float32) * _spread(wide.scales, wide_axes, narrow_axes)
+    second = _summed_last(quantized(scaled, scales_of(scaled, tokens, dtype), dtype, seed ^ OTHER), tokens)
+    first = Quantized(wide.values, jnp.ones((1,) * wide.values.ndim, jnp.float32))
+    # The narrower gives the result's rows.
+    rows, columns = ("".join(axis for axis in of if axis in w_axes) for of in (narrow_axes, wide_axes))
+    dw = multiply(f"{wide_axes},{narrow_axes}->{rows}{columns}", kind, first, second, narrow.dtype)
+    return dw if rows + columns == w_axes else jnp.einsum(f"{rows}{columns}->{w_axes}", dw)
 
 
 def _summed_last(x: Quantized, summed: list[int]) -> Quantized:
@@ -137,46 +176,52 @@ def _summed_last(x: Quantized, summed: list[int]) -> Quantized:
     return Quantized(with_layout_constraint(jax.lax.optimization_barrier(x.values), Layout(order)), x.scales)
 
 
-def multiply(equation: str, kind: str, a: jax.Array, b: Quantized, seed: jax.Array | None = None) -> jax.Array:
-    """Compute einsum(equation, a, b) in eight bits -> a's type. Each axis stands in two of the three arrays.
+def multiply(equation: str, kind: str, a: Quantized, b: Quantized, dtype: Any) -> jax.Array:
+    """Compute einsum(equation, a, b) in eight bits -> ``dtype``. Each axis stands in two of the three arrays.
 
-    b: has scales of 1 along the axes that are summed over.
-
-    seed: a is a gradient, and int8 rounds it at random by this seed, uint32 [2]. None: a is rounded to the nearest.
+    a, b: have scales of 1 along the axes that are summed over.
     """
     a_axes, b_axes, y_axes = axes_of(equation)
-    sizes, dtype = dict(zip(a_axes + b_axes, a.shape + b.values.shape, strict=True)), a.dtype
-    summed = [axis for axis in a_axes if axis in b_axes]
-    operand, of_gradient, of_sums = TYPES[kind]
-    first, scales = quantized(a, [a_axes.index(s) for s in summed], operand if seed is None else of_gradient, seed)
-    second, others = b
+    sizes = dict(zip(a_axes + b_axes, a.values.shape + b.values.shape, strict=True))
     # Sums over shards are taken of the results, in their own type: of int32, they would move twice the bytes, and could
     # overflow.
-    parts = _parts(summed, sizes)
+    parts = _parts([axis for axis in a_axes if axis in b_axes], sizes)
     split = f"{_split(a_axes, parts)},{_split(b_axes, parts)}->{''.join(parts)}{y_axes}"
     sums = jnp.einsum(
-        split, _reshaped(first, a_axes, parts), _reshaped(second, b_axes, parts), preferred_element_type=of_sums
+        split,
+        _reshaped(a.values, a_axes, parts),
+        _reshaped(b.values, b_axes, parts),
+        preferred_element_type=TYPES[kind][2],
     )
-    y = sums.astype(jnp.float32) * _spread(scales, a_axes, y_axes) * _spread(others, b_axes, y_axes)
+    y = sums.astype(jnp.float32) * _spread(a.scales, a_axes, y_axes) * _spread(b.scales, b_axes, y_axes)
     y = y.astype(dtype)
     return jax.lax.reduce(y, jnp.zeros((), dtype), jax.lax.add, range(len(parts))) if parts else y
 
 
-def quantized(x: jax.Array, summed: list[int], dtype: Any, seed: jax.Array | None = None) -> Quantized:
-    """Return x in eight bits, and float32 scales whose axes ``summed`` are 1, such that their product is about x.
+def scales_of(x: jax.Array, summed: list[int], dtype: Any) -> jax.Array:
+    """Return float32 scales, whose axes ``summed`` are 1, by which x is divided to fit into eight bits of ``dtype``.
 
     Values that are not finite make their scale infinite, and so every product with them infinite or NaN.
     """
-    x = x.astype(jnp.float32)
-    whole = jnp.issubdtype(dtype, jnp.integer)
-    most = np.float32(127 if whole else jnp.finfo(dtype).max)
     # Replace NaN, because compilers may ignore it in a maximum.
-    sizes = jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf)
-    scales = jnp.maximum(jnp.max(sizes, axis=summed, keepdims=True), LEAST) * np.float32(1 / most)
-    x = x * (1 / scales)
-    if whole:
+    sizes = jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf).astype(jnp.float32)
+    return jnp.maximum(jnp.max(sizes, axis=summed, keepdims=True), LEAST) * np.float32(1 / _most(dtype))
+
+
+def quantized(x: jax.Array, scales: jax.Array, dtype: Any, seed: jax.Array | None = None) -> Quantized:
+    """Return x divided by ``scales`` in eight bits, with these.
+
+    seed: int8 rounds at random by this seed, uint32 [2]. None: it rounds to the nearest.
+    """
+    x, most = x.astype(jnp.float32) * (1 / scales), _most(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
         x = jnp.round(x) if seed is None else jnp.floor(x + uniform(noise(seed, x.shape)))
     return Quantized(jnp.clip(x, -most, most).astype(dtype), scales)
+
+
+def _most(dtype: Any) -> np.float32:
+    """Return the largest number of a type of eight bits."""
+    return np.float32(127 if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).max)
 
 
 def _parts(summed: list[str], sizes: dict[str, int]) -> dict[str, int]:

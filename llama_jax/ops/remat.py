@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from llama_jax.ops.attention import CUDNN_FORWARD, OPERANDS
 from llama_jax.ops.blocks import ATTENTION
+from llama_jax.ops.eight_bit import SCALES
 from llama_jax.ops.parameters import AXES
 from llama_jax.train_args import layer_policies
 
@@ -42,7 +43,7 @@ def policy_of(name: str) -> Any:
         return jax.checkpoint_policies.nothing_saveable
     # cuDNN's attention kernel has a result that cannot be named.
     return jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names(*kept_values(name)),
+        jax.checkpoint_policies.save_only_these_names(*kept_values(name), SCALES),
         lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD,
     )
 

@@ -36,6 +36,11 @@ def eight_bits(equation: str, w: jax.Array, seed: jax.Array, kind: str, products
     return EightBit(w, *made, seed, kind, products)
 
 
+def quantized(x: jax.Array, seed: jax.Array | None = None) -> eight_bit.Quantized:
+    """x [rows, columns] in int8, by row."""
+    return eight_bit.quantized(x, eight_bit.scales_of(x, [1], jnp.int8), jnp.int8, seed)
+
+
 def flat(equation: str, x: np.ndarray, w: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, ...]:
     """The operands as matrices: [rows, inputs], [inputs, outputs], [rows, outputs]."""
     x_axes, w_axes = equation.split("->")[0].split(",")
@@ -43,18 +48,28 @@ def flat(equation: str, x: np.ndarray, w: np.ndarray, dy: np.ndarray) -> tuple[n
     return x.reshape(-1, inputs), w.reshape(inputs, -1), dy.reshape(len(x.reshape(-1, inputs)), -1)
 
 
+def split(x: np.ndarray, axis: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """x in eight bits, as float64, and its scales along ``axis``."""
+    most = 127 if dtype == np.int8 else float(ml_dtypes.finfo(dtype).max)
+    scale = np.abs(x).max(axis, keepdims=True) * np.float32(1 / most)
+    x = x * (np.float32(1) / scale)
+    x = np.round(x) if dtype == np.int8 else x.clip(-most, most).astype(dtype)
+    return x.astype(np.float64), scale
+
+
 def literal(a: np.ndarray, b: np.ndarray, types: tuple[Any, Any]) -> np.ndarray:
     """a b with a quantized by row and b by column: integers summed in int64, float8 in float64."""
-
-    def split(x: np.ndarray, axis: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-        most = 127 if dtype == np.int8 else float(ml_dtypes.finfo(dtype).max)
-        scale = np.abs(x).max(axis, keepdims=True) * np.float32(1 / most)
-        x = x * (np.float32(1) / scale)
-        return (np.round(x) if dtype == np.int8 else x.clip(-most, most).astype(dtype)), scale
-
     (a, of_a), (b, of_b) = split(a, 1, types[0]), split(b, 0, types[1])
-    wide = np.float64
-    return ((a.astype(wide) @ b.astype(wide)).astype(np.float32) * of_a * of_b).astype(np.float32)
+    return ((a @ b).astype(np.float32) * of_a * of_b).astype(np.float32)
+
+
+def literal_weight(x: np.ndarray, dy: np.ndarray, of_x: Any, of_dy: Any) -> np.ndarray:
+    """x^T dy with the wider quantized by row, and the narrower times its scales by column."""
+    if dy.size < x.size:
+        return literal_weight(dy, x, of_dy, of_x).T
+    dy, of_dy = split(dy, 1, of_dy)
+    x, of_x = split(x * of_dy, 0, of_x)
+    return ((x.T @ dy).astype(np.float32) * of_x.T).astype(np.float32)
 
 
 @pytest.mark.parametrize("equation", LAYERS)
@@ -70,7 +85,7 @@ def test_fp8s_three_products_are_the_literal_ones(equation: str) -> None:
     x, w, dy = operands(equation)
     found = results(multiplied("fp8"), equation, x, w, dy)
     a, b, d = flat(equation, *map(np.asarray, (x, w, dy)))
-    products = literal(a, b, (E4M3, E4M3)), literal(d, b.T, (E5M2, E4M3)), literal(d.T, a, (E5M2, E4M3)).T
+    products = literal(a, b, (E4M3, E4M3)), literal(d, b.T, (E5M2, E4M3)), literal_weight(a, d, E4M3, E5M2)
     for one, wanted in zip(found, products, strict=True):
         np.testing.assert_allclose(one, wanted.reshape(one.shape), rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
@@ -99,20 +114,22 @@ def test_the_error_of_all_three_products_is_small_and_the_type_is_that_of_x(
         assert jnp.linalg.norm(a.astype(jnp.float32) - b) < bound * jnp.linalg.norm(b)
 
 
-@pytest.fixture(scope="module")
-def by_seed() -> tuple[Any, Any]:
+@pytest.fixture(scope="module", params=[10, 14], ids=["x is wider", "dy is wider"])
+def by_seed(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """The gradients of 400 seeds, and those of floats, of a dy whose values are mostly below half a step of int8."""
-    x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 8, 12), (12, 10)]))
-    dy = (0.001 * jax.random.normal(jax.random.key(2), (2, 8, 10))).at[:, 0].set(1.0).at[:, :, 0].set(1.0)
+    x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 8, 12), (12, request.param)]))
+    dy = 0.001 * jax.random.normal(jax.random.key(2), (2, 8, request.param))
+    dy = dy.at[:, 0].set(1.0).at[:, :, 0].set(1.0)
     seeds = jax.random.bits(jax.random.key(3), (400, 2), jnp.uint32)
 
     def gradients(seed: jax.Array) -> Any:
         return jax.vjp(lambda x, w: linear("BTD,DF->BTF", x, eight_bits("BTD,DF->BTF", w, seed, "int8")), x, w)[1](dy)
 
-    # w and x are rounded to the nearest, which is not of interest here.
-    of_w, of_x = (eight_bit.quantized(a, [axis], jnp.int8) for a, axis in ((w, 1), (x.reshape(16, 12), 0)))
+    # w, and x if it is wider, are rounded to the nearest, which is not of interest here.
+    of_w, of_x = (quantized(a) for a in (w, x.reshape(16, 12)))
     near_w, near_x = (np.asarray(values * scales) for values, scales in (of_w, of_x))
-    flat_dy = np.asarray(dy).reshape(16, 10)
+    near_x = near_x if x.size > dy.size else np.asarray(x).reshape(16, 12)
+    flat_dy = np.asarray(dy).reshape(16, -1)
     return jax.jit(jax.vmap(gradients))(seeds), ((flat_dy @ near_w.T).reshape(2, 8, 12), near_x.T @ flat_dy)
 
 
@@ -128,8 +145,8 @@ def test_int8s_gradients_are_right_on_average(by_seed: tuple[Any, Any], i: int) 
 def test_rounding_to_the_nearest_would_lose_small_gradients() -> None:
     """The claim for which gradients are rounded at random."""
     dy = jnp.full((1, 1000), 0.3 / 127).at[0, 0].set(1.0)
-    nearest, scales = eight_bit.quantized(dy, [1], jnp.int8)
-    at_random, _ = eight_bit.quantized(dy, [1], jnp.int8, SEED)
+    nearest, scales = quantized(dy)
+    at_random, _ = quantized(dy, SEED)
     assert jnp.sum(nearest * scales) == 1.0
     assert float(jnp.sum(at_random * scales)) == pytest.approx(float(jnp.sum(dy)), rel=0.05)
 
