@@ -1,4 +1,4 @@
-"""Collectives over the links between chips: their bytes, their seconds, and those that run on SparseCores beside work."""
+"""Collectives over the links between chips: their bytes and seconds, and what SparseCores run beside other work."""
 
 import math
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Offloaded:
             seconds -= covered
 
     def follow(self, step: Instruction, transfers: Transfers) -> None:
-        """Follow a step of a collective. At its end, add it to ``transfers``: what no work covered blocks."""
+        """Take a step of a collective. At its end, add it to ``transfers``: what no work covered blocks."""
         if step.opcode == OFFLOADED[0]:
             for inner in (i for name in step.called for i in self._program.computations[name]):
                 if kind := collective_of(inner.opcode):
