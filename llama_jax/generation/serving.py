@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
-from jax.tree_util import DictKey, KeyPath, tree_leaves_with_path, tree_map_with_path
+from jax.tree_util import DictKey, KeyPath, SequenceKey, tree_leaves_with_path, tree_map_with_path
 
 from llama_jax.checkpoint import key_name
 from llama_jax.config import Weights
@@ -120,8 +120,11 @@ def _unstacking(
     def unstacked(w: jax.Array) -> Any:
         return _in_layers(path, _form(path, w, weights))
 
-    made = jax.eval_shape(unstacked, shape)
-    formats = tree_map_with_path(lambda inner, x: _format((*path, *inner), x, mesh), made)
+    def format_of(inner: KeyPath, part: jax.ShapeDtypeStruct) -> Format | jax.NamedSharding:
+        names = (key for key in inner if not isinstance(key, SequenceKey))  # not the number of the layer
+        return _format((*path, *names), part, mesh)
+
+    formats = tree_map_with_path(format_of, jax.eval_shape(unstacked, shape))
     return jax.jit(unstacked, out_shardings=formats)
 
 
