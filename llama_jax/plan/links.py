@@ -66,11 +66,11 @@ class Offloaded:
             earlier.waited, earlier.left = earlier.waited + earlier.left, 0.0
         del self._moving[step.operands[0]]
         blocked = it.bytes * it.waited / it.seconds if it.seconds else 0.0
-        for blocking, size in ((True, blocked), (False, it.bytes - blocked)):
-            if size:
+        for blocking, share in ((True, blocked), (False, it.bytes - blocked)):
+            if share:
                 transfer = transfers[it.kind, blocking, it.group]
-                transfer[0] += size / it.bytes
-                transfer[1] += size
+                transfer[0] += share / it.bytes
+                transfer[1] += share
 
 
 def collective_of(opcode: str) -> str | None:
