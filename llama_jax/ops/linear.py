@@ -28,6 +28,9 @@ CPU_SUMMED, CPU_SUMMED_INT8, CPU_PARTS = 1, 4, 8
 # From this width on, partial sums of float32 matrices do not fit into a CPU's caches. XLA's dot has no partial sums and
 # is faster there.
 CPU_WIDE = 8192
+# On a TPU, a matrix with a scale per group of inputs is multiplied in blocks of this many inputs, if a device has at most
+# so many sums of a row's group. Smaller blocks would use its matrix unit badly, and more sums would not fit beside it.
+BLOCK_INPUTS, BLOCK_SUMS = (64, 128), 512
 # The number of parts in which a GPU sums the product of a single row and an int8 matrix.
 GPU_PARTS = 16
 
@@ -190,6 +193,11 @@ def _flat(equation: str, x: jax.Array, w: Matrix, exact_rows: int) -> jax.Array:
         product = exact.product_in_blocks(x, values, exact_rows, w.is_transposed)
     elif w.is_transposed:
         product = jax.lax.platform_dependent(x, values, tpu=_rows_of_table_on_tpu, default=_rows_of_table)
+    elif grouped and (block := _block(len(x), w)):
+        in_blocks = functools.partial(_rows_in_blocks, block=block)
+        product = jax.lax.platform_dependent(
+            x, w, cpu=_dequantized(_rows_on_cpu), tpu=in_blocks, default=_dequantized(_rows)
+        )
     else:
         product = jax.lax.platform_dependent(
             x, values, cpu=_rows_on_cpu, cuda=_rows_on_gpu, tpu=_rows_on_tpu, default=_rows
@@ -198,6 +206,47 @@ def _flat(equation: str, x: jax.Array, w: Matrix, exact_rows: int) -> jax.Array:
         product *= w.scales
         product = exact.rounded(product) if exact_rows else product
     return product.reshape(*rows, *outputs)
+
+
+def _dequantized(rows: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[jax.Array, Matrix], jax.Array]:
+    """Return ``rows`` for a quantized matrix: the product by its weights as a flat array."""
+    return lambda x, w: rows(x, w.dequantized().reshape(w.values.shape))
+
+
+def _block(rows: int, w: Matrix) -> int:
+    """Return of how many inputs the blocks of ``_rows_in_blocks`` are, or 0 if XLA multiplies the matrix as it is.
+
+    XLA converts an int4 matrix in the product, but not where a device's number of inputs is no power of two.
+    """
+    assert w.scales is not None
+    inputs, groups = len(w.values), len(w.scales)
+    shards = math.gcd(groups, jax.sharding.get_abstract_mesh().size or 1)
+    power = inputs // shards & -(inputs // shards)
+    block = min(power, BLOCK_INPUTS[1])
+    if power == inputs // shards or block % (inputs // groups) or rows * groups // shards > BLOCK_SUMS:
+        return 0
+    return block if block >= BLOCK_INPUTS[0] else 0
+
+
+def _rows_in_blocks(x: jax.Array, w: Matrix, block: int) -> jax.Array:
+    """Multiply x [R, D] by a matrix with a scale per group of inputs -> float32 [R, F], with one product per block.
+
+    The trick is that each row of x becomes a row per group of the block, with zeros for the inputs of the others. So
+    integers are multiplied, converted in the product, and scales apply to a few sums. Otherwise XLA would write w2 of
+    7B to memory in bfloat16 before its product, which takes 584 microseconds on a v5e chip instead of 65.
+    """
+    assert w.scales is not None
+    (R, D), (groups, F) = x.shape, w.scales.shape
+    size, blocks = D // groups, D // block
+    own = jnp.eye(block // size, dtype=x.dtype)
+    by_group = x.reshape(R, blocks, block // size, size)
+    rows = jnp.einsum("RTGI,GH->TGRHI", by_group, own).reshape(blocks, -1, block)
+    # Padding rows and a barrier, for the reasons given in _rows_on_tpu.
+    padded = jnp.pad(rows, [(0, 0), (0, max(0, MATRIX_ROWS - rows.shape[1])), (0, 0)])
+    values = w.values.reshape(blocks, block, F).astype(x.dtype)
+    sums = jnp.einsum("TXI,TIF->TXF", padded, values, preferred_element_type=jnp.float32)[:, : rows.shape[1]]
+    sums = jax.lax.optimization_barrier(sums).reshape(groups, R, F)
+    return jnp.sum(sums * w.scales[:, None], axis=0)
 
 
 def _rows(x: jax.Array, values: jax.Array) -> jax.Array:

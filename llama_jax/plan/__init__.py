@@ -25,7 +25,7 @@ from llama_jax.devices.sharding import check_divisible, describe, make_mesh, on_
 from llama_jax.errors import UserError
 from llama_jax.generation.decode import DecodeState, decode_chunk, empty_state, state_shardings
 from llama_jax.generation.sampling import make_sampler
-from llama_jax.generation.serving import generation_shapes, generation_shardings
+from llama_jax.generation.serving import generation_formats, generation_shapes
 from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES
 from llama_jax.plan.apart import CompilerError
@@ -207,7 +207,7 @@ def plan_decoding(
     check_divisible(mesh, config.model)
     module = make_model(config.model, config.train.compute_dtype, mesh=mesh)
     shapes = generation_shapes(module, decoding.weights)
-    params = with_shardings(shapes, generation_shardings(shapes, mesh))
+    params = with_shardings(shapes, generation_formats(shapes, mesh))
     state = _decode_state(module, mesh, decoding)
     parts = {"parameters": _bytes(params), "cache": _bytes((state.cache.k, state.cache.v))}
     begun()

@@ -15,13 +15,11 @@ import numpy as np
 
 from llama_jax.devices.chips import Chip
 from llama_jax.plan.hlo import HBM, HOST, Instruction, Program
+from llama_jax.plan.links import BETWEEN_SLICES, OFFLOADED, Offloaded, collective_of, link_seconds, moved
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Parts of a transfer to the host or other slices, whose bytes are counted at the send, and of a copy, counted at its
 # start.
 TRANSFERS = ("send", "send-done", "recv", "recv-done", "after-all", "copy-done", "slice-done")
-# How often the bytes of a collective's result cross a link (of a ring, in both directions).
-PASSES = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-all": 0.25}
 # Matrix products of [T, S] scores in flash attention kernels: forward (scores, values), gradient of q, of k and v.
 KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 # The share of the peak FLOP/s assumed for flash attention kernels, for which the compiler estimates no cycles.
@@ -35,8 +33,6 @@ PARTS = {
     "optimizer": "optimizer",
 }
 RECOMPUTED = "rematted_computation"
-# The suffix of collectives between slices.
-BETWEEN_SLICES = " between slices"
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ class Schedule:
     def collectives(self) -> list[Collective]:
         """All collectives, the longest first."""
         found = [
-            Collective(kind, blocking, group, int(count), size, _link_seconds(kind, size, group, self.chip))
+            Collective(kind, blocking, group, int(count), size, link_seconds(kind, size, group, self.chip))
             for (kind, blocking, group), (count, size) in self.cost.transfers.items()
         ]
         return sorted(found, key=lambda c: -c.seconds)
@@ -160,12 +156,21 @@ class Reader:
 
     def _cost(self, computation: str) -> Cost:
         if computation not in self._done:
-            cost, seen = Cost(), set[str]()
+            cost, seen, offloaded = Cost(), set[str](), Offloaded(self._program, self._chip)
             names = {i.name: i for i in self._program.computations[computation]}
             for instruction in names.values():
+                if instruction.opcode in OFFLOADED:
+                    offloaded.follow(instruction, cost.transfers)
+                    continue
+                before = self._working(cost)
                 self._count(instruction, names, cost, seen)
+                offloaded.cover(self._working(cost) - before)
             self._done[computation] = cost
         return self._done[computation]
+
+    def _working(self, cost: Cost) -> float:
+        """Return the seconds of work, during which a SparseCore can run a collective."""
+        return cost.matrix + cost.other + cost.kernel_flops / (self._chip.peak_flops * KERNEL_EFFICIENCY)
 
     def _count(self, i: Instruction, names: dict[str, Instruction], cost: Cost, seen: set[str]) -> None:
         """Add the cost of an instruction. Collectives on channels in ``seen`` are already counted."""
@@ -221,9 +226,8 @@ class Reader:
     ) -> None:
         if i.channel not in seen and not i.opcode.endswith("-done"):
             seen.add(i.channel)
-            # The start of an asynchronous collective returns its operand next to its result.
-            size = max(a.size for a in i.results) if i.opcode.endswith("-start") else i.size
-            key = kind or collective_of(i.opcode) or "", not asynchronous, i.group_size(self._program.devices)
+            group = i.group_size(self._program.devices)
+            size, key = moved(i, group), (kind or collective_of(i.opcode) or "", not asynchronous, group)
             cost.transfers[key][0] += 1
             cost.transfers[key][1] += size
 
@@ -296,31 +300,10 @@ class Reader:
         return total
 
 
-def collective_of(opcode: str) -> str | None:
-    """Return the kind of collective that an operation is, or begins or ends, or None."""
-    kind = opcode.removesuffix("-start").removesuffix("-done")
-    return kind if kind in COLLECTIVES else None
-
-
 def _part(origin: str) -> str:
     words = re.findall(r"\w+", origin)
     part = next((part for part, word in PARTS.items() if word in words), "norms and residuals")
     return f"{part}, again" if RECOMPUTED in origin else part
-
-
-def _link_seconds(kind: str, size: float, group: int, chip: Chip) -> float:
-    """Return the seconds of a collective of ``group`` chips on rings along the torus axes that it spans."""
-    if group <= 1:
-        return 0.0
-    if kind.endswith(BETWEEN_SLICES):
-        passes = PASSES.get(kind.removesuffix(BETWEEN_SLICES), 1.0)
-        return passes * size * (group - 1) / group / (chip.slice_bytes or math.inf)
-    if kind == "collective-permute":
-        return size / (chip.link_bytes / 2)
-    axes = 1 if group <= 16 else 2
-    if chip.torus_axes == 3 and group >= 64:
-        axes = 3
-    return PASSES[kind] * size * (group - 1) / group / (chip.link_bytes * axes)
 
 
 def matrix_flops(i: Instruction, names: dict[str, Instruction]) -> float:

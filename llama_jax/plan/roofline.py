@@ -12,8 +12,9 @@ import re
 from dataclasses import dataclass
 
 from llama_jax.devices.chips import Chip
-from llama_jax.plan.cost import Cost, Reader, collective_of, matrix_flops
+from llama_jax.plan.cost import Cost, Reader, matrix_flops
 from llama_jax.plan.hlo import Instruction, Program
+from llama_jax.plan.links import collective_of
 
 MATRIX = "__cublas$"
 ATTENTION = "__cudnn$fmha"

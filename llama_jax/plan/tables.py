@@ -14,7 +14,8 @@ from llama_jax.devices.sharding import describe
 from llama_jax.foreign.family import constants_of
 from llama_jax.plan import Plan
 from llama_jax.plan.advice import Advice
-from llama_jax.plan.cost import BETWEEN_SLICES, KERNEL_EFFICIENCY
+from llama_jax.plan.cost import KERNEL_EFFICIENCY
+from llama_jax.plan.links import BETWEEN_SLICES
 from llama_jax.plan.roofline import Roofline
 from llama_jax.plan.settings import Epoch, Found
 from llama_jax.plan.topology import Topology

@@ -9,6 +9,7 @@ import pytest
 
 from llama_jax.ops import linear as platforms
 from llama_jax.ops.linear import linear
+from llama_jax.ops.quantize import quantize
 
 SIZES = {"B": 2, "T": 5, "C": 3, "D": 6, "N": 4, "K": 2, "H": 3, "F": 16, "V": 11}
 EQUATIONS = [
@@ -54,6 +55,25 @@ def test_bfloat16_operands_have_bfloat16_results_and_gradients(equation: str) ->
     for a, b in zip(results(linear, equation, x, w, dy), exact, strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(("rows", "kind"), [(1, "int4"), (3, "int4"), (1, "int4-64")])
+def test_a_product_in_blocks_is_that_of_the_weights(rows: int, kind: str) -> None:
+    """Three blocks of 64 inputs, of two groups or one."""
+    w = quantize(jax.random.normal(jax.random.key(1), (192, 40)), 1, kind)
+    x = jax.random.normal(jax.random.key(0), (rows, 192))
+    found = jax.jit(platforms._rows_in_blocks, static_argnames="block")(x, w, block=64)
+    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ np.asarray(w.dequantized(), np.float64), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rows", "block"),
+    [(11008, 1, 128), (11008, 2, 0), (2752, 5, 64), (1376, 1, 0), (4096, 1, 0)],
+    ids=["7B's w2", "too many sums", "four devices' part", "eight devices' part", "a power of two"],
+)
+def test_blocks_are_for_few_rows_of_matrices_that_xla_would_convert_first(inputs: int, rows: int, block: int) -> None:
+    shapes = jax.eval_shape(lambda: quantize(jnp.zeros((inputs, 16)), 1, "int4"))
+    assert platforms._block(rows, shapes) == block
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])

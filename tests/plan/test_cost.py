@@ -118,6 +118,51 @@ def test_collectives_are_timed_by_their_bytes_and_told_apart_by_whether_they_blo
     assert schedule.overlapped == pytest.approx(gather.seconds)
 
 
+# Two collectives on a SparseCore, begun one after the other: a gather, and a sum of which each device keeps a part.
+OFFLOADED = """HloModule step, is_scheduled=true, num_partitions=16
+
+%gathered (p: bf16[8,4096]) -> bf16[128,4096] {
+  %p = bf16[8,4096]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[128,4096]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,16]<=[16], dimensions={0}
+}, execution_thread="sparsecore"
+
+%scattered (q: bf16[128,4096]) -> bf16[8,4096] {
+  %q = bf16[128,4096]{1,0} parameter(0)
+  ROOT %reduce-scatter.1 = bf16[8,4096]{1,0} reduce-scatter(%q), channel_id=2, replica_groups=[1,16]<=[16], dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (w: bf16[8,4096], g: bf16[128,4096]) -> bf16[8,4096] {
+  %w = bf16[8,4096]{1,0} parameter(0)
+  %g = bf16[128,4096]{1,0} parameter(1)
+  %start.1 = ((), (), (s32[8192]{0})) custom-call-start(), custom_call_target="A", called_computations={%gathered}
+  %update.1 = ((bf16[8,4096]{1,0}), bf16[128,4096]{1,0}, (s32[8192]{0})) custom-call-update(%start.1, %w)
+  %start.2 = ((), (), (s32[8192]{0})) custom-call-start(), custom_call_target="B", called_computations={%scattered}
+  %update.2 = ((bf16[128,4096]{1,0}), bf16[8,4096]{1,0}, (s32[8192]{0})) custom-call-update(%start.2, %g)
+  %copy.1 = bf16[128,4096]{1,0} copy(%g), backend_config={"estimated_cycles":"CYCLES"}
+  %done.1 = bf16[128,4096]{1,0} custom-call-done(%update.1)
+  ROOT %done.2 = bf16[8,4096]{1,0} custom-call-done(%update.2)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("covered", "gather", "scatter"), [(0.0, 1.0, 1.0), (0.25, 0.75, 1.0), (1.5, 0.0, 0.5), (3.0, 0.0, 0.0)]
+)
+def test_what_no_work_covers_of_a_collective_on_a_sparse_core_blocks(
+    covered: float, gather: float, scatter: float
+) -> None:
+    """``covered``: the work between beginning and end, in the time that each of the two collectives takes."""
+    size = 128 * 4096 * 2
+    each = size * 15 / 16 / CHIP.link_bytes
+    schedule = schedule_of(Program.parse(OFFLOADED.replace("CYCLES", str(round(covered * each * CHIP.clock)))), CHIP)
+    found = {(c.kind, c.blocking): c.bytes for c in schedule.collectives}
+    for kind, blocked in (("all-gather", gather), ("reduce-scatter", scatter)):
+        assert found.get((kind, True), 0) == pytest.approx(blocked * size, abs=size / 1000)
+        assert found.get((kind, True), 0) + found.get((kind, False), 0) == pytest.approx(size)
+    assert schedule.blocking == pytest.approx((gather + scatter) * each, abs=each / 1000)
+    assert schedule.cost.hbm_bytes == 2 * size  # the copy's alone
+
+
 def test_a_kernel_is_timed_by_half_of_its_square_of_scores(schedule: Schedule) -> None:
     flops = 2 * 2 * (2 * 4 * 256 * 256 * 128) / 2
     assert dict(schedule.cost.kernels) == {"splash_mha_fwd_residuals": 1}

@@ -21,7 +21,10 @@ SLOTS = 2048
 # Sequences, chips that share them, weights.
 CASES = [
     (1, 1, "auto"),
-    *(pytest.param(case, marks=pytest.mark.slow) for case in [(1, 1, "int8"), (8, 8, "auto"), (32, 4, "auto")]),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in [(1, 1, "int8"), (8, 8, "auto"), (32, 4, "auto"), (32, 4, "int4")]
+    ),
 ]
 SLICES = {1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4"}
 
