@@ -203,3 +203,10 @@ def test_what_earlier_versions_read_is_still_known(tmp_path: Path) -> None:
     (tmp_path / "d.txt").symlink_to(tmp_path / "a.txt")
     names = [".b.txt", "a.txt", "d.txt", "real/c.txt"]
     assert [os.path.relpath(path, tmp_path) for path in files_as_before(str(tmp_path))] == names
+
+
+def test_a_plain_text_that_is_named_as_records_is_told(tmp_path: Path) -> None:
+    make(tmp_path, "a.jsonl", "a.txt")
+    assert "read as plain text, though named as records: 1 (a.jsonl)" in notes(tmp_path, "a.jsonl")
+    assert "though named" not in notes(tmp_path, "a.txt")
+    assert not find_files(str(tmp_path / "a.jsonl"), as_text=True).notes
