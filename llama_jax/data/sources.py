@@ -61,7 +61,7 @@ def find_files(
         raise UserError(f"{key}: expected text, found {filepath} empty")
     files = at_once(lambda place: search.known.get(place.name) or _examined(place, key, as_text), places)
     if len(files) > 1 and by_split:
-        files, notes = of_one_split(files, key == "data.eval_filepath")
+        files, notes = of_one_split(files, held_out=key != "data.filepath")
         search.splits += notes
     if os.path.basename(filepath) != os.path.basename(files[0].name):  # a single file was meant to be one
         search.splits += missing_shards(files)
