@@ -17,9 +17,9 @@ from typing import NamedTuple
 from llama_jax.data.corpus_file import CorpusFile
 from llama_jax.data.formats import examine, is_read_in_a_folder, may_be_read
 from llama_jax.data.places import Place, at_once, files_at
-from llama_jax.data.records import also_chats, with_field
+from llama_jax.data.records import TEXT, also_chats, with_field
 from llama_jax.data.splits import missing_shards, of_one_split
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import is_address
 
 # A note shows this many names.
@@ -68,6 +68,7 @@ def find_files(
     if not as_text:
         search.splits += _named_otherwise(files)
         files = at_once(lambda file: file if file.format == "text" else with_field(file, text_field, key), files)
+        search.splits += [] if text_field else _fields_taken(files)
         if not text_field and (beside := also_chats(files[0])):
             search.splits.append(
                 f"records have text and {beside}: text is taken; --data.text-field {beside} takes these"
@@ -83,6 +84,18 @@ def _named_otherwise(files: Sequence[CorpusFile]) -> list[str]:
         if file.format == "text" and RECORDS & {suffix.lower() for suffix in Path(file.name).suffixes}
     ]
     return [f"read as plain text, though named as records: {_names(named)}"] if named else []
+
+
+def _fields_taken(files: Sequence[CorpusFile]) -> list[str]:
+    """Return a line about each field other than "text" that was taken because it alone holds texts."""
+    taken = collections.Counter(
+        file.field for file in files if file.format != "text" and not file.chats and file.field != TEXT
+    )
+    return [
+        f"the text is taken from the field {quoted(field)}, the only one with texts{f', of {count:,} files' if count > 1 else ''}; "
+        "--data.text-field names another"
+        for field, count in taken.items()
+    ]
 
 
 def files_as_before(filepath: str) -> list[Path]:

@@ -210,3 +210,13 @@ def test_a_plain_text_that_is_named_as_records_is_told(tmp_path: Path) -> None:
     assert "read as plain text, though named as records: 1 (a.jsonl)" in notes(tmp_path, "a.jsonl")
     assert "though named" not in notes(tmp_path, "a.txt")
     assert not find_files(str(tmp_path / "a.jsonl"), as_text=True).notes
+
+
+def test_a_field_that_is_taken_because_it_alone_has_texts_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"meta": {"text": "The fox"}, "url": "x"}\n' * 2)
+    assert "the text is taken from the field 'url', the only one with texts; --data.text-field" in notes(
+        tmp_path, "a.jsonl"
+    )
+    assert not find_files(str(tmp_path / "a.jsonl"), text_field="url").notes
+    (tmp_path / "b.jsonl").write_text('{"text": "The fox", "url": "x"}\n' * 2)
+    assert not find_files(str(tmp_path / "b.jsonl")).notes
