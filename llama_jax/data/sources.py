@@ -66,7 +66,7 @@ def find_files(
     if os.path.basename(filepath) != os.path.basename(files[0].name):  # a single file was meant to be one
         search.splits += missing_shards(files)
     if not as_text:
-        search.splits += _named_otherwise(files)
+        search.splits += [*_named_otherwise(files), *_also_unpacked(files)]
         files = at_once(lambda file: file if file.format == "text" else with_field(file, text_field, key), files)
         search.splits += [] if text_field else _fields_taken(files)
         if not text_field and (beside := also_chats(files[0])):
@@ -84,6 +84,15 @@ def _named_otherwise(files: Sequence[CorpusFile]) -> list[str]:
         if file.format == "text" and RECORDS & {suffix.lower() for suffix in Path(file.name).suffixes}
     ]
     return [f"read as plain text, though named as records: {_names(named)}"] if named else []
+
+
+def _also_unpacked(files: Sequence[CorpusFile]) -> list[str]:
+    """Return a line about compressed files whose content, by their names, is there decompressed, too."""
+    names = {file.name for file in files}
+    both = [file.name for file in files if file.compression and os.path.splitext(file.name)[0] in names]
+    return [
+        f"warning: read compressed and decompressed, perhaps the same twice: {_names(list(map(os.path.basename, both)))}"
+    ] if both else []  # fmt: skip
 
 
 def _fields_taken(files: Sequence[CorpusFile]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import gzip
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -220,3 +221,10 @@ def test_a_field_that_is_taken_because_it_alone_has_texts_is_told(tmp_path: Path
     assert not find_files(str(tmp_path / "a.jsonl"), text_field="url").notes
     (tmp_path / "b.jsonl").write_text('{"text": "The fox", "url": "x"}\n' * 2)
     assert not find_files(str(tmp_path / "b.jsonl")).notes
+
+
+def test_a_file_that_is_there_compressed_too_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "The fox"}\n' * 2)
+    assert "compressed" not in notes(tmp_path)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    assert "read compressed and decompressed, perhaps the same twice: 1 (a.jsonl.gz)" in notes(tmp_path)
