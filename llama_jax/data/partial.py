@@ -81,6 +81,8 @@ def prepare_part(args: DataArgs, output: Path, part: PartOf, workers: int) -> No
     own = [task for task in range(len(job.tasks)) if part.has(task)]
     folder = job.folder / f"part-{part.number}-of-{part.count}"
     folder.mkdir(exist_ok=True)
+    for note in text.notes:
+        print(note)
     print(f"part {part.number} of {part.count}: {len(own):,} of {len(job.tasks):,} shards of {text.source}", flush=True)
     with owning(folder, "--part", "wait for it, or choose another --part"):
         _note_files(text, part, folder)
