@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama_jax.cli.flags import given_flags, parse_flags
+from llama_jax.cli.flags import parse_flags, refuse_empty
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
 from llama_jax.data import Data, Text, encode_text, find_text, origin_of
@@ -90,10 +90,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--workers: expected 1 or more, found {args.workers}")
     if args.ray:
         _check_ray(args)
-    for name in ("eval_filepath", "tokenizer_model_path"):
-        # Without a value, as of a shell's variable that is not set, the tokens would be others.
-        if name in given_flags(argv) and not getattr(args, name) and not args.part:
-            raise UserError(f"--{name.replace('_', '-')}: expected a path, found none; give one, or leave the flag out")
+    if not args.part:  # whose tokenizer must be given
+        refuse_empty(argv, args, ("eval_filepath", "tokenizer_model_path"))
     if args.part:
         prepare_part(args.data, on_disk(args.output, "--output"), PartOf.parse(args.part), args.workers)
     else:

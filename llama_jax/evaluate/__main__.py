@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.flags import ESCAPED, parse_flags
+from llama_jax.cli.flags import ESCAPED, parse_flags, refuse_empty
 from llama_jax.config import BadRecords, Cache, MeshArgs, Weights
 from llama_jax.errors import UserError, run_command
 from llama_jax.programs import typed
@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{program} --ckpt runs/x runs/y --tasks questions.jsonl"
     )
     args = parse_flags(Arguments, argv, Arguments(), program, description)
+    refuse_empty(argv, args, ("adapter", "chat_template", "text_field"))
     if args.make_suite:
         if args != Arguments(make_suite=args.make_suite):
             raise UserError(
