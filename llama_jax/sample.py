@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from llama_jax.cli.flags import ESCAPED, parse_flags
+from llama_jax.cli.flags import ESCAPED, parse_flags, refuse_empty
 from llama_jax.cli.json_argument import json_argument
 from llama_jax.config import Cache, MeshArgs, SampleArgs, Weights
 from llama_jax.errors import UserError
@@ -103,6 +103,8 @@ def main(argv: Sequence[str]) -> None:
     program = typed("sample")
     description = f'Generate text: {program} --ckpt runs/tiny "Once upon a time"'
     args = parse_flags(Arguments, argv, Arguments(), program, description)
+    refuse_empty(argv, args, ("adapter", "chat_template", "messages", "prompts_file", "draft"))
+    refuse_empty(argv, args.sample, ("json_schema",))
     if args.sample.json_schema:
         schema = json_argument(args.sample.json_schema, "json_schema")
         args = dataclasses.replace(args, sample=dataclasses.replace(args.sample, json_schema=schema))

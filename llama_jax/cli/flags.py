@@ -6,7 +6,7 @@ import io
 import re
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import UnionType
 from typing import Any, NamedTuple, TypeVar
 
@@ -280,3 +280,16 @@ def _words_of(kind: Any) -> str:
 def given_flags(argv: Sequence[str]) -> set[str]:
     """Return the names of the flags on a command line, spelled as fields: {"mesh.tensor", "hlo"}."""
     return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+
+
+def refuse_empty(argv: Sequence[str] | None, args: Any, names: Iterable[str]) -> None:
+    """Raise UserError if a flag of ``names`` is given without a value, which would be as good as no flag.
+
+    So is a variable of the shell that is not set.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    given = given_flags(words[: words.index("--")] if "--" in words else words)
+    for name in names:
+        if name in given and not getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: expected a value, found an empty text; give one, or leave the flag out")

@@ -21,7 +21,7 @@ from llama_jax.cli.progress import bytes_text
 from llama_jax.config import ModelArgs
 from llama_jax.convert import ConvertArgs, is_own, open_source, write
 from llama_jax.convert.output import new_folder
-from llama_jax.convert.source import Source
+from llama_jax.convert.source import Source, unread_text
 from llama_jax.convert.summary import disk_for, stored_bytes
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
@@ -140,7 +140,7 @@ def _convert(place: Path, folder: Path) -> None:
         )
         for earlier in _earlier(place, folder):
             _tell(f"{place}: an earlier conversion of it is {earlier}; delete it if nothing uses it")
-        for warning in source.warnings:
+        for warning in filter(None, [unread_text(source), *source.warnings]):
             _tell(f"warning: {warning}")
         reader, _ = write(source, temporary, ConvertArgs())
         write_atomically(temporary / SOURCE, json.dumps({"path": str(place.absolute()), "decided": source.decided}))

@@ -12,7 +12,7 @@ import numpy as np
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import EMBEDDINGS, OUTPUT, Tensor, all_tensors, blocks
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, quoted
 from llama_jax.tokenizer import Tokenizer
 
 # The type that holds the values of all others exactly.
@@ -61,6 +61,12 @@ class Source(Protocol):
         Raises UserError at the end of the block.
         """
         ...
+
+
+def unread_text(source: Source) -> str:
+    """Return a line about the keys of a configuration that were not read, or an empty text if all were."""
+    shown = ", ".join(quoted(key, 40) for key in source.unknown[:20])
+    return f"keys of the configuration that were not read: {shown}" if source.unknown else ""
 
 
 def is_tied(source: Source, rows: Callable[..., np.ndarray]) -> bool:

@@ -16,7 +16,7 @@ from llama_jax.config import Weights
 from llama_jax.convert.checkpoint_source import parts
 from llama_jax.convert.layout import BLOCK_BYTES, EMBEDDINGS, all_tensors, blocks, tensors_of
 from llama_jax.convert.llama2c import MODEL, TOKENIZER, written_bytes
-from llama_jax.convert.source import Source, main_type
+from llama_jax.convert.source import Source, main_type, unread_text
 from llama_jax.devices.memory import bytes_of
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.family import constants_of
@@ -53,10 +53,8 @@ def announce(source: Source, to: str, output: Path, weights: Weights) -> None:
     rows |= {"chat": _chat_text(source)} if source.chat.template or source.chat.end_ids else {}
     for name, text in rows.items():
         print(f"{name:>10}  {text}")
-    if source.unknown:
-        print(
-            f"{'unknown':>10}  keys of the configuration that were not read: {', '.join(quoted(key, 40) for key in source.unknown[:20])}"
-        )
+    if unread := unread_text(source):
+        print(f"{'unknown':>10}  {unread}")
     for warning in source.warnings:
         print(f"{'warning':>10}  {warning}")
 

@@ -1,5 +1,6 @@
 """The commands about texts: ``python -m llama_jax.data prepare``, ``merge``, ``inspect`` and ``train-tokenizer``."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"`{typed('data')} --help` says what each does"
         )
     try:
-        COMMANDS[name][1](argv[1:])
+        # The names that training has for the same flags are taken, too.
+        COMMANDS[name][1]([re.sub(r"^--data\.", "--", word) for word in argv[1:]])
     except UserError as error:
         raise UserError(str(error).replace("--data.", "--")) from error
 

@@ -27,9 +27,10 @@ from llama_jax.data.report import Encoded, Report, report_of_text, report_of_tok
 from llama_jax.data.stream import TokenStream
 from llama_jax.data.summary import skipped_warning
 from llama_jax.data.token_files import JoinedStream
-from llama_jax.data.tokens import TokenSet, open_tokens
+from llama_jax.data.tokens import TokenSet, find_prepared, open_tokens
 from llama_jax.errors import UserError, quoted
 from llama_jax.programs import typed
+from llama_jax.storage.files import is_address
 from llama_jax.storage.locations import on_disk
 from llama_jax.tokenizer import Tokenizer, is_kept, kept_tokenizer
 
@@ -94,9 +95,9 @@ def inspect(args: DataArgs, seed: int = 0) -> Report:
 
     Raises UserError if there is none, if it cannot be read, or if it has no document.
     """
-    prepared = Path(args.filepath).expanduser()
-    if read_manifest(prepared) is not None:
-        return _inspect_tokens(args, open_tokens(prepared), _tokenizer_of(args, prepared), seed)
+    if (prepared := find_prepared(args.filepath)) is not None:
+        where = args.filepath if is_address(args.filepath) else prepared
+        return _inspect_tokens(args, open_tokens(where), _tokenizer_of(args, prepared), seed)
     if files := find_pretokenized(args):
         return _inspect_tokens(args, open_pretokenized(args, files), Tokenizer(args.tokenizer_model_path), seed)
     tokenizer = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
@@ -105,7 +106,7 @@ def inspect(args: DataArgs, seed: int = 0) -> Report:
 
 def _chats_of(args: DataArgs) -> Chats | None:
     """Return the corpus of conversations that ``args`` name, None if they name something else."""
-    if read_manifest(Path(args.filepath).expanduser()) is not None or find_pretokenized(args):
+    if find_prepared(args.filepath) is not None or find_pretokenized(args):
         return None
     corpus = find_text(replace(args, bad_records="skip"), Path()).corpus
     return corpus if isinstance(corpus, Chats) else None
@@ -168,7 +169,7 @@ def _tokenizer_of(args: DataArgs, prepared: Path) -> Tokenizer:
     for name in ("separator", "text_field"):
         if getattr(args, name):
             raise UserError(
-                f"--{name.replace('_', '-')}: expected none, as {prepared} holds tokens, found {quoted(getattr(args, name))}; leave it out"
+                f"--{name.replace('_', '-')}: expected none, as {args.filepath} holds tokens, found {quoted(getattr(args, name))}; leave it out"
             )
     path = prepared / TOKENIZER
     is_ours = is_kept(path) or not args.tokenizer_model_path
@@ -177,7 +178,7 @@ def _tokenizer_of(args: DataArgs, prepared: Path) -> Tokenizer:
     manifest = read_manifest(prepared)
     if manifest is not None and {t.digest for t in (tokenizer, given)} != {manifest.tokenizer_sha256}:
         raise UserError(
-            f"--tokenizer-model-path: expected the tokenizer that made the tokens in {prepared}, found another; leave it out"
+            f"--tokenizer-model-path: expected the tokenizer that made the tokens in {args.filepath}, found another; leave it out"
         )
     return tokenizer
 

@@ -97,6 +97,8 @@ JSON_LINES = Kind("JSON lines", "write their texts to a .txt file first", "json 
 # Encodings by byte order mark, and by trying to decode. The first that fits wins.
 MARKS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
+# A line that is an object, but perhaps not JSON: a comma follows, or Python printed it.
+OBJECT = re.compile(r"\s*\{\s*[\"'].*\}\s*,?\s*")
 # Short texts that servers send in place of a file.
 NO_FILE = re.compile(
     r"(4\d\d[: ].{0,40}|not found|(entry|repository|revision) not found\W*|access denied\W*|accessdenied|forbidden|unauthorized|"
@@ -267,8 +269,14 @@ def _json_lines(text: str, whole: bool, named: bool) -> Kind | None:
     records = sum(_is_record(line) for line in lines)
     if records and (named or (records >= 0.5 * len(lines) and (len(lines) > 1 or text.startswith("{")))):
         return JSON_LINES
-    lists = sum(_is_record(line, list) for line in lines)
-    return Kind("JSON lines of lists", EXTRACT) if len(lines) > 1 and lists >= 0.9 * len(lines) else None
+    for kind, found in ((list, "JSON lines of lists"), (str, "JSON lines of texts")):
+        # A line in quotation marks may also be prose: then no mark within it is escaped.
+        sure = kind is list or named or any("\\" in line for line in lines)
+        if sure and len(lines) > 1 and sum(_is_record(line, kind) for line in lines) >= 0.9 * len(lines):
+            return Kind(found, EXTRACT)
+    if len(lines) > 1 and sum(OBJECT.fullmatch(line) is not None for line in lines) >= 0.9 * len(lines):
+        return Kind("lines of objects that are not JSON", "write each with json.dumps")
+    return None
 
 
 def _json(text: str, whole: bool) -> Kind | None:
@@ -290,7 +298,7 @@ def _json(text: str, whole: bool) -> Kind | None:
 
 
 def _is_record(line: str, kind: type = dict) -> bool:
-    if not line.lstrip().startswith("{" if kind is dict else "["):
+    if not line.lstrip().startswith({"dict": "{", "list": "[", "str": '"'}[kind.__name__]):
         return False
     try:
         return isinstance(json.loads(line), kind)

@@ -44,6 +44,10 @@ def load_mixture(
         given = replace(source_args(args, name), tokenizer_model_path=str(tokenizer.place))
         known = began_with.get(name)
         sources[name] = load(given, folder_of(folder, name), begun and known is not None, known)
+    texts: dict[str, str] = {}
+    for name, data in sources.items():
+        if (first := texts.setdefault(data.tokens.manifest.text_sha256, name)) != name:
+            print(f"warning: {first} and {name} are the same text: its share is that of both", flush=True)
     return MixedData(sources, shares_of(args), kept_tokenizer(tokenizer_path))
 
 

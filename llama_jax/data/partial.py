@@ -14,8 +14,9 @@ from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
 from llama_jax.data import find_text
 from llama_jax.data.encode import Job, read_result
-from llama_jax.data.finding import Text
+from llama_jax.data.finding import Text, origin_of
 from llama_jax.data.manifest import TOKENIZER, UNFINISHED, read_manifest
+from llama_jax.data.origin import difference
 from llama_jax.data.parts import TextFile
 from llama_jax.data.reading import check_text
 from llama_jax.data.shards import RefuseOthers, encode_tasks, job_of
@@ -52,7 +53,10 @@ class PartOf:
 
 
 def prepare_part(args: DataArgs, output: Path, part: PartOf, workers: int) -> None:
-    """Encode one part of a text's tasks into ``output``. Raises UserError if other tokens are there."""
+    """Encode one part of a text's tasks into ``output``, unless the tokens of all parts are there.
+
+    Raises UserError if other tokens are there.
+    """
     if not args.tokenizer_model_path:
         raise UserError(
             f"--tokenizer-model-path: expected the tokenizer of all parts, found none; name it, or train one first with "
@@ -61,10 +65,15 @@ def prepare_part(args: DataArgs, output: Path, part: PartOf, workers: int) -> No
     text = find_text(args, output)
     check_text(text)
     tokenizer = Tokenizer(args.tokenizer_model_path)
-    if read_manifest(output) is not None:
-        raise UserError(
-            f"--output: expected a new folder, or one with other parts, found finished tokens in {output}; delete it, or choose another"
-        )
+    if (manifest := read_manifest(output)) is not None:
+        asked = dataclasses.replace(origin_of(text), tokenizer_sha256=tokenizer.digest, trained_vocab_size=0)
+        if found := difference(manifest.origin, asked):
+            raise UserError(
+                f"--output: expected a new folder, or one with other parts, found {manifest.origin} in {output}, and {found}; choose "
+                f"another --output, or delete {output}"
+            )
+        print(f"{output}: holds the tokens of all parts already")
+        return
     output.mkdir(parents=True, exist_ok=True)
     (output / UNFINISHED).touch()
     _put_tokenizer(tokenizer, output / TOKENIZER)
@@ -72,6 +81,8 @@ def prepare_part(args: DataArgs, output: Path, part: PartOf, workers: int) -> No
     own = [task for task in range(len(job.tasks)) if part.has(task)]
     folder = job.folder / f"part-{part.number}-of-{part.count}"
     folder.mkdir(exist_ok=True)
+    for note in text.notes:
+        print(note)
     print(f"part {part.number} of {part.count}: {len(own):,} of {len(job.tasks):,} shards of {text.source}", flush=True)
     with owning(folder, "--part", "wait for it, or choose another --part"):
         _note_files(text, part, folder)

@@ -95,19 +95,22 @@ class Stored(io.RawIOBase):
     def __init__(self, name: str):
         self._name, self._at = name, 0
         self._is_remote = is_address(name)
-        self._file = self._opened()
+        with naming(name):
+            self._file = self._opened()
 
     def readable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
-        return bool(self._file.seekable())
+        return self._file is not None and bool(self._file.seekable())
 
     def tell(self) -> int:
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         with naming(self._name):
+            if self._file is None:
+                self._file = self._opened()
             self._at = self._file.seek(offset, whence)
         return self._at
 
@@ -115,31 +118,41 @@ class Stored(io.RawIOBase):
         if not self._is_remote:
             with naming(self._name):
                 return self._read(buffer)
-        return tried_again(self._name, lambda: self._read(buffer), self._reopen)
+        return tried_again(self._name, lambda: self._read(buffer), self._drop)
 
     def close(self) -> None:
         if not self.closed:
-            self._file.close()
+            self._drop()
         super().close()
 
-    def _opened(self) -> Any:
-        with naming(self._name):
-            if not self._is_remote:
-                return open(self._name, "rb", buffering=0)
-            system, path = system_of(self._name)
-            return system.open(path, "rb")
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
-    def _reopen(self) -> None:
-        self._file.close()
-        self._file = self._opened()
-        if self._file.seekable():
-            self._file.seek(self._at)
-            return
+    def _opened(self) -> Any:
+        if not self._is_remote:
+            return open(self._name, "rb", buffering=0)
+        system, path = system_of(self._name)
+        return system.open(path, "rb")
+
+    def _opened_again(self) -> Any:
+        """Open the file where it was left. Raises OSError if it ends before."""
+        file = self._opened()
+        if file.seekable():
+            file.seek(self._at)
+            return file
         left = self._at
-        while left and (piece := self._file.read(min(left, BLOCK_BYTES))):
+        while left:
+            piece = file.read(min(left, BLOCK_BYTES))
+            if not piece:
+                raise OSError(f"found its end {left:,} bytes before the place that was read last")
             left -= len(piece)
+        return file
 
     def _read(self, buffer: Any) -> int:
+        if self._file is None:  # a read failed; what was opened then may stand anywhere
+            self._file = self._opened_again()
         raw = self._file.read(len(buffer))
         buffer[: len(raw)] = raw
         self._at += len(raw)

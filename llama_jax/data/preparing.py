@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama_jax.cli.flags import parse_flags
+from llama_jax.cli.flags import parse_flags, refuse_empty
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
 from llama_jax.data import Data, Text, encode_text, find_text, origin_of
@@ -90,6 +90,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--workers: expected 1 or more, found {args.workers}")
     if args.ray:
         _check_ray(args)
+    if not args.part:  # whose tokenizer must be given
+        refuse_empty(argv, args, ("eval_filepath", "tokenizer_model_path"))
     if args.part:
         prepare_part(args.data, on_disk(args.output, "--output"), PartOf.parse(args.part), args.workers)
     else:

@@ -432,7 +432,9 @@ def _rows(columns: Iterable[Any], number: int) -> Iterator[Record]:
 def _parquet(file: CorpusFile) -> Iterator[Any]:
     with _opened(file) as (arrow, stream):
         # Column chunks are read through a buffer, not whole.
-        yield arrow.parquet.ParquetFile(stream, buffer_size=BLOCK_BYTES, pre_buffer=False)
+        yield arrow.parquet.ParquetFile(
+            stream, buffer_size=BLOCK_BYTES, pre_buffer=False, page_checksum_verification=True
+        )
 
 
 @contextlib.contextmanager

@@ -17,13 +17,15 @@ from typing import NamedTuple
 from llama_jax.data.corpus_file import CorpusFile
 from llama_jax.data.formats import examine, is_read_in_a_folder, may_be_read
 from llama_jax.data.places import Place, at_once, files_at
-from llama_jax.data.records import also_chats, with_field
-from llama_jax.data.splits import of_one_split
-from llama_jax.errors import UserError
+from llama_jax.data.records import TEXT, also_chats, with_field
+from llama_jax.data.splits import missing_shards, of_one_split
+from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import is_address
 
 # A note shows this many names.
 SHOWN = 3
+# The names of files of records end so.
+RECORDS = {".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather"}
 
 
 class Found(NamedTuple):
@@ -38,12 +40,14 @@ class Found(NamedTuple):
         return [Path(file.name) for file in self.files]
 
 
-def find_files(filepath: str, key: str = "data.filepath", as_text: bool = False, text_field: str = "") -> Found:
+def find_files(
+    filepath: str, key: str = "data.filepath", as_text: bool = False, text_field: str = "", by_split: bool = True
+) -> Found:
     """Find the text files of ``filepath`` (a file, a folder or a glob, on disk or behind an address).
 
     ``as_text`` accepts files that do not look like text, as text. ``text_field`` is the field of records with the text.
-    Raises a UserError that names the option ``key`` if there are no files, if one cannot be read, or if one is neither
-    plain text nor records.
+    ``by_split``: of files that are named by their splits, only one split is read. Raises a UserError that names the
+    option ``key`` if there are no files, if one cannot be read, or if one is neither plain text nor records.
     """
     search = _Search(key, text_field, as_text)
     if is_address(filepath):
@@ -56,16 +60,51 @@ def find_files(filepath: str, key: str = "data.filepath", as_text: bool = False,
     if not any(place.size for place in places):
         raise UserError(f"{key}: expected text, found {filepath} empty")
     files = at_once(lambda place: search.known.get(place.name) or _examined(place, key, as_text), places)
-    if len(files) > 1:
-        files, notes = of_one_split(files)
+    if len(files) > 1 and by_split:
+        files, notes = of_one_split(files, held_out=key != "data.filepath")
         search.splits += notes
+    if os.path.basename(filepath) != os.path.basename(files[0].name):  # a single file was meant to be one
+        search.splits += missing_shards(files)
     if not as_text:
+        search.splits += [*_named_otherwise(files), *_also_unpacked(files)]
         files = at_once(lambda file: file if file.format == "text" else with_field(file, text_field, key), files)
+        search.splits += [] if text_field else _fields_taken(files)
         if not text_field and (beside := also_chats(files[0])):
             search.splits.append(
                 f"records have text and {beside}: text is taken; --data.text-field {beside} takes these"
             )
     return Found(files, search.notes())
+
+
+def _named_otherwise(files: Sequence[CorpusFile]) -> list[str]:
+    """Return a line about plain texts whose names say that they are records, none if there are none."""
+    named = [
+        os.path.basename(file.name)
+        for file in files
+        if file.format == "text" and RECORDS & {suffix.lower() for suffix in Path(file.name).suffixes}
+    ]
+    return [f"read as plain text, though named as records: {_names(named)}"] if named else []
+
+
+def _also_unpacked(files: Sequence[CorpusFile]) -> list[str]:
+    """Return a line about compressed files whose content, by their names, is there decompressed, too."""
+    names = {file.name for file in files}
+    both = [file.name for file in files if file.compression and os.path.splitext(file.name)[0] in names]
+    return [
+        f"warning: read compressed and decompressed, perhaps the same twice: {_names(list(map(os.path.basename, both)))}"
+    ] if both else []  # fmt: skip
+
+
+def _fields_taken(files: Sequence[CorpusFile]) -> list[str]:
+    """Return a line about each field other than "text" that was taken because it alone holds texts."""
+    taken = collections.Counter(
+        file.field for file in files if file.format != "text" and not file.chats and file.field != TEXT
+    )
+    return [
+        f"the text is taken from the field {quoted(field)}, the only one with texts{f', of {count:,} files' if count > 1 else ''}; "
+        "--data.text-field names another"
+        for field, count in taken.items()
+    ]
 
 
 def files_as_before(filepath: str) -> list[Path]:

@@ -29,33 +29,83 @@ def split_of(name: str) -> str:
     return ""
 
 
-def of_one_split(files: Sequence[CorpusFile]) -> tuple[list[CorpusFile], list[str]]:
-    """Return the files of records without those of other splits than train, and a line about these.
+def of_one_split(files: Sequence[CorpusFile], held_out: bool = False) -> tuple[list[CorpusFile], list[str]]:
+    """Return the files without those of other splits than train, and a line about these.
 
-    All files are returned if none is of the train split. Plain texts have no splits.
+    Of a ``held_out`` text, the validation split is returned, else the test split. All files are returned if none is of
+    the train split.
     """
     # A folder that all files have above them tells nothing. Names may be addresses.
     first, last = min(file.name for file in files), max(file.name for file in files)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     root = first[:same].rpartition("/")[0]
     inside = {file.name: file.name.removeprefix(root).strip("/") for file in files}
-    splits = {file.name: split_of(inside[file.name]) if file.format != "text" else "" for file in files}
+    texts = _splits_of_texts([inside[file.name] for file in files if file.format == "text"])
+    splits = {file.name: texts.get(inside[file.name], split_of(inside[file.name])) for file in files}
     if "train" not in splits.values():
         return list(files), []
-    kept = [file for file in files if splits[file.name] in ("", "train")]
+    named = [split for split in ("validation", "test") if split in splits.values()]
+    taken = {named[0]} if held_out and named else {"", "train"}
+    kept = [file for file in files if splits[file.name] in taken]
     notes = []
-    for split in ("validation", "test"):
+    for split in ("train", *named):
         names = [inside[file.name] for file in files if splits[file.name] == split]
-        if names:
+        if split not in taken:
             shown = ", ".join(ascii(name)[1:-1] for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            hint = "" if held_out else "; evaluate on them with --data.eval-filepath"
             notes.append(
-                f"not read, as their names say that they are the {split} split: {len(names):,} ({shown}); evaluate on them "
-                "with --data.eval-filepath"
+                f"not read, as their names say that they are the {split} split: {len(names):,} ({shown}){hint}"
             )
     folders = sorted({os.path.dirname(inside[file.name]) for file in kept if splits[file.name] == "train"})
-    if len(folders) > 1:
+    if len(folders) > 1 and not texts:
         notes.append(
             f"the train splits of {len(folders):,} folders are read ({', '.join(folders[:SHOWN])}"
             f"{', ...' if len(folders) > SHOWN else ''}); name one of them to read it alone"
         )
     return kept, notes
+
+
+def _splits_of_texts(names: Sequence[str]) -> dict[str, str]:
+    """Return the splits of plain texts, "" for none.
+
+    Any text may have "test" or "train" in its name. They are splits if a folder has the split as its name, or if the
+    names of two files are the same but for the split: stories-train.txt, stories-valid.txt.
+    """
+    found = dict.fromkeys(names, "")
+    alike: dict[str, dict[str, str]] = {}
+    for name in names:
+        *folders, file = name.split("/")
+        words = re.split(r"([^a-z]+)", file.lower())
+        marked = next((i for i, word in enumerate(words) if _split_named(word)), None)
+        if marked is not None:
+            rest = "/".join([*folders, "".join([*words[:marked], *words[marked + 1 :]])])
+            alike.setdefault(rest, {})[name] = _split_named(words[marked])
+        found[name] = next(filter(None, map(_split_named, map(str.lower, reversed(folders)))), "")
+    for group in alike.values():
+        if len(set(group.values())) > 1:
+            found |= group
+    return found
+
+
+def _split_named(word: str) -> str:
+    return next((split for split, keywords in SPLITS.items() if word in keywords), "")
+
+
+def missing_shards(files: Sequence[CorpusFile]) -> list[str]:
+    """Return lines about files that are absent though others count them: train-00001-of-00003.parquet."""
+    found: dict[tuple[str, str, str], set[int]] = {}
+    for file in files:
+        if shard := re.fullmatch(r"(.*?)(\d{4,})-of-(\d{4,})(.*)", file.name):
+            found.setdefault((shard[1], shard[3], shard[4]), set()).add(int(shard[2]))
+    lines = []
+    for (before, count, behind), numbers in found.items():
+        # Most count from 0, some from 1.
+        first = 1 if int(count) in numbers else 0
+        missing = sorted(set(range(first, int(count) + first)) - numbers)
+        if missing:
+            name = os.path.basename(f"{before}{missing[0]:0{len(count)}d}-of-{count}{behind}")
+            lines.append(
+                f"warning: {len(missing):,} of {int(count):,} files that their names count are missing: {name}"
+                f"{' and others' if len(missing) > 1 else ''}; the others are read"
+            )
+    return lines

@@ -181,7 +181,18 @@ def _opened(path: Path) -> TokenFile | None:
     kind = kind_of(path, size)
     if kind is None or not kind.name.startswith(LIKE_IDS):
         return None
+    if _is_wider(np.frombuffer(head[: len(head) // 4 * 4], "<u2")):
+        raise UserError(
+            f"{path}: expected ids of two bytes, as nanoGPT writes them, found ids of four or eight; write them with numpy as uint16, "
+            "or behind a header of llm.c"
+        )
     return TokenFile(path, "nanoGPT", np.dtype("<u2"), 0, size // 2)
+
+
+def _is_wider(pairs: np.ndarray) -> bool:
+    """Return whether the beginning of a file, as uint16, is of wider ids: the second of each two is next to nothing."""
+    low, high = pairs[::2], pairs[1::2]
+    return bool(len(high) >= 8 and high.max() <= 3 and low.max() > 3)
 
 
 def _llm_c(path: Path, header: np.ndarray, size: int) -> TokenFile:

@@ -10,10 +10,10 @@ from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
 from llama_jax.data.finding import Text, find_text
-from llama_jax.data.manifest import read_manifest
 from llama_jax.data.reading import ReadingArgs, check_text, read_parts
 from llama_jax.data.summary import skipped_warning
 from llama_jax.data.text import replacement_warning
+from llama_jax.data.tokens import find_prepared
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
@@ -53,7 +53,7 @@ def train_vocabulary(args: TrainTokenizerArgs) -> None:
         raise UserError("--output: expected a path, found none")
     output = on_disk(args.output, "--output")
     _check_free(output, args.vocab_size)
-    if read_manifest(Path(args.filepath).expanduser()) is not None:
+    if find_prepared(args.filepath) is not None:
         raise UserError(
             f"--filepath: expected a text, found tokens that are prepared already in {args.filepath}; their vocabulary is "
             "tokenizer.model there"

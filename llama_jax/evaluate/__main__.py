@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.flags import ESCAPED, parse_flags
-from llama_jax.config import Cache, MeshArgs, Weights
+from llama_jax.cli.flags import ESCAPED, parse_flags, refuse_empty
+from llama_jax.config import BadRecords, Cache, MeshArgs, Weights
 from llama_jax.errors import UserError, run_command
 from llama_jax.programs import typed
 from llama_jax.train_args import DType
@@ -66,6 +66,8 @@ class Arguments:
     as_text: bool = False
     """Read the files of --text as plain text even if they look like something else, such as JSON lines or HTML.
     Bytes that are not UTF-8 become U+FFFD."""
+    bad_records: BadRecords = "error"
+    """Records of --text that cannot be read: error (stop at the first) or skip (leave them out and count them)."""
     window: int = 0
     """With --text: number of positions in a forward pass. 0: the model's context."""
     stride: int = 0
@@ -91,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{program} --ckpt runs/x runs/y --tasks questions.jsonl"
     )
     args = parse_flags(Arguments, argv, Arguments(), program, description)
+    refuse_empty(argv, args, ("adapter", "chat_template", "text_field"))
     if args.make_suite:
         if args != Arguments(make_suite=args.make_suite):
             raise UserError(
@@ -130,7 +133,7 @@ def _check(args: Arguments) -> None:
             raise UserError(f"--{flag}: expected {least} or more, found {getattr(args, name)}")
     args.mesh.check()
     of_tasks = ("shots", "seed", "question_format", "chat_template", "output")
-    of_text = ("text_field", "as_text", "window", "stride", "cache")
+    of_text = ("text_field", "as_text", "bad_records", "window", "stride", "cache")
     default = Arguments()
     for name in of_tasks if args.text else of_text:
         if getattr(args, name) != getattr(default, name):
@@ -147,8 +150,9 @@ def _score_text(args: Arguments) -> None:
         model = _load(args, path, checkpoint)
         try:
             found = evaluate(
-                model, args.text, args.window, args.stride, args.batch_size or WINDOWS, args.as_text, args.text_field
-            )
+                model, args.text, args.window, args.stride, args.batch_size or WINDOWS, args.as_text, args.text_field,
+                args.bad_records == "skip",
+            )  # fmt: skip
         except UserError as error:
             raise UserError(str(error).replace("--data.", "--")) from error
         named = {"ckpt": path} if len(args.ckpt) > 1 else {}

@@ -28,6 +28,10 @@ def remarks(task: Task, summary: dict[str, Any], context: int) -> list[str]:
         lines.append(
             f"{task.name}: {summary['cut']} of {summary['n']} items exceed the context of {context} tokens and lose their beginning"
         )
+    if equal := sum(len(set(item.choices)) < len(item.choices) for item in task.items):
+        lines.append(
+            f"{task.name}: {equal} of {summary['n']} items have a choice twice; the first of equal ones is taken, and answer decides"
+        )
     if task.kind == "texts" and summary["bits_per_byte"] is None:
         lines.append(f"{task.name}: bits_per_byte is null, since the tokenizer does not restore all of the text")
     return lines

@@ -17,6 +17,7 @@ from llama_jax.cli.progress import Progress, working
 from llama_jax.data.corpus import corpus_of
 from llama_jax.data.lost import Losses, examples, loss_warning
 from llama_jax.data.sources import find_files
+from llama_jax.data.summary import skipped_warning
 from llama_jax.data.text import replacement_warning
 from llama_jax.devices.compiling import GenerationProgram
 from llama_jax.errors import UserError
@@ -38,6 +39,7 @@ def evaluate(
     batch_size: int = 8,
     as_text: bool = False,
     text_field: str = "",
+    skip: bool = False,
 ) -> dict[str, Any]:
     """Score every token of a text once. BOS, which begins each file or record, is not scored; EOS is not added.
 
@@ -51,6 +53,7 @@ def evaluate(
         batch_size: windows in a forward pass.
         as_text: also read files that do not look like text.
         text_field: the field of records with the text. Empty: "text", or else the only field with texts.
+        skip: leave out records that cannot be read. They are counted in a warning.
 
     Returns the object that the command prints (see ``Arguments`` in __main__.py). Raises UserError if the text is
     missing, empty or not text, if the window does not fit the model, or if a loss is not finite.
@@ -64,7 +67,7 @@ def evaluate(
     if batch_size < 1:
         raise UserError(f"--batch-size: expected 1 or more, found {batch_size}")
     with working(f"reading {text}", sys.stderr):
-        stream, scored, losses = _read(str(text), model.tokenizer, as_text, text_field)
+        stream, scored, losses = _read(str(text), model.tokenizer, as_text, text_field, skip)
     total, tokens = 0.0, int(scored[1:].sum())
     if not tokens:
         raise UserError(f"--text: expected text, found none in {text}")
@@ -101,14 +104,16 @@ def evaluate(
     }
 
 
-def _read(filepath: str, tokenizer: Tokenizer, as_text: bool, text_field: str) -> tuple[np.ndarray, np.ndarray, Losses]:
+def _read(
+    filepath: str, tokenizer: Tokenizer, as_text: bool, text_field: str, skip: bool
+) -> tuple[np.ndarray, np.ndarray, Losses]:
     """Read all files. Return the token ids, which of them to score (all but BOS), and the tokenizer's losses.
 
     Notes and warnings go to stderr.
     """
     files, notes = find_files(filepath, "--text", as_text, text_field)
     ids: list[np.ndarray] = []
-    corpus = corpus_of(files, any_bytes=as_text)
+    corpus = corpus_of(files, skip=skip, any_bytes=as_text)
     losses = Losses(tokenizer, corpus.text_bytes)
     for part in corpus.parts("train"):
         row, lengths = tokenizer.encode_batch([part.text], [part.starts])
@@ -117,6 +122,7 @@ def _read(filepath: str, tokenizer: Tokenizer, as_text: bool, text_field: str) -
     stream = np.concatenate([np.zeros(0, np.int32), *ids])
     warnings = (
         replacement_warning(corpus.replaced),
+        skipped_warning(corpus.skipped),
         loss_warning(losses.lost, losses.compared, losses.unknown, examples(losses.chars)),
     )
     for line in filter(None, [*notes, *warnings]):

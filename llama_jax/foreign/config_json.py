@@ -8,6 +8,7 @@ ignores them, because such a file contradicts itself.
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
     ``max_seq_len`` replaces the file's context length unless it is 0. Raises a UserError that names the key if model.py
     cannot express the model.
     """
-    kind = table.get("model_type", "llama")
+    kind, doubt = _kind(table)
     if kind not in FAMILIES:
         raise UserError(
             f"{path}: model_type: expected 'llama' or 'mistral', found {quoted(kind)}; this project runs only LLaMA models "
@@ -126,6 +127,7 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
         )
     table = DEFAULTS[kind] | table
     KEYS.check(table, path)
+    _check_soft_caps(table, path)
     dim, heads = take(table, "hidden_size", int, path), take(table, "num_attention_heads", int, path)
     hidden = take(table, "intermediate_size", int, path)
     multiple_of, multiplier = _published_rule(dim, hidden, path) or (ModelArgs().multiple_of, None)
@@ -156,7 +158,7 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
     check_arguments(args, path, NAMES)
     _check_windows(table, args, path, kind)
     _check_heads(table, args, path, kind)
-    warnings = list(rope.warnings)
+    warnings = [*doubt, *rope.warnings]
     if max_seq_len > rope.context:
         warnings.append(
             f"the context is {max_seq_len:,} tokens, and config.json says max_position_embeddings {trained:,}"
@@ -167,6 +169,28 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
             "config.json names the model's own code (auto_map): it is not run, and transformers' LLaMA is assumed"
         )
     return Config(args, kind, tuple(warnings), tuple(KEYS.unknown(table) + list(rope.unknown)))
+
+
+def _kind(table: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Return the model_type, or the class of the model where there is none, and a warning if the two differ."""
+    names = table.get("architectures")
+    written = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    found = next((kind for kind in FAMILIES for name in written if name.lower().startswith(kind)), None)
+    if "model_type" not in table:
+        return found or (written[0] if written else "llama"), []
+    kind = table["model_type"]
+    if not written or found == kind:
+        return kind, []
+    return kind, [
+        f"config.json has model_type {kind}, and architectures {quoted(names)}: the first is read, as by transformers"
+    ]
+
+
+def _check_soft_caps(table: dict[str, Any], path: Path) -> None:
+    """Raise UserError on a cap of logits in a spelling that ``NEUTRAL`` does not have."""
+    for key in KEYS.unknown(table):
+        if re.search("soft_?cap", key) and table[key] not in (None, False, 0):
+            raise UserError(f"{path}: {key}: expected null, found {quoted(table[key])}; this project has no such model")
 
 
 def stated(table: dict[str, Any]) -> str:

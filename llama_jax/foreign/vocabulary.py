@@ -228,6 +228,7 @@ def _contradictions(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
     if not tokenizer.is_sentencepiece:
         return  # the files decide; see Tokenizer.notes
     settings = tables.get(CONFIG, {})
+    yield from _renamed(tables, tokenizer)
     if settings.get("add_bos_token") is False:
         yield f"{CONFIG} says add_bos_token false: transformers begins a text without BOS, this project with it"
     if settings.get("add_eos_token") is True:
@@ -241,6 +242,19 @@ def _contradictions(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
             used = "which is used" if token == "bos" else "which training adds; completions end with the file's"
             if ids and ids != [ours]:
                 yield f"{name} has {token}_token_id {quoted(number, 40)}, the tokenizer {ours}, {used}"
+
+
+def _renamed(tables: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the first token of each small file that has the number of another one in the vocabulary."""
+    decoder = _dict(tables.get(CONFIG, {}).get("added_tokens_decoder"))
+    listed = {int(i): _text(token) for i, token in decoder.items() if i.isdecimal() and len(i) < 9}
+    plain = {i: text for text, i in tables.get(ADDED, {}).items() if type(i) is int and i >= 0}
+    for name, tokens in ((CONFIG, listed), (ADDED, plain)):
+        for i, text in tokens.items():
+            if i < tokenizer.vocab_size and text is not None and text != tokenizer.piece(i):
+                ours = quoted(tokenizer.piece(i), 30)
+                yield f"{name} has {quoted(text, 30)} as token {i:,}, the tokenizer {ours}, which is used"
+                break
 
 
 def _small_files(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -96,7 +96,8 @@ def count_text(args: DataArgs, vocab_is_given: bool, within: float) -> Counted:
             size = args.vocab_size if vocab_is_given else vocabulary_for(min(sample.train_bytes, within))
             tokenizer = train_tokenizer(Sentences(sample.train), size, Path(folder) / TOKENIZER)
             args = replace(args, vocab_size=size)
-    return _counted(args, text.source, sample, tokenizer)
+    counted = _counted(args, text.source, sample, tokenizer)
+    return replace(counted, notes=text.notes + counted.notes)
 
 
 def vocabulary_for(train_bytes: float) -> int:

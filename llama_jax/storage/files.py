@@ -22,6 +22,13 @@ def is_address(path: str) -> bool:
     return "://" in path or re.match(r"\w{2,}:/", path) is not None
 
 
+def copying(address: str) -> str:
+    """Return the command that copies a folder from or to an address, in parentheses, or nothing if none is known."""
+    commands = {"gs": "gcloud storage cp -r", "gcs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}
+    command = commands.get(address.partition(":")[0])
+    return f" ({command})" if command else ""
+
+
 def user_cache() -> Path:
     """Return the folder in which this project keeps what it can make or fetch again, for later runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_jax"

@@ -17,7 +17,7 @@ from etils import epath
 from llama_jax.compat import orbax_internals
 from llama_jax.errors import UserError, is_lost_process, lost_process
 from llama_jax.programs import install_command
-from llama_jax.storage.files import is_address
+from llama_jax.storage.files import copying, is_address
 
 PROBE = ".writable"
 
@@ -56,9 +56,7 @@ def is_remote(path: Path) -> bool:
 def on_disk(path: str, key: str) -> Path:
     """Return a path on disk. Raises a UserError that names ``key`` on an address in object storage."""
     if is_address(path):
-        raise UserError(
-            f"{key}: expected a folder on disk, found {path}; write to one, then copy it (gcloud storage cp -r)"
-        )
+        raise UserError(f"{key}: expected a folder on disk, found {path}; write to one, then copy it{copying(path)}")
     return _expanded(path)
 
 

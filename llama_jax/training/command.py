@@ -40,6 +40,8 @@ PAIRS = (
     ("data.filepath", "data.mixture"),
     ("data.mixture", "data.filepath"),
 )
+# Without them, a run takes something else: the built-in stories, the end of the text, a new vocabulary, a new model.
+PATHS = ("data.filepath", "data.eval_filepath", "data.tokenizer_model_path", "train.init_from", "train.decay_run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +188,10 @@ def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
     if texts:
         config = _with(config, "data.filepath", texts[0])
         given.add("data.filepath")
+    for name in PATHS:
+        # An empty path may take one of the file away. Else it is a shell's variable without a value.
+        if name in given and not _get(config, name) and not _get(file, name):
+            raise UserError(f"{name}: expected a path, found an empty text; give a path, or leave the flag out")
     return _decide(config, given)
 
 

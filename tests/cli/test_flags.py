@@ -8,7 +8,7 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.cli.flags import ESCAPED, parse_flags, take_option, unescape
+from llama_jax.cli.flags import ESCAPED, parse_flags, refuse_empty, take_option, unescape
 from llama_jax.errors import UserError
 
 
@@ -149,3 +149,22 @@ def test_an_option_of_its_own_is_taken_once() -> None:
     ):
         with pytest.raises(UserError, match=f"--config: expected .*{words}"):
             take_option(argv, "--config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """Paths, none by default."""
+
+    chat_template: str = ""
+    """A file."""
+    draft: str = ""
+    """A folder."""
+
+
+@pytest.mark.parametrize("argv", [["--chat-template", ""], ["--chat_template="], ["--draft", "x", "--chat-template="]])
+def test_a_flag_without_a_value_is_not_as_good_as_none(argv: list[str]) -> None:
+    args = parse_flags(Paths, argv, Paths(), "program", "")
+    with pytest.raises(UserError, match=r"^--chat-template: expected a value, found an empty text"):
+        refuse_empty(argv, args, ("chat_template", "draft"))
+    refuse_empty(["--", "--chat-template"], args, ("chat_template",))
+    refuse_empty([], Paths(), ("chat_template", "draft"))

@@ -77,6 +77,15 @@ def test_a_model_is_converted_once_told_and_used_again(
     assert capsys.readouterr().err == "", "it is told once a process"
 
 
+def test_keys_that_were_not_read_are_told_as_by_the_converter(
+    model: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = json.loads((model / "params.json").read_text())
+    (model / "params.json").write_text(json.dumps(table | {"mup_scale": 2.0}))
+    open_checkpoint(model)
+    assert "warning: keys of the configuration that were not read: 'mup_scale'" in capsys.readouterr().err
+
+
 def test_a_model_that_changes_is_converted_again_and_nothing_else_counts(
     model: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

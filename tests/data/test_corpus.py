@@ -194,6 +194,51 @@ def test_of_a_data_sets_folder_the_train_split_is_read_and_what_is_left_out_is_t
     assert "test-00000" in test.name
 
 
+@pytest.mark.parametrize(
+    ("names", "trained", "held_out"),
+    [
+        (["train.txt", "val.txt", "test.txt"], ["train.txt"], ["val.txt"]),
+        (["stories-v2-train.txt", "stories-v2-valid.txt"], ["stories-v2-train.txt"], ["stories-v2-valid.txt"]),
+        (["train/pos/1.txt", "train/neg/1.txt", "test/pos/1.txt"], ["train/neg/1.txt", "train/pos/1.txt"], ["test/pos/1.txt"]),
+        (["The train.txt", "Dev notes.txt", "other.txt"], ["Dev notes.txt", "The train.txt", "other.txt"], ...),
+        (["test.txt", "val.txt"], ["test.txt", "val.txt"], ...),
+    ],
+)  # fmt: skip
+def test_texts_that_a_folder_holds_out_are_not_trained_on(tmp_path: Path, names: list[str], trained, held_out) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"The fox of {name}")
+    files, notes = find_files(str(tmp_path))
+    assert [os.path.relpath(file.name, tmp_path) for file in files] == trained
+    for name in set(names) - set(trained):
+        assert f"({name})" in " / ".join(notes)
+    given = find_files(str(tmp_path), "data.eval_filepath").files
+    assert [os.path.relpath(file.name, tmp_path) for file in given] == (trained if held_out is ... else held_out)
+
+
+def test_a_run_that_began_with_all_texts_of_a_folder_goes_on_with_them(
+    tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"{name} " * 400)
+    args = DataArgs(str(tmp_path / "texts"), tokenizer_model_path=str(small_tokenizer.model_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_jax.data.sources.of_one_split", lambda files, held_out: (files, []))
+        before = load_data(args, tmp_path / "run", tmp_path / "run.model")
+    after = load_data(args, tmp_path / "run", tmp_path / "run.model", begun=True)
+    assert np.array_equal(after.tokens.train, before.tokens.train)
+    new = load_data(args, tmp_path / "new", tmp_path / "new.model")
+    assert new.tokens.train.size < before.tokens.train.size
+
+
+def test_a_file_of_a_data_set_that_is_missing_is_named(data_set: Path) -> None:
+    (data_set / "data" / "train-00001-of-00003.parquet").unlink()
+    told = " / ".join(find_files(str(data_set)).notes)
+    assert "1 of 3 files that their names count are missing: train-00001-of-00003.parquet" in told
+    assert "missing" not in " ".join(find_files(str(data_set / "data" / "train-00002-of-00003.parquet")).notes)
+
+
 def test_a_data_set_that_its_own_library_saved_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     both = {s: datasets.Dataset.from_dict({"text": [f"{s} {i}" for i in range(5)]}) for s in ("train", "test")}

@@ -432,6 +432,14 @@ def test_each_document_is_as_likely_to_be_among_the_random_ones():
     assert all(45 < chosen[i] < 120 for i in range(25)), "80 is the mean"
 
 
+def test_the_names_that_training_has_for_its_flags_are_taken_too(tmp_path):
+    write_json(tmp_path / "a.jsonl", ["The fox", "The owl"])
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"text": null}\n')
+    assert report_of(tmp_path, "a.jsonl", "--data.bad-records", "skip")["skipped_records"] == 1
+    assert "--bad-records skip" in command(tmp_path, "--data.filepath=a.jsonl", status=2).stderr
+
+
 @pytest.mark.parametrize("name", ["c/0.txt", "c"])
 def test_the_progress_tells_bytes_rate_and_the_time_that_is_left(tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(Progress, "SECONDS", 0)

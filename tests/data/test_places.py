@@ -3,6 +3,7 @@
 import functools
 import gzip
 import http.server
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -115,6 +116,42 @@ def test_a_bucket_that_goes_away_is_asked_again_and_then_named(
         ):
             list(Records(files, 1.0).parts("train"))
         assert sum(waits) >= 60
+
+
+class Forward(io.RawIOBase):
+    """A file that can only go forward, whose reads fail at the given ones of all that are made."""
+
+    def __init__(self, content: bytes, fails: Iterator[bool]):
+        self._content, self._fails = io.BytesIO(content), fails
+
+    def seekable(self) -> bool:
+        return False
+
+    def read(self, count: int = -1) -> bytes:
+        if next(self._fails, False):
+            raise ConnectionError("the server went away")
+        return self._content.read(min(count, 100))
+
+
+def test_a_stream_that_fails_while_it_goes_back_to_its_place_is_never_read_from_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(places_module.time, "sleep", lambda _: None)
+    content = bytes(range(256)) * 40
+    # The 31st read fails, and then the third of those that go back there, and again.
+    fails = iter([*[False] * 30, True, False, False, True, False, True])
+    monkeypatch.setattr(Stored, "_opened", lambda self: Forward(content, fails))
+    assert io.BufferedReader(Stored("http://x/a"), 1000).read() == content
+
+
+def test_a_stream_that_is_shorter_when_it_is_opened_again_is_not_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places_module.time, "sleep", lambda _: None)
+    contents, fails = iter([bytes(5000)]), iter([*[False] * 30, True])
+    monkeypatch.setattr(Stored, "_opened", lambda self: Forward(next(contents, bytes(1000)), fails))
+    with pytest.raises(
+        UserError, match=r"http://x/a: expected a file that can be read, found: found its end 2,000 bytes before"
+    ):
+        io.BufferedReader(Stored("http://x/a"), 1000).read()
 
 
 @pytest.fixture

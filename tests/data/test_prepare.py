@@ -717,3 +717,11 @@ def test_a_run_and_tokens_of_several_texts_whose_end_was_held_out_stay_as_they_a
     kept = contents(tmp_path / "out")
     main(["prepare", *flags])
     assert contents(tmp_path / "out") == kept
+
+
+@pytest.mark.parametrize("flag", ["--tokenizer-model-path", "--eval-filepath"])
+def test_a_path_without_a_value_is_not_left_out(flag: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The fox.")
+    with pytest.raises(UserError, match=f"{flag}: expected a value, found an empty text"):
+        main(["prepare", "--filepath", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out"), flag, ""])
+    assert not (tmp_path / "out").exists()

@@ -267,3 +267,20 @@ def test_a_stream_of_many_zeros_is_unpacked_in_bounded_pieces(tmp_path: Path) ->
         with file.open() as stream:
             assert isinstance(stream, io.BufferedReader)
             assert sum(len(block) for block in iter(lambda: stream.read(1 << 20), b"")) == 50_000_000
+
+
+def test_a_damaged_page_of_parquet_is_named_where_the_file_has_checksums(tmp_path: Path) -> None:
+    table = pa.table({"text": [f"The fox {i} went to the river." for i in range(2000)]})
+    for checked in (True, False):
+        pq.write_table(
+            table, tmp_path / "a.parquet", compression="NONE", use_dictionary=False, write_page_checksum=checked
+        )
+        raw = bytearray((tmp_path / "a.parquet").read_bytes())
+        raw[len(raw) // 2] ^= 1
+        (tmp_path / "a.parquet").write_bytes(raw)
+        (file,) = find_files(str(tmp_path / "a.parquet")).files
+        if checked:
+            with pytest.raises(UserError, match=r"a\.parquet: expected a whole parquet file, found it damaged .*CRC"):
+                list(records_of(file))
+        else:
+            assert len(list(records_of(file))) == 2000, "nobody can tell"

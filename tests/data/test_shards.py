@@ -255,6 +255,18 @@ def test_parts_merge_into_the_tokens_of_one_prepare(folder, tmp_path, small_toke
     capsys.readouterr()
     main(["merge", "--output", str(output)])
     assert "holds these tokens already" in capsys.readouterr().out
+    part(folder, output, f"1/{count}", small_tokenizer)
+    assert "holds the tokens of all parts already" in capsys.readouterr().out and contents(output) == found
+    with pytest.raises(UserError, match=r"train_size was 0\.9 and is 0\.5 now"):
+        part(folder, output, f"1/{count}", small_tokenizer, "a.jsonl", "--train-size", "0.5")
+
+
+def test_a_part_tells_what_of_the_folder_is_not_read(tmp_path, small_tokenizer, capsys):
+    (tmp_path / "set").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "set" / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    part(tmp_path, tmp_path / "out", "1/1", small_tokenizer, "set")
+    assert "not read, as their names say that they are the test split: 1 (test.jsonl)" in capsys.readouterr().out
 
 
 def test_merge_names_the_parts_that_are_missing(folder, tmp_path, small_tokenizer):

@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import gzip
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -203,3 +204,27 @@ def test_what_earlier_versions_read_is_still_known(tmp_path: Path) -> None:
     (tmp_path / "d.txt").symlink_to(tmp_path / "a.txt")
     names = [".b.txt", "a.txt", "d.txt", "real/c.txt"]
     assert [os.path.relpath(path, tmp_path) for path in files_as_before(str(tmp_path))] == names
+
+
+def test_a_plain_text_that_is_named_as_records_is_told(tmp_path: Path) -> None:
+    make(tmp_path, "a.jsonl", "a.txt")
+    assert "read as plain text, though named as records: 1 (a.jsonl)" in notes(tmp_path, "a.jsonl")
+    assert "though named" not in notes(tmp_path, "a.txt")
+    assert not find_files(str(tmp_path / "a.jsonl"), as_text=True).notes
+
+
+def test_a_field_that_is_taken_because_it_alone_has_texts_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"meta": {"text": "The fox"}, "url": "x"}\n' * 2)
+    assert "the text is taken from the field 'url', the only one with texts; --data.text-field" in notes(
+        tmp_path, "a.jsonl"
+    )
+    assert not find_files(str(tmp_path / "a.jsonl"), text_field="url").notes
+    (tmp_path / "b.jsonl").write_text('{"text": "The fox", "url": "x"}\n' * 2)
+    assert not find_files(str(tmp_path / "b.jsonl")).notes
+
+
+def test_a_file_that_is_there_compressed_too_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "The fox"}\n' * 2)
+    assert "compressed" not in notes(tmp_path)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    assert "read compressed and decompressed, perhaps the same twice: 1 (a.jsonl.gz)" in notes(tmp_path)

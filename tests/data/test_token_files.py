@@ -118,6 +118,17 @@ def test_ids_outside_the_vocabulary_and_no_tokenizer_are_refused(tmp_path: Path,
         load(tmp_path, small_tokenizer, tmp_path / "a.bin", separator="x")
 
 
+@pytest.mark.parametrize("dtype", ["<u4", "<i8"])
+def test_ids_of_four_or_eight_bytes_are_not_taken_for_nano_gpts(
+    tmp_path: Path, llama2_tokenizer: Tokenizer, dtype: str
+) -> None:
+    (tmp_path / "a.bin").write_bytes(IDS.astype(dtype).tobytes())
+    with pytest.raises(
+        UserError, match="expected ids of two bytes, as nanoGPT writes them, found ids of four or eight"
+    ):
+        load(tmp_path, llama2_tokenizer, tmp_path / "a.bin")
+
+
 def test_damaged_headers_and_indexes_are_named(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
     llm_c(tmp_path / "a.bin", IDS)
     content = (tmp_path / "a.bin").read_bytes()

@@ -10,6 +10,7 @@ import pytest
 from llama_jax.chat.messages import Message
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
+from llama_jax.evaluate.report import remarks
 from llama_jax.evaluate.scores import asked, evaluate_task
 from llama_jax.evaluate.scoring import Request
 from llama_jax.evaluate.tasks import Item, Task, check_shots, joined, parse_task, prompt_of, read_tasks, shots_of
@@ -185,3 +186,16 @@ def test_a_conversation_that_the_model_cannot_be_asked_is_named(small_tokenizer:
     model = build(small_tokenizer, max_seq_len=64)
     with pytest.raises(UserError, match=r"^t\.jsonl: line 1: .*expected a model with a chat template"):
         asked(model, chat_task("a fox"))
+
+
+def test_a_choice_that_stands_twice_is_told() -> None:
+    records = [
+        {"context": "a", "choices": ["b", "b"], "answer": 1},
+        {"context": "a", "choices": ["b", "c"], "answer": 1},
+    ]
+    summary = {"cut": 0, "n": 2, "bits_per_byte": None}
+    (told,) = remarks(
+        parse_task("t", "t.jsonl", "".join(json.dumps(one) + "\n" for one in records).encode()), summary, 64
+    )
+    assert told.startswith("t: 1 of 2 items have a choice twice")
+    assert remarks(parse_task("t", "t.jsonl", json.dumps(records[1]).encode()), summary, 64) == []

@@ -198,3 +198,22 @@ def test_the_text_goes_through_the_door_of_training(
     (tmp_path / "._a.txt").write_text("hidden")
     assert evaluate(model, tmp_path)["bytes"] == 8
     assert "not read, as they are hidden: 1 (._a.txt)" in capsys.readouterr().err
+
+
+def test_records_that_cannot_be_read_end_the_evaluation_or_are_left_out_and_told(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "The fox."}\n{"text": null}\n{"text": "The owl"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl: line 2: expected a text"):
+        evaluate(model, tmp_path / "a.jsonl")
+    assert evaluate(model, tmp_path / "a.jsonl", skip=True)["bytes"] == 15
+    assert "1 record" in capsys.readouterr().err
+
+
+def test_of_a_folder_that_is_split_what_is_held_out_is_scored(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"The {name}")
+    assert evaluate(model, tmp_path)["bytes"] == len("The test")
+    assert "the train split: 1 (train.txt)" in capsys.readouterr().err

@@ -259,3 +259,28 @@ def test_a_key_twice_is_refused_unless_it_says_the_same(tmp_path: Path) -> None:
         read_json(path)
     path.write_text('{"rope_theta": 1e4, "rope_theta": 10000}')
     assert read_json(path) == {"rope_theta": 1e4}
+
+
+def test_a_file_without_a_model_type_is_of_the_class_that_it_names(tmp_path: Path) -> None:
+    untyped = {key: value for key, value in BASE.items() if key != "model_type"}
+    path = tmp_path / "config.json"
+    assert (
+        read_config(untyped | {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 2}, path, 0).kind
+        == "mistral"
+    )
+    assert (
+        read_config(untyped, path, 0).kind
+        == read_config(untyped | {"architectures": ["LlamaModel"]}, path, 0).kind
+        == "llama"
+    )
+    with pytest.raises(UserError, match="model_type: expected 'llama' or 'mistral', found 'Phi3ForCausalLM'"):
+        read_config(untyped | {"architectures": ["Phi3ForCausalLM"]}, path, 0)
+    (told,) = read_config(BASE | {"architectures": ["Qwen2ForCausalLM"]}, path, 0).warnings
+    assert "model_type llama, and architectures ['Qwen2ForCausalLM']" in told
+
+
+@pytest.mark.parametrize("key", ["attn_logits_soft_cap", "attention_logit_softcapping", "output_softcap"])
+def test_a_soft_cap_is_refused_however_it_is_spelled(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match=f"{key}: expected null, found 50.0"):
+        read_config(BASE | {key: 50.0}, tmp_path / "config.json", 0)
+    read_config(BASE | {key: None}, tmp_path / "config.json", 0)

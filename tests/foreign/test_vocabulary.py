@@ -228,6 +228,8 @@ def test_above_a_linked_folder_means_above_what_it_points_to_as_well(
         ("config.json", {"eos_token_id": 399}, "eos_token_id 399"),
         ("config.json", {"bos_token_id": 0}, "bos_token_id 0"),
         ("generation_config.json", {"eos_token_id": [2, 399]}, "eos_token_id [2, 399]"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"2": {"content": "<|im_end|>"}}}, "'<|im_end|>' as token 2"),
+        ("added_tokens.json", {"[PAD]": 3}, "'[PAD]' as token 3"),
         ("tokenizer_config.json", "<html>", "HTML page"),
     ],
 )  # fmt: skip
@@ -242,7 +244,8 @@ def test_what_small_files_say_otherwise_is_told(
 
 def test_what_small_files_say_rightly_is_not_told(folder: Path, small_tokenizer: Tokenizer) -> None:
     put(folder, small_tokenizer)
-    tokens = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "add_bos_token": True, "add_eos_token": False}
+    tokens = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "add_bos_token": True, "add_eos_token": False,
+              "added_tokens_decoder": {"1": {"content": "<s>"}, "2": {"content": "</s>"}}}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
     (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "pad_token": None}))
     (folder / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}))

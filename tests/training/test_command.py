@@ -57,6 +57,22 @@ def test_two_texts_are_refused() -> None:
         read_command(["a.txt", "b.txt"])
 
 
+@pytest.mark.parametrize(
+    "flag", ["--data.filepath", "--data.eval-filepath", "--data.tokenizer-model-path", "--train.init-from"]
+)
+def test_a_path_without_a_value_is_not_the_built_in_stories_or_none(flag: str, tmp_path: Path) -> None:
+    name = flag[2:].replace("-", "_")
+    for argv in ([flag, ""], [f"{flag}="]):
+        with pytest.raises(UserError, match=f"{name}: expected a path, found an empty text"):
+            read_command(argv, check=False)
+    with pytest.raises(UserError, match=r"data\.filepath: expected a path, found an empty text"):
+        read_command([""])
+    section, key = name.split(".")
+    (tmp_path / "a.toml").write_text(f'[{section}]\n{key} = "there"\n')
+    config, _ = read_command(["--config", str(tmp_path / "a.toml"), flag, ""], check=False)
+    assert getattr(getattr(config, section), key) == "", "what the file says is taken away"
+
+
 def test_a_flag_beats_a_key_of_the_file_that_decides_the_same(tmp_path: Path) -> None:
     config, notes = read_command(["--train.n-epochs", "3"])
     assert config.train.max_steps is None and config.train.n_epochs == 3

@@ -183,6 +183,14 @@ def test_a_flag_replaces_the_text_or_the_mixture_of_the_file(tmp_path: Path) -> 
     )
 
 
+def test_two_sources_of_one_text_are_told(folder: Path) -> None:
+    (folder / "copy.jsonl").write_bytes((folder / "web.jsonl").read_bytes())
+    _, said = run("twice", {"web.jsonl": 0.5, "copy.jsonl": 0.5}, max_steps=1)
+    assert "warning: web.jsonl and copy.jsonl are the same text" in said
+    _, said = run("different", WEIGHTS, max_steps=1)
+    assert "are the same text" not in said
+
+
 def test_a_missing_source_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match=r"found nothing at nowhere\.txt"):
         run("missing", {"web.jsonl": 0.5, "nowhere.txt": 0.5})
