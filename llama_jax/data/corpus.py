@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from llama_jax.data.corpus_file import BOM, CorpusFile
+from llama_jax.data.corpus_file import BOM, CorpusFile, Record
 from llama_jax.data.held_out import hash_of, is_held_out
 from llama_jax.data.kinds import bad_bytes, decoded
 from llama_jax.data.parts import EXAMPLES, SPLITS, AnyCorpus, HeldOut, Part, Skipped, TextFile, Unit
 from llama_jax.data.places import Place, at_once
-from llama_jax.data.records import Group, Record, groups_of, lines_before, records_of, text_bytes_of
+from llama_jax.data.records import Group, groups_of, lines_before, records_of, text_bytes_of
 from llama_jax.data.text import PART_BYTES, Corpus, border, check_is_text, full_name, note_odd
 from llama_jax.errors import UserError
 

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from llama_jax.data.compression import decompressed
 from llama_jax.data.kinds import Format
@@ -12,6 +12,19 @@ from llama_jax.data.places import BLOCK_BYTES, Place
 BOM = b"\xef\xbb\xbf"
 # What a record is called in each format. In the others it is a row.
 WORDS: dict[Format, str] = {"json lines": "line", "json": "record"}
+
+
+class Record(NamedTuple):
+    """A record of a file: its number from 1, and its text in UTF-8, or what is wrong with it.
+
+    ``replaced`` counts what was read as U+FFFD: lone surrogates in the text, and bytes of the record that are not
+    UTF-8.
+    """
+
+    number: int
+    raw: bytes | None
+    fault: str = ""
+    replaced: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,26 @@ The text of a record is a document.
 
 import codecs
 import contextlib
-import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, NamedTuple
 
 from llama_jax.data.chat_records import FIELDS_READ, KINDS, KNOWN, LISTS, kind_of_fields
-from llama_jax.data.corpus_file import BOM, CorpusFile, opened_at
+from llama_jax.data.columns import (
+    arrow,
+    arrow_records,
+    batches_of,
+    columns_of,
+    parquet,
+    parquet_records,
+    rows_of_tables,
+)
+from llama_jax.data.corpus_file import BOM, CorpusFile, Record, opened_at
 from llama_jax.data.kinds import Format, decoded
 from llama_jax.data.parts import Unit
 from llama_jax.data.places import BLOCK_BYTES
 from llama_jax.errors import UserError, quoted
-from llama_jax.programs import install_command
 from llama_jax.tokenizer import clean
 
 _fast_loads: Callable[[bytes], Any] = json.loads
@@ -26,8 +33,6 @@ with contextlib.suppress(ImportError):  # it reads the same, in a half to a quar
 
 # A record is at most this long, in bytes, so that memory is bounded.
 MOST_BYTES = 1 << 27
-# Rows of a table are read in groups of about this many bytes.
-ROWS_BYTES = 1 << 22
 # Rows of conversations are read so many at a time.
 ROWS_AT_ONCE = 256
 # The field with the text is chosen by this many records, or fewer if they are this long together.
@@ -43,19 +48,6 @@ WHOLE_FILE = Unit(0)
 FIELDS = 20
 
 
-class Record(NamedTuple):
-    """A record of a file: its number from 1, and its text in UTF-8, or what is wrong with it.
-
-    ``replaced`` counts what was read as U+FFFD: lone surrogates in the text, and bytes of the record that are not
-    UTF-8.
-    """
-
-    number: int
-    raw: bytes | None
-    fault: str = ""
-    replaced: int = 0
-
-
 class Group(NamedTuple):
     """A group of rows of a parquet file: how many there are, and about how many bytes of text they hold."""
 
@@ -67,7 +59,7 @@ def groups_of(file: CorpusFile) -> list[Group]:
     """Return the groups of rows into which a parquet file is divided, none of other files."""
     if file.format != "parquet":
         return []
-    with _parquet(file) as table:
+    with parquet(file) as table:
         column = table.schema_arrow.names.index(file.field)
         groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
         flat = table.metadata.num_columns == len(table.schema_arrow.names)  # without lists or structures
@@ -90,9 +82,9 @@ def records_of(file: CorpusFile, unit: Unit = WHOLE_FILE) -> Iterator[Record]:
     Raises UserError if the file is damaged; a record that is wrong has a ``fault``.
     """
     if file.format == "parquet":
-        yield from _parquet_records(file, unit)
+        yield from parquet_records(file, unit)
     elif file.format in ("arrow file", "arrow stream"):
-        yield from _arrow_records(file)
+        yield from arrow_records(file)
     else:
         for number, value, fault, replaced in _values(file, unit):
             yield Record(number, None, fault) if fault else _of_value(number, value, file.field, replaced)
@@ -149,12 +141,12 @@ def values_of(file: CorpusFile) -> Iterator[tuple[int, Any, str, int]]:
     Raises UserError if the file is damaged.
     """
     if file.format == "parquet":
-        with _parquet(file) as table:
+        with parquet(file) as table:
             read = [name for name in table.schema_arrow.names if name in FIELDS_READ]
-            yield from _rows_of_tables(table.iter_batches(ROWS_AT_ONCE, columns=read, use_threads=False))
+            yield from rows_of_tables(table.iter_batches(ROWS_AT_ONCE, columns=read, use_threads=False))
     elif file.format in ("arrow file", "arrow stream"):
-        with _arrow(file) as reader:
-            yield from _rows_of_tables(_batches_of(file, reader))
+        with arrow(file) as reader:
+            yield from rows_of_tables(batches_of(file, reader))
     else:
         yield from _values(file, WHOLE_FILE)
 
@@ -165,7 +157,7 @@ def records_in(file: CorpusFile) -> int | None:
     Lines are counted, also empty ones.
     """
     if file.format == "parquet":
-        with _parquet(file) as table:
+        with parquet(file) as table:
             return int(table.metadata.num_rows)
     if file.format != "json lines" or file.place.is_remote:
         return None
@@ -176,14 +168,6 @@ def records_in(file: CorpusFile) -> int | None:
     return lines + (last != b"\n")
 
 
-def _rows_of_tables(batches: Iterable[Any]) -> Iterator[tuple[int, Any, str, int]]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row, "", 0
-
-
 def _listed(fields: Sequence[str]) -> str:
     names = [name if name.isprintable() and name.isascii() else ascii(name) for name in fields[:FIELDS]]
     return ", ".join(names) + (", ..." if len(fields) > FIELDS else "")
@@ -192,11 +176,11 @@ def _listed(fields: Sequence[str]) -> str:
 def _fields(file: CorpusFile, wanted: str) -> tuple[list[str], list[str]]:
     """Return the names of the fields that hold texts, and of the others, up to where ``wanted`` is found."""
     if file.format == "parquet":
-        with _parquet(file) as table:
-            return _columns(table.schema_arrow)
+        with parquet(file) as table:
+            return columns_of(table.schema_arrow)
     if file.format in ("arrow file", "arrow stream"):
-        with _arrow(file) as batches:
-            return _columns(batches.schema)
+        with arrow(file) as batches:
+            return columns_of(batches.schema)
     strings: dict[str, None] = {}
     others: dict[str, None] = {}
     size = 0
@@ -361,110 +345,3 @@ class _Characters:
                 self.at += 1
             if self.at < len(self.text) or not self.more():
                 return self.text[self.at : self.at + 1]
-
-
-def _columns(schema: Any) -> tuple[list[str], list[str]]:
-    """Return the names of the columns that hold texts, and of the others."""
-    import pyarrow as pa
-
-    def is_text(kind: Any) -> bool:
-        if pa.types.is_dictionary(kind):
-            return is_text(kind.value_type)
-        return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
-
-    strings = [field.name for field in schema if is_text(field.type)]
-    return strings, [field.name for field in schema if field.name not in strings]
-
-
-def _parquet_records(file: CorpusFile, unit: Unit) -> Iterator[Record]:
-    with _parquet(file) as table:
-        metadata = table.metadata
-        groups = range(metadata.num_row_groups) if unit.group is None else [unit.group][: metadata.num_row_groups]
-        for chosen in groups:
-            before = sum(metadata.row_group(i).num_rows for i in range(chosen))
-            about = metadata.row_group(chosen)
-            # The sizes in the metadata are before compression, and before repeated values were stored once.
-            rows = max(1, min(1024, ROWS_BYTES * about.num_rows // max(1, about.total_byte_size)))
-            batches = table.iter_batches(rows, [chosen], [file.field], use_threads=False)
-            columns = _between((batch.column(0) for batch in batches), unit.start, unit.stop)
-            yield from _rows(columns, before + unit.start)
-
-
-def _between(columns: Iterable[Any], start: int, stop: int | None) -> Iterator[Any]:
-    """Yield the parts of columns with rows ``start`` to ``stop`` (None: all that follow)."""
-    at = 0
-    for column in columns:
-        first, at = at, at + len(column)
-        if stop is not None and first >= stop:
-            return
-        if at > start:
-            yield column.slice(max(0, start - first), None if stop is None else stop - max(start, first))
-
-
-def _arrow_records(file: CorpusFile) -> Iterator[Record]:
-    with _arrow(file) as reader:
-        batches = _batches_of(file, reader)
-        yield from _rows((batch.column(batch.schema.get_field_index(file.field)) for batch in batches), 0)
-
-
-def _batches_of(file: CorpusFile, reader: Any) -> Iterable[Any]:
-    """Return the groups of rows of an opened arrow file or stream."""
-    return reader if file.format == "arrow stream" else map(reader.get_batch, range(reader.num_record_batches))
-
-
-def _rows(columns: Iterable[Any], number: int) -> Iterator[Record]:
-    """Yield the records of a column of texts, counted from ``number`` + 1."""
-    import pyarrow as pa
-
-    for column in columns:
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        if not pa.types.is_large_string(column.type):
-            column = column.cast(pa.large_string() if not pa.types.is_string(column.type) else pa.string())
-        size = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
-        for raw in column.view(size):
-            number += 1
-            text = raw.as_py()
-            yield Record(number, text) if text is not None else Record(number, None, "expected a text, found null")
-
-
-@contextlib.contextmanager
-def _parquet(file: CorpusFile) -> Iterator[Any]:
-    with _opened(file) as (arrow, stream):
-        # Column chunks are read through a buffer, not whole.
-        yield arrow.parquet.ParquetFile(
-            stream, buffer_size=BLOCK_BYTES, pre_buffer=False, page_checksum_verification=True
-        )
-
-
-@contextlib.contextmanager
-def _arrow(file: CorpusFile) -> Iterator[Any]:
-    with _opened(file) as (arrow, stream):
-        opener: Callable[[Any], Any] = getattr(arrow.ipc, f"open_{file.format.removeprefix('arrow ')}")
-        yield opener(stream)
-
-
-@contextlib.contextmanager
-def _opened(file: CorpusFile) -> Iterator[tuple[Any, BinaryIO]]:
-    """Import pyarrow, and open a file for it. What it raises in the block becomes a UserError that names the file."""
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{file.name}: expected pyarrow, which reads parquet and arrow files, found it not installed; {install_command('data')}"
-        ) from None
-    with file.open() as stream:
-        if file.format != "arrow stream" and not stream.seekable():
-            raise UserError(
-                f"{file.name}: expected a server that sends parts of a file, found one that does not; download it first"
-            )
-        try:
-            yield pyarrow, stream
-        except (pyarrow.ArrowException, OSError, io.UnsupportedOperation) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"{file.name}: expected a whole {file.format.split()[0]} file, found it damaged ({reason}); download or make it "
-                "again, or leave it out"
-            ) from None
