@@ -115,7 +115,7 @@ def test_every_documented_commands_flags_are_understood(place: Path, monkeypatch
 @pytest.mark.parametrize(
     "of_each", ["the first", pytest.param("all", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
-def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket.Bucket) -> None:
+def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket.Bucket, tmp_path: Path) -> None:
     """Trainings are cut to a few steps of a small model, and installing is left to CI.
 
     Of each program the first command is run, in this process, which leaves plan to its own tests; or all are: each program is
@@ -123,6 +123,7 @@ def test_every_documented_command_runs(of_each: str, place: Path, stored: bucket
     tests/conftest.py has it: nine tenths of a short training as users have it is compiling. gs://bucket is that of
     tests/bucket.py.
     """
+    place = shutil.copytree(place, tmp_path / "place", symlinks=True)  # what the commands write is in nobody's way
     for source, output, to in (
         ("runs/tiny", "llama-2-7b", "meta"),
         ("llama-2-7b", "Llama-2-7b-hf", "huggingface"),
