@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from llama_jax.ops.attention import CUDNN_FORWARD, OPERANDS
 from llama_jax.ops.blocks import ATTENTION
-from llama_jax.ops.eight_bit import SCALES
+from llama_jax.ops.eight_bit import SCALES, EightBit
 from llama_jax.ops.parameters import AXES
 from llama_jax.train_args import layer_policies
 
@@ -56,10 +56,11 @@ def over_layers(
     layer: takes x and the weights of a layer. stack: the weights of all, stacked. unroll: how many layers the compiled
     body of the loop has.
     """
-    leaves = jax.tree.leaves(stack)
-    layers = len(leaves[0])
-    # A stack of quantized matrices in another shape would be a copy of it.
-    size = 1 if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in leaves) else unroll
+    layers = len(jax.tree.leaves(stack)[0])
+    others = jax.tree.leaves(stack, is_leaf=lambda each: isinstance(each, EightBit))
+    # A stack of frozen quantized matrices in another shape would be a copy of it.
+    frozen = any(jnp.issubdtype(each.dtype, jnp.integer) for each in others if not isinstance(each, EightBit))
+    size = 1 if frozen else unroll
     for name, first, end in layer_policies(remat, layers):
         part = stack if end - first == layers else jax.tree.map(operator.itemgetter(slice(first, end)), stack)
         if name == "none":
