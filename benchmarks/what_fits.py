@@ -37,6 +37,7 @@ from what_fits_cells import (
     all_cells,
     decoding_answer,
     estimates,
+    is_decoding,
     near_lines,
     training_answer,
 )
@@ -194,10 +195,10 @@ def line_of(cell: Cell, answer: Answer, found: Line | str, expected: Answer) -> 
 def compiled(cell: Cell, lines: Sequence[Line], compiles: int, planner: Planner) -> Line:
     """Compile a cell: the settings that are expected to be best, and where they do not fit, the next ones."""
     if cell.task.weights is not None:
-        decoded = [one for one in lines if one["task"].startswith("decoding") and one["fits"] is not None]
+        decoded = [one for one in lines if is_decoding(one) and one["fits"] is not None]
         answer = decoding_answer(cell, near_lines(decoded, cell.task.name, cell.topology))
         return line_of(cell, answer, planner(cell, answer), answer)
-    known = [Known.of(one) for one in lines if one["fits"] is not None and not one["task"].startswith("decoding")]
+    known = [Known.of(one) for one in lines if one["fits"] is not None and not is_decoding(one)]
     known = alike(known, cell.task.name, cell.topology)
     first = training_answer(cell, known)
     answer, last, tried = first, None, set[str]()

@@ -10,21 +10,20 @@ import shlex
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeVar
 
 from llama_jax.config import Config, Weights
 from llama_jax.errors import UserError
 from llama_jax.plan import Decoding, resolve
 from llama_jax.plan.arguments import read_request
-from llama_jax.plan.calibration import REFUSED, Calibration, Correction, Errors, Guess, features_of
+from llama_jax.plan.calibration import REFUSED, Calibration, Errors, Guess, features_of
 from llama_jax.plan.decoding import lay_out
 from llama_jax.plan.estimate import FILLED, Candidate, candidate
 from llama_jax.plan.search import Search
 from llama_jax.plan.topology import Topology
 
 Line = dict[str, Any]
+T = TypeVar("T")
 
 ONE_HOST = ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5p:2x2x1", "v6e:1x1", "v6e:2x4", "h100:1", "h100:8")
 UP_TO_16 = ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5p:2x2x1", "v5p:2x2x4", "v6e:1x1", "v6e:2x4", "h100:1", "h100:8")  # fmt: skip
@@ -204,24 +203,24 @@ class Answer:
 
 def calibration_of(known: Sequence[Known]) -> Calibration:
     """Return the corrections that compiled steps suggest. Without any, all factors are 1."""
-
-    def fitted(pairs: Sequence[tuple[Candidate, float]]) -> Correction:
-        return Correction.of(features_of([c for c, _ in pairs]), np.log(np.array([ratio for _, ratio in pairs], float)))
-
     sizes = [(k.candidate, k.bytes / k.candidate.bytes) for k in known]
-    return Calibration(
-        fitted(sizes), fitted([(k.candidate, k.seconds / k.candidate.seconds) for k in known if k.seconds])
-    )
+    return Calibration.fitted(sizes, [(k.candidate, k.seconds / k.candidate.seconds) for k in known if k.seconds])
 
 
 def alike(known: Sequence[Known], task: str, topology: Topology) -> list[Known]:
+    """Return the compiled training steps ``nearest`` to a cell."""
+    return nearest([(k.task, k.topology, k) for k in known], task, topology)
+
+
+def nearest(steps: Sequence[tuple[str, Topology, T]], task: str, topology: Topology) -> list[T]:
     """Return the compiled steps nearest to a cell: of its task and version, else of its task, else all of its kind.
 
-    TPUs and GPUs are two kinds, since a GPU's times are lower bounds.
+    ``steps`` stand behind their tasks and slices. TPUs and GPUs are two kinds, since a GPU's times are lower bounds.
     """
-    kind = [k for k in known if k.topology.is_gpu == topology.is_gpu]
-    same = [k for k in kind if k.task == task]
-    return [k for k in same if k.topology.version == topology.version] or same or kind
+    kind = [step for step in steps if step[1].is_gpu == topology.is_gpu]
+    same = [step for step in kind if step[0] == task]
+    found = [step for step in same if step[1].version == topology.version] or same or kind
+    return [step for _, _, step in found]
 
 
 def training_answer(cell: Cell, known: Sequence[Known]) -> Answer:
@@ -265,11 +264,14 @@ def decoding_answer(cell: Cell, near: Sequence[Line]) -> Answer:
     return Answer(" ".join(flags), fits, Guess(layout.bytes, layout.seconds), expected, decoding.batch, len(near))
 
 
+def is_decoding(line: Line) -> bool:
+    """Return whether a line is of a decoding step."""
+    return TASKS[line["task"]].weights is not None
+
+
 def near_lines(lines: Sequence[Line], task: str, topology: Topology) -> list[Line]:
-    """Return the compiled decoding steps nearest to a cell, as ``alike`` does of training."""
-    kind = [one for one in lines if Topology.parse(one["slice"]).is_gpu == topology.is_gpu]
-    same = [one for one in kind if one["task"] == task]
-    return [one for one in same if Topology.parse(one["slice"]).version == topology.version] or same or kind
+    """Return the lines of the compiled decoding steps ``nearest`` to a cell."""
+    return nearest([(one["task"], Topology.parse(one["slice"]), one) for one in lines], task, topology)
 
 
 def decoding_factors(lines: Sequence[Line]) -> tuple[float, float]:
@@ -286,7 +288,7 @@ def errors_by_task(lines: Sequence[Line]) -> dict[tuple[str, bool], dict[str, Er
     estimate's.
     """
     pairs: dict[tuple[str, bool], dict[str, list[tuple[float, float]]]] = {}
-    training = {one["cell"]: Known.of(one) for one in lines if not one["task"].startswith("decoding")}
+    training = {one["cell"]: Known.of(one) for one in lines if not is_decoding(one)}
     for line in lines:
         topology = Topology.parse(line["slice"])
         if line["cell"] in training:
@@ -321,8 +323,8 @@ def estimate(cell: Cell, known: Sequence[Known], decoded: Sequence[Line]) -> Ans
 
 def estimates(cells: Sequence[Cell], lines: Sequence[Line]) -> Iterator[Line]:
     """Yield a line of estimates for each cell, corrected by the ``lines`` of compiled cells, with their errors."""
-    decoded = [one for one in lines if one["task"].startswith("decoding")]
-    known = [Known.of(one) for one in lines if one not in decoded]
+    decoded = [one for one in lines if is_decoding(one)]
+    known = [Known.of(one) for one in lines if not is_decoding(one)]
     errors = errors_by_task(lines)
     for cell in cells:
         topology = cell.topology

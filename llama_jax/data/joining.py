@@ -97,15 +97,16 @@ def join(
     Raises UserError if the tokens are not those that are ``expected``; then nothing is moved.
     """
     joined = _joined(job)
+    checksums = joined.checksums
     paths = {split: [tokens_path(job.folder, task, split) for task in joined.splits[split].tasks] for split in SPLITS}
     with contextlib.ExitStack() as files:
         # Files are moved into place in reverse order of this list.
         made = {name: files.enter_context(replacing(folder / name)) for name in (DOCUMENTS, SUMS, *joined.empty)}
-        documents = _write_documents(job, made[DOCUMENTS])
-        made[SUMS].write_bytes(joined.checksums)
+        digests = {SUMS: sha256(checksums), DOCUMENTS: _write_documents(job, made[DOCUMENTS])}
+        made[SUMS].write_bytes(checksums)
         for name in joined.empty:
             made[name].touch()
-        manifest = _manifest(job, tokenizer, joined, documents, trained_vocab_size, source, eval_source)
+        manifest = _manifest(job, tokenizer, joined, digests, trained_vocab_size, source, eval_source)
         manifest = _as_expected(folder, expected, manifest, paths)
         (folder / MANIFEST).unlink(missing_ok=True)
         for split in SPLITS:
@@ -132,12 +133,12 @@ def _manifest(
     job: Job,
     tokenizer: Tokenizer,
     joined: _Joined,
-    documents: str,
+    digests: dict[str, str],
     trained_vocab_size: int,
     source: str,
     eval_source: str,
 ) -> Manifest:
-    """Return the manifest of what is joined. ``documents`` is the digest of their positions."""
+    """Return the manifest of what is joined. ``digests`` are those of the other files."""
     corpus, splits, skipped = job.corpus, joined.splits, joined.skipped
     copies = splits["train"].digests.copies_in(splits["eval"].digests)
     return Manifest(
@@ -159,7 +160,7 @@ def _manifest(
         largest_id=joined.of_each("largest_id"),
         counts=text_counts({split: each.counts for split, each in splits.items()}, copies),
         block_bytes=BLOCK_BYTES,
-        sha256=joined.sha256 | {SUMS: sha256(joined.checksums), DOCUMENTS: documents},
+        sha256=joined.sha256 | digests,
         text_field=corpus.text_field,
         held_out=corpus.held_out,
         eval_source=eval_source,

@@ -74,6 +74,13 @@ class Calibration:
         """Return corrections that compiled plans suggest. Without any, all factors are 1."""
         sizes = [(c.candidate, needed_bytes(c.plan) / c.candidate.bytes) for c in found]
         times = [(c.candidate, c.plan.seconds / c.candidate.seconds) for c in found if 0 < c.plan.seconds < math.inf]
+        return cls.fitted(sizes, times)
+
+    @classmethod
+    def fitted(
+        cls, sizes: Sequence[tuple[Candidate, float]], times: Sequence[tuple[Candidate, float]]
+    ) -> "Calibration":
+        """Return corrections by candidates, each with the compiler's bytes, or seconds, over those of its estimate."""
         return cls(_fitted(sizes), _fitted(times))
 
     def guesses(self, candidates: Sequence[Candidate], features: np.ndarray) -> list[Guess]:

@@ -1,5 +1,6 @@
 """Says at the start of a run what it will do, with which text, and at what cost."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,8 +55,7 @@ def announce(
         *expecting.rows(settled.expected),
         ("run folder", str(opened.folder.path)),
     ]
-    for name, text in rows:
-        print(f"{name:>10}  {text}")
+    _tell(rows)
     for name, part in data.sources.items():
         of_it = _epochs(part, settled.schedule, name, steps, length) if name else epochs
         repeats = repeats_warning(part.tokens.manifest.tokens["train"], of_it, length if part.chat is None else 0)
@@ -74,7 +74,11 @@ def announce(
         *([("resumed", f"at step {opened.start:,}")] if opened.start else []),
         *(("changed", change) for change in settled.changed),
     ]
-    for name, text in lines:
+    _tell(lines)
+
+
+def _tell(rows: Iterable[tuple[str, str]]) -> None:
+    for name, text in rows:
         print(f"{name:>10}  {text}")
 
 
