@@ -136,6 +136,8 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         flag = flags.get(name) if word.startswith("--") else None
+        if word.startswith("--"):
+            _refuse_loose_value(flags, name, value if equals else None, words)
         if flag is None:
             rest.append(word)
         elif (types := _element_types(flag.hint)) is not None:
@@ -252,6 +254,23 @@ def _is_flag(word: str) -> bool:
     except ValueError:
         return True
     return False
+
+
+# What stands in the flag that says no to a field: --data.no-document-mask.
+_NO = re.compile(r"^(--(?:.*\.)?)no-")
+
+
+def _refuse_loose_value(flags: dict[str, _Flag], name: str, value: str | None, words: list[str]) -> None:
+    """Raise UserError if true or false stands behind a switch, where it would be taken for a text.
+
+    The flag that says no takes no value at all.
+    """
+    yes = name if name in flags else _NO.sub(r"\1", name)
+    if yes not in flags or flags[yes].hint is not bool or (value is not None and yes == name):
+        return
+    word = value if value is not None else words[0] if words else ""
+    if value is not None or word.lower() in ("true", "false"):
+        raise UserError(f"{name}: expected no value, found {word}; write {name} alone, or {yes}=true or {yes}=false")
 
 
 def _switch(name: str, value: str) -> str:
