@@ -124,7 +124,7 @@ def _training_rows(settled: Settled, opened: Opened, epochs: float) -> list[tupl
         *objective_rows(train, opened),
         ("rate", rate_text(train, steps, settled.held_lr)),
         *([] if train.rate_width is None else [("rates", widths_text(train, config.model.dim))]),
-        *([("optimizer", muon_text(config, tokens, steps))] if train.optimizer == "muon" else []),
+        *([] if train.optimizer == "adamw" else [("optimizer", optimizer_text(config, tokens, steps))]),
     ]
 
 
@@ -233,14 +233,17 @@ def decay_lines(settled: Settled, opened: Opened) -> list[str]:
     return lines
 
 
-def muon_text(config: Config, tokens: int, steps: int) -> str:
-    """Describe what Muon updates, and what that costs in steps of this many tokens in all."""
-    model = config.model
-    share = steps * update_flops(model, config.train) / step_flops(config, tokens, steps)
+def optimizer_text(config: Config, tokens: int, steps: int) -> str:
+    """Describe what Muon or Adafactor updates, which settings are not theirs, and the cost in steps of ``tokens``."""
+    model, train = config.model, config.train
+    if train.optimizer == "adafactor":
+        return "Adafactor: no first moment, and means over rows and columns of the second; train.beta1, train.beta2 and train.eps are not used"
+    share = steps * update_flops(model, train) / step_flops(config, tokens, steps)
     numbers = model.n_layers * sum(m * n for m, n in matrix_sizes(model))
+    looks = "; train.nesterov is of this AdamW, as Muon always looks ahead" if train.nesterov else ""
     return (
         f"Muon for the {model.n_layers * len(matrix_sizes(model)):,} matrices of the layers ({numbers:,} parameters), momentum "
-        f"{config.train.muon_momentum:g}, {share:.1%} of the FLOPs; AdamW for all else"
+        f"{train.muon_momentum:g}, {share:.1%} of the FLOPs; AdamW for all else{looks}"
     )
 
 

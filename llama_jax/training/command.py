@@ -29,6 +29,7 @@ NOT_CONTINUED = ("save_dir", "checkpoint_dir", "max_steps", "resume_step", "deca
 # Pairs of settings that decide the same thing. If both are given, the second one wins.
 PAIRS = (
     ("train.n_epochs", "train.max_steps"),
+    ("train.n_epochs", "train.decay_from"),
     ("data.vocab_size", "data.tokenizer_model_path"),
     ("data.stories", "data.filepath"),
     ("data.stories", "data.mixture"),

@@ -90,6 +90,8 @@ def test_a_flag_beats_a_key_of_the_file_that_decides_the_same(tmp_path: Path) ->
 def test_of_two_flags_that_decide_the_same_the_one_that_does_not_count_is_told() -> None:
     config, notes = read_command(["--train.n-epochs", "3", "--train.max-steps=5"])
     assert config.train.max_steps == 5 and "train.n_epochs 3 is not used" in notes[0]
+    argv = ["--train.schedule", "wsd", "--train.n-epochs", "3", "--train.decay-from", "400"]
+    assert "train.n_epochs 3 is not used, as train.decay_from 400 decides the same" in read_command(argv)[1]
 
 
 def test_the_built_in_conversations_give_way_to_a_text_of_the_user(tmp_path: Path) -> None:
