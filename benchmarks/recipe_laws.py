@@ -11,6 +11,7 @@ other: of these, four in five lie within it.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -94,7 +95,7 @@ def _vocab_size(row: dict[str, Any]) -> int:
     """Return data.vocab_size of a run, by its settings as a sweep has them, or by its flags."""
     flags = row.get("flags", [])
     words = flags.split() if isinstance(flags, str) else flags
-    given = dict(zip(words, words[1:], strict=False)).get("--data.vocab-size", 1024)
+    given = dict(itertools.pairwise(words)).get("--data.vocab-size", 1024)
     return int(row.get("settings", {}).get("data.vocab-size", given))
 
 
