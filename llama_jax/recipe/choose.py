@@ -83,6 +83,7 @@ class Task:
     """All that a choice depends on.
 
     ``given``: the fields that the person gave, which are kept. ``rows``: the batch is a multiple of it.
+    ``most_parameters``: as many as fit into the memory of this machine, if it is the one that trains.
     """
 
     base: Config
@@ -90,6 +91,11 @@ class Task:
     text: Counted
     rows: int = 1
     laws: Laws = LAWS
+    most_parameters: float = math.inf
+
+    def fits(self, model: ModelArgs) -> bool:
+        """Return whether a model is small enough for the memory."""
+        return parameters_of(model, self.text.vocab_size) <= self.most_parameters
 
 
 def choose(task: Task, budget: Budget) -> Choice:
@@ -97,7 +103,12 @@ def choose(task: Task, budget: Budget) -> Choice:
 
     Raises UserError if it is too small for a step of the smallest model, or if no shape has what was given.
     """
-    if next(_shapes(task), None) is None:
+    if next(shapes(task), None) is None and next(all_shapes(task), None) is not None:
+        raise UserError(
+            f"memory: expected a model of up to {task.most_parameters:,.0f} parameters, whose training fits into this machine's memory, found "
+            "that the given shape has more; give a smaller one, or make a recipe for --topology or --flops"
+        )
+    if next(all_shapes(task), None) is None:
         given = ", ".join(sorted(name for name in task.given if name.startswith("model.")))
         raise UserError(
             f"model.n_heads: expected a divisor of the width with heads of an even size, found none; change {given}"
@@ -112,7 +123,7 @@ def choose(task: Task, budget: Budget) -> Choice:
 def _for_tokens(task: Task, budget: Budget) -> Choice:
     """Return the best choice that reads so many tokens, or fewer if more do not help the text."""
     rough = _where(task, budget, lambda choice: choice.tokens)
-    smaller = [each for each in _shapes(task) if parameters_of(each, task.text.vocab_size) <= rough.parameters]
+    smaller = [each for each in shapes(task) if parameters_of(each, task.text.vocab_size) <= rough.parameters]
     best: tuple[float, ModelArgs, float] | None = None
     for model in smaller:
         step = _batch(task, model, budget.amount) * model.max_seq_len
@@ -130,7 +141,7 @@ def _for_tokens(task: Task, budget: Budget) -> Choice:
 def _for_parameters(task: Task, budget: Budget) -> Choice:
     """Return the choice with about so many parameters, which reads as many tokens as good runs of its size do."""
     vocab_size = task.text.vocab_size
-    sizes = [(parameters_of(each, vocab_size), each) for each in _shapes(task)]
+    sizes = [(parameters_of(each, vocab_size), each) for each in shapes(task)]
     least, most = min(size for size, _ in sizes), max(size for size, _ in sizes)
     if not least / NEAR <= budget.amount <= most * NEAR:
         raise UserError(
@@ -162,7 +173,7 @@ def _where(task: Task, budget: Budget, amount: Any) -> Choice:
 def _for_flops(task: Task, flops: float, budget: Budget) -> Choice:
     """Return the best choice that takes at most so many FLOPs."""
     best: tuple[float, ModelArgs, float] | None = None
-    for model in _shapes(task):
+    for model in shapes(task):
         most = _tokens_for(task, model, flops)
         if most < 1:
             continue
@@ -239,8 +250,13 @@ def with_curve(task: Task, choice: Choice) -> Choice:
     return replace(choice, config=replace(choice.config, expected=curve))
 
 
-def _shapes(task: Task) -> Iterator[ModelArgs]:
-    """Yield the shapes to choose from, with what the person gave."""
+def shapes(task: Task) -> Iterator[ModelArgs]:
+    """Yield the shapes to choose from, with what the person gave, that fit into memory."""
+    return filter(task.fits, all_shapes(task))
+
+
+def all_shapes(task: Task) -> Iterator[ModelArgs]:
+    """Yield the shapes to choose from, with what the person gave, however much memory they take."""
     base, given = task.base.model, task.given
     for dim in (base.dim,) if "model.dim" in given else WIDTHS:
         chosen: dict[str, Any] = {

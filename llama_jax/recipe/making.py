@@ -7,16 +7,20 @@ from dataclasses import replace
 
 import jax
 
+from llama_jax.build import count_parameters
 from llama_jax.cli.progress import bytes_text, duration
-from llama_jax.config import Config
+from llama_jax.config import Config, ModelArgs
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.distributed import processes_of
+from llama_jax.devices.memory import memory_of
+from llama_jax.devices.sharding import make_mesh
 from llama_jax.errors import UserError
 from llama_jax.expected_args import ExpectedArgs
-from llama_jax.recipe.choose import Budget, Choice, Task, bytes_within, choose, with_curve
+from llama_jax.recipe.choose import Budget, Choice, Task, all_shapes, bytes_within, choose, parameters_of, with_curve
 from llama_jax.recipe.laws import LAWS
-from llama_jax.recipe.speed import Speed, guess, measure, planned
+from llama_jax.recipe.speed import Speed, guess, in_parts, measure, planned
 from llama_jax.recipe.text import Counted, count_text
+from llama_jax.training.account import state_bytes
 from llama_jax.training.announcing import rate_text
 
 # Of the minutes, these seconds and this share of the rest are for the start, evaluations, checkpoints and samples.
@@ -33,6 +37,8 @@ TAKEN_INTO_ACCOUNT = (
 )  # fmt: skip
 # Settings of the person that other lines tell.
 TOLD = ("data.filepath", "train.minutes", "train.save_dir")
+# The share of the memory that parameters, gradients and the optimizer's state may take beside activations.
+STATE_SHARE = 0.6
 # Texts of a lower level than this, in bits per byte, are repetitions.
 LEAST_LEVEL = 0.1
 # The speed is measured again if the model has become so many times wider or narrower.
@@ -61,7 +67,8 @@ def make_recipe(
     timed = budget.unit == "minutes"
     rough = replace(budget, unit="flops", amount=60 * budget.amount * _guess(topology)) if timed else budget
     text = count_text(base.data, "data.vocab_size" in given, bytes_within(rough))
-    task = Task(base, given, text, rows)
+    here = timed and not topology
+    task = Task(base, given, text, rows, most_parameters=_most_parameters(base) if here else math.inf)
     found: Speed | None = None
     choice = choose(task, rough)
     if timed or topology:
@@ -85,12 +92,14 @@ def _timed(task: Task, budget: Budget, choice: Choice, topology: str, began: flo
     for again in (False, True):
         config = _sized(choice.config, task.text)
         if topology:
-            speed, changed = planned(config, topology)
-            parts = changed.train.gradient_accumulation_steps
-            base = replace(task.base, train=replace(task.base.train, gradient_accumulation_steps=parts))
-            task = replace(task, base=base)
+            speed, config = planned(config, topology)
         else:
+            if "train.gradient_accumulation_steps" not in task.given:
+                config = in_parts(config)
             speed = measure(config)
+        parts = config.train.gradient_accumulation_steps
+        base = replace(task.base, train=replace(task.base.train, gradient_accumulation_steps=parts))
+        task = replace(task, base=base)
         if budget.unit != "minutes":
             return speed, choose(task, budget)
         seconds = seconds_of_steps(budget.amount, speed, _since(began))
@@ -109,6 +118,14 @@ def seconds_of_steps(minutes: float, speed: Speed, spent: float = 0.0) -> float:
     """Return the seconds of a run of some minutes in which it takes steps. ``spent``: seconds that are over."""
     left = 60 * minutes - spent - START_SECONDS - speed.compile_seconds
     return max(LEAST_SHARE * 60 * minutes, (1 - OTHER_SHARE) * left)
+
+
+def _most_parameters(base: Config) -> float:
+    """Return how many parameters fit into the memory of these devices, with gradients, moments and activations."""
+    mesh = make_mesh(base.mesh)
+    probe = ModelArgs(dim=64, n_layers=1, n_heads=1, vocab_size=64)
+    each = sum(state_bytes(probe, base.train).values()) / count_parameters(probe)
+    return STATE_SHARE * memory_of(mesh.local_devices) * mesh.shape["fsdp"] * mesh.shape["tensor"] / each
 
 
 def _sized(config: Config, text: Counted) -> Config:
@@ -224,10 +241,13 @@ def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None, spen
     ))  # fmt: skip
     if speed is not None:
         rows += _time_rows(budget, choice, speed, spent)
+    why = "a larger one would see too little text in this budget, a smaller one learn less from it"
+    larger = [each for each in all_shapes(task) if parameters_of(each, text.vocab_size) > choice.parameters]
+    if larger and not any(map(task.fits, larger)):
+        why = "a larger one would not fit into this machine's memory"
     rows.append((
         "model",
-        f"{choice.parameters:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, context {model.max_seq_len}; "
-        "a larger one would see too little text in this budget, a smaller one learn less from it",
+        f"{choice.parameters:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, context {model.max_seq_len}; {why}",
     ))  # fmt: skip
     rows.append((
         "training",

@@ -177,6 +177,16 @@ def test_what_is_given_is_kept_and_the_rest_is_chosen_around_it() -> None:
     assert found.flops == pytest.approx(3e12, rel=0.03)
 
 
+def test_no_model_is_chosen_that_the_machine_cannot_hold() -> None:
+    task = Task(Config(), frozenset(), text(1e9), most_parameters=5e6)
+    limited = choose(task, Budget("flops", 1e18, "--flops"))
+    free = choose(replace(task, most_parameters=math.inf), Budget("flops", 1e18, "--flops"))
+    assert 2e6 < limited.parameters <= 5e6 < free.parameters and limited.expected > free.expected
+    given = replace(task, base=Config(ModelArgs(dim=1024)), given=frozenset({"model.dim"}))
+    with pytest.raises(UserError, match=r"^memory: expected a model of up to 5,000,000 parameters"):
+        choose(given, Budget("flops", 1e18, "--flops"))
+
+
 def test_a_batch_is_shared_by_all_devices() -> None:
     assert all(chosen(1e7, 1e13, rows=rows).config.train.batch_size % rows == 0 for rows in (1, 2, 3, 8, 16))
 
