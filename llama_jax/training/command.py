@@ -25,7 +25,7 @@ ORIGINS = {
 }
 RATES = ("lr", "min_lr_ratio", "warmup_steps", "n_epochs", "weight_decay", "beta2", "eps")
 # Settings that a start which decays another run does not take over from it.
-NOT_CONTINUED = ("save_dir", "checkpoint_dir", "max_steps", "resume_step", "decay_from", "profile_steps")
+NOT_CONTINUED = ("save_dir", "checkpoint_dir", "max_steps", "minutes", "resume_step", "decay_from", "profile_steps")
 # Pairs of settings that decide the same thing. If both are given, the second one wins.
 PAIRS = (
     ("train.n_epochs", "train.max_steps"),
