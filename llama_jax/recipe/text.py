@@ -129,7 +129,7 @@ def _counted(args: DataArgs, source: str, sample: _Sample, tokenizer: Tokenizer)
     level = TextLevel(counted_level(train, held_out), compressed_level(train, held_out))
     return Counted(
         source, sample.train_bytes, vocab_size, per_token, level,
-        len(train) + len(held_out), trains, sample.eval_bytes / per_token, notes,
+        int(_size(sample.train) + _size(sample.eval)), trains, sample.eval_bytes / per_token, notes,
         frequency_level(seen[0], ids, tokenizer.vocab_size) / per_token,
     )  # fmt: skip
 
