@@ -206,7 +206,7 @@ def mask_lines(config: Config, mesh: jax.sharding.Mesh, module: Llama, data: Any
 def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:
     """Describe the learning rate over the run's steps."""
     if held is not None:
-        return f"learning rate {held:.3g}, held"
+        return f"learning rate {held:.3g}, held; train.lr {train.lr:g} and the schedule are not used"
     warmup, start = warmup_steps(train, steps), decay_start(train, steps)
     cut = f", not {train.warmup_steps:,}, as the run is short" if warmup != train.warmup_steps else ""
     form = "a cosine" if train.schedule == "cosine" else "a line"
@@ -263,10 +263,10 @@ def decay_begins_text(settled: Settled, store: Path) -> str:
     )
 
 
-def nothing_to_do_text(settled: Settled) -> str:
-    """Return what the start of a finished run prints."""
+def nothing_to_do_text(settled: Settled, store: Path) -> str:
+    """Return what the start of a finished run prints, whose checkpoints are in ``store``."""
     steps, step = settled.steps, settled.stable_until
-    if step is not None:
+    if step is not None and (store / str(step)).is_dir():
         without = ", without --train.decay-from" if settled.config.train.decay_from else ""
         return (
             f"Run already complete: it has its {steps:,} steps. To go on at its stable rate, go back to where the decay began and "

@@ -109,6 +109,14 @@ def test_a_decay_takes_its_share_of_all_steps_if_nothing_says_where_it_ends(run:
     assert_same(tmp_path / "branch", run, 8)
 
 
+def test_a_finished_run_names_no_checkpoint_to_go_back_to_that_it_does_not_have(run: Path) -> None:
+    """It has held its rate where the schedule would have decayed it."""
+    train(run, **WSD, max_steps=15, hold_lr=True)
+    out = train(run, **WSD, max_steps=15)
+    assert 11 not in steps_of(run)
+    assert "already complete" in out and "--train.resume-step" not in out
+
+
 def test_a_run_of_so_many_minutes_decays_in_another_folder_without_them(tmp_path: Path) -> None:
     train(tmp_path / "run", **WSD, minutes=3.0)
     argv = ["--train.decay-run", str(tmp_path / "run"), "--train.decay-from", "6", "--train.save-dir", "branch"]
