@@ -3,13 +3,15 @@
 python benchmarks/recipe_laws.py runs.jsonl
 
 Runs of more than MOST_EPOCHS are left out, since the law of learning by heart is one of runs near their best length.
-A line of the file is a run: text (a path), parameters, tokens, tflop, and evals, a list of [step, bits per byte], of which
-the last one counts, since the rate has decayed by then: a line to 0. What comes before it says how much a rate costs that has
+A line of the file is a run: text (a path; the lines of benchmarks/records/laws.jsonl describe theirs), parameters, tokens,
+tflop, settings or flags, of which the vocabulary's size is read, and evals, a list of [step, bits per byte]. The last one
+of these counts, since the rate has decayed by then: a line to 0. What comes before it says how much a rate costs that has
 not decayed yet. Texts are split and counted as recipe does. The spread is that of texts that were left out, one after the
 other: of these, four in five lie within it.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -57,9 +59,11 @@ def read_runs(path: Path) -> list[Run]:
         row = json.loads(line)
         if not row.get("evals"):
             continue
-        flags = row.get("flags", [])
-        words = flags.split() if isinstance(flags, str) else flags
-        size = int(words[words.index("--data.vocab-size") + 1]) if "--data.vocab-size" in words else 1024
+        if not Path(row["text"]).exists():
+            sys.exit(
+                f"{path}: expected the path of a text under text, found {row['text']!r}; texts are no part of the project: name your copies"
+            )
+        size = _vocab_size(row)
         key = row["text"], size
         if key not in counted:
             counted[key] = count_text(DataArgs(filepath=row["text"], vocab_size=size), True, math.inf)
@@ -85,6 +89,14 @@ def read_runs(path: Path) -> list[Run]:
             )
         )
     return found
+
+
+def _vocab_size(row: dict[str, Any]) -> int:
+    """Return data.vocab_size of a run, by its settings as a sweep has them, or by its flags."""
+    flags = row.get("flags", [])
+    words = flags.split() if isinstance(flags, str) else flags
+    given = dict(itertools.pairwise(words)).get("--data.vocab-size", 1024)
+    return int(row.get("settings", {}).get("data.vocab-size", given))
 
 
 def fit(runs: Sequence[Run], first: Laws = Laws()) -> Laws:

@@ -5,7 +5,9 @@ python benchmarks/sweep.py --output sweeps/rates --vary train.lr=1e-3,2e-3,4e-3 
 
 What follows ``--`` are flags of train.py that all runs share. Runs are trained one after the other, each in a folder of
 its own below the output. A finished run is a line of results.jsonl; it is not trained again, and a run that was stopped
-goes on. ``--random N`` trains N combinations drawn at random in place of all. The last lines are a table, best first, by
+goes on. Runs of other flags, or of files with another content, are others. One that diverges is a line without a result,
+and the sweep goes on; one that cannot begin ends it. A field that is on or off is varied as train.nesterov=true,false.
+``--random N`` trains N combinations drawn at random in place of all. The last lines are a table, best first, by
 the median over the seeds of the last evaluation; sweep.png shows it over the first setting with numbers. Where the best
 of these lies between two others, a parabola through the three in its logarithm says where the least loss would be.
 """
@@ -25,6 +27,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 Settings = dict[str, str]
+# What train.py says of a run whose loss is not finite any more.
+DIVERGED = "error: train: expected a finite "
 
 
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -40,14 +44,27 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args = parser.parse_args(own)
     if args.seeds < 1 or args.random < 0:
         parser.error("--seeds and --random: expected 1 or more, and 0 or more, found less")
+    varied = list[str]()
     for each in args.vary:
         name, _, values = each.partition("=")
         if not name or not all(values.split(",")):
             parser.error(f"--vary: expected a field and its values, as train.lr=1e-3,2e-3, found {each}")
+        varied.append(_spelled(name))
+        if varied.count(varied[-1]) > 1:
+            parser.error(f"--vary: expected each field once, with all its values, found {name} twice")
+    stated = [_spelled(flag.split("=")[0].removeprefix("--")) for flag in shared if flag.startswith("--")]
     for name in ("train.seed", "train.save-dir"):
-        if any(flag.split("=")[0] == f"--{name}" for flag in shared):
-            parser.error(f"--{name}: expected none after --, since each run has its own, found one")
+        if name in (*varied, *stated):
+            where = "--vary" if name in varied else "after --"
+            parser.error(f"--{name}: expected none {where}, since each run has its own (--seeds), found one")
+    for name in varied:
+        if name in stated or f"{name.partition('.')[0]}.no-{name.partition('.')[2]}" in stated:
+            parser.error(f"--{name}: expected it in --vary or after --, found it in both")
     return args, shared
+
+
+def _spelled(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def combinations(vary: list[str], drawn: int = 0) -> list[Settings]:
@@ -57,17 +74,55 @@ def combinations(vary: list[str], drawn: int = 0) -> list[Settings]:
     return random.Random(0).sample(found, drawn) if 0 < drawn < len(found) else found
 
 
-def train(settings: Settings, seed: int, shared: list[str], output: Path) -> dict[str, Any]:
-    """Train one run, or go on with it, and return what it reached."""
-    flags = [*shared, *itertools.chain.from_iterable((f"--{name}", value) for name, value in settings.items())]
-    flags += ["--train.seed", str(seed)]
-    folder = output / "runs" / hashlib.sha256(json.dumps(flags).encode()).hexdigest()[:12]
+def files_in(flags: Iterable[str], settings: Settings) -> dict[str, str]:
+    """Return the files that the flags of a run name, each with the beginning of a checksum of what it holds.
+
+    Of a folder it is one of the names, sizes and times of its files.
+    """
+    found = {}
+    for word in (*(flag.partition("=")[2] or flag for flag in flags), *settings.values()):
+        path = Path(word).expanduser()
+        if path.is_file():
+            with path.open("rb") as file:
+                found[word] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        elif path.is_dir():
+            stats = [(str(each), each.stat()) for each in sorted(path.rglob("*")) if each.is_file()]
+            listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+            found[word] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12]
+    return found
+
+
+def identity(settings: Settings, seed: int, shared: list[str]) -> dict[str, Any]:
+    """Return what makes a run another one: its settings, its seed, and the flags and files that it shares."""
+    return {"settings": settings, "seed": seed, "shared": shared, "files": files_in(shared, settings)}
+
+
+def flags_of(settings: Settings) -> list[str]:
+    """Return the flags of train.py for settings: ``--train.lr 1e-3``, and ``--train.no-nesterov`` for what is off."""
+    found = []
+    for name, value in settings.items():
+        section, _, field = name.partition(".")
+        on_or_off = {"true": [f"--{name}"], "false": [f"--{section}.no-{field}"]}
+        found += on_or_off.get(value.lower(), [f"--{name}", value])
+    return found
+
+
+def train(run: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Train one run, or go on with it, and return what it reached. Without a result, it has diverged."""
+    flags = [*run["shared"], *flags_of(run["settings"]), "--train.seed", str(run["seed"])]
+    known = [flags, run["files"]]
+    folder = output / "runs" / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--train.save-dir", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
+    diverged = done.returncode == 2 and DIVERGED in done.stdout
+    if done.returncode and not diverged:
         print(done.stdout[-2000:], file=sys.stderr)
-        raise SystemExit(f"{settings}, seed {seed}: train.py ended with exit status {done.returncode}, see above")
-    return {"settings": settings, "seed": seed, "shared": shared, "run": folder.name} | reached(folder)
+        raise SystemExit(
+            f"{run['settings']}, seed {run['seed']}: train.py ended with exit status {done.returncode}, see above"
+        )
+    if diverged:
+        return {**run, "run": folder.name, "bits_per_byte": None, "why": done.stdout.strip().splitlines()[-1]}
+    return {**run, "run": folder.name, **reached(folder)}
 
 
 def reached(folder: Path) -> dict[str, Any]:
@@ -76,7 +131,12 @@ def reached(folder: Path) -> dict[str, Any]:
     from llama_jax.training.flops import step_flops
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if "eval_loss" in line][-1]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    if not evaluations:
+        raise SystemExit(f"{folder}: expected evaluations, by which runs are compared, found none; hold text out")
+    last = evaluations[-1]
+    if last["eval_loss"] is not None and last["eval_bits_per_byte"] is None:
+        raise SystemExit(f"{folder}: expected bits per byte, found none, as the tokenizer does not give the text back")
     config = load_toml(folder / "config.toml")
     tflop = step_flops(config, last["tokens"], last["step"]) / 1e12
     return {
@@ -86,11 +146,14 @@ def reached(folder: Path) -> dict[str, Any]:
 
 
 def medians(results: Iterable[dict[str, Any]]) -> list[tuple[Settings, list[float], dict[str, Any]]]:
-    """Return each combination with the bits per byte of its seeds and its first run, the best median first."""
+    """Return each combination with the bits per byte of its seeds and its first run, the best median first.
+
+    A run that has diverged counts as infinite.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault(json.dumps(result["settings"]), []).append(result)
-    found = [(runs[0]["settings"], [run["bits_per_byte"] for run in runs], runs[0]) for runs in groups.values()]
+    found = [(runs[0]["settings"], [_bits(run) for run in runs], runs[0]) for runs in groups.values()]
     return sorted(found, key=lambda each: statistics.median(each[1]))
 
 
@@ -149,6 +212,21 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _bits(result: dict[str, Any]) -> float:
+    return math.inf if result["bits_per_byte"] is None else result["bits_per_byte"]
+
+
+def known_results(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file of results. A last line that is cut short, as by a full disk, is taken off it."""
+    if not file.exists():
+        return []
+    whole, _, torn = file.read_text().rpartition("\n")
+    if torn:
+        print(f"{file}: the last line is cut short; it is taken off, and its run told again", flush=True)
+        file.write_text(whole + "\n" * bool(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def _text(settings: Settings) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
@@ -165,26 +243,30 @@ def main() -> None:
     args, shared = arguments(sys.argv[1:])
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "results.jsonl"
-    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    wanted = [(one, seed) for one in combinations(args.vary, args.random) for seed in range(args.seeds)]
-    done = {json.dumps([r["settings"], r["seed"], r["shared"]]): r for r in known}
-    missing = [(one, seed) for one, seed in wanted if json.dumps([one, seed, shared]) not in done]
+    known = known_results(file)
+    wanted = [identity(one, seed, shared) for one in combinations(args.vary, args.random) for seed in range(args.seeds)]
+    done = {json.dumps([r[name] for name in wanted[0]]): r for r in known if wanted[0].keys() <= r.keys()}
+    keys = [json.dumps([*run.values()]) for run in wanted]
+    missing = [(key, run) for key, run in zip(keys, wanted, strict=True) if key not in done]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done before, in {file}", flush=True)
-    for number, (one, seed) in enumerate(missing, 1):
-        result = train(one, seed, shared, args.output)
+    if left := len(known) - len({*keys} & {*done}):
+        print(
+            f"{left} others in it are of other flags, or of files with another content, and are left alone",
+            flush=True,
+        )
+    for number, (key, run) in enumerate(missing, 1):
+        result = done[key] = train(run, args.output)
         with file.open("a") as lines:
             lines.write(json.dumps(result) + "\n")
-        done[json.dumps([one, seed, shared])] = result
-        text = _text(one)
-        print(
-            f"{number} of {len(missing)}: {text}, seed {seed}: {result['bits_per_byte']:.4f} bits per byte", flush=True
-        )
-    results = [done[json.dumps([one, seed, shared])] for one, seed in wanted]
-    for settings, found, first in medians(results):
-        spread = f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else ""
-        text = _text(settings)
-        finite = statistics.median(found) if all(map(math.isfinite, found)) else math.nan
-        print(f"{finite:.4f}{spread} bits per byte, {first['tflop']} TFLOP, {first['seconds']} s: {text}")
+        told = f"diverged: {result['why']}" if "why" in result else f"{_bits(result):.4f} bits per byte"
+        print(f"{number} of {len(missing)}: {_text(run['settings'])}, seed {run['seed']}: {told}", flush=True)
+    results = [done[key] for key in keys]
+    for settings, each, first in medians(results):
+        spread = f" ({min(each):.4f} to {max(each):.4f})" if len(each) > 1 else ""
+        cost = f", {first['tflop']} TFLOP, {first['seconds']} s" if "tflop" in first else ""
+        middle = statistics.median(each)
+        told = f"{middle:.4f}{spread} bits per byte" if math.isfinite(middle) else "diverged"
+        print(f"{told}{cost}: {_text(settings)}")
     name, lines_ = by_first_number(results)
     for others, points in lines_.items():
         if found_ := optimum([(x, statistics.median(y)) for x, y in points]):

@@ -80,7 +80,7 @@ class TrainArgs:
     max_steps: int | None = None
     """Number of optimizer steps. None: as many as n_epochs needs."""
     minutes: float | None = None
-    """Minutes that the run may take on this machine. Its speed is measured, and the model, the vocabulary, the rate
+    """Minutes that the command may take on this machine. The speed is measured, and the model, the vocabulary, the rate
     and the steps are chosen for the text by fitted laws, but for what you give. None: as the other settings say."""
     batch_size: int = 16
     """Sequences of max_seq_len tokens per optimizer step, over all devices and processes."""

@@ -96,3 +96,15 @@ def test_runs_are_read_and_those_without_an_evaluation_are_left_out(script: Modu
     (run,) = script.read_runs(tmp_path / "runs.jsonl")
     assert run.earlier == ((0.5, 3.0),) and 1 < run.frequencies < 8
     assert (run.parameters, run.bits, run.flops) == (1000, 2.5, 1e11) and run.unique == pytest.approx(4860, abs=30)
+
+
+def test_the_vocabulary_of_a_run_is_that_of_its_settings_as_the_records_have_them(script: ModuleType) -> None:
+    records = [json.loads(line) for line in (ROOT / "benchmarks" / "records" / "laws.jsonl").read_text().splitlines()]
+    given = [row for row in records if "data.vocab-size" in row["settings"]]
+    assert given and all(script._vocab_size(row) == int(row["settings"]["data.vocab-size"]) for row in given)
+    assert script._vocab_size({"flags": "--data.vocab-size 300"}) == 300 and script._vocab_size({}) == 1024
+
+
+def test_records_whose_texts_are_not_here_are_refused_in_a_line(script: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="expected the path of a text under text, found 'the first nine tenths"):
+        script.read_runs(ROOT / "benchmarks" / "records" / "laws.jsonl")

@@ -75,6 +75,11 @@ def test_the_best_value_lies_where_a_parabola_in_its_logarithm_has_its_least(swe
     [
         (["--vary", "train.lr"], "--vary: expected a field and its values"),
         (["--vary", "train.lr=1e-3", "--", "--train.seed", "3"], "--train.seed: expected none"),
+        (["--vary", "train.lr=1e-3", "--", "--train.save_dir=x"], "--train.save-dir: expected none after --"),
+        (["--vary", "train.seed=0,1"], "--train.seed: expected none --vary"),
+        (["--vary", "train.lr=1e-3", "--vary", "train.lr=2e-3"], "found train.lr twice"),
+        (["--vary", "train.weight_decay=0,1", "--", "--train.weight-decay", "1"], "found it in both"),
+        (["--vary", "train.nesterov=true,false", "--", "--train.no-nesterov"], "found it in both"),
         (["--vary", "train.lr=1e-3", "--seeds", "0"], "--seeds and --random: expected 1 or more"),
     ],
 )
@@ -96,6 +101,58 @@ def test_the_flops_are_of_the_tokens_that_were_read(sweep: ModuleType, tmp_path:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     assert tokens < 8 * 8 * 16
     assert sweep.reached(tmp_path)["tflop"] == pytest.approx(step_flops(config, tokens, 8) / 1e12, rel=1e-3)
+
+
+def test_a_field_that_is_on_or_off_is_varied_by_its_two_flags(sweep: ModuleType) -> None:
+    assert sweep.flags_of({"train.nesterov": "true", "train.lr": "1e-3"}) == ["--train.nesterov", "--train.lr", "1e-3"]
+    assert sweep.flags_of({"train.nesterov": "False"}) == ["--train.no-nesterov"]
+
+
+def test_runs_of_a_file_with_another_content_are_others(sweep: ModuleType, tmp_path: Path) -> None:
+    def run() -> Any:
+        return sweep.identity(
+            {"train.lr": "1e-3"}, 0, [f"--config={tmp_path / 'a.toml'}", "--data.filepath", str(tmp_path / "t")]
+        )
+
+    (tmp_path / "a.toml").write_text("[train]\nlr = 1\n")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "x.txt").write_text("one")
+    first = run()
+    assert run() == first and len(first["files"]) == 2
+    (tmp_path / "t" / "y.txt").write_text("two")
+    second = run()
+    (tmp_path / "a.toml").write_text("[train]\nlr = 2\n")
+    assert first != second != run()
+
+
+def test_a_line_that_was_cut_short_costs_itself_alone(sweep: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    assert sweep.known_results(file) == []
+    file.write_text('{"seed": 0}\n{"se')
+    assert sweep.known_results(file) == [{"seed": 0}] == sweep.known_results(file)
+    assert file.read_text() == '{"seed": 0}\n'
+
+
+def test_a_run_that_diverged_is_last_and_does_not_end_the_sweep(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = iter(
+        [(2, "error: train: expected a finite loss, found nan at step 3"), (2, "error: train.lr: expected above 0")]
+    )
+
+    def run(command: Any, **_: Any) -> Any:
+        status, text = next(outputs)
+        return subprocess.CompletedProcess(command, status, text + "\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    one = sweep.identity({"train.lr": "9"}, 0, [])
+    diverged = sweep.train(one, tmp_path)
+    assert diverged["bits_per_byte"] is None and diverged["why"].endswith("found nan at step 3")
+    results = [diverged, result("1e-3", 0, 2.0)]
+    assert [settings["train.lr"] for settings, _, _ in sweep.medians(results)] == ["1e-3", "9"]
+    sweep.plot(results, tmp_path / "sweep.png")
+    with pytest.raises(SystemExit, match="ended with exit status 2"):
+        sweep.train(one, tmp_path)
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ WIDTHS = (
 )  # fmt: skip
 # A run may end after so many epochs, before its budget does, if it would learn its text by heart.
 ENDS = tuple(0.25 * 1.1**i for i in range(80))
+# A model of --parameters has this factor more or fewer, at most.
+NEAR = 1.5
 # More of a budget is used only if it is worth this share of the loss.
 WORTH_IT = 1e-3
 # What a recipe decides, unless the person gave it.
@@ -68,7 +70,7 @@ class Choice:
     low: float
     high: float
     unused: float = 0.0
-    """The share of the budget that would not help this text."""
+    """The share of the budget that would not help this text. Of --parameters, that of the model."""
 
     @property
     def steps(self) -> int:
@@ -81,6 +83,7 @@ class Task:
     """All that a choice depends on.
 
     ``given``: the fields that the person gave, which are kept. ``rows``: the batch is a multiple of it.
+    ``most_parameters``: as many as fit into the memory of this machine, if it is the one that trains.
     """
 
     base: Config
@@ -88,6 +91,11 @@ class Task:
     text: Counted
     rows: int = 1
     laws: Laws = LAWS
+    most_parameters: float = math.inf
+
+    def fits(self, model: ModelArgs) -> bool:
+        """Return whether a model is small enough for the memory."""
+        return parameters_of(model, self.text.vocab_size) <= self.most_parameters
 
 
 def choose(task: Task, budget: Budget) -> Choice:
@@ -95,7 +103,12 @@ def choose(task: Task, budget: Budget) -> Choice:
 
     Raises UserError if it is too small for a step of the smallest model, or if no shape has what was given.
     """
-    if next(_shapes(task), None) is None:
+    if next(shapes(task), None) is None and next(all_shapes(task), None) is not None:
+        raise UserError(
+            f"memory: expected a model of up to {task.most_parameters:,.0f} parameters, whose training fits into this machine's memory, found "
+            "that the given shape has more; give a smaller one, or make a recipe for --topology or --flops"
+        )
+    if next(all_shapes(task), None) is None:
         given = ", ".join(sorted(name for name in task.given if name.startswith("model.")))
         raise UserError(
             f"model.n_heads: expected a divisor of the width with heads of an even size, found none; change {given}"
@@ -103,14 +116,45 @@ def choose(task: Task, budget: Budget) -> Choice:
     if budget.unit == "flops":
         return _for_flops(task, budget.amount, budget)
     if budget.unit == "tokens":
-        rough = _where(task, budget, lambda choice: choice.tokens)
-        smaller = [each for each in _shapes(task) if parameters_of(each, task.text.vocab_size) <= rough.parameters]
-        return _with_tokens(task, min(smaller, key=lambda each: _expected(task, each, budget.amount)), budget.amount)
-    shape = min(
-        _shapes(task), key=lambda each: abs(math.log(parameters_of(each, task.text.vocab_size) / budget.amount))
-    )
+        return _for_tokens(task, budget)
+    return _for_parameters(task, budget)
+
+
+def _for_tokens(task: Task, budget: Budget) -> Choice:
+    """Return the best choice that reads so many tokens, or fewer if more do not help the text."""
+    rough = _where(task, budget, lambda choice: choice.tokens)
+    smaller = [each for each in shapes(task) if parameters_of(each, task.text.vocab_size) <= rough.parameters]
+    best: tuple[float, ModelArgs, float] | None = None
+    for model in smaller:
+        step = _batch(task, model, budget.amount) * model.max_seq_len
+        if step > budget.amount:
+            continue
+        loss, tokens = _length(task, model, budget.amount)
+        if best is None or loss < best[0]:
+            best = loss, model, tokens
+    if best is None:
+        raise UserError(f"{budget.name}: expected enough for a step of the smallest model, found less; give more")
+    choice = _with_tokens(task, *best[1:])
+    return replace(choice, unused=1 - choice.tokens / budget.amount if best[2] < budget.amount else 0.0)
+
+
+def _for_parameters(task: Task, budget: Budget) -> Choice:
+    """Return the choice with about so many parameters, which reads as many tokens as good runs of its size do."""
+    vocab_size = task.text.vocab_size
+    sizes = [(parameters_of(each, vocab_size), each) for each in shapes(task)]
+    least, most = min(size for size, _ in sizes), max(size for size, _ in sizes)
+    if not least / NEAR <= budget.amount <= most * NEAR:
+        raise UserError(
+            f"{budget.name}: expected about {least:,} to {most:,}, as the shapes to choose from have with a vocabulary of {vocab_size:,}, "
+            f"found {budget.amount:,.0f}; give a number between"
+        )
+    size, shape = min(sizes, key=lambda each: abs(math.log(each[0] / budget.amount)))
     rough = _where(task, budget, lambda choice: choice.parameters)
-    return _with_tokens(task, shape, rough.tokens * rough.parameters / parameters_of(shape, task.text.vocab_size))
+    if rough.parameters >= budget.amount:
+        return _with_tokens(task, shape, rough.tokens * rough.parameters / size)
+    # So large a model does not help the text, and yet reads as much of it as does no harm.
+    choice = _with_tokens(task, shape, _length(task, shape, ENDS[-1] * task.text.train_tokens)[1])
+    return replace(choice, unused=max(0.0, 1 - rough.parameters / size))
 
 
 def _where(task: Task, budget: Budget, amount: Any) -> Choice:
@@ -129,15 +173,11 @@ def _where(task: Task, budget: Budget, amount: Any) -> Choice:
 def _for_flops(task: Task, flops: float, budget: Budget) -> Choice:
     """Return the best choice that takes at most so many FLOPs."""
     best: tuple[float, ModelArgs, float] | None = None
-    for model in _shapes(task):
+    for model in shapes(task):
         most = _tokens_for(task, model, flops)
         if most < 1:
             continue
-        lengths = [most, *(end * task.text.train_tokens for end in ENDS if end * task.text.train_tokens < most)]
-        found = [(_expected(task, model, tokens), tokens) for tokens in lengths]
-        good = min(loss for loss, _ in found) * (1 + WORTH_IT)
-        # The whole budget if it does no harm, else the shortest run that is as good.
-        loss, tokens = found[0] if found[0][0] <= good else min((p for p in found if p[0] <= good), key=lambda p: p[1])
+        loss, tokens = _length(task, model, most)
         if best is None or loss < best[0]:
             best = loss, model, tokens
     if best is None:
@@ -146,6 +186,15 @@ def _for_flops(task: Task, flops: float, budget: Budget) -> Choice:
     choice = _with_tokens(task, model, tokens)
     ends_early = tokens < _tokens_for(task, model, flops)
     return replace(choice, unused=1 - choice.flops / flops if ends_early else 0.0)
+
+
+def _length(task: Task, model: ModelArgs, most: float) -> tuple[float, float]:
+    """Return what to expect of a model that reads up to ``most`` tokens, and how many it should read."""
+    lengths = [most, *(end * task.text.train_tokens for end in ENDS if end * task.text.train_tokens < most)]
+    found = [(_expected(task, model, tokens), tokens) for tokens in lengths]
+    good = min(loss for loss, _ in found) * (1 + WORTH_IT)
+    # All of them if they do no harm, else the shortest run that is as good.
+    return found[0] if found[0][0] <= good else min((p for p in found if p[0] <= good), key=lambda p: p[1])
 
 
 def _expected(task: Task, model: ModelArgs, tokens: float) -> float:
@@ -166,9 +215,9 @@ def _tokens_for(task: Task, model: ModelArgs, flops: float) -> float:
 
 
 def _with_tokens(task: Task, model: ModelArgs, tokens: float) -> Choice:
-    """Return the choice of a model that reads so many tokens, to a step."""
+    """Return the choice of a model that reads so many tokens: whole steps, and at least one."""
     batch = _batch(task, model, tokens)
-    steps = max(1, round(tokens / (batch * model.max_seq_len)))
+    steps = max(1, math.floor(tokens / (batch * model.max_seq_len)))
     config = _settings(task, model, batch, steps)
     read = steps * batch * model.max_seq_len
     parameters, flops = parameters_of(model, task.text.vocab_size), steps * _step_flops(task, model, batch)
@@ -180,6 +229,8 @@ def _expectation(task: Task, parameters: int, flops: float, tokens: float, rate:
     """Return what to expect of a run of so many FLOPs after ``tokens``, at a share ``rate`` of the peak rate."""
     text, laws = task.text, task.laws
     loss = laws.bits_per_byte(text.level, parameters, tokens * text.bytes_per_token, text.train_bytes, rate)
+    # The laws know no run that is as short as to have learned nothing, and nothing costs the logarithm of the vocabulary.
+    loss = min(loss, math.log2(text.vocab_size) / text.bytes_per_token)
     low, high = laws.interval(loss, flops, rate, text.frequencies)
     return Expected(low, loss, high)
 
@@ -199,8 +250,13 @@ def with_curve(task: Task, choice: Choice) -> Choice:
     return replace(choice, config=replace(choice.config, expected=curve))
 
 
-def _shapes(task: Task) -> Iterator[ModelArgs]:
-    """Yield the shapes to choose from, with what the person gave."""
+def shapes(task: Task) -> Iterator[ModelArgs]:
+    """Yield the shapes to choose from, with what the person gave, that fit into memory."""
+    return filter(task.fits, all_shapes(task))
+
+
+def all_shapes(task: Task) -> Iterator[ModelArgs]:
+    """Yield the shapes to choose from, with what the person gave, however much memory they take."""
     base, given = task.base.model, task.given
     for dim in (base.dim,) if "model.dim" in given else WIDTHS:
         chosen: dict[str, Any] = {
@@ -260,18 +316,18 @@ def _batch(task: Task, model: ModelArgs, tokens: float) -> int:
 def _settings(task: Task, model: ModelArgs, batch: int, steps: int) -> Config:
     """Return the whole configuration, with what the person gave."""
     base, given, text = task.base, task.given, task.text
-    every = max(1, steps // EVALUATIONS)
+    every = -(-steps // EVALUATIONS)
     held_out = text.eval_tokens / model.max_seq_len
     # An evaluation's pass is a third of a step's.
     affordable = EVAL_SHARE * steps * batch * 3 / EVALUATIONS
     iters = 0 if held_out <= affordable else max(1, round(affordable / 16))
     chosen: dict[str, Any] = {
         "schedule": "linear", "min_lr_ratio": 0.0, "lr": rate_for(model.dim),
-        "weight_decay": WEIGHT_DECAY, "warmup_steps": max(1, min(2000, steps // 25)), "max_steps": steps, "batch_size": batch, "eval_interval": every,
+        "weight_decay": WEIGHT_DECAY, "warmup_steps": min(max(1, steps // 25), 2000, steps - 1), "max_steps": steps, "batch_size": batch, "eval_interval": every,
         "eval_iters": iters, "save_interval": every, "log_interval": max(1, min(10, steps // 20)),
     }  # fmt: skip
     train = replace(base.train, **{name: value for name, value in chosen.items() if f"train.{name}" not in given})
-    data = base.data if not text.trains_vocabulary else replace(base.data, vocab_size=text.vocab_size)
+    data = replace(base.data, vocab_size=text.trains) if text.trains else base.data
     return replace(base, model=model, data=data, train=train)
 
 

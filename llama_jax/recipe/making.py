@@ -2,29 +2,53 @@
 
 import dataclasses
 import math
+import time
 from dataclasses import replace
 
 import jax
 
+from llama_jax.build import count_parameters
 from llama_jax.cli.progress import bytes_text, duration
-from llama_jax.config import Config
+from llama_jax.config import Config, ModelArgs
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.distributed import processes_of
+from llama_jax.devices.memory import memory_of
+from llama_jax.devices.sharding import make_mesh
 from llama_jax.errors import UserError
 from llama_jax.expected_args import ExpectedArgs
-from llama_jax.recipe.choose import DECIDED, Budget, Choice, Task, bytes_within, choose, with_curve
+from llama_jax.recipe.choose import Budget, Choice, Task, all_shapes, bytes_within, choose, parameters_of, with_curve
 from llama_jax.recipe.laws import LAWS
-from llama_jax.recipe.speed import Speed, guess, measure, planned
+from llama_jax.recipe.speed import Speed, guess, in_parts, measure, planned
 from llama_jax.recipe.text import Counted, count_text
+from llama_jax.training.account import state_bytes
+from llama_jax.training.announcing import rate_text
 
 # Of the minutes, these seconds and this share of the rest are for the start, evaluations, checkpoints and samples.
 START_SECONDS, OTHER_SHARE = 15.0, 0.05
+# This share of the minutes is for steps in any case, of a budget that is too short for the start.
+LEAST_SHARE = 0.3
+# The beginnings of settings that the laws take into account, or that change no loss. Of any other one of the person's, the
+# laws know nothing: their runs had the recipe's own.
+TAKEN_INTO_ACCOUNT = (
+    "model.dim", "model.n_layers", "model.ffn_dim_multiplier", "model.multiple_of", "data.", "mesh.", "distributed.",
+    "train.minutes", "train.save_", "train.checkpoint_dir", "train.seed", "train.tensorboard", "train.keep",
+    "train.watchdog_seconds", "train.profile_steps", "train.remat", "train.attention", "train.log_interval",
+    "train.gradient_accumulation_steps", "train.eval_",
+)  # fmt: skip
+# Settings of the person that other lines tell.
+TOLD = ("data.filepath", "train.minutes", "train.save_dir")
+# The share of the memory that parameters, gradients and the optimizer's state may take beside activations.
+STATE_SHARE = 0.6
+# Texts of a lower level than this, in bits per byte, are repetitions.
+LEAST_LEVEL = 0.1
 # The speed is measured again if the model has become so many times wider or narrower.
 AGAIN = 1.3
 Rows = list[tuple[str, str]]
 
 
-def make_recipe(base: Config, given: frozenset[str], budget: Budget, topology: str = "") -> tuple[Choice, Rows]:
+def make_recipe(
+    base: Config, given: frozenset[str], budget: Budget, topology: str = "", began: float | None = None
+) -> tuple[Choice, Rows]:
     """Return the settings for a budget, and the lines that say how they were found.
 
     Arguments:
@@ -32,6 +56,8 @@ def make_recipe(base: Config, given: frozenset[str], budget: Budget, topology: s
         given: the names of those that the person gave ("train.lr"). They are kept.
         budget: what the run may take. Its unit is "minutes" if the speed decides.
         topology: the slice to plan for. Empty: this machine.
+        began: when the command began, by ``time.perf_counter``, if the run is a part of it and its minutes are those of
+            the whole command. None: the run is another command.
 
     Raises UserError if the text cannot be counted, or if the budget is too small.
     """
@@ -41,14 +67,15 @@ def make_recipe(base: Config, given: frozenset[str], budget: Budget, topology: s
     timed = budget.unit == "minutes"
     rough = replace(budget, unit="flops", amount=60 * budget.amount * _guess(topology)) if timed else budget
     text = count_text(base.data, "data.vocab_size" in given, bytes_within(rough))
-    task = Task(base, given, text, rows)
+    here = timed and not topology
+    task = Task(base, given, text, rows, most_parameters=_most_parameters(base) if here else math.inf)
     found: Speed | None = None
     choice = choose(task, rough)
     if timed or topology:
-        found, choice = _timed(task, budget, choice, topology)
+        found, choice = _timed(task, budget, choice, topology, began)
     choice = with_curve(task, choice)
     choice.config.check()
-    return choice, [*([("", note)] if note else []), *_lines(task, budget, choice, found)]
+    return choice, [*([("", note)] if note else []), *_lines(task, budget, choice, found, _since(began))]
 
 
 def _guess(topology: str) -> float:
@@ -60,20 +87,22 @@ def _guess(topology: str) -> float:
     return 0.4 * where.chip.peak_flops * where.device_count
 
 
-def _timed(task: Task, budget: Budget, choice: Choice, topology: str) -> tuple[Speed, Choice]:
+def _timed(task: Task, budget: Budget, choice: Choice, topology: str, began: float | None) -> tuple[Speed, Choice]:
     """Measure or plan the speed of the chosen shape, and choose again with it, twice if the shape changes much."""
     for again in (False, True):
         config = _sized(choice.config, task.text)
         if topology:
-            speed, changed = planned(config, topology)
-            parts = changed.train.gradient_accumulation_steps
-            base = replace(task.base, train=replace(task.base.train, gradient_accumulation_steps=parts))
-            task = replace(task, base=base)
+            speed, config = planned(config, topology)
         else:
+            if "train.gradient_accumulation_steps" not in task.given:
+                config = in_parts(config)
             speed = measure(config)
+        parts = config.train.gradient_accumulation_steps
+        base = replace(task.base, train=replace(task.base.train, gradient_accumulation_steps=parts))
+        task = replace(task, base=base)
         if budget.unit != "minutes":
             return speed, choose(task, budget)
-        seconds = seconds_of_steps(budget.amount, speed)
+        seconds = seconds_of_steps(budget.amount, speed, _since(began))
         before, choice = choice, choose(task, replace(budget, unit="flops", amount=seconds * speed.flops_per_second))
         wider = choice.config.model.dim / before.config.model.dim
         if again or 1 / AGAIN <= wider <= AGAIN:
@@ -81,9 +110,22 @@ def _timed(task: Task, budget: Budget, choice: Choice, topology: str) -> tuple[S
     return speed, choice
 
 
-def seconds_of_steps(minutes: float, speed: Speed) -> float:
-    """Return the seconds of a run of some minutes in which it takes steps."""
-    return max(0.3 * 60 * minutes, (1 - OTHER_SHARE) * (60 * minutes - START_SECONDS - speed.compile_seconds))
+def _since(began: float | None) -> float:
+    return 0.0 if began is None else time.perf_counter() - began
+
+
+def seconds_of_steps(minutes: float, speed: Speed, spent: float = 0.0) -> float:
+    """Return the seconds of a run of some minutes in which it takes steps. ``spent``: seconds that are over."""
+    left = 60 * minutes - spent - START_SECONDS - speed.compile_seconds
+    return max(LEAST_SHARE * 60 * minutes, (1 - OTHER_SHARE) * left)
+
+
+def _most_parameters(base: Config) -> float:
+    """Return how many parameters fit into the memory of these devices, with gradients, moments and activations."""
+    mesh = make_mesh(base.mesh)
+    probe = ModelArgs(dim=64, n_layers=1, n_heads=1, vocab_size=64)
+    each = sum(state_bytes(probe, base.train).values()) / count_parameters(probe)
+    return STATE_SHARE * memory_of(mesh.local_devices) * mesh.shape["fsdp"] * mesh.shape["tensor"] / each
 
 
 def _sized(config: Config, text: Counted) -> Config:
@@ -110,6 +152,17 @@ def _check(base: Config, given: frozenset[str]) -> None:
             "train.rate_width: expected train.lr beside it, since a recipe's own rate is for the width that it chooses, found "
             f"{base.train.rate_width} alone; give the train.lr of that width, or leave it out"
         )
+    if base.train.batch_start:
+        raise UserError(
+            f"train.batch_start: expected none beside a recipe, whose laws are of batches of one size, found {base.train.batch_start}; "
+            "leave it out"
+        )
+    for name in ("hold_lr", "resume_step"):
+        if found := getattr(base.train, name):
+            raise UserError(
+                f"train.{name}: expected none beside a recipe, which is for a run that has not begun, found {found}; leave it out, and "
+                "give it to train"
+            )
     for holds, name, found in (
         (base.train.init_from, "train.init_from", base.train.init_from),
         (base.lora.rank, "lora.rank", base.lora.rank),
@@ -145,8 +198,28 @@ def _rows_of(base: Config, topology: str) -> int:
     return max(1, shares[0]) * max(1, shares[1])
 
 
-def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None) -> Rows:
-    """Return what was counted, measured and decided, and why."""
+def _time_rows(budget: Budget, choice: Choice, speed: Speed, spent: float) -> Rows:
+    """Return what is said of the speed and of the time that a run takes. ``spent``: seconds that are over."""
+    steps = choice.flops / speed.flops_per_second
+    rows = [("speed", f"{_number(speed.flops_per_second)}FLOP/s, {speed.how}")]
+    if budget.unit != "minutes":
+        return [*rows, ("time", f"about {duration(steps)} of steps")]
+    over = f"{duration(spent)} were spent up to here, and " if spent else ""
+    rest = f"{over}the rest of {budget.name} is for the start, evaluations and checkpoints"
+    rows.append(("time", f"about {duration(steps)} of steps; {rest}"))
+    start = spent + START_SECONDS + speed.compile_seconds
+    whole = start + steps / (1 - OTHER_SHARE)
+    if whole > 60 * budget.amount + 1:
+        rows.append((
+            "",
+            f"warning: this will take longer than {budget.name}, about {duration(whole)} in all, as start, compilation and samples alone take "
+            f"about {duration(start)}; a few minutes are the least that makes sense",
+        ))  # fmt: skip
+    return rows
+
+
+def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None, spent: float) -> Rows:
+    """Return what was counted, measured and decided, and why. ``spent``: seconds of the budget that are over."""
     text, config = task.text, choice.config
     model, train = config.model, config.train
     rows = [
@@ -161,24 +234,20 @@ def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None) -> R
         f"{LAWS.level(text.level):.2f} bits per byte without a model: {text.level.counted:.2f} by counts of what follows 5 bytes, "
         f"{text.level.compressed:.2f} by LZMA; texts differ in this most",
     ))  # fmt: skip
-    made = "trained on it" if text.trains_vocabulary else "of the given tokenizer"
+    made = "trained on it" if text.trains else "of the given tokenizer"
     rows.append((
         "vocabulary",
         f"{text.vocab_size:,} tokens, {made}: {text.bytes_per_token:.2f} bytes a token, about {text.train_tokens:,.0f} tokens to train on",
     ))  # fmt: skip
     if speed is not None:
-        rows.append(("speed", f"{_number(speed.flops_per_second)}FLOP/s, {speed.how}"))
-        steps = duration(choice.flops / speed.flops_per_second)
-        rest = (
-            f", the rest of {budget.name} for the start, evaluations and checkpoints"
-            if budget.unit == "minutes"
-            else ""
-        )
-        rows.append(("time", f"about {steps} of steps{rest}"))
+        rows += _time_rows(budget, choice, speed, spent)
+    why = "a larger one would see too little text in this budget, a smaller one learn less from it"
+    larger = [each for each in all_shapes(task) if parameters_of(each, text.vocab_size) > choice.parameters]
+    if larger and not any(map(task.fits, larger)):
+        why = "a larger one would not fit into this machine's memory"
     rows.append((
         "model",
-        f"{choice.parameters:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, context {model.max_seq_len}; "
-        "a larger one would see too little text in this budget, a smaller one learn less from it",
+        f"{choice.parameters:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, context {model.max_seq_len}; {why}",
     ))  # fmt: skip
     rows.append((
         "training",
@@ -186,17 +255,9 @@ def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None) -> R
         f"{_number(choice.flops)}FLOP",
     ))  # fmt: skip
     if choice.unused > 0.02:
-        rows.append((
-            "",
-            f"more {budget.unit} do not help this text: {choice.unused:.0%} of the budget is left, since by the laws more epochs, or a "
-            "larger model, would learn it by heart; give more text",
-        ))  # fmt: skip
-    rows.append((
-        "rate",
-        f"{train.lr:g}{'' if 'train.lr' in task.given else ' by the width'}, after {train.warmup_steps:,} steps of warm-up {train.schedule} to {train.min_lr_ratio * train.lr:g}; "
-        f"optimizer {train.optimizer}",
-    ))  # fmt: skip
-    kept = sorted(name for name in task.given if name in DECIDED)
+        rows.append(("", _unused_text(budget, choice)))
+    rows.append(("rate", f"{rate_text(train, choice.steps, None)}; optimizer {train.optimizer}"))
+    kept = sorted(name for name in task.given if name not in TOLD)
     if kept:
         rows.append(("kept", f"as you gave them: {', '.join(f'{name} {_value(config, name)}' for name in kept)}"))
     outside = not task.laws.least_flops <= choice.flops <= task.laws.most_flops
@@ -205,7 +266,30 @@ def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None) -> R
         "expected",
         f"{choice.expected:.3f} bits per byte on the held-out text, in four of five cases {choice.low:.3f} to {choice.high:.3f}, by laws that were fitted on {task.laws.texts} texts{far}",
     ))  # fmt: skip
+    unknown = [name for name in kept if not name.startswith(TAKEN_INTO_ACCOUNT)]
+    if unknown:
+        rows.append((
+            "",
+            f"this is for a recipe's own settings: the laws know nothing of {', '.join(unknown)}, and a run with what you gave may end "
+            "elsewhere",
+        ))  # fmt: skip
+    if LAWS.level(text.level) < LEAST_LEVEL:
+        rows.append(
+            (
+                "",
+                "the held-out text repeats what stands before it: there is nothing to learn, and the laws know no such text",
+            )
+        )
     return rows
+
+
+def _unused_text(budget: Budget, choice: Choice) -> str:
+    """Return what is said of a budget that is larger than helps the text."""
+    why = "by the laws more epochs, or a larger model, would learn it by heart; give more text"
+    if budget.unit == "parameters":
+        as_good = choice.parameters * (1 - choice.unused)
+        return f"so many parameters do not help this text: {as_good:,.0f} are enough, since {why}"
+    return f"more {budget.unit} do not help this text: {choice.unused:.0%} of the budget is left, since {why}"
 
 
 def _number(value: float) -> str:

@@ -1,6 +1,7 @@
 """``train.py --train.minutes``: the choice of a recipe and its training in one step, and the stored choice later."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ def read_with_recipe(argv: Sequence[str]) -> tuple[Config, list[str]]:
     With --train.minutes, what the person did not give is chosen, and printed. A run that has begun goes on with what
     was chosen then. Raises UserError if the command line is wrong, or if it asks for other minutes than the run has.
     """
+    began = time.perf_counter()
     config, notes = read_command(argv, check=False)
     if config.train.minutes is None:
         config.check()
@@ -35,7 +37,7 @@ def read_with_recipe(argv: Sequence[str]) -> tuple[Config, list[str]]:
     # Without --config, the settings of a file are those of tiny.toml, which no person gave.
     base = config if take_option(list(argv), "--config")[0] else _plain(config, given)
     budget = Budget("minutes", config.train.minutes, f"--train.minutes {config.train.minutes:g}")
-    choice, rows = make_recipe(base, given, budget)
+    choice, rows = make_recipe(base, given, budget, began=began)
     print(
         table([("recipe", f"of {config.train.minutes:g} minutes; what you give by flags or --config is kept"), *rows]),
         flush=True,

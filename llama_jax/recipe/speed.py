@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from llama_jax.build import make_model
+from llama_jax.build import fastest_dtype, make_model
 from llama_jax.cli.progress import working
-from llama_jax.config import Config
+from llama_jax.config import Config, MeshArgs, TrainArgs
 from llama_jax.data.batches import Batch
 from llama_jax.data.workers import cores
-from llama_jax.devices.compiling import use_compilation_cache
-from llama_jax.devices.memory import keep_freed_memory
+from llama_jax.devices.compiling import platform_of, use_compilation_cache
+from llama_jax.devices.memory import keep_freed_memory, memory_of
 from llama_jax.devices.sharding import batch_sharding, make_mesh
 from llama_jax.errors import UserError
 from llama_jax.training.flops import peak_flops, step_flops
+from llama_jax.training.needs import need_of
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer
 
 # Steps are taken for so many seconds, at least so many of them after the first.
@@ -41,6 +42,22 @@ def guess() -> float:
     if device.platform == "cpu":
         return OF_CORE * cores()
     return OF_PEAK * (peak_flops(device) or 1e14) * jax.device_count()
+
+
+def in_parts(config: Config) -> Config:
+    """Return the configuration in as many microbatches as a step needs to fit into memory, by the account of a run."""
+    mesh = make_mesh(config.mesh)
+    shape, limit = MeshArgs(**dict(mesh.shape)), memory_of(mesh.local_devices)
+    rows, asked = shape.data * shape.fsdp, config.train.compute_dtype
+    dtype = fastest_dtype(platform_of(mesh.devices.flat[0])) if asked == "auto" else asked
+
+    def fits(train: TrainArgs) -> bool:
+        return need_of(replace(config, mesh=shape, train=replace(train, compute_dtype=dtype))).all <= limit
+
+    train = config.train
+    while not fits(train) and not train.batch_size % (2 * train.gradient_accumulation_steps * rows):
+        train = replace(train, gradient_accumulation_steps=2 * train.gradient_accumulation_steps)
+    return replace(config, train=train)
 
 
 def measure(config: Config) -> Speed:

@@ -39,11 +39,13 @@ class Counted:
     source: str
     train_bytes: float
     vocab_size: int
+    """Tokens of the vocabulary. Of a small text they may be fewer than data.vocab_size, which it cannot fill."""
     bytes_per_token: float
     level: TextLevel
     sampled: int
     """Bytes that were read to count the text."""
-    trains_vocabulary: bool = False
+    trains: int = 0
+    """data.vocab_size of the vocabulary that training makes of the text. 0: a tokenizer is given."""
     eval_tokens: float = 0.0
     notes: tuple[str, ...] = ()
     frequencies: float = math.inf
@@ -63,6 +65,8 @@ class _Sample:
     eval: list[Part]
     train_bytes: float
     eval_bytes: float
+    whole: bool = False
+    """Whether all of the text to train on is in the sample."""
 
 
 def count_text(args: DataArgs, vocab_is_given: bool, within: float) -> Counted:
@@ -118,10 +122,14 @@ def _counted(args: DataArgs, source: str, sample: _Sample, tokenizer: Tokenizer)
         cut = int(0.9 * len(train))
         train, held_out = train[:cut], train[cut:]
         notes = ("nothing is held out, so the loss is that which the last tenth of the sample would have",)
+    trains = 0 if args.tokenizer_model_path else args.vocab_size
+    vocab_size = tokenizer.vocab_size if sample.whole or not trains else trains
+    if vocab_size < trains:
+        notes += (f"the text cannot fill a vocabulary of {trains:,} tokens, and gets one of {vocab_size:,}",)
     level = TextLevel(counted_level(train, held_out), compressed_level(train, held_out))
     return Counted(
-        source, sample.train_bytes, tokenizer.vocab_size if args.tokenizer_model_path else args.vocab_size, per_token, level,
-        len(train) + len(held_out), not args.tokenizer_model_path, sample.eval_bytes / per_token, notes,
+        source, sample.train_bytes, vocab_size, per_token, level,
+        int(_size(sample.train) + _size(sample.eval)), trains, sample.eval_bytes / per_token, notes,
         frequency_level(seen[0], ids, tokenizer.vocab_size) / per_token,
     )  # fmt: skip
 
@@ -157,7 +165,7 @@ def _sample_of(corpus: AnyCorpus) -> _Sample:
         _size(parts) if whole else each.text_bytes * share
         for (parts, whole), (_, _, each, share) in zip(read, apart, strict=True)
     ]
-    return _Sample(read[0][0], read[1][0], *sizes)
+    return _Sample(read[0][0], read[1][0], sizes[0], sizes[1], read[0][1])
 
 
 def _size(parts: Sequence[Part]) -> float:
@@ -192,7 +200,7 @@ def _of_tokens(args: DataArgs, tokens: TokenSet, tokenizer: Tokenizer) -> Counte
     _, per_token = _encoded(tokenizer, held_out or train)
     sizes = [float(known[split] or tokens.manifest.tokens[split] * per_token) for split in ("train", "eval")]
     given = replace(args, tokenizer_model_path=args.tokenizer_model_path or "its own")
-    return _counted(given, args.filepath, _Sample(train, held_out, *sizes), tokenizer)
+    return _counted(given, args.filepath, _Sample(train, held_out, sizes[0], sizes[1]), tokenizer)
 
 
 def _decoded(stream: TokenStream | JoinedStream, tokenizer: Tokenizer, most: int) -> Iterator[Part]:

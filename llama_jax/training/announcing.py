@@ -124,7 +124,7 @@ def _training_rows(settled: Settled, opened: Opened, epochs: float) -> list[tupl
         *objective_rows(train, opened),
         ("rate", rate_text(train, steps, settled.held_lr)),
         *([] if train.rate_width is None else [("rates", widths_text(train, config.model.dim))]),
-        *([("optimizer", muon_text(config, tokens, steps))] if train.optimizer == "muon" else []),
+        *([] if train.optimizer == "adamw" else [("optimizer", optimizer_text(config, tokens, steps))]),
     ]
 
 
@@ -206,7 +206,7 @@ def mask_lines(config: Config, mesh: jax.sharding.Mesh, module: Llama, data: Any
 def rate_text(train: TrainArgs, steps: int, held: float | None) -> str:
     """Describe the learning rate over the run's steps."""
     if held is not None:
-        return f"learning rate {held:.3g}, held"
+        return f"learning rate {held:.3g}, held; train.lr {train.lr:g} and the schedule are not used"
     warmup, start = warmup_steps(train, steps), decay_start(train, steps)
     cut = f", not {train.warmup_steps:,}, as the run is short" if warmup != train.warmup_steps else ""
     form = "a cosine" if train.schedule == "cosine" else "a line"
@@ -233,14 +233,17 @@ def decay_lines(settled: Settled, opened: Opened) -> list[str]:
     return lines
 
 
-def muon_text(config: Config, tokens: int, steps: int) -> str:
-    """Describe what Muon updates, and what that costs in steps of this many tokens in all."""
-    model = config.model
-    share = steps * update_flops(model, config.train) / step_flops(config, tokens, steps)
+def optimizer_text(config: Config, tokens: int, steps: int) -> str:
+    """Describe what Muon or Adafactor updates, which settings are not theirs, and the cost in steps of ``tokens``."""
+    model, train = config.model, config.train
+    if train.optimizer == "adafactor":
+        return "Adafactor: no first moment, and means over rows and columns of the second; train.beta1, train.beta2 and train.eps are not used"
+    share = steps * update_flops(model, train) / step_flops(config, tokens, steps)
     numbers = model.n_layers * sum(m * n for m, n in matrix_sizes(model))
+    looks = "; train.nesterov is of this AdamW, as Muon always looks ahead" if train.nesterov else ""
     return (
         f"Muon for the {model.n_layers * len(matrix_sizes(model)):,} matrices of the layers ({numbers:,} parameters), momentum "
-        f"{config.train.muon_momentum:g}, {share:.1%} of the FLOPs; AdamW for all else"
+        f"{train.muon_momentum:g}, {share:.1%} of the FLOPs; AdamW for all else{looks}"
     )
 
 
@@ -260,10 +263,10 @@ def decay_begins_text(settled: Settled, store: Path) -> str:
     )
 
 
-def nothing_to_do_text(settled: Settled) -> str:
-    """Return what the start of a finished run prints."""
+def nothing_to_do_text(settled: Settled, store: Path) -> str:
+    """Return what the start of a finished run prints, whose checkpoints are in ``store``."""
     steps, step = settled.steps, settled.stable_until
-    if step is not None:
+    if step is not None and (store / str(step)).is_dir():
         without = ", without --train.decay-from" if settled.config.train.decay_from else ""
         return (
             f"Run already complete: it has its {steps:,} steps. To go on at its stable rate, go back to where the decay began and "

@@ -25,10 +25,11 @@ ORIGINS = {
 }
 RATES = ("lr", "min_lr_ratio", "warmup_steps", "n_epochs", "weight_decay", "beta2", "eps")
 # Settings that a start which decays another run does not take over from it.
-NOT_CONTINUED = ("save_dir", "checkpoint_dir", "max_steps", "resume_step", "decay_from", "profile_steps")
+NOT_CONTINUED = ("save_dir", "checkpoint_dir", "max_steps", "minutes", "resume_step", "decay_from", "profile_steps")
 # Pairs of settings that decide the same thing. If both are given, the second one wins.
 PAIRS = (
     ("train.n_epochs", "train.max_steps"),
+    ("train.n_epochs", "train.decay_from"),
     ("data.vocab_size", "data.tokenizer_model_path"),
     ("data.stories", "data.filepath"),
     ("data.stories", "data.mixture"),
@@ -192,7 +193,20 @@ def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
         # An empty path may take one of the file away. Else it is a shell's variable without a value.
         if name in given and not _get(config, name) and not _get(file, name):
             raise UserError(f"{name}: expected a path, found an empty text; give a path, or leave the flag out")
-    return _decide(config, given)
+    return _without_expectation(*_decide(config, given), file)
+
+
+def _without_expectation(config: Config, notes: list[str], file: Config) -> tuple[Config, list[str]]:
+    """Return the configuration without the expectation of its file, and a note, if it reads another text than that."""
+    for name in ("data.filepath", "data.eval_filepath") if file.expected.tokens else ():
+        was, found = _get(file, name), _get(config, name)
+        if found != was and config.expected == file.expected:
+            note = (
+                f"no loss is expected: [expected] of the file is for {name} {was or 'none'}, and this run has {found or 'none'}; make a new "
+                "recipe for this text"
+            )
+            return dataclasses.replace(config, expected=Config().expected), [*notes, note]
+    return config, notes
 
 
 def _decide(config: Config, given: set[str]) -> tuple[Config, list[str]]:

@@ -84,7 +84,7 @@ def check_is_continuation(run: RunFolder, stored: Config | None, train: TrainArg
 
 
 def run_to_continue(train: TrainArgs, folder: RunFolder) -> tuple[RunFolder, RunRecord, Config | None]:
-    """Return the run in decay_run, its record and its settings; ``folder`` gets its tokenizer.
+    """Return the run in decay_run, its record and its settings, but for its minutes; ``folder`` gets its tokenizer.
 
     Raises UserError if there is no such run, or none that can decay from decay_from.
     """
@@ -98,6 +98,8 @@ def run_to_continue(train: TrainArgs, folder: RunFolder) -> tuple[RunFolder, Run
     check_can_decay(train.decay_from, source, record, stored, steps_in(source.checkpoints))
     if is_kept(source.tokenizer_path):
         keep_tokenizer(kept_tokenizer(source.tokenizer_path), folder.tokenizer_path)
+    if stored is not None:  # minutes are those of a whole run, which a recipe has chosen
+        stored = dataclasses.replace(stored, train=dataclasses.replace(stored.train, minutes=None))
     return source, dataclasses.replace(record, store="", saved=0, went_back_to=0), stored
 
 

@@ -152,7 +152,7 @@ def _go_on(run: Run, optimizer: Any, base: WholeModel | None) -> int:
     opened, settled, start = run.opened, run.settled, run.opened.start
     owed = bool(from_main(evaluation_is_missing(opened, settled, run.data)))
     if start >= settled.steps and not owed:
-        print(nothing_to_do_text(settled))
+        print(nothing_to_do_text(settled, opened.folder.checkpoints))
         _finish(run, start)
         return 0
     with working(first_state_text(opened, base), shown=is_main()):

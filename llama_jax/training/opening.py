@@ -44,6 +44,7 @@ from llama_jax.storage.locations import (
 from llama_jax.storage.owner import Owner, owning
 from llama_jax.training.decaying import check_can_decay, check_is_continuation, run_to_continue
 from llama_jax.training.run_folder import RunFolder, RunRecord
+from llama_jax.training.settings import check_made_by
 
 # What a checkpoint says of the tokens that counted in the loss of its run.
 TARGETS = "target_tokens"
@@ -180,6 +181,8 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
         start = _start(run, store, steps, train)
         run.notes += folder.read_metrics(start)
     origin = _origin((store if run.source is None else run.source.checkpoints) / str(start)) if start else {}
+    if run.stored is None:
+        check_made_by(origin, train, start)
     run.targets = origin.get(TARGETS) if start else 0
     run.texts = _texts(run, run.record.text or origin.get("text"))
     known = run.record.id or origin.get("run") or uuid.uuid4().hex

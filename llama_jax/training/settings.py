@@ -2,9 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from llama_jax.config import Config, ModelArgs
+from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
 from llama_jax.training.rates import learning_rate
 
@@ -58,6 +58,19 @@ def check_same(stored: Config, now: Config, folder: Path, section: str, field: s
         raise UserError(
             f"{section}.{field}: expected {old!r}, with which the run in {folder} began, found {new!r}; "
             f"give the same value, choose another --train.save-dir, or delete {folder}"
+        )
+
+
+def check_made_by(origin: dict[str, Any], train: TrainArgs, step: int) -> None:
+    """Raise UserError if another optimizer made the checkpoint of ``step``, of which ``origin`` says where it is from.
+
+    Of a run whose settings are known, ``changes`` compares them.
+    """
+    made_by = origin.get("optimizer", train.optimizer)
+    if made_by != train.optimizer:
+        raise UserError(
+            f"train.optimizer: expected {made_by!r}, with which the checkpoint of step {step:,} was made, found {train.optimizer!r}; "
+            "give the same value, or choose another --train.save-dir"
         )
 
 

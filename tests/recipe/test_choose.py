@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llama_jax.build import count_parameters
 from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
-from llama_jax.recipe.choose import Budget, Choice, Task, bytes_within, choose, parameters_of, with_curve
+from llama_jax.recipe.choose import Budget, Choice, Task, Unit, bytes_within, choose, parameters_of, with_curve
 from llama_jax.recipe.laws import Laws, TextLevel
 from llama_jax.recipe.text import Counted, vocabulary_for
 from llama_jax.train_args import ScheduleName
@@ -20,7 +20,7 @@ from llama_jax.training.flops import step_flops
 
 def text(size: float, vocab_size: int = 0) -> Counted:
     vocab_size = vocab_size or vocabulary_for(size)
-    return Counted("my.txt", size, vocab_size, 2.5, TextLevel(2.4, 2.2), 1000, True, size / 20)
+    return Counted("my.txt", size, vocab_size, 2.5, TextLevel(2.4, 2.2), 1000, vocab_size, size / 20)
 
 
 def chosen(
@@ -119,6 +119,40 @@ def test_a_megabyte_gets_a_model_of_the_size_that_tuned_runs_have() -> None:
     assert 2e-3 <= found.config.train.lr <= 4e-3 and 4 <= found.config.train.batch_size <= 8
 
 
+@pytest.mark.parametrize("unit", ["tokens", "flops", "parameters"])
+def test_a_budget_beyond_what_helps_a_small_text_is_left_whatever_it_is_counted_in(unit: Unit) -> None:
+    """A text is not read 80 million times, nor is a model that is too large for it trained for a step."""
+    task = Task(Config(), frozenset(), text(3e4))
+    amounts = {"tokens": 1e12, "flops": 1e24, "parameters": 1e8}
+    found = choose(task, Budget(unit, amounts[unit], f"--{unit}"))
+    assert found.unused > 0.8 and 1 < found.epochs < 60 and found.expected < 4
+
+
+@pytest.mark.parametrize("budget", [Budget("tokens", 10, "--tokens 10"), Budget("tokens", 255, "--tokens 255")])
+def test_tokens_below_a_step_are_refused(budget: Budget) -> None:
+    with pytest.raises(UserError, match=rf"^{budget.name}: expected enough for a step"):
+        choose(Task(Config(), frozenset(), text(3e6)), budget)
+
+
+@pytest.mark.parametrize("amount", [10, 4e4, 1e12])
+def test_parameters_that_no_shape_has_are_refused(amount: float) -> None:
+    with pytest.raises(UserError, match=r"^--parameters 5: expected about [\d,]+ to [\d,]+, .*, found [\d,]+;"):
+        choose(Task(Config(), frozenset(), text(3e6)), Budget("parameters", amount, "--parameters 5"))
+
+
+@settings(max_examples=8, deadline=None)
+@given(sizes, st.floats(300, 1e9))
+def test_a_run_reads_no_more_tokens_than_it_may(size: float, amount: float) -> None:
+    assert choose(Task(Config(), frozenset(), text(size)), Budget("tokens", amount, "--tokens")).tokens <= amount
+
+
+def test_nothing_worse_is_expected_than_of_a_model_that_knows_nothing() -> None:
+    task = Task(Config(), frozenset(), text(3e4))
+    found = choose(task, Budget("tokens", 300, "--tokens"))
+    assert found.steps == 1 and found.config.train.warmup_steps == 0
+    assert found.expected == pytest.approx(math.log2(task.text.vocab_size) / 2.5)
+
+
 @pytest.mark.parametrize("amount", [3e5, 3e6, 3e7])
 def test_tokens_and_parameters_are_as_asked(amount: float) -> None:
     task = Task(Config(), frozenset(), text(3e7))
@@ -141,6 +175,16 @@ def test_what_is_given_is_kept_and_the_rest_is_chosen_around_it() -> None:
     assert (model.dim, model.n_layers, model.max_seq_len, train.lr, train.batch_size) == (96, 5, 64, 1e-2, 6)
     assert train.moments == "int8"
     assert found.flops == pytest.approx(3e12, rel=0.03)
+
+
+def test_no_model_is_chosen_that_the_machine_cannot_hold() -> None:
+    task = Task(Config(), frozenset(), text(1e9), most_parameters=5e6)
+    limited = choose(task, Budget("flops", 1e18, "--flops"))
+    free = choose(replace(task, most_parameters=math.inf), Budget("flops", 1e18, "--flops"))
+    assert 2e6 < limited.parameters <= 5e6 < free.parameters and limited.expected > free.expected
+    given = replace(task, base=Config(ModelArgs(dim=1024)), given=frozenset({"model.dim"}))
+    with pytest.raises(UserError, match=r"^memory: expected a model of up to 5,000,000 parameters"):
+        choose(given, Budget("flops", 1e18, "--flops"))
 
 
 def test_a_batch_is_shared_by_all_devices() -> None:

@@ -121,6 +121,12 @@ def test_only_a_recipe_that_nobody_changed_is_replaced(folder: Path) -> None:
         (["--data.filepath", "my.txt", *FLAGS, "--train.n-epochs", "9"], "train.n_epochs: expected none beside a recipe"),
         (["--data.filepath", "my.txt", *FLAGS, "--train.rate-width", "9"], "train.rate_width: expected train.lr beside it"),
         (["--data.filepath", "my.txt", *FLAGS, "--train.init-from", "runs/x"], "train.init_from: expected none beside a recipe"),
+        (["--data.filepath", "my.txt", *FLAGS, "--train.hold-lr"], "train.hold_lr: expected none beside a recipe"),
+        (["--data.filepath", "my.txt", *FLAGS, "--train.resume-step", "5"], "train.resume_step: expected none beside a recipe"),
+        (["--data.filepath", "my.txt", *FLAGS, "--train.batch-start", "1", "--train.batch-size", "4", "--train.batch-ramp-steps", "9"],
+         "train.batch_start: expected none beside a recipe"),
+        (["--data.filepath", "my.txt", "--parameters", "10"], "--parameters 10: expected about"),
+        (["--data.filepath", "my.txt", "--tokens", "10"], "--tokens 10: expected enough for a step"),
         (["--data.filepath", "my.txt", *FLAGS, "--train.minutes", "3"], "train.minutes: expected --minutes"),
         (["--data.filepath", "my.txt", *FLAGS, "--output", "no/my.toml"], "--output: expected a file in a folder"),
         (["--data.filepath", "my.txt", *FLAGS, "--expected.parameters", "9"], "expected.tokens: expected none beside a recipe"),
@@ -132,6 +138,44 @@ def test_what_cannot_be_is_refused_in_a_line(argv: list[str], words: str, folder
     before = sorted(folder.iterdir())
     assert words in told(inside.run(["-m", "llama_jax.recipe", *argv], folder))
     assert sorted(folder.iterdir()) == before
+
+
+def test_what_the_laws_do_not_know_of_what_is_given_is_told(folder: Path) -> None:
+    argv = [
+        "--data.filepath",
+        "my.txt",
+        *FLAGS,
+        "--model.dim",
+        "32",
+        "--train.optimizer",
+        "muon",
+        "--train.eval-iters",
+        "3",
+    ]
+    told, _ = recipe(folder, *argv, "--train.lr", "1", "--train.warmup-steps", "100000")
+    given = "model.dim 32, train.eval_iters 3, train.lr 1.0, train.optimizer muon, train.warmup_steps 100000"
+    assert f"kept  as you gave them: {given}\n" in told
+    assert "the laws know nothing of train.lr, train.optimizer, train.warmup_steps, and" in told
+    assert "not 100,000, as the run is short, then a line to 0 at step" in told
+    assert "know nothing" not in recipe(folder, "--data.filepath", "my.txt", *FLAGS, "--model.dim", "32")[0]
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_told_and_counted_as_the_run_has_it(folder: Path) -> None:
+    (folder / "few.txt").write_text("the quick brown fox\n" * 150)
+    argv = ["--data.filepath", "few.txt", "--tokens", "3000", "--output", "few.toml", "--model.dim", "32"]
+    told, found = recipe(folder, *argv)
+    assert "the text cannot fill a vocabulary of 512 tokens, and gets one of" in told
+    result = inside.run(["train.py", "--config", "few.toml", "--train.save-dir", "runs/few"], folder)
+    assert result.returncode == 0, result.stderr
+    assert f"{found['parameters']:,} parameters" in result.stdout and "no loss is expected" not in result.stdout
+
+
+def test_a_text_of_one_letter_is_said_to_have_nothing_to_learn(folder: Path) -> None:
+    (folder / "one.txt").write_text("a" * 20000)
+    assert (
+        "there is nothing to learn, and the laws know no such text"
+        in recipe(folder, "--data.filepath", "one.txt", *FLAGS)[0]
+    )
 
 
 @needs_libtpu

@@ -3,12 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from llama_jax.config import load_toml
+from llama_jax.config import Config, ModelArgs, TrainArgs, load_toml
 from llama_jax.recipe import making
+from llama_jax.recipe import speed as speed_room
+from llama_jax.recipe.choose import Budget
 from llama_jax.recipe.speed import Speed
 from llama_jax.training.clock import TIMES
 from tests import inside
@@ -64,6 +67,33 @@ def test_a_stopped_run_goes_on_with_its_choice_to_the_same_bits(folder: Path, of
     assert replace(now, train=replace(now.train, resume_step=0)) == config
 
 
+def test_minutes_are_those_of_the_whole_command_and_too_few_are_said_to_be_overrun() -> None:
+    """What was counted and measured before the run is a part of them."""
+    speed = Speed(1e8, "measured in a test", 5.0)
+    assert making.seconds_of_steps(3, speed) - making.seconds_of_steps(3, speed, 20) == pytest.approx(0.95 * 20)
+    assert making.seconds_of_steps(0.1, speed, 20) == pytest.approx(0.3 * 6)
+    choice = SimpleNamespace(flops=1e8 * making.seconds_of_steps(0.1, speed, 20))
+    rows = making._time_rows(Budget("minutes", 0.1, "--train.minutes 0.1"), cast(Any, choice), speed, 20)
+    assert "20 s were spent up to here" in rows[1][1]
+    assert "this will take longer than --train.minutes 0.1, about 42 s in all" in rows[2][1]
+    choice = SimpleNamespace(flops=1e8 * making.seconds_of_steps(3, speed, 20))
+    assert len(making._time_rows(Budget("minutes", 3, "--train.minutes 3"), cast(Any, choice), speed, 20)) == 2
+
+
+def test_of_many_minutes_the_model_and_the_batch_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of half a gigabyte, for which nothing larger is measured."""
+    for module in (making, speed_room):
+        monkeypatch.setattr(module, "memory_of", lambda devices: 5e8)
+    large = Config(
+        ModelArgs(dim=256, n_layers=4, n_heads=4, vocab_size=2048, max_seq_len=256), train=TrainArgs(batch_size=64)
+    )
+    parted = speed_room.in_parts(large)
+    assert parted.train.gradient_accumulation_steps in (8, 16, 32, 64) and parted.train.batch_size == 64
+    assert speed_room.in_parts(replace(large, train=TrainArgs(batch_size=1))).train.gradient_accumulation_steps == 1
+    assert making._most_parameters(Config()) == pytest.approx(0.6 * 5e8 / 16, rel=0.01)
+    assert making._most_parameters(Config(train=TrainArgs(moments="int8"))) > 0.6 * 5e8 / 13
+
+
 def test_other_minutes_and_settings_are_told_as_other_changes_are(folder: Path) -> None:
     argv = [*MINUTES, "--train.save-dir", "runs/changed"]
     assert inside.run(argv, folder).returncode == 0
@@ -79,7 +109,10 @@ def test_what_is_given_is_kept_and_said_to_be(folder: Path) -> None:
     argv = ["--config", "mine.toml", "--train.lr", "0.002", "--train.save-dir", "runs/kept", "--model.tie-embeddings"]
     found = inside.run([*MINUTES, *argv], folder)
     assert (found.returncode, found.stderr) == (0, ""), found.stderr
-    assert "kept  as you gave them: model.dim 48, model.n_heads 2, train.lr 0.002" in found.stdout
+    assert (
+        "kept  as you gave them: model.dim 48, model.n_heads 2, model.tie_embeddings True, train.lr 0.002, train.weight_decay 0.3"
+        in found.stdout
+    )
     config = load_toml(folder / "runs" / "kept" / "config.toml")
     assert (config.model.dim, config.train.lr, config.train.weight_decay) == (48, 0.002, 0.3)
     assert config.model.tie_embeddings and config.train.optimizer == "adamw"
@@ -102,7 +135,7 @@ def test_what_contradicts_minutes_is_refused_in_a_line(argv: list[str], words: s
 
 
 def test_minutes_without_a_choice_are_refused_where_python_starts_a_run(folder: Path) -> None:
-    from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
+    from llama_jax.config import DataArgs
     from llama_jax.errors import UserError
     from llama_jax.training.loop import train
 

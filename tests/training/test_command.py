@@ -90,6 +90,18 @@ def test_a_flag_beats_a_key_of_the_file_that_decides_the_same(tmp_path: Path) ->
 def test_of_two_flags_that_decide_the_same_the_one_that_does_not_count_is_told() -> None:
     config, notes = read_command(["--train.n-epochs", "3", "--train.max-steps=5"])
     assert config.train.max_steps == 5 and "train.n_epochs 3 is not used" in notes[0]
+    argv = ["--train.schedule", "wsd", "--train.n-epochs", "3", "--train.decay-from", "400"]
+    assert "train.n_epochs 3 is not used, as train.decay_from 400 decides the same" in read_command(argv)[1]
+
+
+def test_what_a_recipe_expects_of_its_text_is_not_expected_of_another_one(tmp_path: Path) -> None:
+    curve = "[expected]\ntokens = [10, 20]\nlow = [1.0, 1.0]\nbits_per_byte = [2.0, 2.0]\nhigh = [3.0, 3.0]\n"
+    (tmp_path / "my.toml").write_text('[data]\nfilepath = "my.txt"\n' + curve)
+    argv = ["--config", str(tmp_path / "my.toml")]
+    assert read_command(argv)[0].expected.tokens == (10, 20) == read_command([*argv, "my.txt"])[0].expected.tokens
+    for other in (["--data.filepath", "other.txt"], ["other.txt"], ["--data.eval-filepath", "other.txt"]):
+        config, notes = read_command([*argv, *other])
+        assert config.expected.tokens == () and "no loss is expected: [expected] of the file is for" in notes[-1]
 
 
 def test_the_built_in_conversations_give_way_to_a_text_of_the_user(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from llama_jax.checkpoint import steps_of
 from llama_jax.errors import UserError
+from llama_jax.recipe.one_step import read_with_recipe
 from llama_jax.training import start
 from tests import processes
 from tests.training.test_resuming import assert_same, content, records, refusal, train, undrawn  # noqa: F401
@@ -106,6 +107,23 @@ def test_a_decay_in_another_folder_is_that_of_the_run_itself_which_stays_as_it_i
 def test_a_decay_takes_its_share_of_all_steps_if_nothing_says_where_it_ends(run: Path, tmp_path: Path) -> None:
     train(tmp_path / "branch", **WSD, decay_run=str(run), decay_from=6, max_steps=None)
     assert_same(tmp_path / "branch", run, 8)
+
+
+def test_a_finished_run_names_no_checkpoint_to_go_back_to_that_it_does_not_have(run: Path) -> None:
+    """It has held its rate where the schedule would have decayed it."""
+    train(run, **WSD, max_steps=15, hold_lr=True)
+    out = train(run, **WSD, max_steps=15)
+    assert 11 not in steps_of(run)
+    assert "already complete" in out and "--train.resume-step" not in out
+
+
+def test_a_run_of_so_many_minutes_decays_in_another_folder_without_them(tmp_path: Path) -> None:
+    train(tmp_path / "run", **WSD, minutes=3.0)
+    argv = ["--train.decay-run", str(tmp_path / "run"), "--train.decay-from", "6", "--train.save-dir", "branch"]
+    config, _ = read_with_recipe(argv)
+    assert (config.train.minutes, config.train.max_steps, config.train.schedule) == (None, None, "wsd")
+    train(tmp_path / "branch", **WSD, decay_run=str(tmp_path / "run"), decay_from=6, max_steps=None)
+    assert_same(tmp_path / "branch", tmp_path / "run", 8)
 
 
 def test_a_copy_that_is_cut_short_is_begun_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from llama_jax.errors import UserError
 from llama_jax.model import Llama
 from llama_jax.training import clock, loop, muon, samples
 from llama_jax.training.account import activation_bytes, state_bytes, update_bytes
+from llama_jax.training.announcing import optimizer_text
 from llama_jax.training.clock import TIMES, Clock, Recorder
 from llama_jax.training.flops import step_flops, train_flops_per_token, update_flops
 from llama_jax.training.muon import COEFFICIENTS, ITERATIONS, matrix_sizes, orthogonalize
@@ -398,6 +399,24 @@ def test_a_run_says_what_muon_does_resumes_bit_for_bit_and_cannot_change_it(tmp_
         train(run, max_steps=9, optimizer="adamw")
     assert "train.muon_momentum 0.95 -> 0.9" in train(run, max_steps=9, muon_momentum=0.9)
     assert "optimizer " not in train(tmp_path / "plain", optimizer="adamw")
+    # The checkpoints say which, where the run's settings were deleted. A refused start writes none.
+    (run / "config.toml").unlink()
+    with pytest.raises(
+        UserError, match=r"^train.optimizer: expected 'muon', with which the checkpoint of step \d+ was"
+    ):
+        train(run, max_steps=12, optimizer="adamw")
+    assert not (run / "config.toml").exists()
+
+
+def test_settings_that_an_optimizer_does_not_use_are_told() -> None:
+    def told(**changes: Any) -> str:
+        return optimizer_text(Config(MODEL, train=TrainArgs(**changes)), 1024, 4)
+
+    assert "train.beta1, train.beta2 and train.eps are not used" in told(optimizer="adafactor", beta2=0.5)
+    assert told(optimizer="muon", nesterov=True).endswith(
+        "AdamW for all else; train.nesterov is of this AdamW, as Muon always looks ahead"
+    )
+    assert told(optimizer="muon").endswith("AdamW for all else")
 
 
 MESHES: dict[str, dict[str, int]] = {

@@ -264,7 +264,7 @@ def test_an_unchanged_start_says_nothing_of_changes(whole: Path, tmp_path: Path)
 
 def test_more_steps_at_the_rate_that_the_run_stopped_with(run: Path, tmp_path: Path) -> None:
     out = train(run, max_steps=12, hold_lr=True)
-    assert "learning rate 0.001, held" in out and "as it was" not in out
+    assert "learning rate 0.001, held; train.lr 0.01 and the schedule are not used" in out and "as it was" not in out
     rate = records(run)[7]["lr"]
     assert {record["lr"] for record in records(run)[7:]} == {rate}
     train(run, max_steps=14, hold_lr=True)
