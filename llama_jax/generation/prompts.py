@@ -26,6 +26,8 @@ TooLong = Literal["refuse", "skip", "cut"]
 STANDARD_INPUT = "standard input"
 # A prompt that is cut leaves at most 1 / FREE_SHARE of the context for its completion.
 FREE_SHARE = 4
+# Keys by which JSON is known for prompts or a conversation.
+RECORD_KEYS = ("prompt", "messages", "prefix", "role")
 # A message names at most this many prompts.
 NAMED = 5
 
@@ -74,6 +76,11 @@ def read_prompts(path: str, args: SampleArgs) -> list[Job]:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"--prompts-file: expected a file of prompts, found no file {path}; give one a line") from None
     lines = text_of(content, path).split("\n")
+    if Path(path).suffix == ".json":
+        raise UserError(
+            f"{path}: expected a prompt a line, or JSON objects a line in a file that ends in .jsonl, found a file that ends in "
+            ".json; write one of these"
+        )
     if Path(path).suffix not in (".jsonl", ".ndjson"):
         return _jobs_of_lines(lines, args, path)
     jobs = [_job(line, args, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
@@ -162,20 +169,24 @@ def _jobs_of_lines(lines: Iterable[str], args: SampleArgs, name: str) -> list[Jo
         raise UserError("prompts: expected one or more, found none; give them as arguments or on standard input")
     if not numbered:
         raise UserError(f"{name}: expected one or more prompts, found none; give one a line")
-    if all(map(_is_object_with_prompt, (line for _, line in numbered))):
+    texts = [line for _, line in numbered]
+    keys = [_key_of_records(text) for text in texts]
+    if key := keys[0] if all(keys) else _key_of_records("\n".join(texts)):
         raise UserError(
-            f'{name}: expected a prompt a line, found JSON objects with "prompt"; give them to --prompts-file in a file that '
-            "ends in .jsonl"
+            f'{name}: expected a prompt a line, found JSON objects with "{key}"; give them to --prompts-file, an object a line, '
+            "in a file that ends in .jsonl"
         )
     return [Job(line, args, f"{name}: line {i}") for i, line in numbered]
 
 
-def _is_object_with_prompt(line: str) -> bool:
+def _key_of_records(text: str) -> str:
+    """Return the key of a prompt in a JSON object, or in a list of objects. "": ``text`` is something else."""
     try:
-        found = json.loads(line) if line.lstrip().startswith("{") else None
+        found = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
     except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and "prompt" in found
+        return ""
+    first = found[0] if isinstance(found, list) and found else found
+    return next((key for key in RECORD_KEYS if isinstance(first, dict) and key in first), "")
 
 
 def _job(line: str, args: SampleArgs, where: str) -> Job:

@@ -89,7 +89,12 @@ def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
         ("a\nb".encode("utf-16"), "expected text in UTF-8, found UTF-16"),
         ("a\nb".encode("utf-16-be"), "found a NUL byte, as in UTF-16"),
         ("é\na".encode("utf-32"), "found UTF-32"),
-        (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', 'found JSON objects with "prompt"; give them to --prompts-file in a file'),
+        (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', 'found JSON objects with "prompt"; give them to --prompts-file, an object'),
+        (b'{"messages": [{"role": "user", "content": "a"}]}\n', 'found JSON objects with "messages"'),
+        (b'{"prefix": "a", "suffix": "b"}\n{"prompt": "b"}\n', 'found JSON objects with "prefix"'),
+        (b'[{"prompt": "a"},\n {"prompt": "b"}]\n', 'found JSON objects with "prompt"'),
+        (b'{\n "messages": []\n}\n', 'found JSON objects with "messages"'),
+        (b'[\n{"role": "user", "content": "a"}]', 'found JSON objects with "role"'),
     ],
     ids=str,
 )  # fmt: skip
@@ -108,6 +113,14 @@ def test_what_is_no_text_is_told_by_its_line(
 
 def test_a_text_that_begins_with_a_brace_is_a_prompt(tmp_path: Path) -> None:
     assert [job.prompt for job in prompts(tmp_path, '{"a": 1}\n{ x\n')] == ['{"a": 1}', "{ x"]
+    assert [job.prompt for job in prompts(tmp_path, '{"prompt": 1}\n[x')] == ['{"prompt": 1}', "[x"]
+
+
+@pytest.mark.parametrize("content", ['["Once", "Two"]', '{"prompt": "Once"}', "Once"], ids=str)
+def test_a_json_file_is_not_read_line_by_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "p.json").write_text(content)
+    with pytest.raises(UserError, match=r"p\.json: expected a prompt a line, or JSON objects a line .* \.jsonl"):
+        read_prompts(str(tmp_path / "p.json"), ARGS)
 
 
 def test_standard_input_is_utf8_whatever_the_locale_says(monkeypatch: pytest.MonkeyPatch) -> None:
