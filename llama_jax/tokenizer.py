@@ -92,6 +92,7 @@ class Tokenizer:
             named, told = of_files.named_ids(files, ids)
             self.notes += told
             ends = own | named
+            self.notes += of_files.other_ends(files, [reader.piece(ends["bos"])])
             return ends["bos"], ends["eos"], True
         if files.main == MODEL:
             return reader.specials[tiktoken.BOS], reader.specials[tiktoken.EOS], True
@@ -106,14 +107,18 @@ class Tokenizer:
             )
         if "bos" not in named:
             self.notes.append("the tokenizer has no BOS: a text begins without, and EOS stands between documents")
+            self.notes += of_files.other_ends(files, [])
             return named["eos"], named["eos"], False
-        begins = of_files.begins_with_bos(files, self._reader.piece(named["bos"]))
-        if begins is None:
+        bos = self._reader.piece(named["bos"])
+        begins = of_files.begins_with_bos(files, bos)
+        if begins is False:
+            self.notes.append(f"a text begins without BOS, as {of_files.CONFIG} says (add_bos_token)")
+        if begins is None and of_files.around(files) == ([], []):
             self.notes.append(
                 f"{files.path.name} does not say that BOS begins a text, as it does here and in Meta's code; add_bos_token in {of_files.CONFIG} decides"
             )
-        elif not begins:
-            self.notes.append(f"a text begins without BOS, as {of_files.CONFIG} says (add_bos_token)")
+        else:
+            self.notes += of_files.other_ends(files, [] if begins is False else [bos])
         return named["bos"], named["eos"], begins is not False
 
     def within(self, rows: int) -> "Tokenizer":
