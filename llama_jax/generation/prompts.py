@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from llama_jax.chat.formats import ChatFormat
 from llama_jax.chat.llama2 import TAGS
 from llama_jax.chat.messages import Message, as_messages
-from llama_jax.cli.json_argument import json_argument, json_line
+from llama_jax.cli.json_argument import json_argument, json_line, load_json
 from llama_jax.config import SampleArgs, from_dict
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.grammar import check_schema
@@ -190,25 +190,23 @@ def _key_of_records(text: str) -> str:
 
 
 def _job(line: str, args: SampleArgs, where: str) -> Job:
-    try:
-        found: Any = json.loads(line, object_pairs_hook=_Pairs)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: expected a JSON object, found {quoted(str(error))}") from None
-    pairs = [(name.replace("-", "_"), value) for name, value in found] if isinstance(found, _Pairs) else []
+    found = load_json(line, where, "a JSON object")
+    pairs = [(name.replace("-", "_"), value) for name, value in found.items()] if isinstance(found, dict) else []
     given = dict(pairs)
     names = [name for name, _ in pairs]
     suffix = given.pop("suffix", None)
     if not isinstance(suffix, str | None):
         raise UserError(f"{where}: suffix: expected a text, found {quoted(suffix)}")
     if "messages" in given and "prompt" not in given and suffix is None:
-        messages = tuple(as_messages(_plain(given.pop("messages")), f"{where}: messages"))
+        messages = tuple(as_messages(given.pop("messages"), f"{where}: messages"))
         prompt = messages[-1].content
     else:
         prompt = given.pop("prefix" if suffix is not None and "prefix" in given else "prompt", None)
         messages = ()
     if not isinstance(prompt, str):
-        shown = quoted(_plain(found))
-        raise UserError(f'{where}: expected an object with a text as "prompt", or with "messages", found {shown}')
+        raise UserError(
+            f'{where}: expected an object with a text as "prompt", or with "messages", found {quoted(found)}'
+        )
     if "messages" in given:
         raise UserError(f"{where}: expected a prompt or messages, found both; leave one out")
     if "max_tokens" in given:
@@ -224,11 +222,11 @@ def _job(line: str, args: SampleArgs, where: str) -> Job:
         given["stop_token_ids"] = tuple(ids)
     if "json_schema" in given:
         given["json_schema"] = _schema(given["json_schema"], f"{where}: json_schema")
-    if isinstance(bias := given.get("logit_bias"), _Pairs):
+    if isinstance(bias := given.get("logit_bias"), dict):
         try:
-            given["logit_bias"] = {int(token): value for token, value in bias}
+            given["logit_bias"] = {int(token): value for token, value in bias.items()}
         except ValueError:
-            raise UserError(f"{where}: logit_bias: expected token ids, found {quoted(list(dict(bias)))}") from None
+            raise UserError(f"{where}: logit_bias: expected token ids, found {quoted(list(bias))}") from None
     if given:
         changed = from_dict(SampleArgs, given, where)
         args = dataclasses.replace(args, **{name: getattr(changed, name) for name in given})
@@ -240,18 +238,7 @@ def _schema(found: Any, where: str) -> str:
     """Return a schema of a line of JSON as text. It is a value, or a text as on the command line. "": none."""
     if isinstance(found, str):
         return json_argument(found, where) if found else ""
-    return json_line(_plain(found))
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """The pairs of a JSON object, including repeated keys."""
-
-
-def _plain(value: Any) -> Any:
-    """Return a JSON value with dicts for its objects."""
-    if isinstance(value, _Pairs):
-        return {name: _plain(item) for name, item in value}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+    return json_line(found)
 
 
 def ask(

@@ -81,6 +81,8 @@ def test_the_format_of_questions_can_be_chosen(tmp_path: Path) -> None:
             {"messages": [ASKED], "answer": "b"},
             "expected a record like the first, multiple choice, found conversations",
         ),
+        ({"messages": [ASKED], "context": "a", "answer": "b"}, "messages: expected no context beside a conversation"),
+        ({"messages": [ASKED], "choices": ["a", "b"], "answer": 0}, "messages: expected no choices beside"),
         ([1], r"expected a JSON object, found \[1\]"),
         ({"text": "A whole document."}, "expected a record like the first, multiple choice, found documents"),
     ],
@@ -88,6 +90,12 @@ def test_the_format_of_questions_can_be_chosen(tmp_path: Path) -> None:
 def test_a_bad_record_is_named_with_its_file_line_and_key(tmp_path: Path, record: Any, words: str) -> None:
     with pytest.raises(UserError, match=rf"task\.jsonl: line 2: {words}"):
         read_tasks([written(tmp_path, CHOICE, record)])
+
+
+def test_a_key_that_a_record_has_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "task.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0, "answer": 1}')
+    with pytest.raises(UserError, match=r"task\.jsonl: line 1: 'answer': expected a key once, found it twice"):
+        read_tasks([str(tmp_path / "task.jsonl")])
 
 
 def test_files_that_are_missing_empty_or_no_json_are_named(tmp_path: Path) -> None:
@@ -198,4 +206,6 @@ def test_a_choice_that_stands_twice_is_told() -> None:
         parse_task("t", "t.jsonl", "".join(json.dumps(one) + "\n" for one in records).encode()), summary, 64
     )
     assert told.startswith("t: 1 of 2 items have a choice twice")
+    spaced = records[0] | {"choices": ["b", " b"]}  # the same behind a prompt, which a space follows
+    assert remarks(parse_task("t", "t.jsonl", json.dumps(spaced).encode()), summary | {"n": 1}, 64)
     assert remarks(parse_task("t", "t.jsonl", json.dumps(records[1]).encode()), summary, 64) == []

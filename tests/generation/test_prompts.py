@@ -142,8 +142,20 @@ def test_a_lone_surrogate_is_the_same_at_every_door(tmp_path: Path, small_tokeni
         read_prompts(str(path), ARGS)
 
 
-@pytest.mark.parametrize("line", ['{"prompt": "a", "prompt": "b"}', '{"prompt": "a", "top-p": 0.5, "top_p": 0.6}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a", "prompt": "b"}',
+        '{"prompt": "a", "top-p": 0.5, "top_p": 0.6}',
+        '{"prompt": "a", "logit_bias": {"5": 1, "5": 2}}',
+        '{"prompt": "a", "json_schema": {"type": "string", "type": "number"}}',
+        '{"messages": [{"role": "user", "role": "system", "content": "a"}]}',
+    ],
+)
 def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "m.json").write_text(f"[{line}]")
+    with pytest.raises(UserError, match=r"m\.json: "):
+        read_messages(tmp_path / "m.json")
     with pytest.raises(UserError, match=r"line 1: .*: expected a key once, found it twice"):
         prompts(tmp_path, line, "p.jsonl")
 
