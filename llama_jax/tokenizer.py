@@ -109,8 +109,8 @@ class Tokenizer:
             self.notes.append("the tokenizer has no BOS: a text begins without, and EOS stands between documents")
             self.notes += of_files.other_ends(files, [])
             return named["eos"], named["eos"], False
-        bos = self._reader.piece(named["bos"])
-        begins = of_files.begins_with_bos(files, bos)
+        first = self._reader.piece(named["bos"])
+        begins = of_files.begins_with_bos(files, first)
         if begins is False:
             self.notes.append(f"a text begins without BOS, as {of_files.CONFIG} says (add_bos_token)")
         if begins is None and of_files.around(files) == ([], []):
@@ -118,7 +118,7 @@ class Tokenizer:
                 f"{files.path.name} does not say that BOS begins a text, as it does here and in Meta's code; add_bos_token in {of_files.CONFIG} decides"
             )
         else:
-            self.notes += of_files.other_ends(files, [] if begins is False else [bos])
+            self.notes += of_files.other_ends(files, [] if begins is False else [first])
         return named["bos"], named["eos"], begins is not False
 
     def within(self, rows: int) -> "Tokenizer":
