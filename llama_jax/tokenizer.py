@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -244,7 +245,10 @@ class Tokenizer:
 
         ``specials``: the texts of control tokens are shown. Raises UserError on an id outside the vocabulary.
         """
-        ids = [int(i) for i in ids]
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError:
+            raise UserError(f"token ids: expected whole numbers, found {quoted(ids)}") from None
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise UserError(f"token id: expected 0 to {self.vocab_size - 1}, found {i}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_jax.chat.formats import ChatSetup, read_template_file, tokens_of
 from llama_jax.chat.renderer import MOST_TEMPLATE
+from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.keys import read_json
 from llama_jax.tokenizer import Tokenizer
@@ -115,11 +116,14 @@ def _end_ids(folder: Path, rows: int, warnings: list[str]) -> tuple[int, ...]:
 
 
 def _sampling(folder: Path) -> Iterator[str]:
-    """Yield which settings of generation the files have, which are not kept: flags decide here."""
+    """Yield which settings of generation the files have that are not this project's defaults: here flags decide."""
     name = GENERATION if (folder / GENERATION).is_file() else CONFIG
     table = _json(folder / name)
     counting = CHOOSING | (SAMPLING if table.get("do_sample") is True else {})
-    found = [key for key, neutral in counting.items() if table.get(key) not in (None, neutral)]
+    here = SampleArgs()
+    found = [
+        key for key, neutral in counting.items() if table.get(key) not in (None, neutral, getattr(here, key, neutral))
+    ]
     if found:
         shown = ", ".join(f"{key} {quoted(table[key], 20)}" for key in found)
         flags = [

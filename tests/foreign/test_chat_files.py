@@ -81,10 +81,11 @@ def test_a_generation_config_that_names_no_end_is_told(tmp_path: Path, small_tok
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, "temperature 0.6, top_p 0.9, .*: --temperature 0.6 --top-p 0.9$"),
+        ({"do_sample": True, "temperature": 0.5, "top_p": 0.8}, "temperature 0.5, top_p 0.8, .*: --temperature 0.5 --top-p 0.8$"),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, ""),  # the defaults of sample.py
         ({"do_sample": True, "temperature": 1.0, "top_p": 1, "top_k": None}, ""),
-        ({"do_sample": False, "temperature": 0.6}, ""),
-        ({"temperature": 0.6, "max_length": 4096, "pad_token_id": 0}, ""),
+        ({"do_sample": False, "temperature": 0.5}, ""),
+        ({"temperature": 0.5, "max_length": 4096, "pad_token_id": 0}, ""),
         ({"repetition_penalty": 1.1}, "repetition_penalty 1.1, .*: --repetition-penalty 1.1$"),
         ({"suppress_tokens": [5], "num_beams": 4}, r"suppress_tokens \[5\], num_beams 4, .*; here flags decide$"),
         ({"suppress_tokens": [], "repetition_penalty": 1.0, "num_beams": 1, "forced_eos_token_id": None}, ""),
