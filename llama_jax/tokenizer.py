@@ -157,6 +157,14 @@ class Tokenizer:
         return isinstance(self._reader, SentencePieceReader)
 
     @property
+    def begins_elsewhere(self) -> bool | None:
+        """Whether transformers begins a text with BOS, by the files. None: they do not say."""
+        files = self._files
+        if TABLE in files.tables:
+            return of_files.around(files)[0][:1] == [self.piece(self.bos_id)]
+        return of_files.begins_with_bos(files, self.piece(self.bos_id))
+
+    @property
     def model_bytes(self) -> bytes:
         """The content of the file that holds the vocabulary."""
         return self.files[self._files.main]
