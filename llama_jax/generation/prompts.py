@@ -317,11 +317,12 @@ def _with_infill_ends(jobs: Sequence[Job], tokenizer: Tokenizer) -> list[Job]:
 
 
 def _cut(tokenizer: Tokenizer, asked: Asked, most: int) -> list[int]:
-    """Return the beginning token and the end of a prompt, ``most`` tokens in all. Of a gap, the prefix is cut."""
+    """Return BOS, if a prompt begins with it, and the prompt's end: ``most`` tokens in all. Of a gap, cut the prefix."""
     ids, job = asked.ids, asked.job
     if job.suffix is not None:
         return encode_infill(tokenizer, job.prompt, job.suffix, job.args.infill_format, len(ids) - most)
-    return [ids[0], *ids[len(ids) - most + 1 :]] if most > 1 else [ids[0]]
+    begun = ids[:1] if ids[0] == tokenizer.bos_id else []
+    return [*begun, *ids[len(ids) - most + len(begun) :]]
 
 
 def _cut_dialog(chat: ChatFormat, messages: Sequence[Message], most: int) -> list[int]:

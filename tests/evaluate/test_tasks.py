@@ -16,6 +16,7 @@ from llama_jax.evaluate.scoring import Request
 from llama_jax.evaluate.tasks import Item, Task, check_shots, joined, parse_task, prompt_of, read_tasks, shots_of
 from llama_jax.tokenizer import Tokenizer
 from tests.generation.models import build
+from tests.tokenizers.made import CONFIG, bytewise, put
 
 ASKED = {"role": "user", "content": "Who?"}
 CHOICE = {"context": "The owl saw", "choices": ["a fox", "the river"], "answer": 1}
@@ -194,6 +195,19 @@ def test_a_conversation_that_the_model_cannot_be_asked_is_named(small_tokenizer:
     model = build(small_tokenizer, max_seq_len=64)
     with pytest.raises(UserError, match=r"^t\.jsonl: line 1: .*expected a model with a chat template"):
         asked(model, chat_task("a fox"))
+
+
+def test_a_document_is_predicted_from_bos_on_whatever_the_tokenizer_begins_texts_with(tmp_path: Path) -> None:
+    """Of a tokenizer that begins no text with BOS, the first token was not scored, and one token alone had no score."""
+    tokenizer = Tokenizer(put(tmp_path, bytewise(), CONFIG | {"add_bos_token": False}))
+    assert not tokenizer.adds_bos
+    model = build(tokenizer, max_seq_len=16)
+    texts = ["a", "The owl saw a fox by the river, and the fox saw the owl."]
+    task = parse_task("t", "t.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    for text, item, found in zip(texts, asked(model, task), evaluate_task(model, task).per_item, strict=True):
+        ids = tokenizer.encode(text, bos=False)
+        assert [token for request in item.requests for token in request.continuation] == ids
+        assert list(item.requests[0].context) == [tokenizer.bos_id] and found["tokens"] == len(ids)
 
 
 def test_a_choice_that_stands_twice_is_told() -> None:

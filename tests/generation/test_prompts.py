@@ -25,6 +25,8 @@ from llama_jax.generation.prompts import (
     told_of,
 )
 from llama_jax.tokenizer import Tokenizer
+from tests.tokenizers.made import CONFIG as TOKENS
+from tests.tokenizers.made import bytewise, put
 
 ARGS = SampleArgs(seed=3)
 
@@ -208,6 +210,12 @@ def test_a_prompt_that_is_cut_keeps_bos_its_end_and_room_to_go_on(
     assert told_of([one, two], CONTEXT) == [
         "1 of 2 prompts fill the context of 32 tokens and are cut at their beginning: p.txt: line 4"
     ]
+
+
+def test_a_prompt_that_begins_without_bos_loses_its_beginning(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(put(tmp_path, bytewise(), TOKENS | {"add_bos_token": False}))
+    (found,) = asked(tokenizer, [LONG], "cut", max_new_tokens=3)
+    assert found.ids == tokenizer.encode(LONG)[-(CONTEXT - 3) :] and tokenizer.bos_id not in found.ids
 
 
 def test_a_conversation_that_is_cut_keeps_the_format_and_the_end(small_tokenizer: Tokenizer) -> None:
