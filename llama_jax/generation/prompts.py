@@ -317,7 +317,7 @@ def _with_infill_ends(jobs: Sequence[Job], tokenizer: Tokenizer) -> list[Job]:
 
 
 def _cut(tokenizer: Tokenizer, asked: Asked, most: int) -> list[int]:
-    """Return BOS, if a prompt begins with it, and the prompt's end: ``most`` tokens in all. Of a gap, cut the prefix."""
+    """Return the end of a prompt, behind BOS if it begins so: ``most`` tokens in all. Of a gap, the prefix is cut."""
     ids, job = asked.ids, asked.job
     if job.suffix is not None:
         return encode_infill(tokenizer, job.prompt, job.suffix, job.args.infill_format, len(ids) - most)
