@@ -18,6 +18,8 @@ STOPPED = 75  # a run was ended by SIGTERM or SIGHUP, and saved; EX_TEMPFAIL in 
 LOST = 76  # a run hung, or lost a process of its job
 INTERRUPTED = 130  # Ctrl-C; the status that shells use
 
+CHECK_DISK = "check the path, its permissions and the free disk space"
+
 
 class UserError(Exception):
     """An error that the user can fix.
@@ -100,7 +102,11 @@ def run_command(main: Callable[[], None]) -> None:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _stop(error, f"error: {where}{error.strerror}; check the path, its permissions and the free disk space", WRONG)
+        _stop(error, f"error: {where}{error.strerror}; {CHECK_DISK}", WRONG)
+    except Exception as error:
+        if not (code := orbax_internals.system_error(str(error))):
+            raise
+        _stop(error, f"error: {os.strerror(code)}; {CHECK_DISK}", WRONG)
 
 
 def _quiet_libraries() -> None:

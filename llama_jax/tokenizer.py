@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -92,6 +93,7 @@ class Tokenizer:
             named, told = of_files.named_ids(files, ids)
             self.notes += told
             ends = own | named
+            self.notes += of_files.other_ends(files, [reader.piece(ends["bos"])])
             return ends["bos"], ends["eos"], True
         if files.main == MODEL:
             return reader.specials[tiktoken.BOS], reader.specials[tiktoken.EOS], True
@@ -106,14 +108,18 @@ class Tokenizer:
             )
         if "bos" not in named:
             self.notes.append("the tokenizer has no BOS: a text begins without, and EOS stands between documents")
+            self.notes += of_files.other_ends(files, [])
             return named["eos"], named["eos"], False
-        begins = of_files.begins_with_bos(files, self._reader.piece(named["bos"]))
-        if begins is None:
+        first = self._reader.piece(named["bos"])
+        begins = of_files.begins_with_bos(files, first)
+        if begins is False:
+            self.notes.append(f"a text begins without BOS, as {of_files.CONFIG} says (add_bos_token)")
+        if begins is None and of_files.around(files) == ([], []):
             self.notes.append(
                 f"{files.path.name} does not say that BOS begins a text, as it does here and in Meta's code; add_bos_token in {of_files.CONFIG} decides"
             )
-        elif not begins:
-            self.notes.append(f"a text begins without BOS, as {of_files.CONFIG} says (add_bos_token)")
+        else:
+            self.notes += of_files.other_ends(files, [] if begins is False else [first])
         return named["bos"], named["eos"], begins is not False
 
     def within(self, rows: int) -> "Tokenizer":
@@ -149,6 +155,14 @@ class Tokenizer:
     def is_sentencepiece(self) -> bool:
         """Whether the vocabulary is SentencePiece's."""
         return isinstance(self._reader, SentencePieceReader)
+
+    @property
+    def begins_elsewhere(self) -> bool | None:
+        """Whether transformers begins a text with BOS, by the files. None: they do not say."""
+        files = self._files
+        if TABLE in files.tables:
+            return of_files.around(files)[0][:1] == [self.piece(self.bos_id)]
+        return of_files.begins_with_bos(files, self.piece(self.bos_id))
 
     @property
     def model_bytes(self) -> bytes:
@@ -239,7 +253,10 @@ class Tokenizer:
 
         ``specials``: the texts of control tokens are shown. Raises UserError on an id outside the vocabulary.
         """
-        ids = [int(i) for i in ids]
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError:
+            raise UserError(f"token ids: expected whole numbers, found {quoted(ids)}") from None
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise UserError(f"token id: expected 0 to {self.vocab_size - 1}, found {i}")

@@ -396,6 +396,9 @@ def test_ids_outside_the_vocabulary_are_refused(small_tokenizer):
     for bad in (-1, last + 1, 2**40):
         with pytest.raises(UserError, match=f"expected 0 to {last}, found {bad}"):
             small_tokenizer.decode([5, bad])
+    for odd in (1.5, "a", None, np.float32(7)):
+        with pytest.raises(UserError, match=r"^token ids: expected whole numbers, found \[5, "):
+            small_tokenizer.decode([5, odd])
 
 
 def test_a_stream_reads_a_long_text_once(small_tokenizer, monkeypatch):

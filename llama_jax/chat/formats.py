@@ -197,14 +197,21 @@ class ChatFormat:
             return False
 
     def check_roles(self, messages: Sequence[Message]) -> None:
-        """Raise UserError if the template leaves out a message of a role that not every template knows."""
-        others = list(without_roles(messages))
-        text = self.render(messages) if others else ""
+        """Raise UserError if the template leaves out the question at the end, or a role that not every one knows."""
+        others, asks = list(without_roles(messages)), bool(messages) and messages[-1].role == "user"
+        text = self.render(messages) if others or asks else ""
         for i, changed in others:
             if self._renders(changed, text):
                 raise UserError(
                     f"message {i + 1}: expected a role that the chat template knows ({self.name}), found {messages[i].role}, "
                     "whose messages it leaves out; leave it out, or give another with --chat-template"
+                )
+        if asks and (question := messages[-1].content.strip()) and question not in text:
+            changed = [*messages[:-1], messages[-1]._replace(content=f"{question}x")]
+            if self._renders(changed, text):
+                raise UserError(
+                    f"message {len(messages)}: expected a chat template that writes what the user says ({self.name}), found one that "
+                    "leaves it out; give another with --chat-template"
                 )
 
 

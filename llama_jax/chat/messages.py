@@ -1,10 +1,10 @@
 """The messages of a conversation: read from JSON, checked, and forgotten from the oldest on."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_jax.cli.json_argument import load_json
 from llama_jax.errors import UserError, quoted
 from llama_jax.tokenizer import clean
 
@@ -52,12 +52,12 @@ def read_messages(path: Path) -> list[Message]:
     Raises UserError if it is not one.
     """
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: expected a JSON file of messages, found no such file") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: expected JSON, found {quoted(str(error))}") from None
-    return as_messages(found, str(path))
+    return as_messages(load_json(text, str(path)), str(path))
 
 
 def fit(

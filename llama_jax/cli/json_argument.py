@@ -32,9 +32,25 @@ def json_line(found: Any) -> str:
     return json.dumps(found, ensure_ascii=False, separators=(",", ":"))
 
 
-def load_json(text: str, where: str) -> Any:
-    """Return the value of a JSON text. Raises UserError, after ``where``, if it is not JSON."""
+def load_json(text: str, where: str, kind: str = "JSON") -> Any:
+    """Return the value of a JSON text.
+
+    ``kind`` names what is expected, in errors. Raises UserError, after ``where``, if it is not JSON, or an object has a
+    key twice.
+    """
+    twice: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            keys = [key for key, _ in items]
+            twice.extend(key for key in keys if keys.count(key) > 1)
+        return found
+
     try:
-        return json.loads(text)
+        found = json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: expected JSON, found {quoted(str(error))}") from None
+        raise UserError(f"{where}: expected {kind}, found {quoted(str(error))}") from None
+    if twice:
+        raise UserError(f"{where}: {quoted(twice[0], 40)}: expected a key once, found it twice")
+    return found

@@ -1,6 +1,7 @@
 """Orbax: the names and the format of its files, and the texts of its errors."""
 
 import json
+import re
 from pathlib import Path
 
 # Part of the name of a folder that orbax has not finished.
@@ -33,3 +34,9 @@ def is_echo(message: str) -> bool:
     After one of orbax's readers fails, the others report such errors.
     """
     return "Event loop is closed" in message
+
+
+def system_error(message: str) -> int:
+    """Return the number of the system's error that an error of tensorstore, orbax's storage, reports, or 0."""
+    found = re.search(r"\[os_error_code='(\d{1,5})'\]", message)
+    return int(found[1]) if found else 0

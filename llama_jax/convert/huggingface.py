@@ -108,7 +108,8 @@ class HuggingFaceSource:
             name for name, file in index_of(folder, list(self._files.files)).items() if places.get(name) != file
         ]
         if elsewhere:
-            yield f"{INDEX} belongs to other files: {quoted(elsewhere[0])} and {len(elsewhere) - 1} more are not where it says; the index is ignored"
+            more = f" and {len(elsewhere) - 1} more are" if len(elsewhere) > 1 else " is"
+            yield f"{INDEX} belongs to other files: {quoted(elsewhere[0])}{more} not where it says; the index is ignored"
 
 
 def write_huggingface(source: Source, folder: Path, read_blocks: ReadBlocks) -> str:

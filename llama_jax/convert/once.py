@@ -56,7 +56,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     place = location(path)
     found = _foreign(place)
-    return Checkpoint.find(path if found is None else _conversion(place, found))
+    if found is None:
+        return Checkpoint.find(path)
+    folder = _conversion(place, found)
+    try:
+        return Checkpoint.find(folder)
+    except UserError as error:
+        raise UserError(
+            f"{place}: expected its conversion in {folder} to be whole, found: {error}; delete that folder, and it is converted "
+            "again"
+        ) from error
 
 
 def open_model(path: str | Path, adapter: str | Path = "", remedy: str = MOVED) -> WholeModel:

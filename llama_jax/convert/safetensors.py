@@ -52,7 +52,9 @@ class SafetensorsFile:
         """Map a file and check its header. Raises UserError if it is not a safetensors file of plain tensors."""
         path = Path(path)
         if path.stat().st_size < 8:
-            raise UserError(f"{path}: expected a safetensors file, found {path.stat().st_size} bytes")
+            raise UserError(
+                f"{path}: expected a safetensors file, found {path.stat().st_size} bytes; download it again"
+            )
         with mapped(path) as memory:
             yield cls(path, _read_header(memory, path), memory)
 
@@ -91,6 +93,10 @@ def _read_header(mapped: mmap.mmap, path: Path) -> dict[str, StoredTensor]:
         refuse("expected an object in the header, found another value")
     header.pop("__metadata__", None)
     begin, end = 8 + length, 0
+    if (size := begin + _last_byte(header)) > len(mapped):
+        refuse(
+            f"expected {size:,} bytes, as its header says, found {len(mapped):,}; it is cut short: download it again"
+        )
     tensors = {}
     for name, stored in sorted(header.items(), key=lambda item: _sort_key(item[1])):
         try:
@@ -116,6 +122,13 @@ def _read_header(mapped: mmap.mmap, path: Path) -> dict[str, StoredTensor]:
     if begin + end != len(mapped):
         refuse(f"expected {begin + end:,} bytes, found {len(mapped):,}")
     return tensors
+
+
+def _last_byte(header: dict[str, Any]) -> int:
+    """Return where the last tensor of a header ends, behind the header. Entries that no file can have count for 0."""
+    offsets = [stored.get("data_offsets") for stored in header.values() if isinstance(stored, dict)]
+    ends = [pair[1] for pair in offsets if isinstance(pair, list) and len(pair) == 2]
+    return max((end for end in ends if type(end) is int and end < 1 << 62), default=0)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class LlamaJax(TemplateLM):
         max_gen_toks: int = MAX_GEN_TOKS,
         chat_template: str = "",
         adapter: str = "",
+        add_bos_token: bool | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -96,6 +97,7 @@ class LlamaJax(TemplateLM):
             max_gen_toks: new tokens for tasks that name no number.
             chat_template: the name or file of a chat template, instead of the model's own; see ``llama_jax.load``.
             adapter: a low-rank adapter of the model in ckpt; see ``llama_jax.load``.
+            add_bos_token: whether BOS begins a context. None: as by transformers, or yes where the files do not say.
             batch_size: contexts in a forward pass. None, 1 (the harness's default) and "auto": as many as fill it.
             max_batch_size, device: are not used; the harness passes them to every model.
             model: a model that is already loaded, instead of ckpt.
@@ -104,7 +106,7 @@ class LlamaJax(TemplateLM):
         """
         super().__init__()
         if unknown:
-            known = "ckpt, adapter, compute_dtype, weights, cache, data, fsdp, tensor, sequence, max_length, max_gen_toks, chat_template"
+            known = "ckpt, adapter, compute_dtype, weights, cache, data, fsdp, tensor, sequence, max_length, max_gen_toks, chat_template, add_bos_token"
             raise UserError(f"model_args: expected some of {known}, found {', '.join(unknown)}")
         if model is None and not ckpt:
             raise UserError("model_args: expected ckpt=FOLDER, a checkpoint, found none")
@@ -122,7 +124,27 @@ class LlamaJax(TemplateLM):
         self.max_gen_toks = int(max_gen_toks)
         self.batch_size = batch_size
         self._templated, self._given_template = False, chat_template
+        self._bos = self._begins(add_bos_token)
         self._rows = _rows(batch_size)
+
+    def _begins(self, given: bool | None) -> bool:
+        """Return whether BOS begins a context. Say so where the harness's own model may do otherwise."""
+        if given not in (None, True, False):
+            raise UserError(f"add_bos_token: expected True or False, found {given!r}")
+        tokenizer = self.model.tokenizer
+        found = tokenizer.begins_elsewhere if given is None else given
+        if found is None:
+            _tell(
+                "a context begins with BOS; transformers 5, with a tokenizer.model alone, begins it without, as add_bos_token=False "
+                "does here"
+            )
+        elif found != tokenizer.adds_bos and given is None:
+            what, flag = ("with", "False") if found else ("without", "True")
+            _tell(
+                f"a context begins {what} BOS, as by transformers; with add_bos_token={flag}, it begins as in this project's other "
+                "commands"
+            )
+        return found is not False
 
     @property
     def eot_token_id(self) -> int:
@@ -140,15 +162,15 @@ class LlamaJax(TemplateLM):
         return re.sub(r"\W+", "__", self.model.source)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the token ids of a text, with BOS unless ``add_special_tokens`` is False.
+        """Return the token ids of a text, with BOS or not as ``add_special_tokens`` says, or else ``add_bos_token``.
 
         Once chat templates are applied, special tokens that are written out are these tokens, and a text that begins
         with BOS gets no other.
         """
         tokenizer = self.model.tokenizer
         begun = self._templated and string.startswith(tokenizer.piece(tokenizer.bos_id))
-        bos = add_special_tokens is not False and not (add_special_tokens is None and begun)
-        return tokenizer.encode(string, bos=bos, specials=self._templated)
+        bos = self._bos and not begun if add_special_tokens is None else add_special_tokens
+        return [tokenizer.bos_id] * bos + tokenizer.encode(string, bos=False, specials=self._templated)
 
     def tok_decode(self, tokens: Sequence[int], **_: Any) -> str:
         """Return the text of token ids."""
@@ -185,7 +207,7 @@ class LlamaJax(TemplateLM):
         bos = tokenizer.piece(tokenizer.bos_id)
         if any(context.startswith(bos) for context, _ in pairs):
             return cast(list[tuple[float, bool]], super().loglikelihood(requests, disable_tqdm))
-        encoded = encode_pairs(tokenizer, pairs)
+        encoded = encode_pairs(tokenizer, pairs, self._bos)
         return self._loglikelihood_tokens(
             [(pair, *ids) for pair, ids in zip(pairs, encoded, strict=True)], disable_tqdm
         )
@@ -247,7 +269,7 @@ class LlamaJax(TemplateLM):
         cut = 0
         for context, kwargs in (request.args for request in requests):
             sample = self._sample_args(kwargs)
-            ids = self.tok_encode(context)
+            ids = self.tok_encode(context) or [self.prefix_token_id]
             most = self.max_length - sample.max_new_tokens
             cut += len(ids) > most
             prompts.append(ids[-most:])

@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_jax.cli.progress import Progress
 from llama_jax.errors import UserError
-from llama_jax.evaluate.tasks import Task
+from llama_jax.evaluate.tasks import Item, Task, joined
 from llama_jax.storage.files import write_atomically
 
 # The measures of the table by kind of task, each with its standard error.
@@ -28,13 +28,17 @@ def remarks(task: Task, summary: dict[str, Any], context: int) -> list[str]:
         lines.append(
             f"{task.name}: {summary['cut']} of {summary['n']} items exceed the context of {context} tokens and lose their beginning"
         )
-    if equal := sum(len(set(item.choices)) < len(item.choices) for item in task.items):
+    if equal := sum(_has_equal_choices(item) for item in task.items):
         lines.append(
             f"{task.name}: {equal} of {summary['n']} items have a choice twice; the first of equal ones is taken, and answer decides"
         )
     if task.kind == "texts" and summary["bits_per_byte"] is None:
         lines.append(f"{task.name}: bits_per_byte is null, since the tokenizer does not restore all of the text")
     return lines
+
+
+def _has_equal_choices(item: Item) -> bool:
+    return len({joined(item.prompt, choice) for choice in item.choices}) < len(item.choices)
 
 
 def table(summaries: Sequence[dict[str, Any]]) -> str:

@@ -79,7 +79,8 @@ def _windows(model: Model, text: str) -> list[Request]:
     The first begins with BOS. The others begin with the last token of the one before; the last one, with as many of the
     tokens before as fill the context.
     """
-    ids, context = model.tokenizer.encode(text), context_of(model)
+    tokenizer, context = model.tokenizer, context_of(model)
+    ids = [tokenizer.bos_id, *tokenizer.encode(text, bos=False)]  # also of a tokenizer that begins no text so
     requests = []
     for start in range(0, len(ids) - 1, context):
         end = min(start + context, len(ids) - 1)

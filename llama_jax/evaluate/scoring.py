@@ -64,19 +64,28 @@ class Score(NamedTuple):
     """Its number of tokens."""
 
 
-def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], bos: bool | None = None) -> list[Request]:
     """Encode contexts and continuations as the lm-eval harness does, so that results can be compared.
 
-    White space at the end of a context belongs to the continuation. Both are encoded as one text, with BOS, and are
-    split behind as many tokens as the context alone has. An empty context is BOS.
+    White space at the end of a context belongs to the continuation. Both are encoded as one text, and are split behind
+    as many tokens as the context alone has. ``bos``: whether BOS begins a context. None: as it begins the tokenizer's
+    texts. An empty context is BOS.
     """
     moved = []
     for context, continuation in pairs:
         kept = context.rstrip()
         moved.append((kept, context[len(kept) :] + continuation))
-    texts = {text for context, continuation in moved for text in (context, context + continuation)}
-    ids = dict(zip(texts, tokenizer.encode_all(list(texts)), strict=True))
-    return [Request(ids[context], ids[context + more][len(ids[context]) :]) for context, more in moved]
+    texts = list({text for context, continuation in moved for text in (context, context + continuation)})
+    rows = tokenizer.encode_all(texts)
+    if tokenizer.adds_bos:
+        rows = [row[1:] for row in rows]
+    # An empty text is BOS whatever the tokenizer does.
+    ids = {text: [] if row == [tokenizer.bos_id] else row for text, row in zip(texts, rows, strict=True)}
+    begun = [tokenizer.bos_id] if (tokenizer.adds_bos if bos is None else bos) else []
+    return [
+        Request([*begun, *ids[context]] or [tokenizer.bos_id], ids[context + more][len(ids[context]) :])
+        for context, more in moved
+    ]
 
 
 def fit(request: Request, context: int) -> tuple[Request, int]:

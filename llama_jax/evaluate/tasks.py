@@ -11,7 +11,6 @@ and may have other keys, which are not read. All records of a file are of one ki
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_jax.chat.messages import Message, as_messages
+from llama_jax.cli.json_argument import load_json
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.prompts import text_of
 from llama_jax.tokenizer import clean
@@ -135,14 +135,15 @@ def _content(file: Path, key: str) -> bytes:
 
 
 def _record(line: str, number: int, where: str, question_format: str) -> tuple[Kind, Item]:
-    try:
-        found: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: expected a JSON object, found {quoted(str(error))}") from None
+    found = load_json(line, where, "a JSON object")
     if not isinstance(found, dict):
         raise UserError(f"{where}: expected a JSON object, found {quoted(found)}")
     prompts = [key for key in ("question", "context") if key in found]
-    if "messages" in found and not prompts and "choices" not in found:
+    if "messages" in found and (others := [key for key in (*prompts, "choices") if key in found]):
+        raise UserError(
+            f"{where}: messages: expected no {others[0]} beside a conversation to answer, found it; leave one of them out"
+        )
+    if "messages" in found:
         return "chats", Item(number, "", (_answer(found, where),), 0, tuple(_messages(found["messages"], where)))
     if "choices" not in found and "answer" not in found and not prompts and "text" in found:
         return "texts", Item(number, "", (_text(found, "text", where, blank=False),), 0)

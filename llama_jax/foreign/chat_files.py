@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_jax.chat.formats import ChatSetup, read_template_file, tokens_of
 from llama_jax.chat.renderer import MOST_TEMPLATE
+from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.keys import read_json
 from llama_jax.tokenizer import Tokenizer
@@ -18,6 +19,17 @@ TEMPLATE, OLD_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.j
 SETTINGS, TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 MAX_JSON = 200_000_000
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+GENERATION, CONFIG = "generation_config.json", "config.json"
+# Settings by which transformers' generate chooses other tokens, and the values at which they change nothing: those that
+# count where it samples, and those that count always.
+SAMPLING = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+CHOOSING = {
+    "repetition_penalty": 1, "no_repeat_ngram_size": 0, "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [],
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": {}, "guidance_scale": 1, "min_length": 0,
+    "min_new_tokens": 0, "num_beams": 1, "penalty_alpha": 0, "stop_strings": [],
+}  # fmt: skip
+# Those that are flags of sample.py.
+FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens")
 # The tokens that end a turn in Meta's own code for LLaMA 3 (llama3/llama/tokenizer.py: stop_tokens).
 METAS_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
@@ -30,6 +42,7 @@ def read_chat(folder: Path, tokenizer: Tokenizer, rows: int) -> tuple[ChatSetup,
     warnings: list[str] = []
     template = _template(folder, warnings)
     ends = _end_ids(folder, rows, warnings)
+    warnings += _sampling(folder)
     tokens = tokens_of(tokenizer)
     theirs = tokens | _tokens(folder)
     plain = not ends or ends == (tokenizer.eos_id,)
@@ -48,8 +61,17 @@ def _template(folder: Path, warnings: list[str]) -> str:
     if more.is_dir():
         named = ", ".join(sorted(quoted(path.stem, 30) for path in more.glob("*.jinja"))[:4])
         warnings.append(f"{MORE_TEMPLATES}: {named}: only the default chat template is kept")
+    found = [(name, text) for name, text in _templates(folder, warnings) if text.strip()]
+    if len({text for _, text in found}) > 1:
+        others = " and ".join(name for name, text in found[1:] if text != found[0][1])
+        warnings.append(f"{found[0][0]} is kept, as by transformers; {others} has another chat template")
+    return found[0][1] if found else ""
+
+
+def _templates(folder: Path, warnings: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the files that have a chat template, in the order in which transformers takes them, and the template."""
     if (folder / TEMPLATE).is_file():
-        return read_template_file(folder / TEMPLATE)
+        yield TEMPLATE, read_template_file(folder / TEMPLATE)
     for name in (SETTINGS, OLD_TEMPLATE):
         found = _json(folder / name).get("chat_template")
         if isinstance(found, list):
@@ -58,11 +80,10 @@ def _template(folder: Path, warnings: list[str]) -> str:
             found = found.get("default")
         if isinstance(found, str) and len(found) > MOST_TEMPLATE:
             warnings.append(f"{name}: chat_template: {len(found):,} characters are too many, and are not kept")
-        elif isinstance(found, str) and found.strip():
-            return found
-        elif found is not None and not isinstance(found, str):
+        elif isinstance(found, str):
+            yield name, found
+        elif found is not None:
             warnings.append(f"{name}: chat_template: expected a text, found {quoted(found, 40)}: it is not kept")
-    return ""
 
 
 def _default(found: list[Any], name: str, warnings: list[str]) -> str | None:
@@ -77,7 +98,7 @@ def _default(found: list[Any], name: str, warnings: list[str]) -> str | None:
 
 def _end_ids(folder: Path, rows: int, warnings: list[str]) -> tuple[int, ...]:
     """Return the ids that end a text, or none if the files do not say."""
-    for name in ("generation_config.json", "config.json"):
+    for name in (GENERATION, CONFIG):
         found = _json(folder / name).get("eos_token_id")
         listed = found if isinstance(found, list) else [] if found is None else [found]
         ids = [i for i in listed if type(i) is int and 0 <= i < rows]
@@ -86,8 +107,33 @@ def _end_ids(folder: Path, rows: int, warnings: list[str]) -> tuple[int, ...]:
                 f"{name}: eos_token_id {quoted(found, 40)}: ids that are not of the model's {rows:,} tokens are left out"
             )
         if ids:
+            if name == CONFIG and (folder / GENERATION).is_file():
+                warnings.append(
+                    f"{GENERATION} has no eos_token_id, so that transformers' generate never ends; completions end with that of {CONFIG}"
+                )
             return tuple(dict.fromkeys(ids))
     return ()
+
+
+def _sampling(folder: Path) -> Iterator[str]:
+    """Yield which settings of generation the files have that are not this project's defaults: here flags decide."""
+    name = GENERATION if (folder / GENERATION).is_file() else CONFIG
+    table = _json(folder / name)
+    counting = CHOOSING | (SAMPLING if table.get("do_sample") is True else {})
+    here = SampleArgs()
+    found = [
+        key for key, neutral in counting.items() if table.get(key) not in (None, neutral, getattr(here, key, neutral))
+    ]
+    if found:
+        shown = ", ".join(f"{key} {quoted(table[key], 20)}" for key in found)
+        flags = [
+            f"--{key.replace('_', '-')} {table[key]}"
+            for key in found
+            if key in FLAGS and type(table[key]) in (int, float)
+        ]
+        yield f"{name} has {shown}, which transformers' generate takes by itself; here flags decide" + (
+            f": {' '.join(flags)}" if flags else ""
+        )
 
 
 def _tokens(folder: Path) -> dict[str, str]:

@@ -122,14 +122,20 @@ def _file(path: Path) -> str:
         return "a file that holds nothing by itself; give a folder"
     with path.open("rb") as file:
         start = file.read(64)
+    if not start:
+        return "an empty file; download it again"
     for magic, what, advice in MAGIC:
         if start.lstrip().startswith(magic):
             return f"a file {what}; {advice}"
-    try:
-        if find_layout(path.parent) is not None:
-            return f"a file; give its folder: {convert_command(path.parent)}"
-    except UserError as error:
-        return f"a file; give its folder, which holds two models: {error}"
+    # Files of llama2.c's are models by themselves, so those beside this one say nothing about it.
+    if any((path.parent / name).is_file() for name in (CONFIG, PARAMS)) or any(
+        SHARD.fullmatch(child.name) for child in children(path.parent)
+    ):
+        try:
+            if find_layout(path.parent) is not None:
+                return f"a file; give its folder: {convert_command(path.parent)}"
+        except UserError as error:
+            return f"a file; give its folder, which holds two models: {error}"
     if path.suffix in (".safetensors", ".pth", ".pt", ".bin") or start.startswith(b"PK"):
         return "a file of weights; give a folder that has its config.json or params.json too"
     return "a file; give a folder"

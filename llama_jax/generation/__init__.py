@@ -155,6 +155,8 @@ class Model:
         """
         if isinstance(prompts, str):
             raise UserError("prompts: expected a list of strings, found one string; put it in a list")
+        if not isinstance(prompts, Iterable):
+            raise UserError(f"prompts: expected a list of strings, found {prompts!r}")
         texts = list(prompts)
         return self._complete(
             [self.encode(text) for text in texts], [(clean(text), "") for text in texts], args, on_progress

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from llama_jax.chat.formats import ChatFormat
 from llama_jax.chat.llama2 import TAGS
 from llama_jax.chat.messages import Message, as_messages
-from llama_jax.cli.json_argument import json_argument, json_line
+from llama_jax.cli.json_argument import json_argument, json_line, load_json
 from llama_jax.config import SampleArgs, from_dict
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.grammar import check_schema
@@ -26,6 +26,8 @@ TooLong = Literal["refuse", "skip", "cut"]
 STANDARD_INPUT = "standard input"
 # A prompt that is cut leaves at most 1 / FREE_SHARE of the context for its completion.
 FREE_SHARE = 4
+# Keys by which JSON is known for prompts or a conversation.
+RECORD_KEYS = ("prompt", "messages", "prefix", "role")
 # A message names at most this many prompts.
 NAMED = 5
 
@@ -74,6 +76,11 @@ def read_prompts(path: str, args: SampleArgs) -> list[Job]:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"--prompts-file: expected a file of prompts, found no file {path}; give one a line") from None
     lines = text_of(content, path).split("\n")
+    if Path(path).suffix == ".json":
+        raise UserError(
+            f"{path}: expected a prompt a line, or JSON objects a line in a file that ends in .jsonl, found a file that ends in "
+            ".json; write one of these"
+        )
     if Path(path).suffix not in (".jsonl", ".ndjson"):
         return _jobs_of_lines(lines, args, path)
     jobs = [_job(line, args, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
@@ -162,42 +169,44 @@ def _jobs_of_lines(lines: Iterable[str], args: SampleArgs, name: str) -> list[Jo
         raise UserError("prompts: expected one or more, found none; give them as arguments or on standard input")
     if not numbered:
         raise UserError(f"{name}: expected one or more prompts, found none; give one a line")
-    if all(map(_is_object_with_prompt, (line for _, line in numbered))):
+    texts = [line for _, line in numbered]
+    keys = [_key_of_records(text) for text in texts]
+    if key := keys[0] if all(keys) else _key_of_records("\n".join(texts)):
         raise UserError(
-            f'{name}: expected a prompt a line, found JSON objects with "prompt"; give them to --prompts-file in a file that '
-            "ends in .jsonl"
+            f'{name}: expected a prompt a line, found JSON objects with "{key}"; give them to --prompts-file, an object a line, '
+            "in a file that ends in .jsonl"
         )
     return [Job(line, args, f"{name}: line {i}") for i, line in numbered]
 
 
-def _is_object_with_prompt(line: str) -> bool:
+def _key_of_records(text: str) -> str:
+    """Return the key of a prompt in a JSON object, or in a list of objects. "": ``text`` is something else."""
     try:
-        found = json.loads(line) if line.lstrip().startswith("{") else None
+        found = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
     except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and "prompt" in found
+        return ""
+    first = found[0] if isinstance(found, list) and found else found
+    return next((key for key in RECORD_KEYS if isinstance(first, dict) and key in first), "")
 
 
 def _job(line: str, args: SampleArgs, where: str) -> Job:
-    try:
-        found: Any = json.loads(line, object_pairs_hook=_Pairs)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: expected a JSON object, found {quoted(str(error))}") from None
-    pairs = [(name.replace("-", "_"), value) for name, value in found] if isinstance(found, _Pairs) else []
+    found = load_json(line, where, "a JSON object")
+    pairs = [(name.replace("-", "_"), value) for name, value in found.items()] if isinstance(found, dict) else []
     given = dict(pairs)
     names = [name for name, _ in pairs]
     suffix = given.pop("suffix", None)
     if not isinstance(suffix, str | None):
         raise UserError(f"{where}: suffix: expected a text, found {quoted(suffix)}")
     if "messages" in given and "prompt" not in given and suffix is None:
-        messages = tuple(as_messages(_plain(given.pop("messages")), f"{where}: messages"))
+        messages = tuple(as_messages(given.pop("messages"), f"{where}: messages"))
         prompt = messages[-1].content
     else:
         prompt = given.pop("prefix" if suffix is not None and "prefix" in given else "prompt", None)
         messages = ()
     if not isinstance(prompt, str):
-        shown = quoted(_plain(found))
-        raise UserError(f'{where}: expected an object with a text as "prompt", or with "messages", found {shown}')
+        raise UserError(
+            f'{where}: expected an object with a text as "prompt", or with "messages", found {quoted(found)}'
+        )
     if "messages" in given:
         raise UserError(f"{where}: expected a prompt or messages, found both; leave one out")
     if "max_tokens" in given:
@@ -213,11 +222,11 @@ def _job(line: str, args: SampleArgs, where: str) -> Job:
         given["stop_token_ids"] = tuple(ids)
     if "json_schema" in given:
         given["json_schema"] = _schema(given["json_schema"], f"{where}: json_schema")
-    if isinstance(bias := given.get("logit_bias"), _Pairs):
+    if isinstance(bias := given.get("logit_bias"), dict):
         try:
-            given["logit_bias"] = {int(token): value for token, value in bias}
+            given["logit_bias"] = {int(token): value for token, value in bias.items()}
         except ValueError:
-            raise UserError(f"{where}: logit_bias: expected token ids, found {quoted(list(dict(bias)))}") from None
+            raise UserError(f"{where}: logit_bias: expected token ids, found {quoted(list(bias))}") from None
     if given:
         changed = from_dict(SampleArgs, given, where)
         args = dataclasses.replace(args, **{name: getattr(changed, name) for name in given})
@@ -229,18 +238,7 @@ def _schema(found: Any, where: str) -> str:
     """Return a schema of a line of JSON as text. It is a value, or a text as on the command line. "": none."""
     if isinstance(found, str):
         return json_argument(found, where) if found else ""
-    return json_line(_plain(found))
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """The pairs of a JSON object, including repeated keys."""
-
-
-def _plain(value: Any) -> Any:
-    """Return a JSON value with dicts for its objects."""
-    if isinstance(value, _Pairs):
-        return {name: _plain(item) for name, item in value}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+    return json_line(found)
 
 
 def ask(
@@ -319,11 +317,12 @@ def _with_infill_ends(jobs: Sequence[Job], tokenizer: Tokenizer) -> list[Job]:
 
 
 def _cut(tokenizer: Tokenizer, asked: Asked, most: int) -> list[int]:
-    """Return the beginning token and the end of a prompt, ``most`` tokens in all. Of a gap, the prefix is cut."""
+    """Return the end of a prompt, behind BOS if it begins so: ``most`` tokens in all. Of a gap, the prefix is cut."""
     ids, job = asked.ids, asked.job
     if job.suffix is not None:
         return encode_infill(tokenizer, job.prompt, job.suffix, job.args.infill_format, len(ids) - most)
-    return [ids[0], *ids[len(ids) - most + 1 :]] if most > 1 else [ids[0]]
+    begun = ids[:1] if ids[0] == tokenizer.bos_id else []
+    return [*begun, *ids[len(ids) - most + len(begun) :]]
 
 
 def _cut_dialog(chat: ChatFormat, messages: Sequence[Message], most: int) -> list[int]:

@@ -5,7 +5,7 @@ content). With a tokenizer.json beside it, SentencePiece's model is read unless 
 model lacks: then it is the fine-tune's, and is read in its place.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,23 +187,42 @@ def begins_with_bos(files: Files, bos: str) -> bool | None:
     stated = files.tables.get(CONFIG, {}).get("add_bos_token")
     if isinstance(stated, bool):
         return stated
-    return (
-        True
-        if any(token == bos for token in _first_tokens(files.tables.get(TABLE, {}).get("post_processor")))
-        else None
-    )
+    before, _ = around(files)
+    return True if before[:1] == [bos] else None
 
 
-def _first_tokens(processor: Any) -> Sequence[str]:
-    """Return the special tokens with which a post-processor begins a text."""
+def around(files: Files) -> tuple[list[str], list[str]]:
+    """Return the special tokens that the post-processor of tokenizer.json puts before and behind a text."""
+    return _around(files.tables.get(TABLE, {}).get("post_processor"))
+
+
+def other_ends(files: Files, ours: list[str]) -> list[str]:
+    """Return a line if the post-processor, which transformers obeys, puts other tokens than ``ours`` around a text."""
+    before, behind = around(files)
+    if TABLE not in files.tables or (before, behind) == (ours, []):
+        return []
+    shown = [" and ".join(quoted(text, 30) for text in texts) or "nothing" for texts in (before, behind, ours)]
+    return [
+        f"by the post_processor of {TABLE}, transformers 5 puts {shown[0]} before a text and {shown[1]} behind it; this project "
+        f"puts {shown[2]} before it, and nothing behind it"
+    ]
+
+
+def _around(processor: Any) -> tuple[list[str], list[str]]:
     if not isinstance(processor, dict):
-        return ()
+        return [], []
     if processor.get("type") == "Sequence":
-        steps = processor.get("processors")
-        return [text for step in (steps if isinstance(steps, list) else []) for text in _first_tokens(step)]
-    if isinstance(processor.get("cls"), list):
-        return [str(processor["cls"][0])] if processor["cls"] else ()
-    single = processor.get("single")
-    first = single[0] if isinstance(single, list) and single and isinstance(single[0], dict) else {}
-    special = first.get("SpecialToken")
-    return [str(special.get("id"))] if isinstance(special, dict) else ()
+        pairs = [_around(step) for step in _listed(processor.get("processors"))]
+        # In the library, later steps do not go around what the first has put there.
+        return next((pair for pair in pairs if pair != ([], [])), ([], []))
+    if processor.get("type") in ("RobertaProcessing", "BertProcessing"):
+        first, last = (_listed(processor.get(key))[:1] for key in ("cls", "sep"))
+        return [str(text) for text in first], [str(text) for text in last]
+    steps = [step for step in _listed(processor.get("single")) if isinstance(step, dict)]
+    texts = [special.get("id") if isinstance(special := step.get("SpecialToken"), dict) else None for step in steps]
+    place = next((i for i, step in enumerate(steps) if "Sequence" in step), len(steps))
+    return [str(text) for text in texts[:place] if text], [str(text) for text in texts[place + 1 :] if text]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

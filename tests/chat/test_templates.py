@@ -274,6 +274,20 @@ def test_a_role_that_a_template_leaves_out_is_told(llama3: Vocabulary, role: str
         chat_format(llama3, template).encode([Message(role, "b"), USER("b")])
 
 
+@pytest.mark.parametrize("template", ["# A page about something else.", "{{ messages[0].role }}<|eot_id|>"])
+def test_a_template_that_leaves_out_the_question_is_refused(llama3: Vocabulary, template: str) -> None:
+    with pytest.raises(UserError, match=r"message 1: expected a chat template that writes what the user says"):
+        chat_format(llama3, template).encode([USER("Why?")])
+    with pytest.raises(UserError, match=r"message 3: expected a chat template that writes"):
+        chat_format(llama3, template).encode([USER("a"), ASSISTANT("b"), USER("Why?")])
+
+
+@pytest.mark.parametrize("change", ["| trim", "| upper", "| replace('h', 'j')", "[1:]"])
+def test_a_template_may_change_the_question(llama3: Vocabulary, change: str) -> None:
+    chat = chat_format(llama3, f"{{{{ messages[0].content {change} }}}}<|eot_id|>")
+    assert chat.encode([USER(" why?")]) != chat.encode([USER(" whom?")])
+
+
 def test_a_conversation_without_a_question_is_refused(llama3: Vocabulary) -> None:
     chat = chat_format(llama3, NAMED["llama3"].template)
     for messages in ([], [SYSTEM("a")], [USER("a"), ASSISTANT("b")]):

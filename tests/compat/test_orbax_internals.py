@@ -1,5 +1,6 @@
 """Orbax still names and writes its files, and words its errors, as llama_jax/compat/orbax_internals.py rests on."""
 
+import errno
 import importlib
 import importlib.metadata
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 
 from llama_jax.compat import orbax_internals
 
@@ -53,3 +55,12 @@ def test_orbaxs_errors_have_the_words_that_they_are_read_by(words: str) -> None:
 def test_of_an_error_of_orbax_the_reason_is_told() -> None:
     assert orbax_internals.reason_of("cannot read\n  index 3. See full TensorStore details: x") == "cannot read index 3"
     assert orbax_internals.is_echo("Event loop is closed") and not orbax_internals.is_echo("disk is full")
+
+
+def test_tensorstore_still_tells_the_number_of_the_systems_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(tmp_path / "file" / "below")}}
+    with pytest.raises(ValueError) as refused:
+        tensorstore.open(spec, create=True, dtype=tensorstore.int8, shape=[1]).result()
+    assert orbax_internals.system_error(str(refused.value)) == errno.ENOTDIR, f"{refused.value}; see {FILE}"
+    assert orbax_internals.system_error("another error") == 0

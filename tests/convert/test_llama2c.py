@@ -325,7 +325,7 @@ DAMAGED = {
     "too long": (lambda c: c + b"xxxx", r"cut short, or another"),
     "a later version": (lambda c: b"24ka" + struct.pack("<i", 3) + c[8:], r"version 0, 1 or 2 of llama2\.c's files, found 3"),
     "no sizes": (lambda c: b"24ka" + struct.pack("<i7i", 1, *[-5] * 7) + c[36:], r"expected sizes of a model"),
-    "empty": (lambda c: b"", r"expected a folder, found a file"),
+    "empty": (lambda c: b"", r"found an empty file; download it again"),
     "not a model": (lambda c: b"x" * 500, r"expected a folder, found a file of weights"),
 }  # fmt: skip
 

@@ -147,6 +147,16 @@ def test_what_a_killed_conversion_left_is_removed(model: Path, cache: Path) -> N
     assert [path.name for path in cache.iterdir()] == [made.name]
 
 
+def test_a_conversion_that_somebody_broke_is_told_with_what_to_do(model: Path, cache: Path) -> None:
+    folder = open_checkpoint(model).folder
+    shutil.rmtree(folder / "model")
+    with pytest.raises(UserError, match=r"expected its conversion in .* to be whole, .*; delete that folder") as told:
+        open_checkpoint(model)
+    assert str(folder) in str(told.value) and "\n" not in str(told.value)
+    shutil.rmtree(folder)
+    assert open_checkpoint(model).folder == folder
+
+
 def test_too_little_disk_and_a_cache_that_cannot_be_written_are_told(
     model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

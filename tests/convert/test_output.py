@@ -19,6 +19,7 @@ from llama_jax.convert import ConvertArgs, convert, output
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 from tests import forked
+from tests.commands import run as command
 from tests.commands import told
 from tests.convert.test_convert import ARGS, random_weights, write_meta_folder
 
@@ -52,6 +53,25 @@ def test_what_is_of_the_user_s_in_the_working_folder_is_kept(source: Path, tmp_p
     (tmp_path / ".ours.converting" / "notes").write_text("mine")
     run(source, tmp_path / "ours")
     assert (tmp_path / ".ours.converting" / "notes").read_text() == "mine" and (tmp_path / "ours" / "params").is_dir()
+
+
+@pytest.mark.parametrize("to", ["llama-jax", "huggingface", "meta", "llama2c"])
+def test_a_disk_that_fills_halfway_is_told_in_one_line_and_leaves_nothing(
+    to: str, source: Path, tmp_path: Path
+) -> None:
+    program = f"""
+import resource
+from llama_jax.commands import run
+resource.setrlimit(resource.RLIMIT_FSIZE, ({1 << 14}, {1 << 14}))  # as if the disk ended there
+import sys
+sys.argv = ["convert", "--input", {str(source)!r}, "--output", "ours", "--to", {to!r}]
+run("convert")
+"""
+    line = told(command(["-c", program], tmp_path))
+    assert line.startswith("error: ") and "File too large" in line and "disk" in line
+    assert {path.name for path in tmp_path.iterdir()} <= {"meta", ".ours.converting"}
+    run(source, tmp_path / "ours")
+    assert {path.name for path in tmp_path.iterdir()} == {"meta", "ours"}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT], ids=lambda signum: signum.name)

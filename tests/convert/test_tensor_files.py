@@ -380,3 +380,19 @@ def test_what_a_mistral_folder_leaves_open_is_refused(model: Any, small_tokenize
     folder = mistral_folder(model, tmp_path / "experts", small_tokenizer, moe={"num_experts": 8})
     with pytest.raises(UserError, match=r"moe: .*mixtures of experts"):
         converted(folder, tmp_path / "x")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, 0.5, 0.999])
+def test_a_safetensors_file_that_is_cut_short_is_told_so(
+    kept: float, model: Any, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    folder_of(model, tmp_path, small_tokenizer)
+    whole = (path := tmp_path / "model.safetensors").read_bytes()
+    path.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
+    with pytest.raises(
+        UserError, match=r"model\.safetensors: expected .* (download it again|one that is cut short)"
+    ) as told:
+        convert(ConvertArgs(input=str(tmp_path), output=str(tmp_path / "out")))
+    if isinstance(kept, float):
+        assert f"expected {len(whole):,} bytes, as its header says" in str(told.value)

@@ -32,6 +32,7 @@ from llama_jax.generation.chat import Message, encode_dialog
 from llama_jax.tokenizer import Tokenizer
 from tests.commands import ROOT
 from tests.generation.models import build
+from tests.tokenizers.made import CONFIG, EOS, bytewise, put
 
 WORDS = ["the owl", "a fox", "the river", "boats and ducks", "an old tree", "the sea"]
 
@@ -131,6 +132,33 @@ def test_a_model_without_a_chat_template_says_so(harness: LlamaJax) -> None:
 def test_arguments_that_are_wrong_are_named(arguments: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         LlamaJax.create_from_arg_obj(arguments, {"batch_size": 1, "device": None})
+
+
+@pytest.mark.parametrize("stated", [None, True, False])
+@pytest.mark.parametrize("processor", ["BOS", "none"])
+def test_contexts_begin_as_by_transformers(
+    processor: str,
+    stated: bool | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers, which the test extra brings")
+    monkeypatch.setattr("llama_jax.evaluate.harness._TOLD", set())
+    table = bytewise() if processor == "BOS" else bytewise() | {"post_processor": None}
+    settings = CONFIG | {"eos_token": EOS} | ({} if stated is None else {"add_bos_token": stated})
+    folder = put(tmp_path, table, settings)
+    model = build(Tokenizer(folder), max_seq_len=64)
+    harness, theirs = LlamaJax(model=model), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("The owl saw", "", " a fox"):
+        assert harness.tok_encode(text) == theirs(text).input_ids
+        assert harness.tok_encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False).input_ids
+    told = capsys.readouterr().err
+    assert ("add_bos_token" in told) == (model.tokenizer.adds_bos != (processor == "BOS"))
+    asked_for = [LlamaJax(model=model, add_bos_token=bos).tok_encode("a fox") for bos in (True, False)]
+    assert asked_for[0] == [model.tokenizer.bos_id, *asked_for[1]] and not capsys.readouterr().err
+    with pytest.raises(UserError, match=r"^add_bos_token: expected True or False, found 'maybe'"):
+        LlamaJax(model=model, add_bos_token="maybe")  # type: ignore[arg-type]
 
 
 def test_the_batch_size_decides_nothing_but_the_passes(model: Model) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from llama_jax.ops.attention import attention
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 from tests.eight_devices import run_on_eight_devices
 from tests.generation.models import build, full_log_probs
+from tests.tokenizers.made import CONFIG, bytewise, put
 
 CONTEXT = 96
 
@@ -170,6 +172,23 @@ def test_contexts_and_continuations_are_split_as_the_harness_does(small_tokenize
     assert found[2] == (encode(""), encode("The fox")[1:]) and list(found[2].context) == [small_tokenizer.bos_id]
     assert found[3] == (encode(""), encode(" \nThe fox")[1:])
     assert found[4].continuation == encode("The owl saw")[len(encode("The o")) :]
+
+
+def test_contexts_begin_with_bos_as_the_tokenizer_does_or_as_is_asked(tmp_path: Path) -> None:
+    """Of a tokenizer that begins no text with BOS, an empty context took the first token of what follows."""
+    pairs = [("The owl", " saw"), ("", "The fox"), ("", "T")]
+    tokenizers = [
+        Tokenizer(put(tmp_path / str(adds), bytewise(), CONFIG | {"add_bos_token": adds})) for adds in (True, False)
+    ]
+    for tokenizer in tokenizers:
+        bos, plain = [tokenizer.bos_id], lambda text, of=tokenizer: of.encode(text, bos=False)
+        for asked, begun in ((None, tokenizer.adds_bos), (True, True), (False, False)):
+            assert encode_pairs(tokenizer, pairs, asked) == [
+                Request(bos * begun + plain("The owl"), plain(" saw")),
+                Request(bos, plain("The fox")),
+                Request(bos, plain("T")),
+            ]
+    assert [tokenizer.adds_bos for tokenizer in tokenizers] == [True, False]
 
 
 def test_requests_too_long_lose_their_beginning() -> None:

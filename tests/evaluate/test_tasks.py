@@ -16,6 +16,7 @@ from llama_jax.evaluate.scoring import Request
 from llama_jax.evaluate.tasks import Item, Task, check_shots, joined, parse_task, prompt_of, read_tasks, shots_of
 from llama_jax.tokenizer import Tokenizer
 from tests.generation.models import build
+from tests.tokenizers.made import CONFIG, bytewise, put
 
 ASKED = {"role": "user", "content": "Who?"}
 CHOICE = {"context": "The owl saw", "choices": ["a fox", "the river"], "answer": 1}
@@ -81,6 +82,8 @@ def test_the_format_of_questions_can_be_chosen(tmp_path: Path) -> None:
             {"messages": [ASKED], "answer": "b"},
             "expected a record like the first, multiple choice, found conversations",
         ),
+        ({"messages": [ASKED], "context": "a", "answer": "b"}, "messages: expected no context beside a conversation"),
+        ({"messages": [ASKED], "choices": ["a", "b"], "answer": 0}, "messages: expected no choices beside"),
         ([1], r"expected a JSON object, found \[1\]"),
         ({"text": "A whole document."}, "expected a record like the first, multiple choice, found documents"),
     ],
@@ -88,6 +91,12 @@ def test_the_format_of_questions_can_be_chosen(tmp_path: Path) -> None:
 def test_a_bad_record_is_named_with_its_file_line_and_key(tmp_path: Path, record: Any, words: str) -> None:
     with pytest.raises(UserError, match=rf"task\.jsonl: line 2: {words}"):
         read_tasks([written(tmp_path, CHOICE, record)])
+
+
+def test_a_key_that_a_record_has_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "task.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0, "answer": 1}')
+    with pytest.raises(UserError, match=r"task\.jsonl: line 1: 'answer': expected a key once, found it twice"):
+        read_tasks([str(tmp_path / "task.jsonl")])
 
 
 def test_files_that_are_missing_empty_or_no_json_are_named(tmp_path: Path) -> None:
@@ -188,6 +197,19 @@ def test_a_conversation_that_the_model_cannot_be_asked_is_named(small_tokenizer:
         asked(model, chat_task("a fox"))
 
 
+def test_a_document_is_predicted_from_bos_on_whatever_the_tokenizer_begins_texts_with(tmp_path: Path) -> None:
+    """Of a tokenizer that begins no text with BOS, the first token was not scored, and one token alone had no score."""
+    tokenizer = Tokenizer(put(tmp_path, bytewise(), CONFIG | {"add_bos_token": False}))
+    assert not tokenizer.adds_bos
+    model = build(tokenizer, max_seq_len=16)
+    texts = ["a", "The owl saw a fox by the river, and the fox saw the owl."]
+    task = parse_task("t", "t.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    for text, item, found in zip(texts, asked(model, task), evaluate_task(model, task).per_item, strict=True):
+        ids = tokenizer.encode(text, bos=False)
+        assert [token for request in item.requests for token in request.continuation] == ids
+        assert list(item.requests[0].context) == [tokenizer.bos_id] and found["tokens"] == len(ids)
+
+
 def test_a_choice_that_stands_twice_is_told() -> None:
     records = [
         {"context": "a", "choices": ["b", "b"], "answer": 1},
@@ -198,4 +220,6 @@ def test_a_choice_that_stands_twice_is_told() -> None:
         parse_task("t", "t.jsonl", "".join(json.dumps(one) + "\n" for one in records).encode()), summary, 64
     )
     assert told.startswith("t: 1 of 2 items have a choice twice")
+    spaced = records[0] | {"choices": ["b", " b"]}  # the same behind a prompt, which a space follows
+    assert remarks(parse_task("t", "t.jsonl", json.dumps(spaced).encode()), summary | {"n": 1}, 64)
     assert remarks(parse_task("t", "t.jsonl", json.dumps(records[1]).encode()), summary, 64) == []

@@ -1,6 +1,7 @@
 """Chat templates and end tokens in Hugging Face's small files."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ def read(folder: Path, tokenizer: Tokenizer, files: dict[str, Any]) -> tuple[Cha
         ({"tokenizer_config.json": {"chat_template": 3}}, "", "expected a text, found 3"),
         ({"tokenizer_config.json": {"chat_template": "a" * 300_000}}, "", "too many"),
         ({"chat_template.json": {"chat_template": "b"}}, "b", ""),
-        ({"chat_template.jinja": "c\n", "tokenizer_config.json": {"chat_template": "a"}}, "c\n", ""),
-        ({"tokenizer_config.json": {"chat_template": "a"}, "chat_template.json": {"chat_template": "b"}}, "a", ""),
+        ({"chat_template.jinja": "c\n", "tokenizer_config.json": {"chat_template": "a"}}, "c\n",
+         "chat_template.jinja is kept, as by transformers; tokenizer_config.json has another chat template"),
+        ({"chat_template.jinja": "c\n", "tokenizer_config.json": {"chat_template": "c\n"}}, "c\n", ""),
+        ({"tokenizer_config.json": {"chat_template": "a"}, "chat_template.json": {"chat_template": "b"}}, "a",
+         "tokenizer_config.json is kept, as by transformers; chat_template.json has another"),
         ({"chat_template.jinja": "c", "additional_chat_templates/tool.jinja": "d"}, "c", "'tool': only the default"),
     ],
-)
+)  # fmt: skip
 def test_the_template_is_the_one_that_transformers_takes(
     tmp_path: Path, small_tokenizer: Tokenizer, files: dict[str, Any], template: str, words: str
 ) -> None:
@@ -66,6 +70,36 @@ def test_the_end_tokens_are_those_of_generation_config_or_config(
     chat, warnings = read(tmp_path, small_tokenizer, files)
     assert chat.end_ids == ends
     assert bool(warnings) == (general in ([2, 10**6], [True, "x", 8]))
+
+
+def test_a_generation_config_that_names_no_end_is_told(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    files = {"generation_config.json": {"bos_token_id": 1}, "config.json": {"eos_token_id": [2, 7]}}
+    chat, (warning,) = read(tmp_path, small_tokenizer, files)
+    assert chat.end_ids == (2, 7) and "generation_config.json has no eos_token_id" in warning
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"do_sample": True, "temperature": 0.5, "top_p": 0.8}, "temperature 0.5, top_p 0.8, .*: --temperature 0.5 --top-p 0.8$"),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, ""),  # the defaults of sample.py
+        ({"do_sample": True, "temperature": 1.0, "top_p": 1, "top_k": None}, ""),
+        ({"do_sample": False, "temperature": 0.5}, ""),
+        ({"temperature": 0.5, "max_length": 4096, "pad_token_id": 0}, ""),
+        ({"repetition_penalty": 1.1}, "repetition_penalty 1.1, .*: --repetition-penalty 1.1$"),
+        ({"suppress_tokens": [5], "num_beams": 4}, r"suppress_tokens \[5\], num_beams 4, .*; here flags decide$"),
+        ({"suppress_tokens": [], "repetition_penalty": 1.0, "num_beams": 1, "forced_eos_token_id": None}, ""),
+        ({"repetition_penalty": "x; rm"}, r"repetition_penalty 'x; rm', .*; here flags decide$"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_settings_of_generation_that_are_not_kept_are_told(
+    tmp_path: Path, small_tokenizer: Tokenizer, settings: dict[str, Any], words: str, name: str
+) -> None:
+    _, warnings = read(tmp_path, small_tokenizer, {name: settings | {"eos_token_id": 2}})
+    assert len(warnings) == bool(words) and re.search(words, "".join(warnings))
+    assert not words or warnings[0].startswith(f"{name} has ")
 
 
 def test_names_of_tokens_are_kept_if_they_are_not_the_tokenizers(tmp_path: Path, small_tokenizer: Tokenizer) -> None:

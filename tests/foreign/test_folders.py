@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_a_folder_of_another_kind_is_told_with_what_to_do(name: str, place: Path
         ("stories15M.bin", b"\0\1", "a file of weights; give a folder"),
         ("consolidated.00.pth", b"PK\3\4", "convert_torch_weights.py --input . --output"),
         ("note.txt", b"hello", "a file; give a folder"),
-        ("empty", b"", "a file; give a folder"),
+        ("stories15M.bin", b"", "an empty file; download it again"),
     ],
 )  # fmt: skip
 def test_a_file_is_told_with_what_to_do(name: str, content: bytes, words: str, place: Path) -> None:
@@ -111,6 +112,17 @@ def test_a_file_is_told_with_what_to_do(name: str, content: bytes, words: str, p
     assert words in str(caught.value)
     with pytest.raises(UserError, match=rf"^--input: {name}: expected a folder, found "):
         convert(ConvertArgs(input=name, output="out"))
+
+
+def test_other_models_of_llama2c_beside_a_file_say_nothing_about_it(place: Path) -> None:
+    sizes = struct.pack("<7i", 32, 48, 1, 4, 4, 64, 16)
+    for name in ("whole.bin", "other.bin"):
+        (place / name).write_bytes(sizes + bytes(40_000))  # each is refused, too
+    (place / "cut.bin").write_bytes(sizes)
+    with pytest.raises(
+        UserError, match=r"^--input: cut\.bin: expected a folder, found a file of weights; give a folder"
+    ):
+        convert(ConvertArgs(input="cut.bin", output="out"))
 
 
 def test_the_command_that_is_told_converts_and_its_output_is_found(place: Path, small_tokenizer: Tokenizer) -> None:

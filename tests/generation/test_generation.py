@@ -65,6 +65,8 @@ def test_no_prompts_have_no_completions(model: Model) -> None:
 def test_one_string_is_not_a_list_of_prompts(model: Model) -> None:
     with pytest.raises(UserError, match="put it in a list"):
         model.generate("Once")
+    with pytest.raises(UserError, match="prompts: expected a list of strings, found None"):
+        model.generate(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 1])

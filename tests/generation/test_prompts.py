@@ -25,6 +25,8 @@ from llama_jax.generation.prompts import (
     told_of,
 )
 from llama_jax.tokenizer import Tokenizer
+from tests.tokenizers.made import CONFIG as TOKENS
+from tests.tokenizers.made import bytewise, put
 
 ARGS = SampleArgs(seed=3)
 
@@ -89,7 +91,12 @@ def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
         ("a\nb".encode("utf-16"), "expected text in UTF-8, found UTF-16"),
         ("a\nb".encode("utf-16-be"), "found a NUL byte, as in UTF-16"),
         ("é\na".encode("utf-32"), "found UTF-32"),
-        (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', 'found JSON objects with "prompt"; give them to --prompts-file in a file'),
+        (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', 'found JSON objects with "prompt"; give them to --prompts-file, an object'),
+        (b'{"messages": [{"role": "user", "content": "a"}]}\n', 'found JSON objects with "messages"'),
+        (b'{"prefix": "a", "suffix": "b"}\n{"prompt": "b"}\n', 'found JSON objects with "prefix"'),
+        (b'[{"prompt": "a"},\n {"prompt": "b"}]\n', 'found JSON objects with "prompt"'),
+        (b'{\n "messages": []\n}\n', 'found JSON objects with "messages"'),
+        (b'[\n{"role": "user", "content": "a"}]', 'found JSON objects with "role"'),
     ],
     ids=str,
 )  # fmt: skip
@@ -108,6 +115,14 @@ def test_what_is_no_text_is_told_by_its_line(
 
 def test_a_text_that_begins_with_a_brace_is_a_prompt(tmp_path: Path) -> None:
     assert [job.prompt for job in prompts(tmp_path, '{"a": 1}\n{ x\n')] == ['{"a": 1}', "{ x"]
+    assert [job.prompt for job in prompts(tmp_path, '{"prompt": 1}\n[x')] == ['{"prompt": 1}', "[x"]
+
+
+@pytest.mark.parametrize("content", ['["Once", "Two"]', '{"prompt": "Once"}', "Once"], ids=str)
+def test_a_json_file_is_not_read_line_by_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "p.json").write_text(content)
+    with pytest.raises(UserError, match=r"p\.json: expected a prompt a line, or JSON objects a line .* \.jsonl"):
+        read_prompts(str(tmp_path / "p.json"), ARGS)
 
 
 def test_standard_input_is_utf8_whatever_the_locale_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +144,20 @@ def test_a_lone_surrogate_is_the_same_at_every_door(tmp_path: Path, small_tokeni
         read_prompts(str(path), ARGS)
 
 
-@pytest.mark.parametrize("line", ['{"prompt": "a", "prompt": "b"}', '{"prompt": "a", "top-p": 0.5, "top_p": 0.6}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a", "prompt": "b"}',
+        '{"prompt": "a", "top-p": 0.5, "top_p": 0.6}',
+        '{"prompt": "a", "logit_bias": {"5": 1, "5": 2}}',
+        '{"prompt": "a", "json_schema": {"type": "string", "type": "number"}}',
+        '{"messages": [{"role": "user", "role": "system", "content": "a"}]}',
+    ],
+)
 def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "m.json").write_text(f"[{line}]")
+    with pytest.raises(UserError, match=r"m\.json: "):
+        read_messages(tmp_path / "m.json")
     with pytest.raises(UserError, match=r"line 1: .*: expected a key once, found it twice"):
         prompts(tmp_path, line, "p.jsonl")
 
@@ -183,6 +210,12 @@ def test_a_prompt_that_is_cut_keeps_bos_its_end_and_room_to_go_on(
     assert told_of([one, two], CONTEXT) == [
         "1 of 2 prompts fill the context of 32 tokens and are cut at their beginning: p.txt: line 4"
     ]
+
+
+def test_a_prompt_that_begins_without_bos_loses_its_beginning(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(put(tmp_path, bytewise(), TOKENS | {"add_bos_token": False}))
+    (found,) = asked(tokenizer, [LONG], "cut", max_new_tokens=3)
+    assert found.ids == tokenizer.encode(LONG)[-(CONTEXT - 3) :] and tokenizer.bos_id not in found.ids
 
 
 def test_a_conversation_that_is_cut_keeps_the_format_and_the_end(small_tokenizer: Tokenizer) -> None:

@@ -5,10 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import processors
 
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer, is_kept, keep_tokenizer, kept_tokenizer
-from tests.tokenizers.made import BOS, CONFIG, EOS, LLAMA2, TURN, Table, bytewise, library, put, random_texts, spaced
+from tests.tokenizers.made import (
+    BOS,
+    CONFIG,
+    EOS,
+    LLAMA2,
+    TURN,
+    Table,
+    bytewise,
+    library,
+    put,
+    random_texts,
+    spaced,
+    table_of,
+)
 
 PAD = {"content": "[PAD]", "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 
@@ -158,6 +173,50 @@ def test_a_tokenizer_json_whose_end_of_text_is_unknown_is_refused(config: Any, t
 def test_a_table_that_does_not_put_bos_first_is_told(table: Table, tmp_path: Path) -> None:
     told = Tokenizer(put(tmp_path, table | {"post_processor": None}, CONFIG))
     assert told.adds_bos and any("does not say that BOS begins a text" in note for note in told.notes)
+
+
+def ends(before: list[str], behind: list[str]) -> Any:
+    """A post-processor that puts these special tokens around a text."""
+    ids = {BOS: 420, EOS: 421, TURN: 422}
+    return processors.TemplateProcessing(single=" ".join([*before, "$A", *behind]), special_tokens=[*ids.items()])
+
+
+PROCESSORS = {
+    "BOS": ends([BOS], []),
+    "BOS and EOS": ends([BOS], [EOS]),
+    "EOS": ends([], [EOS]),
+    "BOS and another": ends([BOS, TURN], []),
+    "another": ends([TURN], []),
+    "BERT": processors.BertProcessing((EOS, 421), (BOS, 420)),
+    "RoBERTa": processors.RobertaProcessing((EOS, 421), (BOS, 420)),
+    "two steps": processors.Sequence([ends([TURN], []), ends([BOS], [EOS])]),
+}
+
+
+@pytest.mark.parametrize("stated", [None, True, False])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_tokens_that_transformers_puts_around_a_text_and_this_project_does_not_are_told(
+    name: str, stated: bool | None, table: Table, tmp_path: Path
+) -> None:
+    made = tokenizers.Tokenizer.from_str(json.dumps(table))
+    made.post_processor = PROCESSORS[name]
+    settings = CONFIG if stated is None else CONFIG | {"add_bos_token": stated}
+    tokenizer = Tokenizer(put(tmp_path, table_of(made), settings))
+    notes = [note for note in tokenizer.notes if "post_processor" in note]
+    theirs, plain = made.encode("a fox").ids, made.encode("a fox", add_special_tokens=False).ids
+    if theirs == tokenizer.encode("a fox"):
+        assert not notes
+        return
+    at = next(i for i in range(len(theirs)) if theirs[i : i + len(plain)] == plain)
+    before, behind = (
+        " and ".join(repr(made.id_to_token(i)) for i in ids) or "nothing"
+        for ids in (theirs[:at], theirs[at + len(plain) :])
+    )
+    ours = "nothing" if stated is False else repr(BOS)
+    assert notes == [
+        f"by the post_processor of tokenizer.json, transformers 5 puts {before} before a text and {behind} behind it; this "
+        f"project puts {ours} before it, and nothing behind it"
+    ]
 
 
 def test_a_model_with_fewer_rows_has_no_added_tokens_beyond(
