@@ -106,7 +106,8 @@ def _load_one(
         if talking is not None and is_chats(text):
             data = _load_chats(args, text, folder, tokenizer_path, begun, began_with, talking, workers)
         elif talking is not None and talking.preferences:
-            raise UserError(NOT_PREFERENCES.format("text", text.source))
+            found = "; ".join(["text", *text.notes])
+            raise UserError(NOT_PREFERENCES.format(found, text.source))
         else:
             data = encode_text(args, text, folder, tokenizer_path, workers, begun, began_with)
     data.tokens.check_in_background()

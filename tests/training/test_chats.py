@@ -179,6 +179,12 @@ def test_all_tokens_count_if_asked_and_held_out_conversations_may_be_a_file_of_t
     assert records[0]["target_tokens"] == int(first.weights.sum()) > 200
 
 
+def test_a_text_says_that_every_token_counts_and_which_settings_it_does_not_use(folder: Path) -> None:
+    _, said = run("text", {"filepath": "text.jsonl", "too_long": "drop"}, max_steps=1)
+    wanted = "on every token, as the data are text, not conversations; data.chat_template, data.too_long: not used"
+    assert f"loss  {wanted}\n" in said
+
+
 def test_conversations_and_text_are_mixed(folder: Path) -> None:
     mixture = {"chats.jsonl": 0.5, "text.jsonl": 0.5}
     records, said = run("mixed", {"filepath": "", "mixture": mixture})
