@@ -196,7 +196,8 @@ def _load_chats(
         )
     with working(f"reading {text.source}, {bytes_text(text.corpus.stored_bytes)}"):
         text.corpus.digest()
-    tokenizer = _tokenizer(args, text, tokenizer_path, known, begun)
+    # A new run keeps its tokenizer once the conversations are encoded: one that is refused leaves nothing behind.
+    tokenizer = _tokenizer(args, text, tokenizer_path, known, begun) if begun else Tokenizer(args.tokenizer_model_path)
     first = _parts_of(text.corpus)[0]
     assert isinstance(first, Chats)
     for part in _parts_of(text.corpus):
@@ -208,6 +209,8 @@ def _load_chats(
         settings = settings_of(args, chat, talking)
         _refuse(difference(known, replace(origin_of(text), chats=settings)))
     tokens = encode_chats(args, text, tokenizer, chat, talking, folder, workers)
+    if not begun:
+        _tokenizer(args, text, tokenizer_path, known, begun)
     if begun and known is not None:
         _refuse(difference(known, tokens.manifest.origin))
     return Data(tokens, tokenizer, text.source, notes=text.notes + chat.notes, chat=chat)

@@ -11,7 +11,7 @@ Each of them may have a text in a field system, which is the system message. Oth
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from llama_jax.chat.examples import check_turns
@@ -72,8 +72,6 @@ class Preference(NamedTuple):
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
-    repeated: bool = False
-    """Whether both answers were texts that began with the prompt, which was taken off them."""
 
 
 def kind_of_fields(fields: Mapping[str, Any] | list[str]) -> str:
@@ -179,8 +177,10 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
 def _preference(fields: Mapping[str, Any]) -> Preference:
     """Return a preference. The answers may be texts, messages, or whole conversations that begin with the prompt."""
     given = fields.get("prompt") or None
-    texts, repeated = _without_prompt(given, fields["chosen"], fields["rejected"])
-    chosen, rejected = (_side(text, name) for text, name in zip(texts, ("chosen", "rejected"), strict=True))
+    begins = len(fields["prompt"]) if repeats_prompt(fields) else 0
+    chosen, rejected = (
+        _side(fields[name][begins:] if begins else fields[name], name) for name in ("chosen", "rejected")
+    )
     prompt, start = [], 0
     if given is not None:
         prompt = _asked(given) if isinstance(given, str) else _messages(given, "prompt")
@@ -198,15 +198,21 @@ def _preference(fields: Mapping[str, Any]) -> Preference:
         except UserError as error:
             raise UserError(f"prompt and {name}: {error}") from None
         sides.append(tuple(answer))
-    return Preference(tuple(prompt), sides[0], sides[1], repeated)
+    return Preference(tuple(prompt), *sides)
 
 
-def _without_prompt(prompt: Any, *answers: Any) -> tuple[Sequence[Any], bool]:
-    """Return two answers, without the prompt if it is a text with which both begin, and whether that is so."""
-    if not (isinstance(prompt, str) and prompt.strip() and not _dialogue(f"{answers[0]}")):
-        return answers, False
-    repeated = all(isinstance(text, str) and text.startswith(prompt) and text != prompt for text in answers)
-    return [text[len(prompt) :] for text in answers] if repeated else answers, repeated
+def repeats_prompt(record: Mapping[str, Any]) -> bool:
+    """Return whether both answers of a preference are texts that begin with the prompt, which is taken off them.
+
+    Dialogues are not: they are conversations, of which the prompt is the beginning.
+    """
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        return False
+    answers = [text for text in (record.get("chosen"), record.get("rejected")) if isinstance(text, str)]
+    return len(answers) == 2 and all(
+        text.startswith(prompt) and text != prompt and not _dialogue(text) for text in answers
+    )
 
 
 def _asked(prompt: str) -> list[Message]:

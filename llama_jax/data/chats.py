@@ -3,17 +3,19 @@
 import collections
 import functools
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from llama_jax.chat.messages import Message
-from llama_jax.data.chat_records import SYSTEM, Conversation, Preference, parsed, unread
+from llama_jax.data.chat_records import SYSTEM, Conversation, Preference, parsed, repeats_prompt, unread
 from llama_jax.data.corpus import Records
 from llama_jax.data.corpus_file import CorpusFile
 from llama_jax.data.held_out import hash_of, is_held_out
 from llama_jax.data.parts import EXAMPLES, SPLITS, Part, Unit
 from llama_jax.data.records import columns_not_read, records_in, values_of
 from llama_jax.errors import UserError
+from llama_jax.programs import typed
 
 
 class Found(NamedTuple):
@@ -27,6 +29,8 @@ class Found(NamedTuple):
     """A hash of its messages."""
     has_system: bool = False
     """Whether its system message is a field of its own."""
+    repeated: bool = False
+    """Whether the prompt of a preference was taken off both answers."""
 
 
 class Wrong(NamedTuple):
@@ -78,7 +82,9 @@ class Chats(Records):
                 self.unread.update(dict.fromkeys(unread(value, only)))
                 content = hash_of(_content(record))
                 split = SPLITS[is_held_out(content, self.train_size)]
-                yield Found(file, number, split, record, content.digest(), bool(f"{value.get(SYSTEM) or ''}".strip()))
+                has_system = bool(f"{value.get(SYSTEM) or ''}".strip())
+                repeated = isinstance(record, Preference) and repeats_prompt(value)
+                yield Found(file, number, split, record, content.digest(), has_system, repeated)
 
     def count(self) -> int | None:
         """Return about how many records there are, or None if that is only known once they are read."""
@@ -110,7 +116,7 @@ class Chats(Records):
     def _no_text(self) -> NoReturn:
         raise UserError(
             f"{self.sources[0].name}: expected text, found conversations ({self.kinds}); train.py reads them directly: "
-            "--train.init-from CHECKPOINT --data.filepath FILE"
+            f"{typed('train')} {shlex.quote(self.sources[0].name)} --train.init-from CHECKPOINT"
         )
 
 
@@ -141,7 +147,7 @@ def text_of_chats(found: dict[str, Any], source: str) -> str:
     lines = [
         f"{source}: {found['conversations']:,} conversations, by their fields: {kinds}",
         f"{found['messages']:,} messages, of which {found['answers']:,} are answers",
-        "train.py reads them directly: --train.init-from CHECKPOINT --data.filepath FILE",
+        f"train.py reads them directly: {typed('train')} {shlex.quote(source)} --train.init-from CHECKPOINT",
     ]
     if found["fields_not_read"]:
         lines.append(f"fields that are not read: {', '.join(found['fields_not_read'])}")
@@ -158,4 +164,4 @@ def _content(record: Conversation | Preference) -> bytes:
 
     if isinstance(record, Conversation):
         return json.dumps(plain(record.written())).encode()
-    return json.dumps([plain(messages) for messages in record[:3]]).encode()
+    return json.dumps([plain(messages) for messages in record]).encode()

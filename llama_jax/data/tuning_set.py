@@ -286,7 +286,7 @@ class _Encoder:
         answers = record.messages if isinstance(record, Conversation) else (*record.chosen, *record.rejected)
         self.empty[split] += sum(m.role == "assistant" and not m.content.strip() for m in answers)
         self.systems += found.has_system
-        self.repeated += isinstance(record, Preference) and record.repeated
+        self.repeated += found.repeated
         if self.seen is not None:
             self.copies += split == "eval" and found.digest in self.seen
             self.seen |= {found.digest} if split == "train" else set()
@@ -321,7 +321,7 @@ class _Encoder:
 
     def _bytes(self, record: Conversation | Preference) -> int:
         """Return the size of a record's messages in UTF-8."""
-        parts = [self._written(record)] if isinstance(record, Conversation) else record[:3]
+        parts = [self._written(record)] if isinstance(record, Conversation) else record
         return sum(len(message.content.encode()) for part in parts for message in part)
 
     def _of_pair(self, found: Found, encoded: list[Ids]) -> list[Ids]:

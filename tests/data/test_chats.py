@@ -124,6 +124,7 @@ def test_a_wrong_record_is_named_with_its_line(
     with pytest.raises(UserError, match=rf"^{path}: line 4: {fault}.*bad-records skip$") as error:
         load(tmp_path, path, small_tokenizer)
     assert "\n" not in str(error.value) and not list(tmp_path.glob("tokens/*"))
+    assert not (tmp_path / "tokenizer.model").exists()
     found = load(tmp_path, path, small_tokenizer, bad_records="skip", train_size=1.0)
     assert found.tokens.manifest.documents == {"train": 3, "eval": 0}
     assert found.tokens.manifest.skipped_records == 1 and "line 4" in found.tokens.manifest.skipped_examples[0]
@@ -503,7 +504,9 @@ def test_settings_or_files_that_change_encode_again_and_a_run_that_began_refuses
 
 def test_prepare_says_who_reads_conversations(chats: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=rf"^{chats}: expected text, found conversations \(messages\); train.py reads them directly"
+        UserError,
+        match=rf"^{chats}: expected text, found conversations \(messages\); train.py reads them directly: .*train.py {chats} "
+        "--train.init-from CHECKPOINT$",
     ):
         prepare_main(["--filepath", str(chats), "--output", str(tmp_path / "out")])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llama_jax.chat.messages import Message
 from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.batches import batches_of, eval_windows, train_windows
-from llama_jax.data.chat_records import Preference, parsed
+from llama_jax.data.chat_records import Preference, parsed, repeats_prompt
 from llama_jax.data.conversations import Pairs
 from llama_jax.errors import UserError
 
@@ -56,11 +56,14 @@ def test_every_form_is_the_same_preference(form: str) -> None:
 
 
 def test_a_prompt_with_which_both_texts_begin_is_taken_off_them() -> None:
-    found = parsed({"prompt": "Who is it?", "chosen": "Who is it? An owl.", "rejected": "Who is it? A fox."})
-    assert found == Preference((U("Who is it?"),), (A(" An owl."),), (A(" A fox."),), repeated=True)
+    record = {"prompt": "Who is it?", "chosen": "Who is it? An owl.", "rejected": "Who is it? A fox."}
+    assert parsed(record) == Preference((U("Who is it?"),), (A(" An owl."),), (A(" A fox."),)) and repeats_prompt(
+        record
+    )
     for chosen in ("An owl.", "Who is it?"):  # nothing is taken off an answer that alone begins so, nor all of it
-        found = parsed({"prompt": "Who is it?", "chosen": chosen, "rejected": "Who is it? A fox."})
+        found = parsed(record | {"chosen": chosen})
         assert found == Preference((U("Who is it?"),), (A(chosen),), (A("Who is it? A fox."),))
+        assert not repeats_prompt(record | {"chosen": chosen})
 
 
 def test_a_dialogue_of_several_turns_is_a_prompt() -> None:
