@@ -34,7 +34,7 @@ from llama_jax.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from llama_jax.data.parts import SPLITS
+from llama_jax.data.parts import SPLITS, Skipped
 from llama_jax.data.stream import BLOCK_BYTES, checksums
 from llama_jax.data.tokens import token_files
 from llama_jax.errors import UserError
@@ -129,7 +129,7 @@ def encode_chats(
         for number, corpus in enumerate(corpora):
             assert isinstance(corpus, Chats)
             encoder.add_all(corpus, "eval" if number else None, workers or os.cpu_count() or 1)
-        encoder.check(text.source)
+        encoder.check(text.source, text.corpus.skipped)
         sums = np.concatenate([writers[split].finish() for split in SPLITS])
         starts = np.concatenate([np.array(writers[split].starts, "<u8") for split in SPLITS])
         paths[SUMS].write_bytes(sums.tobytes())
@@ -334,17 +334,20 @@ class _Encoder:
                 counts[run] = 0
         return encoded
 
-    def check(self, source: str) -> None:
+    def check(self, source: str, skipped: Skipped) -> None:
         """Raise UserError if nothing is left to train on."""
         if self.writers["train"].starts:
             return
+        held_out = len(self.writers["eval"].starts) // (1 + self.preferences)
         left_out = {
             "too long": sum(self.dropped.values()), "without a token that counts": sum(self.without_target.values()),
-            "with two answers that are the same": sum(self.alike.values()), "held out": len(self.writers["eval"].starts),
+            "with two answers that are the same": sum(self.alike.values()), "held out": held_out,
         }  # fmt: skip
-        words = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
+        words = [f"{count:,} {what}" for what, count in left_out.items() if count]
+        words += [f"{skipped.count:,} wrong: {'; '.join(skipped.examples)}"] if skipped.count else []
+        why = f" ({', '.join(words)})" if words else ""
         raise UserError(
-            f"data.filepath: expected {PREFERENCES if self.preferences else 'conversations'} to train on, found none in {source}{f' ({words})' if words else ''}; give more, or a "
+            f"data.filepath: expected {PREFERENCES if self.preferences else 'conversations'} to train on, found none in {source}{why}; give more, or a "
             "larger data.train_size or model.max_seq_len"
         )
 

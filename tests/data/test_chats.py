@@ -264,6 +264,14 @@ def test_empty_answers_and_held_out_copies_are_counted(tmp_path: Path, small_tok
     assert not {"empty", "copies", "system", "prompts"} & {*rows}
 
 
+def test_a_set_of_wrong_records_alone_says_what_is_wrong_with_them(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [{"messages": 3}, {"messages": []}])
+    with pytest.raises(
+        UserError, match=rf"found none in {path} \(2 wrong: .*line 1: .*found 3; .*line 2: .*; give more"
+    ):
+        load(tmp_path, path, small_tokenizer, bad_records="skip")
+
+
 def test_a_set_that_is_smaller_than_a_batch_is_told(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
     data = load(tmp_path, write(tmp_path / "a.jsonl", [RECORDS["messages"]]), small_tokenizer, train_size=1.0)
     assert "a batch of 8 reads all of them 8 times (--train.batch-size 1)" in told(data, 8)["packing"]
