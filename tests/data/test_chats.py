@@ -136,6 +136,17 @@ def test_a_preference_is_nothing_for_next_token_training(tmp_path: Path, small_t
         load(tmp_path, path, small_tokenizer)
 
 
+def test_held_out_conversations_are_nothing_for_preferences(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    held_out = write(tmp_path / "b.jsonl", [RECORDS["messages"]])
+    args = DataArgs(
+        path, eval_filepath=held_out, tokenizer_model_path=str(small_tokenizer.model_path), chat_template="llama2"
+    )
+    talking = Talking(ChatSetup(has_none=True), "the model", LENGTH, preferences=True)
+    with pytest.raises(UserError, match=rf"^data\.eval_filepath: expected preferences .* in {held_out}; give others"):
+        load_data(args, tmp_path / "tokens", tmp_path / "tokenizer.model", talking=talking)
+
+
 def test_unknown_fields_of_a_file_are_named_with_what_is_known(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}])
     known = r"or conversations \(messages; conversations; prompt, completion; .* chosen, rejected\)"
