@@ -26,7 +26,7 @@ from llama_jax.recipe.choose import heads_for
 from llama_jax.training.flops import train_flops_per_token, update_flops
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
-from sweep import ROOT, Settings, train
+from sweep import ROOT, Settings, bits, identity, known_results, train
 
 # What is drawn. Rates are drawn by their logarithm.
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -69,21 +69,28 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     announced = recipe(args, output)
     file = output / "results.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    known = {json.dumps([result["settings"], result["shared"]]): result for result in done}
-    wanted = [*wanted_runs(args, output)]
-    print(f"{len(wanted)} runs, the recipe's first; {len(done)} lines in {file}", flush=True)
+    known = {_key(result): result for result in known_results(file)}
+    wanted = [identity(settings, 0, shared) for settings, shared in wanted_runs(args, output)]
+    print(
+        f"{len(wanted)} runs, the recipe's first; {sum(_key(run) in known for run in wanted)} of them are done",
+        flush=True,
+    )
     found = []
-    for number, (settings, shared) in enumerate(wanted):
-        key = json.dumps([settings, shared])
-        if key not in known:
-            known[key] = train(settings, 0, shared, output)
+    for number, run in enumerate(wanted):
+        result = known.get(_key(run))
+        if result is None:
+            result = train(run, output)
             with file.open("a") as lines:
-                lines.write(json.dumps(known[key]) + "\n")
-        found.append(known[key])
-        what = ", ".join(f"{name.partition('.')[2]} {value}" for name, value in settings.items()) or "recipe"
-        print(f"{number} of {args.runs}: {known[key]['bits_per_byte']:.4f} bits per byte: {what}", flush=True)
+                lines.write(json.dumps(result) + "\n")
+        found.append(result)
+        what = ", ".join(f"{name.partition('.')[2]} {value}" for name, value in run["settings"].items()) or "recipe"
+        print(f"{number} of {args.runs}: {bits(result):.4f} bits per byte: {what}", flush=True)
     print(json.dumps(summary(announced, found)))
+
+
+def _key(run: dict[str, Any]) -> str:
+    """Return what tells a run from others: its settings, seed, flags, and the content of its files."""
+    return json.dumps([run.get(name) for name in ("settings", "seed", "shared", "files")])
 
 
 def recipe(args: Arguments, output: Path) -> dict[str, Any]:
@@ -151,12 +158,12 @@ def draw(drawn: random.Random, flops: float) -> Settings | None:
 
 def summary(announced: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the recipe's bits per byte beside those of the draws, of which ``found`` has the recipe's run first."""
-    ours, *others = (result["bits_per_byte"] for result in found)
+    ours, *others = map(bits, found)
     low, high = announced["low"], announced["high"]
     return {
         "recipe": ours, "best": min(others), "ratio": round(ours / min(others), 4), "draws": sorted(others),
         "expected": announced["expected_bits_per_byte"], "low": low, "high": high, "within": low <= ours <= high,
-        "tflop": found[0]["tflop"], "tflop_of_draws": sorted(result["tflop"] for result in found[1:]),
+        "tflop": found[0].get("tflop"), "tflop_of_draws": [result.get("tflop") for result in found[1:]],
     }  # fmt: skip
 
 

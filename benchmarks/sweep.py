@@ -153,7 +153,7 @@ def medians(results: Iterable[dict[str, Any]]) -> list[tuple[Settings, list[floa
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault(json.dumps(result["settings"]), []).append(result)
-    found = [(runs[0]["settings"], [_bits(run) for run in runs], runs[0]) for runs in groups.values()]
+    found = [(runs[0]["settings"], [bits(run) for run in runs], runs[0]) for runs in groups.values()]
     return sorted(found, key=lambda each: statistics.median(each[1]))
 
 
@@ -212,7 +212,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _bits(result: dict[str, Any]) -> float:
+def bits(result: dict[str, Any]) -> float:
+    """Return the held-out bits per byte of a result, infinite if its run diverged."""
     return math.inf if result["bits_per_byte"] is None else result["bits_per_byte"]
 
 
@@ -258,7 +259,7 @@ def main() -> None:
         result = done[key] = train(run, args.output)
         with file.open("a") as lines:
             lines.write(json.dumps(result) + "\n")
-        told = f"diverged: {result['why']}" if "why" in result else f"{_bits(result):.4f} bits per byte"
+        told = f"diverged: {result['why']}" if "why" in result else f"{bits(result):.4f} bits per byte"
         print(f"{number} of {len(missing)}: {_text(run['settings'])}, seed {run['seed']}: {told}", flush=True)
     results = [done[key] for key in keys]
     for settings, each, first in medians(results):

@@ -44,9 +44,9 @@ def test_a_second_call_trains_nothing_again_and_another_budget_is_refused(
     text, calls = tmp_path / "a.txt", list[Any]()
     text.write_text("".join(f"On day {i} the {i * 7919 % 97} ships sail.\n" for i in range(900)))
 
-    def train(settings: dict[str, str], seed: int, shared: list[str], output: Path) -> dict[str, Any]:
-        calls.append(settings)
-        return {"settings": settings, "shared": shared, "bits_per_byte": 2.0 + len(calls) / 10, "tflop": 1.0}
+    def train(run: dict[str, Any], output: Path) -> dict[str, Any]:
+        calls.append(run["settings"])
+        return run | {"bits_per_byte": 2.0 + len(calls) / 10, "tflop": 1.0}
 
     monkeypatch.setattr(script, "train", train)
     flags = ["x", "--filepath", str(text), "--output", str(tmp_path / "out"), "--runs", "3", "--flops"]

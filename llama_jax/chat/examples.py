@@ -26,7 +26,7 @@ Example = tuple[list[int], list[int]]
 def chat_example(
     tokenizer: Tokenizer,
     messages: Sequence[Message | Mapping[str, str]],
-    chat_format: ChatFormat | None = None,
+    chat_format: ChatFormat | str | None = None,
 ) -> Example:
     """Return the token ids of a conversation, and of each whether it counts in the loss, 0 or 1.
 
@@ -34,20 +34,34 @@ def chat_example(
         tokenizer: the model's.
         messages: Messages or {"role": ..., "content": ...}: perhaps a system message, then user and assistant in turn,
             the last one from the assistant.
-        chat_format: the format of the model. None: what ``chat.formats.choose`` takes for the tokenizer alone.
+        chat_format: the format of the model (``llama_jax.load(CHECKPOINT).chat_format``), or the name of one, such as
+            "llama2", or of a file with a template. None: LLaMA 2's, if the tokenizer is LLaMA 2's.
 
     Every answer counts. Raises UserError, in one line, if the conversation ends without an answer, its roles are out of
-    turn, or the format does not keep what generation would be fed.
+    turn, no format is known, or the format does not keep what generation would be fed.
 
     Example:
         ids, counts = chat_example(tokenizer, [Message("user", "Hello"), Message("assistant", "Hi")])
         tokenizer.decode([i for i, counted in zip(ids, counts) if counted])  # "Hi"
     """
-    chosen = chat_format or choose(tokenizer, ChatSetup(), "", str(tokenizer.model_path))
+    chosen = chat_format if isinstance(chat_format, ChatFormat) else _chosen(tokenizer, chat_format or "")
     (example,) = chat_examples(chosen, [messages])
     if isinstance(example, UserError):
         raise example
     return example
+
+
+def _chosen(tokenizer: Tokenizer, name: str) -> ChatFormat:
+    """Return a format by its name or, without one, by the tokenizer. Raises UserError if that tells none."""
+    if not name and not llama2.is_llama2s(tokenizer):
+        raise UserError(
+            f"chat_format: expected one beside a tokenizer that is not LLaMA 2's ({tokenizer.model_path}), found none; give "
+            'llama_jax.load(CHECKPOINT).chat_format, or a name, such as "llama2"'
+        )
+    try:
+        return choose(tokenizer, ChatSetup(), name, str(tokenizer.model_path))
+    except UserError as error:
+        raise UserError(str(error).replace("--chat-template", "chat_format", 1)) from None
 
 
 def chat_examples(

@@ -7,6 +7,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterable, Iterator, Sequence
+from os.path import exists
 from types import UnionType
 from typing import Any, NamedTuple, TypeVar
 
@@ -182,6 +183,9 @@ def _take_groups(
         del words[: len(types)]
         yield group
         group = None if once else _group(words, types, False)
+    # A misspelt name is not a text that follows: this would be a file, or more than a word.
+    if typing.get_origin(types[0]) is typing.Literal and words and words[0].isidentifier() and not exists(words[0]):
+        raise UserError(f"{name}: expected {expected}, found {words[0]!r}")
 
 
 def _group(words: Sequence[str], types: tuple[Any, ...], first_is_given: bool) -> tuple[Any, ...] | None:

@@ -1,16 +1,19 @@
 """Conversions of adapters that are not merged: from PEFT's layout, and to it."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from llama_jax.adapters import count_adapter
+from llama_jax.chat.formats import ChatSetup, read_template
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.checkpoint.adapted import check_base, check_whole
 from llama_jax.config import ModelArgs
 from llama_jax.convert.output import new_folder
 from llama_jax.convert.peft import CONFIG, read_peft, save_adapter, write_peft
 from llama_jax.errors import UserError, quoted
+from llama_jax.foreign.chat_files import read_chat
 from llama_jax.foreign.keys import read_json
 from llama_jax.lora_args import LoraArgs
 from llama_jax.programs import typed
@@ -30,6 +33,8 @@ class Asked(Protocol):
     @property
     def tokenizer(self) -> str: ...
     @property
+    def chat_template(self) -> str: ...
+    @property
     def max_seq_len(self) -> int: ...
     @property
     def dry_run(self) -> bool: ...
@@ -42,8 +47,8 @@ def import_adapter(folder: Path, args: Asked, output: Path) -> None:
         raise UserError(
             f"--to: expected llama-jax with an adapter of PEFT as --input, found {args.to}; convert it first, and the result then"
         )
+    made_for = quoted(str(read_json(folder / CONFIG).get("base_model_name_or_path")))
     if not args.base:
-        made_for = quoted(str(read_json(folder / CONFIG).get("base_model_name_or_path")))
         raise UserError(
             f"--base: expected the checkpoint of the model that the adapter in {folder} adapts ({made_for}, it says), found "
             "none; convert that model, and name it: --base checkpoints/x"
@@ -51,12 +56,20 @@ def import_adapter(folder: Path, args: Asked, output: Path) -> None:
     base = Checkpoint.find(args.base)
     check_whole(base, "--base")
     lora, tree = read_peft(folder, base)
-    _announce(f"{folder}: an adapter of PEFT", base.args, lora, f"{base.folder}")
+    own, warnings = read_chat(folder, base.tokenizer, base.args.vocab_size)
+    # Tuning may have been in another format than the base's, which then is beside the adapter.
+    chat = replace(own, end_ids=own.end_ids or base.chat.end_ids) if own.template else base.chat
+    chat, whose = _asked(chat, args, base), folder if own.template else base.folder
+    of_base = f"{base.folder} (made for {made_for}, says {CONFIG})"
+    _announce(f"{folder}: an adapter of PEFT", base.args, lora, of_base, chat, args.chat_template or f"{whose}")
+    for warning in warnings:
+        print(f"{'warning':>10}  {warning}")
     if args.dry_run:
         return
     with new_folder(output) as temporary:
-        save_adapter(temporary, base, lora, tree)
-    print(f'{output}: done\nnow try:\n  {typed("sample")} --ckpt {shlex.quote(str(output))} "Once upon a time"')
+        save_adapter(temporary, base, lora, tree, chat)
+    words = "--chat" if chat.template else '"Once upon a time"'
+    print(f"{output}: done\nnow try:\n  {typed('sample')} --ckpt {shlex.quote(str(output))} {words}")
 
 
 def export_adapter(folder: Path, args: Asked, output: Path) -> None:
@@ -69,8 +82,9 @@ def export_adapter(folder: Path, args: Asked, output: Path) -> None:
         )
     if args.base:
         check_base(Checkpoint.find(args.base), adapter, "name its own base, or leave --base out")
-    record = adapter.adapter
-    _announce(f"{adapter.folder}: an adapter of llama-jax", adapter.args, record.lora, record.base)
+    record, chat = adapter.adapter, _asked(adapter.chat, args, adapter)
+    whose = args.chat_template or f"{adapter.folder}"
+    _announce(f"{adapter.folder}: an adapter of llama-jax", adapter.args, record.lora, record.base, chat, whose)
     if record.lora.base_weights != "auto":
         print(
             f"{'note':>10}  it was trained beside matrices in {record.lora.base_weights}; beside others it computes slightly "
@@ -79,8 +93,18 @@ def export_adapter(folder: Path, args: Asked, output: Path) -> None:
     if args.dry_run:
         return
     with new_folder(output) as temporary, adapter.verified():
-        write_peft(adapter, temporary)
+        write_peft(adapter, temporary, chat.template)
     print(f"{output}: done\nnow try:\n  peft.PeftModel.from_pretrained(model, {str(output)!r})")
+
+
+def _asked(chat: ChatSetup, args: Asked, model: Checkpoint) -> ChatSetup:
+    """Return what is known about conversations, with the template of --chat-template if one is asked for."""
+    if not args.chat_template:
+        return chat
+    template, notes = read_template(args.chat_template, model.tokenizer)
+    for note in notes:
+        print(f"{'warning':>10}  {note}")
+    return replace(chat, template=template, has_none=False)
 
 
 def _check_alone(args: Asked) -> None:
@@ -96,11 +120,12 @@ def _check_alone(args: Asked) -> None:
             raise UserError(f"{name}: expected none with an adapter that is not merged, found one; leave it out")
 
 
-def _announce(found: str, args: ModelArgs, lora: LoraArgs, base: str) -> None:
+def _announce(found: str, args: ModelArgs, lora: LoraArgs, base: str, chat: ChatSetup, whose: str) -> None:
     rows = {
         "input": found,
         "adapter": f"{count_adapter(args, lora):,} parameters: rank {lora.rank}, scale {lora.scale:g}, on {', '.join(lora.targets)}",
         "base": base,
+        **({"chat": f"a chat template of {len(chat.template):,} characters, of {whose}"} if chat.template else {}),
     }
     for name, text in rows.items():
         print(f"{name:>10}  {text}")

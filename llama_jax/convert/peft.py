@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.adapters import PLACES, check_targets, sides
+from llama_jax.chat.formats import TEMPLATE, ChatSetup
 from llama_jax.checkpoint import Checkpoint, save_within
 from llama_jax.checkpoint.adapted import digest_of
 from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import TABLE
 from llama_jax.convert.reader import count_not_finite
-from llama_jax.convert.safetensors import SafetensorsWriter
+from llama_jax.convert.safetensors import SafetensorsWriter, metadata_of
 from llama_jax.convert.tensor_files import TensorFiles
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.keys import Keys, Neutral, names, read_json, take
@@ -32,6 +33,8 @@ from llama_jax.storage.files import write_atomically
 from llama_jax.storage.locations import absolute
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+# The key of the base's digest in the metadata of the tensors' file.
+DIGEST = "llama_jax_base"
 _MATRIX = "this project's adapters are a product a b of one rank beside whole matrices"
 _BASE = "it changes the base; convert the adapter with PEFT first (path_initial_model_for_weight_conversion)"
 KEYS = Keys(
@@ -66,8 +69,8 @@ KEYS = Keys(
 )
 
 
-def write_peft(adapter: Checkpoint, folder: Path) -> None:
-    """Write an adapter of this project in the layout that PEFT reads."""
+def write_peft(adapter: Checkpoint, folder: Path, template: str = "") -> None:
+    """Write an adapter of this project in the layout that PEFT reads, with its chat ``template`` if it has one."""
     assert adapter.adapter is not None
     lora, args = adapter.adapter.lora, adapter.args
     shapes: dict[str, tuple[int, ...]] = {}
@@ -77,7 +80,8 @@ def write_peft(adapter: Checkpoint, folder: Path) -> None:
             key = peft_name(name, layer, factor)
             values[key] = np.ascontiguousarray(value.T, np.dtype("<f4"))
             shapes[key] = values[key].shape
-    with SafetensorsWriter(folder / WEIGHTS, np.dtype("<f4"), shapes) as writer:
+    metadata = {DIGEST: adapter.adapter.digest}
+    with SafetensorsWriter(folder / WEIGHTS, np.dtype("<f4"), shapes, metadata) as writer:
         for value in values.values():
             writer.write(value)
     alpha = lora.strength
@@ -96,6 +100,8 @@ def write_peft(adapter: Checkpoint, folder: Path) -> None:
         "init_lora_weights": True,
     }
     write_atomically(folder / CONFIG, json.dumps(table, indent=2))
+    if template:
+        write_atomically(folder / TEMPLATE, template)
 
 
 def read_peft(folder: Path, base: Checkpoint) -> tuple[LoraArgs, dict[str, Any]]:
@@ -125,6 +131,7 @@ def read_peft(folder: Path, base: Checkpoint) -> tuple[LoraArgs, dict[str, Any]]
     with ExitStack() as stack:
         files = TensorFiles(folder, [_weights_in(folder)], stack)
         targets, tree = _read_factors(files, folder, base, rank)
+    _check_base(folder, base)
     unknown = [key for key in KEYS.unknown(table) if table[key] not in (None, False, [], {})]
     if unknown:
         raise UserError(
@@ -136,11 +143,23 @@ def read_peft(folder: Path, base: Checkpoint) -> tuple[LoraArgs, dict[str, Any]]
     return lora, tree
 
 
-def save_adapter(folder: Path, base: Checkpoint, lora: LoraArgs, tree: dict[str, Any]) -> None:
-    """Write an adapter as a checkpoint of this project, which knows its base."""
+def _check_base(folder: Path, base: Checkpoint) -> None:
+    """Raise UserError if an adapter that this project exported is one of another base than ``base``."""
+    known = metadata_of(folder / WEIGHTS).get(DIGEST) if (folder / WEIGHTS).is_file() else None
+    if known is not None and known != (found := digest_of(base)):
+        raise UserError(
+            f"{folder}: expected the base of this adapter, whose parameters have the digest {quoted(known)}, found {found} in "
+            f"{base.folder}, another model or one that has changed; name its own base with --base"
+        )
+
+
+def save_adapter(
+    folder: Path, base: Checkpoint, lora: LoraArgs, tree: dict[str, Any], chat: ChatSetup | None = None
+) -> None:
+    """Write an adapter as a checkpoint of this project, which knows its base. ``chat``: None is the base's."""
     record = AdapterRecord(str(absolute(base.folder)), digest_of(base), lora)
     tree = jax.tree.map(jnp.asarray, tree)
-    save_within(folder, tree, base.args, base.tokenizer, chat=base.chat, adapter=record)
+    save_within(folder, tree, base.args, base.tokenizer, chat=chat or base.chat, adapter=record)
 
 
 def factors_of(adapter: Checkpoint, name: Target, layer: int) -> tuple[np.ndarray, np.ndarray]:

@@ -69,6 +69,14 @@ class SafetensorsFile:
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
+def metadata_of(path: Path) -> dict[str, Any]:
+    """Return the metadata of a file that ``SafetensorsFile.open`` has accepted."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        found = json.loads(file.read(min(length, MAX_HEADER))).get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
 def _read_header(mapped: mmap.mmap, path: Path) -> dict[str, StoredTensor]:
     def refuse(message: str) -> NoReturn:
         raise UserError(f"{path}: {message}")
@@ -152,9 +160,15 @@ class SafetensorsWriter:
     ``dtypes`` is the type of all tensors, or that of each by name.
     """
 
-    def __init__(self, path: Path, dtypes: np.dtype | Mapping[str, np.dtype], shapes: dict[str, tuple[int, ...]]):
+    def __init__(
+        self,
+        path: Path,
+        dtypes: np.dtype | Mapping[str, np.dtype],
+        shapes: dict[str, tuple[int, ...]],
+        metadata: Mapping[str, str] | None = None,
+    ):
         self._path = path
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         end = 0
         for name, shape in shapes.items():
             dtype = dtypes if isinstance(dtypes, np.dtype) else dtypes[name]

@@ -164,8 +164,9 @@ def close(
         f"{output}: {bytes_text(size)} in {duration(seconds)}, {bytes_text(weight_bytes(source) / max(seconds, 1e-9))} a second"
     )
     print(f"sha256 of the weights{', before quantization' if weights != 'auto' else ''}: {digest}")
+    words = "--chat" if source.chat.template else '"Once upon a time"'
     commands = {
-        "llama-jax": f'{typed("sample")} --ckpt {shlex.quote(str(output))} "Once upon a time"',
+        "llama-jax": f"{typed('sample')} --ckpt {shlex.quote(str(output))} {words}",
         "huggingface": f"AutoModelForCausalLM.from_pretrained({str(output)!r})",
         "meta": f"torch.load({str(output / 'consolidated.00.pth')!r}, weights_only=True)",
         "llama2c": f"./run {shlex.quote(str(output / MODEL))} -z {shlex.quote(str(output / TOKENIZER))}, in llama2.c's folder",

@@ -42,7 +42,7 @@ __all__ = [
 
 
 NOT_PREFERENCES = (
-    "data.filepath: expected preferences (records with prompt, chosen and rejected), of which train.objective dpo learns, found "
+    "data.{}: expected preferences (records with prompt, chosen and rejected), of which train.objective dpo learns, found "
     "{} in {}; give others, or leave --train.objective out"
 )
 
@@ -96,7 +96,7 @@ def _load_one(
 ) -> Data:
     """Return the data of one text; see ``load_data``."""
     if talking is not None and talking.preferences and (find_prepared(args.filepath) or find_pretokenized(args)):
-        raise UserError(NOT_PREFERENCES.format("tokens of a text", args.filepath))
+        raise UserError(NOT_PREFERENCES.format("filepath", "tokens of a text", args.filepath))
     if (prepared := find_prepared(args.filepath)) is not None:
         data = _load_prepared(args, prepared, folder, tokenizer_path, begun, began_with)
     elif files := find_pretokenized(args):
@@ -106,7 +106,8 @@ def _load_one(
         if talking is not None and is_chats(text):
             data = _load_chats(args, text, folder, tokenizer_path, begun, began_with, talking, workers)
         elif talking is not None and talking.preferences:
-            raise UserError(NOT_PREFERENCES.format("text", text.source))
+            found = "; ".join(["text", *text.notes])
+            raise UserError(NOT_PREFERENCES.format("filepath", found, text.source))
         else:
             data = encode_text(args, text, folder, tokenizer_path, workers, begun, began_with)
     data.tokens.check_in_background()
@@ -195,28 +196,31 @@ def _load_chats(
         )
     with working(f"reading {text.source}, {bytes_text(text.corpus.stored_bytes)}"):
         text.corpus.digest()
-    tokenizer = _tokenizer(args, text, tokenizer_path, known, begun)
+    # A new run keeps its tokenizer once the conversations are encoded: one that is refused leaves nothing behind.
+    tokenizer = _tokenizer(args, text, tokenizer_path, known, begun) if begun else Tokenizer(args.tokenizer_model_path)
     first = _parts_of(text.corpus)[0]
     assert isinstance(first, Chats)
-    for part in _parts_of(text.corpus):
+    for part, key in zip(_parts_of(text.corpus), ("filepath", "eval_filepath"), strict=False):
         assert isinstance(part, Chats)
         if talking.preferences:
-            _check_preferences(part)
+            _check_preferences(part, key)
     chat = format_of(args, tokenizer, talking, first.sources[0].chats)
     if begun and known is not None:
         settings = settings_of(args, chat, talking)
         _refuse(difference(known, replace(origin_of(text), chats=settings)))
     tokens = encode_chats(args, text, tokenizer, chat, talking, folder, workers)
+    if not begun:
+        _tokenizer(args, text, tokenizer_path, known, begun)
     if begun and known is not None:
         _refuse(difference(known, tokens.manifest.origin))
     return Data(tokens, tokenizer, text.source, notes=text.notes + chat.notes, chat=chat)
 
 
-def _check_preferences(corpus: Chats) -> None:
+def _check_preferences(corpus: Chats, key: str) -> None:
     """Raise UserError if a file has no preferences. Where there are some, each record is looked at as it is read."""
     for file in corpus.sources:
         if file.chats != PREFERENCES:
-            raise UserError(NOT_PREFERENCES.format(f"conversations ({file.chats})", file.name))
+            raise UserError(NOT_PREFERENCES.format(key, f"conversations ({file.chats})", file.name))
 
 
 def _parts_of(corpus: AnyCorpus) -> list[AnyCorpus]:

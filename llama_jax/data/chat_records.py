@@ -7,7 +7,7 @@
     prompt, chosen, rejected      texts or messages: an answer that is preferred to another. Without a prompt, both are
                                   conversations, whose common beginning is the prompt
 
-A record may have other fields, which are not read.
+Each of them may have a text in a field system, which is the system message. Other fields are not read, and are named.
 """
 
 import re
@@ -29,8 +29,11 @@ KINDS: dict[str, tuple[str, ...]] = {
     "instruction and output": ("instruction", "output"),
 }
 KNOWN = "messages; conversations; prompt, completion; instruction, (input,) output; prompt, chosen, rejected"
-FIELDS_READ = {"prompt", "input", *(name for names in KINDS.values() for name in names)}
-# Fields of lists, which may be named with data.text_field where records have a text, too.
+SYSTEM = "system"
+# Fields that records of a kind may have besides.
+OPTIONAL: dict[str, tuple[str, ...]] = {PREFERENCES: ("prompt",), "instruction and output": ("input",)}
+FIELDS_READ = {SYSTEM, *(name for kind in KINDS for name in (*KINDS[kind], *OPTIONAL.get(kind, ())))}
+# Kinds of which all messages are in one field, a list.
 LISTS = ("messages", "conversations")
 # The names of the sides in records with from and value, as they are usual.
 SIDES = {
@@ -53,12 +56,14 @@ class Conversation(NamedTuple):
     kind: str
     messages: tuple[Message, ...]
     context: str = ""
-    """The input of an instruction, which belongs to the first message: how it does, a format decides."""
+    """The input of an instruction, which belongs to the first message of the user: how it does, a format decides."""
 
     def written(self, separator: str = INPUT) -> list[Message]:
         """Return the messages, with the input of an instruction behind ``separator``."""
-        first, *rest = self.messages
-        return [first._replace(content=first.content + separator + self.context) if self.context else first, *rest]
+        asked = next(i for i, message in enumerate(self.messages) if message.role != SYSTEM)
+        before, first, rest = self.messages[:asked], self.messages[asked], self.messages[asked + 1 :]
+        more = separator + self.context if self.context else ""
+        return [*before, first._replace(content=first.content + more), *rest]
 
 
 class Preference(NamedTuple):
@@ -74,26 +79,63 @@ def kind_of_fields(fields: Mapping[str, Any] | list[str]) -> str:
     return next((kind for kind, needed in KINDS.items() if all(name in fields for name in needed)), "")
 
 
-def parsed(record: Any) -> Conversation | Preference:
-    """Return a record as messages. Raises a UserError that says what is wrong with it, but not where it stands."""
+def kind_of_name(wanted: str) -> str:
+    """Return the kind of records that names of fields choose, such as "messages" or "instruction,output", or ""."""
+    names = {name.strip() for name in wanted.split(",")}
+    return next(
+        (kind for kind, needed in KINDS.items() if {*needed} <= names <= {*needed, *OPTIONAL.get(kind, ())}), ""
+    )
+
+
+def unread(record: Any, only: str = "") -> list[str]:
+    """Return the fields of a record that have a value and are not read."""
+    fields = _with_values(record) if isinstance(record, Mapping) else {}
+    kind = only or kind_of_fields(fields)
+    return [name for name in fields if name not in (SYSTEM, *KINDS.get(kind, ()), *OPTIONAL.get(kind, ()))]
+
+
+def parsed(record: Any, only: str = "") -> Conversation | Preference:
+    """Return a record as messages. It is of the kind that its fields tell, or of the kind ``only``.
+
+    Raises a UserError that says what is wrong with it, but not where it stands.
+    """
     if not isinstance(record, Mapping):
         raise UserError(f"expected an object, found {quoted(record, 40)}")
-    # A table has all fields in all rows; those without a value are absent.
-    fields = {name: value for name, value in record.items() if value is not None}
-    kind = kind_of_fields(fields)
-    if not kind:
+    fields = _with_values(record)
+    kind = only or kind_of_fields(fields)
+    if not kind or not all(name in fields for name in KINDS[kind]):
         names = ", ".join(map(str, fields)) or "none"
-        raise UserError(f"expected a conversation, by the fields {KNOWN}; found the fields {names}")
+        wanted = f"the fields {', '.join(KINDS[only])}" if only else f"a conversation, by the fields {KNOWN}"
+        raise UserError(f"expected {wanted}; found the fields {names}")
     if kind == PREFERENCES:
-        return _preference(fields)
+        found = _preference(fields)
+        return found._replace(prompt=tuple(_with_system(fields, [*found.prompt])))
     if kind in LISTS:
-        messages = _messages(fields[kind], kind)
+        messages = _with_system(fields, _messages(fields[kind], kind))
         check_turns(messages)
         return Conversation(kind, tuple(messages))
     question, answer = KINDS[kind]
     context = _text(fields, "input") if kind.startswith("instruction") and "input" in fields else ""
-    both = Message("user", _text(fields, question)), Message("assistant", _text(fields, answer))
-    return Conversation(kind, both, context if context.strip() else "")
+    both = [Message("user", _text(fields, question)), Message("assistant", _text(fields, answer))]
+    return Conversation(kind, tuple(_with_system(fields, both)), context if context.strip() else "")
+
+
+def _with_values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record that have a value. A table has all fields in all rows."""
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def _with_system(fields: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """Return messages behind the text in the field system, if there is one.
+
+    Raises UserError if they have another system message.
+    """
+    given = Message(SYSTEM, _text(fields, SYSTEM) if SYSTEM in fields else "")
+    if not given.content.strip() or messages[:1] == [given]:
+        return messages
+    if messages[0].role == SYSTEM:
+        raise UserError("system: expected one system message, found a field system and another one in the messages")
+    return [given, *messages]
 
 
 def _messages(found: Any, name: str) -> list[Message]:
@@ -135,10 +177,13 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
 def _preference(fields: Mapping[str, Any]) -> Preference:
     """Return a preference. The answers may be texts, messages, or whole conversations that begin with the prompt."""
     given = fields.get("prompt") or None
-    chosen, rejected = (_side(fields[name], name, given is None) for name in ("chosen", "rejected"))
+    begins = len(fields["prompt"]) if repeats_prompt(fields) else 0
+    chosen, rejected = (
+        _side(fields[name][begins:] if begins else fields[name], name) for name in ("chosen", "rejected")
+    )
     prompt, start = [], 0
     if given is not None:
-        prompt = [Message("user", clean(given))] if isinstance(given, str) else _messages(given, "prompt")
+        prompt = _asked(given) if isinstance(given, str) else _messages(given, "prompt")
     if given is None or all(side[0].role != "assistant" for side in (chosen, rejected)):
         both = _common(chosen, rejected)
         start = len(both)
@@ -156,10 +201,30 @@ def _preference(fields: Mapping[str, Any]) -> Preference:
     return Preference(tuple(prompt), *sides)
 
 
-def _side(found: Any, name: str, is_whole: bool) -> list[Message]:
+def repeats_prompt(record: Mapping[str, Any]) -> bool:
+    """Return whether both answers of a preference are texts that begin with the prompt, which is taken off them.
+
+    Dialogues are not: they are conversations, of which the prompt is the beginning.
+    """
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        return False
+    answers = [text for text in (record.get("chosen"), record.get("rejected")) if isinstance(text, str)]
+    return len(answers) == 2 and all(
+        text.startswith(prompt) and text != prompt and not _dialogue(text) for text in answers
+    )
+
+
+def _asked(prompt: str) -> list[Message]:
+    """Return the messages of a prompt: one, or those of a dialogue that asks the assistant for the next."""
+    turns = _dialogue(prompt) or [Message("user", clean(prompt))]
+    return turns[:-1] if turns[-1] == Message("assistant", "") else turns
+
+
+def _side(found: Any, name: str) -> list[Message]:
     """Return an answer, or a whole conversation. A whole one may be a text, in the layout of the HH sets."""
     if isinstance(found, str):
-        return (_dialogue(found) if is_whole else []) or [Message("assistant", clean(found))]
+        return _dialogue(found) or [Message("assistant", clean(found))]
     return _messages([found] if isinstance(found, Mapping) else found, name)
 
 

@@ -2,7 +2,7 @@
 
 from llama_jax.config import Config
 from llama_jax.data.conversations import PAIRED, Conversations, Pairs, runs_of
-from llama_jax.data.manifest import Manifest
+from llama_jax.data.manifest import ChatCounts, Manifest
 from llama_jax.data.opened import Data, percent
 from llama_jax.data.parts import SPLITS
 from llama_jax.data.summary import held_out_text
@@ -38,9 +38,10 @@ def chat_rows(data: Data, config: Config, length: int) -> list[tuple[str, str]]:
         ),
         (
             "packing",
-            f"{packing.windows:,} sequences of {length:,}, {percent(packing.padding)} padding; an epoch has {per_epoch:,} steps{_of_size(config)}",
+            f"{packing.windows:,} sequences of {length:,}, {percent(packing.padding)} padding; an epoch has {per_epoch:,} steps{_of_size(config, packing.windows)}",
         ),
         ("too long", _too_long(manifest, length)),
+        *_remarks(chats, count["eval"]),
     ]
     example = marked(data.tokens.train, 0, data.tokenizer)
     return [*rows, ("example", f"what counts is in {MARKS[0]} {MARKS[1]}\n" + _indented(example))]
@@ -64,10 +65,11 @@ def _pair_rows(data: Data, pairs: Pairs, config: Config, length: int) -> list[tu
         (
             "packing",
             f"{packing.windows:,} sequences of {pairs.positions(length):,}, room for two answers of {length:,}; "
-            f"{percent(packing.padding)} padding; an epoch has {per_epoch:,} steps{_of_size(config)} of {count['train'] / per_epoch:,.0f} pairs",
+            f"{percent(packing.padding)} padding; an epoch has {per_epoch:,} steps of {count['train'] / per_epoch:,.0f} pairs{_of_size(config, packing.windows)}",
         ),
         ("too long", _too_long(manifest, length)),
         *([("alike", f"{alike:,} pairs were left out, as both answers are the same")] if alike else []),
+        *_remarks(chats, count["eval"]),
     ]
     for number, name in enumerate(("chosen", "rejected")):
         example = _indented(marked(pairs, number, data.tokenizer))
@@ -75,9 +77,30 @@ def _pair_rows(data: Data, pairs: Pairs, config: Config, length: int) -> list[tu
     return rows
 
 
-def _of_size(config: Config) -> str:
-    """Return of how many sequences the steps are that are counted, if they are not all alike."""
-    return f" with {config.train.batch_size:,} sequences" if config.train.batch_start else ""
+def _remarks(chats: ChatCounts, held_out: int) -> list[tuple[str, str]]:
+    """Return what is odd about the records: what of them is not read, or may be unintended."""
+    empty = sum(chats.empty.values())
+    lines = {
+        "not read": f"the fields {', '.join(chats.unread)} of records" if chats.unread else "",
+        "system": f"the field system of {chats.systems:,} records is their system message" if chats.systems else "",
+        "prompts": f"{chats.repeated:,} pairs have texts that both begin with their prompt, which is taken off them"
+        if chats.repeated
+        else "",
+        "empty": f"warning: {empty:,} answers are empty, and teach the model to say nothing" if empty else "",
+        "copies": f"warning: {chats.copies:,} of {held_out:,} held-out records are among those to train on, so that the held-out loss "
+        "is too low"
+        if chats.copies
+        else "",
+    }
+    return [(name, line) for name, line in lines.items() if line]
+
+
+def _of_size(config: Config, sequences: int) -> str:
+    """Return how large the steps are that are counted, if they are not all alike, or larger than all sequences."""
+    size = config.train.batch_size
+    if sequences < size:
+        return f"; warning: a batch of {size:,} reads all of them {size / sequences:.3g} times (--train.batch-size {sequences})"
+    return f" with {size:,} sequences" if config.train.batch_start else ""
 
 
 def held_out_of(manifest: Manifest) -> str:

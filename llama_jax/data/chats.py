@@ -1,18 +1,21 @@
 """Corpora of conversations, which train.py reads directly: their records, and which of them are held out."""
 
 import collections
+import functools
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from llama_jax.chat.messages import Message
-from llama_jax.data.chat_records import Conversation, Preference, parsed
+from llama_jax.data.chat_records import SYSTEM, Conversation, Preference, parsed, repeats_prompt, unread
 from llama_jax.data.corpus import Records
 from llama_jax.data.corpus_file import CorpusFile
 from llama_jax.data.held_out import hash_of, is_held_out
 from llama_jax.data.parts import EXAMPLES, SPLITS, Part, Unit
-from llama_jax.data.records import records_in, values_of
+from llama_jax.data.records import columns_not_read, records_in, values_of
 from llama_jax.errors import UserError
+from llama_jax.programs import typed
 
 
 class Found(NamedTuple):
@@ -22,6 +25,12 @@ class Found(NamedTuple):
     number: int
     split: str
     record: Conversation | Preference
+    digest: bytes
+    """A hash of its messages."""
+    has_system: bool = False
+    """Whether its system message is a field of its own."""
+    repeated: bool = False
+    """Whether the prompt of a preference was taken off both answers."""
 
 
 class Wrong(NamedTuple):
@@ -40,6 +49,11 @@ class Chats(Records):
         """The kinds of records, as their fields tell."""
         return ", ".join(dict.fromkeys(file.chats for file in self.sources))
 
+    @functools.cached_property
+    def unread(self) -> dict[str, None]:
+        """The names of fields so far that have a value in a record and are not read."""
+        return {}
+
     def conversations(self) -> Iterator[Found]:
         """Yield the records in order.
 
@@ -54,17 +68,23 @@ class Chats(Records):
     def found(self) -> Iterator[Found | Wrong]:
         """Yield the records in order, also those that are wrong. Raises UserError if a file is damaged."""
         for file in self.sources:
+            only = file.chats if file.chosen else ""
+            self.unread.update(dict.fromkeys(columns_not_read(file)))
             for number, value, fault, replaced in values_of(file):
                 self.replaced += replaced
                 try:
                     if fault:
                         raise UserError(fault)
-                    record = parsed(value)
+                    record = parsed(value, only)
                 except UserError as error:
                     yield Wrong(file, number, str(error))
                     continue
-                split = SPLITS[is_held_out(hash_of(_content(record)), self.train_size)]
-                yield Found(file, number, split, record)
+                self.unread.update(dict.fromkeys(unread(value, only)))
+                content = hash_of(_content(record))
+                split = SPLITS[is_held_out(content, self.train_size)]
+                has_system = bool(f"{value.get(SYSTEM) or ''}".strip())
+                repeated = isinstance(record, Preference) and repeats_prompt(value)
+                yield Found(file, number, split, record, content.digest(), has_system, repeated)
 
     def count(self) -> int | None:
         """Return about how many records there are, or None if that is only known once they are read."""
@@ -96,7 +116,7 @@ class Chats(Records):
     def _no_text(self) -> NoReturn:
         raise UserError(
             f"{self.sources[0].name}: expected text, found conversations ({self.kinds}); train.py reads them directly: "
-            "--train.init-from CHECKPOINT --data.filepath FILE"
+            f"{typed('train')} {shlex.quote(self.sources[0].name)} --train.init-from CHECKPOINT"
         )
 
 
@@ -116,6 +136,7 @@ def count_chats(corpus: Chats) -> dict[str, Any]:
         "kinds": dict(kinds),
         "messages": messages,
         "answers": answers,
+        "fields_not_read": list(corpus.unread),
         **wrong,
     }
 
@@ -126,8 +147,10 @@ def text_of_chats(found: dict[str, Any], source: str) -> str:
     lines = [
         f"{source}: {found['conversations']:,} conversations, by their fields: {kinds}",
         f"{found['messages']:,} messages, of which {found['answers']:,} are answers",
-        "train.py reads them directly: --train.init-from CHECKPOINT --data.filepath FILE",
+        f"train.py reads them directly: {typed('train')} {shlex.quote(source)} --train.init-from CHECKPOINT",
     ]
+    if found["fields_not_read"]:
+        lines.append(f"fields that are not read: {', '.join(found['fields_not_read'])}")
     if found["wrong_records"]:
         lines.append(f"warning: {found['wrong_records']:,} records are wrong: {'; '.join(found['examples'])}")
     return "\n".join(lines)

@@ -37,6 +37,8 @@ class CorpusFile:
     field: str = ""
     chats: str = ""
     """The kind of conversations that its records are, see chat_records.py. Empty: texts."""
+    chosen: bool = False
+    """Whether the kind was asked for, so that its fields are taken of records that are of another kind by theirs."""
 
     @property
     def name(self) -> str:

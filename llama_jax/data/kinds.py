@@ -326,5 +326,5 @@ def _table(text: str, whole: bool, delimiter: str) -> Kind | None:
         return None
     quoted = any(line.startswith('"') for line in lines)
     if widths and (quoted or (len(widths) == 1 and max(widths) > 1)):
-        return Kind("a table", "write its column of texts to a .txt file first")
+        return Kind("a table", "write its column of texts to a .txt file, or its rows as JSON lines, first")
     return None

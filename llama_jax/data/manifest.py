@@ -70,6 +70,16 @@ class ChatCounts:
     longest: int = 0
     alike: dict[str, int] = dataclasses.field(default_factory=dict)
     """Preferences that were left out because both answers are the same."""
+    unread: list[str] = dataclasses.field(default_factory=list)
+    """The fields of records that were not read."""
+    systems: int = 0
+    """Records with a system message in a field of its own."""
+    empty: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Answers without a text, which only end."""
+    repeated: int = 0
+    """Preferences whose answers both began with the prompt, which was taken off."""
+    copies: int = 0
+    """Held-out records that are also among those to train on."""
 
 
 @dataclass(frozen=True)

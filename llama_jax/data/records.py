@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, NamedTuple
 
-from llama_jax.data.chat_records import FIELDS_READ, KINDS, KNOWN, LISTS, kind_of_fields
+from llama_jax.data.chat_records import FIELDS_READ, KINDS, KNOWN, kind_of_fields, kind_of_name
 from llama_jax.data.columns import (
     arrow,
     arrow_records,
@@ -110,8 +110,8 @@ def with_field(file: CorpusFile, wanted: str, key: str = "data.filepath") -> Cor
     every = [*strings, *others]
     if wanted in strings or not every:
         return replace(file, field=wanted or TEXT)
-    if wanted in LISTS and wanted in others:
-        return replace(file, field=wanted, chats=wanted)
+    if (kind := kind_of_name(wanted)) and {*KINDS[kind]} <= {*every}:
+        return replace(file, field=", ".join(KINDS[kind]), chats=kind, chosen=True)
     if not wanted and TEXT not in strings and (kind := kind_of_fields(every)):
         return replace(file, field=", ".join(KINDS[kind]), chats=kind)
     chosen = TEXT if TEXT in strings else strings[0] if len(strings) == 1 else ""
@@ -128,11 +128,11 @@ def with_field(file: CorpusFile, wanted: str, key: str = "data.filepath") -> Cor
 
 
 def also_chats(file: CorpusFile) -> str:
-    """Return the field of messages that records have beside the text that is taken, or an empty text."""
+    """Return the fields of a conversation that records have beside the text that is taken, or an empty text."""
     if file.format == "text" or file.chats or file.field != TEXT:
         return ""
-    strings, others = _fields(file, "")
-    return next((name for name in LISTS if name in others), "") if TEXT in strings else ""
+    kind = kind_of_fields([name for some in _fields(file, "") for name in some])
+    return ",".join(KINDS[kind]) if kind else ""
 
 
 def values_of(file: CorpusFile) -> Iterator[tuple[int, Any, str, int]]:
@@ -149,6 +149,12 @@ def values_of(file: CorpusFile) -> Iterator[tuple[int, Any, str, int]]:
             yield from rows_of_tables(batches_of(file, reader))
     else:
         yield from _values(file, WHOLE_FILE)
+
+
+def columns_not_read(file: CorpusFile) -> list[str]:
+    """Return the names of the columns of a table that ``values_of`` does not read, none of other files."""
+    columns = _fields(file, "") if file.format == "parquet" else ()
+    return [name for some in columns for name in some if name not in FIELDS_READ]
 
 
 def records_in(file: CorpusFile) -> int | None:

@@ -34,7 +34,7 @@ from llama_jax.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from llama_jax.data.parts import SPLITS
+from llama_jax.data.parts import SPLITS, Skipped
 from llama_jax.data.stream import BLOCK_BYTES, checksums
 from llama_jax.data.tokens import token_files
 from llama_jax.errors import UserError
@@ -124,11 +124,12 @@ def encode_chats(
             for split in SPLITS
         }
         writers = {split: _Writer(dtype, *opened[split]) for split in SPLITS}
-        encoder = _Encoder(args, chat_format, length, writers, talking.preferences)
+        seen = set[bytes]() if len(corpora) > 1 else None
+        encoder = _Encoder(args, chat_format, length, writers, talking.preferences, seen=seen)
         for number, corpus in enumerate(corpora):
             assert isinstance(corpus, Chats)
             encoder.add_all(corpus, "eval" if number else None, workers or os.cpu_count() or 1)
-        encoder.check(text.source)
+        encoder.check(text.source, text.corpus.skipped)
         sums = np.concatenate([writers[split].finish() for split in SPLITS])
         starts = np.concatenate([np.array(writers[split].starts, "<u8") for split in SPLITS])
         paths[SUMS].write_bytes(sums.tobytes())
@@ -221,7 +222,14 @@ class _Encoder:
     without_target: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     alike: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    empty: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     longest: int = 0
+    systems: int = 0
+    repeated: int = 0
+    copies: int = 0
+    unread: dict[str, None] = field(default_factory=dict)
+    seen: set[bytes] | None = None
+    """The digests of records to train on, with which held-out ones are compared. None: a hash keeps copies together."""
 
     def add_all(self, corpus: Chats, split: str | None, workers: int) -> None:
         """Encode the records of a corpus, and write those that are not left out.
@@ -243,6 +251,7 @@ class _Encoder:
                     self._add(found, encoded, split or found.split)
                 progress.note(f"{done / max(1e-9, time.monotonic() - began):,.0f}/s")
                 progress.update()
+        self.unread.update(corpus.unread)
 
     def _add(self, found: Found, encoded: list[Ids], split: str) -> None:
         """Count a record, and write it unless it is left out."""
@@ -265,10 +274,22 @@ class _Encoder:
         if self.preferences and all(map(np.array_equal, *examples)):
             self.alike[split] += 1
             return
+        self._remark(found, split)
         self.cut[split] += too_long
         self.targets[split] += sum(targets)
         for ids, counts in examples:
             self.writers[split].add(ids, counts)
+
+    def _remark(self, found: Found, split: str) -> None:
+        """Count what is odd about a record that is written."""
+        record = found.record
+        answers = record.messages if isinstance(record, Conversation) else (*record.chosen, *record.rejected)
+        self.empty[split] += sum(m.role == "assistant" and not m.content.strip() for m in answers)
+        self.systems += found.has_system
+        self.repeated += found.repeated
+        if self.seen is not None:
+            self.copies += split == "eval" and found.digest in self.seen
+            self.seen |= {found.digest} if split == "train" else set()
 
     def _asked(self, found: Found) -> Asked:
         """Return the conversations of a record, or what is wrong with it."""
@@ -278,6 +299,11 @@ class _Encoder:
                 f"expected a preference (prompt, chosen, rejected), of which train.objective dpo learns, found a record of {record.kind}"
                 if isinstance(record, Conversation)
                 else "expected a conversation, found a preference (prompt, chosen, rejected), of which --train.objective dpo learns"
+            )
+        if found.has_system and template == PLAIN:
+            return UserError(
+                "system: expected none, as the layout plain has no place for a system message, found one; choose a format that has one "
+                "with --data.chat-template"
             )
         if isinstance(record, Preference):
             return [[*record.prompt, *answer] for answer in (record.chosen, record.rejected)]
@@ -308,17 +334,20 @@ class _Encoder:
                 counts[run] = 0
         return encoded
 
-    def check(self, source: str) -> None:
+    def check(self, source: str, skipped: Skipped) -> None:
         """Raise UserError if nothing is left to train on."""
         if self.writers["train"].starts:
             return
+        held_out = len(self.writers["eval"].starts) // (1 + self.preferences)
         left_out = {
             "too long": sum(self.dropped.values()), "without a token that counts": sum(self.without_target.values()),
-            "with two answers that are the same": sum(self.alike.values()), "held out": len(self.writers["eval"].starts),
+            "with two answers that are the same": sum(self.alike.values()), "held out": held_out,
         }  # fmt: skip
-        words = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
+        words = [f"{count:,} {what}" for what, count in left_out.items() if count]
+        words += [f"{skipped.count:,} wrong: {'; '.join(skipped.examples)}"] if skipped.count else []
+        why = f" ({', '.join(words)})" if words else ""
         raise UserError(
-            f"data.filepath: expected {PREFERENCES if self.preferences else 'conversations'} to train on, found none in {source}{f' ({words})' if words else ''}; give more, or a "
+            f"data.filepath: expected {PREFERENCES if self.preferences else 'conversations'} to train on, found none in {source}{why}; give more, or a "
             "larger data.train_size or model.max_seq_len"
         )
 
@@ -365,6 +394,7 @@ def _manifest(
         skipped_examples=corpus.skipped.examples,
         chats=ChatCounts(
             settings, chat_format.name, encoder.kinds, encoder.targets, encoder.cut, encoder.dropped, encoder.without_target,
-            encoder.longest, encoder.alike,
+            encoder.longest, encoder.alike, list(encoder.unread), encoder.systems, encoder.empty, encoder.repeated,
+            encoder.copies,
         ),
     )  # fmt: skip

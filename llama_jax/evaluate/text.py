@@ -112,6 +112,11 @@ def _read(
     Notes and warnings go to stderr.
     """
     files, notes = find_files(filepath, "--text", as_text, text_field)
+    if chats := [file for file in files if file.chats]:
+        raise UserError(
+            f"--text: expected text, found conversations ({chats[0].chats}) in {chats[0].name}; training evaluates held-out ones "
+            "(--data.eval-filepath); for the loss of a field, name it with --text-field"
+        )
     ids: list[np.ndarray] = []
     corpus = corpus_of(files, skip=skip, any_bytes=as_text)
     losses = Losses(tokenizer, corpus.text_bytes)

@@ -9,7 +9,7 @@ import jax
 from llama_jax.build import count_parameters
 from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import bytes_text
-from llama_jax.config import Config, TrainArgs
+from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import AnyData, Data
 from llama_jax.data.batch_sizes import BatchSizes, batch_lines, sizes_text
 from llama_jax.data.batches import windows_of
@@ -156,7 +156,17 @@ def _text_rows(data: AnyData, settled: Settled, length: int) -> list[tuple[str, 
             rows += [("documents", documents_text(manifest)), ("held out", held_out_text(manifest))]
         else:
             rows += chat_rows(text, settled.config, length)
-    return rows
+    return [*rows, *_of_text_alone(settled.config, data)]
+
+
+def _of_text_alone(config: Config, data: AnyData) -> list[tuple[str, str]]:
+    """Return what is said of the loss of a text where a person may mean that of conversations."""
+    args, usual = config.data, DataArgs()
+    unused = [name for name in ("chat_template", "loss_on", "too_long") if getattr(args, name) != getattr(usual, name)]
+    if chats_in(data) or not (unused or config.train.init_from):
+        return []
+    more = f"; {', '.join(f'data.{name}' for name in unused)}: not used" if unused else ""
+    return [("loss", f"on every token, as the data are text, not conversations{more}")]
 
 
 def _epochs(text: Data, schedule: Schedule | None, name: str, steps: int, length: int) -> float:

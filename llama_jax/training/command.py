@@ -78,13 +78,13 @@ def read_command(argv: Sequence[str], check: bool = True) -> tuple[Config, list[
             stated |= stated_keys(source)
             if tuned := is_tuning(config):
                 file = with_tuning_rates(file, load_toml(tuning), stated)
-        config, more = _parse(rest, file)
+        config, notes = _parse(rest, file)
         notes.append(_tuning_note(config, stated, tuning.stem, source.stem, tuned))
         train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
         # The model's shape comes from the checkpoint. Flags may only change what leaves its parameters as they are.
         _check_base(train.init_from)
         model = starting_model(train, config.lora)
-        config, notes = _parse(rest, dataclasses.replace(file, model=model))[0], notes + more
+        config, _ = _parse(rest, dataclasses.replace(file, model=model))
     train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
     config = dataclasses.replace(config, train=train)
     if check:

@@ -160,7 +160,7 @@ def closing_text(
     lines.append(
         f"checkpoints: {folder.checkpoints}   losses: {path / 'losses.png'}   numbers: {path / 'metrics.jsonl'}"
     )
-    if talks:
+    if talks and folder.samples_path.exists():
         lines[-1] += f"   answers: {folder.samples_path}"
     lines.append("now try:")
     asked = "--chat" if talks else shlex.quote(prompt)

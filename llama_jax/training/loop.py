@@ -60,7 +60,7 @@ from llama_jax.training.step import (
 from llama_jax.training.steps import take_steps
 from llama_jax.training.tasks import encode_tasks, read_on_main
 from llama_jax.training.tensorboard import check_installed
-from llama_jax.training.tuning import Tuning, check_has_base
+from llama_jax.training.tuning import Tuning, check_arguments, check_has_base
 
 
 def train(config: Config, signals: StopSignals | None = None, notes: Sequence[str] = ()) -> RunFolder:
@@ -109,6 +109,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     if known := config.model.vocab_size != -1 and not config.lora.rank:
         announce_needs(config, mesh)
     base = base_of(config.train, config.lora) if config.train.init_from and not opened.start else None
+    opened.notes += [] if base is None else check_arguments(base, config.model, config.lora.rank > 0)
     tuning = Tuning.of(config, opened, base) if config.lora.rank and base is not None else None
     data = open_text(config, base, opened)
     settled = settle(config, data, opened)

@@ -151,6 +151,10 @@ def base_of(train: TrainArgs, lora: LoraArgs = LoraArgs()) -> WholeModel:
 def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
     """Fill in ``run`` on process 0. Return the step to resume from."""
     folder = run.folder
+    if (folder.path / "model" / "model.json").exists() and not folder.record_path.exists():
+        raise UserError(
+            f"train.save_dir: expected a run folder or a new one, found a model in {folder.path}; {ELSEWHERE}"
+        )
     if not folder.path.exists():
         stack.callback(_remove_empty, folder.path)
     folder.make()

@@ -1,6 +1,6 @@
 """A run that trains adapters: its base, how the base is held, and what checkpoints record of both."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ from llama_jax.adapters import check_targets, count_adapter
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.checkpoint.adapted import WholeModel, check_base, digest_of
 from llama_jax.checkpoint.adapter_record import AdapterRecord
-from llama_jax.config import Config, Weights
+from llama_jax.config import Config, ModelArgs, Weights
+from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.errors import UserError
 from llama_jax.generation.loading import load_frozen
 from llama_jax.lora_args import LoraArgs
@@ -81,6 +82,36 @@ def check_has_base(config: Config) -> None:
             "train.objective: expected train.init_from beside dpo, the model to train and to compare it with, found none; give "
             "--train.init-from"
         )
+
+
+def check_arguments(base: WholeModel, model: ModelArgs, keeps_context: bool = False) -> list[str]:
+    """Return a line about each argument of the model that a run changes, beside the one that it begins with.
+
+    ``keeps_context``: training on shorter sequences leaves the context as it is, as adapters do. Raises UserError if
+    the parameters would have other shapes.
+    """
+    before = base.args
+    changed = [f.name for f in fields(ModelArgs) if getattr(before, f.name) != getattr(model, f.name)]
+    lines = []
+    for name in changed:
+        old, new = getattr(before, name), getattr(model, name)
+        if (name == "vocab_size" and new == -1) or (name == "max_seq_len" and keeps_context and new < old):
+            continue
+        if not _same_shapes(before, replace(before, **{name: new})):
+            raise UserError(
+                f"model.{name}: expected {old}, as the model in {base.folder} has it, whose parameters are trained further, found {new}; "
+                "leave it out"
+            )
+        lines.append(f"model.{name} is {new}, and was {old} in {base.folder}")
+    return lines
+
+
+def _same_shapes(one: ModelArgs, other: ModelArgs) -> bool:
+    try:
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, parameter_shapes(Llama(args))) for args in (one, other)]
+    except (ValueError, TypeError, ZeroDivisionError, UserError):  # no model has one argument without the others
+        return False
+    return bool(shapes[0] == shapes[1])
 
 
 def _weights(lora: LoraArgs, base: Checkpoint) -> Weights:

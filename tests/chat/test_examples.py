@@ -71,6 +71,21 @@ def test_llama2s_vocabulary_has_llama2s_format_by_default(llama2_tokenizer: Toke
         assert chat_example(llama2_tokenizer, as_dicts) == literal_llama2(sp, messages)
 
 
+def test_another_vocabulary_needs_a_format_which_may_be_named(small_tokenizer: Tokenizer, tmp_path: Any) -> None:
+    messages = [Message("user", "the owl"), Message("assistant", "a fox")]
+    with pytest.raises(
+        UserError, match=r"^chat_format: expected one beside a tokenizer that is not LLaMA 2's"
+    ) as error:
+        chat_example(small_tokenizer, messages)
+    assert "\n" not in str(error.value)
+    (tmp_path / "own.jinja").write_text(NAMED["zephyr"].template)
+    for name, template in (("llama2", LLAMA2), (str(tmp_path / "own.jinja"), NAMED["zephyr"].template)):
+        wanted = ChatFormat(small_tokenizer, template, name, tokens_of(small_tokenizer))
+        assert chat_example(small_tokenizer, messages, name) == chat_example(small_tokenizer, messages, wanted)
+    with pytest.raises(UserError, match=r"^chat_format: expected a file or one of llama2"):
+        chat_example(small_tokenizer, messages, "lama2")
+
+
 def as_generation_is_fed(chat: ChatFormat, messages: Sequence[Message], ids: list[int], counts: list[int]) -> None:
     """Each answer begins right behind what generation is fed for it, and ends with the token that ends a turn."""
     runs = "".join(map(str, counts))

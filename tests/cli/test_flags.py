@@ -73,7 +73,8 @@ def parse(*argv: str, kind: Any = WithTexts) -> dict[str, Any]:
         (["--bias", "5", "1", "7", "-inf", "9"], {"bias": {5: 1.0, 7: float("-inf")}, "texts": ("9",)}),
         (["--bias", "5", "1", "--bias", "7", "2", "a"], {"bias": {5: 1.0, 7: 2.0}, "texts": ("a",)}),
         (["--part.names", "wo", "a"], {"part.names": ("wo",), "texts": ("a",)}),
-        (["--part.kinds", "a", "b", "c"], {"part.kinds": ("a", "b"), "texts": ("c",)}),
+        (["--part.kinds", "a", "b", "c.txt"], {"part.kinds": ("a", "b"), "texts": ("c.txt",)}),
+        (["--part.kinds", "a", "--", "c"], {"part.kinds": ("a",), "texts": ("c",)}),
         (["--part.mixture", "web/", "0.7", "b", "0.3", "my.txt"], {"part.mixture": {"web/": 0.7, "b": 0.3}, "texts": ("my.txt",)}),
         (["--part.loud", "a"], {"part.loud": True, "texts": ("a",)}),
         (["--json=true", "a"], {"json": True, "texts": ("a",)}),
@@ -106,6 +107,7 @@ def test_a_command_without_texts_takes_several_at_a_time_with_hyphens_and_unders
         (["--bias", "7"], "--bias: expected a whole number and a number, found '7'"),
         (["--bias", "7", "x"], "--bias: expected a whole number and a number, found '7' 'x'"),
         (["--part.kinds", "c"], "--part.kinds: expected one of 'a', 'b', found 'c'"),
+        (["--part.kinds", "a", "c", "x.txt"], "--part.kinds: expected one of 'a', 'b', found 'c'"),
         (["--json=maybe"], "--json: expected no value, true or false, found 'maybe'"),
         (
             ["--json", "True", "a"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import jax  # noqa: E402
 
 import llama_jax  # noqa: E402
 from llama_jax.adapters import adapter_shapes  # noqa: E402
+from llama_jax.chat.named import NAMED  # noqa: E402
 from llama_jax.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
 from llama_jax.config import ModelArgs, TrainArgs  # noqa: E402
 from llama_jax.convert.peft import KEYS, factors_of, peft_name, save_adapter  # noqa: E402
@@ -139,6 +141,44 @@ def test_what_peft_writes_is_read_with_the_same_logits_and_back_to_the_bit(
     one, other = map(load_file, files)
     assert {key for key in one if "lora_" in key} == other.keys(), "PEFT adds the base's output, which is passed over"
     assert all((one[key] == other[key]).all() for key in other)
+
+
+def test_a_chat_template_goes_out_with_the_adapter_and_comes_back(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tuning may have chosen a format that the base does not know."""
+    base = Checkpoint.find(root / "base")
+    (tmp_path / "chat").mkdir()
+    chat = dataclasses.replace(base.chat, template="{{ messages }} </s>", has_none=False)
+    save_adapter(tmp_path / "chat", base, LORA, random_factors(base.args, LORA), chat)
+    assert not base.chat.template and Checkpoint.find(tmp_path / "chat").chat.template == chat.template
+    run(input=str(tmp_path / "chat"), output=str(tmp_path / "peft"), to="peft")
+    assert (tmp_path / "peft" / "chat_template.jinja").read_text() == chat.template
+    capsys.readouterr()
+    run(input=str(tmp_path / "peft"), base=str(root / "base"), output=str(tmp_path / "back"))
+    said = capsys.readouterr().out
+    assert f"a chat template of 19 characters, of {tmp_path / 'peft'}" in said and said.rstrip().endswith("back --chat")
+    assert Checkpoint.find(tmp_path / "back").chat.template == chat.template
+    run(input=str(tmp_path / "peft"), base=str(root / "base"), output=str(tmp_path / "other"), chat_template="llama2")
+    assert Checkpoint.find(tmp_path / "other").chat.template == NAMED["llama2"].template
+    run(input=str(root / "tuned"), output=str(tmp_path / "none"), to="peft")
+    assert not (tmp_path / "none" / "chat_template.jinja").exists()
+
+
+def test_an_exported_adapter_knows_its_base_and_says_which_one_it_is_made_for(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(input=str(root / "some"), output=str(tmp_path / "adapter"), to="peft")
+    base = Checkpoint.find(root / "base")
+    params = jax.tree.map(jax.numpy.asarray, numpy_llama.random_params(parameter_shapes(Llama(base.args)), seed=1))
+    save_checkpoint(tmp_path / "twin", params, base.args, base.tokenizer)  # another model of the same shapes
+    with pytest.raises(UserError, match=r"adapter: expected the base of this adapter, whose .*--base$") as caught:
+        run(input=str(tmp_path / "adapter"), base=str(tmp_path / "twin"), output=str(tmp_path / "never"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "never").exists()
+    # PEFT keeps no digest: what it saves fits each model of its shapes, and the one that it names is printed.
+    peft.PeftModel.from_pretrained(base_in_torch(root), str(tmp_path / "adapter")).save_pretrained(tmp_path / "peft")
+    run(input=str(tmp_path / "peft"), base=str(tmp_path / "twin"), output=str(tmp_path / "fits"), dry_run=True)
+    assert re.search(r"base  \S*twin \(made for '.*', says adapter_config.json\)", capsys.readouterr().out)
 
 
 CHANGED: dict[str, tuple[dict[str, Any], str]] = {

@@ -14,7 +14,7 @@ from llama_jax.chat.examples import chat_example
 from llama_jax.chat.formats import ChatFormat, ChatSetup, tokens_of
 from llama_jax.chat.messages import Message
 from llama_jax.chat.named import LLAMA2, NAMED
-from llama_jax.config import DataArgs
+from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import Data, Talking, chat_workers, load_data, open_data
 from llama_jax.data.batches import PackedBatch, eval_batches, train_batches
 from llama_jax.data.chat_records import Conversation, Preference, parsed
@@ -124,6 +124,7 @@ def test_a_wrong_record_is_named_with_its_line(
     with pytest.raises(UserError, match=rf"^{path}: line 4: {fault}.*bad-records skip$") as error:
         load(tmp_path, path, small_tokenizer)
     assert "\n" not in str(error.value) and not list(tmp_path.glob("tokens/*"))
+    assert not (tmp_path / "tokenizer.model").exists()
     found = load(tmp_path, path, small_tokenizer, bad_records="skip", train_size=1.0)
     assert found.tokens.manifest.documents == {"train": 3, "eval": 0}
     assert found.tokens.manifest.skipped_records == 1 and "line 4" in found.tokens.manifest.skipped_examples[0]
@@ -133,6 +134,17 @@ def test_a_preference_is_nothing_for_next_token_training(tmp_path: Path, small_t
     path = write(tmp_path / "chats.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(UserError, match=r"line 1: expected a conversation, found a preference .*--train.objective dpo"):
         load(tmp_path, path, small_tokenizer)
+
+
+def test_held_out_conversations_are_nothing_for_preferences(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    held_out = write(tmp_path / "b.jsonl", [RECORDS["messages"]])
+    args = DataArgs(
+        path, eval_filepath=held_out, tokenizer_model_path=str(small_tokenizer.model_path), chat_template="llama2"
+    )
+    talking = Talking(ChatSetup(has_none=True), "the model", LENGTH, preferences=True)
+    with pytest.raises(UserError, match=rf"^data\.eval_filepath: expected preferences .* in {held_out}; give others"):
+        load_data(args, tmp_path / "tokens", tmp_path / "tokenizer.model", talking=talking)
 
 
 def test_unknown_fields_of_a_file_are_named_with_what_is_known(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
@@ -159,6 +171,122 @@ def test_texts_stay_texts_and_are_not_mixed_with_conversations(tmp_path: Path, s
         UserError, match=r"^data.eval_filepath: expected text, as data.filepath has, found conversations"
     ):
         load(tmp_path, tmp_path / "a.jsonl", small_tokenizer, eval_filepath=str(tmp_path / "b.jsonl"))
+
+
+def test_records_with_a_text_beside_say_how_to_take_their_conversation(
+    tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    """As Stanford Alpaca's have it: instruction, input, output, and all of them as a text."""
+    for kind, fields in (
+        ("instruction and output", "instruction,output"),
+        ("prompt and completion", "prompt,completion"),
+    ):
+        path = write(tmp_path / "a.jsonl", [RECORDS[kind] | {"text": "an owl"}])
+        assert find_files(path).notes == [
+            f"records have text and {fields}: text is taken; --data.text-field {fields} takes these"
+        ]
+        data = load(tmp_path / kind, path, small_tokenizer, train_size=1.0, text_field=fields)
+        assert data.tokens.manifest.chats is not None and data.tokens.manifest.chats.kinds == {kind: 1}
+        assert "[[ An owl. </s>]]" in marked(streams(data)[0], 0, small_tokenizer)
+
+
+def test_fields_that_are_asked_for_are_taken_of_records_of_another_kind(
+    tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    """As sets of preferences have it, which also have messages."""
+    record = RECORDS["messages"] | {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    assert isinstance(parsed(record), Preference)
+    path = write(tmp_path / "a.jsonl", [record, record])
+    data = load(tmp_path, path, small_tokenizer, train_size=1.0, text_field="messages")
+    assert data.tokens.manifest.chats is not None and data.tokens.manifest.chats.kinds == {"messages": 2}
+    path = write(tmp_path / "a.jsonl", [record, {"prompt": "q", "completion": "a"}])
+    with pytest.raises(UserError, match="line 2: expected the fields messages; found the fields prompt, completion"):
+        load(tmp_path, path, small_tokenizer, text_field="messages")
+
+
+def told(data: Data, batch_size: int = 1) -> dict[str, str]:
+    """What a run prints of its conversations."""
+    return dict(chat_rows(data, Config(train=replace(TrainArgs(), batch_size=batch_size)), LENGTH))
+
+
+@pytest.mark.parametrize("form", ["a.jsonl", "a.parquet", "a.arrow"])
+def test_fields_that_are_not_read_are_named(form: str, tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    records = [RECORDS["messages"] | {"tools": "[...]", "prompt": "Who?", "source": "web"}] * 2
+    if form == "a.jsonl":
+        write(tmp_path / form, records)
+    elif form == "a.parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(records), tmp_path / form)
+    else:
+        table = pa.Table.from_pylist(records)
+        with pa.OSFile(str(tmp_path / form), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+            out.write_table(table)
+    rows = told(load(tmp_path, tmp_path / form, small_tokenizer, train_size=1.0))
+    assert sorted(rows["not read"].removeprefix("the fields ").removesuffix(" of records").split(", ")) == [
+        "id", "prompt", "source", "tools"
+    ]  # fmt: skip
+    write(tmp_path / "b.jsonl", [RECORDS["instruction and output"] | {"source": None}])
+    assert "not read" not in told(load(tmp_path / "b", tmp_path / "b.jsonl", small_tokenizer, train_size=1.0))
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_text_in_the_field_system_is_the_system_message(
+    kind: str, tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    system = Message("system", "Be brief.")
+    record = RECORDS[kind] | {"system": system.content}
+    assert parsed(record) == Conversation(kind, (system, USER, ANSWER))
+    assert parsed(RECORDS[kind] | {"system": "  "}) == parsed(RECORDS[kind] | {"system": None}) == parsed(RECORDS[kind])
+    data = load(tmp_path, write(tmp_path / "a.jsonl", [record, RECORDS[kind]]), small_tokenizer, train_size=1.0)
+    assert told(data)["system"] == "the field system of 1 records is their system message"
+    assert stored(streams(data)[0])[0] == chat_example(
+        small_tokenizer, [system, USER, ANSWER], _llama2(small_tokenizer)
+    )
+
+
+def test_a_field_system_that_contradicts_or_has_no_place_is_refused(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *RECORDS["messages"]["messages"]]
+    same = parsed({"messages": messages, "system": "Be brief."})
+    assert isinstance(same, Conversation) and [m.role for m in same.messages] == ["system", "user", "assistant"]
+    with pytest.raises(UserError, match=r"^system: expected one system message, found a field system and another"):
+        parsed({"messages": messages, "system": "Be long."})
+    with pytest.raises(UserError, match=r"^system: expected a text, found 3"):
+        parsed({"messages": messages, "system": 3})
+    with_input = parsed({"instruction": "Translate.", "input": "an owl", "output": "y", "system": "s"})
+    assert isinstance(with_input, Conversation)
+    assert [m.content for m in with_input.written()] == ["s", "Translate.\n\nan owl", "y"]
+    path = write(tmp_path / "a.jsonl", [RECORDS["prompt and completion"] | {"system": "Be brief."}])
+    with pytest.raises(UserError, match="line 1: system: expected none, as the layout plain has no place"):
+        load(tmp_path, path, small_tokenizer, chat_template="", train_size=1.0)
+
+
+def test_empty_answers_and_held_out_copies_are_counted(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    empty = {"prompt": "Who?", "completion": "  "}
+    path = write(tmp_path / "a.jsonl", [*RECORDS.values(), empty])
+    held_out = write(tmp_path / "b.jsonl", [RECORDS["messages"], empty, {"prompt": "New?", "completion": "Yes."}])
+    rows = told(load(tmp_path, path, small_tokenizer, eval_filepath=held_out))
+    assert rows["empty"] == "warning: 2 answers are empty, and teach the model to say nothing"
+    assert rows["copies"].startswith("warning: 2 of 3 held-out records are among those to train on")
+    rows = told(
+        load(tmp_path / "fine", write(tmp_path / "c.jsonl", [*RECORDS.values()]), small_tokenizer, train_size=1.0)
+    )
+    assert not {"empty", "copies", "system", "prompts"} & {*rows}
+
+
+def test_a_set_of_wrong_records_alone_says_what_is_wrong_with_them(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [{"messages": 3}, {"messages": []}])
+    with pytest.raises(
+        UserError, match=rf"found none in {path} \(2 wrong: .*line 1: .*found 3; .*line 2: .*; give more"
+    ):
+        load(tmp_path, path, small_tokenizer, bad_records="skip")
+
+
+def test_a_set_that_is_smaller_than_a_batch_is_told(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    data = load(tmp_path, write(tmp_path / "a.jsonl", [RECORDS["messages"]]), small_tokenizer, train_size=1.0)
+    assert "a batch of 8 reads all of them 8 times (--train.batch-size 1)" in told(data, 8)["packing"]
+    assert "warning" not in told(data, 1)["packing"]
 
 
 def test_every_form_of_records_gives_the_same_tokens(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
@@ -395,7 +523,9 @@ def test_settings_or_files_that_change_encode_again_and_a_run_that_began_refuses
 
 def test_prepare_says_who_reads_conversations(chats: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=rf"^{chats}: expected text, found conversations \(messages\); train.py reads them directly"
+        UserError,
+        match=rf"^{chats}: expected text, found conversations \(messages\); train.py reads them directly: .*train.py {chats} "
+        "--train.init-from CHECKPOINT$",
     ):
         prepare_main(["--filepath", str(chats), "--output", str(tmp_path / "out")])
 
@@ -414,8 +544,6 @@ def test_inspect_says_what_conversations_there_are(tmp_path: Path, capsys: pytes
 
 
 def test_what_counts_is_shown(chats: Path, tmp_path: Path, small_tokenizer: Tokenizer) -> None:
-    from llama_jax.config import Config
-
     path = write(
         tmp_path / "a.jsonl",
         [{"messages": [Message("system", "Be brief.")._asdict(), USER._asdict(), ANSWER._asdict()] * 1}],

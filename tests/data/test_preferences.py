@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llama_jax.chat.messages import Message
 from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.batches import batches_of, eval_windows, train_windows
-from llama_jax.data.chat_records import Preference, parsed
+from llama_jax.data.chat_records import Preference, parsed, repeats_prompt
 from llama_jax.data.conversations import Pairs
 from llama_jax.errors import UserError
 
@@ -40,6 +40,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "whole, with an empty prompt": {
         "prompt": None, "chosen": messages(U("q"), A("good")), "rejected": messages(U("q"), A("bad"))
     },
+    "a dialogue to answer": {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "good", "rejected": "bad"},
+    "dialogues that begin with the prompt": {
+        "prompt": "\n\nHuman: q\n\nAssistant:",
+        "chosen": "\n\nHuman: q\n\nAssistant: good",
+        "rejected": "\n\nHuman: q\n\nAssistant: bad",
+    },
     "a dialogue as a text": {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
 }  # fmt: skip
 
@@ -47,6 +53,23 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_the_same_preference(form: str) -> None:
     assert parsed(FORMS[form] | {"score": 3}) == WANTED
+
+
+def test_a_prompt_with_which_both_texts_begin_is_taken_off_them() -> None:
+    record = {"prompt": "Who is it?", "chosen": "Who is it? An owl.", "rejected": "Who is it? A fox."}
+    assert parsed(record) == Preference((U("Who is it?"),), (A(" An owl."),), (A(" A fox."),)) and repeats_prompt(
+        record
+    )
+    for chosen in ("An owl.", "Who is it?"):  # nothing is taken off an answer that alone begins so, nor all of it
+        found = parsed(record | {"chosen": chosen})
+        assert found == Preference((U("Who is it?"),), (A(chosen),), (A("Who is it? A fox."),))
+        assert not repeats_prompt(record | {"chosen": chosen})
+
+
+def test_a_dialogue_of_several_turns_is_a_prompt() -> None:
+    prompt = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"
+    found = parsed({"prompt": prompt, "chosen": " x", "rejected": " y", "system": "s"})
+    assert found == Preference((S("s"), U("q"), A("a"), U("r")), (A(" x"),), (A(" y"),))
 
 
 def test_the_common_beginning_of_conversations_is_the_prompt() -> None:

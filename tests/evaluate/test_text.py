@@ -210,6 +210,13 @@ def test_records_that_cannot_be_read_end_the_evaluation_or_are_left_out_and_told
     assert "1 record" in capsys.readouterr().err
 
 
+def test_conversations_are_no_text_to_score_but_a_field_of_texts_is(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "The fox", "completion": "ran."}\n')
+    with pytest.raises(UserError, match=r"^--text: expected text, found conversations \(prompt and completion\) in"):
+        evaluate(model, tmp_path / "a.jsonl")
+    assert evaluate(model, tmp_path / "a.jsonl", text_field="completion")["bytes"] == len("ran.")
+
+
 def test_of_a_folder_that_is_split_what_is_held_out_is_scored(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

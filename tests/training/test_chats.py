@@ -174,9 +174,22 @@ def test_all_tokens_count_if_asked_and_held_out_conversations_may_be_a_file_of_t
     records, said = run("all", {"loss_on": "all", "eval_filepath": "held_out.jsonl"}, max_steps=4)
     chats = open_chats(folder / "all" / "tokens")
     assert chats.eval.count == 20 and chats.train.count == 200
+    assert "answers: all/samples.jsonl" in said
     assert "held_out.jsonl, a file of its own" in said and "on every token (data.loss_on)" in said
     (first, *_) = train_batches(chats.train, TRAIN.batch_size, MODEL.max_seq_len, 0, 0, 1)
     assert records[0]["target_tokens"] == int(first.weights.sum()) > 200
+
+
+def test_a_text_says_that_every_token_counts_and_which_settings_it_does_not_use(folder: Path) -> None:
+    _, said = run("text", {"filepath": "text.jsonl", "too_long": "drop"}, max_steps=1)
+    wanted = "on every token, as the data are text, not conversations; data.chat_template, data.too_long: not used"
+    assert f"loss  {wanted}\n" in said
+
+
+def test_where_nothing_is_held_out_nothing_is_said_of_answers(folder: Path) -> None:
+    _, said = run("no answers", {"train_size": 1.0}, max_steps=1)
+    assert "nothing is held out" in said and "answers: " not in said
+    assert not (folder / "no answers" / "samples.jsonl").exists()
 
 
 def test_conversations_and_text_are_mixed(folder: Path) -> None:

@@ -169,3 +169,8 @@ def test_fine_tuning_has_settings_of_its_own(tmp_path: Path) -> None:
     config, notes = read_command([*own, "--lora.rank=2", "--train.weight-decay=0.2"])
     assert (config.train.lr, config.train.n_epochs, config.train.weight_decay) == (2e-4, 3, 0.2)
     assert "settings of lora: learning rate 0.0002" in notes[-1] and "the given n_epochs, weight_decay" in notes[-1]
+    # Nothing is said of the file of pretraining, which is not read, and a conflict of two flags is told once.
+    tuned = [f"--train.init-from={tmp_path / 'base'}", "--lora.rank=2", "--train.n-epochs=3"]
+    assert [note.partition(":")[0] for note in read_command(tuned)[1]] == ["settings of lora"]
+    (conflict, _) = read_command([*tuned, "--train.max-steps=5"])[1]
+    assert conflict == "train.n_epochs 3 is not used, as train.max_steps 5 decides the same"

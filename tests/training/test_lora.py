@@ -16,7 +16,7 @@ import pytest
 import llama_jax
 from llama_jax.adapters import joined
 from llama_jax.checkpoint import Checkpoint
-from llama_jax.checkpoint.adapted import digest_of
+from llama_jax.checkpoint.adapted import WholeModel, digest_of
 from llama_jax.config import Config, DataArgs, ModelArgs, SampleArgs, TrainArgs
 from llama_jax.convert import ConvertArgs, convert
 from llama_jax.convert.checkpoint_source import OwnSource, write_own
@@ -26,6 +26,7 @@ from llama_jax.lora_args import LoraArgs
 from llama_jax.ops.quantize import Adapted, flat
 from llama_jax.training import loop, samples
 from llama_jax.training.clock import TIMES
+from llama_jax.training.tuning import check_arguments
 
 MODEL = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=16, max_seq_len=16)
 RUN = TrainArgs(
@@ -337,6 +338,37 @@ def test_the_context_is_that_of_the_base_after_tuning_on_shorter_sequences(root:
     train(root / "short", args=short, max_steps=1)
     assert Checkpoint.find(root / "short").args.max_seq_len == 8
     assert llama_jax.load(root / "short").args.max_seq_len == MODEL.max_seq_len == 16
+
+
+def test_a_model_of_another_shape_than_its_base_is_refused_before_anything_is_written(root: Path) -> None:
+    for lora in (LORA, LoraArgs()):
+        for name, new in (("dim", 64), ("n_layers", 1), ("n_kv_heads", MODEL.n_heads), ("multiple_of", 128)):
+            old = getattr(MODEL, name)
+            said = refusal(root / "never", lora, args=dataclasses.replace(MODEL, **{name: new}))
+            assert said.startswith(f"model.{name}: expected {old}, as the model in {root / 'base'}"), said
+            assert said.endswith(f"found {new}; leave it out") and not (root / "never").exists()
+
+
+def test_a_run_is_not_written_into_the_folder_of_a_model(root: Path, tmp_path: Path) -> None:
+    """There it would be hidden by the model, which generation finds first."""
+    convert(ConvertArgs(input=str(root / "base"), output=str(tmp_path / "model")))
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    shutil.copy(root / "a.txt", tmp_path)
+    for place in (tmp_path / "model", Checkpoint.find(root / "tuned").folder):
+        said = refusal(place, base=str(tmp_path / "model"), text="a.txt")
+        assert said.startswith(f"train.save_dir: expected a run folder or a new one, found a model in {place}; "), said
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+
+
+def test_arguments_that_change_what_the_base_computes_are_told(root: Path) -> None:
+    base = WholeModel.find(root / "base")
+    model = dataclasses.replace(base.args, rope_theta=5e5, max_seq_len=8)
+    theta = f"model.rope_theta is 500000.0, and was 10000.0 in {base.folder}"
+    assert check_arguments(base, model, keeps_context=True) == [theta]
+    assert sorted(check_arguments(base, model)) == [f"model.max_seq_len is 8, and was 16 in {base.folder}", theta]
+    assert check_arguments(base, dataclasses.replace(base.args, vocab_size=-1)) == []
+    told = train(root / "theta", args=dataclasses.replace(MODEL, rope_theta=5e5), max_steps=1)
+    assert f"note  {theta}\n" in told
 
 
 def test_another_conversion_of_the_same_base_is_the_base_of_its_adapters(root: Path, tmp_path: Path) -> None:

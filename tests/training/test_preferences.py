@@ -278,11 +278,13 @@ def test_another_beta_is_told_when_a_run_goes_on(root: Path) -> None:
 def test_pairs_that_teach_nothing_are_left_out_and_counted(root: Path) -> None:
     same = [pair(i) | {"rejected": pair(i)["chosen"]} for i in range(30, 33)]
     long = [pair(i) | {"prompt": "the cat " * 60} for i in range(2)]
-    every = [*map(pair, range(12)), *same, *long]
+    again = [{"prompt": p, "chosen": p + " " + c, "rejected": p + " " + r} for p, c, r in (pair(40).values(),)]
+    every = [*map(pair, range(12)), *same, *long, *again]
     (root / "some.jsonl").write_text("".join(json.dumps(each) + "\n" for each in every))
     told = train(root / "some", text="some.jsonl")
     assert "3 pairs were left out, as both answers are the same" in told
     assert "2 were left out, as nothing that counts was left of them" in told
+    assert "1 pairs have texts that both begin with their prompt, which is taken off them" in told
 
 
 @pytest.mark.slow
