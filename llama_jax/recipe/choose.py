@@ -39,6 +39,8 @@ DECIDED = (
 # The shares of a run at which its recipe says what to expect. The recorded runs were evaluated first after a quarter; a
 # fifth leaves room for the rounding of a quarter to whole steps. Nothing is known of what comes before.
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+# The shortest context, in tokens, but for the smallest texts.
+SHORTEST = 64
 # Small models read their text several times, and decay more for it.
 WEIGHT_DECAY = 0.5
 # The share of the time that evaluations may take, and their number.
@@ -126,6 +128,7 @@ def _for_tokens(task: Task, budget: Budget) -> Choice:
     smaller = [each for each in shapes(task) if parameters_of(each, task.text.vocab_size) <= rough.parameters]
     best: tuple[float, ModelArgs, float] | None = None
     for model in smaller:
+        model = in_context(task, model, budget.amount)
         step = _batch(task, model, budget.amount) * model.max_seq_len
         if step > budget.amount:
             continue
@@ -151,9 +154,11 @@ def _for_parameters(task: Task, budget: Budget) -> Choice:
     size, shape = min(sizes, key=lambda each: abs(math.log(each[0] / budget.amount)))
     rough = _where(task, budget, lambda choice: choice.parameters)
     if rough.parameters >= budget.amount:
-        return _with_tokens(task, shape, rough.tokens * rough.parameters / size)
+        tokens = rough.tokens * rough.parameters / size
+        return _with_tokens(task, in_context(task, shape, tokens), tokens)
     # So large a model does not help the text, and yet reads as much of it as does no harm.
-    choice = _with_tokens(task, shape, _length(task, shape, ENDS[-1] * task.text.train_tokens)[1])
+    tokens = _length(task, shape, ENDS[-1] * task.text.train_tokens)[1]
+    choice = _with_tokens(task, in_context(task, shape, tokens), tokens)
     return replace(choice, unused=max(0.0, 1 - rough.parameters / size))
 
 
@@ -174,6 +179,7 @@ def _for_flops(task: Task, flops: float, budget: Budget) -> Choice:
     """Return the best choice that takes at most so many FLOPs."""
     best: tuple[float, ModelArgs, float] | None = None
     for model in shapes(task):
+        model = in_context(task, model, flops / (6.0 * parameters_of(model, task.text.vocab_size)))
         most = _tokens_for(task, model, flops)
         if most < 1:
             continue
@@ -264,9 +270,6 @@ def all_shapes(task: Task) -> Iterator[ModelArgs]:
             "multiple_of": 32 if dim < 1024 else 256, "ffn_dim_multiplier": 1.25,
         }  # fmt: skip
         model = replace(base, **{name: value for name, value in chosen.items() if f"model.{name}" not in given})
-        if "model.max_seq_len" not in given:
-            length = context_for(parameters_of(model, task.text.vocab_size), task.text.train_tokens)
-            model = replace(model, max_seq_len=length)
         if model.dim % model.n_heads == 0 and model.head_width % 2 == 0:
             yield model
 
@@ -293,9 +296,23 @@ def heads_for(dim: int) -> int:
     return dim // min(widths, key=lambda width: abs(math.log(width / wanted))) if widths else 1
 
 
-def context_for(parameters: float, tokens: float) -> int:
-    """Return the context: 256 tokens for small models, up to 2,048, and at most a sixteenth of the text."""
-    length = 256 if parameters < 1e7 else 512 if parameters < 1e8 else 1024 if parameters < 5e8 else 2048
+def in_context(task: Task, model: ModelArgs, tokens: float) -> ModelArgs:
+    """Return a model with the context of a run of so many tokens, unless the person gave one."""
+    if "model.max_seq_len" in task.given:
+        return model
+    size = parameters_of(model, task.text.vocab_size)
+    return replace(model, max_seq_len=context_for(size, tokens, task.text.train_tokens))
+
+
+def context_for(parameters: float, read: float, tokens: float) -> int:
+    """Return the context of a model that reads so many tokens of a text of ``tokens``.
+
+    It is 64 tokens below 1.6 million that are read, and grows by their root up to 256 for small models and to 2,048 for
+    those of more than 500 million parameters: a short run learns more from many short sequences than from a few long
+    ones. It is at most a sixteenth of the text.
+    """
+    most = 256 if parameters < 1e7 else 512 if parameters < 1e8 else 1024 if parameters < 5e8 else 2048
+    length = min(most, max(SHORTEST, 2 ** math.floor(math.log2(max(1.0, read**0.5 / 10)))))
     while length > 32 and length * 16 > tokens:
         length //= 2
     return length

@@ -39,6 +39,8 @@ TAKEN_INTO_ACCOUNT = (
 TOLD = ("data.filepath", "train.minutes", "train.save_dir")
 # The share of the memory that parameters, gradients and the optimizer's state may take beside activations.
 STATE_SHARE = 0.6
+# A context below this, in tokens, is told with its reason.
+SHORT = 256
 # Texts of a lower level than this, in bits per byte, are repetitions.
 LEAST_LEVEL = 0.1
 # The speed is measured again if the model has become so many times wider or narrower.
@@ -249,6 +251,14 @@ def _lines(task: Task, budget: Budget, choice: Choice, speed: Speed | None, spen
         "model",
         f"{choice.parameters:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads, context {model.max_seq_len}; {why}",
     ))  # fmt: skip
+    if "model.max_seq_len" not in task.given and model.max_seq_len < SHORT:
+        rows.append(
+            (
+                "",
+                f"a prompt and its answer have {model.max_seq_len} tokens at most: so short a run learns more from many short sequences than "
+                "from a few long ones; --model.max-seq-len 256 for longer answers",
+            )
+        )
     rows.append((
         "training",
         f"{choice.steps:,} steps of {train.batch_size} x {model.max_seq_len} tokens, {choice.tokens:,} in all, {choice.epochs:.1f} epochs, "

@@ -26,8 +26,8 @@ from llama_jax.tokenizer import Tokenizer, kept_tokenizer, train_tokenizer
 
 # At most so many bytes are read of a text to train on and of a held-out one, in pieces spread over it.
 SAMPLE_BYTES, HELD_OUT_BYTES, PIECE_BYTES = 1 << 21, 1 << 18, 1 << 17
-# The vocabularies to choose from: the power of two nearest to the square root of the text's bytes.
-SMALLEST, LARGEST = 512, 32_768
+# The vocabularies to choose from: the power of two nearest to so many times the square root of the text's bytes.
+SMALLEST, LARGEST, BY_ROOT = 512, 32_768, 2.5
 # A sample of tokens is decoded in so many pieces.
 TOKENS_AT_ONCE = 1 << 14
 
@@ -105,9 +105,9 @@ def count_text(args: DataArgs, vocab_is_given: bool, within: float) -> Counted:
 
 
 def vocabulary_for(train_bytes: float) -> int:
-    """Return the size of a vocabulary for so many bytes of text: 1,024 for a megabyte, 32,768 for a gigabyte."""
+    """Return the size of a vocabulary for so many bytes of text: 2,048 for a megabyte, 32,768 from 90 MB on."""
     size = SMALLEST
-    while size < LARGEST and 2 * size * size <= train_bytes:  # the geometric mean of a size and its double, squared
+    while size < LARGEST and 2 * size * size <= BY_ROOT**2 * train_bytes:  # up to the geometric mean with its double
         size *= 2
     return size
 

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from llama_jax.build import count_parameters
 from llama_jax.config import Config, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
-from llama_jax.recipe.choose import Budget, Choice, Task, Unit, bytes_within, choose, parameters_of, with_curve
+from llama_jax.recipe.choose import (
+    Budget,
+    Choice,
+    Task,
+    Unit,
+    bytes_within,
+    choose,
+    context_for,
+    parameters_of,
+    with_curve,
+)
 from llama_jax.recipe.laws import Laws, TextLevel
 from llama_jax.recipe.text import Counted, vocabulary_for
 from llama_jax.train_args import ScheduleName
@@ -115,8 +125,15 @@ def test_a_small_text_is_not_learned_by_heart_however_long_the_time() -> None:
 def test_a_megabyte_gets_a_model_of_the_size_that_tuned_runs_have() -> None:
     found = chosen(1e6, 1.6e13)
     assert 128 <= found.config.model.dim <= 256 and 0.7e6 < found.parameters < 5e6
-    assert found.config.data.vocab_size == 1024 and found.config.train.optimizer == "adamw"
-    assert 2e-3 <= found.config.train.lr <= 4e-3 and 4 <= found.config.train.batch_size <= 8
+    assert found.config.data.vocab_size == 2048 and found.config.train.optimizer == "adamw"
+    tokens = found.config.train.batch_size * found.config.model.max_seq_len
+    assert 2e-3 <= found.config.train.lr <= 4e-3 and 512 <= tokens <= 2048
+
+
+def test_contexts_grow_with_what_a_run_reads_and_are_bounded_by_model_and_text() -> None:
+    assert [context_for(1e6, read, 1e9) for read in (1e5, 1.7e6, 7e6, 1e9)] == [64, 128, 256, 256]
+    assert [context_for(size, 1e12, 1e12) for size in (1e6, 2e7, 2e8, 1e9)] == [256, 512, 1024, 2048]
+    assert context_for(1e6, 1e9, 2000) == 64 and context_for(1e6, 1e9, 100) == 32
 
 
 @pytest.mark.parametrize("unit", ["tokens", "flops", "parameters"])
@@ -128,7 +145,7 @@ def test_a_budget_beyond_what_helps_a_small_text_is_left_whatever_it_is_counted_
     assert found.unused > 0.8 and 1 < found.epochs < 60 and found.expected < 4
 
 
-@pytest.mark.parametrize("budget", [Budget("tokens", 10, "--tokens 10"), Budget("tokens", 255, "--tokens 255")])
+@pytest.mark.parametrize("budget", [Budget("tokens", 10, "--tokens 10"), Budget("tokens", 63, "--tokens 63")])
 def test_tokens_below_a_step_are_refused(budget: Budget) -> None:
     with pytest.raises(UserError, match=rf"^{budget.name}: expected enough for a step"):
         choose(Task(Config(), frozenset(), text(3e6)), budget)
@@ -148,7 +165,7 @@ def test_a_run_reads_no_more_tokens_than_it_may(size: float, amount: float) -> N
 
 def test_nothing_worse_is_expected_than_of_a_model_that_knows_nothing() -> None:
     task = Task(Config(), frozenset(), text(3e4))
-    found = choose(task, Budget("tokens", 300, "--tokens"))
+    found = choose(task, Budget("tokens", 100, "--tokens"))
     assert found.steps == 1 and found.config.train.warmup_steps == 0
     assert found.expected == pytest.approx(math.log2(task.text.vocab_size) / 2.5)
 
