@@ -144,9 +144,18 @@ def bad_steps_text(record: dict[str, Any]) -> str:
 
 
 def closing_text(
-    folder: RunFolder, step: int, clock: Clock, prompt: str, changed: Sequence[str] = (), talks: bool = False
+    folder: RunFolder,
+    step: int,
+    clock: Clock,
+    prompt: str,
+    context: int,
+    changed: Sequence[str] = (),
+    talks: bool = False,
 ) -> str:
-    """Return the last lines of a run: how it went, where the files are, and what to type next."""
+    """Return the last lines of a run: how it went, where the files are, and what to type next.
+
+    context: the model's context in tokens, which bounds what it can answer.
+    """
     total = clock.total
     lines = [f"at step {step:,} after {total:,.0f} s" + speed_text(clock, folder.records)]
     if (best := folder.best()) is not None:
@@ -164,5 +173,7 @@ def closing_text(
         lines[-1] += f"   answers: {folder.samples_path}"
     lines.append("now try:")
     asked = "--chat" if talks else shlex.quote(prompt)
-    lines.append(f"  {typed('sample')} --ckpt {shlex.quote(str(path))} {asked} --max-new-tokens {NEXT_TOKENS}")
+    lines.append(
+        f"  {typed('sample')} --ckpt {shlex.quote(str(path))} {asked} --max-new-tokens {min(NEXT_TOKENS, context)}"
+    )
     return "\n".join(lines)

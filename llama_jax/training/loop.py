@@ -216,7 +216,8 @@ def _know_reference(run: Run, optimizer: Any, state: TrainState, base: WholeMode
 def _finish(run: Run, step: int) -> None:
     with run.clock.spent_on("sample"):
         samples.draw_losses(run)
-    print(log.closing_text(run.folder, step, run.clock, run.prompt, run.settled.changed, bool(run.questions)))
+    context, changed, talks = run.config.model.max_seq_len, run.settled.changed, bool(run.questions)
+    print(log.closing_text(run.folder, step, run.clock, run.prompt, context, changed, talks))
 
 
 def _check_profile_steps(args: TrainArgs, steps: int) -> None:

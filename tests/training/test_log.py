@@ -9,8 +9,9 @@ import pytest
 
 from llama_jax.expected_args import ExpectedArgs
 from llama_jax.training.clock import Clock
-from llama_jax.training.log import evaluation_text, loss_text, speed_text, time_text
+from llama_jax.training.log import closing_text, evaluation_text, loss_text, speed_text, time_text
 from llama_jax.training.plot import _running_mean, plot_losses
+from llama_jax.training.run_folder import RunFolder
 
 RECORDS: list[dict[str, Any]] = [
     {"step": step, "tokens": 64 * step, "train_loss": 3.0 / step, "eval_loss": 3.5 / step, "eval_bits_per_byte": 1.75 / step}
@@ -184,3 +185,11 @@ def test_the_end_tells_how_long_the_steps_waited_for_data(monkeypatch: pytest.Mo
         "goodput: 83.3% of 48 s were spent in steps; start 0.0 s, waiting for data 8.0 s, evaluation 0.0 s, saving 0.0 s, "
         "samples 0.0 s"
     )
+
+
+@pytest.mark.parametrize(("context", "wanted"), [(64, 64), (128, 128), (4096, 256)])
+def test_no_more_tokens_are_suggested_at_the_end_than_the_context_has(
+    tmp_path: Path, context: int, wanted: int
+) -> None:
+    last = closing_text(RunFolder(tmp_path), 10, Clock(), "Once", context).splitlines()[-1]
+    assert last.endswith(f"sample.py --ckpt {tmp_path} Once --max-new-tokens {wanted}")
