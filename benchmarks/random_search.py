@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.cli.flags import parse_flags
-from llama_jax.config import ModelArgs, TrainArgs
+from llama_jax.config import Config, ModelArgs
 from llama_jax.errors import UserError, run_command
 from llama_jax.recipe.choose import heads_for
-from llama_jax.training.flops import train_flops_per_token, update_flops
+from llama_jax.training.flops import step_flops
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
-from sweep import ROOT, Settings, bits, identity, known_results, train
+from sweep import ROOT, Settings, bits, identity, key_of, known_results, train
 
 # What is drawn. Rates are drawn by their logarithm.
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -69,15 +69,15 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     announced = recipe(args, output)
     file = output / "results.jsonl"
-    known = {_key(result): result for result in known_results(file)}
+    known = {key_of(result): result for result in known_results(file)}
     wanted = [identity(settings, 0, shared) for settings, shared in wanted_runs(args, output)]
     print(
-        f"{len(wanted)} runs, the recipe's first; {sum(_key(run) in known for run in wanted)} of them are done",
+        f"{len(wanted)} runs, the recipe's first; {sum(key_of(run) in known for run in wanted)} of them are done",
         flush=True,
     )
     found = []
     for number, run in enumerate(wanted):
-        result = known.get(_key(run))
+        result = known.get(key_of(run))
         if result is None:
             result = train(run, output)
             with file.open("a") as lines:
@@ -86,11 +86,6 @@ def main() -> None:
         what = ", ".join(f"{name.partition('.')[2]} {value}" for name, value in run["settings"].items()) or "recipe"
         print(f"{number} of {args.runs}: {bits(result):.4f} bits per byte: {what}", flush=True)
     print(json.dumps(summary(announced, found)))
-
-
-def _key(run: dict[str, Any]) -> str:
-    """Return what tells a run from others: its settings, seed, flags, and the content of its files."""
-    return json.dumps([run.get(name) for name in ("settings", "seed", "shared", "files")])
 
 
 def recipe(args: Arguments, output: Path) -> dict[str, Any]:
@@ -145,8 +140,7 @@ def draw(drawn: random.Random, flops: float) -> Settings | None:
     shape = {name.partition(".")[2]: value for name, value in fields.items() if name.startswith("model.")}
     fields["model.n_heads"] = heads_for(shape["dim"])
     model = ModelArgs(**shape, n_heads=fields["model.n_heads"], vocab_size=fields["data.vocab_size"], multiple_of=32)
-    per_step = batch * model.max_seq_len * train_flops_per_token(model) + update_flops(model, TrainArgs())
-    steps = int(flops / per_step)
+    steps = int(flops / step_flops(Config(model), batch * model.max_seq_len))
     if batch < 1 or steps < FEWEST_STEPS:
         return None
     fields |= {

@@ -97,6 +97,11 @@ def identity(settings: Settings, seed: int, shared: list[str]) -> dict[str, Any]
     return {"settings": settings, "seed": seed, "shared": shared, "files": files_in(shared, settings)}
 
 
+def key_of(run: dict[str, Any]) -> str:
+    """Return what ``identity`` says of a run or a result, as a text. Lines of earlier sweeps lack some of it."""
+    return json.dumps([run.get(name) for name in ("settings", "seed", "shared", "files")])
+
+
 def flags_of(settings: Settings) -> list[str]:
     """Return the flags of train.py for settings: ``--train.lr 1e-3``, and ``--train.no-nesterov`` for what is off."""
     found = []
@@ -246,8 +251,8 @@ def main() -> None:
     file = args.output / "results.jsonl"
     known = known_results(file)
     wanted = [identity(one, seed, shared) for one in combinations(args.vary, args.random) for seed in range(args.seeds)]
-    done = {json.dumps([r[name] for name in wanted[0]]): r for r in known if wanted[0].keys() <= r.keys()}
-    keys = [json.dumps([*run.values()]) for run in wanted]
+    done = {key_of(result): result for result in known}
+    keys = [key_of(run) for run in wanted]
     missing = [(key, run) for key, run in zip(keys, wanted, strict=True) if key not in done]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done before, in {file}", flush=True)
     if left := len(known) - len({*keys} & {*done}):

@@ -1,11 +1,13 @@
 """Starts the project's commands with a small model, and a folder for them to work in."""
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from llama_jax.recipe.command import SEAL
 from tests import forked
@@ -19,6 +21,13 @@ SHORT_RUN = [
     "--train.save-interval=3",
 ]  # fmt: skip
 SMALL = [*SMALL_MODEL, *SHORT_RUN]
+# Defines what returns the most memory that a process had, in MB. Its ru_maxrss would begin with that of the process that
+# has started it.
+PEAK = r"""
+import re
+def peak():
+    return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) // 1000
+"""
 STORIES = ["--data.stories=60", "--data.vocab-size=300"]
 
 
@@ -30,6 +39,15 @@ def run(
         command[1] = str(ROOT / argv[0])
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
     return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300, env=env)
+
+
+def script(path: str) -> ModuleType:
+    """A script of the repository that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def told(result: subprocess.CompletedProcess[str], status: int = 2) -> str:

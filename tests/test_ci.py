@@ -1,6 +1,5 @@
 """CI's own parts: stray files are refused, and the lowest versions are those of pyproject.toml."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +7,12 @@ from types import ModuleType
 
 import pytest
 
+from tests import commands
 from tests.commands import ROOT
 
 
 def part(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return commands.script(f".ci/{name}.py")
 
 
 @pytest.fixture

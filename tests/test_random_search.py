@@ -1,6 +1,5 @@
 """benchmarks/random_search.py: draws fill the budget, and a second call trains nothing again."""
 
-import importlib.util
 import json
 import random
 import sys
@@ -14,16 +13,12 @@ import pytest
 from llama_jax.config import ModelArgs, TrainArgs
 from llama_jax.errors import UserError
 from llama_jax.training.flops import train_flops_per_token, update_flops
-from tests.commands import ROOT
+from tests import commands
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("random_search", ROOT / "benchmarks" / "random_search.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return commands.script("benchmarks/random_search.py")
 
 
 def test_every_draw_fills_its_budget_to_a_step(script: ModuleType) -> None:

@@ -1,7 +1,6 @@
 """benchmarks/recipe_laws.py finds the laws that made its runs, and reads the runs' file."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import random
@@ -12,17 +11,14 @@ from typing import Any
 import pytest
 
 from llama_jax.recipe.laws import Laws, TextLevel
+from tests import commands
 from tests.commands import ROOT
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     pytest.importorskip("scipy")
-    spec = importlib.util.spec_from_file_location("recipe_laws", ROOT / "benchmarks" / "recipe_laws.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return commands.script("benchmarks/recipe_laws.py")
 
 
 def made_by(script: ModuleType, laws: Laws, noise: float) -> list[Any]:

@@ -1,6 +1,5 @@
 """benchmarks/sweep.py: which runs it trains, how it orders them, and that a second call trains none again."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 from llama_jax.config import Config, ModelArgs, TrainArgs, to_toml
 from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.training.flops import step_flops
+from tests import commands
 from tests.commands import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "sweep.py"
@@ -21,11 +21,7 @@ SCRIPT = ROOT / "benchmarks" / "sweep.py"
 
 @pytest.fixture(scope="module")
 def sweep() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return commands.script("benchmarks/sweep.py")
 
 
 def result(lr: str, seed: int, bits: float) -> dict[str, Any]:

@@ -105,15 +105,15 @@ def choose(task: Task, budget: Budget) -> Choice:
 
     Raises UserError if it is too small for a step of the smallest model, or if no shape has what was given.
     """
-    if next(shapes(task), None) is None and next(all_shapes(task), None) is not None:
-        raise UserError(
-            f"memory: expected a model of up to {task.most_parameters:,.0f} parameters, whose training fits into this machine's memory, found "
-            "that the given shape has more; give a smaller one, or make a recipe for --topology or --flops"
-        )
     if next(all_shapes(task), None) is None:
         given = ", ".join(sorted(name for name in task.given if name.startswith("model.")))
         raise UserError(
             f"model.n_heads: expected a divisor of the width with heads of an even size, found none; change {given}"
+        )
+    if next(shapes(task), None) is None:
+        raise UserError(
+            f"memory: expected a model of up to {task.most_parameters:,.0f} parameters, whose training fits into this machine's memory, found "
+            "that the given shape has more; give a smaller one, or make a recipe for --topology or --flops"
         )
     if budget.unit == "flops":
         return _for_flops(task, budget.amount, budget)
@@ -154,12 +154,11 @@ def _for_parameters(task: Task, budget: Budget) -> Choice:
     size, shape = min(sizes, key=lambda each: abs(math.log(each[0] / budget.amount)))
     rough = _where(task, budget, lambda choice: choice.parameters)
     if rough.parameters >= budget.amount:
-        tokens = rough.tokens * rough.parameters / size
-        return _with_tokens(task, in_context(task, shape, tokens), tokens)
-    # So large a model does not help the text, and yet reads as much of it as does no harm.
-    tokens = _length(task, shape, ENDS[-1] * task.text.train_tokens)[1]
-    choice = _with_tokens(task, in_context(task, shape, tokens), tokens)
-    return replace(choice, unused=max(0.0, 1 - rough.parameters / size))
+        tokens, unused = rough.tokens * rough.parameters / size, 0.0
+    else:  # so large a model does not help the text, and yet reads as much of it as does no harm
+        _, tokens = _length(task, shape, ENDS[-1] * task.text.train_tokens)
+        unused = max(0.0, 1 - rough.parameters / size)
+    return replace(_with_tokens(task, in_context(task, shape, tokens), tokens), unused=unused)
 
 
 def _where(task: Task, budget: Budget, amount: Any) -> Choice:

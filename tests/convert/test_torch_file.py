@@ -10,7 +10,7 @@ import pytest
 
 from llama_jax.convert.torch_file import TorchFile, TorchFileWriter
 from llama_jax.errors import UserError
-from tests.commands import ROOT
+from tests.commands import PEAK, ROOT
 from tests.convert.crafted import FLOATS, Zip, members, pickle_of, save, storage, tensor
 from tests.convert.hostile import HOSTILE
 
@@ -45,14 +45,11 @@ def test_over_a_hundred_tricks_are_known() -> None:
     assert len(HOSTILE) > 150
 
 
-READ_ALL = """
-import re, sys
+READ_ALL = f"""{PEAK}
+import sys
 from pathlib import Path
 from llama_jax.convert.torch_file import TorchFile
 from llama_jax.errors import UserError
-
-def peak():  # MB; ru_maxrss would begin with that of the process that has started this one
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1000
 
 before, refused = peak(), 0
 for path in sorted(Path(sys.argv[1]).iterdir()):

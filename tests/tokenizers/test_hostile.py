@@ -12,7 +12,7 @@ import pytest
 
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
-from tests.commands import ROOT
+from tests.commands import PEAK, ROOT
 from tests.tokenizers.made import CONFIG, Table, bytewise, put
 
 
@@ -146,8 +146,8 @@ def test_a_gigabyte_is_not_read(tmp_path: Path) -> None:
             Tokenizer(folder)
 
 
-MEASURED = """
-import re, sys
+MEASURED = f"""{PEAK}
+import sys
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 try:
@@ -155,8 +155,7 @@ try:
     print("opened")
 except UserError as error:
     print(error)
-# ru_maxrss would begin with that of the process that has started this one.
-print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1000)
+print(peak())
 """
 
 
