@@ -189,12 +189,6 @@ def split(
     return passes
 
 
-def pass_bytes(model: Llama, rows: Sequence[Row], cache_dtype: Any = None) -> int:
-    """Return the bytes that a pass takes besides the parameters."""
-    longest = max(len(prompt) for prompt, _, _ in rows)
-    return len(rows) * row_bytes(model, longest, new_tokens(model.args, rows), cache_dtype)
-
-
 def row_bytes(model: Llama, prompt: int, new: int, cache_dtype: Any = None) -> int:
     """Return the bytes per row of a pass whose longest prompt has ``prompt`` tokens, for ``new`` new tokens.
 

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,17 +52,6 @@ class Draft:
     tokens: int
     model: Llama | None = None
     params: Any = None  # in the form for generation (serving.py)
-
-
-class Guesser(Protocol):
-    """Guesses the next tokens."""
-
-    def guess(self, rows: list[list[int]], state: DecodeState) -> np.ndarray:
-        """Return int32 [B, tokens] to follow ``rows``, prompts and completions so far.
-
-        The cache lacks each row's last token.
-        """
-        ...
 
 
 def generate_speculatively(
@@ -157,6 +146,10 @@ class Lookup:
         self._runs: list[Runs] = []
 
     def guess(self, rows: list[list[int]], state: DecodeState) -> np.ndarray:
+        """Return int32 [B, tokens] to follow ``rows``, prompts and completions so far.
+
+        The cache of ``state`` lacks each row's last token.
+        """
         self._runs = self._runs or [Runs() for _ in rows]
         return np.array([runs.look_up(row, self._tokens) for runs, row in zip(self._runs, rows, strict=True)], np.int32)
 
@@ -201,6 +194,7 @@ class DraftModel:
         self._cache: KVCache = read_prompts(self._model, draft.params, rows, longest, slots, self._model.dtype).cache
 
     def guess(self, rows: list[list[int]], state: DecodeState) -> np.ndarray:
+        """Return int32 [B, tokens], as ``Lookup`` does."""
         last = np.array([[row[-1]] for row in rows], np.int32)
         slot = self._read + int(state.made[0]) - 1  # the last token is not in the cache yet
         count = self._draft.tokens

@@ -83,13 +83,6 @@ class Adapted(flax.struct.PyTreeNode):
 Weight = jax.Array | Matrix | Adapted
 
 
-def as_array(w: Weight) -> jax.Array:
-    """Return the weight as an array of its shape, in float32 if it is quantized or has an adapter."""
-    if isinstance(w, Adapted):
-        return w.merged()
-    return w.dequantized() if isinstance(w, Matrix) else w
-
-
 def flat(w: jax.Array, inputs: int) -> Matrix:
     """Return ``w`` as a plain Matrix. Products sum over the first ``inputs`` axes of ``w``."""
     return Matrix(w.reshape(math.prod(w.shape[:inputs]), -1), None, w.shape)

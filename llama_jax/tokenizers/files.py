@@ -21,7 +21,6 @@ MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 # What a checkpoint keeps of a tokenizer. The last two only where nothing else names BOS and EOS.
 KEPT = (MODEL, TABLE, CONFIG, MAP, ADDED)
 IDS = ("generation_config.json", "config.json")
-MAX_SMALL = 16_000_000
 TOKENS = ("bos", "eos")
 
 

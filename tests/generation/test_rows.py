@@ -14,7 +14,8 @@ from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, passes
 from llama_jax.generation.decode import CHUNK
-from llama_jax.generation.rows import PartialCompletion, first_end, held_back
+from llama_jax.generation.rows import PartialCompletion, Row, first_end, held_back
+from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer
 from tests.generation.models import build, speaking
 
@@ -25,6 +26,11 @@ PROMPTS = ["Once upon a time", "", "The owl saw the fox by the river. " * 3]
 @pytest.fixture(scope="module")
 def model(small_tokenizer: Tokenizer) -> Model:
     return speaking(build(small_tokenizer))
+
+
+def pass_bytes(model: Llama, rows: Sequence[Row]) -> int:
+    longest = max(len(prompt) for prompt, _, _ in rows)
+    return len(rows) * passes.row_bytes(model, longest, passes.new_tokens(model.args, rows))
 
 
 def with_args(**changes: object) -> SampleArgs:
@@ -154,7 +160,7 @@ def test_rows_beyond_memory_are_made_in_passes_in_the_prompts_order(
     args = with_args(max_new_tokens=6)
     at_once = model.generate(prompts, args)
     rows = model.rows([model.encode(prompt) for prompt in prompts], args)
-    room = passes.pass_bytes(model.module, [max(rows, key=lambda row: len(row[0]))] * 3)
+    room = pass_bytes(model.module, [max(rows, key=lambda row: len(row[0]))] * 3)
     monkeypatch.setattr(passes, "free_memory", lambda _: room)
     seen: list[passes.Step] = []
     same(model.generate(prompts, args, seen.append), at_once)
@@ -171,7 +177,7 @@ def test_rows_beyond_memory_are_made_in_passes_in_the_prompts_order(
 
 def test_rows_of_like_length_share_a_pass(model: Model) -> None:
     rows = model.rows([[1] * n for n in (5, 200, 6, 190, 7, 180)], with_args(max_new_tokens=6))
-    free = passes.pass_bytes(model.module, [rows[1]] * 3)
+    free = pass_bytes(model.module, [rows[1]] * 3)
     assert passes.split(model.module, rows, range(6), free)[0] == [1, 3, 5]
 
 
@@ -185,9 +191,9 @@ def test_a_pass_has_as_many_rows_as_memory_holds(model: Model, rows: list[tuple[
     assert lengths == sorted(lengths, reverse=True)
     for part, following in itertools.pairwise([*parts, []]):
         held = [given[i] for i in part]
-        assert len(part) == 1 or passes.pass_bytes(model.module, held) <= free
+        assert len(part) == 1 or pass_bytes(model.module, held) <= free
         if following and len(part) < passes.CPU_MOST_ROWS:
-            assert passes.pass_bytes(model.module, [*held, given[following[0]]]) > free
+            assert pass_bytes(model.module, [*held, given[following[0]]]) > free
 
 
 def test_ten_thousand_prompts_are_laid_out_without_tracing_a_row(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

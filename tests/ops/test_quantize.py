@@ -17,7 +17,7 @@ from llama_jax.generation import Model
 from llama_jax.generation.serving import for_generation
 from llama_jax.ops.linear import linear
 from llama_jax.ops.quantize import KINDS as TABLE
-from llama_jax.ops.quantize import Matrix, as_array, quantize
+from llama_jax.ops.quantize import Matrix, quantize
 from llama_jax.tokenizer import Tokenizer
 from tests.generation.models import decode, full_log_probs, never_ending, prompts_of_lengths
 
@@ -166,7 +166,10 @@ def test_generation_with_quantized_matrices_is_that_of_the_dequantized_model(mod
     params = quantized(model, kind)
     prompts = prompts_of_lengths(model, [1, 9, 40])
     ids, logprobs = decode(model, prompts, GREEDY, 20, params=params)
-    plain = dataclasses.replace(model, params=jax.tree.map(as_array, params, is_leaf=lambda w: isinstance(w, Matrix)))
+    arrays = jax.tree.map(
+        lambda w: w.dequantized() if isinstance(w, Matrix) else w, params, is_leaf=lambda w: isinstance(w, Matrix)
+    )
+    plain = dataclasses.replace(model, params=arrays)
     for prompt, row, row_logprobs in zip(prompts, ids.tolist(), logprobs, strict=True):
         full = full_log_probs(plain, prompt + row)[len(prompt) - 1 : -1]
         np.testing.assert_allclose(row_logprobs, full[np.arange(20), row], atol=1e-3)
