@@ -18,9 +18,7 @@ def product(equation: str, x: jax.Array, w: Matrix, dtype: jnp.dtype) -> jax.Arr
 
     int8 values, which share a scale per output, are scaled after the product.
     """
-    if w.scales is not None:
-        # A trick: the barrier makes XLA for TPUs cut the layer's integers out of their stack by themselves, and then
-        # dequantize them in the product. Otherwise, it writes them to memory as float32 first.
+    if _is_cut_out_first(w):
         x, w = jax.lax.optimization_barrier((x, w))
     values, scales = _operand(w, x.dtype)
     rows, outputs = x.shape[:2], w.shape[_inputs(equation) :]
@@ -34,9 +32,7 @@ def product(equation: str, x: jax.Array, w: Matrix, dtype: jnp.dtype) -> jax.Arr
 
 def gradient(equation: str, dy: jax.Array, w: Matrix, dtype: jnp.dtype) -> jax.Array:
     """Return the gradient of ``product`` for x, of x's type ``dtype``, from the gradient dy of the result."""
-    if w.scales is not None:
-        # A trick: the barrier makes the matrix depend on dy. Otherwise, XLA might keep the dequantized matrix of the
-        # forward product for this one.
+    if _is_cut_out_first(w):
         dy, w = jax.lax.optimization_barrier((dy, w))
     else:
         # So the layer is cut out of its stack again. Otherwise, all layers of the forward pass would be kept.
@@ -54,9 +50,31 @@ def _inputs(equation: str) -> int:
     return sum(axis in w_axes for axis in x_axes)
 
 
+def _is_cut_out_first(w: Matrix) -> bool:
+    """Return whether XLA is made to cut a layer's integers out of their stack before it dequantizes them.
+
+    A trick, by a barrier. XLA for TPUs cuts out integers with one scale per output in the product, for nothing. Those
+    with a scale per group it would first write to memory as float32. On a mesh, devices would gather dequantized
+    matrices without it.
+    """
+    if w.scales is None:
+        return False
+    on_mesh = jax.sharding.get_abstract_mesh().size > 1
+    return on_mesh or (w.scales.shape[0] > 1 and _in_product(len(w.values)))
+
+
+def _in_product(inputs: int) -> bool:
+    """Return whether XLA for TPUs dequantizes a matrix of so many inputs in the product, if it has groups."""
+    return inputs & (inputs - 1) == 0
+
+
 def _operand(w: Matrix, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
     """Return the flat matrix to multiply by, [I, O] of ``dtype``, and its outputs' scales [O] if it lacks them."""
     inputs, outputs = w.values.shape
-    if w.scales is None or w.scales.shape[0] > 1:
-        return w.dequantized().reshape(inputs, outputs).astype(dtype), None
+    if w.scales is None:
+        return w.values.reshape(inputs, outputs).astype(dtype), None
+    if w.scales.shape[0] > 1:
+        values = w.dequantized().reshape(inputs, outputs).astype(dtype)
+        # A trick: with the barrier, XLA for TPUs cuts the integers out and dequantizes them in one step.
+        return values if _in_product(inputs) else jax.lax.optimization_barrier(values), None
     return w.values.astype(dtype), w.scales.reshape(outputs)
