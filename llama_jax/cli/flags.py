@@ -164,6 +164,12 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
         hint, escaped = _several(flags[name].hint), flags[name].escaped
         if escaped:
             groups = [tuple(unescape(x) if isinstance(x, str) else x for x in group) for group in groups]
+        if typing.get_origin(hint) is dict and len({key for key, *_ in groups}) < len(groups):
+            keys = [key for key, *_ in groups]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(
+                f"{name}: expected each once, found {twice} {keys.count(twice)} times; leave the others out"
+            )
         values = dict(groups) if typing.get_origin(hint) is dict else typing.get_origin(hint)(x for (x,) in groups)
         default = _with(default, flags[name].path, values)
     return rest, default
