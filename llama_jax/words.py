@@ -81,7 +81,7 @@ class Words:
         return Encoded(ids[ids != END_ID], np.diff(ends, prepend=-1) - 1)
 
     def _complete(self, words: list[str], found: list[bytes | None], chars: int) -> bool:
-        """Put the ids of the words that are not known into ``found``. Return False if too many runs are new.
+        """Fill ``found`` with the ids of the words that are not known. Return False if too many runs are new.
 
         ``chars`` is the length of the texts.
         """
@@ -175,8 +175,8 @@ def _pieces_of_text(sp: spm.SentencePieceProcessor) -> list[str]:
 def _pattern(pieces: Sequence[str]) -> str:
     """Return an expression for the runs of a text and for END, in which spaces belong to the run behind them.
 
-    A run is of characters that may stand side by side in a piece. Letters, and all that is in no piece and is not ASCII,
-    count as if they might, and so does whatever stands beside one of these in a piece.
+    A run is of characters that may stand side by side in a piece. Letters count as if they might, and so do characters
+    that are in no piece and not in ASCII, and whatever stands beside one of these in a piece.
     """
     joined = SPACE_MARK.join(pieces)
     pairs = {pair for pair in itertools.pairwise(joined) if SPACE_MARK not in pair}

@@ -149,7 +149,7 @@ class Schedule:
 
 
 def renamed(known: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return what ``Schedule.to_list`` gave, with new names in place of the earlier ones. ``names`` has both, new first."""
+    """Return what ``Schedule.to_list`` gave, with new names of sources. ``names`` has the earlier ones by these."""
     new = {old: name for name, old in names.items()}
     return [s | {"weights": {new.get(name, name): weight for name, weight in s["weights"].items()}} for s in known]
 

@@ -50,7 +50,7 @@ class Fields:
 
     @property
     def advice(self) -> str:
-        """What a person can do who is told the fields."""
+        """The next step of a person who is told the fields."""
         if self.texts or self.within:
             example = f" {next(iter(self.within))}" if not self.texts else ""
             return f"name the field with --data.text-field{example}"
