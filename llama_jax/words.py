@@ -33,7 +33,7 @@ END, END_ID, SPACE = "\x1e", -1, "\x1f"
 # The most bytes of remembered words and runs, and what one takes besides its text and its ids.
 MEMORY_BYTES, ENTRY_BYTES = 80 << 20, 160
 # Longer words, in characters, are not remembered. They rarely come again.
-LONGEST = 64
+LONGEST = 24
 # If unseen runs make up more of the texts, SentencePiece encodes the texts as they are, which then takes less time.
 MOST_UNSEEN = 0.75
 
@@ -60,11 +60,11 @@ class Words:
         self._sp = spm.SentencePieceProcessor()
         self._sp.LoadFromSerializedProto(model + NO_DUMMY_PREFIX)
         self._runs_of = re.compile(_pattern(_pieces_of_text(self._sp)))
-        self._forget()
+        self._known, self._known_runs, self._bytes, self._run_bytes = _nothing(), _nothing(), 0, 0
 
     def __getstate__(self) -> dict[str, object]:
         """Return the state without the words, which another process need not be sent."""
-        return self.__dict__ | {"_known": _nothing(), "_known_runs": _nothing(), "_bytes": 0}
+        return self.__dict__ | {"_known": _nothing(), "_known_runs": _nothing(), "_bytes": 0, "_run_bytes": 0}
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Return the ids of the texts."""
@@ -110,16 +110,15 @@ class Words:
         return True
 
     def _remember(self, words: dict[str, bytes], runs: dict[str, bytes]) -> None:
-        """Add words and runs. When memory is full, begin anew with them."""
-        size = _most_bytes(words) + _most_bytes(runs)
-        if self._bytes + size > MEMORY_BYTES:
-            self._forget()
+        """Add words and runs. When memory is full, begin anew: with all runs, or with none if they take half of it."""
+        self._bytes += (of_words := _most_bytes(words)) + (of_runs := _most_bytes(runs))
+        self._run_bytes += of_runs
+        if self._bytes > MEMORY_BYTES:
+            if self._run_bytes > MEMORY_BYTES // 2:
+                self._known_runs, self._run_bytes = _nothing(), of_runs
+            self._known, self._bytes = _nothing(), self._run_bytes + of_words
         self._known.update(words)
         self._known_runs.update(runs)
-        self._bytes += size
-
-    def _forget(self) -> None:
-        self._known, self._known_runs, self._bytes = _nothing(), _nothing(), 0
 
 
 def _short(new: dict[str, bytes]) -> dict[str, bytes]:

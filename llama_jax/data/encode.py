@@ -9,6 +9,7 @@ import os
 from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,9 @@ from llama_jax.tokenizer import Tokenizer
 
 # Limits of a batch, which is encoded at once: parts and bytes.
 PARTS_AT_ONCE, BYTES_AT_ONCE = 2048, 1 << 22
+
+
+SIZE = itemgetter(1)  # of a part: its field by its number, which is faster where parts are short
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class _Encoder:
         for start in range(0, len(parts), PARTS_AT_ONCE):
             some = parts[start : start + PARTS_AT_ONCE]
             self._batch += some
-            self._batch_bytes += sum(part.size for part in some)
+            self._batch_bytes += sum(map(SIZE, some))
             if len(self._batch) >= PARTS_AT_ONCE or self._batch_bytes >= BYTES_AT_ONCE:
                 self._encode()
 

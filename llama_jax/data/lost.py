@@ -37,7 +37,7 @@ class Losses:
         """Add the next parts of the text, their tokens, int [tokens], and the number of tokens of each."""
         stride = max(1, self.text_bytes // COMPARED_BYTES)
         self.unknown += int(np.count_nonzero(ids == self.tokenizer.unk_id))
-        sizes = np.array([part.size for part in parts], np.int64)
+        sizes = np.fromiter((size for _, size, *_ in parts), np.int64, len(parts))
         places = self.read + np.cumsum(sizes) - sizes
         self.read += int(sizes.sum())
         ends = np.cumsum(lengths)
