@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The names that training has for the same flags are taken, too.
         COMMANDS[name][1]([re.sub(r"^--data\.", "--", word) for word in argv[1:]])
     except UserError as error:
-        raise UserError(str(error).replace("--data.", "--")) from error
+        hint = "; several texts are a folder or a glob in quotes" if "expected a flag before it" in str(error) else ""
+        raise UserError(str(error).replace("--data.", "--") + hint) from error
 
 
 def _help() -> str:

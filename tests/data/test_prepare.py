@@ -753,3 +753,21 @@ def test_token_files_of_other_programs_need_not_be_prepared(tmp_path, small_toke
         and "found token files of nanoGPT in train.bin; give them to training as they are" in done.stderr
     )
     assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--filepath", "a.txt", "--filepath=b.txt"],
+            "--filepath: expected it once, found a.txt and b.txt; several texts are a folder",
+        ),
+        (["--filepath", "a.txt", "b.txt"], "b.txt: expected a flag before it"),
+    ],
+)
+def test_several_texts_are_not_taken_for_one(tmp_path, flags, words):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(TEXT)
+    done = command("prepare", *flags, "--output", "tokens", cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr and "a glob in quotes" in done.stderr
+    assert not (tmp_path / "tokens").exists()
