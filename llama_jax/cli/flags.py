@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 import sys
 import typing
@@ -179,7 +180,7 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
 def _check_repeated(flags: dict[str, _Flag], argv: Sequence[str]) -> None:
     """Tell which value of a flag counts that is given with several. Raises UserError on several texts."""
     given: dict[str, dict[str, None]] = {}
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*argv, ""]):
         if word == "--":
             break
         name, equals, value = word.partition("=")

@@ -9,7 +9,6 @@ import os
 from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,16 +16,13 @@ import numpy as np
 
 from llama_jax.data.counts import Counts, Digests
 from llama_jax.data.lost import Losses
-from llama_jax.data.parts import SPLITS, AnyCorpus, Part, Skipped, Unit
+from llama_jax.data.parts import SIZE, SPLITS, AnyCorpus, Part, Skipped, Unit
 from llama_jax.data.stream import BLOCK_BYTES, checksums
 from llama_jax.storage.files import replacing, write_atomically
 from llama_jax.tokenizer import Tokenizer
 
 # Limits of a batch, which is encoded at once: parts and bytes.
 PARTS_AT_ONCE, BYTES_AT_ONCE = 2048, 1 << 22
-
-
-SIZE = itemgetter(1)  # of a part: its field by its number, which is faster where parts are short
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def test_a_flag_without_a_value_is_not_as_good_as_none(argv: list[str]) -> None:
 def test_of_a_flag_that_is_given_twice_the_last_value_counts_and_that_is_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert parse("--say", "a", "--say=b") == {"say": "b"}
+    assert parse() == {} and parse("--say", "a", "--say=b") == {"say": "b"}
     assert capsys.readouterr().err == "--say is given with a, b: b counts\n"
     assert parse("--say", "a", "--say", "a", "--", "--say", "b") == {"say": "a", "texts": ("--say", "b")}
     assert parse("--say=a", "--stop", ".", "--stop", "!", "--json") == {"say": "a", "stop": (".", "!"), "json": True}
