@@ -66,6 +66,24 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
     return found, rest
 
 
+def texts_given_twice(argv: Sequence[str]) -> str:
+    """Return a warning if a flag of a text (``--filepath``) has several values, of which the last one counts."""
+    given: dict[str, list[str]] = {}
+    for word, following in itertools.pairwise([*argv, ""]):
+        if word == "--":
+            break
+        name, equals, value = word.partition("=")
+        if word.startswith("--") and name.endswith("filepath"):
+            given.setdefault(name, []).append(value if equals else following)
+    for name, values in given.items():
+        if others := [value for value in dict.fromkeys(values) if value != values[-1]]:
+            return (
+                f"warning: {name} is given {len(values)} times: {values[-1]} is read, and not {', '.join(others)}; several texts are "
+                "a folder, or a glob in quotes"
+            )
+    return ""
+
+
 def unescape(text: str) -> str:
     r"""Return ``text`` with the escapes ``\n``, ``\r``, ``\t`` and ``\\`` replaced, which are hard to type in a shell.
 
@@ -127,7 +145,6 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
     ``--stop . --stop ! "Once upon a time"``.
     """
     flags, one_text = dict(_flags_of(kind)), _has_positional(kind)
-    _check_repeated(flags, argv)
     lists: dict[str, list[tuple[Any, ...]]] = {}
     rest: list[str] = []
     words = list(argv)
@@ -175,27 +192,6 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
         values = dict(groups) if typing.get_origin(hint) is dict else typing.get_origin(hint)(x for (x,) in groups)
         default = _with(default, flags[name].path, values)
     return rest, default
-
-
-def _check_repeated(flags: dict[str, _Flag], argv: Sequence[str]) -> None:
-    """Tell which value of a flag counts that is given with several. Raises UserError on several texts."""
-    given: dict[str, dict[str, None]] = {}
-    for word, following in itertools.pairwise([*argv, ""]):
-        if word == "--":
-            break
-        name, equals, value = word.partition("=")
-        flag = flags.get(name := name.replace("_", "-")) if word.startswith("--") else None
-        if flag is not None and flag.hint is not bool and _element_types(flag.hint) is None:
-            value = value if equals else following
-            given.setdefault(name, {}).pop(value, None)
-            given[name][value] = None  # the last one comes last
-    for name, (*others, last) in given.items():
-        if others and name.endswith("filepath"):
-            raise UserError(
-                f"{name}: expected it once, found {others[0]} and {last}; several texts are a folder or a glob in quotes"
-            )
-        if others:
-            print(f"{name} is given with {', '.join([*others, last])}: {last} counts", file=sys.stderr)
 
 
 def _take_groups(

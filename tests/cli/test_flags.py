@@ -8,7 +8,7 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.cli.flags import ESCAPED, parse_flags, refuse_empty, take_option, unescape
+from llama_jax.cli.flags import ESCAPED, parse_flags, refuse_empty, take_option, texts_given_twice, unescape
 from llama_jax.errors import UserError
 
 
@@ -183,11 +183,13 @@ def test_a_flag_without_a_value_is_not_as_good_as_none(argv: list[str]) -> None:
     refuse_empty([], Paths(), ("chat_template", "draft"))
 
 
-def test_of_a_flag_that_is_given_twice_the_last_value_counts_and_that_is_told(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert parse() == {} and parse("--say", "a", "--say=b") == {"say": "b"}
-    assert capsys.readouterr().err == "--say is given with a, b: b counts\n"
-    assert parse("--say", "a", "--say", "a", "--", "--say", "b") == {"say": "a", "texts": ("--say", "b")}
-    assert parse("--say=a", "--stop", ".", "--stop", "!", "--json") == {"say": "a", "stop": (".", "!"), "json": True}
-    assert capsys.readouterr().err == ""
+def test_of_a_text_that_is_given_twice_the_last_one_counts_and_that_is_told() -> None:
+    told = texts_given_twice(["--data.filepath", "a", "--x", "--data.filepath=b"])
+    assert "--data.filepath is given 2 times: b is read, and not a; several texts are a folder" in told
+    for argv in (
+        [],
+        ["--filepath", "a"],
+        ["--filepath", "a", "--filepath", "a", "--", "--filepath", "b"],
+        ["--x", "1", "--x", "2"],
+    ):
+        assert texts_given_twice(argv) == ""
