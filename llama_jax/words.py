@@ -81,12 +81,14 @@ class Words:
         return Encoded(ids[ids != END_ID], np.diff(ends, prepend=-1) - 1)
 
     def _complete(self, words: list[str], found: list[bytes | None], chars: int) -> bool:
-        """Fill ``found`` with the ids of the words that are not known. Return False if too many runs are new.
+        """Fill ``found`` with the ids of the words that are not known. Return False if that takes longer than SentencePiece.
 
-        ``chars`` is the length of the texts.
+        It does if too many runs are new, or if words are long. ``chars`` is the length of the texts.
         """
         missing = [i for i, ids in enumerate(found) if ids is None]
         unseen = [*dict.fromkeys(words[i] for i in missing)]
+        if (size := sum(map(len, unseen))) > MOST_UNSEEN * chars and size > LONGEST * len(unseen):
+            return False  # such as numbers with commas, of which each digit is a run
         joined = (" " + f"{END} ".join(unseen) + END).replace(" \n", "\n").replace(SPACE, " ")
         runs = self._runs_of.findall(joined)
         of_runs = [*map(self._known_runs.get, runs)]

@@ -219,6 +219,14 @@ def test_texts_of_unseen_words_are_given_to_sentencepiece_as_they_are(models, mo
         assert set(words._known) == {words_module.END, *known}
 
 
+def test_new_words_that_are_long_are_not_cut_into_runs(models, monkeypatch):
+    monkeypatch.setattr(words_module, "MOST_UNSEEN", 0.75)
+    words, expected = Words(models["as LLaMA 2"].model_bytes), bare(models["as LLaMA 2"])
+    text = ",".join(map(str, range(1000, 1100)))
+    assert words.encode([text])[0].tolist() == expected.encode(text)
+    assert set(words._known) == set(words._known_runs) == {words_module.END}
+
+
 @pytest.mark.parametrize("text", [f"a{words_module.END}b", f"a {words_module.SPACE}b", words_module.END])
 def test_texts_with_the_encoders_own_control_characters_are_given_to_sentencepiece(models, text):
     words = Words(models["as LLaMA 2"].model_bytes)
