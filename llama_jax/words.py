@@ -81,7 +81,7 @@ class Words:
         return Encoded(ids[ids != END_ID], np.diff(ends, prepend=-1) - 1)
 
     def _complete(self, words: list[str], found: list[bytes | None], chars: int) -> bool:
-        """Fill ``found`` with the ids of the words that are not known. Return False if that takes longer than SentencePiece.
+        """Fill ``found`` with the ids of the words that are not known. Return False if SentencePiece takes less time.
 
         It does if too many runs are new, or if words are long. ``chars`` is the length of the texts.
         """
