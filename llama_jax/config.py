@@ -75,7 +75,8 @@ class DataArgs:
     """Held-out text of its own, in any of the forms of filepath, which is then trained on as a whole.
     Empty: hold out a part of the text (train_size)."""
     text_field: str = ""
-    """Field of the records that holds the text. Empty: "text", or else the only field with texts.
+    """Field of the records that holds the text; meta.text is one within another.
+    Empty: "text", or else the only field with texts.
     Of records with both, messages or "instruction,output" chooses the conversation."""
     bad_records: BadRecords = "error"
     """Records that cannot be read: error (stop at the first) or skip (leave them out and count them)."""

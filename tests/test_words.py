@@ -186,10 +186,29 @@ def test_memory_is_bounded(models, monkeypatch):
     words, most = Words(models["as LLaMA 2"].model_bytes), 0
     for i in range(200):
         words.encode([" ".join(f"w{i}x{j}😀" for j in range(50)) + " " + "y" * 500 + str(i)])
-        known = words._known
-        most = max(most, sys.getsizeof(known) + sum(sys.getsizeof(a) + sys.getsizeof(b) for a, b in known.items()))
-        assert all(len(word) <= words_module.LONGEST for word in known)
+        dicts = (words._known, words._known_runs)
+        known = [*dicts[0].items(), *dicts[1].items()]
+        most = max(most, sum(map(sys.getsizeof, dicts)) + sum(sys.getsizeof(a) + sys.getsizeof(b) for a, b in known))
+        assert all(len(word) <= words_module.LONGEST for word, _ in known)
     assert limit / 2 < most < limit
+
+
+@pytest.mark.parametrize("name", [*BY_WORDS])
+def test_no_piece_goes_across_the_borders_of_runs(models, llama2_tokenizer, name):
+    for tokenizer in (models[name], llama2_tokenizer):
+        runs = Words(tokenizer.model_bytes)._runs_of
+        sp = bare(tokenizer)
+        for i in range(sp.vocab_size()):
+            if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i)):
+                assert len(runs.findall(sp.id_to_piece(i).replace(words_module.SPACE_MARK, " "))) == 1
+
+
+def test_source_code_is_cut_into_runs_that_come_again(llama2_tokenizer):
+    words = Words(llama2_tokenizer.model_bytes)
+    cut = words._runs_of.findall("    self.assertEqual(fox_1, 'owl')" + words_module.END)
+    assert cut == ["    self", ".", "assertEqual", "(", "fox", "_", "1", ",", " '", "owl", "')", words_module.END]
+    words.encode(["self.assertEqual(fox_1, 'owl')", "fox.assertEqual(self_1, 'owl')"])
+    assert {"assertEqual", "fox", "_", ".", "')"} < {*words._known_runs} and "assertEqual" not in words._known
 
 
 def test_texts_of_unseen_words_are_given_to_sentencepiece_as_they_are(models, monkeypatch):
@@ -198,6 +217,14 @@ def test_texts_of_unseen_words_are_given_to_sentencepiece_as_they_are(models, mo
     for text, known in (("the fox saw", set()), ("the owl " * 20, {"the", "owl", ""}), ("a fox", {"the", "owl", ""})):
         assert words.encode([text, ""])[0].tolist() == expected.encode(text)
         assert set(words._known) == {words_module.END, *known}
+
+
+def test_new_words_that_are_long_are_not_cut_into_runs(models, monkeypatch):
+    monkeypatch.setattr(words_module, "MOST_UNSEEN", 0.75)
+    words, expected = Words(models["as LLaMA 2"].model_bytes), bare(models["as LLaMA 2"])
+    text = ",".join(map(str, range(1000, 1100)))
+    assert words.encode([text])[0].tolist() == expected.encode(text)
+    assert set(words._known) == set(words._known_runs) == {words_module.END}
 
 
 @pytest.mark.parametrize("text", [f"a{words_module.END}b", f"a {words_module.SPACE}b", words_module.END])

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 import sys
 import typing
@@ -63,6 +64,24 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
             raise UserError(f"{name}: expected one file, found {found} and {value}; leave one out")
         found = value
     return found, rest
+
+
+def texts_given_twice(argv: Sequence[str]) -> str:
+    """Return a warning if a flag of a text (``--filepath``) has several values, of which the last one counts."""
+    given: dict[str, list[str]] = {}
+    for word, following in itertools.pairwise([*argv, ""]):
+        if word == "--":
+            break
+        name, equals, value = word.partition("=")
+        if word.startswith("--") and name.endswith("filepath"):
+            given.setdefault(name, []).append(value if equals else following)
+    for name, values in given.items():
+        if others := [value for value in dict.fromkeys(values) if value != values[-1]]:
+            return (
+                f"warning: {name} is given {len(values)} times: {values[-1]} is read, and not {', '.join(others)}; several texts are "
+                "a folder, or a glob in quotes"
+            )
+    return ""
 
 
 def unescape(text: str) -> str:
@@ -164,6 +183,12 @@ def _take_lists(kind: type[T], argv: Sequence[str], default: T) -> tuple[list[st
         hint, escaped = _several(flags[name].hint), flags[name].escaped
         if escaped:
             groups = [tuple(unescape(x) if isinstance(x, str) else x for x in group) for group in groups]
+        if typing.get_origin(hint) is dict and len({key for key, *_ in groups}) < len(groups):
+            keys = [key for key, *_ in groups]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(
+                f"{name}: expected each once, found {twice} {keys.count(twice)} times; leave the others out"
+            )
         values = dict(groups) if typing.get_origin(hint) is dict else typing.get_origin(hint)(x for (x,) in groups)
         default = _with(default, flags[name].path, values)
     return rest, default

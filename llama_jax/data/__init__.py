@@ -3,7 +3,6 @@
 Start with ``load_data``: it finds the text, loads or trains the tokenizer, and opens the tokens.
 """
 
-import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,11 +26,11 @@ from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
 from llama_jax.data.shards import RefuseOthers, prepare
 from llama_jax.data.text import Corpus, check_separator
 from llama_jax.data.token_files import TokenFile
-from llama_jax.data.tokens import find_prepared, open_tokens
+from llama_jax.data.tokens import TokenSet, find_prepared, open_tokens
 from llama_jax.data.tuning_set import Talking, encode_chats, format_of, settings_of
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.data.workers import Run, run_tasks
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import is_address, write_atomically
 from llama_jax.tokenizer import Tokenizer, is_kept, keep_tokenizer, kept_tokenizer, train_tokenizer
 
@@ -41,6 +40,8 @@ __all__ = [
 ]  # fmt: skip
 
 
+# Of the token files of other programs, so many tokens are shown.
+SHOWN_TOKENS = 40
 NOT_PREFERENCES = (
     "data.{}: expected preferences (records with prompt, chosen and rejected), of which train.objective dpo learns, found "
     "{} in {}; give others, or leave --train.objective out"
@@ -229,9 +230,8 @@ def _parts_of(corpus: AnyCorpus) -> list[AnyCorpus]:
 
 def _check_has_text(text: Text) -> None:
     """Raise UserError if the training part holds nothing but white space."""
-    parts = list(itertools.islice(text.corpus.parts("train"), 1))
-    if not parts or not any(part.text.strip() for part in text.corpus.parts("train")):
-        found = "nothing but white space" if parts else "none"
+    if not any(part.text.strip() for part in text.corpus.parts("train")):
+        found = "nothing but white space" if any(True for _ in text.corpus.parts("train")) else "none"
         where = {"end": " before the held-out part", "documents": " beside the held-out documents"}
         raise UserError(
             f"data.filepath: expected text to train on, found {found} in {text.source}{where.get(text.corpus.held_out, '')}; "
@@ -373,4 +373,11 @@ def _load_pretokenized(
         _refuse(difference(known, tokens.manifest.origin))
     folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder, tokens.manifest)
-    return Data(tokens, keep_tokenizer(Tokenizer(args.tokenizer_model_path), path), args.filepath)
+    tokenizer = keep_tokenizer(Tokenizer(args.tokenizer_model_path), path)
+    return Data(tokens, tokenizer, args.filepath, notes=(_beginning(args.filepath, tokens, tokenizer),))
+
+
+def _beginning(source: str, tokens: TokenSet, tokenizer: Tokenizer) -> str:
+    """Return the first tokens as text in a line. Nobody but a person can tell that it is the wrong tokenizer."""
+    text = tokenizer.decode(tokens.train[:SHOWN_TOKENS].tolist(), specials=True)
+    return f"{source}: with this tokenizer, its text begins {quoted(text, 160)}; if that makes no sense, name another"

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+from llama_jax.cli.flags import texts_given_twice
 from llama_jax.data import inspecting, merging, preparing, training_tokenizer
 from llama_jax.errors import UserError, run_command
 from llama_jax.programs import typed
@@ -31,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         # The names that training has for the same flags are taken, too.
         COMMANDS[name][1]([re.sub(r"^--data\.", "--", word) for word in argv[1:]])
+        if warning := texts_given_twice(argv):
+            print(warning, file=sys.stderr)
     except UserError as error:
-        raise UserError(str(error).replace("--data.", "--")) from error
+        hint = "; several texts are a folder or a glob in quotes" if "expected a flag before it" in str(error) else ""
+        raise UserError(str(error).replace("--data.", "--") + hint) from error
 
 
 def _help() -> str:

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 from llama_jax.data.corpus_file import CorpusFile, Record
 from llama_jax.data.parts import Unit
 from llama_jax.data.places import BLOCK_BYTES
+from llama_jax.data.record_fields import Fields
 from llama_jax.errors import UserError
 from llama_jax.programs import install_command
 
@@ -59,17 +60,49 @@ def _opened(file: CorpusFile) -> Iterator[tuple[Any, BinaryIO]]:
             ) from None
 
 
-def columns_of(schema: Any) -> tuple[list[str], list[str]]:
-    """Return the names of the columns that hold texts, and of the others."""
+def columns_of(schema: Any) -> Fields:
+    """Return which columns hold texts, also within structures, and of which types the others are."""
+    fields = Fields()
+    for column in schema:
+        if _is_text(column.type):
+            fields.texts[column.name] = None
+        else:
+            fields.others[column.name] = f"of the type {column.type}"[:60]
+            fields.within.update(dict.fromkeys(_texts_within(column.name, column.type)))
+    return fields
+
+
+def _is_text(kind: Any) -> bool:
     import pyarrow as pa
 
-    def is_text(kind: Any) -> bool:
-        if pa.types.is_dictionary(kind):
-            return is_text(kind.value_type)
-        return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
-    strings = [field.name for field in schema if is_text(field.type)]
-    return strings, [field.name for field in schema if field.name not in strings]
+
+def _texts_within(name: str, kind: Any) -> Iterator[str]:
+    """Yield the names of the texts in a structure that a column has."""
+    import pyarrow as pa
+
+    for part in kind if pa.types.is_struct(kind) else ():
+        inner = f"{name}.{part.name}"
+        if _is_text(part.type):
+            yield inner
+        else:
+            yield from _texts_within(inner, part.type)
+
+
+def path_of(schema: Any, field: str) -> list[str]:
+    """Return the column that a field stands in, and the names within it: ["meta", "text"] of meta.text."""
+    return [field] if field in schema.names else field.split(".")
+
+
+def _column(batch: Any, path: list[str]) -> Any:
+    """Return the texts of some rows. Rows without the structure that they stand in have none."""
+    import pyarrow.compute
+
+    column = batch.column(batch.schema.get_field_index(path[0]))
+    return pyarrow.compute.struct_field(column, path[1:]) if path[1:] else column
 
 
 def parquet_records(file: CorpusFile, unit: Unit) -> Iterator[Record]:
@@ -83,7 +116,8 @@ def parquet_records(file: CorpusFile, unit: Unit) -> Iterator[Record]:
             # The sizes in the metadata are before compression, and before repeated values were stored once.
             rows = max(1, min(1024, ROWS_BYTES * about.num_rows // max(1, about.total_byte_size)))
             batches = table.iter_batches(rows, [chosen], [file.field], use_threads=False)
-            columns = _between((batch.column(0) for batch in batches), unit.start, unit.stop)
+            path = path_of(table.schema_arrow, file.field)
+            columns = _between((_column(batch, path) for batch in batches), unit.start, unit.stop)
             yield from _rows(columns, before + unit.start)
 
 
@@ -91,7 +125,8 @@ def arrow_records(file: CorpusFile) -> Iterator[Record]:
     """Yield the records of an arrow file or stream: the texts of its field."""
     with arrow(file) as reader:
         batches = batches_of(file, reader)
-        yield from _rows((batch.column(batch.schema.get_field_index(file.field)) for batch in batches), 0)
+        path = path_of(reader.schema, file.field)
+        yield from _rows((_column(batch, path) for batch in batches), 0)
 
 
 def _rows(columns: Iterable[Any], number: int) -> Iterator[Record]:

@@ -2,9 +2,9 @@
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -134,8 +134,12 @@ class Digests:
         """Add the next parts of documents. A document whose start or end is not here gets no digest."""
         found = []
         for text, _, starts, ends, _ in parts:
+            if starts and ends:  # as short ones are, of which there may be millions
+                self._hash = None
+                found.append(blake2b(text.encode(), digest_size=8).digest())
+                continue
             if starts:
-                self._hash = hashlib.blake2b(text.encode(), digest_size=8)
+                self._hash = blake2b(text.encode(), digest_size=8)
             elif self._hash is not None:
                 self._hash.update(text.encode())
             if ends and self._hash is not None:
@@ -156,7 +160,11 @@ class Digests:
     def copies_in(self, others: "Digests") -> int:
         """Return how many documents of ``others`` are also here, estimated if either is a sample."""
         zeros = max(self._zeros, others._zeros)
-        return int(np.isin(others._sample(zeros), self._sample(zeros)).sum()) << zeros
+        here, theirs = np.sort(self._sample(zeros)), others._sample(zeros)
+        if not len(here):
+            return 0
+        nearest = here[np.minimum(np.searchsorted(here, theirs), len(here) - 1)]
+        return int(np.count_nonzero(nearest == theirs)) << zeros
 
     def _shrink(self) -> None:
         while len(self._kept) > 8 * self._limit:

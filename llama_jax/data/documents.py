@@ -149,7 +149,15 @@ class Separator:
 
     def occurs(self, data: Reader) -> bool:
         """Return whether a file contains the separator."""
-        return any(buffer and ranges for _, buffer, ranges in self._ranges(data, 0))
+        look = 0
+        while look < data.size:
+            at, buffer = data.window(look, min(data.size, look + 2 * self._longest))
+            if self._pattern.search(buffer, look - at):
+                return True
+            if at + len(buffer) == data.size:
+                break
+            look = max(look, at + len(buffer) - self._longest)  # the buffer's end may cut one
+        return False
 
     def groups(self, data: Reader, start: int) -> Iterator[list[Document]]:
         """Yield the documents after ``start``, trimmed of blank lines at both ends, in lists.
@@ -157,40 +165,43 @@ class Separator:
         Empty ones are skipped.
         """
         lines = self._plain == b"\n"
-        for at, buffer, ranges in self._ranges(data, start):
-            if not lines or data.has_returns:
-                yield from _trimmed_each(data, at, buffer, ranges)
-                continue
-            yield from (_trimmed(data, at + first, at + last) for first, last in ranges[:1])
-            # There may be millions of lines, so that each call here counts. They keep their white space.
-            raws = ((first, last, buffer[first:last]) for first, last in ranges[1:])
-            yield [(at + first, at + last, raw) for first, last, raw in raws if raw.strip(WHITE)]
-
-    def _ranges(self, data: Reader, start: int) -> Iterator[tuple[int, bytes, list[tuple[int, int]]]]:
-        """Yield the ranges between the separators after ``start``, buffer by buffer: its offset, its bytes, the ranges.
-
-        They are relative to the offset. The first one of a buffer may begin before it.
-        """
         look = start
         while look < data.size:
             at, buffer = data.window(look, min(data.size, look + 2 * self._longest))
-            last = at + len(buffer) == data.size
-            look -= at
-            ranges: list[tuple[int, int]] = []
-            begins = start - at
-            for found, end in self._within(buffer, look, data.has_returns):
-                look = found
-                if end == len(buffer) and not last:
-                    break  # the match may be longer: an LF may follow a CR at the end of the buffer
-                ranges.append((begins, found))
-                begins = look = end
-            start = at + begins
-            yield at, buffer, ranges
-            if last:
-                break
-            # A separator that the buffer's end cuts begins in its last bytes.
-            look = at + max(look, len(buffer) - self._longest)
-        yield start, b"", [(0, data.size - start)]
+            if lines and not data.has_returns:
+                # There may be millions of lines, so that each call here counts. They keep their white space.
+                raws = buffer[look - at :].split(b"\n")
+                sizes = [*map(len, raws)]
+                begins = [*accumulate(map((1).__add__, sizes), initial=look)][:-1]
+                if len(raws) > 1:
+                    yield _trimmed(data, start, look + sizes[0])
+                    rows = zip(begins[1:-1], sizes[1:-1], raws[1:-1], strict=True)
+                    yield [(first, first + size, raw) for first, size, raw in rows if raw.strip(WHITE)]
+                    start = begins[-1]
+                look = at + len(buffer)
+                continue
+            ranges, start, look = self._ranges(data, start, look)
+            yield from _trimmed_each(data, at, buffer, ranges)
+        yield _trimmed(data, start, data.size)
+
+    def _ranges(self, data: Reader, start: int, look: int) -> tuple[list[tuple[int, int]], int, int]:
+        """Return the ranges between the separators from ``look`` on in a window, relative to it.
+
+        The first one begins at ``start``, which may be before the window. Return ``start`` and ``look`` for the next
+        window, too.
+        """
+        at, buffer = data.window(look, min(data.size, look + 2 * self._longest))
+        last = at + len(buffer) == data.size
+        ranges: list[tuple[int, int]] = []
+        look, begins = look - at, start - at
+        for found, end in self._within(buffer, look, data.has_returns):
+            look = found
+            if end == len(buffer) and not last:
+                break  # the match may be longer: an LF may follow a CR at the end of the buffer
+            ranges.append((begins, found))
+            begins = look = end
+        # A separator that the buffer's end cuts begins in its last bytes.
+        return ranges, at + begins, data.size if last else at + max(look, len(buffer) - self._longest)
 
     def _within(self, buffer: bytes, start: int, has_returns: bool) -> Iterable[tuple[int, int]]:
         """Return where the separators in ``buffer`` begin and end."""

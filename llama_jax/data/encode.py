@@ -16,7 +16,7 @@ import numpy as np
 
 from llama_jax.data.counts import Counts, Digests
 from llama_jax.data.lost import Losses
-from llama_jax.data.parts import SPLITS, AnyCorpus, Part, Skipped, Unit
+from llama_jax.data.parts import SIZE, SPLITS, AnyCorpus, Part, Skipped, Unit
 from llama_jax.data.stream import BLOCK_BYTES, checksums
 from llama_jax.storage.files import replacing, write_atomically
 from llama_jax.tokenizer import Tokenizer
@@ -141,7 +141,7 @@ class _Encoder:
         for start in range(0, len(parts), PARTS_AT_ONCE):
             some = parts[start : start + PARTS_AT_ONCE]
             self._batch += some
-            self._batch_bytes += sum(part.size for part in some)
+            self._batch_bytes += sum(map(SIZE, some))
             if len(self._batch) >= PARTS_AT_ONCE or self._batch_bytes >= BYTES_AT_ONCE:
                 self._encode()
 

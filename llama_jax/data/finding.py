@@ -1,6 +1,7 @@
 """Finds the text that settings name, and its held-out text, and tells how each is read. Nothing is encoded yet."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,6 +106,13 @@ def _found_text(args: DataArgs, as_text: bool, by_split: bool = True) -> Text:
         words = ["conversations" if isinstance(each, Chats) else "text" for each in (corpus, held_out)]
         raise UserError(
             f"data.eval_filepath: expected {words[0]}, as data.filepath has, found {words[1]} in {args.eval_filepath}"
+        )
+    names = {os.path.realpath(place.name) if not place.is_remote else place.name for place in corpus.places}
+    both = [p.name for p in held_out.places if (p.name if p.is_remote else os.path.realpath(p.name)) in names]
+    if both:
+        more += (
+            f"warning: {args.eval_filepath}: {len(both):,} of {len(held_out.places):,} held-out files are also trained on "
+            f"({os.path.basename(both[0])}{', ...' * (len(both) > 1)}), so that the held-out loss is too low; leave them out of one",
         )
     return Text(WithHeldOut(corpus, held_out), args.filepath, None, notes + more, args.eval_filepath)
 

@@ -2,6 +2,8 @@
 
 import codecs
 import csv
+import io
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -97,6 +99,24 @@ JSON_LINES = Kind("JSON lines", "write their texts to a .txt file first", "json 
 # Encodings by byte order mark, and by trying to decode. The first that fits wins.
 MARKS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
+TABLE = Kind("a table", "write its column of texts to a .txt file, or its rows as JSON lines, first")
+# The names of columns of a table in a file of any name, of which one is usual for texts, and the fewest rows below them.
+NAME = re.compile(r"\w[\w .-]{0,40}|")
+COLUMNS = {
+    "text",
+    "content",
+    "body",
+    "document",
+    "title",
+    "id",
+    "url",
+    "label",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+}
+FEWEST_ROWS = 3
 # A line that is an object, but perhaps not JSON: a comma follows, or Python printed it.
 OBJECT = re.compile(r"\s*\{\s*[\"'].*\}\s*,?\s*")
 # Short texts that servers send in place of a file.
@@ -123,7 +143,7 @@ def kind_of(path: Path, size: int) -> Kind | None:
 def kind_of_bytes(windows: Sequence[bytes], size: int, name: str) -> Kind | None:
     """Return the kind of a file of ``size`` bytes by some ``windows`` of it. The first is its beginning.
 
-    Its ``name`` tells only tables from text, and a file with few JSON lines from text.
+    Its ``name`` tells only tables without the names of columns from text, and a file with few JSON lines.
     """
     head = windows[0]
     return _by_first_bytes(head, size) or _by_encoding(windows) or _by_structure(head, len(head) == size, name)
@@ -257,7 +277,7 @@ def _by_structure(head: bytes, whole: bool, name: str) -> Kind | None:
         return found
     if suffixes and suffixes[-1] in (".csv", ".tsv"):
         return _table(text, whole, "\t" if suffixes[-1] == ".tsv" else ",")
-    return None
+    return _headed_table(head.decode("utf-8", "replace").lstrip("\ufeff\r\n"), whole)  # a tab may begin a row
 
 
 def _json_lines(text: str, whole: bool, named: bool) -> Kind | None:
@@ -317,6 +337,23 @@ def _is_cut_record(text: str) -> bool:
     return False
 
 
+def _headed_table(text: str, whole: bool) -> Kind | None:
+    """Recognize a table in a file of any name: rows of one length below the names of columns, one of which is usual."""
+    heading, _, below = (text if whole else text.rpartition("\n")[0]).partition("\n")
+    for delimiter in ",\t;|":
+        names = [name.strip(' "\r\ufeff') for name in heading.split(delimiter)]
+        if len(names) < 2 or not all(map(NAME.fullmatch, names)) or not {name.lower() for name in names} & COLUMNS:
+            continue
+        try:
+            rows = [row for row in itertools.islice(csv.reader(io.StringIO(below), delimiter=delimiter), LINES) if row]
+        except csv.Error:
+            continue
+        rows = rows if whole else rows[:-1]  # the last one may be cut
+        if len(rows) >= FEWEST_ROWS and {len(row) for row in rows} == {len(names)}:
+            return TABLE
+    return None
+
+
 def _table(text: str, whole: bool, delimiter: str) -> Kind | None:
     """Recognize a table: a .csv or .tsv file with rows of one length or quoted fields."""
     lines = (text if whole else text.rpartition("\n")[0]).splitlines()[:LINES]
@@ -326,5 +363,5 @@ def _table(text: str, whole: bool, delimiter: str) -> Kind | None:
         return None
     quoted = any(line.startswith('"') for line in lines)
     if widths and (quoted or (len(widths) == 1 and max(widths) > 1)):
-        return Kind("a table", "write its column of texts to a .txt file, or its rows as JSON lines, first")
+        return TABLE
     return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llama_jax.data.parts import Part
+from llama_jax.data.parts import SIZE, Part
 from llama_jax.data.text import PART_BYTES
 from llama_jax.tokenizer import SPACE_MARK, Tokenizer
 
@@ -37,7 +37,7 @@ class Losses:
         """Add the next parts of the text, their tokens, int [tokens], and the number of tokens of each."""
         stride = max(1, self.text_bytes // COMPARED_BYTES)
         self.unknown += int(np.count_nonzero(ids == self.tokenizer.unk_id))
-        sizes = np.array([part.size for part in parts], np.int64)
+        sizes = np.fromiter(map(SIZE, parts), np.int64, len(parts))
         places = self.read + np.cumsum(sizes) - sizes
         self.read += int(sizes.sum())
         ends = np.cumsum(lengths)

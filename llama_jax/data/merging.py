@@ -18,7 +18,7 @@ from llama_jax.data.tokens import open_tokens
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
 from llama_jax.storage.files import remove_leftovers
-from llama_jax.storage.locations import on_disk
+from llama_jax.storage.locations import folder_on_disk
 from llama_jax.storage.owner import owning
 from llama_jax.tokenizer import kept_tokenizer
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse_flags(MergeArgs, argv, MergeArgs(), program, description)
     if not args.output:
         raise UserError("--output: expected the folder of the parts, found none")
-    merge(on_disk(args.output, "--output"))
+    merge(folder_on_disk(args.output, "--output"))
 
 
 def merge(output: Path) -> None:

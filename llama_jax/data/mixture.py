@@ -116,6 +116,11 @@ class Schedule:
         """Return the stretches for JSON."""
         return [{"step": stretch.step, "weights": stretch.weights} for stretch in self.stretches]
 
+    @property
+    def names(self) -> set[str]:
+        """The sources of all steps."""
+        return {name for stretch in self.stretches for name in stretch.weights}
+
     def place(self, row: int) -> Place:
         """Return where row ``row`` of the run, counted from 0, is read."""
         span = self._span(row)
@@ -141,6 +146,12 @@ class Schedule:
             first = self.sizes.rows(stretch.step)
             spans.append(_Span.of(first, stretch.weights, spans[-1].read_until(first) if spans else {}))
         return spans
+
+
+def renamed(known: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return what ``Schedule.to_list`` gave, with new names of sources. ``names`` has the earlier ones by these."""
+    new = {old: name for name, old in names.items()}
+    return [s | {"weights": {new.get(name, name): weight for name, weight in s["weights"].items()}} for s in known]
 
 
 class Mixed(NamedTuple):

@@ -1,7 +1,7 @@
 """The data of a run, opened: one text, or a mixture of several."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,34 @@ def origins(record: dict[str, Any]) -> dict[str, Origin]:
     if MIXTURE in record:
         return {name: Origin.from_dict(table) for name, table in record[MIXTURE].items()}
     return {"": Origin.from_dict(record)}
+
+
+def other_names(data: AnyData, before: Mapping[str, Origin]) -> dict[str, str]:
+    """Return the names of a mixture's sources that a run has read under other names ``before``, each with that name.
+
+    A source that moved has the same text and the same tokens.
+    """
+    gone = {name: origin for name, origin in before.items() if name not in data.sources}
+    found: dict[str, str] = {}
+    for name, source in data.sources.items():
+        now = source.tokens.manifest.origin
+        for old, was in gone.items() if name not in before else ():
+            if old not in found.values() and _tokens(was) == _tokens(now):
+                found[name] = old
+                break
+    return found
+
+
+def _tokens(origin: Origin) -> tuple[str, str, str]:
+    return origin.text_sha256, origin.tokenizer_sha256, origin.tokens_sha256
+
+
+def with_earlier(record: dict[str, Any], before: Mapping[str, Origin], names: Collection[str]) -> dict[str, Any]:
+    """Return a mixture's ``record`` with those sources of ``names`` that this start leaves out, as they were before."""
+    if MIXTURE not in record:
+        return record
+    left_out = {name: before[name].to_dict() for name in before if name in names and name not in record[MIXTURE]}
+    return {MIXTURE: left_out | record[MIXTURE]}
 
 
 def percent(share: float) -> str:

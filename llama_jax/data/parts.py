@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Literal, NamedTuple, Protocol
 
 from llama_jax.data.places import Place
@@ -24,6 +25,9 @@ class Part(NamedTuple):
     starts: bool
     ends: bool
     number: int = 0
+
+
+SIZE = itemgetter(1)  # of a part: by its number, which is faster where there are millions
 
 
 class Unit(NamedTuple):

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-import fsspec
-
 from llama_jax.errors import UserError
 from llama_jax.programs import install_command
 from llama_jax.storage.files import is_address
@@ -195,6 +193,8 @@ def tell_waiting(name: str, reason: str, wait: int) -> None:
 
 def system_of(address: str) -> tuple[Any, str]:
     """Return fsspec's file system for an address, and the path in it. Raises UserError if a package is missing."""
+    import fsspec.core  # imported here, as files on disk need it not
+
     protocol = address.partition("://")[0]
     try:
         return fsspec.core.url_to_fs(address)

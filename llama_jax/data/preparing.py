@@ -20,12 +20,13 @@ from llama_jax.data.places import BLOCK_BYTES
 from llama_jax.data.reading import ReadingArgs
 from llama_jax.data.shards import RefuseOthers, unfinished_in
 from llama_jax.data.summary import documents_text, held_out_text, remarks
+from llama_jax.data.token_files import find_token_files
 from llama_jax.data.tokens import SPLITS, find_prepared, open_tokens, token_files
 from llama_jax.data.workers import Run, run_tasks
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
-from llama_jax.storage.files import remove_leftovers
-from llama_jax.storage.locations import on_disk
+from llama_jax.storage.files import is_address, remove_leftovers
+from llama_jax.storage.locations import folder_on_disk
 from llama_jax.storage.owner import owning
 from llama_jax.tokenizer import Tokenizer, is_kept, kept_tokenizer
 from llama_jax.tokenizers.files import KEPT
@@ -72,6 +73,11 @@ class PrepareArgs(ReadingArgs):
         """The settings of the text. Raises UserError if they are impossible."""
         if find_prepared(self.filepath) is not None:
             raise UserError(f"--filepath: expected a text, found tokens that are prepared already in {self.filepath}")
+        if not self.as_text and not is_address(self.filepath) and (files := find_token_files(self.filepath)):
+            raise UserError(
+                f"--filepath: expected a text, found token files of {files[0].program} in {self.filepath}; give them to training as they "
+                "are, with their tokenizer"
+            )
         return self.data_args(
             train_size=self.train_size, tokenizer_model_path=self.tokenizer_model_path, vocab_size=self.vocab_size,
             eval_filepath=self.eval_filepath,
@@ -93,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     if not args.part:  # whose tokenizer must be given
         refuse_empty(argv, args, ("eval_filepath", "tokenizer_model_path"))
     if args.part:
-        prepare_part(args.data, on_disk(args.output, "--output"), PartOf.parse(args.part), args.workers)
+        prepare_part(args.data, folder_on_disk(args.output, "--output"), PartOf.parse(args.part), args.workers)
     else:
         prepare(args)
 
@@ -114,7 +120,7 @@ def _check_ray(args: PrepareArgs) -> None:
 def prepare(args: PrepareArgs) -> None:
     """Make the tokens unless they exist. Raises UserError, and changes nothing, if the folder holds other tokens."""
     data_args = args.data
-    output = on_disk(args.output, "--output")
+    output = folder_on_disk(args.output, "--output")
     if args.filepath != STANDARD_INPUT:
         text = find_text(data_args, output)
     given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None

@@ -33,7 +33,8 @@ class ReadingArgs:
     Blank lines at the start and end of a document are dropped.
     Empty: each file is one document. Of records each is a document, and there is no separator."""
     text_field: str = ""
-    """Field of the records that holds the text. Empty: "text", or else the only field with texts."""
+    """Field of the records that holds the text; meta.text is one within another.
+    Empty: "text", or else the only field with texts."""
     bad_records: BadRecords = "error"
     """Records that cannot be read: error (stop at the first) or skip (leave them out and count them)."""
     as_text: bool = False

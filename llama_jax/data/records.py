@@ -6,7 +6,7 @@ The text of a record is a document.
 import codecs
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,12 +18,14 @@ from llama_jax.data.columns import (
     columns_of,
     parquet,
     parquet_records,
+    path_of,
     rows_of_tables,
 )
 from llama_jax.data.corpus_file import BOM, CorpusFile, Record, opened_at
 from llama_jax.data.kinds import Format, decoded
 from llama_jax.data.parts import Unit
 from llama_jax.data.places import BLOCK_BYTES
+from llama_jax.data.record_fields import Fields, content_of, named
 from llama_jax.errors import UserError, quoted
 from llama_jax.tokenizer import clean
 
@@ -44,8 +46,6 @@ NAMES: dict[Format, str] = {
     "arrow file": "an arrow file", "arrow stream": "an arrow stream",
 }  # fmt: skip
 WHOLE_FILE = Unit(0)
-# An error lists this many fields.
-FIELDS = 20
 
 
 class Group(NamedTuple):
@@ -60,7 +60,7 @@ def groups_of(file: CorpusFile) -> list[Group]:
     if file.format != "parquet":
         return []
     with parquet(file) as table:
-        column = table.schema_arrow.names.index(file.field)
+        column = table.schema_arrow.names.index(path_of(table.schema_arrow, file.field)[0])
         groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
         flat = table.metadata.num_columns == len(table.schema_arrow.names)  # without lists or structures
         sizes = [g.column(column).total_uncompressed_size if flat else g.total_byte_size for g in groups]
@@ -103,12 +103,13 @@ def lines_before(file: CorpusFile, unit: Unit) -> int:
 def with_field(file: CorpusFile, wanted: str, key: str = "data.filepath") -> CorpusFile:
     """Return ``file`` with the field that holds the text: ``wanted``, else "text", else the only one with strings.
 
+    A field within another has both names (``meta.text``), and is taken if it is wanted.
     Records without a text may be conversations (chat_records.py), whose fields are then named. Raises a UserError that
     names the option ``key`` and lists the fields if there is no such field, or several.
     """
-    strings, others = _fields(file, wanted)
-    every = [*strings, *others]
-    if wanted in strings or not every:
+    fields = _fields(file, wanted)
+    strings, every = [*fields.texts], fields.names
+    if (wanted and fields.has(wanted)) or not every:
         return replace(file, field=wanted or TEXT)
     if (kind := kind_of_name(wanted)) and {*KINDS[kind]} <= {*every}:
         return replace(file, field=", ".join(KINDS[kind]), chats=kind, chosen=True)
@@ -118,12 +119,11 @@ def with_field(file: CorpusFile, wanted: str, key: str = "data.filepath") -> Cor
     if chosen and not wanted:
         return replace(file, field=chosen)
     asked = f"texts in the field {quoted(wanted)}" if wanted else "texts in a field text, or in one field alone"
-    found = f"the fields {_listed(strings)}" if strings else "no field with texts"
-    rest = f" (and {_listed(others)} without texts)" if others else ""
     conversations = f", or conversations ({KNOWN})" if not wanted else ""
     raise UserError(
-        f"{'data.text_field' if wanted else key}: expected {asked}{conversations}, found {NAMES[file.format]} with {found}{rest} "
-        f"from {file.word} 1 on: {file.name}; name the field with --data.text-field, or take the file as it is with --data.as-text"
+        f"{'data.text_field' if wanted else key}: expected {asked}{conversations}, found {NAMES[file.format]} with "
+        f"{fields.found(wanted or TEXT)} from {file.word} 1 on: {file.name}; {fields.advice}, or take the file as it is with "
+        "--data.as-text"
     )
 
 
@@ -131,7 +131,7 @@ def also_chats(file: CorpusFile) -> str:
     """Return the fields of a conversation that records have beside the text that is taken, or an empty text."""
     if file.format == "text" or file.chats or file.field != TEXT:
         return ""
-    kind = kind_of_fields([name for some in _fields(file, "") for name in some])
+    kind = kind_of_fields(_fields(file, "").names)
     return ",".join(KINDS[kind]) if kind else ""
 
 
@@ -153,8 +153,8 @@ def values_of(file: CorpusFile) -> Iterator[tuple[int, Any, str, int]]:
 
 def columns_not_read(file: CorpusFile) -> list[str]:
     """Return the names of the columns of a table that ``values_of`` does not read, none of other files."""
-    columns = _fields(file, "") if file.format == "parquet" else ()
-    return [name for some in columns for name in some if name not in FIELDS_READ]
+    columns = _fields(file, "").names if file.format == "parquet" else []
+    return [name for name in columns if name not in FIELDS_READ]
 
 
 def records_in(file: CorpusFile) -> int | None:
@@ -174,50 +174,42 @@ def records_in(file: CorpusFile) -> int | None:
     return lines + (last != b"\n")
 
 
-def _listed(fields: Sequence[str]) -> str:
-    names = [name if name.isprintable() and name.isascii() else ascii(name) for name in fields[:FIELDS]]
-    return ", ".join(names) + (", ..." if len(fields) > FIELDS else "")
-
-
-def _fields(file: CorpusFile, wanted: str) -> tuple[list[str], list[str]]:
-    """Return the names of the fields that hold texts, and of the others, up to where ``wanted`` is found."""
+def _fields(file: CorpusFile, wanted: str) -> Fields:
+    """Return the fields of a file's records, up to where ``wanted`` is found."""
     if file.format == "parquet":
         with parquet(file) as table:
             return columns_of(table.schema_arrow)
     if file.format in ("arrow file", "arrow stream"):
         with arrow(file) as batches:
             return columns_of(batches.schema)
-    strings: dict[str, None] = {}
-    others: dict[str, None] = {}
-    size = 0
+    fields, size = Fields(), 0
     for number, value, _, _ in _values(file, WHOLE_FILE):
         if isinstance(value, dict):
-            for name, content in value.items():
-                size += len(content) if isinstance(content, str) else 0
-                (strings if isinstance(content, str) else others)[name] = None
-        if (wanted or TEXT) in strings or number >= SAMPLE or size >= SAMPLE_BYTES:
+            size += fields.add(value)
+        if fields.has(wanted or TEXT) or number >= SAMPLE or size >= SAMPLE_BYTES:
             break
-    return list(strings), [name for name in others if name not in strings]
+    return fields
 
 
 def _of_value(number: int, value: Any, field: str, replaced: int) -> Record:
     """Return the record of a JSON value, in which ``replaced`` byte sequences were not UTF-8."""
     if not isinstance(value, dict):
-        return Record(number, None, f"expected an object, found {_named(value)}")
-    text = value.get(field)
+        return Record(number, None, f"expected an object, found {named(value)}")
+    text = content_of(value, field)
     if isinstance(text, str):
         try:
             return Record(number, text.encode(), "", replaced)
         except UnicodeEncodeError:
             whole = clean(text)
             return Record(number, whole.encode(), "", replaced + whole.count("\ufffd") - text.count("\ufffd"))
-    found = _named(text) if field in value else f"the fields {', '.join(map(str, value))}" if value else "no field"
+    found = (
+        named(text)
+        if text is not None or field in value
+        else f"the fields {', '.join(map(str, value))}"
+        if value
+        else "no field"
+    )
     return Record(number, None, f"expected a text in the field {quoted(field)}, found {quoted(found)[1:-1]}")
-
-
-def _named(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", list: "a list", dict: "an object", str: "a text"}
-    return names.get(type(value), "a number")
 
 
 def _values(file: CorpusFile, unit: Unit) -> Iterator[tuple[int, Any, str, int]]:

@@ -9,8 +9,9 @@ from llama_jax.data.corpus_file import CorpusFile
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "test": ("test", "testing", "eval", "evaluation", "heldout"),
 }
+HELD_OUT = re.compile(r"held[-_ ]out")
 # A note shows this many names.
 SHOWN = 3
 
@@ -22,7 +23,7 @@ def split_of(name: str) -> str:
     """
     *folders, file = name.split("/")
     for part in [file.split(".")[0], *reversed(folders)]:
-        words = re.split(r"[^a-z]+", part.lower())
+        words = re.split(r"[^a-z]+", HELD_OUT.sub("heldout", part.lower()))
         for split, keywords in SPLITS.items():
             if any(word in keywords for word in words):
                 return split
@@ -33,7 +34,7 @@ def of_one_split(files: Sequence[CorpusFile], held_out: bool = False) -> tuple[l
     """Return the files without those of other splits than train, and a line about these.
 
     Of a ``held_out`` text, the validation split is returned, else the test split. All files are returned if none is of
-    the train split.
+    the train split; those of other splits are then named in a warning, if there are files besides.
     """
     # A folder that all files have above them tells nothing. Names may be addresses.
     first, last = min(file.name for file in files), max(file.name for file in files)
@@ -42,20 +43,18 @@ def of_one_split(files: Sequence[CorpusFile], held_out: bool = False) -> tuple[l
     inside = {file.name: file.name.removeprefix(root).strip("/") for file in files}
     texts = _splits_of_texts([inside[file.name] for file in files if file.format == "text"])
     splits = {file.name: texts.get(inside[file.name], split_of(inside[file.name])) for file in files}
-    if "train" not in splits.values():
-        return list(files), []
     named = [split for split in ("validation", "test") if split in splits.values()]
+    if "train" not in splits.values():
+        mixed = len({*splits.values()}) > 1 and not held_out
+        return list(files), [_also_read(inside, splits, split) for split in named if mixed]
     taken = {named[0]} if held_out and named else {"", "train"}
     kept = [file for file in files if splits[file.name] in taken]
     notes = []
     for split in ("train", *named):
         names = [inside[file.name] for file in files if splits[file.name] == split]
         if split not in taken:
-            shown = ", ".join(ascii(name)[1:-1] for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
             hint = "" if held_out else "; evaluate on them with --data.eval-filepath"
-            notes.append(
-                f"not read, as their names say that they are the {split} split: {len(names):,} ({shown}){hint}"
-            )
+            notes.append(f"not read, as their names say that they are the {split} split: {_shown(names)}{hint}")
     folders = sorted({os.path.dirname(inside[file.name]) for file in kept if splits[file.name] == "train"})
     if len(folders) > 1 and not texts:
         notes.append(
@@ -63,6 +62,20 @@ def of_one_split(files: Sequence[CorpusFile], held_out: bool = False) -> tuple[l
             f"{', ...' if len(folders) > SHOWN else ''}); name one of them to read it alone"
         )
     return kept, notes
+
+
+def _also_read(inside: dict[str, str], splits: dict[str, str], split: str) -> str:
+    """Return a warning about the files of a split, which are read as there is no train split to read alone."""
+    names = [inside[name] for name, of in splits.items() if of == split]
+    return (
+        f"warning: read to train on, though their names say that they are the {split} split: {_shown(names)}; move them elsewhere, "
+        "and evaluate on them with --data.eval-filepath"
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    shown = ", ".join(ascii(name)[1:-1] for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return f"{len(names):,} ({shown})"
 
 
 def _splits_of_texts(names: Sequence[str]) -> dict[str, str]:

@@ -314,7 +314,10 @@ def parse_steps(text: str) -> tuple[Node, ...]:
     return tuple(parts[:-1])
 
 
-GRAMMAR = Choice(tuple(parse_steps(OPENING + plot + ENDING) for plot in PLOTS.values()))
+@functools.cache
+def grammar() -> Choice:
+    """Return the grammar of all stories."""
+    return Choice(tuple(parse_steps(OPENING + plot + ENDING) for plot in PLOTS.values()))
 
 
 @dataclass(frozen=True)
@@ -343,7 +346,7 @@ class Entropy:
 def story(seed: int, index: int) -> Story:
     """Return story ``index`` of ``seed``, which is the same on every machine and Python version."""
     pieces: list[str] = []
-    ways = tell((GRAMMAR,), dice(seed, index), {}, pieces)
+    ways = tell((grammar(),), dice(seed, index), {}, pieces)
     return Story("".join(pieces), math.log2(ways))
 
 
@@ -392,7 +395,7 @@ _States = dict[frozenset[str], float]
 @functools.cache
 def entropy() -> Entropy:
     """Compute the exact means over all stories by recursion over the grammar."""
-    _, bits, length = _expect((GRAMMAR,), {frozenset(): 1.0})
+    _, bits, length = _expect((grammar(),), {frozenset(): 1.0})
     return Entropy(bits, length)
 
 
@@ -432,7 +435,7 @@ def _expect(parts: Sequence[Node], states: _States) -> tuple[_States, float, flo
 @functools.cache
 def vocabulary() -> frozenset[str]:
     """Return all words of the stories, in lower case."""
-    return frozenset(re.findall(r"[a-z-]+", " ".join(_texts((GRAMMAR,))).lower()))
+    return frozenset(re.findall(r"[a-z-]+", " ".join(_texts((grammar(),))).lower()))
 
 
 def _texts(parts: Sequence[Node]) -> Iterator[str]:

@@ -28,6 +28,8 @@ MEGATRON = b"MMIDIDX\0\0"
 CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 # Files are examined in blocks of this many tokens.
 BLOCK = 1 << 22
+# Names of texts and of records, which are read in place of token files beside them.
+TEXTS = {".txt", ".jsonl", ".ndjson", ".parquet", ".arrow"}
 # Kinds of files that ids of two bytes may look like.
 LIKE_IDS = ("binary data", "text in UTF-", "text in another encoding")
 
@@ -98,7 +100,7 @@ def find_token_files(filepath: str) -> list[TokenFile]:
     path = Path(filepath).expanduser()
     if path.is_dir():
         paths = sorted(path.glob("*.bin"))
-        if not paths or any(path.rglob("*.txt")):
+        if not paths or any(TEXTS & {*other.suffixes} for other in path.rglob("*")):
             return []
     elif path.exists():
         paths = [path.with_suffix(".bin") if path.suffix == ".idx" else path]

@@ -62,6 +62,13 @@ def train_vocabulary(args: TrainTokenizerArgs) -> None:
     check_text(text)
     sentences = Sentences(read.part for read in read_parts(text.corpus))
     lines = list(sentences)
+    if not any(map(str.strip, lines)):
+        found = "nothing but white space" if lines else "none"
+        beside = " beside what is held out" if args.train_size < 1 else ""
+        raise UserError(
+            f"--filepath: expected text to train a vocabulary on, found {found} in {text.source}{beside}; give more text, or a "
+            "larger --train-size"
+        )
     with working(f"training a vocabulary of {args.vocab_size:,} tokens"):
         model = trained_model(lines, args.vocab_size)
     _report_oddities(text)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import tensorstore as ts
 from etils import epath
 
@@ -41,6 +40,8 @@ def location(path: str | Path) -> Path:
 @functools.cache
 def _prepare_gcsfs() -> None:
     """Set up etils.epath and gcsfs for this process, once an address in object storage is used."""
+    import fsspec  # imported here, as folders on disk need it not
+
     # TensorFlow, where it is installed, would take the place of gcsfs, and the accelerator's memory with it.
     os.environ.setdefault("EPATH_USE_TF", "false")
     # gcsfs would remember what a folder held, and so miss the arrays, which tensorstore writes past it, and what other
@@ -58,6 +59,15 @@ def on_disk(path: str, key: str) -> Path:
     if is_address(path):
         raise UserError(f"{key}: expected a folder on disk, found {path}; write to one, then copy it{copying(path)}")
     return _expanded(path)
+
+
+def folder_on_disk(path: str, key: str) -> Path:
+    """Return the path of a folder on disk, which need not exist. Raises a UserError that names ``key`` on others."""
+    folder = on_disk(path, key)
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{key}: expected a folder, found the file {place}; choose another")
+    return folder
 
 
 def _expanded(path: str) -> Path:
@@ -103,6 +113,8 @@ def children(folder: Path) -> list[Path]:
 
 def objects_below(folder: Path) -> dict[str, dict[str, Any]]:
     """Return size, and MD5 if known, of each object below ``folder`` in object storage, by relative path."""
+    import fsspec
+
     prefix = str(folder).removeprefix("gs://").rstrip("/") + "/"
     found = fsspec.filesystem("gcs", finalize_on_close=True).find(prefix, detail=True)
     return {

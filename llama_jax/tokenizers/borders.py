@@ -69,6 +69,8 @@ def encode_with_marks(
 
     encode: returns the ids of texts. count: returns the number of ids of a mark.
     """
+    if all(starts):
+        return encode([*parts])
     before = ["" if start else marks[part.startswith(" ")] for part, start in zip(parts, starts, strict=True)]
     ids, lengths = encode([mark + part for mark, part in zip(before, parts, strict=True)])
     if any(before):

@@ -38,9 +38,9 @@ class SentencePieceReader:
         self._model, self._joined, self._spares = model, joined, spares
         self._sp = loaded(model, name)
         self.own_size: int = self._sp.vocab_size()
-        own = {
-            self._sp.id_to_piece(i): i for i in range(self.own_size) if self._sp.is_control(i) or self._sp.is_unknown(i)
-        }
+        ids = [*range(self.own_size)]
+        special = np.array(self._sp.is_control(ids)) | np.array(self._sp.is_unknown(ids))
+        own = {self._sp.id_to_piece(i): i for i in np.flatnonzero(special).tolist()}
         # A token of the model that is listed among the added ones is found as these are.
         added = [token for token in added if token.id >= self.own_size or own.get(token.text) == token.id]
         self._added = {text: Added(i, text) for text, i in own.items()} | {token.text: token for token in added}
@@ -88,7 +88,7 @@ class SentencePieceReader:
     @functools.cached_property
     def byte_ids(self) -> list[int]:
         """The ids of the tokens that stand for single bytes of UTF-8."""
-        return [i for i in range(self.own_size) if self._sp.is_byte(i)]
+        return np.flatnonzero(self._sp.is_byte([*range(self.own_size)])).tolist()
 
     def encode(self, text: str, specials: bool) -> list[int]:
         """Return the ids of a text; see Reader."""

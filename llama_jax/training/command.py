@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from llama_jax.cli.configurations import find_config, names, shipped, stated_keys
-from llama_jax.cli.flags import given_flags, parse_flags, take_option
+from llama_jax.cli.flags import given_flags, parse_flags, take_option, texts_given_twice
 from llama_jax.config import Config, TrainArgs, load_toml
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
@@ -193,7 +193,8 @@ def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
         # An empty path may take one of the file away. Else it is a shell's variable without a value.
         if name in given and not _get(config, name) and not _get(file, name):
             raise UserError(f"{name}: expected a path, found an empty text; give a path, or leave the flag out")
-    return _without_expectation(*_decide(config, given), file)
+    config, notes = _without_expectation(*_decide(config, given), file)
+    return config, [*notes, *filter(None, [texts_given_twice(argv)])]
 
 
 def _without_expectation(config: Config, notes: list[str], file: Config) -> tuple[Config, list[str]]:

@@ -19,8 +19,8 @@ from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.batches import windows_of
 from llama_jax.data.conversations import Pairs
 from llama_jax.data.document_mask import LOOKED_AT, check_documents, check_marks
-from llama_jax.data.mixture import Schedule
-from llama_jax.data.opened import chat_format_of, chats_in
+from llama_jax.data.mixture import Schedule, renamed
+from llama_jax.data.opened import chat_format_of, chats_in, other_names, with_earlier
 from llama_jax.data.tokens import TokenSet
 from llama_jax.data.tuning_set import kept_setup
 from llama_jax.devices.distributed import is_main, main_first, on_main, text_from_main
@@ -114,7 +114,7 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
         config,
         steps,
         stable_until=None if config.train.hold_lr else stable_until(config.train, steps),
-        schedule=_schedule(config, opened),
+        schedule=_schedule(config, data, opened),
         objective=objective,
         expected=expected,
     )
@@ -161,12 +161,14 @@ def objective_of(config: Config, data: AnyData) -> Objective:
     return make_objective(config, max(pairs, default=1))
 
 
-def _schedule(config: Config, opened: Opened) -> Schedule | None:
+def _schedule(config: Config, data: AnyData, opened: Opened) -> Schedule | None:
     """Return the schedule of a mixture, in which what earlier starts have read stays as it was. None: a single text."""
     weights = config.data.mixture
     if not weights:
         return None
-    known = json.loads(text_from_main(json.dumps(opened.record.mixture)))
+    names = other_names(data, opened.texts or {})
+    opened.notes += [f"{name} has the text of {old}, and is read on where that was" for name, old in names.items()]
+    known = json.loads(text_from_main(json.dumps(renamed(opened.record.mixture, names))))
     return Schedule.of(known, weights, opened.start, BatchSizes.of(config.train))
 
 
@@ -185,10 +187,11 @@ def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
         "step": opened.start,
         "changed": list(settled.changed),
     }
+    schedule = settled.schedule
     opened.record = replace(
         opened.record,
-        text=text,
-        mixture=settled.schedule.to_list() if settled.schedule is not None else [],
+        text=with_earlier(text, opened.texts or {}, schedule.names) if schedule is not None else text,
+        mixture=schedule.to_list() if schedule is not None else [],
         saved=0 if is_copied else opened.start,
         held_lr=settled.held_lr,
         stable_until=settled.stable_until,

@@ -8,7 +8,7 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.cli.flags import ESCAPED, parse_flags, refuse_empty, take_option, unescape
+from llama_jax.cli.flags import ESCAPED, parse_flags, refuse_empty, take_option, texts_given_twice, unescape
 from llama_jax.errors import UserError
 
 
@@ -181,3 +181,15 @@ def test_a_flag_without_a_value_is_not_as_good_as_none(argv: list[str]) -> None:
         refuse_empty(argv, args, ("chat_template", "draft"))
     refuse_empty(["--", "--chat-template"], args, ("chat_template",))
     refuse_empty([], Paths(), ("chat_template", "draft"))
+
+
+def test_of_a_text_that_is_given_twice_the_last_one_counts_and_that_is_told() -> None:
+    told = texts_given_twice(["--data.filepath", "a", "--x", "--data.filepath=b"])
+    assert "--data.filepath is given 2 times: b is read, and not a; several texts are a folder" in told
+    for argv in (
+        [],
+        ["--filepath", "a"],
+        ["--filepath", "a", "--filepath", "a", "--", "--filepath", "b"],
+        ["--x", "1", "--x", "2"],
+    ):
+        assert texts_given_twice(argv) == ""

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import DataArgs
-from llama_jax.data import Data, load_data
+from llama_jax.data import Data, find_text, load_data
 from llama_jax.data.corpus import Records
 from llama_jax.data.documents import Rewinding
 from llama_jax.data.sources import find_files
@@ -372,3 +372,36 @@ def test_prepare_reads_standard_input_and_says_what_it_held_out(tmp_path: Path, 
     assert "holds these tokens already" in again.stdout
     empty = forked.run([*prepare, "--filepath", "-", "--output", "new"], tmp_path, stdin="")
     assert empty.returncode == 2 and "found standard input empty" in empty.stderr and not (tmp_path / "new").exists()
+
+
+def test_of_a_folder_without_a_train_split_what_is_named_for_evaluation_is_read_and_that_is_told(
+    tmp_path: Path,
+) -> None:
+    for name in ("corpus", "test", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    files, notes = find_files(str(tmp_path))
+    assert len(files) == 3
+    told = [note for note in notes if note.startswith("warning: read to train on, though their names say")]
+    assert [("validation split: 1 (validation.jsonl)" in note, "test split: 1 (test.jsonl)" in note) for note in told] == [
+        (True, False), (False, True),
+    ]  # fmt: skip
+    assert not find_files(str(tmp_path / "test.jsonl")).notes
+
+
+@pytest.mark.parametrize("name", ["heldout.jsonl", "held_out.jsonl", "held-out-1.jsonl", "held out/0.jsonl"])
+def test_what_is_named_held_out_is_not_trained_on(tmp_path: Path, name: str) -> None:
+    for path in ("train.jsonl", name):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(json.dumps({"text": path}))
+    files, notes = find_files(str(tmp_path))
+    assert [os.path.basename(file.name) for file in files] == ["train.jsonl"] and f"({name})" in " ".join(notes)
+
+
+def test_a_file_that_is_trained_on_and_held_out_is_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"The fox of {name}")
+    (tmp_path / "linked.txt").symlink_to(tmp_path / "b.txt")
+    text = find_text(DataArgs(str(tmp_path / "*.txt"), eval_filepath=str(tmp_path / "linked.txt")), tmp_path)
+    assert any("1 of 1 held-out files are also trained on (linked.txt)" in note for note in text.notes)
+    text = find_text(DataArgs(str(tmp_path / "a.txt"), eval_filepath=str(tmp_path / "b.txt")), tmp_path)
+    assert not text.notes

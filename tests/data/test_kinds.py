@@ -194,3 +194,13 @@ def test_bad_bytes_are_counted() -> None:
     assert [bad_bytes(raw) for raw in (b"", b"a", "é字😀".encode(), b"\xff\xfea", "é".encode()[:1], b"\x80\x80x")] == [
         0, 0, 0, 2, 1, 2,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", [",", "\t", ";"])
+def test_a_table_with_the_names_of_its_columns_is_a_table_in_a_file_of_any_name(tmp_path: Path, mark: str) -> None:
+    rows = "".join(f'{i}{mark}"The fox, he said; went\nto ""the"" river {i}"\n' for i in range(40))
+    assert kind_in(tmp_path, f"id{mark}text\n{rows}".encode(), "a.txt") == "a table"
+    assert kind_in(tmp_path, f"{mark}text\n{rows}".encode(), "a") == "a table", "pandas leaves the index without a name"
+    assert kind_in(tmp_path, f"id{mark}text\n{rows * 3000}".encode(), "a.txt") == "a table", "rows may be cut"
+    assert kind_in(tmp_path, f"id{mark}text\n{rows}{mark * 3}\n".encode(), "a.txt") is None
+    assert kind_in(tmp_path, f"fox{mark}owl\n{rows}".encode(), "a.txt") is None, "prose may have commas"

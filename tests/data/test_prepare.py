@@ -725,3 +725,43 @@ def test_a_path_without_a_value_is_not_left_out(flag: str, tmp_path: Path) -> No
     with pytest.raises(UserError, match=f"{flag}: expected a value, found an empty text"):
         main(["prepare", "--filepath", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out"), flag, ""])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--part", "1/2"]])
+@pytest.mark.parametrize("output", ["a.txt", "a.txt/tokens"])
+def test_an_output_that_is_a_file_is_refused_by_the_flag(tmp_path, small_tokenizer, output, flags):
+    (tmp_path / "a.txt").write_text(TEXT)
+    model = str(small_tokenizer.model_path)
+    done = command(
+        "prepare", "--filepath", "a.txt", "--output", output, "--tokenizer-model-path", model, *flags, cwd=tmp_path
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: --output: expected a folder, found the file a.txt; choose another\n"
+    )
+    assert (tmp_path / "a.txt").read_text() == TEXT
+
+
+def test_token_files_of_other_programs_need_not_be_prepared(tmp_path, small_tokenizer):
+    np.random.default_rng(0).integers(3, 390, 20_000).astype("<u2").tofile(tmp_path / "train.bin")
+    model = str(small_tokenizer.model_path)
+    done = command(
+        "prepare", "--filepath", "train.bin", "--output", "tokens", "--tokenizer-model-path", model, cwd=tmp_path
+    )
+    assert (
+        done.returncode == 2
+        and "found token files of nanoGPT in train.bin; give them to training as they are" in done.stderr
+    )
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_several_texts_are_not_silently_taken_for_one(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(TEXT)
+    flags = ["--output", "tokens", "--vocab-size", "300"]
+    done = command("prepare", "--filepath", "a.txt", "b.txt", *flags, cwd=tmp_path)
+    assert (
+        done.returncode == 2 and "b.txt: expected a flag before it" in done.stderr and "a glob in quotes" in done.stderr
+    )
+    done = command("prepare", "--filepath", "a.txt", "--filepath=b.txt", *flags, cwd=tmp_path)
+    assert done.returncode == 0 and "warning: --filepath is given 2 times: b.txt is read, and not a.txt" in done.stderr

@@ -284,3 +284,62 @@ def test_a_damaged_page_of_parquet_is_named_where_the_file_has_checksums(tmp_pat
                 list(records_of(file))
         else:
             assert len(list(records_of(file))) == 2000, "nobody can tell"
+
+
+NESTED = [
+    {"meta": {"text": f"document {i}", "deep": {"body": "b" * i}}, "n": i} if i % 3 else {"meta": None, "n": i}
+    for i in range(9)
+]
+
+
+@pytest.mark.parametrize("form", ["lines", "parquet", "arrow"])
+def test_a_text_within_another_field_is_read_by_both_names_and_named_where_none_is_given(
+    tmp_path: Path, form: str
+) -> None:
+    table = pa.Table.from_pylist(NESTED)
+    if form == "lines":
+        (tmp_path / "a").write_text("\n".join(map(json.dumps, NESTED)))
+    elif form == "parquet":
+        pq.write_table(table, tmp_path / "a", row_group_size=4)
+    else:
+        with pa.OSFile(str(tmp_path / "a"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    for name, texts in (
+        ("meta.text", [f"document {i}" for i in range(9) if i % 3]),
+        ("meta.deep.body", ["b" * i for i in range(9) if i % 3]),
+    ):
+        corpus = Records(find_files(str(tmp_path / "a"), text_field=name).files, 1.0, skip=True)
+        assert [part.text for part in corpus.parts("train")] == texts
+        assert corpus.skipped.count == 3 and "1: expected a text" in corpus.skipped.examples[0]
+    for wanted in ("", "text", "meta.body"):
+        with pytest.raises(
+            UserError, match=r"texts within them, meta\.text, .*name the field with --data\.text-field meta\.text"
+        ):
+            find_files(str(tmp_path / "a"), text_field=wanted)
+
+
+def test_a_field_with_a_point_in_its_name_is_that_field(tmp_path: Path) -> None:
+    rows = [{"meta.text": "flat", "meta": {"text": "nested"}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
+    for name in ("a.parquet", "a.jsonl"):
+        files = find_files(str(tmp_path / name), text_field="meta.text").files
+        assert [part.text for part in Records(files, 1.0).parts("train")] == ["flat"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(["a", "b"], r"text \((a list|of the type list.*)\)"), (b"a", r"text \(of the type binary\)")]
+)
+def test_a_field_that_holds_something_else_than_texts_is_told_with_what_it_holds(
+    tmp_path: Path, value, words: str
+) -> None:
+    pq.write_table(pa.Table.from_pylist([{"text": value}] * 3), tmp_path / "a.parquet")
+    paths = [tmp_path / "a.parquet"]
+    if isinstance(value, list):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"text": value}))
+        paths.append(tmp_path / "a.jsonl")
+    for path in paths:
+        with pytest.raises(
+            UserError, match=f"no field with texts .*{words} without texts.*write the texts to a field first"
+        ):
+            find_files(str(path))

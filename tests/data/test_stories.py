@@ -151,7 +151,7 @@ def test_bits_belong_to_the_text() -> None:
 
 def _tellings(told: Story) -> list[float]:
     """The bits of each derivation of a text, by a parser that tries all of them."""
-    ends = _read((grammar.GRAMMAR,), told.text, [(0, {}, 0.0)])
+    ends = _read((grammar.grammar(),), told.text, [(0, {}, 0.0)])
     return [bits for position, _, bits in ends if position == len(told.text)]
 
 
@@ -192,9 +192,9 @@ def test_no_text_can_be_told_in_two_ways() -> None:
     all choices. It fixes the words of the variables too, since each is spelled out in the line where it is first met.
     """
     edges: _Edges = defaultdict(list)
-    _draw_graph((grammar.GRAMMAR,), 0, 1, edges, itertools.count(2))
+    _draw_graph((grammar.grammar(),), 0, 1, edges, itertools.count(2))
     assert _twice_spelled(edges) is None
-    _assert_spelled_out((grammar.GRAMMAR,))
+    _assert_spelled_out((grammar.grammar(),))
 
 
 _Edges = dict[int, list[tuple[str, int]]]

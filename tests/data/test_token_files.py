@@ -13,7 +13,7 @@ from llama_jax.config import DataArgs
 from llama_jax.data import Data, load_data, open_data
 from llama_jax.data.batches import eval_batches, train_batches
 from llama_jax.data.summary import held_out_text, remarks
-from llama_jax.data.token_files import JoinedStream, TokenFile, cut_at
+from llama_jax.data.token_files import JoinedStream, TokenFile, cut_at, find_token_files
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
 
@@ -182,3 +182,23 @@ def test_joined_files_read_as_one_array(
     joined = JoinedStream([(file, 0, file.count) for file in files])
     for start, stop in reads:
         assert np.array_equal(joined[start:stop], whole[start:stop])
+
+
+def test_the_beginning_is_shown_as_text_so_that_a_wrong_tokenizer_is_seen(
+    tmp_path, small_tokenizer, llama2_tokenizer
+) -> None:
+    text = "Once upon a time the fox went to the river, and the owl said it saw the fox. " * 40
+    nano_gpt(tmp_path / "a.bin", np.array(small_tokenizer.encode(text)))
+    right = load(tmp_path / "1", small_tokenizer, tmp_path / "a.bin")
+    wrong = load(tmp_path / "2", llama2_tokenizer, tmp_path / "a.bin")
+    shown = [
+        line for data in (right, wrong) for line in remarks(data) if "with this tokenizer, its text begins" in line
+    ]
+    assert [text[:20] in line for line in shown] == [True, False]
+
+
+def test_in_a_folder_with_texts_or_records_these_are_read_and_not_token_files(tmp_path, small_tokenizer) -> None:
+    nano_gpt(tmp_path / "index.bin", IDS)
+    assert find_token_files(str(tmp_path))
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    assert not find_token_files(str(tmp_path))

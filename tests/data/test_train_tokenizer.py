@@ -130,7 +130,8 @@ def test_a_second_start_says_so_and_another_vocabulary_is_never_replaced(tmp_pat
         (["--filepath", "corpus", "--output", "gs://a/t.model"], "--output: expected"),
         (["--filepath", "nothing", "--output", "t.model"], "found nothing at nothing"),
         (["--filepath", "-", "--output", "t.model"], "prepare alone reads standard input"),
-        (["--filepath", "blank.txt", "--output", "t.model"], "found nothing but white space"),
+        (["--filepath", "blank.txt", "--output", "t.model"], "found nothing but white space in blank.txt"),
+        (["--filepath", "one.txt", "--output", "t.model"], "found none in one.txt beside what is held out"),
         (["--filepath", "corpus", "--output", "t.model", "--train-size", "0"], "train_size: expected"),
         (["--filepath", "corpus", "--output", "t.model", "--vocab-size", "9"], "vocab_size: expected 262"),
         (
@@ -146,6 +147,7 @@ def test_a_second_start_says_so_and_another_vocabulary_is_never_replaced(tmp_pat
 def test_what_cannot_be_done_is_refused_in_one_line_and_nothing_is_written(tmp_path, argv, words):
     write(tmp_path, 60)
     (tmp_path / "blank.txt").write_text(" \n\t\n")
+    (tmp_path / "one.txt").write_text("a")
     (tmp_path / "bad.jsonl").write_text('{"text": "a fox"}\n{"text": \n' + '{"text": "an owl"}\n' * 3)
     if "tokens" in argv:
         prepare = ["prepare", "--filepath", "corpus", "--vocab-size", "300", "--output", "tokens"]

@@ -125,6 +125,32 @@ def test_a_source_that_has_changed_is_refused(folder: Path, tmp_path: Path, monk
         run("run", WEIGHTS, max_steps=4)
 
 
+def test_a_source_that_was_left_out_for_a_while_is_known_when_it_comes_back(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("web.jsonl", "books.txt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    run("run", WEIGHTS, max_steps=2, save_interval=2)
+    run("run", {"web.jsonl": 1.0}, max_steps=4, save_interval=2)
+    (tmp_path / "books.txt").write_text("Something else.\n" * 50)
+    with pytest.raises(UserError, match=r"found that books\.txt is another text"):
+        run("run", WEIGHTS, max_steps=6)
+
+
+def test_a_source_that_moved_is_read_on_where_it_was_and_that_is_told(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("web.jsonl", "books.txt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    every = {"max_steps": 6, "save_interval": 3, "eval_interval": 3}
+    whole, _ = run("run", WEIGHTS, **every)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "web.jsonl").rename(tmp_path / "moved" / "web.jsonl")
+    moved, said = run("run", {"moved/web.jsonl": 0.75, "books.txt": 0.25}, **every, resume_step=3)
+    assert "moved/web.jsonl has the text of web.jsonl, and is read on where that was" in said
+    assert [r["train_loss"] for r in moved] == [r["train_loss"] for r in whole]
+    stretches = json.loads((tmp_path / "run" / "run.json").read_text())["mixture"]
+    assert [stretch["weights"] for stretch in stretches] == [{"moved/web.jsonl": 0.75, "books.txt": 0.25}]
+
+
 def test_the_vocabulary_is_trained_once_on_the_training_part_of_all_sources(folder: Path) -> None:
     run("vocabulary", WEIGHTS, max_steps=1)
     tokenizer = Tokenizer(folder / "vocabulary" / "tokenizer.model")
@@ -159,6 +185,7 @@ def test_prepared_tokens_may_be_a_source_and_bring_their_tokenizer(folder: Path)
             "data.eval_filepath: expected none beside data.mixture",
         ),
         (["--data.mixture", "a"], "--data.mixture: expected a text and a number"),
+        (["--data.mixture", "a", "1", "b", "1", "a", "3"], "--data.mixture: expected each once, found a 2 times"),
         (["my.txt", "--data.mixture", "a", "1"], "data.filepath: expected none beside data.mixture"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
