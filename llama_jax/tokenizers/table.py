@@ -43,7 +43,8 @@ def parse_object(raw: bytes, name: str) -> Table:
     try:
         table = json.loads(raw, object_pairs_hook=pairs)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{name}: expected JSON, found {quoted(str(error))}; download it again") from None
+        advice = "use another file, for this one is JSON lines" if "Extra data" in str(error) else "download it again"
+        raise UserError(f"{name}: expected a JSON object, found {quoted(str(error))}; {advice}") from None
     if not isinstance(table, dict):
         raise UserError(f"{name}: expected a JSON object, found another value; use another file")
     if twice:

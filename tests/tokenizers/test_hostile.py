@@ -117,17 +117,18 @@ def test_a_table_made_to_harm_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[" * 1_000_000, "expected JSON"),
-        ('{"a":' * 100_000, "expected JSON"),
+        ("[" * 1_000_000, "expected a JSON object"),
+        ('{"a":' * 100_000, "expected a JSON object"),
         ("[]", "expected a JSON object"),
         ('{"model": NaN}', "model: expected"),
         ('{"model": {"vocab": {"a": 1, "a": 2}}}', "expected the key once"),
-        ("", "expected JSON"),
-        ("\x00" * 100, "expected JSON"),
+        ("", "expected a JSON object"),
+        ("\x00" * 100, "expected a JSON object"),
+        ("{}\n{}\n", "use another file, for this one is JSON lines"),
         ('{"model":[' + "[]," * 1_000_000 + "[]]}", "millions of values"),
         ('{"model":{"merges":[' + '"a b",' * 2_500_000 + '"a b"]}}', "millions of values"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_file_made_to_harm_is_refused_in_one_line(content: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
