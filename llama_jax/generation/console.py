@@ -17,7 +17,8 @@ from llama_jax.chat.messages import Message
 from llama_jax.cli.progress import Progress, working
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
-from llama_jax.generation import Completion, Model, check_one, stripped
+from llama_jax.generation import Completion, Model, stripped
+from llama_jax.generation.arguments import check_one
 from llama_jax.generation.passes import OnProgress, Step
 from llama_jax.generation.prompts import Asked, Job, pasted, standard_input
 from llama_jax.generation.results import SKIPPED, Results, result
