@@ -92,7 +92,7 @@ class Model:
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
-        found = path if isinstance(path, WholeModel) else open_model(path, adapter)
+        found = path if isinstance(path, WholeModel) else open_model(os.fspath(path), os.fspath(adapter or ""))
         weights = found.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
         module = make_model(found.args, compute_dtype, mesh=laid, exact=exact)

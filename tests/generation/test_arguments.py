@@ -43,7 +43,7 @@ def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("prompts", ["one", b"one", None, 5, {"one": 1}, {"one"}])
 def test_what_is_no_list_of_prompts_is_refused(prompts: Any) -> None:
     for read in (texts_of, ids_of):
-        with pytest.raises(UserError, match="prompts: expected a list of .*, found .*; put "):
+        with pytest.raises(UserError, match=r"prompts: expected a list of .*, found .*; put "):
             read(prompts)
 
 
@@ -74,7 +74,7 @@ def test_a_prompt_that_is_no_list_of_ids_is_refused_by_number(prompt: Any, model
 
 @pytest.mark.parametrize("args", [None, {"temperature": 0.0}, 5, [GREEDY, {"n": 1}], {GREEDY.n: GREEDY}, "greedy"])
 def test_settings_that_are_none_are_refused(args: Any, model: Model) -> None:
-    with pytest.raises(UserError, match="args: expected SampleArgs, found .*; give one for all prompts, or a list"):
+    with pytest.raises(UserError, match=r"args: expected SampleArgs, found .*; give one for all prompts, or a list"):
         settings_of(args, 2)
     with pytest.raises(UserError, match="args: expected SampleArgs"):
         model.generate(["a", "b"], args)
@@ -113,7 +113,7 @@ def test_the_context_bounds_a_completion_of_any_length(model: Model) -> None:
 
 @pytest.mark.parametrize("text", [None, 5, b"a", ["a"]])
 def test_a_tokenizer_encodes_a_string_alone(text: Any, small_tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="text: expected a string, found .*; encode one text at a time"):
+    with pytest.raises(UserError, match=r"text: expected a string, found .*; encode one text at a time"):
         small_tokenizer.encode(text)
 
 
