@@ -6,6 +6,7 @@ model.generate(["Once upon a time"], llama_jax.SampleArgs(temperature=0.0, max_n
 """
 
 import importlib as _importlib
+import os as _os
 import typing as _typing
 
 from llama_jax import config as _config
@@ -29,7 +30,7 @@ def __getattr__(name: str) -> _typing.Any:
 
 
 def load(
-    path: str,
+    path: str | _os.PathLike[str],
     compute_dtype: _train_args.DType = "auto",
     weights: _config.Weights = "auto",
     cache: _config.Cache = "auto",
@@ -37,7 +38,7 @@ def load(
     draft: str = "",
     draft_tokens: int = 4,
     exact: bool = False,
-    adapter: str = "",
+    adapter: str | _os.PathLike[str] = "",
     chat_template: str = "",
 ) -> "_Model":
     """Load a model for generation from a run folder (its best step), a step folder or a converted checkpoint.
@@ -46,7 +47,7 @@ def load(
     trained a low-rank adapter is loaded with the adapter's base.
 
     Arguments:
-        path: the folder.
+        path: the folder, a string or a Path.
         compute_dtype: data type of activations and matmuls: "float32", "bfloat16" or "auto" (bfloat16 on TPU and GPU,
             float32 on CPU).
         weights: quantization of the matrices: "int8" (one scale per output channel), "int4" (one scale per group of 32
@@ -65,8 +66,8 @@ def load(
         chat_template: the format of conversations: the path of a template, or "llama2", "llama3", "chatml", "zephyr",
             "vicuna", "plain" or "instruction". Empty: the model's own.
 
-    Raises UserError if the folder is not a checkpoint, its matrices are quantized in another way, or the mesh does not
-    divide the model.
+    Raises UserError if the folder is not a checkpoint, its matrices are quantized in another way, the mesh does not
+    divide the model, or an argument is of another type.
     """
     # Imported here, so that `import llama_jax` loads only the dataclasses.
     from llama_jax.generation import Model

@@ -208,8 +208,10 @@ class Tokenizer:
         they are text. Tokens that a fine-tune added as ordinary ones are always found, as by transformers. A tokenizer
         whose files say so (``adds_bos``) begins no text with BOS. ``decode`` restores the text, except what the
         tokenizer normalizes: SentencePiece uses U+2581 for a space. Lone surrogates, which UTF-8 cannot represent,
-        become U+FFFD.
+        become U+FFFD. Raises UserError if ``text`` is no string.
         """
+        if not isinstance(text, str):
+            raise UserError(f"text: expected a string, found {quoted(text)}; encode one text at a time")
         ids = self._reader.encode(clean(text), specials)
         return self._begun(ids, bos) + [self.eos_id] * eos
 

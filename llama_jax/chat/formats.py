@@ -248,7 +248,7 @@ def choose(tokenizer: Tokenizer, setup: ChatSetup, given: str, source: str) -> C
         return ChatFormat(tokenizer, LLAMA2, "llama2", tokens, (note,))
     raise UserError(
         f"{source}: expected a model with a chat template, found none, as in a model that is not tuned for conversations; give "
-        f"--chat-template with a file or one of {', '.join(NAMED)}, or leave out --chat"
+        f"--chat-template with a file or one of {', '.join(NAMED)}, or complete texts in place of conversations"
     )
 
 

@@ -178,8 +178,9 @@ class Checkpoint:
         folder = self.folder / item
         if not folder.is_dir():
             return {}
-        with user_errors(folder, "read"), ocp.StandardCheckpointer() as checkpointer:
-            return _shapes(checkpointer.metadata(absolute(folder)).item_metadata)
+        # A checkpointer would log that the item has no metadata of a step, which is in the folder above.
+        with user_errors(folder, "read"), contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            return _shapes(handler.metadata(epath.Path(absolute(folder))))
 
     def restore(self, item: str, target: Any) -> Any:
         """Read ``item`` ("params" or "state") into ``target``, a tree of ShapeDtypeStructs with shardings.

@@ -21,7 +21,7 @@ from llama_jax.convert.safetensors import SafetensorsWriter
 from llama_jax.convert.source import ReadBlocks, Source, is_tied, main_type, raise_together, tie, types_of
 from llama_jax.convert.tensor_files import TensorFiles
 from llama_jax.errors import UserError, quoted
-from llama_jax.foreign.chat_files import read_chat
+from llama_jax.foreign.chat_files import defaults_taken, read_chat
 from llama_jax.foreign.config_json import read_config, stated, stored_type
 from llama_jax.foreign.family import family_of
 from llama_jax.foreign.keys import read_json
@@ -53,6 +53,7 @@ class HuggingFaceSource:
         found, said = find_tokenizer(tokenizer, folder)
         self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
         self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size)
+        of_chat += defaults_taken(folder, self.tokenizer)
         self.dtypes, widened = types_of(self._files.types(self.args, self._name))
         if self._tied and both and is_tied(self, functools.partial(self._rows, verify=False)):
             tie(self)

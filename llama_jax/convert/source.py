@@ -157,4 +157,7 @@ def raise_together(folder: Path, config: str, stated: str, errors: list[str]) ->
     """
     if errors:
         shown = "; ".join(sorted(errors)[:8]) + (f"; and {len(errors) - 8} more" if len(errors) > 8 else "")
-        raise UserError(f"{folder}: expected the tensors that {config} describes ({stated}), found: {shown}")
+        raise UserError(
+            f"{folder}: expected the tensors that {config} describes ({stated}), found: {shown}; "
+            f"{config} and the weights are of two models, or this project has no such model: get all files from one place"
+        )

@@ -50,6 +50,7 @@ def find_files(
     option ``key`` if there are no files, if one cannot be read, or if one is neither plain text nor records.
     """
     search = _Search(key, text_field, as_text)
+    _check_name(filepath, search)
     if is_address(filepath):
         places = list(search.find_remote(filepath))
     else:
@@ -74,6 +75,22 @@ def find_files(
                 f"records have text and {beside}: text is taken; --data.text-field {beside} takes these"
             )
     return Found(files, search.notes())
+
+
+def _check_name(filepath: str, search: "_Search") -> None:
+    """Raise UserError if no file can have the name ``filepath``, as if it were the text itself, or nothing."""
+    wrong = "an empty name" if not filepath else ""
+    try:
+        os.stat(filepath)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a ValueError: a byte of zero
+        if not isinstance(error, OSError) or error.errno == errno.ENAMETOOLONG:
+            wrong = f"{quoted(filepath, 40)}, which no file is named"
+    if wrong:
+        raise UserError(
+            f"{search.key}: expected {search.expected}, found {wrong}; write the text to a file, and give its path"
+        )
 
 
 def _named_otherwise(files: Sequence[CorpusFile]) -> list[str]:

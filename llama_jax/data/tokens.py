@@ -129,7 +129,9 @@ def open_tokens(folder: str | Path, cache_gb: float = DataArgs.cache_gb) -> Toke
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(f"{folder}: expected a folder of prepared tokens with manifest.json, found none; make it again")
+        inside = folder / "tokens"
+        hint = f"give {inside}, which has it" if (inside / MANIFEST).exists() else "make it again"
+        raise UserError(f"{folder}: expected a folder of prepared tokens with manifest.json, found none; {hint}")
     dtype = np.dtype(manifest.dtype)
     for name, digest in manifest.digests_of_tokenizer.items():
         path = folder / name

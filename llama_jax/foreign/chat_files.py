@@ -49,6 +49,23 @@ def read_chat(folder: Path, tokenizer: Tokenizer, rows: int) -> tuple[ChatSetup,
     return ChatSetup(template, () if plain else ends, {} if theirs == tokens else theirs, not template), warnings
 
 
+def defaults_taken(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """Return a line about each thing that the files in ``folder`` do not say, and that has another default here.
+
+    These are the end tokens, and whether transformers' generate samples.
+    """
+    lines = []
+    if not any(_json(folder / name).get("eos_token_id") is not None for name in (GENERATION, CONFIG)):
+        end = f"{quoted(tokenizer.piece(tokenizer.eos_id))}, the tokenizer's EOS ({tokenizer.eos_id})"
+        lines.append(f"{CONFIG} and {GENERATION} have no eos_token_id; completions end with {end}")
+    if (folder / GENERATION).is_file() and _json(folder / GENERATION).get("do_sample") is not True:
+        lines.append(
+            f"{GENERATION} does not ask for sampling (do_sample), so that transformers' generate takes the likeliest token; here "
+            "tokens are sampled, unless --temperature is 0"
+        )
+    return lines
+
+
 def metas_chat(tokenizer: Tokenizer) -> ChatSetup:
     """Return the end tokens of Meta's own code, which has no files about them."""
     ends = tuple(tokenizer.specials[text] for text in METAS_ENDS if text in tokenizer.specials)

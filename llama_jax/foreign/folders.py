@@ -37,9 +37,9 @@ MARKS = (
     (r"checkpoint_\d+|.*\.msgpack", "a checkpoint of Flax", OTHER_FRAMEWORK),
     (r".*\.h5|saved_model\.pb|.*\.ckpt\.index", "a model of TensorFlow", OTHER_FRAMEWORK),
     (r".*\.onnx", "a model in ONNX", ORIGINAL),
+    (r"manifest\.json", "a folder of prepared tokens", "give it to training, as --data.filepath"),
     (r".*\.(safetensors|bin|pth|pt)", "weights without a config.json or params.json", "fetch those too: they say what model it is"),
     (r"config\.toml", "a run with no checkpoint in it", "start its training again"),
-    (r"manifest\.json", "a folder of prepared tokens", "give it to training, as --data.filepath"),
 )  # fmt: skip
 # The first bytes of a file, what it is, and what to do.
 MAGIC = (
@@ -53,6 +53,10 @@ MAGIC = (
 def found_in(path: Path) -> str:
     """Return the end of an error about ``path``, which is not a checkpoint: what was found there, and what to do."""
     names = sorted(child.name for child in children(path))
+    if whole := _ours_around(path):
+        return f"found a part of {whole}; give that folder"
+    if "checksums.json" in names and "params" in names:
+        return "found a checkpoint of this project without its folder model; use another copy of it, or another step"
     if not names and not path.is_dir():
         return f"found {_file(path) if path.exists() else 'nothing' + hub_hint(path)}"
     if ADAPTER in names and CONFIG not in names:
@@ -70,6 +74,18 @@ def found_in(path: Path) -> str:
     if inside:
         return f"found no checkpoint in it, but below it: {', '.join(sorted(map(str, inside))[:4])}; give one of these"
     return "found no checkpoint in it"
+
+
+def _ours_around(path: Path) -> str:
+    """Return the name of the checkpoint or run of this project that ``path`` is a part of, or ""."""
+    if is_remote(path) or not path.exists():
+        return ""
+    above = path.absolute().parent
+    if (above / "model" / "model.json").is_file() or (path.name == "model.json" and above.name == "model"):
+        return f"the checkpoint {path.parent if above.name != 'model' else path.parent.parent}"
+    if (above / "config.toml").is_file() and (above / "run.json").is_file():
+        return f"the run {path.parent}"
+    return ""
 
 
 def hub_hint(path: Path) -> str:

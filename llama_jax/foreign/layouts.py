@@ -74,7 +74,7 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
                 "convert the model without it with --layout huggingface, or merge it first (peft's merge_and_unload)"
             )
         decided = f"{CONFIG} and {_some(read or [SINGLE])}, which transformers would load"
-        return Found("huggingface", decided + _not_read(names, [CONFIG, *read]), folder)
+        return Found("huggingface", decided + _not_read(names, [CONFIG, *read, *_index_of_read(names, read)]), folder)
     if wanted == "meta" or (wanted == "auto" and shards):
         return Found(
             "meta",
@@ -189,7 +189,9 @@ def _there(folder: Path, name: str, by: Path) -> str:
         link = (
             ", but a link to nothing: its download was not finished" if (folder / Path(name).name).is_symlink() else ""
         )
-        raise UserError(f"{by}: expected {quoted(name)} beside it, found no such file of weights{link}")
+        raise UserError(
+            f"{by}: expected {quoted(name)} beside it, found no such file of weights{link}; download it, too"
+        )
     return name
 
 
@@ -208,6 +210,8 @@ def _instead(folder: Path) -> str:
         return f"an adapter (LoRA); merge it into its base: {merge_commands(folder)}"
     if any(re.fullmatch(r"pytorch_model-\d{5}-of-\d{5}\.bin", name) for name in names):
         return f"shards of it without {PICKLED[1]}, which lists them; download that too"
+    if any(re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) for name in names):
+        return f"shards of it without {INDEX}, which lists them; download that too"
     if gguf := next((name for name in sorted(names) if name.endswith(".gguf")), None):
         return f"a model in GGUF ({quoted(gguf, 60)}), which is not read; {ORIGINAL}"
     if CONSOLIDATED in names:
@@ -216,6 +220,13 @@ def _instead(folder: Path) -> str:
         return f"neither, but Meta's in original; type: {convert_command(folder / 'original', folder.name)}"
     others = [name for name in names if name.endswith((".safetensors", ".gguf", ".bin", ".pth", ".h5", ".msgpack"))]
     return f"neither, but {_some(sorted(others))}" if others else "neither; download the weights too"
+
+
+def _index_of_read(names: list[str], read: list[str]) -> list[str]:
+    """Return the index that lists the files ``read``, which is read with them, or []."""
+    if not read or SINGLE in read or PICKLED[0] in read:
+        return []
+    return [name for name in (INDEX, PICKLED[1]) if name in names][:1]
 
 
 def _not_read(names: list[str], read: list[str]) -> str:

@@ -2,11 +2,11 @@
 
 import functools
 import itertools
+import os
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import jax
@@ -23,6 +23,7 @@ from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import use_compilation_cache
 from llama_jax.devices.sharding import make_mesh
 from llama_jax.errors import UserError, quoted
+from llama_jax.generation.arguments import check_loading, check_one, ids_of, one_prompt, settings_of, texts_of
 from llama_jax.generation.decode import Row, logits_of_tokens
 from llama_jax.generation.grammar import check_schema
 from llama_jax.generation.infill import encode_infill, with_infill_end
@@ -68,7 +69,7 @@ class Model:
     @classmethod
     def load(
         cls,
-        path: str | Path | WholeModel,
+        path: str | os.PathLike[str] | WholeModel,
         compute_dtype: DType = "auto",
         weights: Weights = "auto",
         cache: Cache = "auto",
@@ -76,7 +77,7 @@ class Model:
         draft: str = "",
         draft_tokens: int = 4,
         exact: bool = False,
-        adapter: str | Path = "",
+        adapter: str | os.PathLike[str] = "",
         chat_template: str = "",
     ) -> "Model":
         """Load a model; see ``llama_jax.load``. Matrices are kept in compute_dtype or quantized.
@@ -86,10 +87,12 @@ class Model:
         use_compilation_cache()
         if note := skip_absent_tpu("computing"):
             print(note, file=sys.stderr, flush=True)
+        if not isinstance(path, WholeModel):
+            check_loading(path, mesh)
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
-        found = path if isinstance(path, WholeModel) else open_model(path, adapter)
+        found = path if isinstance(path, WholeModel) else open_model(os.fspath(path), os.fspath(adapter or ""))
         weights = found.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
         module = make_model(found.args, compute_dtype, mesh=laid, exact=exact)
@@ -153,11 +156,7 @@ class Model:
             (completion,) = model.generate(["Once upon a time"], llama_jax.SampleArgs(max_new_tokens=64))
             completion.text
         """
-        if isinstance(prompts, str):
-            raise UserError("prompts: expected a list of strings, found one string; put it in a list")
-        if not isinstance(prompts, Iterable):
-            raise UserError(f"prompts: expected a list of strings, found {prompts!r}")
-        texts = list(prompts)
+        texts = texts_of(prompts)
         return self._complete(
             [self.encode(text) for text in texts], [(clean(text), "") for text in texts], args, on_progress
         )
@@ -226,8 +225,8 @@ class Model:
         args: SampleArgs | Sequence[SampleArgs] = SampleArgs(),
         on_progress: OnProgress | None = None,
     ) -> list[Completion]:
-        """Run ``generate`` for prompts that are token ids."""
-        return self._complete(prompts, [], args, on_progress)
+        """Run ``generate`` for prompts that are token ids, int [T] each."""
+        return self._complete(ids_of(prompts), [], args, on_progress)
 
     def _complete(
         self,
@@ -276,6 +275,7 @@ class Model:
         self, prompt: str, args: SampleArgs = SampleArgs(), on_progress: OnProgress | None = None
     ) -> Iterator[str]:
         """Yield the text of ``generate([prompt])`` piece by piece, one token at a time."""
+        check_one(args, "a stream")
         pieces = self.stream_ids(self.encode(prompt), replace(args, echo=False), on_progress)
         return itertools.chain([clean(prompt)] if args.echo else [], pieces)
 
@@ -288,8 +288,8 @@ class Model:
     ) -> Iterator[str]:
         """Run ``stream`` for a prompt of token ids. end_ids: the tokens that end it. Empty: the model's."""
         check_one(args, "a stream")
-        (row,) = self.rows([prompt_ids], args)
-        start = [self.tokenizer.decode(prompt_ids)] if args.echo else []
+        (row,) = self.rows([one_prompt(prompt_ids)], args)
+        start = [self.tokenizer.decode(row[0])] if args.echo else []
         return itertools.chain(start, self._engine(end_ids).stream(row, on_progress))
 
     def encode(self, prompt: str) -> list[int]:
@@ -306,7 +306,7 @@ class Model:
             raise UserError(
                 f"prompt {number}: expected one or more token ids, found none; an empty text is [{self.tokenizer.bos_id}], BOS"
             )
-        if not all(isinstance(token, int | np.integer) and 0 <= token < self.args.vocab_size for token in ids):
+        if not all(0 <= token < self.args.vocab_size for token in ids):
             raise UserError(
                 f"prompt {number}: expected token ids from 0 to {self.args.vocab_size - 1}, found {quoted(list(ids))}"
             )
@@ -332,8 +332,8 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: WholeModel
 
     Raises UserError if ``draft`` is neither "lookup" nor a checkpoint with the target's tokenizer.
     """
-    if not 1 <= tokens <= MOST_GUESSES:
-        raise UserError(f"draft_tokens: expected 1 to {MOST_GUESSES}, found {tokens}")
+    if type(tokens) is not int or not 1 <= tokens <= MOST_GUESSES:
+        raise UserError(f"draft_tokens: expected 1 to {MOST_GUESSES}, found {quoted(tokens)}; 4 is usual")
     if draft == LOOKUP:
         return Draft(tokens)
     checkpoint = open_model(draft)
@@ -355,20 +355,6 @@ def load_draft(draft: str, tokens: int, compute_dtype: DType, target: WholeModel
     return Draft(tokens, module, for_generation(params))
 
 
-def settings_of(args: SampleArgs | Sequence[SampleArgs], count: int) -> list[SampleArgs]:
-    """Return the settings of each of ``count`` prompts. Raises UserError if there are more or fewer."""
-    settings = [args] * count if isinstance(args, SampleArgs) else list(args)
-    if len(settings) != count:
-        raise UserError(f"args: expected one SampleArgs, or {count}, one a prompt; found {len(settings)}")
-    return settings
-
-
 def stripped(answer: Completion) -> Completion:
     """Return an answer without the white space around it."""
     return replace(answer, text=answer.text.strip())
-
-
-def check_one(args: SampleArgs, what: str) -> None:
-    """Raise UserError if ``args`` ask for more than one completion of ``what``, which has one."""
-    if args.n != 1:
-        raise UserError(f"n: expected 1 for {what}, found {args.n}")

@@ -17,7 +17,8 @@ from llama_jax.chat.messages import Message
 from llama_jax.cli.progress import Progress, working
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
-from llama_jax.generation import Completion, Model, check_one, stripped
+from llama_jax.generation import Completion, Model, stripped
+from llama_jax.generation.arguments import check_one
 from llama_jax.generation.passes import OnProgress, Step
 from llama_jax.generation.prompts import Asked, Job, pasted, standard_input
 from llama_jax.generation.results import SKIPPED, Results, result
@@ -44,11 +45,16 @@ class Console:
     def __init__(self, model: Model, as_json: bool = False, quiet: bool = False):
         self._model, self._as_json, self._quiet = model, as_json, quiet
         self._meter = Meter(model)
+        self._cut = 0  # completions that the context ended
 
     def close(self) -> None:
         """Print how fast it went."""
         if sys.stdout is not None:
             sys.stdout.flush()  # raises first if the reader is gone
+        if self._cut:
+            what = "the completion" if self._cut == 1 else f"{self._cut:,} completions"
+            context = self._model.args.max_seq_len
+            _tell(f"the model's context of {context:,} tokens ended {what} before --max-new-tokens did")
         self._say(self._meter.line())
 
     def complete(self, asked: Sequence[Asked]) -> None:
@@ -58,14 +64,16 @@ class Console:
             (one,) = asked
             pieces = self._model.stream_ids(one.ids, dataclasses.replace(one.job.args, echo=False), self._meter)
             before, after = _shown(one)
+            made = self._meter.tokens
             self._print_stream(itertools.chain(pieces, [after]), start=before)
+            self._note_cut(one.ids, one.job.args, self._meter.tokens - made)
             return
         self._run(asked, self._printer(show_prompt=True))
 
     def answer(self, asked: Sequence[Asked]) -> None:
         """Print the answers to conversations. A single one is printed as it is generated."""
         if self._is_one_text(asked):
-            self._print_stream(self._answer_pieces(asked[0].ids, asked[0].job.args))
+            self._print_answer(asked[0].ids, asked[0].job.args)
             return
         self._run(asked, self._printer(show_prompt=False), chat=True)
 
@@ -124,12 +132,25 @@ class Console:
         """Print the answer to a conversation. Return its text."""
         ids = self._model.chat_format.encode(messages)
         if not self._as_json:
-            return self._print_stream(self._answer_pieces(ids, args), until=interrupted)
+            return self._print_answer(ids, args, interrupted)
         self._meter.begin()
         rows = self._model.rows([ids], args)
         (completion,) = self._model.completions(rows, self._meter, self._model.turn_end_ids)
+        if completion.finish_reason == "length":
+            self._note_cut(ids, args, len(completion.token_ids))
         self._printer(show_prompt=False)(Asked(Job(messages[-1].content, args), ids), completion)
         return completion.text
+
+    def _print_answer(self, ids: Sequence[int], args: SampleArgs, until: Callable[[], bool] | None = None) -> str:
+        """Print an answer as it comes; see ``_print_stream``."""
+        made = self._meter.tokens
+        text = self._print_stream(self._answer_pieces(ids, args), until=until)
+        self._note_cut(ids, args, self._meter.tokens - made)
+        return text
+
+    def _note_cut(self, prompt: Sequence[int], args: SampleArgs, made: int) -> None:
+        """Count a completion of ``made`` tokens if the context, and not ``max_new_tokens``, ended it."""
+        self._cut += made == self._model.args.max_seq_len - len(prompt) < args.max_new_tokens
 
     def _answer_pieces(self, prompt: Sequence[int], args: SampleArgs) -> Iterator[str]:
         """Yield the answer piece by piece, without leading white space. Raises UserError before the first piece."""
@@ -154,7 +175,13 @@ class Console:
             for one, _ in wanted:
                 if one.skipped and progress is not None:
                     progress.update(1)
-                take(one, SKIPPED if one.skipped else self._echoed(one, self._next(made, with_bar)))
+                if one.skipped:
+                    take(one, SKIPPED)
+                    continue
+                completion = self._next(made, with_bar)
+                if completion.finish_reason == "length":
+                    self._note_cut(one.ids, one.job.args, len(completion.token_ids))
+                take(one, self._echoed(one, completion))
 
     def _echoed(self, asked: Asked, completion: Completion) -> Completion:
         """Return a completion with the texts around it, if its settings say so."""

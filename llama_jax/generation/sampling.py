@@ -206,7 +206,9 @@ def _draw(sampler: Sampler, logits: jax.Array, number: jax.Array) -> jax.Array:
             probs = rule.apply(probs, sampler.filters[name])
     # Take the token where the cumulative probability passes a random number. Gumbel's trick would need V random
     # numbers.
-    uniform = jax.vmap(lambda key, number: jax.random.uniform(jax.random.fold_in(key, number)))(sampler.keys, number)
+    uniform = jax.vmap(lambda key, number: jax.random.uniform(jax.random.fold_in(key, number), dtype=jnp.float32))(
+        sampler.keys, number
+    )
     # Parallel sums are not exactly monotonic. Setting sums of zero-probability tokens to 0 prevents choosing one.
     passed = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), 0.0)
     border = uniform[:, None] * jnp.max(passed, axis=-1, keepdims=True)

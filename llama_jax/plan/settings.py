@@ -59,8 +59,7 @@ class Epoch:
 
     def steps(self, config: Config, epochs: int = 1) -> int:
         """Return the number of steps of a run of this many epochs."""
-        whole = -(-self.rows // config.train.batch_size) * config.train.batch_size
-        return BatchSizes.of(config.train).steps(epochs * whole)
+        return BatchSizes.of(config.train).steps(epochs * self.rows)
 
 
 def epoch_of(config: Config) -> tuple[Epoch | None, str]:

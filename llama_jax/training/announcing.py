@@ -273,16 +273,17 @@ def decay_begins_text(settled: Settled, store: Path) -> str:
     )
 
 
-def nothing_to_do_text(settled: Settled, store: Path) -> str:
-    """Return what the start of a finished run prints, whose checkpoints are in ``store``."""
+def nothing_to_do_text(settled: Settled, store: Path, start: int) -> str:
+    """Return what the start of a finished run prints, whose checkpoints are in ``store``, the newest of ``start``."""
     steps, step = settled.steps, settled.stable_until
+    has = f"it has its {steps:,} steps" if start == steps else f"it has {start:,} steps, and {steps:,} are asked for"
     if step is not None and (store / str(step)).is_dir():
         without = ", without --train.decay-from" if settled.config.train.decay_from else ""
         return (
-            f"Run already complete: it has its {steps:,} steps. To go on at its stable rate, go back to where the decay began and "
+            f"Run already complete: {has}. To go on at its stable rate, go back to where the decay began and "
             f"raise the steps (--train.resume-step {step} --train.max-steps {2 * steps}{without}), or choose a new --train.save-dir"
         )
-    return f"Run already complete: it has its {steps:,} steps. Raise --train.max-steps to go on, or choose a new --train.save-dir"
+    return f"Run already complete: {has}. Raise --train.max-steps to go on, or choose a new --train.save-dir"
 
 
 def announce_cost(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float, programs: int = 1) -> None:

@@ -134,7 +134,9 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     if train.tensorboard and is_main():
         folder.write_events(opened.start)
     prompt, consensus, timer = first_words(config, data), Consensus(3), Timer(train)
-    writer = CheckpointWriter(folder.checkpoints, train.keep, train.keep_every, chat, settled.stable_until)
+    writer = CheckpointWriter(
+        folder.checkpoints, train.keep, train.keep_every, chat, settled.stable_until, folder.measured_from
+    )
     with writer, contextlib.closing(folder):
         folder.write_best(writer.steps)
         questions = questions_of(data, train.seed, config.model.max_seq_len)
@@ -153,7 +155,7 @@ def _go_on(run: Run, optimizer: Any, base: WholeModel | None) -> int:
     opened, settled, start = run.opened, run.settled, run.opened.start
     owed = bool(from_main(evaluation_is_missing(opened, settled, run.data)))
     if start >= settled.steps and not owed:
-        print(nothing_to_do_text(settled, opened.folder.checkpoints))
+        print(nothing_to_do_text(settled, opened.folder.checkpoints, start))
         _finish(run, start)
         return 0
     with working(first_state_text(opened, base), shown=is_main()):

@@ -76,8 +76,7 @@ class Run:
 
     def best_saved(self) -> int:
         """Return the step of the best checkpoint, or 0 if there is none."""
-        saved = [r for r in self.folder.records if "eval_loss" in r and r["step"] in self.writer.steps]
-        return min(saved, key=lambda record: record["eval_loss"])["step"] if saved else 0
+        return self.folder.best_of(self.writer.steps)
 
     def stop_asked(self) -> int:
         """Return the signal that all processes stop for, or 0. All processes must call this equally often."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class RunRecord:
     """The train.resume_step that the run has already gone back to."""
     held_lr: float | None = None
     """The learning rate that train.hold_lr keeps."""
+    measured_from: int = 0
+    """The last step whose evaluation measured something else than those after it, as a setting was changed there."""
     stable_until: int | None = None
     """The last step of the stable phase of train.schedule wsd."""
     mixture: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -53,6 +56,7 @@ class RunFolder:
         self.config_path = self.path / "config.toml"
         self.record_path = self.path / "run.json"
         self.records: list[dict[str, Any]] = []
+        self.measured_from = 0  # evaluations up to this step do not compare with those after it
         self.spent, self.spent_in_steps = 0.0, 0.0  # seconds of earlier starts: in all, and on steps that were not lost
         self._events: Events | None = None
 
@@ -163,14 +167,26 @@ class RunFolder:
             self._events.close()
 
     def best(self) -> dict[str, Any] | None:
-        """Return the record with the lowest eval_loss so far, or None."""
-        evaluated = [r for r in self.records if "eval_loss" in r]
+        """Return the record with the lowest eval_loss of those that compare with the next one, or None."""
+        evaluated = self._comparable()
         return min(evaluated, key=lambda r: r["eval_loss"]) if evaluated else None
 
     def write_best(self, steps: list[int]) -> None:
-        """Write to best.json the best evaluation whose checkpoint is on disk, which is to say in ``steps``."""
-        saved = [r for r in self.records if "eval_loss" in r and r["step"] in steps]
+        """Write to best.json the best evaluation whose checkpoint is on disk, which is to say in ``steps``.
+
+        Nothing is written as long as no evaluation compares with the next one.
+        """
+        saved = [r for r in self._comparable() if r["step"] in steps]
         if saved and is_main():
             best = min(saved, key=lambda r: r["eval_loss"])
             found = {key: best[key] for key in ("step", "eval_loss", "eval_bits_per_byte") if key in best}
             write_atomically(self.best_path, json.dumps(found) + "\n")
+
+    def best_of(self, steps: Sequence[int]) -> int:
+        """Return the one of ``steps`` with the best evaluation, or 0 if there is none."""
+        found = [r for r in self._comparable() if r["step"] in steps]
+        return int(min(found, key=lambda r: r["eval_loss"])["step"]) if found else 0
+
+    def _comparable(self) -> list[dict[str, Any]]:
+        """Return the records of evaluations that measured what the next one will."""
+        return [r for r in self.records if "eval_loss" in r and r["step"] > self.measured_from]

@@ -33,6 +33,7 @@ class CheckpointWriter:
         keep_every: keep checkpoints at multiples of this step. 0: none.
         chat: the chat template and end tokens of the model.
         keep_step: a step whose checkpoint is kept. None: none.
+        measured_from: a step up to which losses do not compare with those after it.
 
     Every process of a job has a writer. Process 0 writes the small files and deletes.
     """
@@ -44,6 +45,7 @@ class CheckpointWriter:
         keep_every: int = 0,
         chat: ChatSetup = ChatSetup(),
         keep_step: int | None = None,
+        measured_from: int = 0,
     ):
         self._store, self._keep, self._keep_every, self._chat = store, keep, keep_every, chat
         self._keep_step = keep_step
@@ -53,7 +55,7 @@ class CheckpointWriter:
             if self._is_main:
                 self._clear_unfinished()
             self._steps = sorted(int(path.name) for path in children(store) if path.name.isdecimal())
-        self._losses = losses_of(store, self._steps)
+        self._losses = losses_of(store, [step for step in self._steps if step > measured_from])
         handlers = ocp.CompositeCheckpointHandler(
             params=ocp.StandardCheckpointHandler(),
             state=ocp.StandardCheckpointHandler(),

@@ -18,7 +18,12 @@ FIXED = {
         *("minutes", "batch_size", "batch_start", "batch_ramp_steps", "seed", "objective", "schedule"),
         *("param_dtype", "rounding", "optimizer", "moments"),
     ),
-    "lora": ("rank", "alpha", "targets", "base_weights", "rslora"),
+    "lora": ("rank", "strength", "targets", "base_weights", "rslora"),
+}
+# Settings that decide what an evaluation measures: losses before and after a change are not comparable.
+MEASURES = {
+    *("data.document_mask", "data.mixture", "data.chat_template", "data.loss_on", "data.too_long", "data.text_field"),
+    *("train.eval_iters", "train.dpo_beta", "train.dpo_label_smoothing"),
 }
 # Settings of places, which do not affect the results.
 PLACES = {"train.save_dir", "train.checkpoint_dir", "train.resume_step", "train.decay_run", "data.cache_gb"}
@@ -45,8 +50,13 @@ def changes(stored: Config, now: Config, folder: Path) -> list[Change]:
             unresolved = name == "model.vocab_size" and -1 in (old, new)
             if old == new or unresolved or name in PLACES:
                 continue
-            if field.name in FIXED.get(section, ()):
-                check_same(stored, now, folder, section, field.name)
+            key = "strength" if name == "lora.alpha" else field.name
+            if key in FIXED.get(section, ()):
+                check_same(stored, now, folder, section, key)
+            if name == "lora.alpha":  # None and its value are one strength
+                continue
+            if name == "train.init_from":
+                _check_begins_alike(str(old), str(new), folder)
             found.append(Change(name, old, new))
     return found
 
@@ -54,11 +64,30 @@ def changes(stored: Config, now: Config, folder: Path) -> list[Change]:
 def check_same(stored: Config, now: Config, folder: Path, section: str, field: str) -> None:
     """Raise UserError if a setting has not the value with which the run in ``folder`` began."""
     old, new = (getattr(getattr(config, section), field) for config in (stored, now))
+    name = "alpha" if field == "strength" else field
     if old != new:
         raise UserError(
-            f"{section}.{field}: expected {old!r}, with which the run in {folder} began, found {new!r}; "
+            f"{section}.{name}: expected {old!r}, with which the run in {folder} began, found {new!r}; "
             f"give the same value, choose another --train.save-dir, or delete {folder}"
         )
+
+
+def _check_begins_alike(old: str, new: str, folder: Path) -> None:
+    """Raise UserError if the run in ``folder`` began with a model, ``old``, and this start with none, or the other way
+    round.
+    """
+    if bool(old) == bool(new):
+        return
+    began = (
+        f"{old!r}, with which the run in {folder} began"
+        if old
+        else f"none, as the run in {folder} began without a model"
+    )
+    raise UserError(
+        f"train.init_from: expected {began}, found {new or 'none'}; "
+        + ("give the same" if old else "leave it out to resume that run")
+        + ", or choose another --train.save-dir"
+    )
 
 
 def check_made_by(origin: dict[str, Any], train: TrainArgs, step: int) -> None:

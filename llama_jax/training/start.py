@@ -34,7 +34,7 @@ from llama_jax.training.expecting import expected_of
 from llama_jax.training.objective import NextToken, Objective, make_objective
 from llama_jax.training.opening import Opened
 from llama_jax.training.rates import decay_end, learning_rate, stable_until
-from llama_jax.training.settings import changes, check_same, rate_text
+from llama_jax.training.settings import MEASURES, changes, check_same, rate_text
 from llama_jax.training.step import TrainState, init_state, shardings_of, state_shapes
 from llama_jax.training.tuning import Tuning
 
@@ -137,6 +137,10 @@ def _compared(settled: Settled, stored: Config, data: AnyData, opened: Opened) -
     check_decay(stored, before, config, steps, opened.start, opened.checkpoint.parent)
     held = _held_lr(config.train, stored.train, before, opened)
     lines = [str(change) for change in found]
+    opened.folder.measured_from = min(opened.record.measured_from, opened.start)
+    measures = sorted(change.name for change in found if change.name in MEASURES)
+    if measures and evaluated(data):
+        opened.folder.measured_from = opened.start
     if stored.data.document_mask != config.data.document_mask:
         lines.append("losses up to here and from here on are not comparable, since documents are read in another way")
     if any(getattr(stored.train, name) != getattr(config.train, name) for name in ("dpo_beta", "dpo_label_smoothing")):
@@ -146,6 +150,11 @@ def _compared(settled: Settled, stored: Config, data: AnyData, opened: Opened) -
     if stored.data.mixture != config.data.mixture and config.data.mixture:
         lines.append(
             "held-out losses are means by the weights, so that those up to here and from here on are not comparable"
+        )
+    if measures and evaluated(data):
+        lines.append(
+            f"evaluations from here on measure something else ({', '.join(measures)}): the best is found among them alone, and "
+            "best.json stays until there is one"
         )
     rate = rate_text(stored, before, config, steps, held, opened.start + 1) if opened.start < steps else ""
     was_held = opened.record.held_lr if stored.train.hold_lr else None
@@ -194,6 +203,7 @@ def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
         mixture=schedule.to_list() if schedule is not None else [],
         saved=0 if is_copied else opened.start,
         held_lr=settled.held_lr,
+        measured_from=folder.measured_from,
         stable_until=settled.stable_until,
         starts=[*opened.record.starts, begun],
     )
@@ -220,9 +230,8 @@ def steps_of_run(config: Config, data: AnyData) -> int:
     """Return the total number of steps of a run. An epoch of a mixture has as many rows as all sources together."""
     train, length = config.train, config.model.max_seq_len
     rows = sum(windows_of(text.tokens.train, length) for text in data.sources.values())
-    whole = -(-rows // train.batch_size) * train.batch_size
     given = decay_end(train) if train.decay_from else train.max_steps
-    return given or BatchSizes.of(train).steps(train.n_epochs * whole)
+    return given or BatchSizes.of(train).steps(train.n_epochs * rows)
 
 
 def evaluation_is_missing(opened: Opened, settled: Settled, data: AnyData) -> bool:

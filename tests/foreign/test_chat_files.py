@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llama_jax.chat.formats import ChatSetup, tokens_of
-from llama_jax.foreign.chat_files import metas_chat, read_chat
+from llama_jax.foreign.chat_files import defaults_taken, metas_chat, read_chat
 from llama_jax.tokenizer import Tokenizer
 from tests.chat.vocabularies import LLAMA3, Vocabulary
 
@@ -135,3 +135,23 @@ def test_what_is_known_about_conversations_is_kept_in_files(tmp_path: Path) -> N
             (folder / name).write_bytes(content)
         assert ChatSetup.read(folder) == chat
         assert len(list(folder.iterdir())) == bool(chat.template) + bool(chat.end_ids or chat.tokens or chat.has_none)
+
+
+@pytest.mark.parametrize(
+    ("general", "model", "words"),
+    [
+        ({"eos_token_id": 2, "do_sample": True}, {}, []),
+        (None, {"eos_token_id": 2}, []),
+        (None, {}, ["no eos_token_id; completions end with '</s>', the tokenizer's EOS (2)"]),
+        ({"eos_token_id": 2}, {}, ["does not ask for sampling (do_sample)"]),
+        ({"do_sample": False}, {"eos_token_id": None}, ["no eos_token_id", "unless --temperature is 0"]),
+    ],
+)
+def test_what_the_files_do_not_say_is_told(
+    tmp_path: Path, small_tokenizer: Tokenizer, general: dict[str, Any] | None, model: dict[str, Any], words: list[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    if general is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(general))
+    lines = defaults_taken(tmp_path, small_tokenizer)
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True))

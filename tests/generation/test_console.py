@@ -204,6 +204,21 @@ def test_answers_to_several_questions_are_stripped_and_stand_apart(
     assert capsys.readouterr().out == "\n---\n".join(text + "\n" for text in expected)[:-1] + "\n"
 
 
+def test_that_the_context_ended_completions_is_told_once(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    long = dataclasses.replace(ARGS, max_new_tokens=500)
+    words = "the model's context of 128 tokens ended {} before --max-new-tokens did"
+    for texts, args, what in (
+        ("a", long, "the completion"), ("ab", long, "2 completions"), ("a", ARGS, ""), ("ab", ARGS, ""),
+        ("a", dataclasses.replace(long, stop=("\x00",), max_new_tokens=3), ""),
+    ):  # fmt: skip
+        for as_json in (False, True):
+            console = Console(model, as_json)
+            console.complete(ask([Job(text, args) for text in texts], model.tokenizer, 128, "refuse"))
+            console.close()
+            told = [line for line in capsys.readouterr().err.splitlines() if "context" in line]
+            assert told == ([words.format(what)] if what else [])
+
+
 def test_a_split_is_told_in_one_line(
     model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

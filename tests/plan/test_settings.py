@@ -79,7 +79,7 @@ def test_a_run_is_as_long_as_its_configuration_says(prepared: Path) -> None:
 def test_epochs_are_counted_in_prepared_tokens_or_not_at_all(prepared: Path) -> None:
     config = Config(ModelArgs(max_seq_len=16), DataArgs(filepath=str(prepared)), TrainArgs(batch_size=2, n_epochs=3))
     windows = -(-len(open_tokens(prepared).train) // 16)
-    assert run_tokens(config).value == 3 * -(-windows // 2) * 2 * 16
+    assert run_tokens(config).value == -(-3 * windows // 2) * 2 * 16
     value, why = run_tokens(replace(config, data=DataArgs()))
     assert value is None and "--tokens" in why
 

@@ -85,7 +85,7 @@ def test_epochs_of_preferences_are_as_many_pairs_and_steps_as_training_takes(
     assert (epoch.records, epoch.rows) == (trained.records, trained.sequences(length)) and 0 < trained.records < 50
     assert epoch.most_pairs == max(trained.most_pairs(length), held_out.most_pairs(length)) > 1
     value, source = run_tokens(config)
-    assert value == steps * 2 * 2 * length and steps == 2 * epoch.steps(config)
+    assert value == steps * 2 * 2 * length and steps == epoch.steps(config, 2) == -(-2 * epoch.rows // 2)
     assert f"{trained.records} pairs of answers" in source and f"{steps} steps" in source
     assert run_tokens(replace(config, train=replace(config.train, max_steps=7))).value == 7 * 2 * 2 * length
 

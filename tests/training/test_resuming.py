@@ -23,6 +23,7 @@ from llama_jax.errors import UserError
 from llama_jax.storage.owner import owning
 from llama_jax.training import loop, samples
 from llama_jax.training.clock import TIMES
+from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.saving import CheckpointWriter, kept
 
 MODEL = ModelArgs(dim=16, n_layers=1, n_heads=2, multiple_of=16, max_seq_len=16)
@@ -220,6 +221,52 @@ def test_every_changed_setting_is_told_once_with_its_old_value_and_the_new_one(r
     assert "   changed  " not in train(
         run, max_steps=16, lr=5e-3, weight_decay=0.2, beta2=0.99, grad_clip=0.5, log_interval=2
     )
+
+
+def test_evaluations_that_measure_something_else_are_not_compared(run: Path) -> None:
+    best = json.loads((run / "best.json").read_text())
+    out = train(run, max_steps=16, eval_iters=2)
+    assert "changed  evaluations from here on measure something else (train.eval_iters): the best is found among" in out
+    later = {
+        record["step"]: record["eval_loss"] for record in records(run) if record["step"] > 8 and "eval_loss" in record
+    }
+    first = min(later, key=lambda step: later[step])
+    assert f"step {min(later)}: eval loss" in out and ", the best so far" in out
+    found = json.loads((run / "best.json").read_text())
+    assert (found["step"], found["eval_loss"]) == (first, later[first]) and found != best
+    assert json.loads((run / "run.json").read_text())["measured_from"] == 8
+    assert "measure something else" not in train(run, max_steps=20, eval_iters=2, keep=1), (
+        "which is told once, and stays"
+    )
+    after = {
+        record["step"]: record["eval_loss"] for record in records(run) if record["step"] > 8 and "eval_loss" in record
+    }
+    assert json.loads((run / "best.json").read_text())["step"] == min(after, key=lambda step: after[step])
+    assert min(after, key=lambda step: after[step]) in steps_of(run)
+    assert json.loads((run / "run.json").read_text())["measured_from"] == 8
+
+
+def test_a_better_loss_of_other_tokens_does_not_hide_those_that_compare() -> None:
+    folder = RunFolder("unused")
+    folder.records = [{"step": step, "eval_loss": loss} for step, loss in ((4, 1.0), (8, 0.5), (12, 2.0), (16, 1.9))]
+    assert folder.best_of([4, 8, 12, 16]) == 8
+    folder.measured_from = 8
+    assert folder.best_of([4, 8, 12, 16]) == 16 and folder.best_of([4, 8]) == 0
+    assert (folder.best() or {})["step"] == 16
+
+
+def test_a_run_does_not_begin_with_a_model_when_it_resumes(run: Path, whole: Path) -> None:
+    line = refusal(run, max_steps=12, init_from=str(whole))
+    assert (
+        line.startswith("train.init_from: expected none, as the run in ") and "leave it out to resume that run" in line
+    )
+
+
+def test_fewer_steps_than_a_run_has_are_told_as_that(run: Path) -> None:
+    out = train(run, max_steps=6)
+    assert "changed  train.max_steps 8 -> 6" in out
+    assert "Run already complete: it has 8 steps, and 6 are asked for. Raise --train.max-steps to go on" in out
+    assert steps_of(run) == [2, 4, 6, 8]
 
 
 def masked(folder: Path, document_mask: bool = True, tokenizer: str = "", **changes: Any) -> str:

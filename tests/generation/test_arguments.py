@@ -1,0 +1,136 @@
+"""What a caller gives a model from Python: another type is one clear error, and arrays are taken as lists are."""
+
+import copy
+import dataclasses
+import logging
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llama_jax
+from llama_jax.checkpoint import save_checkpoint
+from llama_jax.config import MeshArgs, SampleArgs
+from llama_jax.errors import UserError
+from llama_jax.generation import Model
+from llama_jax.generation.arguments import ids_of, settings_of, texts_of
+from llama_jax.tokenizer import Tokenizer
+from tests.generation.models import build
+
+GREEDY = SampleArgs(temperature=0.0, max_new_tokens=3)
+
+
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def model(small_tokenizer: Tokenizer) -> Model:
+    return build(small_tokenizer, max_seq_len=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("arguments") / "model"
+    save_checkpoint(folder, model.params, model.args, model.tokenizer)
+    return folder
+
+
+@pytest.mark.parametrize("prompts", ["one", b"one", None, 5, {"one": 1}, {"one"}])
+def test_what_is_no_list_of_prompts_is_refused(prompts: Any) -> None:
+    for read in (texts_of, ids_of):
+        with pytest.raises(UserError, match=r"prompts: expected a list of .*, found .*; put "):
+            read(prompts)
+
+
+@pytest.mark.parametrize(
+    "prompts", [["a", "b"], ("a", "b"), np.array(["a", "b"]), iter(["a", "b"])], ids=lambda x: type(x).__name__
+)
+def test_any_order_of_prompts_is_a_list(prompts: Any) -> None:
+    assert texts_of(prompts) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[[1, 5, 9]], [(1, 5, 9)], np.array([[1, 5, 9]]), jnp.array([[1, 5, 9]]), [range(1, 10, 4)]],
+    ids=lambda x: type(x).__name__,
+)
+def test_ids_of_any_array_are_ints(ids: Any) -> None:
+    (row,) = ids_of(ids)
+    assert row == [1, 5, 9] and all(type(token) is int for token in row)
+
+
+@pytest.mark.parametrize("prompt", [5, "abc", [1.0], [True], ["a"], [[1]], [[1], [1, 2]], None, [2**70], {1: 2}])
+def test_a_prompt_that_is_no_list_of_ids_is_refused_by_number(prompt: Any, model: Model) -> None:
+    with pytest.raises(UserError, match="prompt 2: expected token ids, a list of whole numbers, found"):
+        model.generate_ids([[1], prompt], GREEDY)
+    with pytest.raises(UserError, match="prompt 1: expected token ids, a list of whole numbers, found"):
+        model.stream_ids(prompt, GREEDY)
+
+
+@pytest.mark.parametrize("args", [None, {"temperature": 0.0}, 5, [GREEDY, {"n": 1}], {GREEDY.n: GREEDY}, "greedy"])
+def test_settings_that_are_none_are_refused(args: Any, model: Model) -> None:
+    with pytest.raises(UserError, match=r"args: expected SampleArgs, found .*; give one for all prompts, or a list"):
+        settings_of(args, 2)
+    with pytest.raises(UserError, match="args: expected SampleArgs"):
+        model.generate(["a", "b"], args)
+    with pytest.raises(UserError, match="args: expected SampleArgs"):
+        model.stream("a", args)
+
+
+@pytest.mark.parametrize("path", [None, 5, "", b"runs/tiny", ["runs/tiny"]])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(UserError, match="path: expected the folder of a checkpoint, a string or a Path, found"):
+        llama_jax.load(path)
+
+
+def test_what_a_model_is_loaded_with_is_checked(folder: Path) -> None:
+    with pytest.raises(UserError, match="mesh: expected MeshArgs or None, found"):
+        llama_jax.load(folder, mesh={"data": 1})  # type: ignore[arg-type]
+    for tokens in ("4", 0, 2.0, True):
+        with pytest.raises(UserError, match="draft_tokens: expected 1 to 64, found"):
+            llama_jax.load(folder, draft="lookup", draft_tokens=tokens)  # type: ignore[arg-type]
+
+
+def test_a_path_loads_what_its_string_loads(folder: Path) -> None:
+    one, other = llama_jax.load(folder), llama_jax.load(str(folder), mesh=MeshArgs(data=1))
+    assert one.generate(["The fox"], GREEDY) == other.generate(["The fox"], GREEDY)
+
+
+def test_completions_are_pickled_and_copied(model: Model) -> None:
+    made = model.generate(["The fox"], SampleArgs(max_new_tokens=3, logprobs=2, echo=True))
+    assert pickle.loads(pickle.dumps(made)) == copy.deepcopy(made) == made
+
+
+def test_the_context_bounds_a_completion_of_any_length(model: Model) -> None:
+    (made,) = model.generate_ids([np.ones(CONTEXT - 2, np.uint16)], SampleArgs(max_new_tokens=10**6, ignore_eos=True))
+    assert len(made.token_ids) == 2 and made.finish_reason == "length"
+
+
+@pytest.mark.parametrize("text", [None, 5, b"a", ["a"]])
+def test_a_tokenizer_encodes_a_string_alone(text: Any, small_tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"text: expected a string, found .*; encode one text at a time"):
+        small_tokenizer.encode(text)
+
+
+def test_a_model_is_loaded_without_a_word_of_libraries(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("absl").setLevel(
+        logging.WARNING
+    )  # orbax logs through it; a command of another test may have set it
+    with caplog.at_level(logging.INFO), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for weights in ("auto", "int8"):
+            llama_jax.load(folder, weights=weights)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_seed_names_the_text_also_where_jax_computes_in_64_bits(model: Model) -> None:
+    args = SampleArgs(temperature=1.0, max_new_tokens=8, seed=3)
+    (wanted,) = model.generate(["The fox"], args)
+    with jax.enable_x64(True):
+        (found,) = dataclasses.replace(model).generate(["The fox"], args)
+    assert found.token_ids == wanted.token_ids

@@ -1,0 +1,39 @@
+"""Settings that change when a run is resumed, without a run."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from llama_jax.config import Config, TrainArgs
+from llama_jax.errors import UserError
+from llama_jax.lora_args import LoraArgs
+from llama_jax.training.settings import changes
+
+RUN = Path("runs/x")
+BEGAN = Config(train=TrainArgs(init_from="base"), lora=LoraArgs(rank=8))
+
+
+def test_the_default_strength_written_out_is_no_change() -> None:
+    assert changes(BEGAN, dataclasses.replace(BEGAN, lora=LoraArgs(rank=8, alpha=16.0)), RUN) == []
+
+
+def test_another_strength_is_refused_in_numbers() -> None:
+    with pytest.raises(
+        UserError, match=r"^lora\.alpha: expected 16\.0, with which the run in runs/x began, found 3\.0"
+    ):
+        changes(BEGAN, dataclasses.replace(BEGAN, lora=LoraArgs(rank=8, alpha=3.0)), RUN)
+
+
+@pytest.mark.parametrize(("before", "now"), [("", "base"), ("base", "")])
+def test_a_run_begins_with_a_model_or_without(before: str, now: str) -> None:
+    old, new = (Config(train=TrainArgs(init_from=name)) for name in (before, now))
+    with pytest.raises(
+        UserError, match=r"^train\.init_from: expected .*, found .*; .*choose another --train\.save-dir"
+    ):
+        changes(old, new, RUN)
+
+
+def test_a_base_that_was_moved_is_told() -> None:
+    moved = dataclasses.replace(BEGAN, train=TrainArgs(init_from="elsewhere"))
+    assert [str(change) for change in changes(BEGAN, moved, RUN)] == ["train.init_from base -> elsewhere"]
