@@ -25,6 +25,7 @@ from llama_jax.plan.tables import Rows
 from llama_jax.plan.topology import HOST_CHIPS, Topology
 from llama_jax.plan.tuning_data import with_masks
 from llama_jax.programs import named
+from llama_jax.training.command import DEFAULT
 from llama_jax.training.objective import Dpo, Objective, make_objective
 
 FITS, DOES_NOT_FIT = 0, 1
@@ -91,8 +92,7 @@ def run(request: Request) -> int:
     request.config.check()
     console, before = Console(args.json), tables.model_rows(request.config, found)
     before += [("", note) for note in request.notes]
-    if request.file is None and (args.decode or not request.config.train.init_from):
-        before.append(("", "no --config: settings are the defaults and the flags"))
+    before += [("", note) for note in _undecided(request)]
     if not topology.is_offered:
         _check_slice(topology)
         before.append(("slice", f"{topology.name} is not in Google's tables; the nearest: {topology.nearest}"))
@@ -109,6 +109,19 @@ def run(request: Request) -> int:
         return _search(request, console, before, outputs)
     task = (_decoding if args.decode else _training)(request, console)
     return _plan(task, request, console, before + task.before, outputs)
+
+
+def _undecided(request: Request) -> list[str]:
+    """Return what the defaults decide, because no file, no checkpoint and no flag does."""
+    notes, from_checkpoint = [], bool(request.config.train.init_from)
+    if request.file is None and (request.args.decode or not from_checkpoint):
+        other = f"; {named('train')} without --config takes those of --config {DEFAULT}" * (not request.args.decode)
+        notes.append(f"no --config: settings are the defaults and the flags{other}")
+    elif not from_checkpoint and not any(name.startswith("model.") for name in request.stated):
+        notes.append(
+            "no setting of [model]: the model is the default one; --train.init-from gives a checkpoint's shape, --model.* any other"
+        )
+    return notes
 
 
 def _check_slice(topology: Topology) -> None:

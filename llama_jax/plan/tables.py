@@ -55,6 +55,7 @@ def summary(plan: Plan, length: Found, epoch: Epoch | None = None) -> dict[str, 
         "remat": plan.config.train.remat,
         "products": plan.config.train.products,
         "products_of": plan.config.train.products_of,
+        "products_note": plan.note,
         "document_mask": plan.config.data.document_mask,
         "param_dtype": plan.config.train.param_dtype,
         "optimizer": plan.config.train.optimizer,
@@ -195,7 +196,7 @@ def training_text(plan: Plan, length: Found) -> str:
             f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}{mask}; compiled in {duration(plan.compile_seconds)}",
         ),
         *_objective_rows(plan),
-        *([("products", products_text(train, plan.dtype))] if train.products != "float" else []),
+        *([("products", products_text(train, plan.dtype)), ("", plan.note)] if train.products != "float" else []),
         *adapters,
         *_state_rows(plan),
         *_memory(plan),
@@ -264,8 +265,15 @@ def devices_text(count: int, topology: Topology) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number, without decimals if it is large."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+    """Return a number, without decimals if it is large, and with two digits if it is small."""
+    if value >= 1 or value == 0:
+        return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+    return f"{value:.2g}"
+
+
+def figure(value: float, decimals: int) -> str:
+    """Return a number with so many decimals, or with more where these would show hardly anything of it."""
+    return f"{value:,.{decimals}f}" if value == 0 or value * 10**decimals >= 10 else f"{value:.2g}"
 
 
 def decoding_text(plan: Plan, on: Topology) -> str:
@@ -295,12 +303,12 @@ def decoding_text(plan: Plan, on: Topology) -> str:
 def _memory(plan: Plan) -> Rows:
     room = f"{plan.topology.chip.hbm_bytes / GiB:.2f} GiB a {plan.topology.unit}"
     if plan.schedule is None:
-        needed = f"{plan.bytes / GiB:.2f} GiB" if plan.bytes else "more"
+        needed = f"{figure(plan.bytes / GiB, 2)} GiB" if plan.bytes else "more"
         rows = [("memory", f"DOES NOT FIT into {room}: the compiler needs {needed}")]
     else:
         verdict = "fits:" if plan.fits else "DOES NOT FIT:"
-        rows = [("memory", f"{verdict} {plan.bytes / GiB:.2f} of {room}")]
-    rows += [("", f"{size / GiB:8.2f} GiB  {part}") for part, size in plan.bytes_by_part.items()]
+        rows = [("memory", f"{verdict} {figure(plan.bytes / GiB, 2)} of {room}")]
+    rows += [("", f"{figure(size / GiB, 2):>8} GiB  {part}") for part, size in plan.bytes_by_part.items()]
     if plan.topology.is_gpu and plan.fits and plan.bytes > GPU_SHARE * plan.topology.chip.hbm_bytes:
         rows.append(
             (
@@ -341,12 +349,12 @@ def _time(plan: Plan) -> Rows:
         return _bound(schedule)
 
     def row(seconds: float, what: str) -> tuple[str, str]:
-        return "", f"{seconds * 1e3:8,.1f} ms   {what}"
+        return "", f"{figure(seconds * 1e3, 1):>8} ms   {what}"
 
     kernels = ", ".join(f"{name} x {runs}" for name, runs in cost.kernels.items())
     rows = [
-        row(cost.matrix, f"matrix products, {cost.flops / 1e12:,.1f} TFLOP a {plan.topology.unit}"),
-        row(cost.other, f"all else; {cost.hbm_bytes / 1e9:,.0f} GB from and to memory in all"),
+        row(cost.matrix, f"matrix products, {figure(cost.flops / 1e12, 1)} TFLOP a {plan.topology.unit}"),
+        row(cost.other, f"all else; {figure(cost.hbm_bytes / 1e9, 0)} GB from and to memory in all"),
         row(schedule.blocking, "collectives that block"),
     ]
     if cost.kernels:
@@ -379,13 +387,13 @@ def _bound(roofline: Roofline) -> Rows:
     """Return lines about what bounds the time of a step on GPUs."""
     cost, seconds = roofline.cost, roofline.by_resource
     kernels = ", ".join(f"{name} x {runs}" for name, runs in cost.kernels.items())
-    flops = f"{(cost.flops + cost.kernel_flops) / 1e12:,.1f} TFLOP a GPU at the peak"
+    flops = f"{figure((cost.flops + cost.kernel_flops) / 1e12, 1)} TFLOP a GPU at the peak"
     words = {
         "matrix": f"matrix products{' and attention' * bool(kernels)}, {flops}",
-        "memory": f"memory, {cost.hbm_bytes / 1e9:,.0f} GB read and written",
+        "memory": f"memory, {figure(cost.hbm_bytes / 1e9, 0)} GB read and written",
         "links": f"links, {sum(size for _, size in cost.transfers.values()) / 1e9:,.3f} GB of collectives",
     }
-    rows = [("", f"{seconds[name] * 1e3:8,.1f} ms   {what}") for name, what in words.items()]
+    rows = [("", f"{figure(seconds[name] * 1e3, 1):>8} ms   {what}") for name, what in words.items()]
     if kernels:
         rows.append(("kernels", kernels))
     if cost.host_bytes:

@@ -2,19 +2,24 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
-from llama_jax.devices.chips import GiB
+from llama_jax.devices.chips import TPU_KINDS, GiB
 from llama_jax.plan import Plan
 from llama_jax.plan.advice import Advice
-from llama_jax.plan.command import BEAT, Console
+from llama_jax.plan.arguments import read_request
+from llama_jax.plan.command import BEAT, Console, _undecided
 from llama_jax.plan.cost import Cost, Schedule
 from llama_jax.plan.extras import mask_cost, mask_rows
 from llama_jax.plan.settings import Found
-from llama_jax.plan.tables import advice_rows, summary, training_text
+from llama_jax.plan.tables import advice_rows, figure, summary, training_text
 from llama_jax.plan.topology import Topology
+from llama_jax.training.eight_bits import check_units
 
 TOPOLOGY = Topology.parse("v5e:2x2")
 PLAN = Plan(
@@ -29,7 +34,63 @@ def test_a_run_takes_its_steps_times_a_steps_time() -> None:
     assert found["chip_hours"] == pytest.approx(4 * 1e6 * 0.25 / 3600)
     text = training_text(PLAN, Found(8 * 1024 * 1e6, "train.max_steps, 1,000,000"))
     assert "for  8,192,000,000 tokens (train.max_steps, 1,000,000): 2.9 days, 278 chip-hours" in text
-    assert "(train.max_steps, 8): 2 s, 0.00 chip-hours" in training_text(PLAN, Found(8 * 8192, "train.max_steps, 8"))
+    assert "(train.max_steps, 8): 2 s, 0.0022 chip-hours" in training_text(PLAN, Found(8 * 8192, "train.max_steps, 8"))
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "text"),
+    [
+        (0.0, 1, "0.0"), (0.004, 1, "0.004"), (0.0312, 2, "0.031"), (0.96, 1, "0.96"), (1.0, 1, "1.0"), (3579.84, 1, "3,579.8"),
+        (0.42, 0, "0.42"), (9.6, 0, "9.6"), (1722.3, 0, "1,722"), (14.516, 2, "14.52"),
+    ],
+)  # fmt: skip
+def test_what_a_small_model_takes_is_not_told_as_nothing(value: float, decimals: int, text: str) -> None:
+    assert figure(value, decimals) == text
+
+
+def test_a_small_models_step_has_no_figure_of_zero_but_what_is_zero() -> None:
+    cost = Cost(matrix=4e-5, other=2e-6, flops=3e9, hbm_bytes=4e7)
+    small = replace(PLAN, bytes=1 << 20, bytes_by_part={"parameters": 1 << 19}, schedule=Schedule(cost, TOPOLOGY.chip))
+    text = training_text(small, Found(1.0, ""))
+    for told in (
+        "fits: 0.00098 of 15.75",
+        "0.00049 GiB  parameters",
+        "0.04 ms   matrix",
+        "0.003 TFLOP",
+        "0.002 ms",
+        "0.04 GB",
+    ):
+        assert told in text
+    assert "0.0 ms   collectives that block" in text
+
+
+@pytest.mark.parametrize(
+    ("topology", "kind", "told"),
+    [("v4:2x2x1", "int8", "is no faster than bfloat16"), ("v5e:2x2", "int8", "was not timed")],
+)
+def test_what_eight_bits_are_on_the_chip_is_told(topology: str, kind: Any, told: str) -> None:
+    slice_ = Topology.parse(topology)
+    (device,) = (
+        name for name, version in TPU_KINDS.items() if version == slice_.version and name.endswith(slice_.version)
+    )
+    note = check_units(kind, SimpleNamespace(device_kind=device, platform="tpu"))  # type: ignore[arg-type]
+    config = replace(PLAN.config, train=replace(PLAN.config.train, products=kind))
+    plan = replace(PLAN, config=config, note=note)
+    assert told in training_text(plan, Found(1.0, "")) and told in summary(plan, Found(1.0, ""))["products_note"]
+
+
+def test_a_configuration_without_a_model_is_told_to_be_of_the_default_one(tmp_path: Path) -> None:
+    """As those for tuning are, whose model is that of a checkpoint."""
+    own = tmp_path / "own.toml"
+    own.write_text("[model]\ndim = 64\nn_heads = 2\n")
+
+    def notes(*flags: str) -> str:
+        return " ".join(_undecided(read_request([*flags, "--topology", "v5e:1x1"])))
+
+    assert "no setting of [model]: the model is the default one; --train.init-from" in notes("--config", "lora")
+    assert not notes("--config", str(own)) and not notes("--config", "lora", "--model.dim", "512")
+    assert notes().startswith("no --config: settings are the defaults and the flags; train.py without --config takes")
+    assert "train.py" not in notes("--decode")
 
 
 def test_no_days_are_told_of_a_run_whose_length_is_not_known() -> None:
