@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_jax.cli.progress import duration
-from llama_jax.config import Config, MeshArgs
+from llama_jax.config import Config
 from llama_jax.devices.sharding import describe
 from llama_jax.errors import UserError
 from llama_jax.plan import Decoding, Kind, Plan, Reference, extras, plan_step, probe, tables
@@ -219,7 +219,7 @@ def _decoding(request: Request, console: Console) -> Task:
     context, fixed = config.model.max_seq_len, any(flag.startswith("mesh.") for flag in request.given)
     slots = args.slots if "slots" in request.given else min(args.slots, context)
     wanted = Decoding(args.batch, slots, args.weights, args.cache)
-    before, part = [], topology
+    before, part = _ignored(request), topology
     if slots > context:
         before.append(("", f"--slots {slots:,} is more than the model's context, {context:,}: no sequence fills it"))
     if not fixed:
@@ -244,16 +244,27 @@ def _decoding(request: Request, console: Console) -> Task:
     )  # fmt: skip
 
 
+def _ignored(request: Request) -> Rows:
+    """Return lines about settings of the file that do not count for decoding."""
+    file, default = request.file, Config()
+    if file is None:
+        return []
+    settings = {
+        "[mesh]": (file.mesh, default.mesh),
+        "train.compute_dtype": (file.train.compute_dtype, request.config.train.compute_dtype),
+        "[lora]": (file.lora, default.lora),
+    }
+    found = [name for name, (stated, other) in settings.items() if stated != other]
+    merged = ": an adapter is merged into plain matrices"
+    return [("", f"{name} in the file is for training and is ignored{merged * (name == '[lora]')}") for name in found]
+
+
 def _mesh_rows(request: Request, layout: Layout) -> Rows:
     """Return lines that say why this mesh was chosen, and how to give it to sample.py."""
-    file, topology = request.file, request.topology
+    topology = request.topology
     sizes = {name: size for name, size in dataclasses.asdict(layout.mesh).items() if size != 1 or name == "data"}
     why = "the fastest that fits by estimate" if layout.fits else "the one that needs the least memory"
     rows = [("mesh", f"{describe(sizes)}, {why}; --mesh.* flags give another")]
-    if file is not None and file.mesh != MeshArgs():
-        rows.append(("", "[mesh] in the file is for training and is ignored"))
-    if file is not None and file.train.compute_dtype != request.config.train.compute_dtype:
-        rows.append(("", "train.compute_dtype in the file is for training and is ignored"))
     flags = " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
     fewest = fewest_chips(request.config, topology, request.args.weights)
     where = "" if layout.topology == topology else f", on {layout.topology.name}"

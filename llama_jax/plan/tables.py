@@ -7,11 +7,12 @@ from typing import Any
 from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
 from llama_jax.cli.progress import duration
-from llama_jax.config import Config, TrainArgs
+from llama_jax.config import Config, ModelArgs, TrainArgs, Weights
 from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.devices.chips import GiB
 from llama_jax.devices.sharding import describe
 from llama_jax.foreign.family import constants_of
+from llama_jax.ops.quantize import KINDS, group_of
 from llama_jax.plan import Plan
 from llama_jax.plan.advice import Advice
 from llama_jax.plan.cost import KERNEL_EFFICIENCY
@@ -285,6 +286,7 @@ def decoding_text(plan: Plan, on: Topology) -> str:
     rows = [
         ("slice", f"{on.name}, {devices_text(plan.devices, plan.topology)}{idle}, mesh: {describe(plan.mesh)}"),
         ("program", f"{plan.dtype}, weights: {weights}, cache: {cache}; compiled in {duration(plan.compile_seconds)}"),
+        *_group_rows(plan.config.model, decoding.weights),
         *_memory(plan),
     ]
     if plan.schedule is not None:
@@ -298,6 +300,22 @@ def decoding_text(plan: Plan, on: Topology) -> str:
             ("at most", f"{plan.tokens / plan.seconds:,.0f} tokens/s"),
         ]
     return table(rows)
+
+
+def _group_rows(m: ModelArgs, weights: Weights) -> Rows:
+    """Return lines about matrices of which fewer inputs share a scale than the kind of weights asks for."""
+    most = KINDS[weights].group if weights in KINDS else None
+    if most is None:
+        return []
+    sizes = {inputs: group_of(inputs, weights) for inputs in (m.dim, m.n_heads * m.head_width, m.hidden_width)}
+    return [
+        (
+            "",
+            f"{weights}: {size} inputs share a scale, as {most} does not divide {inputs:,}; the scales take more memory",
+        )
+        for inputs, size in sizes.items()
+        if size != most
+    ]
 
 
 def _memory(plan: Plan) -> Rows:

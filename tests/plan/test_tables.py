@@ -17,7 +17,7 @@ from llama_jax.plan.command import BEAT, Console, _undecided
 from llama_jax.plan.cost import Cost, Schedule
 from llama_jax.plan.extras import mask_cost, mask_rows
 from llama_jax.plan.settings import Found
-from llama_jax.plan.tables import advice_rows, figure, summary, training_text
+from llama_jax.plan.tables import _group_rows, advice_rows, figure, summary, training_text
 from llama_jax.plan.topology import Topology
 from llama_jax.training.eight_bits import check_units
 
@@ -91,6 +91,16 @@ def test_a_configuration_without_a_model_is_told_to_be_of_the_default_one(tmp_pa
     assert not notes("--config", str(own)) and not notes("--config", "lora", "--model.dim", "512")
     assert notes().startswith("no --config: settings are the defaults and the flags; train.py without --config takes")
     assert "train.py" not in notes("--decode")
+
+
+def test_fewer_inputs_with_a_scale_than_asked_for_are_told() -> None:
+    """The largest divisor counts, by an independent search."""
+    (row,) = _group_rows(ModelArgs(dim=200, n_heads=4, hidden_dim=512), "int4")
+    assert row[1].startswith("int4: 25 inputs share a scale, as 32 does not divide 200")
+    assert max(size for size in range(33) if 200 % max(1, size) == 0) == 25
+    assert _group_rows(ModelArgs(dim=256, n_heads=4, hidden_dim=514), "int4-64")[0][1].startswith("int4-64: 2 inputs")
+    assert not _group_rows(ModelArgs(dim=256, n_heads=4, hidden_dim=512), "int4-64")
+    assert not _group_rows(ModelArgs(dim=200, n_heads=4), "int8") and not _group_rows(ModelArgs(), "auto")
 
 
 def test_no_days_are_told_of_a_run_whose_length_is_not_known() -> None:
