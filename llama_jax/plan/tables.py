@@ -381,7 +381,7 @@ def _time(plan: Plan) -> Rows:
         rows.append(
             (
                 "",
-                f"       ? ms   {cost.host_bytes / 1e9:,.1f} GB to and from the host's memory (time not counted)",
+                f"       ? ms   {figure(cost.host_bytes / 1e9, 1)} GB to and from the host's memory (time not counted)",
             )
         )
     if schedule.waiting:
@@ -415,7 +415,9 @@ def _bound(roofline: Roofline) -> Rows:
     if kernels:
         rows.append(("kernels", kernels))
     if cost.host_bytes:
-        rows.append(("", f"       ? ms   {cost.host_bytes / 1e9:,.1f} GB to and from the host's memory (not counted)"))
+        rows.append(
+            ("", f"       ? ms   {figure(cost.host_bytes / 1e9, 1)} GB to and from the host's memory (not counted)")
+        )
     why = "a roofline, the longest of these three, and not a schedule: kernels do not reach their peak"
     return [*rows, ("", why)]
 
