@@ -109,7 +109,7 @@ def quantize(w: jax.Array, inputs: int, kind: str) -> Matrix:
 
 
 def group_of(inputs: int, kind: str) -> int:
-    """Return how many of ``inputs`` share a scale in a matrix of ``kind``: its largest divisor up to the kind's number."""
+    """Return how many of ``inputs`` share a scale in a matrix of ``kind``: the largest divisor up to its group."""
     most = KINDS[kind].group
     return inputs if most is None else max(size for size in range(1, most + 1) if inputs % size == 0)
 
