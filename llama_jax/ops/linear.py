@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from llama_jax.devices.chips import LANES
 from llama_jax.ops import eight_bit, exact, frozen
 from llama_jax.ops.eight_bit import EightBit
 from llama_jax.ops.einsum import axes_of, einsum, few_outputs, few_outputs_gradient
@@ -80,10 +81,11 @@ def _as_multiplied(equation: str, w: jax.Array) -> jax.Array:
 
     A trick: XLA would gather the shards of a weight [N, H, D], of which N and H are summed over, with D outermost, as
     no product takes it, and then copy the whole. With N outermost, 7B's step on v5e:16x16, without kernels, takes
-    3,930 ms instead of 4,032.
+    3,930 ms instead of 4,032. Heads that do not fill lanes would leave some empty so: for TinyLlama's, of 64 features,
+    the product and its gradient then take 0.72 ms for 4,096 tokens, where they take 0.41.
     """
     _, w_axes, y_axes = axes_of(equation)
-    if len(w_axes) != 3 or w_axes[1] in y_axes:
+    if len(w_axes) != 3 or w_axes[1] in y_axes or w.shape[1] % LANES:
         return w
     return jax.lax.platform_dependent(
         w, tpu=lambda w: with_layout_constraint(w, Layout((0, 2, 1))), default=lambda w: w
