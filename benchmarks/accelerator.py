@@ -335,21 +335,26 @@ def _serve(measurement: Measurement, rows: list[str], connection: Connection) ->
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the command, which ends this process
     try:
         for row, result in measured(measurement, rows):
-            connection.send((row, {"status": "measured", **result}))
+            connection.send((row, result))
     except Absent as error:
         connection.send((None, {"status": "absent", "reason": str(error)}))
     except Exception as error:  # whatever it is, the next measurement goes on
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        connection.send((None, {"status": "failed", "reason": quoted(reason, 240)[1:-1]}))
+        connection.send((None, failed(error)))
+
+
+def failed(error: Exception) -> Entry:
+    """The entry of a row that an error ended."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return {"status": "failed", "reason": quoted(reason, 240)[1:-1]}
 
 
 def measured(measurement: Measurement, rows: list[str]) -> Iterator[tuple[str, Entry]]:
-    """Measure in this process."""
+    """Measure in this process, and yield the entry of each row."""
     args = measurement.args
     if isinstance(args, train_step.Arguments):
         if measurement.runner != "jax":
             _check_torch(measurement.needs_cuda)
-        yield measurement.what, train_step.alone(measurement.runner, args)
+        yield measurement.what, {"status": "measured", **train_step.alone(measurement.runner, args)}
         return
     import jax
 
@@ -363,8 +368,13 @@ def measured(measurement: Measurement, rows: list[str]) -> Iterator[tuple[str, E
     params = decode.random_parameters(module, args.weights)
     readers = decode.memory_readers(jax.devices()[0].platform, args.read_megabytes)
     for batch in args.batches:
-        if (row := row_name(measurement.what, batch)) in rows:
-            yield row, decode.measure(args, module, params, readers, batch)[1]
+        if (row := row_name(measurement.what, batch)) not in rows:
+            continue
+        try:
+            entry = {"status": "measured", **decode.measure(args, module, params, readers, batch)[1]}
+        except Exception as error:  # another number of sequences may be measured with the same parameters
+            entry = failed(error)
+        yield row, entry
 
 
 def _check_torch(needs_cuda: bool) -> None:

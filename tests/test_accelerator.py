@@ -224,6 +224,24 @@ def test_a_process_that_cannot_measure_says_why(script: ModuleType, monkeypatch:
     assert said(peer) == (None, {"status": "absent", "reason": "torch is not installed"})
 
 
+def test_one_number_of_sequences_that_fails_does_not_cost_the_other(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = next(each for each in script.measurements(True) if each.what == "decoding, bfloat16")
+
+    def measure(args: Any, module: Any, params: Any, readers: Any, batch: int) -> Any:
+        if batch == 1:
+            raise UserError("--new-tokens: expected longer steps")
+        return [], {"batch": batch}
+
+    monkeypatch.setattr(script.decode, "measure", measure)
+    monkeypatch.setattr(script.decode, "random_parameters", lambda *_: None)
+    monkeypatch.setattr(script.decode, "memory_readers", lambda *_: {})
+    first, second = script.measured(decoding, list(decoding.rows))
+    assert first[1] == {"status": "failed", "reason": "UserError: --new-tokens: expected longer steps"}
+    assert second == ("decoding, bfloat16, 32 sequences", {"status": "measured", "batch": 32})
+
+
 @pytest.mark.slow
 def test_a_rehearsal_at_toy_sizes_measures_all_and_again_nothing(tmp_path: Path) -> None:
     def call() -> Any:
