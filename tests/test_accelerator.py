@@ -234,6 +234,7 @@ def test_one_number_of_sequences_that_fails_does_not_cost_the_other(
             raise UserError("--new-tokens: expected longer steps")
         return [], {"batch": batch}
 
+    monkeypatch.setattr("llama_jax.devices.compiling.use_compilation_cache", lambda: None)
     monkeypatch.setattr(script.decode, "measure", measure)
     monkeypatch.setattr(script.decode, "random_parameters", lambda *_: None)
     monkeypatch.setattr(script.decode, "memory_readers", lambda *_: {})
