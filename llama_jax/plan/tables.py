@@ -21,7 +21,7 @@ from llama_jax.plan.roofline import Roofline
 from llama_jax.plan.settings import Epoch, Found
 from llama_jax.plan.topology import Topology
 from llama_jax.training.eight_bits import products_text
-from llama_jax.training.flops import step_flops
+from llama_jax.training.flops import decode_flops, step_flops
 from llama_jax.training.needs import GPU_MOST, GPU_SHARE
 from llama_jax.training.objective import Dpo
 
@@ -83,6 +83,7 @@ def summary(plan: Plan, length: Found, epoch: Epoch | None = None) -> dict[str, 
 def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
     """Return the object that ``--decode --json`` prints. ``on`` is the slice that the user named."""
     assert plan.decoding is not None
+    flops = decode_flops(plan.config.model, plan.decoding.batch, plan.decoding.slots)
     found = {
         "fits": plan.fits,
         "bytes_per_device": plan.bytes,
@@ -92,6 +93,8 @@ def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
         "weights": plan.decoding.weights,
         "cache": plan.decoding.cache,
         "tokens_per_step": plan.decoding.batch,
+        "flops_per_step": flops,
+        "mfu": None,
         "step_seconds": None,
         "memory_seconds": _memory_seconds(plan),
         "tokens_per_second": None,
@@ -100,7 +103,9 @@ def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
         **_common(plan),
     }
     if plan.schedule is not None:
+        peak = plan.devices * plan.topology.chip.peak_flops
         found |= {"step_seconds": plan.seconds, "tokens_per_second": plan.tokens / plan.seconds}
+        found |= {"mfu": flops / plan.seconds / peak}
     return found
 
 

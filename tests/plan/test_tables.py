@@ -10,14 +10,14 @@ import pytest
 
 from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
 from llama_jax.devices.chips import TPU_KINDS, GiB
-from llama_jax.plan import Plan
+from llama_jax.plan import Decoding, Plan
 from llama_jax.plan.advice import Advice
 from llama_jax.plan.arguments import read_request
 from llama_jax.plan.command import BEAT, Console, _undecided
 from llama_jax.plan.cost import Cost, Schedule
 from llama_jax.plan.extras import mask_cost, mask_rows
 from llama_jax.plan.settings import Found
-from llama_jax.plan.tables import _group_rows, advice_rows, figure, summary, training_text
+from llama_jax.plan.tables import _group_rows, advice_rows, decode_summary, figure, summary, training_text
 from llama_jax.plan.topology import Topology
 from llama_jax.training.eight_bits import check_units
 
@@ -91,6 +91,40 @@ def test_a_configuration_without_a_model_is_told_to_be_of_the_default_one(tmp_pa
     assert not notes("--config", str(own)) and not notes("--config", "lora", "--model.dim", "512")
     assert notes().startswith("no --config: settings are the defaults and the flags; train.py without --config takes")
     assert "train.py" not in notes("--decode")
+
+
+LISTED = (
+    "fits", "bytes_per_device", "hbm_per_device", "tokens_per_step", "flops_per_step", "step_seconds", "mfu", "tokens_per_second",
+    "parts",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_training_and_decoding_have_the_same_first_keys(fits: bool) -> None:
+    parts = {"parameters": 1 << 20, "cache": 1 << 20}
+    decoded = replace(PLAN, decoding=Decoding(8, 512), bytes_by_part=parts)
+    if not fits:
+        decoded = replace(decoded, schedule=None, bytes=1 << 40)
+    of_training = summary(replace(decoded, decoding=None), Found(None, "why"))
+    of_decoding = decode_summary(decoded, TOPOLOGY)
+    assert set(LISTED) <= set(of_training) and set(LISTED) <= set(of_decoding)
+    assert (of_decoding["mfu"] is None) == (of_decoding["step_seconds"] is None) == (not fits)
+
+
+def test_a_decoding_steps_flops_are_those_of_its_matrices_and_of_the_keys_that_are_seen() -> None:
+    shape = ModelArgs(
+        dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=100, hidden_dim=96, max_seq_len=512, sliding_window=128
+    )
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 2 * 64  # with its norms
+    token = 2 * (3 * layer + 64 + 64 * 100) + 2 * 2 * 3 * 64 * 128
+    plan = replace(
+        PLAN, config=Config(shape), decoding=Decoding(5, 512), bytes_by_part={"parameters": 1, "cache": 1}
+    )  # fmt: skip
+    found = decode_summary(plan, TOPOLOGY)
+    assert found["flops_per_step"] == 5 * token
+    assert found["mfu"] == pytest.approx(5 * token / 0.25 / (4 * 197e12))
+    tied = replace(plan, config=Config(replace(shape, tie_embeddings=True, sliding_window=None)))
+    assert decode_summary(tied, TOPOLOGY)["flops_per_step"] == 5 * (token + 2 * 2 * 3 * 64 * (512 - 128))
 
 
 def test_fewer_inputs_with_a_scale_than_asked_for_are_told() -> None:
