@@ -298,7 +298,7 @@ def decoding_text(plan: Plan, on: Topology) -> str:
         rows += [
             (
                 "step",
-                f"{at_least(plan.topology)}{plan.seconds * 1e3:,.2f} ms for {decoding.batch} sequences over a cache of {decoding.slots:,} tokens",
+                f"{at_least(plan.topology)}{plan.seconds * 1e3:,.2f} ms for {decoding.batch} sequence{'s'[: decoding.batch != 1]} over a cache of {decoding.slots:,} tokens",
             ),
             *_time(plan),
             ("memory", f"{_memory_seconds(plan) * 1e3:,.2f} ms to read parameters and cache once"),
