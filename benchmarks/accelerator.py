@@ -1,7 +1,7 @@
 """All that one accelerator is asked, in at most 12 minutes: ``python benchmarks/accelerator.py``.
 
-Decoding of the 7B shape by kind of weights, the training step of a slice of it beside PyTorch's, a step of low-rank adapters beside a
-quantized base, and document masks: with random weights, made on the device. Each measurement has a process of its own, so that one
+The training step of a slice of the 7B shape, in bfloat16 and in the eight bits that the device multiplies, beside PyTorch's; decoding of
+7B by kind of weights, a step of low-rank adapters beside a quantized base, and document masks: with random weights, made on the device. Each measurement has a process of its own, so that one
 that fails is a line with its reason, and the next goes on; the most wanted come first, and what the time does not suffice for is
 named. The results, a JSON file and a Markdown table beside it, are written after each; the same command goes on with what is missing.
 ``--toy`` rehearses all of it at toy sizes, on a CPU too.
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import decode
@@ -33,18 +33,22 @@ from peers import worker
 from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import duration
 from llama_jax.config import ModelArgs, Weights
+from llama_jax.devices.chips import EIGHT_BIT_FLOPS, PEAK_FLOPS
 from llama_jax.errors import UserError, quoted, run_command
 from llama_jax.lora_args import LoraArgs
 from llama_jax.storage.files import write_atomically
+from llama_jax.train_args import Products
 
-# The training steps of ours that are measured: by name, the settings of train_step.py in which they differ.
-VARIANTS: dict[str, dict[str, Any]] = {"bfloat16": {"compute_dtype": "bfloat16"}}
+# Kinds of products in eight bits, of which the first is measured that the device is not known to lack.
+EIGHT_BITS: tuple[Products, ...] = ("fp8", "int8")
 PEERS = {"torch_compiled": "PyTorch's training step, compiled", "torch_eager": "PyTorch's training step"}
 WEIGHTS: dict[Weights, str] = {"int8": "int8", "int4": "int4", "auto": "bfloat16"}
 # A measurement may take so many times the seconds that are expected, and at least so many, then it is ended.
 PATIENCE, LEAST_SECONDS = 3, 150
+# Looking at a device takes no longer than this, unless something else holds it.
+LOOK_SECONDS = 120
 # Results can stand in one table if all of this is the same.
-SAME = ("device", "driver", "jax", "commit", "toy")
+SAME = ("device", "backend", "driver", "jax", "jaxlib", "flax", "torch", "python", "cpu_cores", "commit", "toy")
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,14 @@ class Absent(Exception):
     """Something is not installed that a measurement needs, which is no failure."""
 
 
-def measurements(toy: bool) -> list[Measurement]:
-    """All that is measured, the most wanted first."""
+def eight_bit_kind(device: str) -> Products | None:
+    """The kind of products in eight bits to measure on a device, by its device_kind. None: it has units for none."""
+    known = device in PEAK_FLOPS
+    return next((kind for kind in EIGHT_BITS if not known or device in EIGHT_BIT_FLOPS[kind]), None)
+
+
+def measurements(toy: bool, device: str = "cpu") -> list[Measurement]:
+    """All that is measured on a device of this device_kind, the most wanted first."""
     shape = ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000)
     decoding = decode.Arguments(compute_dtype="bfloat16", batches=(1, 32), model=shape)
     step = train_step.Arguments(
@@ -112,17 +122,19 @@ def measurements(toy: bool) -> list[Measurement]:
     peers = {
         name: text for name, text in PEERS.items() if not (toy and name == "torch_compiled")
     }  # it takes a C++ compiler
-    ours = {f"training step, {name}": replace(step, **settings) for name, settings in VARIANTS.items()}
-    first = next(iter(ours))
-    theirs = replace(step, compute_dtype="bfloat16")
+    step, first, kind = replace(step, compute_dtype="bfloat16"), "training step, bfloat16", eight_bit_kind(device)
+    eight = [stepped(f"training step, {kind}", 70, replace(step, products=kind), first)] if kind else []
+    theirs, *others = (stepped(text, 80, step, runner=name) for name, text in peers.items())
     found = [
+        stepped(first, 60, step, *peers.values()),
+        *eight,
+        decoded("auto", 80),
         decoded("int8", 90),
         decoded("int4", 100),
-        *(stepped(what, 60, args, *peers.values()) for what, args in ours.items()),
-        *(stepped(text, 80, theirs, runner=name) for name, text in peers.items()),
+        theirs,
         stepped("QLoRA step of 7B, rank 16, int4", 90, adapters),
-        stepped(f"{first}, document masks", 60, replace(ours[first], document_tokens=documents), first),
-        decoded("auto", 80),
+        stepped(f"{first}, document masks", 60, replace(step, document_tokens=documents), first),
+        *others,
     ]
     return [replace(each, seconds=10) for each in found] if toy else found
 
@@ -143,7 +155,8 @@ def main() -> None:
         raise UserError(f"--output: expected a name that ends in .json, found {quoted(args.output)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that measures ends, too
     print("looking at the device ...", flush=True)
-    results = Results.open(output, conditions(args.toy), measurements(args.toy))
+    now = conditions(args.toy)
+    results = Results.open(output, now, measurements(args.toy, now["device"]))
     results.announce(args.minutes)
     measure_all(results, began + 60 * args.minutes)
     results.conclude()
@@ -154,6 +167,10 @@ def conditions(toy: bool) -> Entry:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # as train_step.py; the processes inherit it
     with worker(_look) as connection:
         try:
+            if not connection.poll(LOOK_SECONDS):
+                raise UserError(
+                    f"device: expected one that answers within {LOOK_SECONDS} s, found none; end what else uses it, and start again"
+                )
             device = connection.recv()
         except EOFError:
             raise UserError("device: expected one that JAX can use, found none; see above") from None
@@ -207,20 +224,25 @@ class Results:
 
     @classmethod
     def open(cls, path: Path, now: Entry, wanted: list[Measurement]) -> "Results":
-        """Read the file, if there is one. Raises UserError if it is of other conditions, or something else."""
+        """Read the file, or write a new one, so that nothing is measured in vain where it cannot be written.
+
+        Raises UserError if it is of other conditions, or something else.
+        """
         if not path.exists():
-            return cls(path, {"benchmark": "accelerator", "conditions": now, "rows": {}}, wanted)
+            results = cls(path, {"benchmark": "accelerator", "conditions": now, "rows": {}}, wanted)
+            results.write()
+            return results
         try:
             found = json.loads(path.read_text())
-            before, _ = found["conditions"], found["rows"]
+            before, _ = dict(found["conditions"]), dict(found["rows"])
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path}: expected results of this script, found something else; choose another --output"
             ) from None
         for key in SAME:
-            if before.get(key) != now[key]:
+            if before.get(key) != now.get(key):
                 raise UserError(
-                    f"{path}: expected results of {key} {now[key]}, found those of {before.get(key)}, which belong in another table; "
+                    f"{path}: expected results of {key} {now.get(key)}, found those of {before.get(key)}, which belong in another table; "
                     "choose another --output, or delete the file"
                 )
         return cls(path, found, wanted)
@@ -237,9 +259,13 @@ class Results:
     def put(self, row: str, entry: Entry) -> None:
         """Add a row, write both files, and say so."""
         self.found["rows"][row] = entry | {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.write()
+        print(f"  {row}: {' '.join(filter(None, cells(entry)))}", flush=True)
+
+    def write(self) -> None:
+        """Write the results and the table."""
         write_atomically(self.path, json.dumps(self.found, indent=1) + "\n")
         write_atomically(self.path.with_suffix(".md"), table(self.found, self.beside))
-        print(f"  {row}: {' '.join(filter(None, cells(entry)))}", flush=True)
 
     def announce(self, minutes: float) -> None:
         """Print what will be done, and how long each is expected to take."""
@@ -309,21 +335,26 @@ def _serve(measurement: Measurement, rows: list[str], connection: Connection) ->
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the command, which ends this process
     try:
         for row, result in measured(measurement, rows):
-            connection.send((row, {"status": "measured", **result}))
+            connection.send((row, result))
     except Absent as error:
         connection.send((None, {"status": "absent", "reason": str(error)}))
     except Exception as error:  # whatever it is, the next measurement goes on
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        connection.send((None, {"status": "failed", "reason": quoted(reason, 240)[1:-1]}))
+        connection.send((None, failed(error)))
+
+
+def failed(error: Exception) -> Entry:
+    """The entry of a row that an error ended."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return {"status": "failed", "reason": quoted(reason, 240)[1:-1]}
 
 
 def measured(measurement: Measurement, rows: list[str]) -> Iterator[tuple[str, Entry]]:
-    """Measure in this process."""
+    """Measure in this process, and yield the entry of each row."""
     args = measurement.args
     if isinstance(args, train_step.Arguments):
         if measurement.runner != "jax":
             _check_torch(measurement.needs_cuda)
-        yield measurement.what, train_step.alone(measurement.runner, args)
+        yield measurement.what, {"status": "measured", **train_step.alone(measurement.runner, args)}
         return
     import jax
 
@@ -337,8 +368,13 @@ def measured(measurement: Measurement, rows: list[str]) -> Iterator[tuple[str, E
     params = decode.random_parameters(module, args.weights)
     readers = decode.memory_readers(jax.devices()[0].platform, args.read_megabytes)
     for batch in args.batches:
-        if (row := row_name(measurement.what, batch)) in rows:
-            yield row, decode.measure(args, module, params, readers, batch)[1]
+        if (row := row_name(measurement.what, batch)) not in rows:
+            continue
+        try:
+            entry = {"status": "measured", **decode.measure(args, module, params, readers, batch)[1]}
+        except Exception as error:  # another number of sequences may be measured with the same parameters
+            entry = failed(error)
+        yield row, entry
 
 
 def _check_torch(needs_cuda: bool) -> None:

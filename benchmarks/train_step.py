@@ -36,7 +36,8 @@ from llama_jax.devices.sharding import batch_sharding, make_mesh
 from llama_jax.errors import UserError, run_command
 from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
-from llama_jax.train_args import AttentionKernel, DType, Optimizer, Remat
+from llama_jax.train_args import AttentionKernel, DType, Optimizer, Products, Remat
+from llama_jax.training import eight_bits
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.flops import peak_flops, train_flops_per_token
 from llama_jax.training.step import compile_train_step, init_state, make_optimizer
@@ -56,6 +57,8 @@ class Arguments:
     """Sequences a step."""
     compute_dtype: DType = "auto"
     """Type of activations and matmuls, as of train.py. PyTorch computes in the same, by autocast."""
+    products: Products = "float"
+    """Our products with the layers' matrices, as of train.py. PyTorch's are of compute_dtype."""
     remat: Remat = "none"
     """What our backward pass computes again, as of train.py. PyTorch keeps all."""
     attention: AttentionKernel = "auto"
@@ -132,6 +135,8 @@ def check(args: Arguments) -> None:
     least = BOS + 2 if args.document_tokens else 1
     if args.model.vocab_size < least:
         raise UserError(f"--model.vocab-size: expected {least} or more, found {args.model.vocab_size}")
+    if args.products != "float" and args.lora.rank:
+        raise UserError(f"--products: expected float beside --lora.rank, found {args.products}; leave it out")
     if args.optimizer == "muon" and args.lora.rank:
         raise UserError("--optimizer: expected adamw or adafactor beside --lora.rank, found muon")
 
@@ -184,8 +189,9 @@ def jax_runner(args: Arguments, tokens: np.ndarray) -> Runner:
     """Set up as train.py does."""
     skip_absent_tpu("measuring")
     keep_freed_memory()
-    train = TrainArgs(batch_size=len(tokens), optimizer=args.optimizer)
+    train = TrainArgs(batch_size=len(tokens), optimizer=args.optimizer, products=args.products)
     mesh = make_mesh(MeshArgs(data=1), jax.devices()[:1])
+    eight_bits.check_units(args.products, mesh.devices.flat[0])
     masked = bool(args.document_tokens)
     module = make_model(args.model, args.compute_dtype, args.remat, args.attention, mesh, document_mask=masked)
     adapting = Adapting(args.lora, args.lora.base_weights) if args.lora.rank else None
@@ -194,7 +200,7 @@ def jax_runner(args: Arguments, tokens: np.ndarray) -> Runner:
     read = Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
     batch = jax.device_put(with_documents(read, BOS) if masked else read, batch_sharding(mesh))
     began = time.perf_counter()
-    step = compile_train_step(module, optimizer, mesh, 1, batch, adapting)
+    step = compile_train_step(module, optimizer, mesh, 1, batch, adapting, eight=eight_bits.asked(train))
     compiled_in = time.perf_counter() - began
     planned = step.memory_analysis()
     state = init_state(module, optimizer, mesh, 0, None, adapting)

@@ -46,7 +46,7 @@ from what_fits_page import draw, page
 import llama_jax
 from llama_jax.cli.progress import duration
 from llama_jax.devices.chips import GiB
-from llama_jax.errors import UserError, run_command
+from llama_jax.errors import UserError, quoted, run_command
 from llama_jax.plan.gpus import PLUGINS
 from llama_jax.plan.topology import Topology
 from llama_jax.storage.files import write_atomically
@@ -279,7 +279,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--records", type=Path, default=RECORDS, help="folder of what-fits.jsonl and what-fits-estimates.jsonl"
     )
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of what-fits.md and what-fits.png")
+    parser.add_argument(
+        "--docs", type=Path, help="folder of what-fits.md and what-fits.png; default: docs/, or beside other --records"
+    )
     parser.add_argument(
         "--only",
         action="append",
@@ -295,16 +297,32 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.minutes >= 0 or args.compiles < 1:
         parser.error("--minutes and --compiles: expected 0 or more, and 1 or more, found less")
+    # The page of the repository shows the records of the repository.
+    args.docs = args.docs or (DOCS if args.records.resolve() == RECORDS else args.records)
     return args
+
+
+def chosen_by(only: Sequence[str] | None, cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells whose names contain these words, in their order, each once. None: all of them.
+
+    Raises UserError if no name contains some of the words.
+    """
+    chosen: dict[Cell, None] = {}
+    for words in only or [""]:
+        found = [cell for cell in cells if words in cell.name]
+        if not found:
+            raise UserError(
+                f"--only: expected words of a cell's name, such as '{cells[0].name}', found {quoted(words)}"
+            )
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
 
 
 def main() -> None:
     """Fill all cells with estimates, compile those that are missing, and write the page."""
     args = arguments(sys.argv[1:])
     cells = all_cells()
-    chosen = list(dict.fromkeys(cell for words in args.only or [""] for cell in cells if words in cell.name))
-    if not chosen:
-        raise UserError(f"--only: expected words of a cell's name, such as '{cells[0].name}', found {args.only}")
+    chosen = chosen_by(args.only, cells)
     path = args.records / COMPILED
     with appending(path) as file:
         there = read_lines(path)

@@ -225,6 +225,22 @@ def test_lines_of_other_settings_do_not_count_and_those_of_other_versions_are_no
     assert "1 of 1 compiled cells are of other sources" in capsys.readouterr().out
 
 
+def test_words_that_no_cell_has_are_refused_though_others_are_found(script: ModuleType, cells: dict[str, Any]) -> None:
+    every = list(cells.values())
+    found = script.chosen_by(["13B, decoding", "7B, pretraining, v5e:16x16", "13B"], every)
+    assert found[0].name.startswith("13B, decoding") and len(found) == len(set(found))
+    assert script.chosen_by(None, every) == every
+    with pytest.raises(UserError, match=r"^--only: expected words of a cell's name, .* found '7b'$"):
+        script.chosen_by(["13B", "7b"], every)
+
+
+def test_other_records_leave_the_page_of_the_repository_alone(script: ModuleType, tmp_path: Path) -> None:
+    assert script.arguments([]).docs == ROOT / "docs"
+    assert script.arguments(["--records", str(ROOT / "benchmarks" / "records")]).docs == ROOT / "docs"
+    assert script.arguments(["--records", str(tmp_path)]).docs == tmp_path
+    assert script.arguments(["--records", str(tmp_path), "--docs", "here"]).docs == Path("here")
+
+
 def test_what_is_no_line_is_refused_by_its_number(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "compiled.jsonl").write_text('{"cell": "a", "asked": "b"}\n{"other": 1}\n')
     with pytest.raises(UserError, match=r"^--records: expected a cell a line, found something else in line 2 of"):

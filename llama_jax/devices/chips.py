@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 GiB = 1 << 30
+# The lanes of a TPU's vector unit, all of which the last axis of an array takes, however short it is.
+LANES = 128
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelArgs
+from llama_jax.devices.chips import LANES
 from llama_jax.devices.sharding import gather_shards, shard_axes, shard_by_shard
 from llama_jax.errors import UserError
 from llama_jax.ops import exact
@@ -27,9 +28,8 @@ from llama_jax.train_args import AttentionKernel
 BLOCK = 64
 # Longer sequences have larger blocks instead of more, so that the program's length stays bounded.
 MAX_BLOCKS = 16
-# Splash uses the largest of these that divides the length. Its heads are padded to whole lanes of the vector unit.
+# Splash uses the largest of these that divides the length, and whole lanes of the vector unit.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
-LANES = 128
 # A document mask: the segments of the queries, int [B, T], and those of the keys, int [B, S].
 Segments = tuple[jax.Array, jax.Array]
 # Names of the operands for rematerialisation policies (remat.py).
@@ -165,8 +165,7 @@ def _splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    T, N, H = q.shape[1:]
-    S = k.shape[1]
+    (T, N), S = q.shape[1:3], k.shape[1]
     block = next(b for b in SPLASH_BLOCKS if T % b == 0)
     # Block sizes of queries and keys for the forward pass, the gradients of k and v, and that of q.
     sizes = splash.BlockSizes(
@@ -180,12 +179,11 @@ def _splash(
     )  # fmt: skip
     if start is not None:
         kernel = jax.tree.map(lambda of_blocks: _rows_of(of_blocks, start, T, S), kernel)
-    lanes = [(0, 0), (0, 0), (0, 0), (0, -H % LANES)]
-    q, k, v = (jnp.pad(x.swapaxes(1, 2), lanes) for x in (q, k, v))
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     if segments is None:
-        return jax.vmap(kernel)(q, k, v)[..., :H].swapaxes(1, 2)
+        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
     out = jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, splash.SegmentIds(*ids)))(q, k, v, *segments)
-    return out[..., :H].swapaxes(1, 2)
+    return out.swapaxes(1, 2)
 
 
 def _rows_of(of_blocks: jax.Array, start: jax.Array, T: int, S: int) -> jax.Array:

@@ -96,13 +96,15 @@ def transposed(table: jax.Array) -> Matrix:
 def quantize(w: jax.Array, inputs: int, kind: str) -> Matrix:
     """Quantize ``w`` to ``kind``: "int8", "int4" or "int4-64". Products sum over the first ``inputs`` axes of ``w``."""
     D = math.prod(w.shape[:inputs])
-    dtype, most = KINDS[kind]
-    # The largest divisor of D up to the group's size.
-    group = D if most is None else max(size for size in range(1, most + 1) if D % size == 0)
-    groups = D // group
-    by_group = w.reshape(groups, D // groups, -1)
-    values, scales = to_integers(by_group, axis=1, dtype=dtype)
+    group = group_of(D, kind)
+    values, scales = to_integers(w.reshape(D // group, group, -1), axis=1, dtype=KINDS[kind].dtype)
     return Matrix(values.reshape(D, -1), scales, w.shape)
+
+
+def group_of(inputs: int, kind: str) -> int:
+    """Return how many of ``inputs`` share a scale in a matrix of ``kind``: the largest divisor up to its group."""
+    most = KINDS[kind].group
+    return inputs if most is None else max(size for size in range(1, most + 1) if inputs % size == 0)
 
 
 def to_integers(x: jax.Array, axis: int, dtype: Any, most: int | None = None) -> tuple[jax.Array, jax.Array]:

@@ -48,6 +48,13 @@ def policy_of(name: str) -> Any:
     )
 
 
+def told_of(remat: str, platform: str) -> str:
+    """Return what to say of ``remat`` on a platform, such as "cpu": nothing, unless it offloads in vain there."""
+    if platform == "cpu" and remat.partition(":")[0] == "offload":
+        return f"train.remat {remat} saves nothing on a CPU, whose memory is the host's: attention does the same with fewer copies"
+    return ""
+
+
 def over_layers(
     layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stack: Any, remat: str, unroll: int
 ) -> jax.Array:

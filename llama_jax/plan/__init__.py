@@ -87,6 +87,7 @@ class Plan:
     compile_seconds: float
     decoding: Decoding | None = None  # None: a training step
     objective: Objective = NextToken()
+    note: str = ""  # about products in eight bits on these devices
 
     @property
     def devices(self) -> int:
@@ -165,7 +166,7 @@ def plan_training(
     config = resolve(config)
     mesh = _mesh(config, topology)
     check_divisible(mesh, config.model, config.train)
-    eight_bits.check_units(config.train.products, mesh.devices.flat[0])
+    note = eight_bits.check_units(config.train.products, mesh.devices.flat[0])
     train, objective = config.train, objective or make_objective(config)
     mask = config.data.document_mask or isinstance(objective, Dpo)
     module = make_model(config.model, train.compute_dtype, train.remat, train.attention, mesh, document_mask=mask)
@@ -190,7 +191,7 @@ def plan_training(
             module, optimizer, mesh, accumulation, batch, adapting, objective, eight_bits.asked(train)
         )
 
-    return _plan(config, topology, mesh, module, parts, compile_step, objective=objective)
+    return replace(_plan(config, topology, mesh, module, parts, compile_step, objective=objective), note=note)
 
 
 def plan_decoding(

@@ -19,7 +19,7 @@ The exit status is 0 if the step fits, 1 if it does not, and 2 if the command mu
 # Flags that matter in only one way of planning.
 OF_DECODING = {"batch", "slots", "weights", "cache"}
 OF_SEARCH = {"compiles"}
-OF_TRAINING = {"tokens"}
+OF_TRAINING = {"tokens", "data.document_mask"}
 NOT_OF_SEARCH = {"decode", "hlo", "advice"}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_jax.cli.progress import duration
-from llama_jax.config import Config, MeshArgs
+from llama_jax.config import Config
 from llama_jax.devices.sharding import describe
 from llama_jax.errors import UserError
 from llama_jax.plan import Decoding, Kind, Plan, Reference, extras, plan_step, probe, tables
@@ -25,6 +25,7 @@ from llama_jax.plan.tables import Rows
 from llama_jax.plan.topology import HOST_CHIPS, Topology
 from llama_jax.plan.tuning_data import with_masks
 from llama_jax.programs import named
+from llama_jax.training.command import DEFAULT
 from llama_jax.training.objective import Dpo, Objective, make_objective
 
 FITS, DOES_NOT_FIT = 0, 1
@@ -91,8 +92,7 @@ def run(request: Request) -> int:
     request.config.check()
     console, before = Console(args.json), tables.model_rows(request.config, found)
     before += [("", note) for note in request.notes]
-    if request.file is None and (args.decode or not request.config.train.init_from):
-        before.append(("", "no --config: settings are the defaults and the flags"))
+    before += [("", note) for note in _undecided(request)]
     if not topology.is_offered:
         _check_slice(topology)
         before.append(("slice", f"{topology.name} is not in Google's tables; the nearest: {topology.nearest}"))
@@ -109,6 +109,19 @@ def run(request: Request) -> int:
         return _search(request, console, before, outputs)
     task = (_decoding if args.decode else _training)(request, console)
     return _plan(task, request, console, before + task.before, outputs)
+
+
+def _undecided(request: Request) -> list[str]:
+    """Return what the defaults decide, because no file, no checkpoint and no flag does."""
+    notes, from_checkpoint = [], bool(request.config.train.init_from)
+    if request.file is None and (request.args.decode or not from_checkpoint):
+        other = f"; {named('train')} without --config takes those of --config {DEFAULT}" * (not request.args.decode)
+        notes.append(f"no --config: settings are the defaults and the flags{other}")
+    elif not from_checkpoint and not any(name.startswith("model.") for name in request.stated):
+        notes.append(
+            "no setting of [model]: the model is the default one; --train.init-from gives a checkpoint's shape, --model.* any other"
+        )
+    return notes
 
 
 def _check_slice(topology: Topology) -> None:
@@ -206,7 +219,7 @@ def _decoding(request: Request, console: Console) -> Task:
     context, fixed = config.model.max_seq_len, any(flag.startswith("mesh.") for flag in request.given)
     slots = args.slots if "slots" in request.given else min(args.slots, context)
     wanted = Decoding(args.batch, slots, args.weights, args.cache)
-    before, part = [], topology
+    before, part = _ignored(request), topology
     if slots > context:
         before.append(("", f"--slots {slots:,} is more than the model's context, {context:,}: no sequence fills it"))
     if not fixed:
@@ -231,16 +244,27 @@ def _decoding(request: Request, console: Console) -> Task:
     )  # fmt: skip
 
 
+def _ignored(request: Request) -> Rows:
+    """Return lines about settings of the file that do not count for decoding."""
+    file, default = request.file, Config()
+    if file is None:
+        return []
+    settings = {
+        "[mesh]": (file.mesh, default.mesh),
+        "train.compute_dtype": (file.train.compute_dtype, request.config.train.compute_dtype),
+        "[lora]": (file.lora, default.lora),
+    }
+    found = [name for name, (stated, other) in settings.items() if stated != other]
+    merged = ": an adapter is merged into plain matrices"
+    return [("", f"{name} in the file is for training and is ignored{merged * (name == '[lora]')}") for name in found]
+
+
 def _mesh_rows(request: Request, layout: Layout) -> Rows:
     """Return lines that say why this mesh was chosen, and how to give it to sample.py."""
-    file, topology = request.file, request.topology
+    topology = request.topology
     sizes = {name: size for name, size in dataclasses.asdict(layout.mesh).items() if size != 1 or name == "data"}
     why = "the fastest that fits by estimate" if layout.fits else "the one that needs the least memory"
     rows = [("mesh", f"{describe(sizes)}, {why}; --mesh.* flags give another")]
-    if file is not None and file.mesh != MeshArgs():
-        rows.append(("", "[mesh] in the file is for training and is ignored"))
-    if file is not None and file.train.compute_dtype != request.config.train.compute_dtype:
-        rows.append(("", "train.compute_dtype in the file is for training and is ignored"))
     flags = " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
     fewest = fewest_chips(request.config, topology, request.args.weights)
     where = "" if layout.topology == topology else f", on {layout.topology.name}"

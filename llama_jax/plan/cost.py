@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llama_jax.devices.chips import Chip
+from llama_jax.devices.chips import LANES, Chip
 from llama_jax.plan.hlo import HBM, HOST, Instruction, Program
 from llama_jax.plan.links import BETWEEN_SLICES, OFFLOADED, Offloaded, collective_of, link_seconds, moved
 
+# Copies that go on beside other work, by what begins them: of an array, or of a slice that is read or written.
+COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
+BEGINNINGS = tuple(f"{copy}-start" for copy in COPIES)
 # Parts of a transfer to the host or other slices, whose bytes are counted at the send, and of a copy, counted at its
 # start.
-TRANSFERS = ("send", "send-done", "recv", "recv-done", "after-all", "copy-done", "slice-done")
+TRANSFERS = ("send", "send-done", "recv", "recv-done", "after-all", *(f"{copy}-done" for copy in COPIES))
 # Matrix products of [T, S] scores in flash attention kernels: forward (scores, values), gradient of q, of k and v.
 KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 # The share of the peak FLOP/s assumed for flash attention kernels, for which the compiler estimates no cycles.
@@ -188,9 +191,10 @@ class Reader:
             transfer[1] += i.results[0].size
         elif i.target == "tpu_custom_call":
             self._kernel(i, names, cost)
-        elif i.opcode in ("copy-start", "slice-start"):
-            memories = {array.memory for array in i.results[:2]}
-            moved = min((array.size for array in i.results[:2]), default=0)
+        elif i.opcode in BEGINNINGS:
+            arrays = [array for array in i.results if array.dims]  # without indices, and the copy's own number
+            memories = {array.memory for array in arrays}
+            moved = min((array.size for array in arrays), default=0)
             cost.host_bytes += moved * (HOST in memories)
             cost.hbm_bytes += moved * (HBM in memories and HOST not in memories)
         elif i.opcode not in ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", *TRANSFERS):
@@ -239,8 +243,9 @@ class Reader:
         heads = [a for o in i.operands if o in names for a in names[o].results if len(a.dims) >= 3 and "f" in a.dtype]
         products = next((n for part, n in KERNEL_PRODUCTS.items() if f"_{part}" in name), 0)
         if products and len(heads) > 1:
-            pairs = math.prod(heads[0].dims) * heads[1].dims[-2]
-            cost.kernel_flops += products * 2 * self._seen * pairs
+            *queries, features = heads[0].dims
+            pairs = math.prod(queries) * heads[1].dims[-2]
+            cost.kernel_flops += products * 2 * self._seen * pairs * (-(-features // LANES) * LANES)
 
     def _bytes(self, i: Instruction, names: dict[str, Instruction]) -> float:
         """Return the bytes that an instruction reads from and writes to HBM.

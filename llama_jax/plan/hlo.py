@@ -11,9 +11,13 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16} | {
-    f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)
-}
+# Floats of eight bits are named after their exponent and mantissa.
+FLOATS = ("e3m4", "e4m3", "e4m3fn", "e4m3b11fnuz", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
+ITEM_BITS = (
+    {"pred": 8, "s4": 4, "u4": 4, "f4e2m1fn": 4, "bf16": 16, "c64": 64, "c128": 128}
+    | {f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)}
+    | {f"f8{kind}": 8 for kind in FLOATS}
+)
 HBM, HOST = 0, 5
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*-> .*\{")

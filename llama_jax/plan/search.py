@@ -107,12 +107,13 @@ def ranked(found: Sequence[Compiled]) -> list[Compiled]:
 def row_text(compiled: Compiled, asked: Config) -> str:
     """Return a line about a compiled candidate. ``asked`` is the user's configuration."""
     candidate, plan = compiled.candidate, compiled.plan
-    where, flags = describe(dict(plan.mesh)), candidate.flags(asked)
+    flags = candidate.flags(asked)
+    where = f"{describe(dict(plan.mesh))}, {candidate.rows} sequence{'s'[: candidate.rows != 1]} at once"
     if not plan.fits:
         needed = f"{plan.bytes / GiB:6.2f} GiB" if plan.bytes else "too large "
-        return f"  does not fit           {needed}  {where}, {candidate.rows} sequences at once  {flags}"
+        return f"  does not fit           {needed}  {where}  {flags}"
     rate, most = plan.tokens / plan.seconds, "  at most" * plan.topology.is_gpu
-    return f"{most}  {rate:12,.0f} tokens/s  {plan.bytes / GiB:6.2f} GiB  {where}, {candidate.rows} sequences at once  {flags}"
+    return f"{most}  {rate:12,.0f} tokens/s  {plan.bytes / GiB:6.2f} GiB  {where}  {flags}"
 
 
 def error_rows(found: Sequence[Compiled]) -> list[tuple[str, str]]:

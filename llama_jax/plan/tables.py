@@ -7,11 +7,12 @@ from typing import Any
 from llama_jax.adapters import count_adapter
 from llama_jax.build import count_parameters
 from llama_jax.cli.progress import duration
-from llama_jax.config import Config, TrainArgs
+from llama_jax.config import Config, ModelArgs, TrainArgs, Weights
 from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.devices.chips import GiB
 from llama_jax.devices.sharding import describe
 from llama_jax.foreign.family import constants_of
+from llama_jax.ops.quantize import KINDS, group_of
 from llama_jax.plan import Plan
 from llama_jax.plan.advice import Advice
 from llama_jax.plan.cost import KERNEL_EFFICIENCY
@@ -20,7 +21,7 @@ from llama_jax.plan.roofline import Roofline
 from llama_jax.plan.settings import Epoch, Found
 from llama_jax.plan.topology import Topology
 from llama_jax.training.eight_bits import products_text
-from llama_jax.training.flops import step_flops
+from llama_jax.training.flops import decode_flops, step_flops
 from llama_jax.training.needs import GPU_MOST, GPU_SHARE
 from llama_jax.training.objective import Dpo
 
@@ -55,6 +56,7 @@ def summary(plan: Plan, length: Found, epoch: Epoch | None = None) -> dict[str, 
         "remat": plan.config.train.remat,
         "products": plan.config.train.products,
         "products_of": plan.config.train.products_of,
+        "products_note": plan.note,
         "document_mask": plan.config.data.document_mask,
         "param_dtype": plan.config.train.param_dtype,
         "optimizer": plan.config.train.optimizer,
@@ -81,6 +83,7 @@ def summary(plan: Plan, length: Found, epoch: Epoch | None = None) -> dict[str, 
 def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
     """Return the object that ``--decode --json`` prints. ``on`` is the slice that the user named."""
     assert plan.decoding is not None
+    flops = decode_flops(plan.config.model, plan.decoding.batch, plan.decoding.slots)
     found = {
         "fits": plan.fits,
         "bytes_per_device": plan.bytes,
@@ -90,6 +93,8 @@ def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
         "weights": plan.decoding.weights,
         "cache": plan.decoding.cache,
         "tokens_per_step": plan.decoding.batch,
+        "flops_per_step": flops,
+        "mfu": None,
         "step_seconds": None,
         "memory_seconds": _memory_seconds(plan),
         "tokens_per_second": None,
@@ -98,7 +103,9 @@ def decode_summary(plan: Plan, on: Topology) -> dict[str, Any]:
         **_common(plan),
     }
     if plan.schedule is not None:
+        peak = plan.devices * plan.topology.chip.peak_flops
         found |= {"step_seconds": plan.seconds, "tokens_per_second": plan.tokens / plan.seconds}
+        found |= {"mfu": flops / plan.seconds / peak}
     return found
 
 
@@ -195,7 +202,7 @@ def training_text(plan: Plan, length: Found) -> str:
             f"{plan.dtype}, attention: {plan.kernel}, remat: {train.remat}{mask}; compiled in {duration(plan.compile_seconds)}",
         ),
         *_objective_rows(plan),
-        *([("products", products_text(train, plan.dtype))] if train.products != "float" else []),
+        *([("products", products_text(train, plan.dtype)), ("", plan.note)] if train.products != "float" else []),
         *adapters,
         *_state_rows(plan),
         *_memory(plan),
@@ -264,8 +271,15 @@ def devices_text(count: int, topology: Topology) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number, without decimals if it is large."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+    """Return a number, without decimals if it is large, and with two digits if it is small."""
+    if value >= 1 or value == 0:
+        return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+    return f"{value:.2g}"
+
+
+def figure(value: float, decimals: int) -> str:
+    """Return a number with so many decimals, or with more where these would show hardly anything of it."""
+    return f"{value:,.{decimals}f}" if value == 0 or value * 10**decimals >= 10 else f"{value:.2g}"
 
 
 def decoding_text(plan: Plan, on: Topology) -> str:
@@ -277,13 +291,14 @@ def decoding_text(plan: Plan, on: Topology) -> str:
     rows = [
         ("slice", f"{on.name}, {devices_text(plan.devices, plan.topology)}{idle}, mesh: {describe(plan.mesh)}"),
         ("program", f"{plan.dtype}, weights: {weights}, cache: {cache}; compiled in {duration(plan.compile_seconds)}"),
+        *_group_rows(plan.config.model, decoding.weights),
         *_memory(plan),
     ]
     if plan.schedule is not None:
         rows += [
             (
                 "step",
-                f"{at_least(plan.topology)}{plan.seconds * 1e3:,.2f} ms for {decoding.batch} sequences over a cache of {decoding.slots:,} tokens",
+                f"{at_least(plan.topology)}{plan.seconds * 1e3:,.2f} ms for {decoding.batch} sequence{'s'[: decoding.batch != 1]} over a cache of {decoding.slots:,} tokens",
             ),
             *_time(plan),
             ("memory", f"{_memory_seconds(plan) * 1e3:,.2f} ms to read parameters and cache once"),
@@ -292,15 +307,31 @@ def decoding_text(plan: Plan, on: Topology) -> str:
     return table(rows)
 
 
+def _group_rows(m: ModelArgs, weights: Weights) -> Rows:
+    """Return lines about matrices of which fewer inputs share a scale than the kind of weights asks for."""
+    most = KINDS[weights].group if weights in KINDS else None
+    if most is None:
+        return []
+    sizes = {inputs: group_of(inputs, weights) for inputs in (m.dim, m.n_heads * m.head_width, m.hidden_width)}
+    return [
+        (
+            "",
+            f"{weights}: {size} inputs share a scale, as {most} does not divide {inputs:,}; the scales take more memory",
+        )
+        for inputs, size in sizes.items()
+        if size != most
+    ]
+
+
 def _memory(plan: Plan) -> Rows:
     room = f"{plan.topology.chip.hbm_bytes / GiB:.2f} GiB a {plan.topology.unit}"
     if plan.schedule is None:
-        needed = f"{plan.bytes / GiB:.2f} GiB" if plan.bytes else "more"
+        needed = f"{figure(plan.bytes / GiB, 2)} GiB" if plan.bytes else "more"
         rows = [("memory", f"DOES NOT FIT into {room}: the compiler needs {needed}")]
     else:
         verdict = "fits:" if plan.fits else "DOES NOT FIT:"
-        rows = [("memory", f"{verdict} {plan.bytes / GiB:.2f} of {room}")]
-    rows += [("", f"{size / GiB:8.2f} GiB  {part}") for part, size in plan.bytes_by_part.items()]
+        rows = [("memory", f"{verdict} {figure(plan.bytes / GiB, 2)} of {room}")]
+    rows += [("", f"{figure(size / GiB, 2):>8} GiB  {part}") for part, size in plan.bytes_by_part.items()]
     if plan.topology.is_gpu and plan.fits and plan.bytes > GPU_SHARE * plan.topology.chip.hbm_bytes:
         rows.append(
             (
@@ -341,12 +372,12 @@ def _time(plan: Plan) -> Rows:
         return _bound(schedule)
 
     def row(seconds: float, what: str) -> tuple[str, str]:
-        return "", f"{seconds * 1e3:8,.1f} ms   {what}"
+        return "", f"{figure(seconds * 1e3, 1):>8} ms   {what}"
 
     kernels = ", ".join(f"{name} x {runs}" for name, runs in cost.kernels.items())
     rows = [
-        row(cost.matrix, f"matrix products, {cost.flops / 1e12:,.1f} TFLOP a {plan.topology.unit}"),
-        row(cost.other, f"all else; {cost.hbm_bytes / 1e9:,.0f} GB from and to memory in all"),
+        row(cost.matrix, f"matrix products, {figure(cost.flops / 1e12, 1)} TFLOP a {plan.topology.unit}"),
+        row(cost.other, f"all else; {figure(cost.hbm_bytes / 1e9, 0)} GB from and to memory in all"),
         row(schedule.blocking, "collectives that block"),
     ]
     if cost.kernels:
@@ -355,7 +386,7 @@ def _time(plan: Plan) -> Rows:
         rows.append(
             (
                 "",
-                f"       ? ms   {cost.host_bytes / 1e9:,.1f} GB to and from the host's memory (time not counted)",
+                f"       ? ms   {figure(cost.host_bytes / 1e9, 1)} GB to and from the host's memory (time not counted)",
             )
         )
     if schedule.waiting:
@@ -379,17 +410,19 @@ def _bound(roofline: Roofline) -> Rows:
     """Return lines about what bounds the time of a step on GPUs."""
     cost, seconds = roofline.cost, roofline.by_resource
     kernels = ", ".join(f"{name} x {runs}" for name, runs in cost.kernels.items())
-    flops = f"{(cost.flops + cost.kernel_flops) / 1e12:,.1f} TFLOP a GPU at the peak"
+    flops = f"{figure((cost.flops + cost.kernel_flops) / 1e12, 1)} TFLOP a GPU at the peak"
     words = {
         "matrix": f"matrix products{' and attention' * bool(kernels)}, {flops}",
-        "memory": f"memory, {cost.hbm_bytes / 1e9:,.0f} GB read and written",
+        "memory": f"memory, {figure(cost.hbm_bytes / 1e9, 0)} GB read and written",
         "links": f"links, {sum(size for _, size in cost.transfers.values()) / 1e9:,.3f} GB of collectives",
     }
-    rows = [("", f"{seconds[name] * 1e3:8,.1f} ms   {what}") for name, what in words.items()]
+    rows = [("", f"{figure(seconds[name] * 1e3, 1):>8} ms   {what}") for name, what in words.items()]
     if kernels:
         rows.append(("kernels", kernels))
     if cost.host_bytes:
-        rows.append(("", f"       ? ms   {cost.host_bytes / 1e9:,.1f} GB to and from the host's memory (not counted)"))
+        rows.append(
+            ("", f"       ? ms   {figure(cost.host_bytes / 1e9, 1)} GB to and from the host's memory (not counted)")
+        )
     why = "a roofline, the longest of these three, and not a schedule: kernels do not reach their peak"
     return [*rows, ("", why)]
 

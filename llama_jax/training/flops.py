@@ -24,6 +24,16 @@ def train_flops_per_token(args: ModelArgs, lora: LoraArgs = LoraArgs(), paramete
     return products + 12.0 * args.n_layers * args.n_heads * args.head_width * keys_per_query(args)
 
 
+def decode_flops(args: ModelArgs, sequences: int, slots: int) -> float:
+    """Return the FLOPs of a decoding step: a token of each sequence, whose cache of ``slots`` tokens is full.
+
+    2 x (parameters without the embedding) + 4 x L x keys x N H a sequence, with the keys that a sliding window leaves.
+    """
+    matrices = count_parameters(args) - (0 if args.tie_embeddings else args.vocab_size * args.dim)
+    keys = min(slots, args.window or slots)
+    return sequences * (2.0 * matrices + 4.0 * args.n_layers * args.n_heads * args.head_width * keys)
+
+
 def update_flops(args: ModelArgs, train: TrainArgs) -> float:
     """Return the FLOPs of the products of one update: 0 of AdamW.
 

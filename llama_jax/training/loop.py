@@ -15,7 +15,7 @@ from llama_jax.cli.stopping import StopSignals, output_may_vanish, status_of
 from llama_jax.config import Config, TrainArgs
 from llama_jax.data.batch_sizes import BatchSizes, with_size
 from llama_jax.devices.absent_tpu import skip_absent_tpu
-from llama_jax.devices.compiling import use_compilation_cache
+from llama_jax.devices.compiling import platform_of, use_compilation_cache
 from llama_jax.devices.distributed import (
     Consensus,
     from_main,
@@ -28,6 +28,7 @@ from llama_jax.devices.memory import keep_freed_memory, return_freed_memory
 from llama_jax.devices.sharding import check_divisible, make_mesh
 from llama_jax.errors import UserError
 from llama_jax.evaluate.tasks import Task
+from llama_jax.ops.remat import told_of
 from llama_jax.training import eight_bits, log, reference, samples
 from llama_jax.training.announcing import announce, announce_cost, first_state_text, nothing_to_do_text
 from llama_jax.training.answers import questions_of
@@ -105,7 +106,9 @@ def train(config: Config, signals: StopSignals | None = None, notes: Sequence[st
 def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, tasks: Sequence[Task]) -> int:
     """Train the opened run. Return the signal that ended it early, after saving, or 0."""
     mesh = make_mesh(config.mesh)
-    opened.notes += filter(None, [eight_bits.check_units(config.train.products, mesh.devices.flat[0])])
+    device = mesh.devices.flat[0]
+    said = eight_bits.check_units(config.train.products, device), told_of(config.train.remat, platform_of(device))
+    opened.notes += filter(None, said)
     if known := config.model.vocab_size != -1 and not config.lora.rank:
         announce_needs(config, mesh)
     base = base_of(config.train, config.lora) if config.train.init_from and not opened.start else None

@@ -85,3 +85,14 @@ def test_few_rows_have_the_same_products_on_every_platform(platform: str, rows: 
     values = rng.integers(-127, 128, (48, 20)).astype(dtype)
     found = jax.jit(getattr(platforms, f"_rows_on_{platform}"))(x, values)
     np.testing.assert_allclose(found, x.astype(np.float64) @ values.astype(np.float64), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "inputs", "group"), [("int4", 96, 32), ("int4-64", 192, 64), ("int4", 50, 25)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_row_is_summed_by_group_on_a_gpu(kind: str, inputs: int, group: int, rows: int) -> None:
+    w = quantize(jax.random.normal(jax.random.key(0), (inputs, 40)), 1, kind)
+    x = np.asarray(jax.random.normal(jax.random.key(1), (rows, inputs)))
+    assert w.scales is not None and w.scales.shape == (inputs // group, 40)
+    matrix = np.asarray(w.values, np.float64) * np.repeat(np.asarray(w.scales, np.float64), group, axis=0)
+    found = jax.jit(platforms._rows_by_group_on_gpu)(jnp.asarray(x), w)
+    np.testing.assert_allclose(found, x.astype(np.float64) @ matrix, rtol=1e-5, atol=1e-4)

@@ -171,6 +171,35 @@ def test_a_kernel_is_timed_by_half_of_its_square_of_scores(schedule: Schedule) -
     assert schedule.seconds == pytest.approx(cost.matrix + cost.other + schedule.blocking + schedule.kernels)
 
 
+OFFLOADING = """HloModule step, num_partitions=1
+
+ENTRY %main (kept: f32[4,8,1024], new: f32[1,8,1024], at: s32[]) -> f32[1,8,1024] {
+  %kept = f32[4,8,1024]{2,1,0:T(8,128)S(5)} parameter(0)
+  %new = f32[1,8,1024]{2,1,0:T(8,128)} parameter(1)
+  %at = s32[]{:T(128)} parameter(2)
+  %write = ((f32[4,8,1024]{2,1,0:T(8,128)S(5)}, f32[1,8,1024]{2,1,0:T(8,128)}, s32[]{:T(128)}, s32[]{:T(128)}, s32[]{:T(128)}), f32[4,8,1024]{2,1,0:T(8,128)S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%kept, %new, %at, %at, %at)
+  %written = f32[4,8,1024]{2,1,0:T(8,128)S(5)} dynamic-update-slice-done(%write)
+  %read = ((f32[4,8,1024]{2,1,0:T(8,128)S(5)}, s32[]{:T(128)}, s32[]{:T(128)}, s32[]{:T(128)}), f32[1,8,1024]{2,1,0:T(8,128)}, u32[]{:S(2)}) dynamic-slice-start(%written, %at, %at, %at), dynamic_slice_sizes={1,8,1024}
+  ROOT %slice = f32[1,8,1024]{2,1,0:T(8,128)} dynamic-slice-done(%read)
+}
+"""
+
+
+def test_slices_that_go_to_the_host_and_come_back_are_its_bytes() -> None:
+    """As a layer's activations do, of ``--train.remat offload``. Within the chip they are bytes of its memory."""
+    size = 8 * 1024 * 4
+    cost = schedule_of(Program.parse(OFFLOADING), CHIP).cost
+    assert (cost.host_bytes, cost.hbm_bytes) == (2 * size, 0)
+    inside = schedule_of(Program.parse(OFFLOADING.replace("S(5)", "")), CHIP).cost
+    assert (inside.host_bytes, inside.hbm_bytes) == (0, 2 * size)
+
+
+def test_a_kernel_of_narrow_heads_takes_whole_lanes(schedule: Schedule) -> None:
+    """A matrix unit that multiplies heads of 64 features is half empty."""
+    narrow = Program.parse(PROGRAM.replace("256,128]{3,2,1,0", "256,64]{3,2,1,0"))
+    assert schedule_of(narrow, CHIP).cost.kernel_flops == schedule.cost.kernel_flops > 0
+
+
 def test_a_kernel_is_timed_by_the_pairs_that_a_sliding_window_leaves(schedule: Schedule, program: Program) -> None:
     assert schedule_of(program, CHIP, 0.125).kernels == pytest.approx(schedule.kernels / 4)
 

@@ -70,6 +70,20 @@ def test_products_count_wherever_they_are_called_as_often_as_they_run() -> None:
     assert FOUND.by_resource["matrix"] == pytest.approx((loops + attention + 2 * single) / CHIP.peak_flops)
 
 
+@pytest.mark.parametrize("kind", ["f8e4m3fn", "f8e5m2", "s8"])
+def test_eight_bits_are_half_of_the_bytes_at_twice_the_peak(kind: str) -> None:
+    """Arrays of every type are read, of loops too: of a type that was not, a loop had fewer results than its body."""
+    half = Program.parse(PROGRAM.replace("bf16[64,128]", f"{kind}[64,128]"))
+    (loop,) = (i for i in half.computations[half.entry] if i.opcode == "while")
+    assert [a.dtype for a in loop.results] == ["s32", kind, "bf16"]
+    assert half.changed(loop)[0].dtype == "s32"
+    found = roofline_of(half, CHIP)
+    assert found.cost.flops == FOUND.cost.flops
+    products = 3 * 2 * 2.0 * 64 * 256 * 128 / CHIP.peak_flops
+    assert FOUND.cost.matrix - found.cost.matrix == pytest.approx(products / 2)
+    assert FOUND.cost.hbm_bytes - found.cost.hbm_bytes == 3 * 2 * 64 * 128
+
+
 def test_a_window_leaves_fewer_pairs_to_attention() -> None:
     assert roofline_of(Program.parse(PROGRAM), CHIP, seen=0.25).cost.kernel_flops == FOUND.cost.kernel_flops / 2
 

@@ -12,6 +12,7 @@ from llama_jax.config import Config, DataArgs, MeshArgs, ModelArgs, TrainArgs, l
 from llama_jax.data.tokens import open_tokens
 from llama_jax.errors import UserError
 from llama_jax.plan.arguments import Request, read_request
+from llama_jax.plan.command import _ignored
 from llama_jax.plan.settings import run_tokens, vocabulary
 from llama_jax.plan.tuning_data import with_masks
 from llama_jax.tokenizer import Tokenizer
@@ -137,13 +138,20 @@ def test_a_vocabulary_of_a_flag_beats_a_tokenizer_of_a_file(tmp_path: Path, prep
 
 
 def test_for_decoding_the_mesh_and_the_type_of_training_do_not_count(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text('[train]\ncompute_dtype = "float32"\n[mesh]\ndata = 1\nfsdp = -1\n')
+    (tmp_path / "c.toml").write_text(
+        '[train]\ncompute_dtype = "float32"\n[mesh]\ndata = 1\nfsdp = -1\n[lora]\nrank = 4\n'
+    )
     config = ["--config", str(tmp_path / "c.toml")]
     training, decoding = request(*config).config, request(*config, "--decode").config
     assert (training.mesh, training.train.compute_dtype) == (MeshArgs(data=1, fsdp=-1), "float32")
     assert (decoding.mesh, decoding.train.compute_dtype) == (MeshArgs(), "auto")
     given = request(*config, "--decode", "--mesh.tensor", "2", "--train.compute-dtype", "float32").config
     assert (given.mesh, given.train.compute_dtype) == (MeshArgs(tensor=2), "float32")
+    told = [[line.partition(" ")[0] for _, line in _ignored(request(*config, "--decode", *flags))] for flags in (
+        (), ("--mesh.tensor", "2", "--train.compute-dtype", "float32"),
+    )]  # fmt: skip
+    assert told == [["[mesh]", "train.compute_dtype", "[lora]"], ["[mesh]", "[lora]"]]
+    assert not _ignored(request("--decode"))
 
 
 def test_fine_tuning_is_planned_with_the_checkpoints_model(place: Path) -> None:
@@ -165,6 +173,7 @@ def test_fine_tuning_is_planned_with_the_checkpoints_model(place: Path) -> None:
         (["--decode", "--train.remat", "full"], ["--train.remat", "decoding"]),
         (["--decode", "--train.batch-size=8"], ["--train.batch-size", "decoding"]),
         (["--decode", "--tokens", "5"], ["--tokens", "decoding"]),
+        (["--decode", "--data.document-mask"], ["--data.document-mask", "decoding"]),
         (["--tokens", "-1"], ["--tokens", "positive"]),
         (["--tokens", "nan"], ["--tokens", "positive"]),
         (["--advice=-1"], ["--advice", "0 or more"]),

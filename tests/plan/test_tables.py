@@ -2,19 +2,24 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
-from llama_jax.devices.chips import GiB
-from llama_jax.plan import Plan
+from llama_jax.devices.chips import TPU_KINDS, GiB
+from llama_jax.plan import Decoding, Plan
 from llama_jax.plan.advice import Advice
-from llama_jax.plan.command import BEAT, Console
+from llama_jax.plan.arguments import read_request
+from llama_jax.plan.command import BEAT, Console, _undecided
 from llama_jax.plan.cost import Cost, Schedule
 from llama_jax.plan.extras import mask_cost, mask_rows
 from llama_jax.plan.settings import Found
-from llama_jax.plan.tables import advice_rows, summary, training_text
+from llama_jax.plan.tables import _group_rows, advice_rows, decode_summary, figure, summary, training_text
 from llama_jax.plan.topology import Topology
+from llama_jax.training.eight_bits import check_units
 
 TOPOLOGY = Topology.parse("v5e:2x2")
 PLAN = Plan(
@@ -29,7 +34,107 @@ def test_a_run_takes_its_steps_times_a_steps_time() -> None:
     assert found["chip_hours"] == pytest.approx(4 * 1e6 * 0.25 / 3600)
     text = training_text(PLAN, Found(8 * 1024 * 1e6, "train.max_steps, 1,000,000"))
     assert "for  8,192,000,000 tokens (train.max_steps, 1,000,000): 2.9 days, 278 chip-hours" in text
-    assert "(train.max_steps, 8): 2 s, 0.00 chip-hours" in training_text(PLAN, Found(8 * 8192, "train.max_steps, 8"))
+    assert "(train.max_steps, 8): 2 s, 0.0022 chip-hours" in training_text(PLAN, Found(8 * 8192, "train.max_steps, 8"))
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "text"),
+    [
+        (0.0, 1, "0.0"), (0.004, 1, "0.004"), (0.0312, 2, "0.031"), (0.96, 1, "0.96"), (1.0, 1, "1.0"), (3579.84, 1, "3,579.8"),
+        (0.42, 0, "0.42"), (9.6, 0, "9.6"), (1722.3, 0, "1,722"), (14.516, 2, "14.52"),
+    ],
+)  # fmt: skip
+def test_what_a_small_model_takes_is_not_told_as_nothing(value: float, decimals: int, text: str) -> None:
+    assert figure(value, decimals) == text
+
+
+def test_a_small_models_step_has_no_figure_of_zero_but_what_is_zero() -> None:
+    cost = Cost(matrix=4e-5, other=2e-6, flops=3e9, hbm_bytes=4e7)
+    small = replace(PLAN, bytes=1 << 20, bytes_by_part={"parameters": 1 << 19}, schedule=Schedule(cost, TOPOLOGY.chip))
+    text = training_text(small, Found(1.0, ""))
+    for told in (
+        "fits: 0.00098 of 15.75",
+        "0.00049 GiB  parameters",
+        "0.04 ms   matrix",
+        "0.003 TFLOP",
+        "0.002 ms",
+        "0.04 GB",
+    ):
+        assert told in text
+    assert "0.0 ms   collectives that block" in text
+
+
+@pytest.mark.parametrize(
+    ("topology", "kind", "told"),
+    [("v4:2x2x1", "int8", "is no faster than bfloat16"), ("v5e:2x2", "int8", "was not timed")],
+)
+def test_what_eight_bits_are_on_the_chip_is_told(topology: str, kind: Any, told: str) -> None:
+    slice_ = Topology.parse(topology)
+    (device,) = (
+        name for name, version in TPU_KINDS.items() if version == slice_.version and name.endswith(slice_.version)
+    )
+    note = check_units(kind, SimpleNamespace(device_kind=device, platform="tpu"))  # type: ignore[arg-type]
+    config = replace(PLAN.config, train=replace(PLAN.config.train, products=kind))
+    plan = replace(PLAN, config=config, note=note)
+    assert told in training_text(plan, Found(1.0, "")) and told in summary(plan, Found(1.0, ""))["products_note"]
+
+
+def test_a_configuration_without_a_model_is_told_to_be_of_the_default_one(tmp_path: Path) -> None:
+    """As those for tuning are, whose model is that of a checkpoint."""
+    own = tmp_path / "own.toml"
+    own.write_text("[model]\ndim = 64\nn_heads = 2\n")
+
+    def notes(*flags: str) -> str:
+        return " ".join(_undecided(read_request([*flags, "--topology", "v5e:1x1"])))
+
+    assert "no setting of [model]: the model is the default one; --train.init-from" in notes("--config", "lora")
+    assert not notes("--config", str(own)) and not notes("--config", "lora", "--model.dim", "512")
+    assert notes().startswith("no --config: settings are the defaults and the flags; train.py without --config takes")
+    assert "train.py" not in notes("--decode")
+
+
+LISTED = (
+    "fits", "bytes_per_device", "hbm_per_device", "tokens_per_step", "flops_per_step", "step_seconds", "mfu", "tokens_per_second",
+    "parts",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_training_and_decoding_have_the_same_first_keys(fits: bool) -> None:
+    parts = {"parameters": 1 << 20, "cache": 1 << 20}
+    decoded = replace(PLAN, decoding=Decoding(8, 512), bytes_by_part=parts)
+    if not fits:
+        decoded = replace(decoded, schedule=None, bytes=1 << 40)
+    of_training = summary(replace(decoded, decoding=None), Found(None, "why"))
+    of_decoding = decode_summary(decoded, TOPOLOGY)
+    assert set(LISTED) <= set(of_training) and set(LISTED) <= set(of_decoding)
+    assert (of_decoding["mfu"] is None) == (of_decoding["step_seconds"] is None) == (not fits)
+
+
+def test_a_decoding_steps_flops_are_those_of_its_matrices_and_of_the_keys_that_are_seen() -> None:
+    shape = ModelArgs(
+        dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=100, hidden_dim=96, max_seq_len=512, sliding_window=128
+    )
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 2 * 64  # with its norms
+    token = 2 * (3 * layer + 64 + 64 * 100) + 2 * 2 * 3 * 64 * 128
+    plan = replace(
+        PLAN, config=Config(shape), decoding=Decoding(5, 512), bytes_by_part={"parameters": 1, "cache": 1}
+    )  # fmt: skip
+    found = decode_summary(plan, TOPOLOGY)
+    assert found["flops_per_step"] == 5 * token
+    assert found["mfu"] == pytest.approx(5 * token / 0.25 / (4 * 197e12))
+    tied = replace(plan, config=Config(replace(shape, tie_embeddings=True, sliding_window=None)))
+    assert decode_summary(tied, TOPOLOGY)["flops_per_step"] == 5 * (token + 2 * 2 * 3 * 64 * (512 - 128))
+
+
+def test_fewer_inputs_with_a_scale_than_asked_for_are_told() -> None:
+    """The largest divisor counts, by an independent search."""
+    (row,) = _group_rows(ModelArgs(dim=200, n_heads=4, hidden_dim=512), "int4")
+    assert row[1].startswith("int4: 25 inputs share a scale, as 32 does not divide 200")
+    assert max(size for size in range(33) if 200 % max(1, size) == 0) == 25
+    assert _group_rows(ModelArgs(dim=256, n_heads=4, hidden_dim=514), "int4-64")[0][1].startswith("int4-64: 2 inputs")
+    assert not _group_rows(ModelArgs(dim=256, n_heads=4, hidden_dim=512), "int4-64")
+    assert not _group_rows(ModelArgs(dim=200, n_heads=4), "int8") and not _group_rows(ModelArgs(), "auto")
 
 
 def test_no_days_are_told_of_a_run_whose_length_is_not_known() -> None:
