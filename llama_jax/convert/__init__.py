@@ -26,7 +26,7 @@ from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
 from llama_jax.foreign.folders import found_in, hub_hint
 from llama_jax.foreign.layouts import Layout, find_layout, is_adapter
-from llama_jax.foreign.params_json import check_writable
+from llama_jax.foreign.params_json import check_writable, usual_context
 from llama_jax.storage.locations import is_remote, location, on_disk
 
 Format = Literal["llama-jax", "huggingface", "meta", "peft", "llama2c"]
@@ -163,6 +163,11 @@ def _with_template(source: Source, args: ConvertArgs) -> Source:
         source.warnings += notes
     if args.to == "meta" and (source.chat.template or source.chat.end_ids):
         source.warnings.append("Meta's layout has no place for a chat template and end tokens, which are left out")
+    context = source.args.max_seq_len
+    if args.to == "meta" and context != usual_context(source.args.vocab_size, source.args.rope_scaling):
+        source.warnings.append(
+            f"Meta's layout has no place for the context of {context:,} tokens; convert it back with --max-seq-len {context}"
+        )
     return source
 
 

@@ -78,8 +78,6 @@ def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len:
     scaling, told = _rope_scaling(table, path)
     # The code of LLaMA 3, which alone has this key, has another default.
     theta = 500_000.0 if "use_scaled_rope" in table else default.rope_theta
-    context = CONTEXT if vocab_size >= LLAMA3_ROWS else default.max_seq_len
-    context = context if scaling is None else SCALED_CONTEXT
     args = ModelArgs(
         dim=take(table, "dim", int, path),
         n_layers=take(table, "n_layers", int, path),
@@ -90,7 +88,7 @@ def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len:
         ffn_dim_multiplier=take(table, "ffn_dim_multiplier", float, path, None),
         norm_eps=take(table, "norm_eps", float, path, default.norm_eps),
         rope_theta=take(table, "rope_theta", float, path, theta),
-        max_seq_len=max_seq_len or take(table, "max_seq_len", int, path, context),
+        max_seq_len=max_seq_len or take(table, "max_seq_len", int, path, usual_context(vocab_size, scaling)),
         rope_scaling=scaling,
         sliding_window=take(table, "sliding_window", int, path, None),
     )
@@ -98,6 +96,13 @@ def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len:
     check_arguments(args, path, {})
     unknown = KEYS.unknown(table) + (sorted(outer.keys() - {"model"}) if table is not outer else [])
     return Params(args, (*told, *_warnings(table, args, path)), tuple(unknown))
+
+
+def usual_context(vocab_size: int, scaling: RopeScaling | None) -> int:
+    """Return the context of the family: Meta's params.json has none. ``scaling`` is that of rotary embeddings."""
+    if scaling is not None:
+        return SCALED_CONTEXT
+    return CONTEXT if vocab_size >= LLAMA3_ROWS else ModelArgs().max_seq_len
 
 
 def width(table: dict[str, Any]) -> Any:

@@ -238,6 +238,22 @@ def test_hugging_face_is_written_in_several_files_with_an_index(
     assert same_bits(read_meta_folder(tmp_path / "back"), weights)
 
 
+@pytest.mark.parametrize(("context", "told"), [(512, True), (4096, False)])
+def test_a_context_that_metas_layout_cannot_say_is_told(
+    context: int,
+    told: bool,
+    args: ModelArgs,
+    small_tokenizer: Tokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    weights = random_weights(args, np.dtype("<f4"))
+    source = write_meta_folder(tmp_path / "meta", args, weights, 1, small_tokenizer)
+    run(input=source, output=tmp_path / "ours", max_seq_len=context)
+    run(input=tmp_path / "ours", output=tmp_path / "back", to="meta")
+    assert (f"with --max-seq-len {context}" in capsys.readouterr().out) == told
+
+
 def edit(path: Path, **changes: Any) -> None:
     table = json.loads(path.read_text())
     for key, value in changes.items():
