@@ -25,8 +25,16 @@ import numpy as np
 
 from llama_jax.convert.mapped import mapped
 from llama_jax.convert.torch_pickle import MAX_BYTES, TensorView, read_pickle, write_pickle
-from llama_jax.convert.torch_zip import Entry, central_header, check_crc, end_records, local_header, read_directory
-from llama_jax.errors import UserError, quoted
+from llama_jax.convert.torch_zip import (
+    Entry,
+    central_header,
+    check_crc,
+    end_records,
+    local_header,
+    read_directory,
+    refused,
+)
+from llama_jax.errors import quoted
 from llama_jax.storage.files import raw_bytes
 
 # Entries other than storages. The newer ones are only informative.
@@ -56,7 +64,7 @@ class TorchFile:
         """
         path = Path(path)
         if not path.stat().st_size:
-            raise UserError(f"{path}: expected a zip archive as torch.save writes, found an empty file")
+            raise refused(path, "expected a zip archive as torch.save writes, found an empty file")
         with mapped(path) as memory:
             yield _Opening(path, memory).file()
 
@@ -196,7 +204,7 @@ class _Opening:
             self._refuse(f"{quoted(views[0][0])}: expected tensors that do not share bytes, found some that do")
 
     def _refuse(self, message: str) -> NoReturn:
-        raise UserError(f"{self._path}: {message}")
+        raise refused(self._path, message)
 
 
 def _end(view: TensorView) -> int:

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from llama_jax.errors import UserError, quoted
+from llama_jax.convert.torch_zip import refused
+from llama_jax.errors import quoted
 from llama_jax.foreign.config_json import QUANTIZED
 
 # LLaMA 2 70B's pickles have about 200 kB.
@@ -81,7 +82,7 @@ def read_pickle(data: bytes, path: Path) -> Any:
     ``path`` is for messages. Raises UserError on anything that a dict of weights does not need.
     """
     if len(data) > MAX_BYTES:
-        raise UserError(f"{path}: expected a data.pkl of up to {MAX_BYTES:,} bytes, found {len(data):,}")
+        raise refused(path, f"expected a data.pkl of up to {MAX_BYTES:,} bytes, found {len(data):,}")
     return _Machine(data, path).run()
 
 
@@ -322,7 +323,7 @@ class _Machine:
         return value
 
     def _refuse(self, message: str) -> NoReturn:
-        raise UserError(f"{self._path}: data.pkl, byte {self._at}: {message}")
+        raise refused(self._path, f"data.pkl, byte {self._at}: {message}")
 
 
 _INSTRUCTIONS: dict[int, Callable[[_Machine], None]] = {

@@ -62,6 +62,12 @@ def read_directory(data: memoryview, path: Path) -> dict[str, Entry]:
     return _Archive(data, path).entries()
 
 
+def refused(path: Path, message: str) -> UserError:
+    """Return the error for a file that is not read. It says what to do, if ``message`` does not."""
+    advice = "download it again, or load it with torch, if you trust its source, and save its state_dict alone"
+    return UserError(f"{path}: {message}" + ("" if ";" in message else f"; {advice}"))
+
+
 def check_crc(data: memoryview, entry: Entry, path: Path, release: Callable[[], None] = lambda: None) -> None:
     """Raise UserError if the bytes of ``entry`` do not have its checksum. ``release`` is called between pieces."""
     found, stop = 0, entry.offset + entry.size
@@ -237,7 +243,7 @@ class _Archive:
         self._refuse(f"expected a zip archive as torch.save writes, found {found}")
 
     def _refuse(self, message: str) -> NoReturn:
-        raise UserError(f"{self._path}: {message}")
+        raise refused(self._path, message)
 
 
 # Writing uses the same form: sizes and checksums in the headers, wide fields only if they are needed.
