@@ -265,7 +265,7 @@ def test_a_token_that_was_cut_is_not_drawn_where_sums_in_parallel_are_out_of_ord
     steps = np.unique(np.round(sums / sums[-1] * 2**23)[:, None] + [-1, 0, 1])
     numbers = jnp.asarray(steps[(steps >= 0) & (steps < 2**23)] / 2**23, jnp.float32)
     monkeypatch.setattr(jax.random, "fold_in", lambda key, number: number)
-    monkeypatch.setattr(jax.random, "uniform", lambda number: numbers[number])
+    monkeypatch.setattr(jax.random, "uniform", lambda number, dtype: numbers[number].astype(dtype))
     B = len(numbers)
     temperature, top_k = jnp.ones(B), jnp.full(B, 50, jnp.int32)
     sampler = Sampler(jnp.zeros(B), temperature, {"top_k": top_k}, None, None)
