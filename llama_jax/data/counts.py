@@ -15,6 +15,9 @@ from llama_jax.data.parts import SPLITS, Part
 
 # At most this many digests of documents are kept to find copies; beyond it, a sample.
 DIGESTS = 1 << 22
+# Documents of up to so many characters have digests by ``digests_of``: a random odd number for the place of each byte.
+SHORT = 1024
+FACTORS = np.random.PCG64(0).random_raw(4 * SHORT) | np.uint64(1)
 Chars = collections.Counter[str]
 Lengths = collections.Counter[int]
 
@@ -132,11 +135,16 @@ class Digests:
 
     def add(self, parts: Sequence[Part]) -> None:
         """Add the next parts of documents. A document whose start or end is not here gets no digest."""
+        short = [text for text, _, starts, ends, _ in parts if starts and ends and len(text) <= SHORT]
+        found = [] if len(short) == len(parts) else self._of_others(parts)
+        self.join(np.concatenate([digests_of(short), np.frombuffer(b"".join(found), "<u8")]))
+
+    def _of_others(self, parts: Sequence[Part]) -> list[bytes]:
+        """Return the digests of the documents that are not short."""
         found = []
         for text, _, starts, ends, _ in parts:
-            if starts and ends:  # as short ones are, of which there may be millions
+            if starts and ends and len(text) <= SHORT:
                 self._hash = None
-                found.append(blake2b(text.encode(), digest_size=8).digest())
                 continue
             if starts:
                 self._hash = blake2b(text.encode(), digest_size=8)
@@ -145,7 +153,7 @@ class Digests:
             if ends and self._hash is not None:
                 found.append(self._hash.digest())
                 self._hash = None
-        self.join(np.frombuffer(b"".join(found), "<u8"))
+        return found
 
     def join(self, digests: np.ndarray) -> None:
         """Add the digests of other documents, uint64."""
@@ -173,6 +181,30 @@ class Digests:
 
     def _sample(self, zeros: int) -> np.ndarray:
         return ending_in_zeros(self.kept, zeros)
+
+
+def digests_of(texts: Sequence[str]) -> np.ndarray:
+    """Return a digest of each of some texts of up to SHORT characters, uint64 [texts].
+
+    A digest is the sum of a text's bytes, each times a random number for its place (multilinear hashing: Carter and
+    Wegman, 1979), and of its length, with its bits mixed. Of millions of lines it takes a fifth of the time of a hash
+    function for each.
+    """
+    joined = "".join(texts)
+    if joined.isascii():
+        raw, lengths = joined.encode(), np.fromiter(map(len, texts), np.int64, len(texts))
+    else:
+        raws = [text.encode() for text in texts]
+        raw, lengths = b"".join(raws), np.fromiter(map(len, raws), np.int64, len(raws))
+    sums = lengths.astype(np.uint64)
+    filled = np.flatnonzero(lengths)
+    if len(filled):
+        starts = (np.cumsum(lengths) - lengths)[filled]
+        places = np.arange(len(raw)) - np.repeat(starts, lengths[filled])
+        sums[filled] += np.add.reduceat(np.frombuffer(raw, np.uint8) * FACTORS[places], starts)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the mixing of SplitMix64
+        sums = (sums ^ (sums >> np.uint64(shift))) * np.uint64(factor)
+    return sums ^ (sums >> np.uint64(31))
 
 
 def ending_in_zeros(digests: np.ndarray, bits: int) -> np.ndarray:

@@ -31,6 +31,8 @@ from llama_jax.tokenizer import Tokenizer
 
 # A task is this much text, in bytes, or up to twice as much; of a large corpus, a thousandth of it, up to a limit.
 TASK_BYTES, LARGEST_TASK_BYTES, TASKS = 1 << 24, 1 << 28, 1024
+# The form of tasks' results. Those of another form, which an earlier version left unfinished, are made again.
+RESULTS = 1
 # The results of tasks are in a folder of this name, with a digest of what they are made from.
 UNFINISHED_TASKS = "unfinished-"
 # A file there, which says of what text they are.
@@ -107,7 +109,7 @@ def job_of(
     """
     largest = min(LARGEST_TASK_BYTES, max(TASK_BYTES, 1 << (corpus.text_bytes // TASKS).bit_length()))
     tasks = tasks_of(corpus.units(largest), largest)
-    key = sha256(f"{VERSION} {largest} {len(tasks)} {made_from}".encode())[:12]
+    key = sha256(f"{VERSION} {RESULTS} {largest} {len(tasks)} {made_from}".encode())[:12]
     results = folder / f"{UNFINISHED_TASKS}{key}"
     for other in unfinished_in(folder):
         if other == results:

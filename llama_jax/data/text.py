@@ -7,7 +7,7 @@ import functools
 import hashlib
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, repeat
 from operator import itemgetter
@@ -208,9 +208,8 @@ class Corpus:
             first = bisect_left(documents, start + goes_on, key=itemgetter(0))
             last = max(first, bisect_right(documents, end, key=itemgetter(1)))
             before, inside, after = documents[:first][-1:], documents[first:last], documents[last:][:1]
-            whole = _at_hand(inside)
-            groups = map(one_by_one, inside) if whole is None else [[(whole, 0)]]
-            for parts, odd in chain.from_iterable(chain(map(one_by_one, before), groups, map(one_by_one, after))):
+            groups = chain(map(one_by_one, before), [_together(inside, one_by_one)], map(one_by_one, after))
+            for parts, odd in chain.from_iterable(groups):
                 read, bad = read + sum(part.size for part in parts), bad + odd
                 yield parts
             if documents and documents[-1][0] >= end:
@@ -308,6 +307,20 @@ class Corpus:
         text, replaced = decoded(raw)
         self.replaced += replaced
         return text, bad_bytes(raw) if replaced else 0
+
+
+def _together(
+    documents: list[Document], one_by_one: Callable[[Document], Iterator[tuple[list[Part], int]]]
+) -> Iterator[tuple[list[Part], int]]:
+    """Yield the parts of documents in lists as long as ``_at_hand`` allows: one that is long or odd stands alone."""
+    if (parts := _at_hand(documents)) is not None:
+        yield parts, 0
+    elif len(documents) == 1:
+        yield from one_by_one(documents[0])
+    else:
+        half = len(documents) // 2
+        yield from _together(documents[:half], one_by_one)
+        yield from _together(documents[half:], one_by_one)
 
 
 def _at_hand(documents: list[Document]) -> list[Part] | None:

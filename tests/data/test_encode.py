@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llama_jax.data import encode as encode_module
 from llama_jax.data import lost as lost_module
 from llama_jax.data import text as text_module
-from llama_jax.data.counts import Digests
+from llama_jax.data.counts import SHORT, Digests, digests_of
 from llama_jax.data.lost import examples, loss_warning, share
 from llama_jax.data.manifest import TextCounts
 from llama_jax.data.shards import prepare
@@ -105,6 +105,33 @@ def test_copies_among_many_documents_are_estimated_in_bounded_memory() -> None:
         held_out.add([Part(f"document {i}", 1, True, True)])
     assert len(train._kept) <= 500 * 8 and len(held_out._kept) <= 500 * 8
     assert 3_500 < train.copies_in(held_out) < 6_500  # 5,000
+
+
+@given(st.lists(st.text(max_size=30) | st.text(st.characters(codec="ascii"), max_size=30), max_size=40))
+@settings(max_examples=200)
+def test_texts_have_the_same_digest_if_they_are_the_same_whatever_stands_beside_them(texts: list[str]) -> None:
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    found = digests_of(texts)
+    assert found.dtype == np.uint64 and len(found) == len(texts)
+    assert len(set(found.tolist())) == len(set(texts))
+    assert [int(digests_of([text])[0]) for text in texts] == found.tolist()
+
+
+def test_a_million_lines_have_as_many_digests_as_there_are_lines() -> None:
+    lines = [f"{'ab' * (i % 7)}{i:x}{' ' * (i % 5)}" for i in range(1_000_000)]
+    found = np.concatenate([digests_of(lines[i : i + 4096]) for i in range(0, len(lines), 4096)])
+    assert len(np.unique(found)) == len(set(lines))
+    # As samples of documents are those whose digests end in zeros.
+    assert abs(np.mean(found % 256 == 0) * 256 - 1) < 0.1
+
+
+@pytest.mark.parametrize("char", ["x", "é", "🦊"])
+def test_the_longest_short_document_and_the_shortest_long_one_are_known_again(char: str) -> None:
+    train, held_out = Digests(), Digests()
+    for size in (SHORT - 1, SHORT, SHORT + 1):
+        train.add([Part(char * size, 1, True, True)])
+        held_out.add([Part("the fox", 7, True, True), Part(char * size, 1, True, True)])
+    assert train.copies_in(held_out) == 3
 
 
 def test_an_unfinished_document_is_no_copy() -> None:

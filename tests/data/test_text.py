@@ -147,6 +147,15 @@ def test_wherever_the_cut_is_no_separator_is_in_either_part_and_whole_documents_
         assert train + held_out == whole, cut
 
 
+def test_a_long_line_and_one_that_is_not_utf_8_leave_the_other_lines_together(tmp_path):
+    lines = [b"line %d" % i for i in range(3000)]
+    lines[700], lines[2100] = b"x" * (text_module.PART_BYTES + 10), b"caf\xe9"
+    corpus = corpus_of(tmp_path, b"\n".join(lines), separator=b"\n", train_size=1.0)
+    assert documents(corpus, "train") == [(line.decode("utf-8", "replace"), True) for line in lines]
+    groups = [parts for unit in corpus.units(1 << 24) for _, parts in corpus.groups(unit)]
+    assert len(groups) < 40 and sum(map(len, groups)) >= 3000
+
+
 def test_a_document_is_read_in_parts_that_start_and_end_it_once(tmp_path):
     corpus = corpus_of(tmp_path, TEXTS["one long line"].encode() * 5, train_size=1.0)
     parts = list(corpus.parts("train"))
