@@ -187,8 +187,8 @@ def digests_of(texts: Sequence[str]) -> np.ndarray:
     """Return a digest of each of some texts of up to SHORT characters, uint64 [texts].
 
     A digest is the sum of a text's bytes, each times a random number for its place (multilinear hashing: Carter and
-    Wegman, 1979), and of its length, with its bits mixed. Of millions of lines it takes a fifth of the time of a hash
-    function for each.
+    Wegman, 1979), and of its length, with its bits mixed. Of millions of lines it takes less than half of the time of
+    a hash function for each.
     """
     joined = "".join(texts)
     if joined.isascii():

@@ -180,17 +180,18 @@ class Separator:
                     start = begins[-1]
                 look = at + len(buffer)
                 continue
-            ranges, start, look = self._ranges(data, start, look)
+            ranges, start, look = self._ranges(data, at, buffer, start, look)
             yield from _trimmed_each(data, at, buffer, ranges)
         yield _trimmed(data, start, data.size)
 
-    def _ranges(self, data: Reader, start: int, look: int) -> tuple[list[tuple[int, int]], int, int]:
-        """Return the ranges between the separators from ``look`` on in a window, relative to it.
+    def _ranges(
+        self, data: Reader, at: int, buffer: bytes, start: int, look: int
+    ) -> tuple[list[tuple[int, int]], int, int]:
+        """Return the ranges between the separators from ``look`` on in the window ``buffer`` at ``at``, relative to it.
 
         The first one begins at ``start``, which may be before the window. Return ``start`` and ``look`` for the next
         window, too.
         """
-        at, buffer = data.window(look, min(data.size, look + 2 * self._longest))
         last = at + len(buffer) == data.size
         ranges: list[tuple[int, int]] = []
         look, begins = look - at, start - at

@@ -15,6 +15,7 @@ from llama_jax.data.corpus_file import CorpusFile
 from llama_jax.data.manifest import MANIFEST, UNFINISHED
 from llama_jax.data.origin import Origin
 from llama_jax.data.parts import AnyCorpus
+from llama_jax.data.places import Place
 from llama_jax.data.sources import files_as_before, find_files
 from llama_jax.data.stories import story
 from llama_jax.data.text import Corpus, separator_bytes
@@ -107,14 +108,19 @@ def _found_text(args: DataArgs, as_text: bool, by_split: bool = True) -> Text:
         raise UserError(
             f"data.eval_filepath: expected {words[0]}, as data.filepath has, found {words[1]} in {args.eval_filepath}"
         )
-    names = {os.path.realpath(place.name) if not place.is_remote else place.name for place in corpus.places}
-    both = [p.name for p in held_out.places if (p.name if p.is_remote else os.path.realpath(p.name)) in names]
+    trained_on = {*map(_file_at, corpus.places)}
+    both = [place.name for place in held_out.places if _file_at(place) in trained_on]
     if both:
         more += (
             f"warning: {args.eval_filepath}: {len(both):,} of {len(held_out.places):,} held-out files are also trained on "
             f"({os.path.basename(both[0])}{', ...' * (len(both) > 1)}), so that the held-out loss is too low; leave them out of one",
         )
     return Text(WithHeldOut(corpus, held_out), args.filepath, None, notes + more, args.eval_filepath)
+
+
+def _file_at(place: Place) -> str:
+    """Return the name by which a file is known, whichever path or link leads to it."""
+    return place.name if place.is_remote else os.path.realpath(place.name)
 
 
 def _corpus_of(

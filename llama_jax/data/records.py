@@ -202,13 +202,10 @@ def _of_value(number: int, value: Any, field: str, replaced: int) -> Record:
         except UnicodeEncodeError:
             whole = clean(text)
             return Record(number, whole.encode(), "", replaced + whole.count("\ufffd") - text.count("\ufffd"))
-    found = (
-        named(text)
-        if text is not None or field in value
-        else f"the fields {', '.join(map(str, value))}"
-        if value
-        else "no field"
-    )
+    if text is not None or field in value:
+        found = named(text)
+    else:
+        found = f"the fields {', '.join(map(str, value))}" if value else "no field"
     return Record(number, None, f"expected a text in the field {quoted(field)}, found {quoted(found)[1:-1]}")
 
 

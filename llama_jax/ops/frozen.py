@@ -72,7 +72,7 @@ def _operand(w: Matrix, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
     """Return the flat matrix to multiply by, [I, O] of ``dtype``, and its outputs' scales [O] if it lacks them."""
     inputs, outputs = w.values.shape
     if w.scales is None:
-        return w.values.reshape(inputs, outputs).astype(dtype), None
+        return w.values.astype(dtype), None
     if w.scales.shape[0] > 1:
         values = w.dequantized().reshape(inputs, outputs).astype(dtype)
         # A trick: with the barrier, XLA for TPUs cuts the integers out and dequantizes them in one step.

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,27 +166,26 @@ class RunFolder:
         if self._events is not None:
             self._events.close()
 
-    def best(self) -> dict[str, Any] | None:
-        """Return the record with the lowest eval_loss of those that compare with the next one, or None."""
-        evaluated = self._comparable()
-        return min(evaluated, key=lambda r: r["eval_loss"]) if evaluated else None
+    def best(self, steps: Collection[int] | None = None) -> dict[str, Any] | None:
+        """Return the record with the lowest eval_loss of those that compare with the next one, or None.
+
+        steps: those whose records count. None: all.
+        """
+        found = [r for r in self.records if "eval_loss" in r and r["step"] > self.measured_from]
+        if steps is not None:
+            found = [r for r in found if r["step"] in steps]
+        return min(found, key=lambda r: r["eval_loss"], default=None)
 
     def write_best(self, steps: list[int]) -> None:
         """Write to best.json the best evaluation whose checkpoint is on disk, which is to say in ``steps``.
 
         Nothing is written as long as no evaluation compares with the next one.
         """
-        saved = [r for r in self._comparable() if r["step"] in steps]
-        if saved and is_main():
-            best = min(saved, key=lambda r: r["eval_loss"])
+        if is_main() and (best := self.best(steps)) is not None:
             found = {key: best[key] for key in ("step", "eval_loss", "eval_bits_per_byte") if key in best}
             write_atomically(self.best_path, json.dumps(found) + "\n")
 
     def best_of(self, steps: Sequence[int]) -> int:
         """Return the one of ``steps`` with the best evaluation, or 0 if there is none."""
-        found = [r for r in self._comparable() if r["step"] in steps]
-        return int(min(found, key=lambda r: r["eval_loss"])["step"]) if found else 0
-
-    def _comparable(self) -> list[dict[str, Any]]:
-        """Return the records of evaluations that measured what the next one will."""
-        return [r for r in self.records if "eval_loss" in r and r["step"] > self.measured_from]
+        best = self.best(steps)
+        return 0 if best is None else int(best["step"])

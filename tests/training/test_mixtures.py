@@ -43,6 +43,15 @@ def quiet(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.chdir(folder)
 
 
+@pytest.fixture
+def copies(quiet: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copies of the sources, beside which the test runs, and which it may change."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("web.jsonl", "books.txt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    return tmp_path
+
+
 def config(name: str, mixture: dict[str, float], data: dict[str, Any] | None = None, **train: Any) -> Config:
     args = DataArgs(mixture=mixture, vocab_size=280, **(data or {}))
     return Config(MODEL, args, dataclasses.replace(TRAIN, save_dir=name, **train))
@@ -115,39 +124,30 @@ def test_a_run_on_a_text_and_a_run_on_a_mixture_are_two(folder: Path, tmp_path: 
             loop.train(Config(MODEL, DataArgs(vocab_size=280, **second), dataclasses.replace(train, max_steps=4)))
 
 
-def test_a_source_that_has_changed_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("web.jsonl", "books.txt"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+def test_a_source_that_has_changed_is_refused(copies: Path) -> None:
     run("run", WEIGHTS, max_steps=2, save_interval=2)
-    (tmp_path / "books.txt").write_text("Something else.\n" * 50)
+    (copies / "books.txt").write_text("Something else.\n" * 50)
     with pytest.raises(UserError, match=r"found that books\.txt is another text"):
         run("run", WEIGHTS, max_steps=4)
 
 
-def test_a_source_that_was_left_out_for_a_while_is_known_when_it_comes_back(folder, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("web.jsonl", "books.txt"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+def test_a_source_that_was_left_out_for_a_while_is_known_when_it_comes_back(copies: Path) -> None:
     run("run", WEIGHTS, max_steps=2, save_interval=2)
     run("run", {"web.jsonl": 1.0}, max_steps=4, save_interval=2)
-    (tmp_path / "books.txt").write_text("Something else.\n" * 50)
+    (copies / "books.txt").write_text("Something else.\n" * 50)
     with pytest.raises(UserError, match=r"found that books\.txt is another text"):
         run("run", WEIGHTS, max_steps=6)
 
 
-def test_a_source_that_moved_is_read_on_where_it_was_and_that_is_told(folder, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("web.jsonl", "books.txt"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+def test_a_source_that_moved_is_read_on_where_it_was_and_that_is_told(copies: Path) -> None:
     every = {"max_steps": 6, "save_interval": 3, "eval_interval": 3}
     whole, _ = run("run", WEIGHTS, **every)
-    (tmp_path / "moved").mkdir()
-    (tmp_path / "web.jsonl").rename(tmp_path / "moved" / "web.jsonl")
+    (copies / "moved").mkdir()
+    (copies / "web.jsonl").rename(copies / "moved" / "web.jsonl")
     moved, said = run("run", {"moved/web.jsonl": 0.75, "books.txt": 0.25}, **every, resume_step=3)
     assert "moved/web.jsonl has the text of web.jsonl, and is read on where that was" in said
     assert [r["train_loss"] for r in moved] == [r["train_loss"] for r in whole]
-    stretches = json.loads((tmp_path / "run" / "run.json").read_text())["mixture"]
+    stretches = json.loads((copies / "run" / "run.json").read_text())["mixture"]
     assert [stretch["weights"] for stretch in stretches] == [{"moved/web.jsonl": 0.75, "books.txt": 0.25}]
 
 
