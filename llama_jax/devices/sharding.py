@@ -35,6 +35,8 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "layers": None,
     "rank": None,
 }
+# Logical axes that are split over all axes of a mesh.
+EVERY_AXIS = ("batch", "length", "embed", "mlp")
 
 
 def make_mesh(args: MeshArgs, devices: list[jax.Device] | None = None) -> Mesh:
@@ -123,6 +125,12 @@ def spec(*axes: str | None) -> PartitionSpec:
 def shards_of(axis: str | None, mesh: Mesh) -> int:
     """Return the number of shards into which a mesh cuts a logical axis."""
     return math.prod(mesh.shape[name] for name in mesh_axes_of(axis)) if axis is not None else 1
+
+
+def shards_here(axis: str | None) -> int:
+    """Return the number of shards into which the mesh of the running function cuts a logical axis, 1 without one."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else shards_of(axis, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -20,6 +20,7 @@ from llama_jax.generation.decode import (
     Row,
     Sampled,
     alternatives_of,
+    bytes_read,
     ensure_slots,
     next_logits,
     pad_rows,
@@ -60,7 +61,9 @@ def generate_constrained(
         yield chunk
 
 
-@functools.partial(GenerationProgram, static_argnames=("model", "end"), donate_argnames=("state",))
+@functools.partial(
+    GenerationProgram, cache_bytes=bytes_read, static_argnames=("model", "end"), donate_argnames=("state",)
+)
 def _read(model: Llama, params: Any, state: DecodeState, ids: jax.Array, end: int) -> DecodeState:
     """Return the state behind the tokens ``ids`` [B, 1]."""
     logits, cache = next_logits(model, params, ids, state.cache, end)

@@ -64,6 +64,11 @@ class Sampled(NamedTuple):
         return tuple(None if x is None else x[row] for x in self)
 
 
+def bytes_read(model: Llama, params: Any, state: DecodeState, *_: Any, **__: Any) -> int:
+    """Return the bytes of a layer's keys on a device, given the arguments of a decoding step."""
+    return state.cache.layer_bytes
+
+
 @functools.partial(GenerationProgram, static_argnames=("model", "end"), donate_argnames=("cache",))
 def prefill(
     model: Llama, params: Any, tokens: jax.Array, cache: KVCache, end: int, last: ArrayLike | None = None
@@ -101,7 +106,10 @@ def next_logits(
 
 
 @functools.partial(
-    GenerationProgram, static_argnames=("model", "steps", "end", "alternatives"), donate_argnames=("state",)
+    GenerationProgram,
+    cache_bytes=bytes_read,
+    static_argnames=("model", "steps", "end", "alternatives"),
+    donate_argnames=("state",),
 )
 def decode_chunk(
     model: Llama, params: Any, state: DecodeState, steps: int, end: int, alternatives: int = 0

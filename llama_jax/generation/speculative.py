@@ -25,6 +25,7 @@ from llama_jax.generation.decode import (
     Row,
     Sampled,
     alternatives_of,
+    bytes_read,
     choose,
     ensure_slots,
     next_logits,
@@ -100,7 +101,12 @@ def generate_speculatively(
         filled += kept
 
 
-@functools.partial(GenerationProgram, static_argnames=("model", "end", "alternatives"), donate_argnames=("state",))
+@functools.partial(
+    GenerationProgram,
+    cache_bytes=bytes_read,
+    static_argnames=("model", "end", "alternatives"),
+    donate_argnames=("state",),
+)
 def _check(
     model: Llama,
     params: Any,
@@ -207,7 +213,10 @@ class DraftModel:
 
 
 @functools.partial(
-    GenerationProgram, static_argnames=("model", "count", "end", "vocab_size"), donate_argnames=("cache",)
+    GenerationProgram,
+    cache_bytes=lambda model, params, cache, *_, **__: cache.layer_bytes,
+    static_argnames=("model", "count", "end", "vocab_size"),
+    donate_argnames=("cache",),
 )
 def _propose(
     model: Llama,

@@ -4,6 +4,7 @@ L layers, B rows, K KV heads, S slots, H head_dim, T new tokens.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,6 +125,13 @@ class KVCache(flax.struct.PyTreeNode):
     def slots(self) -> int:
         """The number of slots, S."""
         return self.k[0].values.shape[2]
+
+    @property
+    def layer_bytes(self) -> int:
+        """The bytes of a layer's keys on a device. The arrays may be described."""
+        keys: Any = self.k[0].values
+        shape = keys.shape if keys.sharding is None else keys.sharding.shard_shape(keys.shape)
+        return math.prod(shape) * keys.dtype.itemsize
 
     @property
     def is_exact(self) -> bool:

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax.devices.chips import LANES
+from llama_jax.devices.sharding import EVERY_AXIS, shard_axes, shard_by_shard, shards_here
 from llama_jax.ops import eight_bit, exact, frozen
 from llama_jax.ops.eight_bit import EightBit
 from llama_jax.ops.einsum import axes_of, einsum, few_outputs, few_outputs_gradient
@@ -29,9 +30,8 @@ CPU_SUMMED, CPU_SUMMED_INT8, CPU_PARTS = 1, 4, 8
 # From this width on, partial sums of float32 matrices do not fit into a CPU's caches. XLA's dot has no partial sums and
 # is faster there.
 CPU_WIDE = 8192
-# On a TPU, a matrix with a scale per group of inputs is multiplied in blocks of this many inputs, if a device has at most
-# so many sums of a row's group. Smaller blocks would use its matrix unit badly, and more sums would not fit beside it.
-BLOCK_INPUTS, BLOCK_SUMS = (64, 128), 512
+# The logical axis of a matrix's inputs or outputs, by the first letter of them. D is whole where this is asked.
+LOGICAL = {"D": None, "N": "heads", "K": "kv_heads", "F": "mlp", "V": "vocab"}
 # The number of parts in which a GPU sums the product of a single row and an int8 matrix.
 GPU_PARTS = 16
 
@@ -196,8 +196,7 @@ def _flat(equation: str, x: jax.Array, w: Matrix, exact_rows: int) -> jax.Array:
     elif w.is_transposed:
         product = jax.lax.platform_dependent(x, values, tpu=_rows_of_table_on_tpu, default=_rows_of_table)
     elif grouped:
-        block = _block(len(x), w)
-        on_tpu = functools.partial(_rows_in_blocks, block=block) if block else _dequantized(_rows_on_tpu)
+        on_tpu = functools.partial(_rows_in_pieces, inputs=LOGICAL[w_axes[0]], outputs=LOGICAL[w_axes[inputs]])
         product = jax.lax.platform_dependent(
             x, w, cpu=_dequantized(_rows_on_cpu), cuda=_rows_by_group_on_gpu, tpu=on_tpu, default=_dequantized(_rows)
         )
@@ -216,40 +215,43 @@ def _dequantized(rows: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[
     return lambda x, w: rows(x, w.dequantized().reshape(w.values.shape))
 
 
-def _block(rows: int, w: Matrix) -> int:
-    """Return of how many inputs the blocks of ``_rows_in_blocks`` are, or 0 if XLA multiplies the matrix as it is.
+def _rows_in_pieces(x: jax.Array, w: Matrix, inputs: str | None, outputs: str | None) -> jax.Array:
+    """Multiply x [R, D] by a matrix with a scale per group of inputs -> float32 [R, F], on a TPU.
 
-    XLA converts an int4 matrix in the product, but not where a device's number of inputs is no power of two.
+    XLA converts int4 in its product where a device's number of inputs is a power of two. Otherwise it would first write
+    the matrix to memory in bfloat16: 8 rows by w2 of 7B then take 584 microseconds on a v5e chip instead of 70. The
+    trick is to multiply two pieces of such sizes, of which the second ends with the matrix. It takes zeros for x where
+    the first has been. inputs, outputs: the logical axes of D and F, if they have one.
     """
     assert w.scales is not None
-    inputs, groups = len(w.values), len(w.scales)
-    shards = math.gcd(groups, jax.sharding.get_abstract_mesh().size or 1)
-    power = inputs // shards & -(inputs // shards)
-    block = min(power, BLOCK_INPUTS[1])
-    if power == inputs // shards or block % (inputs // groups) or rows * groups // shards > BLOCK_SUMS:
-        return 0
-    return block if block >= BLOCK_INPUTS[0] else 0
+    groups, shards = len(w.scales), shards_here(inputs)
+    group, size = len(w.values) // groups, len(w.values) // shards
+    first = 1 << (size.bit_length() - 1)
+    second = size > first and 1 << (size - first - 1).bit_length()
+    if first % group or second % group or groups % shards or shards_here("embed") > 1:
+        return _rows_on_tpu(x, _spread(w.scales, group) * w.values.astype(jnp.float32))
+
+    def local(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+        def piece(x: jax.Array, begin: int, end: int) -> jax.Array:
+            spread = _spread(scales[begin // group : end // group], group)
+            return _rows_on_tpu(x[:, begin:end], spread * values[begin:end].astype(jnp.float32))
+
+        rest = jnp.where(jnp.arange(size) < first, 0, x)
+        product = piece(x, 0, first)
+        if second:
+            product += piece(rest, size - second, size)
+        shards = shard_axes(inputs) if inputs else ()
+        return jax.lax.psum(product, shards) if shards else product
+
+    # Of all axes, as the conversion would leave the product where the partitioner splits others.
+    rows = "batch" if len(x) % shards_here("batch") == 0 else None
+    by_shard = shard_by_shard(local, EVERY_AXIS, ((rows, inputs), *[(inputs, outputs)] * 2), (rows, outputs))
+    return by_shard(x, w.values, w.scales)
 
 
-def _rows_in_blocks(x: jax.Array, w: Matrix, block: int) -> jax.Array:
-    """Multiply x [R, D] by a matrix with a scale per group of inputs -> float32 [R, F], with one product per block.
-
-    The trick is that each row of x becomes a row per group of the block, with zeros for the inputs of the others. So
-    integers are multiplied, converted in the product, and scales apply to a few sums. Otherwise XLA would write w2 of
-    7B to memory in bfloat16 before its product, which takes 584 microseconds on a v5e chip instead of 65.
-    """
-    assert w.scales is not None
-    (R, D), (groups, F) = x.shape, w.scales.shape
-    size, blocks = D // groups, D // block
-    own = jnp.eye(block // size, dtype=x.dtype)
-    by_group = x.reshape(R, blocks, block // size, size)
-    rows = jnp.einsum("RTGI,GH->TGRHI", by_group, own).reshape(blocks, -1, block)
-    # Padding rows and a barrier, for the reasons given in _rows_on_tpu.
-    padded = jnp.pad(rows, [(0, 0), (0, max(0, MATRIX_ROWS - rows.shape[1])), (0, 0)])
-    values = w.values.reshape(blocks, block, F).astype(x.dtype)
-    sums = jnp.einsum("TXI,TIF->TXF", padded, values, preferred_element_type=jnp.float32)[:, : rows.shape[1]]
-    sums = jax.lax.optimization_barrier(sums).reshape(groups, R, F)
-    return jnp.sum(sums * w.scales[:, None], axis=0)
+def _spread(scales: jax.Array, group: int) -> jax.Array:
+    """Return scales [groups, F] for each input, [D, F]. So integers keep their shape, and XLA their conversion in place."""
+    return jnp.broadcast_to(scales[:, None], (len(scales), group, scales.shape[1])).reshape(-1, scales.shape[1])
 
 
 def _rows(x: jax.Array, values: jax.Array) -> jax.Array:

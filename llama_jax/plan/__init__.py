@@ -216,7 +216,7 @@ def plan_decoding(
     def compile_step() -> jax.stages.Compiled:
         with on_mesh(mesh):
             lowered = decode_chunk.lower(module, params, state, steps=1, end=decoding.slots)
-            return lowered.compile(compiler_options=generation_options(mesh.devices.flat[0]))
+            return lowered.compile(compiler_options=generation_options(mesh.devices.flat[0], state.cache.layer_bytes))
 
     return _plan(config, topology, mesh, module, parts, compile_step, decoding)
 

@@ -17,7 +17,7 @@ import optax
 from jax.tree_util import KeyPath, tree_leaves_with_path, tree_map_with_path
 
 from llama_jax.config import ModelArgs
-from llama_jax.devices.sharding import shard_axes, shard_by_shard
+from llama_jax.devices.sharding import EVERY_AXIS, shard_axes, shard_by_shard
 from llama_jax.ops.parameters import AXES, is_vector
 from llama_jax.train_args import DType
 
@@ -31,9 +31,8 @@ EPS = 1e-8
 # A device orthogonalises about this many numbers at once, and at least one matrix. A CPU takes one matrix at a time,
 # which stays in its cache.
 AT_ONCE = 1 << 26
-# The axes of a stack [S, D, P], and all axes of a mesh.
+# The axes of a stack [S, D, P].
 STACK = (None, "embed", "mlp")
-EVERY_AXIS = ("batch", "length", "embed", "mlp")
 
 
 class MuonState(NamedTuple):

@@ -131,6 +131,15 @@ def test_query_heads_read_their_groups_kv_head_in_a_cache(heads: int, kv_heads: 
     np.testing.assert_allclose(over_cache(q, k, v, 9, first), literal(q, k, v, 9, first), atol=1e-5)
 
 
+@pytest.mark.parametrize(("kv_heads", "rows"), [(8, 1), (32, 1), (8, 4), (6, 1), (5, 2), (1, 1), (4, 16)])
+def test_scores_of_several_heads_at_once_are_those_of_each(kv_heads: int, rows: int) -> None:
+    """A TPU's way, which multiplies the rows of as many heads as its matrix unit takes."""
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, kv_heads, rows, 4)), rng.normal(size=(2, kv_heads, 10, 4))
+    found = jax.jit(module._scores_by_group)(q.astype(np.float32), k.astype(np.float32))
+    np.testing.assert_allclose(found, np.einsum("bkrh,bksh->bkrs", q, k), atol=1e-5)
+
+
 def test_slots_before_the_first_token_and_from_the_next_one_on_are_never_read() -> None:
     q, k, v = random_qkv(2, 3, 11, 2, 1, 4)
     slot, first, new = jnp.int32(8), jnp.array([2, 5]), (k[:, 8:], v[:, 8:])

@@ -1,15 +1,22 @@
 """linear: the values and gradients of jnp.einsum, for every product of the model."""
 
+import itertools
+import json
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
+from llama_jax.config import MeshArgs
+from llama_jax.devices.sharding import make_mesh, on_mesh, spec
 from llama_jax.ops import linear as platforms
 from llama_jax.ops.linear import linear
-from llama_jax.ops.quantize import quantize
+from llama_jax.ops.quantize import Matrix, quantize
+from tests.eight_devices import run_on_eight_devices
 
 SIZES = {"B": 2, "T": 5, "C": 3, "D": 6, "N": 4, "K": 2, "H": 3, "F": 16, "V": 11}
 EQUATIONS = [
@@ -57,23 +64,56 @@ def test_bfloat16_operands_have_bfloat16_results_and_gradients(equation: str) ->
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize(("rows", "kind"), [(1, "int4"), (3, "int4"), (1, "int4-64")])
-def test_a_product_in_blocks_is_that_of_the_weights(rows: int, kind: str) -> None:
-    """Three blocks of 64 inputs, of two groups or one."""
-    w = quantize(jax.random.normal(jax.random.key(1), (192, 40)), 1, kind)
-    x = jax.random.normal(jax.random.key(0), (rows, 192))
-    found = jax.jit(platforms._rows_in_blocks, static_argnames="block")(x, w, block=64)
-    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ np.asarray(w.dequantized(), np.float64), atol=1e-4)
+def pieces(inputs: int, kind: str, rows: int = 3) -> tuple[np.ndarray, Matrix, np.ndarray]:
+    """Rows, a quantized matrix, and their product in numpy."""
+    w = quantize(jax.random.normal(jax.random.key(1), (inputs, 40)), 1, kind)
+    x = np.asarray(jax.random.normal(jax.random.key(0), (rows, inputs)))
+    assert w.scales is not None
+    matrix = np.asarray(w.values, np.float64) * np.repeat(np.asarray(w.scales), inputs // len(w.scales), axis=0)
+    return x, w, x.astype(np.float64) @ matrix
 
 
+@pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize(
-    ("inputs", "rows", "block"),
-    [(11008, 1, 128), (11008, 2, 0), (2752, 5, 64), (1376, 1, 0), (4096, 1, 0)],
-    ids=["7B's w2", "too many sums", "four devices' part", "eight devices' part", "a power of two"],
+    ("inputs", "kind"),
+    [(192, "int4"), (192, "int4-64"), (1376, "int4"), (2752, "int4-64"), (480, "int4"), (256, "int4"), (50, "int4")],
+    ids=["halves", "a group each", "much in both", "wide groups", "nearly all in both", "one piece", "groups of 25"],
 )
-def test_blocks_are_for_few_rows_of_matrices_that_xla_would_convert_first(inputs: int, rows: int, block: int) -> None:
-    shapes = jax.eval_shape(lambda: quantize(jnp.zeros((inputs, 16)), 1, "int4"))
-    assert platforms._block(rows, shapes) == block
+def test_a_product_in_pieces_is_that_of_the_whole_matrix(inputs: int, kind: str, rows: int) -> None:
+    x, w, wanted = pieces(inputs, kind, rows)
+    found = jax.jit(lambda x, w: platforms._rows_in_pieces(x, w, "mlp", None))(x, w)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+
+def test_pieces_are_powers_of_two_that_end_with_the_matrix() -> None:
+    """The sizes for which a TPU's compiler converts int4 in the product."""
+    x, w, _ = pieces(1376, "int4")
+    program = str(jax.make_jaxpr(lambda x, w: platforms._rows_in_pieces(x, w, "mlp", None))(x, w))
+    assert sorted(map(int, re.findall(r"f32\[8,(\d+)\] = pad", program))) == [512, 1024]
+
+
+MESHES = [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 4, 1), (2, 1, 2, 2)]
+# The inputs are split over devices, or the outputs.
+LAYERS = [("mlp", None, 768), (None, "mlp", 192)]
+
+
+def error_on_mesh(sizes: tuple[int, int, int, int], inputs: str | None, outputs: str | None, width: int) -> float:
+    """How far products in pieces on a mesh are from those in numpy: of four rows, and of one."""
+    mesh = make_mesh(MeshArgs(*sizes))
+    worst = 0.0
+    for rows in (4, 1):
+        x, w, wanted = pieces(width, "int4", rows)
+        w = jax.device_put(w, NamedSharding(mesh, spec(inputs, outputs)))
+        with on_mesh(mesh):
+            found = jax.jit(lambda x, w: platforms._rows_in_pieces(x, w, inputs, outputs))(x, w)
+        worst = max(worst, float(np.abs(np.asarray(found) - wanted).max()))
+    return worst
+
+
+def test_products_in_pieces_are_the_same_on_every_mesh() -> None:
+    found = run_on_eight_devices("tests.ops.test_linear")
+    assert len(found) == len(MESHES) * len(LAYERS)
+    assert max(found.values()) < 1e-3, found
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
@@ -96,3 +136,8 @@ def test_a_row_is_summed_by_group_on_a_gpu(kind: str, inputs: int, group: int, r
     matrix = np.asarray(w.values, np.float64) * np.repeat(np.asarray(w.scales, np.float64), group, axis=0)
     found = jax.jit(platforms._rows_by_group_on_gpu)(jnp.asarray(x), w)
     np.testing.assert_allclose(found, x.astype(np.float64) @ matrix, rtol=1e-5, atol=1e-4)
+
+
+if __name__ == "__main__":
+    cases = itertools.product(MESHES, LAYERS)
+    print(json.dumps({str(case): error_on_mesh(case[0], *case[1]) for case in cases}))

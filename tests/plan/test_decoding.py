@@ -23,7 +23,7 @@ CASES = [
     (1, 1, "auto"),
     *(
         pytest.param(case, marks=pytest.mark.slow)
-        for case in [(1, 1, "int8"), (8, 8, "auto"), (32, 4, "auto"), (32, 4, "int4")]
+        for case in [(1, 1, "int8"), (1, 1, "int4"), (8, 8, "auto"), (8, 8, "int4"), (32, 4, "auto"), (32, 4, "int4")]
     ),
 ]
 SLICES = {1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4"}
@@ -59,7 +59,7 @@ def test_a_step_reads_weights_and_cache_once_and_little_else(step: tuple[dict[st
     kept = {i.operands[0] for i in everything(program) if "cross_program_prefetch_index" in i.attributes}
     fetches = [i for i in everything(program) if i.opcode == "copy-start" and i.operands[0] in kept]
     assert parts["hbm_bytes"] >= 0.98 * needed
-    assert parts["hbm_bytes"] - sum(min(array.size for array in i.results[:2]) for i in fetches) <= 1.05 * needed
+    assert parts["hbm_bytes"] - sum(min(array.size for array in i.results[:2]) for i in fetches) <= 1.1 * needed
 
 
 def test_neither_the_cache_nor_a_layers_matrix_is_copied_or_transposed(step: tuple[dict[str, Any], Program]) -> None:
@@ -73,6 +73,19 @@ def test_neither_the_cache_nor_a_layers_matrix_is_copied_or_transposed(step: tup
             if instruction.opcode in ("copy", "transpose"):
                 for array in instruction.results:
                     assert math.prod(array.dims) < smallest or list(array.dims) == output, instruction
+
+
+def test_no_matrix_is_written_in_another_type_before_its_product(step: tuple[dict[str, Any], Program]) -> None:
+    """As int4 was, where a device's number of inputs is no power of two: w2 of 7B."""
+    planned, program = step
+    fused = {name for i in everything(program) if i.opcode == "fusion" for name in i.called}
+    smallest = 4096 * 4096 // planned["mesh"]["tensor"]
+    kept = planned["parts"]["bytes"]["cache"] // (2 * LAYERS[planned["mesh"]["tensor"]])
+    for name in program.computations.keys() - fused:
+        for instruction in program.computations[name]:
+            if instruction.opcode in ("fusion", "convert", "multiply"):
+                for array in instruction.results:
+                    assert math.prod(array.dims) < smallest or array.size == kept, instruction
 
 
 def test_each_layers_cache_is_written_once(step: tuple[dict[str, Any], Program]) -> None:
