@@ -250,7 +250,10 @@ def _rows_in_pieces(x: jax.Array, w: Matrix, inputs: str | None, outputs: str | 
 
 
 def _spread(scales: jax.Array, group: int) -> jax.Array:
-    """Return scales [groups, F] for each input, [D, F]. So integers keep their shape, and XLA their conversion in place."""
+    """Return scales [groups, F] for each input, [D, F].
+
+    So the integers keep their shape, and XLA converts them in the product.
+    """
     return jnp.broadcast_to(scales[:, None], (len(scales), group, scales.shape[1])).reshape(-1, scales.shape[1])
 
 
