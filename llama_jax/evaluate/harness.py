@@ -196,6 +196,15 @@ class LlamaJax(TemplateLM):
         model = self.model
         return choose(model.tokenizer, model.setup, self._given_template or model.chat_template, model.source)
 
+    @property
+    def _turn_ends(self) -> frozenset[int]:
+        """The tokens that end an answer in the format of conversations."""
+        return frozenset(self.model.end_ids or (self.eot_token_id,)) | self._chat.end_ids
+
+    def _tell_of_template(self) -> None:
+        if self._given_template and not self._templated:
+            _tell("chat_template: no effect without --apply_chat_template")
+
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the chat template, which the harness writes into its results."""
         return self._chat.template if chat_template else None
@@ -216,6 +225,7 @@ class LlamaJax(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
+        self._tell_of_template()
         asked, cut = [], 0
         for number, (_texts, context, continuation) in enumerate(requests, 1):
             try:
@@ -278,7 +288,9 @@ class LlamaJax(TemplateLM):
         if cut:
             _tell(f"{cut} of {len(prompts)} contexts leave too little room for new tokens and lose their beginning")
         texts = []
-        completions = self.model.completions(self.model.rows(prompts, settings))
+        self._tell_of_template()
+        ends = self._turn_ends if self._templated else ()
+        completions = self.model.completions(self.model.rows(prompts, settings), end_ids=ends)
         for request, completion, stop in zip(
             requests,
             tqdm(completions, total=len(prompts), disable=disable_tqdm, desc="Running generate_until requests"),

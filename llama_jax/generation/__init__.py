@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.build import make_model
-from llama_jax.chat.formats import ChatFormat, ChatSetup, choose
+from llama_jax.chat.formats import ChatFormat, ChatSetup, choose, read_template
 from llama_jax.chat.messages import Message, as_messages
 from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.config import Cache, MeshArgs, ModelArgs, SampleArgs, Weights
@@ -29,9 +29,9 @@ from llama_jax.generation.grammar import check_schema
 from llama_jax.generation.infill import encode_infill, with_infill_end
 from llama_jax.generation.loading import fitting_mesh, load_parameters
 from llama_jax.generation.passes import Engine, OnProgress
-from llama_jax.generation.prompts import pasted
+from llama_jax.generation.remarks import idle_stops, pasted
 from llama_jax.generation.rows import Completion as Completion
-from llama_jax.generation.rows import echoed, not_finite
+from llama_jax.generation.rows import echoed, ends_of, not_finite
 from llama_jax.generation.sampling import check_tokens
 from llama_jax.generation.serving import for_generation
 from llama_jax.generation.speculative import Draft
@@ -93,6 +93,10 @@ class Model:
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
         found = path if isinstance(path, WholeModel) else open_model(os.fspath(path), os.fspath(adapter or ""))
+        if chat_template:
+            read_template(chat_template)
+        if draft_tokens != 4 and not draft:
+            warnings.warn("draft_tokens: no effect without draft", stacklevel=3)
         weights = found.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
         module = make_model(found.args, compute_dtype, mesh=laid, exact=exact)
@@ -196,6 +200,8 @@ class Model:
         template does not take them.
         """
         check_one(args, "an answer")
+        if args.echo:
+            raise UserError("echo: expected prompts to complete, found a conversation to answer; leave it out")
         rows = self.rows([self.encode_chat(messages)], args)
         (completion,) = self.completions(rows, on_progress, self.turn_end_ids)
         return stripped(completion)
@@ -251,13 +257,16 @@ class Model:
         """
         settings = settings_of(args, len(prompts))
         alone = isinstance(args, SampleArgs)
+        absent = self.tokenizer.absent(self.args.vocab_size)
         checked: set[int] = set()  # ids of settings, because many prompts may share one
         for number, (ids, given) in enumerate(zip(prompts, settings, strict=True), 1):
             if id(given) not in checked:
                 prefix = "" if alone else f"prompt {number}: "
                 given.check(prefix)
-                check_tokens(given, self.args.vocab_size, prefix)
+                check_tokens(given, absent, prefix, ends_of(given, self.end_ids or (self.tokenizer.eos_id,)))
                 check_schema(given, self.tokenizer, self.draft is not None, prefix)
+                if told := idle_stops(self.tokenizer, given.stop):
+                    warnings.warn(told, stacklevel=4)
                 checked.add(id(given))
             self._check_prompt(ids, number)
         return [(ids, given, i) for ids, given in zip(prompts, settings, strict=True) for i in range(given.n)]

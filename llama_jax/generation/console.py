@@ -20,7 +20,8 @@ from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, stripped
 from llama_jax.generation.arguments import check_one
 from llama_jax.generation.passes import OnProgress, Step
-from llama_jax.generation.prompts import Asked, Job, pasted, standard_input
+from llama_jax.generation.prompts import Asked, Job, standard_input
+from llama_jax.generation.remarks import pasted
 from llama_jax.generation.results import SKIPPED, Results, result
 from llama_jax.generation.rows import echoed
 from llama_jax.generation.stats import Meter

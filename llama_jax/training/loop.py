@@ -27,7 +27,7 @@ from llama_jax.devices.distributed import (
 from llama_jax.devices.memory import keep_freed_memory, return_freed_memory
 from llama_jax.devices.sharding import check_divisible, make_mesh
 from llama_jax.errors import UserError
-from llama_jax.evaluate.tasks import Task
+from llama_jax.evaluate.tasks import Task, unread
 from llama_jax.ops.remat import told_of
 from llama_jax.training import eight_bits, log, reference, samples
 from llama_jax.training.announcing import announce, announce_cost, first_state_text, nothing_to_do_text
@@ -95,7 +95,7 @@ def train(config: Config, signals: StopSignals | None = None, notes: Sequence[st
         only_main_prints()
         tasks = read_on_main(config.train.eval_tasks)
         opened = stack.enter_context(opening(config.train))
-        opened.notes[:0] = notes
+        opened.notes[:0] = [*notes, *unread(config.train.eval_tasks)]
         signals.before_leaving += [held.release for held in opened.owners]
         stopped = _train(config, clock, opened, signals, tasks)
     if stopped:

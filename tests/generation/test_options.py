@@ -16,7 +16,8 @@ from llama_jax.cli.flags import parse_flags
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, scoring
-from llama_jax.generation.prompts import Asked, Job, idle_reports, read_prompts
+from llama_jax.generation.prompts import Asked, Job, read_prompts
+from llama_jax.generation.remarks import idle_reports
 from llama_jax.generation.results import Results, result
 from llama_jax.generation.sampling import likeliest_tokens, make_sampler, sample
 from llama_jax.generation.speculative import Draft

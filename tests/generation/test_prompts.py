@@ -12,18 +12,8 @@ from llama_jax.chat.formats import ChatFormat, ChatSetup, choose
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation.chat import Message, read_messages
-from llama_jax.generation.prompts import (
-    Asked,
-    Job,
-    TooLong,
-    ask,
-    given_prompts,
-    idle_settings,
-    names_of_files,
-    pasted,
-    read_prompts,
-    told_of,
-)
+from llama_jax.generation.prompts import Asked, Job, TooLong, ask, given_prompts, read_prompts
+from llama_jax.generation.remarks import idle_settings, names_of_files, pasted, told_of
 from llama_jax.tokenizer import Tokenizer
 from tests.tokenizers.made import CONFIG as TOKENS
 from tests.tokenizers.made import bytewise, put
