@@ -215,7 +215,7 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "W
     lines = [
         *(chat.notes if chat else ()),
         *remarks.told_of(asked, context),
-        remarks.empty_prompts(jobs),
+        remarks.empty_prompts(jobs if args.prompts else []),
         "" if Path(args.prompts_file).suffix in RECORDS else remarks.looking_like_records(jobs),
         remarks.pasted(tokenizer, (job.prompt for job in jobs)),
         remarks.idle_settings(jobs or [Job("", args.sample)]),

@@ -105,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         make_suite(args.make_suite)
         return
     _check(args)
-    if args.tasks:
-        _score_tasks(args)
-    else:
-        _score_text(args)
+    try:
+        (_score_tasks if args.tasks else _score_text)(args)
+    except UserError as error:  # of what training shares, which names its own flags
+        raise UserError(str(error).replace("--data.", "--")) from error
 
 
 def _check(args: Arguments) -> None:
@@ -149,13 +149,10 @@ def _score_text(args: Arguments) -> None:
 
     for path, checkpoint in [(path, open_model(path, args.adapter)) for path in args.ckpt]:
         model = _load(args, path, checkpoint)
-        try:
-            found = evaluate(
-                model, args.text, args.window, args.stride, args.batch_size or WINDOWS, args.as_text, args.text_field,
-                args.bad_records == "skip",
-            )  # fmt: skip
-        except UserError as error:
-            raise UserError(str(error).replace("--data.", "--")) from error
+        found = evaluate(
+            model, args.text, args.window, args.stride, args.batch_size or WINDOWS, args.as_text, args.text_field,
+            args.bad_records == "skip",
+        )  # fmt: skip
         named = {"ckpt": path} if len(args.ckpt) > 1 else {}
         print(json.dumps(named | found, allow_nan=False), flush=True)
 
@@ -172,13 +169,15 @@ def _score_tasks(args: Arguments) -> None:
     for task in tasks:
         check_shots(task, args.shots)
     if args.output:
-        report.check_output(Path(args.output))
+        _tell(report.check_output(Path(args.output), {(path, task.name) for path in args.ckpt for task in tasks}))
     # A model of another project is converted here, which tells its own progress.
     opened = [(path, open_model(path, args.adapter)) for path in args.ckpt]
     _tell(_idle(args, tasks))
     summaries, lines = [], list[str]()
     for path, checkpoint in opened:
         model = _load(args, path, checkpoint)
+        if any(task.kind == "chats" for task in tasks):
+            _tell(model.chat_format.notes)
         for task in tasks:
             result = _score_task(args, model, task)
             summary = {"task": task.name, "ckpt": path} | result.summary

@@ -19,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from llama_jax.chat.formats import ChatFormat, choose
+from llama_jax.chat.formats import ChatFormat, choose, read_template
 from llama_jax.chat.messages import Message
 from llama_jax.compat.lm_eval_start import NAMES
 from llama_jax.config import Cache, MeshArgs, SampleArgs, Weights
@@ -118,8 +118,12 @@ class LlamaJax(TemplateLM):
             str(ckpt), compute_dtype, weights, cache, None if mesh == MeshArgs(data=1) else mesh, adapter=adapter
         )
         context = context_of(self.model)
-        if max_length is not None and not 2 <= int(max_length) <= context:
+        if max_length is not None and not 2 <= _whole(max_length) <= context:
             raise UserError(f"max_length: expected 2 to {context}, the model's context, found {max_length}")
+        if _whole(max_gen_toks) < 1:
+            raise UserError(f"max_gen_toks: expected 1 or more, found {max_gen_toks}")
+        if chat_template:
+            read_template(chat_template)
         self.max_length = int(max_length or context)
         self.max_gen_toks = int(max_gen_toks)
         self.batch_size = batch_size
@@ -347,13 +351,18 @@ def _rows(batch_size: int | str | None) -> int:
     """Return the contexts of a forward pass, 0 for as many as fill it."""
     if batch_size is None or str(batch_size).startswith("auto"):
         return 0
-    try:
-        rows = int(batch_size)
-    except ValueError:
-        rows = 0
+    rows = _whole(batch_size)
     if rows < 1:
         raise UserError(f"batch_size: expected auto, or 1 or more, found {batch_size!r}")
     return 0 if rows == 1 else rows
+
+
+def _whole(value: int | str) -> int:
+    """Return a whole number, or -1 for what is none."""
+    try:
+        return int(value)
+    except ValueError:
+        return -1
 
 
 _TOLD: set[str] = set()

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,11 @@ def counting(progress: Progress) -> Callable[[int], None]:
     return count
 
 
-def check_output(path: Path) -> None:
-    """Raise UserError if a file of results cannot be written to ``path``, or something else is there."""
+def check_output(path: Path, wanted: AbstractSet[tuple[str, str]]) -> list[str]:
+    """Return a line about results in the file ``path`` that will be replaced, of others than ``wanted`` (ckpt, task).
+
+    Raises UserError if a file of results cannot be written to ``path``, or something else is there.
+    """
     if path.is_dir():
         raise UserError(f"--output: expected a file, found the folder {path}; name a file in it")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -93,17 +97,22 @@ def check_output(path: Path) -> None:
             f"--output: expected a file in a folder that can be written, found {path}; make {path.parent} first"
         )
     if not path.exists() or path.stat().st_size == 0:
-        return
+        return []
+    there = []
     with path.open("rb") as file:
-        first = file.readline()
-    try:
-        found = json.loads(first)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not {"task", "ckpt", "per_item"} <= set(found):
-        raise UserError(
-            f"--output: expected a new file, or results to replace, found another file in {path}; choose another"
-        )
+        for line in file:
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                found = None
+            if not isinstance(found, dict) or not {"task", "ckpt", "per_item"} <= set(found):
+                raise UserError(
+                    f"--output: expected a new file, or results to replace, found another file in {path}; choose another"
+                )
+            there.append((str(found["ckpt"]), str(found["task"])))
+    lost = [f"{task} of {ckpt}" for ckpt, task in there if (ckpt, task) not in wanted]
+    shown = ", ".join(lost[:4]) + (", ..." if len(lost) > 4 else "")
+    return [f"--output: {path} is replaced, with its scores of {shown}"] if lost else []
 
 
 def write_output(path: Path, lines: Sequence[str]) -> None:

@@ -40,8 +40,8 @@ from llama_jax.ops.cache import CACHE_DTYPES
 from llama_jax.tokenizer import Tokenizer, clean
 from llama_jax.train_args import DType
 
-# The draft that needs no second model, and the maximum number of tokens to draft at a time.
-LOOKUP, MOST_GUESSES = "lookup", 64
+# The draft that needs no second model, and the usual and the maximum number of tokens to draft at a time.
+LOOKUP, USUAL_GUESSES, MOST_GUESSES = "lookup", 4, 64
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Model:
         cache: Cache = "auto",
         mesh: MeshArgs | None = None,
         draft: str = "",
-        draft_tokens: int = 4,
+        draft_tokens: int = USUAL_GUESSES,
         exact: bool = False,
         adapter: str | os.PathLike[str] = "",
         chat_template: str = "",
@@ -89,14 +89,14 @@ class Model:
             print(note, file=sys.stderr, flush=True)
         if not isinstance(path, WholeModel):
             check_loading(path, mesh)
+            if draft_tokens != USUAL_GUESSES and not draft:
+                warnings.warn("draft_tokens: no effect without draft", stacklevel=3)
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
         found = path if isinstance(path, WholeModel) else open_model(os.fspath(path), os.fspath(adapter or ""))
         if chat_template:
             read_template(chat_template)
-        if draft_tokens != 4 and not draft:
-            warnings.warn("draft_tokens: no effect without draft", stacklevel=3)
         weights = found.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
         module = make_model(found.args, compute_dtype, mesh=laid, exact=exact)
@@ -203,6 +203,7 @@ class Model:
         if args.echo:
             raise UserError("echo: expected prompts to complete, found a conversation to answer; leave it out")
         rows = self.rows([self.encode_chat(messages)], args)
+        self._warn_of_stops([args])
         (completion,) = self.completions(rows, on_progress, self.turn_end_ids)
         return stripped(completion)
 
@@ -243,6 +244,7 @@ class Model:
     ) -> list[Completion]:
         """Return completions. With ``echo``, each stands between the texts of ``around``, or behind its prompt's."""
         rows = self.rows(prompts, args)
+        self._warn_of_stops(given for _, given, _ in rows)
         texts = {id(ids): text for ids, text in zip(prompts, around, strict=False)}
         completions = zip(rows, self.completions(rows, on_progress), strict=True)
         return [
@@ -265,8 +267,6 @@ class Model:
                 given.check(prefix)
                 check_tokens(given, absent, prefix, ends_of(given, self.end_ids or (self.tokenizer.eos_id,)))
                 check_schema(given, self.tokenizer, self.draft is not None, prefix)
-                if told := idle_stops(self.tokenizer, given.stop):
-                    warnings.warn(told, stacklevel=4)
                 checked.add(id(given))
             self._check_prompt(ids, number)
         return [(ids, given, i) for ids, given in zip(prompts, settings, strict=True) for i in range(given.n)]
@@ -285,6 +285,7 @@ class Model:
     ) -> Iterator[str]:
         """Yield the text of ``generate([prompt])`` piece by piece, one token at a time."""
         check_one(args, "a stream")
+        self._warn_of_stops([args])
         pieces = self.stream_ids(self.encode(prompt), replace(args, echo=False), on_progress)
         return itertools.chain([clean(prompt)] if args.echo else [], pieces)
 
@@ -308,6 +309,11 @@ class Model:
         if found := pasted(self.tokenizer, [prompt]):
             warnings.warn(found, stacklevel=3)
         return self.tokenizer.encode(prompt)
+
+    def _warn_of_stops(self, settings: Iterable[SampleArgs]) -> None:
+        """Warn of stop strings that hold a token without text among others."""
+        if told := idle_stops(self.tokenizer, (stop for args in settings for stop in args.stop)):
+            warnings.warn(told, stacklevel=4)
 
     def _check_prompt(self, ids: Sequence[int], number: int) -> None:
         """Raise UserError if the ``number``-th prompt is not a list of token ids, or fills the context."""

@@ -80,12 +80,12 @@ def idle_reports(jobs: Sequence[Job], as_json: bool) -> str:
 
 
 def empty_prompts(jobs: Sequence[Job]) -> str:
-    """Return a line about prompts without a text, or "". A variable of the shell that is not set is one."""
+    """Return a line about prompts without a text, or "". They may be variables of the shell that are not set."""
     empty = [job.where for job in jobs if not job.prompt and not job.messages and job.suffix is None]
     if not empty:
         return ""
     named = ", ".join(empty[:NAMED]) + ("" if len(empty) <= NAMED else ", ...")
-    return f"{len(empty)} of {len(jobs)} prompts {'is' if len(empty) == 1 else 'are'} empty, and completed from BOS on: {named}"
+    return f"{len(empty)} of {len(jobs)} prompts {'is' if len(empty) == 1 else 'are'} empty: {named}"
 
 
 def looking_like_records(jobs: Sequence[Job]) -> str:
