@@ -11,7 +11,7 @@ from typing import Any
 from llama_jax.cli.progress import Progress
 from llama_jax.errors import UserError
 from llama_jax.evaluate.tasks import Item, Task, joined
-from llama_jax.storage.files import write_atomically
+from llama_jax.storage.files import is_stream, write_atomically
 
 # The measures of the table by kind of task, each with its standard error.
 MEASURES: dict[str, dict[str, str]] = {
@@ -92,6 +92,8 @@ def check_output(path: Path, wanted: AbstractSet[tuple[str, str]]) -> list[str]:
     """
     if path.is_dir():
         raise UserError(f"--output: expected a file, found the folder {path}; name a file in it")
+    if is_stream(path):
+        raise UserError(f"--output: expected a file, found {path}, a pipe or a device; name a file, or leave it out")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(
             f"--output: expected a file in a folder that can be written, found {path}; make {path.parent} first"

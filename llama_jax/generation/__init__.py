@@ -321,10 +321,9 @@ class Model:
             raise UserError(
                 f"prompt {number}: expected one or more token ids, found none; an empty text is [{self.tokenizer.bos_id}], BOS"
             )
-        if not all(0 <= token < self.args.vocab_size for token in ids):
-            raise UserError(
-                f"prompt {number}: expected token ids from 0 to {self.args.vocab_size - 1}, found {quoted(list(ids))}"
-            )
+        known = min(self.args.vocab_size, self.tokenizer.vocab_size)  # the rows behind are padding
+        if not all(0 <= token < known for token in ids):
+            raise UserError(f"prompt {number}: expected token ids from 0 to {known - 1}, found {quoted(list(ids))}")
         if len(ids) >= self.args.max_seq_len:
             start = self.tokenizer.decode(ids[:12])
             raise UserError(

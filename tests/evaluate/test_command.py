@@ -1,6 +1,7 @@
 """The command line of tasks: JSON lines, the table, --output, several checkpoints, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def files(place: Path) -> Path:
         )
     )
     (place / "pages.jsonl").write_text('{"text": "The fox."}\n{"text": "An owl saw 12 boats."}\n')
+    os.mkfifo(place / "pipe")
     (place / "wrong.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n{"context": "a"}\n')
     return place
 
@@ -85,6 +87,7 @@ def test_several_checkpoints_are_named_in_the_lines_about_a_text(files: Path) ->
         (["--tasks", "choices.jsonl", "--shots", "-1"], "--shots: expected 0 or more"),
         (["--tasks", "choices.jsonl", "--cache", "int8"], "--cache: expected --text beside it"),
         (["--tasks", "choices.jsonl", "--output", "my.txt"], "--output: expected a new file"),
+        (["--tasks", "choices.jsonl", "--output", "pipe"], "--output: expected a file, found pipe, a pipe or a device"),
         (["--tasks", "choices.jsonl", "--output", "no/where.jsonl"], "--output: expected a file in a folder"),
         (["--text", "my.txt", "--shots", "1"], "--shots: expected --tasks beside it"),
         (["--tasks", "choices.jsonl", "--ckpt", "runs/none"], "runs/none: expected a checkpoint folder"),
