@@ -132,6 +132,8 @@ def parse_task(name: str, path: str, content: bytes, question_format: str = QUES
 
 
 def _files(path: str, key: str) -> list[Path]:
+    if not path:  # which would be the folder that one is in
+        raise UserError(f"{key}: expected a path, found an empty text; give a file or a folder, or leave it out")
     given = Path(path)
     if not given.is_dir():
         return [given]

@@ -59,7 +59,7 @@ from llama_jax.training.step import (
     make_optimizer,
 )
 from llama_jax.training.steps import take_steps
-from llama_jax.training.tasks import encode_tasks, read_on_main
+from llama_jax.training.tasks import encode_tasks, read_on_main, remarks_on
 from llama_jax.training.tensorboard import check_installed
 from llama_jax.training.tuning import Tuning, check_arguments, check_has_base
 
@@ -131,6 +131,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
         announce_needs(config, mesh, None if tuning is None else tuning.adapting.bytes_of_state(module))
     chat = chat_of(opened, base, data)
     encoded = encode_tasks(tasks, config.model, data, module, chat)
+    opened.notes += remarks_on(encoded, config.model.max_seq_len)
     announce(settled, data, mesh, module, opened, tuning)
     write_start(opened, settled, data.record())
     folder = opened.folder
