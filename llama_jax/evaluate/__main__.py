@@ -1,6 +1,7 @@
 """The command line of evaluation: ``python -m llama_jax.evaluate --ckpt runs/x``, with ``--text`` or ``--tasks``."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from llama_jax.cli.flags import ESCAPED, given_twice, parse_flags, refuse_empty
 from llama_jax.config import BadRecords, Cache, MeshArgs, Weights
 from llama_jax.errors import UserError, run_command
 from llama_jax.programs import typed
+from llama_jax.storage.files import is_address
 from llama_jax.train_args import DType
 
 if TYPE_CHECKING:
@@ -120,8 +122,9 @@ def _check(args: Arguments) -> None:
         raise UserError(f"--text: expected a path, or --tasks with files of records, found {found}")
     if "" in args.tasks:
         raise UserError("--tasks: expected a path, found none")
-    for path in args.ckpt:
-        if args.ckpt.count(path) > 1:
+    places = [os.path.normpath(path) if not is_address(path) else path for path in args.ckpt]
+    for path, place in zip(args.ckpt, places, strict=True):
+        if places.count(place) > 1:
             raise UserError(f"--ckpt: expected each checkpoint once, found {path} twice; leave one out")
     if args.adapter and len(args.ckpt) > 1:
         raise UserError(

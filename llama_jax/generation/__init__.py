@@ -88,7 +88,7 @@ class Model:
         if note := skip_absent_tpu("computing"):
             print(note, file=sys.stderr, flush=True)
         if not isinstance(path, WholeModel):
-            check_loading(path, mesh)
+            check_loading(path, mesh, adapter=adapter, draft=draft, chat_template=chat_template)
             if draft_tokens != USUAL_GUESSES and not draft:
                 warnings.warn("draft_tokens: no effect without draft", stacklevel=3)
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):

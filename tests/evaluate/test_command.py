@@ -93,6 +93,10 @@ def test_several_checkpoints_are_named_in_the_lines_about_a_text(files: Path) ->
         (["--tasks", "choices.jsonl", "--ckpt", "runs/none"], "runs/none: expected a checkpoint folder"),
         (["--tasks", "choices.jsonl", "--output", ""], "--output: expected a value, found an empty text"),
         (["--tasks", "choices.jsonl", "--chat-template", "lama2"], "--chat-template: expected a file or one of"),
+        (
+            ["--tasks", "choices.jsonl", "--ckpt", "runs/tiny/"],
+            "--ckpt: expected each checkpoint once, found runs/tiny",
+        ),
         (["--make-suite", "suite"], "--make-suite: expected no flags beside it"),
     ],
 )

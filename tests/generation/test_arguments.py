@@ -147,3 +147,9 @@ def test_arguments_of_loading_that_would_not_be_used_are_told(folder: Path) -> N
         llama_jax.load(folder, chat_template="lama2")
     with pytest.warns(UserWarning, match="draft_tokens: no effect without draft"):
         llama_jax.load(folder, draft_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["adapter", "draft", "chat_template"])
+def test_what_is_no_path_of_something_else_is_refused(name: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=f"^{name}: expected a string or a Path, found 5; give one"):
+        llama_jax.load(folder, **{name: 5})  # type: ignore[arg-type]
