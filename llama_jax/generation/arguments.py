@@ -67,7 +67,10 @@ def check_one(args: Any, what: str) -> None:
 
 
 def check_loading(path: Any, mesh: Any, **others: Any) -> None:
-    """Raise UserError if what a model is loaded from or with is of another type. ``others``: paths that may be empty."""
+    """Raise UserError if what a model is loaded from or with is of another type.
+
+    ``others`` are paths that may be empty.
+    """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path) or isinstance(os.fspath(path), bytes):
         raise UserError(
             f"path: expected the folder of a checkpoint, a string or a Path, found {quoted(path)}; give a run folder, such as "
