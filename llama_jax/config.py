@@ -213,7 +213,7 @@ class SampleArgs:
     """Numbers to add to the logits of tokens, by token id. -inf forbids a token. As a flag: id bias id bias ..."""
     stop: tuple[str, ...] = dataclasses.field(default=(), metadata=ESCAPED)
     r"""End a completion before the first of these strings. A string may begin or end inside a token.
-    A flag takes one string: --stop . --stop '\n'.
+    That of a special token, such as </s>, also ends it at the token. A flag takes one string: --stop . --stop '\n'.
     The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""
     stop_token_ids: tuple[int, ...] = ()
     """Also end a completion at these tokens, by id. Like EOS, they are left out of it. A flag takes several."""

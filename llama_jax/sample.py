@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from llama_jax.cli.flags import ESCAPED, parse_flags, refuse_empty
+from llama_jax.cli.flags import ESCAPED, given_twice, parse_flags, refuse_empty
 from llama_jax.cli.json_argument import json_argument
 from llama_jax.config import Cache, MeshArgs, SampleArgs, Weights
 from llama_jax.errors import UserError
@@ -103,7 +103,9 @@ def main(argv: Sequence[str]) -> None:
     program = typed("sample")
     description = f'Generate text: {program} --ckpt runs/tiny "Once upon a time"'
     args = parse_flags(Arguments, argv, Arguments(), program, description)
-    refuse_empty(argv, args, ("adapter", "chat_template", "messages", "prompts_file", "draft"))
+    refuse_empty(argv, args, ("adapter", "chat_template", "messages", "output", "prompts_file", "draft"))
+    for line in given_twice(Arguments, argv):
+        _tell(line)
     refuse_empty(argv, args.sample, ("json_schema",))
     if args.sample.json_schema:
         schema = json_argument(args.sample.json_schema, "json_schema")
@@ -198,16 +200,8 @@ def _jobs(args: Arguments) -> "list[Job]":
 def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "WholeModel") -> "list[Asked]":
     """Return the jobs in the form that the model gets. Print warnings about them, and about flags without effect."""
     from llama_jax.chat.formats import choose
-    from llama_jax.generation.prompts import (
-        Job,
-        ask,
-        dialog_of,
-        idle_reports,
-        idle_settings,
-        names_of_files,
-        pasted,
-        told_of,
-    )
+    from llama_jax.generation import remarks
+    from llama_jax.generation.prompts import RECORDS, Job, ask, dialog_of
 
     context, tokenizer = checkpoint.args.max_seq_len, checkpoint.tokenizer
     dialogs, chat = [], None
@@ -216,14 +210,18 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "W
         dialogs = [dialog_of(job, clean(args.system)) for job in jobs]
         if not jobs:
             chat.check(clean(args.system))
-    asked = ask(jobs, tokenizer, context, args.too_long, dialogs, chat, bool(args.draft))
+    ends = checkpoint.chat.end_ids
+    asked = ask(jobs, tokenizer, context, args.too_long, dialogs, chat, bool(args.draft), ends)
     lines = [
         *(chat.notes if chat else ()),
-        *told_of(asked, context),
-        pasted(tokenizer, (job.prompt for job in jobs)),
-        idle_settings(jobs or [Job("", args.sample)]),
+        *remarks.told_of(asked, context),
+        remarks.empty_prompts(jobs if args.prompts else []),
+        "" if Path(args.prompts_file).suffix in RECORDS else remarks.looking_like_records(jobs),
+        remarks.pasted(tokenizer, (job.prompt for job in jobs)),
+        remarks.idle_settings(jobs or [Job("", args.sample)]),
+        remarks.idle_stops(tokenizer, [*args.sample.stop, *(stop for job in jobs for stop in job.args.stop)]),
+        remarks.names_of_files(args.prompts),
     ]
-    lines.append(names_of_files(args.prompts))
     # `--stop a b` once gave two stop strings. Now the second word is a prompt, so a line says so.
     behind = [argv[i + 2] for i, word in enumerate(argv[:-2]) if word == "--stop"]
     lines += [
@@ -233,7 +231,7 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "W
         lines.append("--draft-tokens: no effect without --draft")
     if args.json and args.output:
         lines.append("--json: no effect beside --output, which is JSON always")
-    lines.append(idle_reports(jobs, bool(args.json or args.output)))
+    lines.append(remarks.idle_reports(jobs, bool(args.json or args.output)))
     if args.too_long != "refuse" and not jobs:
         lines.append("--too-long: no effect on a conversation, which forgets its oldest turns")
     for line in filter(None, lines):

@@ -68,20 +68,42 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
 
 def texts_given_twice(argv: Sequence[str]) -> str:
     """Return a warning if a flag of a text (``--filepath``) has several values, of which the last one counts."""
-    given: dict[str, list[str]] = {}
-    for word, following in itertools.pairwise([*argv, ""]):
-        if word == "--":
-            break
-        name, equals, value = word.partition("=")
-        if word.startswith("--") and name.endswith("filepath"):
-            given.setdefault(name, []).append(value if equals else following)
-    for name, values in given.items():
-        if others := [value for value in dict.fromkeys(values) if value != values[-1]]:
+    for name, values in _values(argv).items():
+        others = [value for value in dict.fromkeys(values) if value != values[-1]]
+        if others and name.endswith("filepath"):
             return (
                 f"warning: {name} is given {len(values)} times: {values[-1]} is read, and not {', '.join(others)}; several texts are "
                 "a folder, or a glob in quotes"
             )
     return ""
+
+
+def given_twice(kind: type[Any], argv: Sequence[str] | None) -> list[str]:
+    """Return warnings about flags of a single value that have several, of which the last one counts.
+
+    ``kind`` is the dataclass of the flags.
+    """
+    single = {name for name, flag in _flags_of(kind) if _element_types(flag.hint) is None and flag.hint is not bool}
+    lines = []
+    for name, values in _values(sys.argv[1:] if argv is None else argv).items():
+        others = [value for value in dict.fromkeys(values) if value != values[-1]]
+        if others and name in single:
+            lines.append(
+                f"warning: {name} is given {len(values)} times: {values[-1]} counts, and not {', '.join(others)}"
+            )
+    return lines
+
+
+def _values(argv: Sequence[str]) -> dict[str, list[str]]:
+    """Return the words that follow each flag of a command line, which are its values if it takes one."""
+    given: dict[str, list[str]] = {}
+    for word, following in itertools.pairwise([*argv, ""]):
+        if word == "--":
+            break
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            given.setdefault(name.replace("_", "-"), []).append(value if equals else following)
+    return given
 
 
 def unescape(text: str) -> str:

@@ -146,7 +146,7 @@ def kind_of_bytes(windows: Sequence[bytes], size: int, name: str) -> Kind | None
     Its ``name`` tells only tables without the names of columns from text, and a file with few JSON lines.
     """
     head = windows[0]
-    return _by_first_bytes(head, size) or _by_encoding(windows) or _by_structure(head, len(head) == size, name)
+    return by_first_bytes(head, size) or _by_encoding(windows) or _by_structure(head, len(head) == size, name)
 
 
 def is_too_odd(bad: int, size: int) -> bool:
@@ -168,7 +168,8 @@ def bad_bytes(raw: bytes) -> int:
     return len(raw) - len(raw.decode("utf-8", "ignore").encode())
 
 
-def _by_first_bytes(head: bytes, size: int) -> Kind | None:
+def by_first_bytes(head: bytes, size: int) -> Kind | None:
+    """Return the kind of a file of ``size`` bytes that begins with ``head``, if its first bytes tell it, or None."""
     for magic, name, advice in MAGIC:
         # Some marks (BZh, ORC, MZ, RIFF) may also begin a text.
         if head.startswith(magic) and (not magic.isalnum() or _controls(head[:4096]) or bad_bytes(head[:4096]) > 3):

@@ -74,6 +74,8 @@ def find_files(
             search.splits.append(
                 f"records have text and {beside}: text is taken; --data.text-field {beside} takes these"
             )
+    if text_field and all(file.format == "text" for file in files):
+        search.splits.append("--data.text-field: no effect on plain text, which has no fields")
     return Found(files, search.notes())
 
 

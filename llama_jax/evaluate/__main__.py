@@ -1,16 +1,18 @@
 """The command line of evaluation: ``python -m llama_jax.evaluate --ckpt runs/x``, with ``--text`` or ``--tasks``."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.flags import ESCAPED, parse_flags, refuse_empty
+from llama_jax.cli.flags import ESCAPED, given_twice, parse_flags, refuse_empty
 from llama_jax.config import BadRecords, Cache, MeshArgs, Weights
 from llama_jax.errors import UserError, run_command
 from llama_jax.programs import typed
+from llama_jax.storage.files import is_address
 from llama_jax.train_args import DType
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{program} --ckpt runs/x runs/y --tasks questions.jsonl"
     )
     args = parse_flags(Arguments, argv, Arguments(), program, description)
-    refuse_empty(argv, args, ("adapter", "chat_template", "text_field"))
+    refuse_empty(argv, args, ("adapter", "chat_template", "text_field", "output", "make_suite"))
+    _tell(given_twice(Arguments, argv))
     if args.make_suite:
         if args != Arguments(make_suite=args.make_suite):
             raise UserError(
@@ -104,10 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         make_suite(args.make_suite)
         return
     _check(args)
-    if args.tasks:
-        _score_tasks(args)
-    else:
-        _score_text(args)
+    try:
+        (_score_tasks if args.tasks else _score_text)(args)
+    except UserError as error:  # of what training shares, which names its own flags
+        raise UserError(str(error).replace("--data.", "--")) from error
 
 
 def _check(args: Arguments) -> None:
@@ -119,8 +122,9 @@ def _check(args: Arguments) -> None:
         raise UserError(f"--text: expected a path, or --tasks with files of records, found {found}")
     if "" in args.tasks:
         raise UserError("--tasks: expected a path, found none")
-    for path in args.ckpt:
-        if args.ckpt.count(path) > 1:
+    places = [os.path.normpath(path) if not is_address(path) else path for path in args.ckpt]
+    for path, place in zip(args.ckpt, places, strict=True):
+        if places.count(place) > 1:
             raise UserError(f"--ckpt: expected each checkpoint once, found {path} twice; leave one out")
     if args.adapter and len(args.ckpt) > 1:
         raise UserError(
@@ -148,13 +152,10 @@ def _score_text(args: Arguments) -> None:
 
     for path, checkpoint in [(path, open_model(path, args.adapter)) for path in args.ckpt]:
         model = _load(args, path, checkpoint)
-        try:
-            found = evaluate(
-                model, args.text, args.window, args.stride, args.batch_size or WINDOWS, args.as_text, args.text_field,
-                args.bad_records == "skip",
-            )  # fmt: skip
-        except UserError as error:
-            raise UserError(str(error).replace("--data.", "--")) from error
+        found = evaluate(
+            model, args.text, args.window, args.stride, args.batch_size or WINDOWS, args.as_text, args.text_field,
+            args.bad_records == "skip",
+        )  # fmt: skip
         named = {"ckpt": path} if len(args.ckpt) > 1 else {}
         print(json.dumps(named | found, allow_nan=False), flush=True)
 
@@ -164,23 +165,22 @@ def _score_tasks(args: Arguments) -> None:
     from llama_jax.convert.once import open_model
     from llama_jax.evaluate import report
     from llama_jax.evaluate.scoring import context_of
-    from llama_jax.evaluate.tasks import DESCRIPTIONS, WITHOUT_SHOTS, check_shots, read_tasks
+    from llama_jax.evaluate.tasks import check_shots, read_tasks, unread
 
     tasks = read_tasks(args.tasks, args.question_format)
+    _tell(unread(args.tasks))
     for task in tasks:
         check_shots(task, args.shots)
     if args.output:
-        report.check_output(Path(args.output))
+        _tell(report.check_output(Path(args.output), {(path, task.name) for path in args.ckpt for task in tasks}))
     # A model of another project is converted here, which tells its own progress.
     opened = [(path, open_model(path, args.adapter)) for path in args.ckpt]
-    _tell(
-        f"--shots: no effect on {task.path}, whose records are {DESCRIPTIONS[task.kind]}"
-        for task in tasks
-        if args.shots and task.kind in WITHOUT_SHOTS
-    )
+    _tell(_idle(args, tasks))
     summaries, lines = [], list[str]()
     for path, checkpoint in opened:
         model = _load(args, path, checkpoint)
+        if any(task.kind == "chats" for task in tasks):
+            _tell(model.chat_format.notes)
         for task in tasks:
             result = _score_task(args, model, task)
             summary = {"task": task.name, "ckpt": path} | result.summary
@@ -191,6 +191,26 @@ def _score_tasks(args: Arguments) -> None:
             if args.output:
                 report.write_output(Path(args.output), lines)
     _tell([report.table(summaries)])
+
+
+def _idle(args: Arguments, tasks: "Sequence[Task]") -> list[str]:
+    """Return lines about flags without effect on the tasks. Raises UserError if a chat template cannot be read."""
+    from llama_jax.chat.formats import read_template
+    from llama_jax.evaluate.tasks import DESCRIPTIONS, WITHOUT_SHOTS, read_tasks
+
+    lines, default = [], Arguments()
+    for task in tasks:
+        if args.shots and task.kind in WITHOUT_SHOTS:
+            lines.append(f"--shots: no effect on {task.path}, whose records are {DESCRIPTIONS[task.kind]}")
+    if args.chat_template:
+        read_template(args.chat_template)
+        if all(task.kind != "chats" for task in tasks):
+            lines.append("--chat-template: no effect, since no record has messages")
+    if args.question_format != default.question_format and read_tasks(args.tasks) == tasks:
+        lines.append("--question-format: no effect, since no record has a question")
+    if args.seed != default.seed and not args.shots:
+        lines.append("--seed: no effect without --shots")
+    return lines
 
 
 def _score_task(args: Arguments, model: "Model", task: "Task") -> Any:

@@ -19,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from llama_jax.chat.formats import ChatFormat, choose
+from llama_jax.chat.formats import ChatFormat, choose, read_template
 from llama_jax.chat.messages import Message
 from llama_jax.compat.lm_eval_start import NAMES
 from llama_jax.config import Cache, MeshArgs, SampleArgs, Weights
@@ -118,8 +118,12 @@ class LlamaJax(TemplateLM):
             str(ckpt), compute_dtype, weights, cache, None if mesh == MeshArgs(data=1) else mesh, adapter=adapter
         )
         context = context_of(self.model)
-        if max_length is not None and not 2 <= int(max_length) <= context:
+        if max_length is not None and not 2 <= _whole(max_length) <= context:
             raise UserError(f"max_length: expected 2 to {context}, the model's context, found {max_length}")
+        if _whole(max_gen_toks) < 1:
+            raise UserError(f"max_gen_toks: expected 1 or more, found {max_gen_toks}")
+        if chat_template:
+            read_template(chat_template)
         self.max_length = int(max_length or context)
         self.max_gen_toks = int(max_gen_toks)
         self.batch_size = batch_size
@@ -196,6 +200,15 @@ class LlamaJax(TemplateLM):
         model = self.model
         return choose(model.tokenizer, model.setup, self._given_template or model.chat_template, model.source)
 
+    @property
+    def _turn_ends(self) -> frozenset[int]:
+        """The tokens that end an answer in the format of conversations."""
+        return frozenset(self.model.end_ids or (self.eot_token_id,)) | self._chat.end_ids
+
+    def _tell_of_template(self) -> None:
+        if self._given_template and not self._templated:
+            _tell("chat_template: no effect without --apply_chat_template")
+
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the chat template, which the harness writes into its results."""
         return self._chat.template if chat_template else None
@@ -216,6 +229,7 @@ class LlamaJax(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
+        self._tell_of_template()
         asked, cut = [], 0
         for number, (_texts, context, continuation) in enumerate(requests, 1):
             try:
@@ -278,7 +292,9 @@ class LlamaJax(TemplateLM):
         if cut:
             _tell(f"{cut} of {len(prompts)} contexts leave too little room for new tokens and lose their beginning")
         texts = []
-        completions = self.model.completions(self.model.rows(prompts, settings))
+        self._tell_of_template()
+        ends = self._turn_ends if self._templated else ()
+        completions = self.model.completions(self.model.rows(prompts, settings), end_ids=ends)
         for request, completion, stop in zip(
             requests,
             tqdm(completions, total=len(prompts), disable=disable_tqdm, desc="Running generate_until requests"),
@@ -335,13 +351,18 @@ def _rows(batch_size: int | str | None) -> int:
     """Return the contexts of a forward pass, 0 for as many as fill it."""
     if batch_size is None or str(batch_size).startswith("auto"):
         return 0
-    try:
-        rows = int(batch_size)
-    except ValueError:
-        rows = 0
+    rows = _whole(batch_size)
     if rows < 1:
         raise UserError(f"batch_size: expected auto, or 1 or more, found {batch_size!r}")
     return 0 if rows == 1 else rows
+
+
+def _whole(value: int | str) -> int:
+    """Return a whole number, or -1 for what is none."""
+    try:
+        return int(value)
+    except ValueError:
+        return -1
 
 
 _TOLD: set[str] = set()

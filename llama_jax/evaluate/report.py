@@ -4,13 +4,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 from llama_jax.cli.progress import Progress
 from llama_jax.errors import UserError
 from llama_jax.evaluate.tasks import Item, Task, joined
-from llama_jax.storage.files import write_atomically
+from llama_jax.storage.files import is_stream, write_atomically
 
 # The measures of the table by kind of task, each with its standard error.
 MEASURES: dict[str, dict[str, str]] = {
@@ -84,26 +85,36 @@ def counting(progress: Progress) -> Callable[[int], None]:
     return count
 
 
-def check_output(path: Path) -> None:
-    """Raise UserError if a file of results cannot be written to ``path``, or something else is there."""
+def check_output(path: Path, wanted: AbstractSet[tuple[str, str]]) -> list[str]:
+    """Return a line about results in the file ``path`` that will be replaced, of others than ``wanted`` (ckpt, task).
+
+    Raises UserError if a file of results cannot be written to ``path``, or something else is there.
+    """
     if path.is_dir():
         raise UserError(f"--output: expected a file, found the folder {path}; name a file in it")
+    if is_stream(path):
+        raise UserError(f"--output: expected a file, found {path}, a pipe or a device; name a file, or leave it out")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(
             f"--output: expected a file in a folder that can be written, found {path}; make {path.parent} first"
         )
     if not path.exists() or path.stat().st_size == 0:
-        return
+        return []
+    there = []
     with path.open("rb") as file:
-        first = file.readline()
-    try:
-        found = json.loads(first)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not {"task", "ckpt", "per_item"} <= set(found):
-        raise UserError(
-            f"--output: expected a new file, or results to replace, found another file in {path}; choose another"
-        )
+        for line in file:
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                found = None
+            if not isinstance(found, dict) or not {"task", "ckpt", "per_item"} <= set(found):
+                raise UserError(
+                    f"--output: expected a new file, or results to replace, found another file in {path}; choose another"
+                )
+            there.append((str(found["ckpt"]), str(found["task"])))
+    lost = [f"{task} of {ckpt}" for ckpt, task in there if (ckpt, task) not in wanted]
+    shown = ", ".join(lost[:4]) + (", ..." if len(lost) > 4 else "")
+    return [f"--output: {path} is replaced, with its scores of {shown}"] if lost else []
 
 
 def write_output(path: Path, lines: Sequence[str]) -> None:

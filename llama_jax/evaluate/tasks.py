@@ -89,6 +89,20 @@ def read_tasks(paths: Sequence[str], question_format: str = QUESTION, key: str =
     ]
 
 
+def unread(paths: Sequence[str]) -> list[str]:
+    """Return lines about folders of tasks that hold more than the files of records in them, which alone are read."""
+    lines = []
+    for folder in (Path(path) for path in paths if Path(path).is_dir()):
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        others = [entry.name for entry in entries if entry.suffix not in SUFFIXES or not entry.is_file()]
+        if others:
+            shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
+            lines.append(
+                f"not read, since only files named {' and '.join(SUFFIXES)} in {folder} are: {len(others)} ({shown})"
+            )
+    return lines
+
+
 def check_format(question_format: str) -> None:
     """Raise UserError if a format of questions has no place for the question."""
     if question_format.count("{question}") != 1:
@@ -118,6 +132,8 @@ def parse_task(name: str, path: str, content: bytes, question_format: str = QUES
 
 
 def _files(path: str, key: str) -> list[Path]:
+    if not path:  # which would be the folder that one is in
+        raise UserError(f"{key}: expected a path, found an empty text; give a file or a folder, or leave it out")
     given = Path(path)
     if not given.is_dir():
         return [given]

@@ -72,7 +72,8 @@ def evaluate(
     if not tokens:
         raise UserError(f"--text: expected text, found none in {text}")
     rows = list(_windows(len(stream) - 1, window, stride))
-    positions = np.arange(window)
+    # No pass has more positions, or windows, than the text fills.
+    positions, batch_size = np.arange(min(window, len(stream) - 1)), min(batch_size, len(rows))
     if model.cache_dtype is None:
         score = functools.partial(_loss_sum, model.module, model.params)
     else:
@@ -115,7 +116,7 @@ def _read(
     if chats := [file for file in files if file.chats]:
         raise UserError(
             f"--text: expected text, found conversations ({chats[0].chats}) in {chats[0].name}; training evaluates held-out ones "
-            "(--data.eval-filepath); for the loss of a field, name it with --text-field"
+            "(eval_filepath of its data); for the loss of a field, name it with --text-field"
         )
     ids: list[np.ndarray] = []
     corpus = corpus_of(files, skip=skip, any_bytes=as_text)
@@ -131,7 +132,7 @@ def _read(
         loss_warning(losses.lost, losses.compared, losses.unknown, examples(losses.chars)),
     )
     for line in filter(None, [*notes, *warnings]):
-        print(line, file=sys.stderr)
+        print(line.replace("--data.", "--"), file=sys.stderr)
     return stream, stream != tokenizer.bos_id, losses
 
 

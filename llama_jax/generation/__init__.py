@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.build import make_model
-from llama_jax.chat.formats import ChatFormat, ChatSetup, choose
+from llama_jax.chat.formats import ChatFormat, ChatSetup, choose, read_template
 from llama_jax.chat.messages import Message, as_messages
 from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.config import Cache, MeshArgs, ModelArgs, SampleArgs, Weights
@@ -29,9 +29,9 @@ from llama_jax.generation.grammar import check_schema
 from llama_jax.generation.infill import encode_infill, with_infill_end
 from llama_jax.generation.loading import fitting_mesh, load_parameters
 from llama_jax.generation.passes import Engine, OnProgress
-from llama_jax.generation.prompts import pasted
+from llama_jax.generation.remarks import idle_stops, pasted
 from llama_jax.generation.rows import Completion as Completion
-from llama_jax.generation.rows import echoed, not_finite
+from llama_jax.generation.rows import echoed, ends_of, not_finite
 from llama_jax.generation.sampling import check_tokens
 from llama_jax.generation.serving import for_generation
 from llama_jax.generation.speculative import Draft
@@ -40,8 +40,8 @@ from llama_jax.ops.cache import CACHE_DTYPES
 from llama_jax.tokenizer import Tokenizer, clean
 from llama_jax.train_args import DType
 
-# The draft that needs no second model, and the maximum number of tokens to draft at a time.
-LOOKUP, MOST_GUESSES = "lookup", 64
+# The draft that needs no second model, and the usual and the maximum number of tokens to draft at a time.
+LOOKUP, USUAL_GUESSES, MOST_GUESSES = "lookup", 4, 64
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Model:
         cache: Cache = "auto",
         mesh: MeshArgs | None = None,
         draft: str = "",
-        draft_tokens: int = 4,
+        draft_tokens: int = USUAL_GUESSES,
         exact: bool = False,
         adapter: str | os.PathLike[str] = "",
         chat_template: str = "",
@@ -88,11 +88,15 @@ class Model:
         if note := skip_absent_tpu("computing"):
             print(note, file=sys.stderr, flush=True)
         if not isinstance(path, WholeModel):
-            check_loading(path, mesh)
+            check_loading(path, mesh, adapter=adapter, draft=draft, chat_template=chat_template)
+            if draft_tokens != USUAL_GUESSES and not draft:
+                warnings.warn("draft_tokens: no effect without draft", stacklevel=3)
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
         found = path if isinstance(path, WholeModel) else open_model(os.fspath(path), os.fspath(adapter or ""))
+        if chat_template:
+            read_template(chat_template)
         weights = found.chosen(weights)
         laid = None if mesh is None else make_mesh(mesh)
         module = make_model(found.args, compute_dtype, mesh=laid, exact=exact)
@@ -196,7 +200,10 @@ class Model:
         template does not take them.
         """
         check_one(args, "an answer")
+        if args.echo:
+            raise UserError("echo: expected prompts to complete, found a conversation to answer; leave it out")
         rows = self.rows([self.encode_chat(messages)], args)
+        self._warn_of_stops([args])
         (completion,) = self.completions(rows, on_progress, self.turn_end_ids)
         return stripped(completion)
 
@@ -237,6 +244,7 @@ class Model:
     ) -> list[Completion]:
         """Return completions. With ``echo``, each stands between the texts of ``around``, or behind its prompt's."""
         rows = self.rows(prompts, args)
+        self._warn_of_stops(given for _, given, _ in rows)
         texts = {id(ids): text for ids, text in zip(prompts, around, strict=False)}
         completions = zip(rows, self.completions(rows, on_progress), strict=True)
         return [
@@ -251,12 +259,13 @@ class Model:
         """
         settings = settings_of(args, len(prompts))
         alone = isinstance(args, SampleArgs)
+        absent = self.tokenizer.absent(self.args.vocab_size)
         checked: set[int] = set()  # ids of settings, because many prompts may share one
         for number, (ids, given) in enumerate(zip(prompts, settings, strict=True), 1):
             if id(given) not in checked:
                 prefix = "" if alone else f"prompt {number}: "
                 given.check(prefix)
-                check_tokens(given, self.args.vocab_size, prefix)
+                check_tokens(given, absent, prefix, ends_of(given, self.end_ids or (self.tokenizer.eos_id,)))
                 check_schema(given, self.tokenizer, self.draft is not None, prefix)
                 checked.add(id(given))
             self._check_prompt(ids, number)
@@ -276,6 +285,7 @@ class Model:
     ) -> Iterator[str]:
         """Yield the text of ``generate([prompt])`` piece by piece, one token at a time."""
         check_one(args, "a stream")
+        self._warn_of_stops([args])
         pieces = self.stream_ids(self.encode(prompt), replace(args, echo=False), on_progress)
         return itertools.chain([clean(prompt)] if args.echo else [], pieces)
 
@@ -300,16 +310,20 @@ class Model:
             warnings.warn(found, stacklevel=3)
         return self.tokenizer.encode(prompt)
 
+    def _warn_of_stops(self, settings: Iterable[SampleArgs]) -> None:
+        """Warn of stop strings that hold a token without text among others."""
+        if told := idle_stops(self.tokenizer, (stop for args in settings for stop in args.stop)):
+            warnings.warn(told, stacklevel=4)
+
     def _check_prompt(self, ids: Sequence[int], number: int) -> None:
         """Raise UserError if the ``number``-th prompt is not a list of token ids, or fills the context."""
         if not len(ids):
             raise UserError(
                 f"prompt {number}: expected one or more token ids, found none; an empty text is [{self.tokenizer.bos_id}], BOS"
             )
-        if not all(0 <= token < self.args.vocab_size for token in ids):
-            raise UserError(
-                f"prompt {number}: expected token ids from 0 to {self.args.vocab_size - 1}, found {quoted(list(ids))}"
-            )
+        known = min(self.args.vocab_size, self.tokenizer.vocab_size)  # the rows behind are padding
+        if not all(0 <= token < known for token in ids):
+            raise UserError(f"prompt {number}: expected token ids from 0 to {known - 1}, found {quoted(list(ids))}")
         if len(ids) >= self.args.max_seq_len:
             start = self.tokenizer.decode(ids[:12])
             raise UserError(

@@ -66,13 +66,19 @@ def check_one(args: Any, what: str) -> None:
         raise UserError(f"n: expected 1 for {what}, found {args.n}")
 
 
-def check_loading(path: Any, mesh: Any) -> None:
-    """Raise UserError if what a model is loaded from or with is of another type."""
+def check_loading(path: Any, mesh: Any, **others: Any) -> None:
+    """Raise UserError if what a model is loaded from or with is of another type.
+
+    ``others`` are paths that may be empty.
+    """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path) or isinstance(os.fspath(path), bytes):
         raise UserError(
             f"path: expected the folder of a checkpoint, a string or a Path, found {quoted(path)}; give a run folder, such as "
             "runs/tiny"
         )
+    for name, value in others.items():
+        if not isinstance(value, str | os.PathLike | None):
+            raise UserError(f"{name}: expected a string or a Path, found {quoted(value)}; give one, or leave it out")
     if mesh is not None and not isinstance(mesh, MeshArgs):
         raise UserError(
             f"mesh: expected MeshArgs or None, found {quoted(mesh)}; give llama_jax.config.MeshArgs(tensor=2)"

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,8 @@ from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, stripped
 from llama_jax.generation.arguments import check_one
 from llama_jax.generation.passes import OnProgress, Step
-from llama_jax.generation.prompts import Asked, Job, pasted, standard_input
+from llama_jax.generation.prompts import Asked, Job, standard_input
+from llama_jax.generation.remarks import pasted
 from llama_jax.generation.results import SKIPPED, Results, result
 from llama_jax.generation.rows import echoed
 from llama_jax.generation.stats import Meter
@@ -33,6 +35,8 @@ HELP = (
     "a line is a message; /reset forgets the conversation, /help prints this, /quit ends the program; "
     "Ctrl-C ends an answer, Ctrl-D the program"
 )
+# A message that looks like a command.
+COMMAND = re.compile(r"/[a-z]+", re.IGNORECASE)
 # At most 1 / ANSWER_SHARE of the context is kept free for an answer.
 ANSWER_SHARE = 4
 # What goes on before the first token is there.
@@ -99,7 +103,7 @@ class Console:
         interactive = sys.stdin is not None and sys.stdin.isatty()
         if interactive:
             _tell(HELP)
-        noted = ""
+        noted, line = "", ""
         for line in _lines(interactive):
             if not noted and (noted := pasted(self._model.tokenizer, [line])):
                 _tell(noted)
@@ -110,8 +114,12 @@ class Console:
             elif line == "/help":
                 _tell(HELP)
             else:
+                if COMMAND.fullmatch(line):
+                    _tell(f"{line} is no command, and is answered as a message; /help lists the commands")
                 with _noting_interrupts() as interrupted:
                     messages = self._answered([*messages, Message("user", line)], args, interrupted)
+        if not line and not interactive:
+            _tell("standard input ended without a message")
 
     def _answered(self, asked: list[Message], args: SampleArgs, interrupted: Callable[[], bool]) -> list[Message]:
         """Return the conversation with the answer, or without the last message if it cannot be answered."""

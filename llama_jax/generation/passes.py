@@ -23,7 +23,14 @@ from llama_jax.generation.decode import (
     tokens_a_pass,
 )
 from llama_jax.generation.grammar import Constraints
-from llama_jax.generation.rows import Completion, PartialCompletion, alternatives, ends_of, for_sampler
+from llama_jax.generation.rows import (
+    Completion,
+    PartialCompletion,
+    alternatives,
+    ends_of,
+    for_sampler,
+    with_stop_tokens,
+)
 from llama_jax.generation.scoring import Scores, score
 from llama_jax.generation.speculative import Draft, generate_speculatively
 from llama_jax.model import Llama
@@ -70,6 +77,7 @@ class Engine:
 
     def completions(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> Iterator[Completion]:
         """Yield a completion per row in order, each as soon as it and all before it are finished."""
+        rows = self._ended(rows)
         windows = [range(start, min(start + WINDOW, len(rows))) for start in range(0, len(rows), WINDOW)]
         free = free_memory(self.params)
         planned = [split(self.model, rows, window, free, self.cache_dtype) for window in windows]
@@ -89,6 +97,7 @@ class Engine:
 
     def stream(self, row: Row, on_progress: OnProgress | None = None) -> Iterator[str]:
         """Yield the text of one completion, one token at a time."""
+        (row,) = self._ended([row])
         growing = self._growing(row)
         report = _reporter(on_progress, 1, 1, [row])
         report(0, 0, 0)
@@ -140,6 +149,10 @@ class Engine:
             )
 
         return [with_prompt(row, completion) for row, completion in zip(rows, completions, strict=True)]
+
+    def _ended(self, rows: Sequence[Row]) -> list[Row]:
+        """Return rows whose settings name the tokens that are stop strings."""
+        return [(prompt, with_stop_tokens(args, self.tokenizer), number) for prompt, args, number in rows]
 
     def _growing(self, row: Row) -> PartialCompletion:
         prompt, args, _ = row

@@ -4,20 +4,20 @@ import codecs
 import dataclasses
 import io
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from llama_jax.chat.formats import ChatFormat
-from llama_jax.chat.llama2 import TAGS
 from llama_jax.chat.messages import Message, as_messages
 from llama_jax.cli.json_argument import json_argument, json_line, load_json
 from llama_jax.config import SampleArgs, from_dict
+from llama_jax.data.kinds import by_first_bytes
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.grammar import check_schema
 from llama_jax.generation.infill import encode_infill, with_infill_end
+from llama_jax.generation.rows import ends_of
 from llama_jax.generation.sampling import check_tokens
 from llama_jax.tokenizer import Tokenizer, clean
 
@@ -26,10 +26,10 @@ TooLong = Literal["refuse", "skip", "cut"]
 STANDARD_INPUT = "standard input"
 # A prompt that is cut leaves at most 1 / FREE_SHARE of the context for its completion.
 FREE_SHARE = 4
+# The ends of files with JSON objects a line, and of files that have neither these nor a prompt a line.
+RECORDS, OTHERS = (".jsonl", ".ndjson"), (".json", ".csv", ".tsv")
 # Keys by which JSON is known for prompts or a conversation.
 RECORD_KEYS = ("prompt", "messages", "prefix", "role")
-# A message names at most this many prompts.
-NAMED = 5
 
 
 class Job(NamedTuple):
@@ -76,12 +76,12 @@ def read_prompts(path: str, args: SampleArgs) -> list[Job]:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"--prompts-file: expected a file of prompts, found no file {path}; give one a line") from None
     lines = text_of(content, path).split("\n")
-    if Path(path).suffix == ".json":
+    if (suffix := Path(path).suffix) in OTHERS:
         raise UserError(
             f"{path}: expected a prompt a line, or JSON objects a line in a file that ends in .jsonl, found a file that ends in "
-            ".json; write one of these"
+            f"{suffix}; write one of these"
         )
-    if Path(path).suffix not in (".jsonl", ".ndjson"):
+    if suffix not in RECORDS:
         return _jobs_of_lines(lines, args, path)
     jobs = [_job(line, args, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not jobs:
@@ -148,6 +148,8 @@ def text_of(content: bytes, name: str, line: int = 1) -> str:
         at, found = error.start, f"the byte 0x{content[error.start]:02x}"
     if at < 0:
         return text
+    if line == 1 and (kind := by_first_bytes(content, len(content))):
+        raise UserError(f"{name}: expected text in UTF-8, found {kind.name}; {kind.advice}")
     line += (content if found.startswith("the") else text.encode())[:at].count(b"\n")
     raise UserError(
         f"{name}: line {line}: expected text in UTF-8, found {found}; convert it: iconv -f ISO-8859-1 -t UTF-8"
@@ -170,8 +172,8 @@ def _jobs_of_lines(lines: Iterable[str], args: SampleArgs, name: str) -> list[Jo
     if not numbered:
         raise UserError(f"{name}: expected one or more prompts, found none; give one a line")
     texts = [line for _, line in numbered]
-    keys = [_key_of_records(text) for text in texts]
-    if key := keys[0] if all(keys) else _key_of_records("\n".join(texts)):
+    keys = [_first_key(text) for text in texts]
+    if key := keys[0] if all(keys) else key_of_records("\n".join(texts)):
         raise UserError(
             f'{name}: expected a prompt a line, found JSON objects with "{key}"; give them to --prompts-file, an object a line, '
             "in a file that ends in .jsonl"
@@ -179,12 +181,23 @@ def _jobs_of_lines(lines: Iterable[str], args: SampleArgs, name: str) -> list[Jo
     return [Job(line, args, f"{name}: line {i}") for i, line in numbered]
 
 
-def _key_of_records(text: str) -> str:
-    """Return the key of a prompt in a JSON object, or in a list of objects. "": ``text`` is something else."""
+def json_of(text: str) -> Any:
+    """Return the object, list or text that ``text`` is in JSON, or None."""
     try:
-        found = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
+        return json.loads(text) if text.lstrip()[:1] in ("{", "[", '"') else None
     except (ValueError, RecursionError):
-        return ""
+        return None
+
+
+def _first_key(text: str) -> str:
+    """Return the key of a prompt in a JSON object, or else its first one. "": ``text`` is something else."""
+    found = json_of(text)
+    return key_of_records(text) or (str(next(iter(found), "")) if isinstance(found, dict) else "")
+
+
+def key_of_records(text: str) -> str:
+    """Return the key of a prompt in a JSON object, or in a list of objects. "": ``text`` is something else."""
+    found = json_of(text)
     first = found[0] if isinstance(found, list) and found else found
     return next((key for key in RECORD_KEYS if isinstance(first, dict) and key in first), "")
 
@@ -249,12 +262,14 @@ def ask(
     dialogs: Sequence[Sequence[Message]] = (),
     chat: ChatFormat | None = None,
     drafts: bool = False,
+    end_ids: Collection[int] = (),
 ) -> list[Asked]:
     """Encode the jobs for a model with a context of ``context`` tokens.
 
     ``dialogs`` are the conversations to answer, in the format ``chat``; if there are none, prompts are completed.
-    ``too_long`` says what to do with a prompt that fills the context, ``drafts`` whether tokens will be drafted. Raises
-    a UserError that names the prompt if it is refused or its settings are impossible.
+    ``too_long`` says what to do with a prompt that fills the context, ``drafts`` whether tokens will be drafted,
+    ``end_ids`` which tokens end a completion (none: EOS). Raises a UserError that names the prompt if it is refused or
+    its settings are impossible.
     """
     jobs = _with_infill_ends(jobs, tokenizer)
     rows = [] if dialogs else tokenizer.encode_all([job.prompt for job in jobs])
@@ -273,9 +288,10 @@ def ask(
         except UserError as error:
             raise UserError(f"{job.where}: {error}") from None
     asked = [Asked(job, ids) for job, ids in zip(jobs, rows, strict=True)]
+    absent = tokenizer.absent(tokenizer.vocab_size)
     for settings, where in {id(job.args): (job.args, job.where) for job in reversed(jobs)}.values():
         prefix = f"{where}: " if len(jobs) > 1 else ""
-        check_tokens(settings, tokenizer.vocab_size, prefix)
+        check_tokens(settings, absent, prefix, ends_of(settings, end_ids or (tokenizer.eos_id,)))
         check_schema(settings, tokenizer, drafts, prefix)
     long = [i for i, one in enumerate(asked) if len(one.ids) >= context]
     if long and too_long == "refuse":
@@ -341,68 +357,3 @@ def _cut_dialog(chat: ChatFormat, messages: Sequence[Message], most: int) -> lis
         middle = (fits + over) // 2
         fits, over = (middle, over) if len(ids(middle)) <= most else (fits, middle)
     return ids(fits)
-
-
-def told_of(asked: Sequence[Asked], context: int) -> list[str]:
-    """Return lines that say which prompts were skipped or cut."""
-    lines = []
-    for what, those in (
-        ("skipped", [one for one in asked if one.skipped]),
-        ("cut at their beginning", [one for one in asked if one.cut]),
-    ):
-        if those:
-            named = ", ".join(one.job.where for one in those[:NAMED]) + ("" if len(those) <= NAMED else ", ...")
-            lines.append(
-                f"{len(those)} of {len(asked)} prompts fill the context of {context} tokens and are {what}: {named}"
-            )
-    return lines
-
-
-def pasted(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
-    """Return a line that names control tokens and chat tags that ``texts`` contain as plain text, or ""."""
-    controls = [text for text, i in tokenizer.specials.items() if not tokenizer.is_text(i) and i != tokenizer.unk_id]
-    marks = [mark for mark in dict.fromkeys((*controls, *TAGS)) if mark.strip()]
-    joined = "\0".join(texts)
-    found = [mark for mark in marks if mark in joined]
-    if not found:
-        return ""
-    return (
-        f"{' and '.join(found[:2])} in a prompt {'is' if len(found) == 1 else 'are'} read as plain text: BOS is added "
-        "automatically, and --chat writes the chat format"
-    )
-
-
-def names_of_files(prompts: Sequence[str]) -> str:
-    """Return a line about a prompt on the command line that is also the name of a file or folder, or ""."""
-    found = next((prompt for prompt in prompts if prompt and os.path.exists(prompt)), "")
-    if not found:
-        return ""
-    kind = "folder" if os.path.isdir(found) else "file"
-    return f"the prompt {found!r} is the name of a {kind}, and is completed as text; --prompts-file reads prompts from a file"
-
-
-def idle_settings(jobs: Sequence[Job]) -> str:
-    """Return a line about settings without effect because all jobs have temperature 0, or ""."""
-    if not jobs or any(job.args.temperature > 0 for job in jobs):
-        return ""
-    default, args = SampleArgs(), jobs[0].args
-    idle = [name for name in ("top_p", "top_k", "min_p", "seed") if getattr(args, name) != getattr(default, name)]
-    names = ", ".join("--" + name.replace("_", "-") for name in idle)
-    line = f"{names}: no effect at temperature 0, which always takes the likeliest token" if idle else ""
-    if any(job.args.n > 1 for job in jobs):
-        line += ("; " if line else "") + "--n: all completions of a prompt are the same at temperature 0"
-    return line
-
-
-def idle_reports(jobs: Sequence[Job], as_json: bool) -> str:
-    """Return a line about settings without effect on ``jobs``, or "". ``as_json``: whether results are JSON."""
-    lines = []
-    if not as_json and any(job.args.logprobs for job in jobs):
-        lines.append("--logprobs: no effect on plain text; --json and --output have them")
-    if not as_json and any(job.args.echo and job.suffix is None for job in jobs):
-        lines.append("--echo: no effect on plain text, which begins with the prompt always")
-    if any(job.args.ignore_eos and job.args.min_new_tokens and not job.args.stop_token_ids for job in jobs):
-        lines.append("--min-new-tokens: no effect beside --ignore-eos, since no token ends the text")
-    if any(job.args.infill_format != "psm" and job.suffix is None for job in jobs):
-        lines.append("--infill-format: no effect on a prompt without a suffix; see --infill")
-    return "; ".join(lines)

@@ -16,6 +16,7 @@ from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.prompts import Asked
 from llama_jax.generation.rows import Completion
+from llama_jax.storage.files import is_stream
 from llama_jax.tokenizer import clean
 
 # The result of a prompt that was skipped because it is too long.
@@ -61,7 +62,7 @@ class Results:
         self._asked = [one for one in asked for _ in range(one.job.args.n)]
         self._made: dict[int, dict[str, Any]] = {}  # by the id of settings, which many prompts may share
         self._descriptor = 1 if path in STANDARD_OUTPUT else None
-        self._is_stream = self._descriptor is not None or (self._path.exists() and not self._path.is_file())
+        self._is_stream = self._descriptor is not None or is_stream(self._path)
         if self._path.is_dir():
             raise UserError(f"--output: expected a file, found the folder {path}; name a file in it")
         if not self._is_stream and not self._path.parent.is_dir():

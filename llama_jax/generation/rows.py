@@ -10,7 +10,7 @@ import numpy as np
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation.decode import Row
-from llama_jax.generation.token_text import token_text
+from llama_jax.generation.token_text import textless, token_text
 from llama_jax.tokenizer import Tokenizer
 
 
@@ -58,6 +58,16 @@ def not_finite(source: str, where: str) -> UserError:
 def ends_of(args: SampleArgs, end_ids: Collection[int]) -> frozenset[int]:
     """Return the ids of the tokens that end a completion with settings ``args``, if ``end_ids`` are the model's."""
     return frozenset(args.stop_token_ids) | (frozenset() if args.ignore_eos else frozenset(end_ids))
+
+
+def with_stop_tokens(args: SampleArgs, tokenizer: Tokenizer) -> SampleArgs:
+    """Return settings with which a completion also ends at the tokens that are stop strings, but have no text.
+
+    The text of a completion never holds "</s>" where the model wrote EOS.
+    """
+    known = textless(tokenizer)
+    ids = [known[text] for text in args.stop if text in known]
+    return replace(args, stop_token_ids=(*args.stop_token_ids, *ids)) if ids else args
 
 
 def for_sampler(row: Row, end_ids: Collection[int]) -> Row:

@@ -3,7 +3,7 @@
 Each row has its own settings and random key, and rows never affect each other. B rows, V vocab.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -49,8 +49,12 @@ class Penalties(flax.struct.PyTreeNode):
     counts: jax.Array  # int32 [B, V]: how often the completion contains a token
 
 
-def check_tokens(args: SampleArgs, vocab_size: int, prefix: str = "") -> None:
-    """Raise UserError, after ``prefix``, if settings name tokens that do not exist, or leave none to sample."""
+def check_tokens(args: SampleArgs, absent: np.ndarray, prefix: str = "", ends: Collection[int] = ()) -> None:
+    """Raise UserError, after ``prefix``, if settings name tokens that do not exist, or leave none to sample.
+
+    absent: bool [V], ids without a token, which are never sampled. ends: the tokens that end a completion.
+    """
+    vocab_size = len(absent)
     for name, ids in (("logit_bias", args.logit_bias), ("stop_token_ids", args.stop_token_ids)):
         for token in ids:
             if not 0 <= token < vocab_size:
@@ -61,14 +65,15 @@ def check_tokens(args: SampleArgs, vocab_size: int, prefix: str = "") -> None:
         )
     biases = zip(args.logit_bias, _float32(args.logit_bias.values()), strict=True)
     forbidden = {token for token, bias in biases if bias == -np.inf}
+    forbidden |= {int(i) for i in np.flatnonzero(absent)}
     if len(forbidden) == vocab_size:
         raise UserError(
             f"{prefix}logit_bias: expected a token that may be said, found all {vocab_size} forbidden; leave one out"
         )
-    if args.min_new_tokens and len(forbidden.union(args.stop_token_ids)) == vocab_size:
+    if args.min_new_tokens and len(forbidden.union(ends)) == vocab_size:
         raise UserError(
-            f"{prefix}min_new_tokens: expected a token that does not end the text, found all {vocab_size} in logit_bias and "
-            "stop_token_ids; leave one out"
+            f"{prefix}min_new_tokens: expected a token that does not end the text, found all {vocab_size} in logit_bias, "
+            "stop_token_ids or the model's end tokens; leave one out"
         )
 
 

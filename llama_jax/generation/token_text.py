@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Mapping
 
 from llama_jax.tokenizer import Tokenizer
 
@@ -26,6 +27,12 @@ def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     # A part of a character, in a vocabulary that writes each byte as a character.
     alphabet = _byte_alphabet()
     return bytes(alphabet[char] for char in piece) if all(char in alphabet for char in piece) else b""
+
+
+@functools.lru_cache(4)
+def textless(tokenizer: Tokenizer) -> Mapping[str, int]:
+    """Return the ids of the tokens that are no text of a completion, such as EOS, by their names."""
+    return {name: i for name, i in tokenizer.specials.items() if name.strip() and not tokenizer.is_text(i)}
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:

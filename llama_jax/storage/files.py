@@ -34,12 +34,24 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_jax"
 
 
+def is_stream(path: Path) -> bool:
+    """Return whether what is at ``path`` is no file of a disk: a pipe, a device, or a name of standard output."""
+    if path.is_dir() or not path.exists():
+        return False
+    link = os.readlink(path) if path.is_symlink() else ""
+    return not path.is_file() or any(place.startswith("/proc/") for place in (link, os.path.realpath(path.parent)))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path``. It is renamed to ``path`` at the end, and deleted if the block fails.
 
-    The temporary name is unique, so that two processes that write the same file do not mix their bytes.
+    The temporary name is unique, so that two processes that write the same file do not mix their bytes. A pipe or a
+    device is yielded itself: a file that took its place would take it from everybody.
     """
+    if is_stream(path):
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:

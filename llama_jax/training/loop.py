@@ -27,7 +27,7 @@ from llama_jax.devices.distributed import (
 from llama_jax.devices.memory import keep_freed_memory, return_freed_memory
 from llama_jax.devices.sharding import check_divisible, make_mesh
 from llama_jax.errors import UserError
-from llama_jax.evaluate.tasks import Task
+from llama_jax.evaluate.tasks import Task, unread
 from llama_jax.ops.remat import told_of
 from llama_jax.training import eight_bits, log, reference, samples
 from llama_jax.training.announcing import announce, announce_cost, first_state_text, nothing_to_do_text
@@ -59,7 +59,7 @@ from llama_jax.training.step import (
     make_optimizer,
 )
 from llama_jax.training.steps import take_steps
-from llama_jax.training.tasks import encode_tasks, read_on_main
+from llama_jax.training.tasks import encode_tasks, read_on_main, remarks_on
 from llama_jax.training.tensorboard import check_installed
 from llama_jax.training.tuning import Tuning, check_arguments, check_has_base
 
@@ -95,7 +95,7 @@ def train(config: Config, signals: StopSignals | None = None, notes: Sequence[st
         only_main_prints()
         tasks = read_on_main(config.train.eval_tasks)
         opened = stack.enter_context(opening(config.train))
-        opened.notes[:0] = notes
+        opened.notes[:0] = [*notes, *unread(config.train.eval_tasks)]
         signals.before_leaving += [held.release for held in opened.owners]
         stopped = _train(config, clock, opened, signals, tasks)
     if stopped:
@@ -131,6 +131,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
         announce_needs(config, mesh, None if tuning is None else tuning.adapting.bytes_of_state(module))
     chat = chat_of(opened, base, data)
     encoded = encode_tasks(tasks, config.model, data, module, chat)
+    opened.notes += remarks_on(encoded, config.model.max_seq_len)
     announce(settled, data, mesh, module, opened, tuning)
     write_start(opened, settled, data.record())
     folder = opened.folder

@@ -11,6 +11,7 @@ from llama_jax.config import ModelArgs
 from llama_jax.data import AnyData
 from llama_jax.devices.distributed import on_main, text_from_main
 from llama_jax.errors import UserError
+from llama_jax.evaluate.report import remarks
 from llama_jax.evaluate.scores import Asked, asked, evaluate_task
 from llama_jax.evaluate.tasks import Item, Task, read_tasks
 from llama_jax.generation import Model
@@ -70,6 +71,15 @@ def encode_tasks(
         )
     untrained = Model(model, None, data.tokenizer, module, setup=chat)
     return [EncodedTask(task, asked(untrained, task)) for task in tasks]
+
+
+def remarks_on(tasks: Sequence[EncodedTask], context: int) -> list[str]:
+    """Return lines about items that lose their beginning to a context of ``context`` tokens, or have a choice twice."""
+    lines = []
+    for task, items in tasks:
+        counts = {"n": len(items), "cut": sum(item.cut > 0 for item in items), "bits_per_byte": 0.0}
+        lines += remarks(task, counts, context)
+    return lines
 
 
 def task_scores(run: "Run", params: Any) -> tuple[dict[str, float], int]:

@@ -8,7 +8,15 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.cli.flags import ESCAPED, parse_flags, refuse_empty, take_option, texts_given_twice, unescape
+from llama_jax.cli.flags import (
+    ESCAPED,
+    given_twice,
+    parse_flags,
+    refuse_empty,
+    take_option,
+    texts_given_twice,
+    unescape,
+)
 from llama_jax.errors import UserError
 
 
@@ -193,3 +201,11 @@ def test_of_a_text_that_is_given_twice_the_last_one_counts_and_that_is_told() ->
         ["--x", "1", "--x", "2"],
     ):
         assert texts_given_twice(argv) == ""
+
+
+def test_of_a_flag_with_one_value_that_is_given_twice_the_last_one_counts_and_that_is_told() -> None:
+    told = given_twice(
+        WithTexts, ["--say", "a", "--stop", "x", "--stop", "y", "--say=b", "--sizes", "1", "--sizes", "2"]
+    )
+    assert told == ["warning: --say is given 2 times: b counts, and not a"]
+    assert given_twice(WithTexts, ["--say", "a", "--say", "a", "--", "--say", "b"]) == []

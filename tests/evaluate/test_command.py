@@ -1,6 +1,7 @@
 """The command line of tasks: JSON lines, the table, --output, several checkpoints, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def files(place: Path) -> Path:
         )
     )
     (place / "pages.jsonl").write_text('{"text": "The fox."}\n{"text": "An owl saw 12 boats."}\n')
+    os.mkfifo(place / "pipe")
     (place / "wrong.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n{"context": "a"}\n')
     return place
 
@@ -51,6 +53,24 @@ def test_a_line_a_checkpoint_and_task_a_table_and_the_items(files: Path) -> None
     assert again.stdout == result.stdout, "a second time, its own results are replaced"
 
 
+def test_settings_without_effect_and_what_is_lost_are_told(files: Path) -> None:
+    (files / "contexts.jsonl").write_text('{"context": "The owl saw", "answer": "a fox"}\n')
+    argv = ["-m", "llama_jax.evaluate", "--ckpt", "runs/tiny", "--output", "mine.jsonl", "--tasks"]
+    idle = ["--chat-template", "llama2", "--seed", "3", "--question-format", "Q {question}", "--seed", "4"]
+    result = inside.run([*argv, "contexts.jsonl", *idle], files)
+    assert result.returncode == 0, result.stderr
+    for words in (
+        "--chat-template: no effect, since no record has messages",
+        "--seed: no effect without --shots",
+        "--question-format: no effect, since no record has a question",
+        "warning: --seed is given 2 times: 4 counts, and not 3",
+    ):
+        assert words in result.stderr
+    result = inside.run([*argv, "pages.jsonl"], files)
+    assert "--output: mine.jsonl is replaced, with its scores of contexts of runs/tiny" in result.stderr
+    assert "no effect" not in result.stderr
+
+
 def test_several_checkpoints_are_named_in_the_lines_about_a_text(files: Path) -> None:
     steps = [f"runs/tiny/checkpoints/{step}" for step in (3, 6)]
     result = inside.run(["-m", "llama_jax.evaluate", "--ckpt", *steps, "--text", "held_out.txt"], files)
@@ -67,9 +87,16 @@ def test_several_checkpoints_are_named_in_the_lines_about_a_text(files: Path) ->
         (["--tasks", "choices.jsonl", "--shots", "-1"], "--shots: expected 0 or more"),
         (["--tasks", "choices.jsonl", "--cache", "int8"], "--cache: expected --text beside it"),
         (["--tasks", "choices.jsonl", "--output", "my.txt"], "--output: expected a new file"),
+        (["--tasks", "choices.jsonl", "--output", "pipe"], "--output: expected a file, found pipe, a pipe or a device"),
         (["--tasks", "choices.jsonl", "--output", "no/where.jsonl"], "--output: expected a file in a folder"),
         (["--text", "my.txt", "--shots", "1"], "--shots: expected --tasks beside it"),
         (["--tasks", "choices.jsonl", "--ckpt", "runs/none"], "runs/none: expected a checkpoint folder"),
+        (["--tasks", "choices.jsonl", "--output", ""], "--output: expected a value, found an empty text"),
+        (["--tasks", "choices.jsonl", "--chat-template", "lama2"], "--chat-template: expected a file or one of"),
+        (
+            ["--tasks", "choices.jsonl", "--ckpt", "runs/tiny/"],
+            "--ckpt: expected each checkpoint once, found runs/tiny",
+        ),
         (["--make-suite", "suite"], "--make-suite: expected no flags beside it"),
     ],
 )

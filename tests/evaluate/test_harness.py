@@ -32,7 +32,7 @@ from llama_jax.generation.chat import Message, encode_dialog
 from llama_jax.tokenizer import Tokenizer
 from tests.commands import ROOT
 from tests.generation.models import build
-from tests.tokenizers.made import CONFIG, EOS, bytewise, put
+from tests.tokenizers.made import CONFIG, EOS, TURN, bytewise, put
 
 WORDS = ["the owl", "a fox", "the river", "boats and ducks", "an old tree", "the sea"]
 
@@ -291,3 +291,41 @@ def test_the_harness_says_of_our_model_what_it_says_of_its_own(place: Path, tmp_
                     assert x.startswith(y.partition("\ufffd")[0]), name
                 else:
                     assert x == (pytest.approx(y, abs=1e-4) if isinstance(y, float) else y), name
+
+
+def test_an_answer_ends_with_its_turn_and_a_template_without_effect_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = Tokenizer(put(tmp_path, bytewise(), CONFIG))
+    (path := tmp_path / "turns.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}" + TURN + "{% endfor %}", encoding="utf-8"
+    )
+    ends: list[Any] = []
+    complete = Model.completions
+
+    def noting(self: Model, rows: Any, on_progress: Any = None, end_ids: Any = ()) -> Any:
+        ends.append(end_ids)
+        return complete(self, rows, on_progress, end_ids)
+
+    monkeypatch.setattr(Model, "completions", noting)
+    harness = LlamaJax(model=build(tokenizer), chat_template=str(path))
+    few = {"max_gen_toks": 2}
+    harness.generate_until([asked("The owl", few)], disable_tqdm=True)
+    assert "chat_template: no effect without --apply_chat_template" in capsys.readouterr().err
+    prompt = harness.apply_chat_template([{"role": "user", "content": "The owl"}])
+    harness.generate_until([asked(prompt, few)], disable_tqdm=True)
+    assert ends == [(), {tokenizer.eos_id, tokenizer.specials[TURN]}]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"chat_template": "lama2"}, "--chat-template: expected a file or one of"),
+        ({"max_gen_toks": 0}, "max_gen_toks: expected 1 or more, found 0"),
+        ({"max_gen_toks": "many"}, "max_gen_toks: expected 1 or more, found many"),
+        ({"max_length": "long"}, "max_length: expected 2 to 128"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_at_once(model: Model, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        LlamaJax(model=model, **given)

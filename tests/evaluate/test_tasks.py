@@ -13,7 +13,17 @@ from llama_jax.errors import UserError
 from llama_jax.evaluate.report import remarks
 from llama_jax.evaluate.scores import asked, evaluate_task
 from llama_jax.evaluate.scoring import Request
-from llama_jax.evaluate.tasks import Item, Task, check_shots, joined, parse_task, prompt_of, read_tasks, shots_of
+from llama_jax.evaluate.tasks import (
+    Item,
+    Task,
+    check_shots,
+    joined,
+    parse_task,
+    prompt_of,
+    read_tasks,
+    shots_of,
+    unread,
+)
 from llama_jax.tokenizer import Tokenizer
 from tests.generation.models import build
 from tests.tokenizers.made import CONFIG, bytewise, put
@@ -223,3 +233,15 @@ def test_a_choice_that_stands_twice_is_told() -> None:
     spaced = records[0] | {"choices": ["b", " b"]}  # the same behind a prompt, which a space follows
     assert remarks(parse_task("t", "t.jsonl", json.dumps(spaced).encode()), summary | {"n": 1}, 64)
     assert remarks(parse_task("t", "t.jsonl", json.dumps(records[1]).encode()), summary, 64) == []
+
+
+def test_what_is_in_a_folder_of_tasks_and_not_read_is_told(tmp_path: Path) -> None:
+    written(tmp_path, CHOICE)
+    assert unread([str(tmp_path), str(tmp_path / "task.jsonl")]) == []
+    for name in ("a.json", "b.txt", ".hidden"):
+        (tmp_path / name).touch()
+    written(tmp_path / "more", CHOICE)
+    assert unread([str(tmp_path)]) == [
+        f"not read, since only files named .jsonl and .ndjson in {tmp_path} are: 3 (a.json, b.txt, more)"
+    ]
+    assert len(read_tasks([str(tmp_path)])) == 1

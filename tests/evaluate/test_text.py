@@ -15,6 +15,7 @@ import sentencepiece as spm
 from llama_jax.config import ModelArgs, SampleArgs
 from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.errors import UserError
+from llama_jax.evaluate import text as of_text
 from llama_jax.evaluate.text import _windows, evaluate
 from llama_jax.generation import Model
 from llama_jax.model import Llama
@@ -224,3 +225,24 @@ def test_of_a_folder_that_is_split_what_is_held_out_is_scored(
         (tmp_path / f"{name}.txt").write_text(f"The {name}")
     assert evaluate(model, tmp_path)["bytes"] == len("The test")
     assert "the train split: 1 (train.txt)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cache", [None, jnp.int8])
+def test_a_pass_has_no_more_positions_and_windows_than_the_text_fills(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Any
+) -> None:
+    shapes = []
+    name = "_loss_sum" if cache is None else "_loss_sum_over_cache"
+    scored = getattr(of_text, name)
+
+    def noting(model: Any, params: Any, inputs: Any, *args: Any, **others: Any) -> Any:
+        shapes.append(inputs.shape)
+        return scored(model, params, inputs, *args, **others)
+
+    monkeypatch.setattr(of_text, name, noting)
+    (path := tmp_path / "short.txt").write_text("The fox")
+    found = evaluate(replace(model, cache_dtype=cache), path)
+    assert shapes == [(1, found["tokens"])] and found["window"] == CONTEXT
+    if cache is None:
+        total, tokens = literal(model, "The fox", CONTEXT, CONTEXT)
+        assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)

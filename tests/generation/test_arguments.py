@@ -134,3 +134,22 @@ def test_a_seed_names_the_text_also_where_jax_computes_in_64_bits(model: Model) 
     with jax.enable_x64(True):
         (found,) = dataclasses.replace(model).generate(["The fox"], args)
     assert found.token_ids == wanted.token_ids
+
+
+def test_an_answer_has_no_echo(model: Model) -> None:
+    tuned = dataclasses.replace(model, chat_template="plain")
+    with pytest.raises(UserError, match="echo: expected prompts to complete, found a conversation"):
+        tuned.chat([{"role": "user", "content": "a"}], dataclasses.replace(GREEDY, echo=True))
+
+
+def test_arguments_of_loading_that_would_not_be_used_are_told(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"--chat-template: expected a file or one of .*, found no file 'lama2'"):
+        llama_jax.load(folder, chat_template="lama2")
+    with pytest.warns(UserWarning, match="draft_tokens: no effect without draft"):
+        llama_jax.load(folder, draft_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["adapter", "draft", "chat_template"])
+def test_what_is_no_path_of_something_else_is_refused(name: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=f"^{name}: expected a string or a Path, found 5; give one"):
+        llama_jax.load(folder, **{name: 5})  # type: ignore[arg-type]

@@ -313,3 +313,13 @@ def test_a_flag_takes_no_prompt_and_results_may_go_to_standard_output(folder: Pa
     assert result.returncode == 0 and result.stderr == "", result.stderr
     (record,) = map(json.loads, result.stdout.splitlines())
     assert record["prompt"] == "Once" and record["made_with"]["stop"] == ["\n", "zz"]
+
+
+def test_what_looks_like_a_command_and_a_conversation_without_a_message_are_told(
+    model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = converse(model, "/exit\n", monkeypatch)
+    assert prompts == [encode_dialog(model.tokenizer, [Message("user", "/exit")])]
+    assert "/exit is no command, and is answered as a message" in capsys.readouterr().err
+    converse(model, "\n", monkeypatch)
+    assert "standard input ended without a message" in capsys.readouterr().err

@@ -16,7 +16,8 @@ from llama_jax.cli.flags import parse_flags
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, scoring
-from llama_jax.generation.prompts import Asked, Job, idle_reports, read_prompts
+from llama_jax.generation.prompts import Asked, Job, read_prompts
+from llama_jax.generation.remarks import idle_reports, idle_stops
 from llama_jax.generation.results import Results, result
 from llama_jax.generation.sampling import likeliest_tokens, make_sampler, sample
 from llama_jax.generation.speculative import Draft
@@ -253,6 +254,57 @@ def test_a_text_that_could_neither_go_on_nor_end_is_refused(model: Model) -> Non
     ):
         model.generate(["a"], args)
     model.generate(["a"], with_args(stop_token_ids=tuple(range(vocab))))
+
+
+def test_where_ends_alone_may_be_said_a_longer_text_is_refused_not_made_of_forbidden_tokens(model: Model) -> None:
+    eos, vocab = model.tokenizer.eos_id, model.args.vocab_size
+    ends_alone = {i: -np.inf for i in range(vocab) if i != eos}
+    (found,) = model.generate(["a"], with_args(logit_bias=ends_alone))
+    assert found.token_ids == [] and found.finish_reason == "stop"
+    with pytest.raises(UserError, match=f"min_new_tokens: expected a token that .*, found all {vocab} in logit_bias"):
+        model.generate(["a"], with_args(logit_bias=ends_alone, min_new_tokens=2))
+    ends_too = dataclasses.replace(model, end_ids=(eos, 5))
+    with pytest.raises(UserError, match="or the model's end tokens"):
+        ends_too.generate(["a"], with_args(logit_bias=ends_alone | {5: 0.0}, min_new_tokens=2))
+
+
+def test_rows_without_a_token_are_nothing_that_is_left_to_say(small_tokenizer: Tokenizer) -> None:
+    vocab = small_tokenizer.vocab_size
+    model = build(small_tokenizer)
+    padded = dataclasses.replace(model, args=dataclasses.replace(model.args, vocab_size=vocab + 8))
+    with pytest.raises(UserError, match=f"logit_bias: expected a token that may be said, found all {vocab + 8}"):
+        padded.rows([[1]], with_args(logit_bias=dict.fromkeys(range(vocab), -np.inf)))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_string_that_is_a_token_without_text_ends_at_the_token(model: Model, streamed: bool) -> None:
+    eos = model.tokenizer.eos_id
+    args = with_args(ignore_eos=True, logit_bias={eos: 3.0}, n=1)
+    name = model.tokenizer.piece(eos)
+    for prompt in PROMPTS:
+        by_id = dataclasses.replace(args, stop_token_ids=(eos,))
+        by_name = dataclasses.replace(args, stop=(name, "no such text"))
+        if streamed:
+            assert "".join(model.stream(prompt, by_name)) == "".join(model.stream(prompt, by_id))
+            continue
+        (wanted,), (found,) = model.generate([prompt], by_id), model.generate([prompt], by_name)
+        assert (found.token_ids, found.text, found.finish_reason) == (
+            wanted.token_ids,
+            wanted.text,
+            wanted.finish_reason,
+        )
+    if not streamed:
+        assert any(
+            len(model.generate([p], args)[0].token_ids) > len(model.generate([p], by_name)[0].token_ids)
+            for p in PROMPTS
+        )
+
+
+def test_a_stop_string_with_a_token_without_text_among_others_is_told(model: Model) -> None:
+    name = model.tokenizer.piece(model.tokenizer.eos_id)
+    with pytest.warns(UserWarning, match=f"stop .*{name}.* is read as plain text"):
+        model.generate(["a"], with_args(stop=(name + "\n",), max_new_tokens=1))
+    assert idle_stops(model.tokenizer, [name, "a", "\n"]) == ""
 
 
 def test_each_option_is_a_flag_and_a_key_of_a_line(tmp_path: Path) -> None:

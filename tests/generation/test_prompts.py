@@ -12,16 +12,13 @@ from llama_jax.chat.formats import ChatFormat, ChatSetup, choose
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation.chat import Message, read_messages
-from llama_jax.generation.prompts import (
-    Asked,
-    Job,
-    TooLong,
-    ask,
-    given_prompts,
+from llama_jax.generation.prompts import Asked, Job, TooLong, ask, given_prompts, read_prompts
+from llama_jax.generation.remarks import (
+    empty_prompts,
     idle_settings,
+    looking_like_records,
     names_of_files,
     pasted,
-    read_prompts,
     told_of,
 )
 from llama_jax.tokenizer import Tokenizer
@@ -97,6 +94,10 @@ def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
         (b'[{"prompt": "a"},\n {"prompt": "b"}]\n', 'found JSON objects with "prompt"'),
         (b'{\n "messages": []\n}\n', 'found JSON objects with "messages"'),
         (b'[\n{"role": "user", "content": "a"}]', 'found JSON objects with "role"'),
+        (b'{"text": "a"}\n{"text": "b"}\n', 'found JSON objects with "text"'),
+        (b'{"input": "a"}\n', 'found JSON objects with "input"'),
+        (b"\x1f\x8b\x08\0\xff", "expected text in UTF-8, found a gzip file; decompress it first"),
+        (b"PAR1" + bytes(range(128, 160)), "found a parquet file"),
     ],
     ids=str,
 )  # fmt: skip
@@ -123,6 +124,25 @@ def test_a_json_file_is_not_read_line_by_line(tmp_path: Path, content: str) -> N
     (tmp_path / "p.json").write_text(content)
     with pytest.raises(UserError, match=r"p\.json: expected a prompt a line, or JSON objects a line .* \.jsonl"):
         read_prompts(str(tmp_path / "p.json"), ARGS)
+
+
+def test_a_table_is_no_file_of_prompts(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,answer\nOnce,yes\n")
+    with pytest.raises(UserError, match=r"p\.csv: expected a prompt a line, .*, found a file that ends in \.csv"):
+        read_prompts(str(tmp_path / "p.csv"), ARGS)
+
+
+def test_lines_that_look_like_records_are_told(tmp_path: Path) -> None:
+    told = looking_like_records(prompts(tmp_path, '{"prompt": "a"}\n{"prompt": "b"\n'))
+    assert told.startswith("1 of 2 prompts is a JSON object, and read as text: ") and "p.txt: line 1; a file" in told
+    assert "every prompt is in quotation marks" in looking_like_records(prompts(tmp_path, '"a"\n"b c"\n'))
+    for text in ('"a" said\n"b"\n', '"a"\n', "{ x\n[y\n"):
+        assert looking_like_records(prompts(tmp_path, text)) == ""
+
+
+def test_empty_prompts_are_told() -> None:
+    assert empty_prompts(given_prompts(["a", "", ""], ARGS)) == "2 of 3 prompts are empty: prompt 2, prompt 3"
+    assert empty_prompts(given_prompts(["a", " "], ARGS)) == ""
 
 
 def test_standard_input_is_utf8_whatever_the_locale_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """Files that appear whole or not at all, whoever else writes them."""
 
+import os
+import stat
 import threading
 from pathlib import Path
 
 import pytest
 
-from llama_jax.storage.files import remove_leftovers, replacing, write_atomically
+from llama_jax.storage.files import is_stream, remove_leftovers, replacing, write_atomically
 
 
 def test_two_that_write_one_file_at_once_do_not_mix_their_bytes(tmp_path: Path) -> None:
@@ -57,3 +59,24 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     assert temporary.exists()
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the names of open files need /proc")
+def test_a_pipe_or_a_device_is_written_and_no_file_takes_its_place(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_atomically(pipe, "words")
+    reader.join()
+    assert read == ["words"] and stat.S_ISFIFO(pipe.stat().st_mode)
+    (null := tmp_path / "null").symlink_to(os.devnull)
+    write_atomically(null, "words")
+    assert null.is_symlink() and is_stream(null)
+    with open(tmp_path / "output", "w+") as file:
+        (name := tmp_path / "stdout").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        write_atomically(name, "words")
+        assert name.is_symlink() and file.read() == "words"
+        assert is_stream(Path(f"/proc/self/fd/{file.fileno()}"))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["null", "output", "pipe", "stdout"]
+    assert not any(is_stream(path) for path in (tmp_path, tmp_path / "output", tmp_path / "none"))

@@ -99,9 +99,22 @@ def test_tasks_are_checked_before_anything_begins(folder: Path) -> None:
         with pytest.raises(UserError, match=words):
             start(folder, "refused", eval_tasks=(str(folder / name),))
         assert not (folder / "refused" / "metrics.jsonl").exists()
+    with pytest.raises(UserError, match=r"^train\.eval_tasks: expected a path, found an empty text"):
+        start(folder, "refused", eval_tasks=("",))
     with pytest.raises(UserError, match=r"^train\.eval_tasks: expected a held-out text"):
         nothing = dataclasses.replace(DATA, train_size=1.0)
         start(folder, "unheld", nothing, eval_tasks=(str(folder / "counting.jsonl"),))
+
+
+def test_what_is_cut_and_what_is_not_read_is_told_at_the_start(folder: Path) -> None:
+    (tasks := folder / "several").mkdir()
+    (tasks / "more.json").touch()
+    record = {"context": "a fox and " * 20, "choices": ["b", "b", "c"], "answer": 2}
+    (tasks / "wide.jsonl").write_text(json.dumps(record) + "\n")
+    _, printed = start(folder, "told", eval_tasks=(str(tasks),), max_steps=2)
+    assert "wide: 1 of 1 items exceed the context of 32 tokens and lose their beginning" in printed
+    assert "wide: 1 of 1 items have a choice twice" in printed
+    assert f"in {tasks} are: 1 (more.json)" in " ".join(printed.split())
 
 
 def test_the_flag_takes_several_files_and_the_text_comes_before_it() -> None:
