@@ -105,7 +105,7 @@ def _conversion(place: Path, found: Found) -> Path:
     waited = False
     while not folder.exists():
         try:
-            _convert(place, folder)
+            _convert(place, found, folder)
         except InUse as error:
             if not waited:
                 _tell(f"{place}: another process converts it, into {folder}; waiting for it ({error})")
@@ -122,7 +122,7 @@ def _conversion(place: Path, found: Found) -> Path:
     return folder
 
 
-def _convert(place: Path, folder: Path) -> None:
+def _convert(place: Path, found: Found, folder: Path) -> None:
     """Convert the model in ``place`` into ``folder``. Raises UserError, and InUse if another process does so."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         raise UserError(
@@ -149,9 +149,16 @@ def _convert(place: Path, folder: Path) -> None:
         )
         for earlier in _earlier(place, folder):
             _tell(f"{place}: an earlier conversion of it is {earlier}; delete it if nothing uses it")
-        for warning in filter(None, [unread_text(source), *source.warnings]):
+        # Where a folder holds more than one model, which one it is must be seen.
+        chosen = f"decided by {source.decided}" if "; not read: " in source.decided else ""
+        for warning in filter(None, [chosen, unread_text(source), *source.warnings]):
             _tell(f"warning: {warning}")
         reader, _ = write(source, temporary, ConvertArgs())
+        if _key(found) != folder.name:
+            raise UserError(
+                f"{place}: expected files that do not change while they are converted, found that they did; wait until its "
+                "download or copy is done, and start again"
+            )
         write_atomically(temporary / SOURCE, json.dumps({"path": str(place.absolute()), "decided": source.decided}))
         if damage := reader.not_finite():
             _tell(f"warning: {damage}")

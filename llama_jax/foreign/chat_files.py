@@ -22,14 +22,17 @@ NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_t
 GENERATION, CONFIG = "generation_config.json", "config.json"
 # Settings by which transformers' generate chooses other tokens, and the values at which they change nothing: those that
 # count where it samples, and those that count always.
-SAMPLING = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+SAMPLING = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "top_h": 0}
 CHOOSING = {
     "repetition_penalty": 1, "no_repeat_ngram_size": 0, "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [],
     "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": {}, "guidance_scale": 1, "min_length": 0,
-    "min_new_tokens": 0, "num_beams": 1, "penalty_alpha": 0, "stop_strings": [],
+    "min_new_tokens": 0, "num_beams": 1, "penalty_alpha": 0, "stop_strings": [], "max_new_tokens": None, "max_time": None,
+    "num_return_sequences": 1, "exponential_decay_length_penalty": None, "force_words_ids": [], "constraints": [],
+    "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0, "renormalize_logits": False, "dola_layers": None,
+    "token_healing": False, "watermarking_config": None,
 }  # fmt: skip
 # Those that are flags of sample.py.
-FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens")
+FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens", "max_new_tokens")
 # The tokens that end a turn in Meta's own code for LLaMA 3 (llama3/llama/tokenizer.py: stop_tokens).
 METAS_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
@@ -43,6 +46,11 @@ def read_chat(folder: Path, tokenizer: Tokenizer, rows: int) -> tuple[ChatSetup,
     template = _template(folder, warnings)
     ends = _end_ids(folder, rows, warnings)
     warnings += _sampling(folder)
+    if template and _json(folder / SETTINGS).get("split_special_tokens") is True:
+        warnings.append(
+            f"{SETTINGS} says split_special_tokens: transformers takes the special tokens of the chat template for text, this "
+            "project for tokens"
+        )
     tokens = tokens_of(tokenizer)
     theirs = tokens | _tokens(folder)
     plain = not ends or ends == (tokenizer.eos_id,)
@@ -75,8 +83,9 @@ def metas_chat(tokenizer: Tokenizer) -> ChatSetup:
 def _template(folder: Path, warnings: list[str]) -> str:
     """Return the chat template of a folder, or "" if it has none."""
     more = folder / MORE_TEMPLATES
-    if more.is_dir():
-        named = ", ".join(sorted(quoted(path.stem, 30) for path in more.glob("*.jinja"))[:4])
+    others = sorted(path.stem for path in more.glob("*.jinja") if path.stem != "default") if more.is_dir() else []
+    if others:
+        named = ", ".join(quoted(name, 30) for name in others[:4])
         warnings.append(f"{MORE_TEMPLATES}: {named}: only the default chat template is kept")
     found = [(name, text) for name, text in _templates(folder, warnings) if text.strip()]
     if len({text for _, text in found}) > 1:
@@ -87,8 +96,9 @@ def _template(folder: Path, warnings: list[str]) -> str:
 
 def _templates(folder: Path, warnings: list[str]) -> Iterator[tuple[str, str]]:
     """Yield the files that have a chat template, in the order in which transformers takes them, and the template."""
-    if (folder / TEMPLATE).is_file():
-        yield TEMPLATE, read_template_file(folder / TEMPLATE)
+    for name in (f"{MORE_TEMPLATES}/default.jinja", TEMPLATE):
+        if (folder / name).is_file():
+            yield name, read_template_file(folder / name)
     for name in (SETTINGS, OLD_TEMPLATE):
         found = _json(folder / name).get("chat_template")
         if isinstance(found, list):

@@ -39,6 +39,11 @@ def read(folder: Path, tokenizer: Tokenizer, files: dict[str, Any]) -> tuple[Cha
         ({"tokenizer_config.json": {"chat_template": "a"}, "chat_template.json": {"chat_template": "b"}}, "a",
          "tokenizer_config.json is kept, as by transformers; chat_template.json has another"),
         ({"chat_template.jinja": "c", "additional_chat_templates/tool.jinja": "d"}, "c", "'tool': only the default"),
+        ({"additional_chat_templates/default.jinja": "d"}, "d", ""),
+        ({"chat_template.jinja": "c", "additional_chat_templates/default.jinja": "d"}, "d",
+         "additional_chat_templates/default.jinja is kept, as by transformers; chat_template.jinja has another"),
+        ({"tokenizer_config.json": {"chat_template": "a", "split_special_tokens": True}}, "a", "split_special_tokens"),
+        ({"tokenizer_config.json": {"split_special_tokens": True}}, "", ""),
     ],
 )  # fmt: skip
 def test_the_template_is_the_one_that_transformers_takes(
@@ -89,6 +94,8 @@ def test_a_generation_config_that_names_no_end_is_told(tmp_path: Path, small_tok
         ({"repetition_penalty": 1.1}, "repetition_penalty 1.1, .*: --repetition-penalty 1.1$"),
         ({"suppress_tokens": [5], "num_beams": 4}, r"suppress_tokens \[5\], num_beams 4, .*; here flags decide$"),
         ({"suppress_tokens": [], "repetition_penalty": 1.0, "num_beams": 1, "forced_eos_token_id": None}, ""),
+        ({"max_new_tokens": 40, "token_healing": True}, "token_healing True, .*: --max-new-tokens 40$"),
+        ({"max_new_tokens": 128, "num_return_sequences": 1, "renormalize_logits": False}, ""),
         ({"repetition_penalty": "x; rm"}, r"repetition_penalty 'x; rm', .*; here flags decide$"),
     ],
     ids=str,
