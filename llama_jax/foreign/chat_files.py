@@ -13,7 +13,7 @@ from llama_jax.chat.renderer import MOST_TEMPLATE
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.keys import read_json
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import Tokenizer, clean
 
 TEMPLATE, OLD_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
 SETTINGS, TOKENS = "tokenizer_config.json", "special_tokens_map.json"
@@ -107,7 +107,7 @@ def _templates(folder: Path, warnings: list[str]) -> Iterator[tuple[str, str]]:
             found = found.get("default")
         if isinstance(found, str) and len(found) > MOST_TEMPLATE:
             warnings.append(f"{name}: chat_template: {len(found):,} characters are too many, and are not kept")
-        elif isinstance(found, str):
+        elif isinstance(found, str) and found == clean(found):
             yield name, found
         elif found is not None:
             warnings.append(f"{name}: chat_template: expected a text, found {quoted(found, 40)}: it is not kept")

@@ -92,8 +92,10 @@ def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len:
         rope_scaling=scaling,
         sliding_window=take(table, "sliding_window", int, path, None),
     )
-    args = _with_sizes(table, args, path)
-    check_arguments(args, path, {})
+    head_dim = take(table, "head_dim", int, path, None)
+    if head_dim is not None and head_dim * args.n_heads != args.dim:
+        args = dataclasses.replace(args, head_dim=head_dim)
+    args = check_arguments(_with_width(table, check_arguments(args, path, {}), path), path, {})
     unknown = KEYS.unknown(table) + (sorted(outer.keys() - {"model"}) if table is not outer else [])
     return Params(args, (*told, *_warnings(table, args, path)), tuple(unknown))
 
@@ -198,11 +200,8 @@ def _inner(table: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else table
 
 
-def _with_sizes(table: dict[str, Any], args: ModelArgs, path: Path) -> ModelArgs:
-    """Return the arguments with the sizes that files of Meta's layout by others state outright."""
-    head_dim = take(table, "head_dim", int, path, None)
-    if head_dim is not None and head_dim * args.n_heads != args.dim:
-        args = dataclasses.replace(args, head_dim=head_dim)
+def _with_width(table: dict[str, Any], args: ModelArgs, path: Path) -> ModelArgs:
+    """Return the arguments with the feed-forward width that files of Meta's layout by others state outright."""
     for key in ("hidden_dim", "intermediate_size"):
         hidden = take(table, key, int, path, None)
         if hidden is not None and (args.hidden_dim is not None or hidden != args.hidden_width):

@@ -14,7 +14,7 @@ from typing import Any
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.locations import children, location, user_errors
 from llama_jax.tokenizers import tiktoken
-from llama_jax.tokenizers.reader import Added
+from llama_jax.tokenizers.reader import Added, clean
 from llama_jax.tokenizers.table import MAX_BYTES, MAX_ID, Table, added_by_decoder, added_of, parse_object
 
 MODEL, TABLE, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
@@ -191,7 +191,7 @@ def _listed_texts(table: Table) -> Iterator[str]:
 def text_of(token: Any) -> str | None:
     """Return the text of a token that a file names, by itself or with flags."""
     found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+    return clean(found) if isinstance(found, str) else None
 
 
 def named_ids(files: Files, ids: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:

@@ -31,6 +31,7 @@ def read(folder: Path, tokenizer: Tokenizer, files: dict[str, Any]) -> tuple[Cha
         ({"tokenizer_config.json": {"chat_template": NAMED[1:]}}, "plain", ""),
         ({"tokenizer_config.json": {"chat_template": NAMED[:1]}}, "", "none is the default"),
         ({"tokenizer_config.json": {"chat_template": 3}}, "", "expected a text, found 3"),
+        ({"tokenizer_config.json": {"chat_template": "\ud800"}}, "", "expected a text, found"),
         ({"tokenizer_config.json": {"chat_template": "a" * 300_000}}, "", "too many"),
         ({"chat_template.json": {"chat_template": "b"}}, "b", ""),
         ({"chat_template.jinja": "c\n", "tokenizer_config.json": {"chat_template": "a"}}, "c\n",

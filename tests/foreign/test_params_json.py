@@ -47,6 +47,7 @@ def test_published_files_are_read_whole(table: dict[str, Any], hidden: int) -> N
         ("dim", "64"), ("dim", 64.0), ("dim", None), ("n_layers", 0), ("n_heads", 7), ("n_heads", True), ("n_kv_heads", 3), ("n_kv_heads", -1),
         ("multiple_of", 0), ("norm_eps", 0), ("norm_eps", "1e-5"), ("norm_eps", float("nan")), ("rope_theta", -1), ("rope_theta", "1e4"),
         ("rope_theta", float("inf")), ("ffn_dim_multiplier", -1.0), ("max_seq_len", 0.5), ("vocab_size", "32000"),
+        ("ffn_dim_multiplier", float("nan")),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -54,6 +55,12 @@ def test_what_is_not_supported_is_refused_by_its_key(key: str, value: Any, wrapp
     table = BASE | {key: value}
     with pytest.raises(UserError, match=rf"params\.json: .*\b{key}\b.* found|expected the key {key}, found"):
         read_params({"model": table} if wrapped else table, PATH, 400, 0)
+
+
+@pytest.mark.parametrize(("key", "value"), [("multiple_of", 0), ("ffn_dim_multiplier", float("nan")), ("n_layers", 0)])
+def test_a_width_that_is_given_outright_hides_no_wrong_key(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"\b{key}\b.* found"):
+        read_params(BASE | {"hidden_dim": 96, key: value}, PATH, 400, 0)
 
 
 def test_keys_that_are_not_known_are_listed() -> None:

@@ -238,6 +238,8 @@ def test_pieces_of_a_sentencepiece_model_that_the_files_name_are_special_tokens(
     assert {end, start} < {*ids} and tokenizer.decode(ids) == "a fox<|im_start|>"
     assert tokenizer.decode(ids, specials=True).count("<|im_end|>") == 1
     assert not tokenizer.is_text(end) and alone.is_text(end)
+    (tmp_path / "tokenizer_config.json").write_text('{"unk_token": "\\ud800", "pad_token": 3}')
+    assert Tokenizer(tmp_path).specials == alone.specials
 
 
 def test_special_tokens_that_no_file_gives_an_id_are_told(table: Table, tmp_path: Path) -> None:
