@@ -38,6 +38,7 @@ from llama_jax.tokenizers.files import MODEL
 
 # Meta stores this next to the weights, but it is a function of the configuration.
 IGNORED = {"rope.freqs"}
+QUERIES = next(tensor for tensor in TABLE if tensor.name == "layers/attention/wq")
 
 
 class MetaSource:
@@ -147,6 +148,7 @@ class MetaSource:
                 if view.shape != expected[name]:
                     yield f"{path.name}: {name} has shape {list(view.shape)}, expected {list(expected[name])}"
         yield from self._differing_norms(expected)
+        yield from self._equal_shards()
 
     def _differing_norms(self, expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
         for tensor, layer in all_tensors(self.args):
@@ -158,6 +160,20 @@ class MetaSource:
                 copies = {shard.read(name, verify=False).tobytes() for shard in holders}
                 if len(copies) > 1:
                     yield f"{name}: differs from shard to shard"
+
+
+    def _equal_shards(self) -> Iterator[str]:
+        """Yield shards that hold the same part of a matrix, as if one file had been downloaded under two names."""
+        name = QUERIES.meta.format(0)
+        seen: dict[bytes, str] = {}
+        for path, shard in zip(self._paths, self._shards, strict=True):
+            if name not in shard.tensors:
+                return
+            values = shard.read(name, verify=False)
+            digest = hashlib.sha256(values.tobytes()).digest()
+            if digest in seen and (values != values.flat[0]).any():
+                yield f"{path.name}: holds the same part of {name} as {seen[digest]}: one of them was copied twice"
+            seen.setdefault(digest, path.name)
 
 
 def shard_axis(tensor: Tensor, by_rows: bool) -> int | None:
