@@ -60,14 +60,14 @@ class MetaSource:
         raise_together(folder, PARAMS, stated(table), list(self._errors()))
         found, said = find_tokenizer(tokenizer, folder)
         self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
-        self.chat = metas_chat(self.tokenizer)
+        self.chat, of_chat = metas_chat(folder, self.tokenizer, self.args.vocab_size, tokenizer)
         self.dtypes, widened = types_of(self._types())
         tied = tied_by_contents(self, functools.partial(self._rows, verify=False))
         self.family = family_of(self.args, PARAMS)
         self.decided = decided
         self.description = f"{folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
         self.unknown = list(params.unknown)
-        self.warnings = [*params.warnings, *tied, *widened, *said, *fitted]
+        self.warnings = [*params.warnings, *tied, *widened, *said, *fitted, *of_chat]
         self.checklists = find_checklists(folder, self.tokenizer.model_path)
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:

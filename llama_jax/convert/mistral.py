@@ -43,10 +43,11 @@ class MistralSource:
             self.args = dataclasses.replace(self.args, tie_embeddings=True)
         expected = {_name(tensor, layer): tensor.matrix(self.args) for tensor, layer in all_tensors(self.args)}
         raise_together(folder, PARAMS, stated(table), list(self._files.errors(expected, IGNORED.__contains__)))
+        given = tokenizer
         tokenizer, noted = _versioned(tokenizer, folder)
         found, said = find_tokenizer(tokenizer, folder)
         self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
-        self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size)
+        self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size, given)
         self.dtypes, widened = types_of(self._files.types(self.args, _name))
         tied = tied_by_contents(self, functools.partial(self._rows, verify=False))
         self.family = family_of(self.args, PARAMS, "mistral" if table.get("hidden_dim") else "llama")

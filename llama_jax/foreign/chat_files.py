@@ -5,6 +5,7 @@ generation_config.json over config.json.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llama_jax.chat.renderer import MOST_TEMPLATE
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.keys import read_json
+from llama_jax.storage.locations import is_remote, location
 from llama_jax.tokenizer import Tokenizer, clean
 
 TEMPLATE, OLD_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
@@ -37,22 +39,28 @@ FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_ne
 METAS_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 
-def read_chat(folder: Path, tokenizer: Tokenizer, rows: int) -> tuple[ChatSetup, list[str]]:
+def read_chat(folder: Path, tokenizer: Tokenizer, rows: int, given: str = "") -> tuple[ChatSetup, list[str]]:
     """Return what the files in ``folder`` say about conversations, and warnings.
 
-    rows: the number of embeddings, which end tokens must be among.
+    rows: the number of embeddings, which end tokens must be among. given: the path of a tokenizer that is used in place
+    of the folder's own. A template beside it counts where the folder has none.
     """
     warnings: list[str] = []
     template = _template(folder, warnings)
+    beside = _beside(given, folder)
+    if beside is not None and (other := _template(beside, [] if template else warnings)) and other != template:
+        used = f"{folder}, which is kept" if template else f"{beside}, where the tokenizer is, since {folder} has none"
+        warnings.append(f"the chat template is that of {used}; --chat-template takes another")
+        template = template or other
     ends = _end_ids(folder, rows, warnings)
     warnings += _sampling(folder)
-    if template and _json(folder / SETTINGS).get("split_special_tokens") is True:
+    if template and _json((beside or folder) / SETTINGS).get("split_special_tokens") is True:
         warnings.append(
             f"{SETTINGS} says split_special_tokens: transformers takes the special tokens of the chat template for text, this "
             "project for tokens"
         )
     tokens = tokens_of(tokenizer)
-    theirs = tokens | _tokens(folder)
+    theirs = tokens | _tokens(beside or folder)
     plain = not ends or ends == (tokenizer.eos_id,)
     return ChatSetup(template, () if plain else ends, {} if theirs == tokens else theirs, not template), warnings
 
@@ -74,10 +82,24 @@ def defaults_taken(folder: Path, tokenizer: Tokenizer) -> list[str]:
     return lines
 
 
-def metas_chat(tokenizer: Tokenizer) -> ChatSetup:
-    """Return the end tokens of Meta's own code, which has no files about them."""
+def metas_chat(folder: Path, tokenizer: Tokenizer, rows: int, given: str = "") -> tuple[ChatSetup, list[str]]:
+    """Return the end tokens of Meta's own code, which has no files about them, and a template if a file has one.
+
+    The arguments are those of ``read_chat``.
+    """
     ends = tuple(tokenizer.specials[text] for text in METAS_ENDS if text in tokenizer.specials)
-    return ChatSetup(end_ids=ends if len(ends) > 1 else ())
+    found, warnings = read_chat(folder, tokenizer, rows, given)
+    if found.template:
+        return replace(found, end_ids=found.end_ids or (ends if len(ends) > 1 else ())), warnings
+    return ChatSetup(end_ids=ends if len(ends) > 1 else ()), []
+
+
+def _beside(given: str, folder: Path) -> Path | None:
+    """Return the folder of a tokenizer that is given, or None if there is none or it is that of the weights."""
+    if not given or is_remote(place := location(given)):
+        return None
+    place = place if place.is_dir() else place.parent
+    return None if place.resolve() == folder.resolve() else place
 
 
 def _template(folder: Path, warnings: list[str]) -> str:

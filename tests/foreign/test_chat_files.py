@@ -120,11 +120,34 @@ def test_names_of_tokens_are_kept_if_they_are_not_the_tokenizers(tmp_path: Path,
     assert chat.tokens["eos_token"] == "<|im_end|>" and chat.tokens["bos_token"] == "<s>"
 
 
-def test_metas_llama3_ends_where_metas_code_ends(small_tokenizer: Tokenizer) -> None:
+def test_metas_llama3_ends_where_metas_code_ends(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     vocabulary = Vocabulary(LLAMA3)
     ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
-    assert metas_chat(vocabulary).end_ids == tuple(vocabulary.specials[text] for text in ends)  # type: ignore[arg-type]
-    assert metas_chat(small_tokenizer) == ChatSetup()
+    chat, told = metas_chat(tmp_path, vocabulary, 128_256)  # type: ignore[arg-type]
+    assert chat == ChatSetup(end_ids=tuple(vocabulary.specials[text] for text in ends)) and not told
+    assert metas_chat(tmp_path, small_tokenizer, 400) == (ChatSetup(), [])
+    # A template that lies beside Meta's files counts.
+    (tmp_path / "chat_template.jinja").write_text("c")
+    chat, _ = metas_chat(tmp_path, vocabulary, 128_256)  # type: ignore[arg-type]
+    assert chat.template == "c" and len(chat.end_ids) == 3 and not chat.has_none
+
+
+def test_a_template_beside_a_tokenizer_that_is_given_counts_where_the_weights_have_none(
+    tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    weights, tuned = tmp_path / "weights", tmp_path / "tuned"
+    for place in (weights, tuned):
+        place.mkdir()
+    (tuned / "tokenizer_config.json").write_text(json.dumps({"chat_template": "tuned", "eos_token": "<|im_end|>"}))
+    for given in (tuned, tuned / "tokenizer.model"):
+        chat, (told,) = read_chat(weights, small_tokenizer, 400, str(given))
+        assert chat.template == "tuned" and chat.tokens["eos_token"] == "<|im_end|>"
+        assert f"the chat template is that of {tuned}, where the tokenizer is, since {weights} has none" in told
+    assert read_chat(weights, small_tokenizer, 400) == (ChatSetup(has_none=True), [])
+    (weights / "chat_template.jinja").write_text("own")
+    chat, (told,) = read_chat(weights, small_tokenizer, 400, str(tuned))
+    assert chat.template == "own" and f"that of {weights}, which is kept" in told
+    assert read_chat(weights, small_tokenizer, 400, str(weights))[1] == []
 
 
 def test_what_is_known_about_conversations_is_kept_in_files(tmp_path: Path) -> None:
