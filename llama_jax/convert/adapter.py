@@ -112,7 +112,9 @@ def _more_tokens(folder: Path, base: Checkpoint) -> Iterator[str]:
     lost = sorted((i, text) for text, i in own.specials.items() if base.tokenizer.specials.get(text) != i)
     ends = [which for which in ("bos_id", "eos_id") if getattr(own, which) != getattr(base.tokenizer, which)]
     if lost or ends:
-        shown = [f"{quoted(text, 30)} ({i})" for i, text in lost[:4]] + [f"another {which[:3].upper()}" for which in ends]
+        shown = [f"{quoted(text, 30)} ({i})" for i, text in lost[:4]] + [
+            f"another {which[:3].upper()}" for which in ends
+        ]
         more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
         yield (
             f"the tokenizer in {folder} has {', '.join(shown)}{more}, which that of the base has not, and the base's is used: "

@@ -31,7 +31,7 @@ from llama_jax.foreign.chat_files import metas_chat
 from llama_jax.foreign.family import family_of, is_llama3
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import PARAMS, shard_files
-from llama_jax.foreign.params_json import check_params, read_params, stated, width, write_params
+from llama_jax.foreign.params_json import check_params, check_ties, read_params, stated, width, write_params
 from llama_jax.foreign.vocabulary import find_tokenizer, fit_vocabulary
 from llama_jax.storage.files import write_atomically
 from llama_jax.tokenizers.files import MODEL
@@ -63,6 +63,7 @@ class MetaSource:
         self.chat, of_chat = metas_chat(folder, self.tokenizer, self.args.vocab_size, tokenizer)
         self.dtypes, widened = types_of(self._types())
         tied = tied_by_contents(self, functools.partial(self._rows, verify=False))
+        check_ties(table, self.args, folder / PARAMS)
         self.family = family_of(self.args, PARAMS)
         self.decided = decided
         self.description = f"{folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
@@ -160,7 +161,6 @@ class MetaSource:
                 copies = {shard.read(name, verify=False).tobytes() for shard in holders}
                 if len(copies) > 1:
                     yield f"{name}: differs from shard to shard"
-
 
     def _equal_shards(self) -> Iterator[str]:
         """Yield shards that hold the same part of a matrix, as if one file had been downloaded under two names."""

@@ -25,6 +25,7 @@ from llama_jax.convert.source import Source, unread_text
 from llama_jax.convert.summary import disk_for, stored_bytes
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
+from llama_jax.foreign.chat_files import MORE_TEMPLATES
 from llama_jax.foreign.commands import convert_command
 from llama_jax.foreign.layouts import Found, find_layout
 from llama_jax.foreign.vocabulary import MODEL
@@ -33,7 +34,7 @@ from llama_jax.storage.locations import is_remote, location
 from llama_jax.storage.owner import InUse
 
 # To be raised when the same files would become another checkpoint.
-VERSION = 1
+VERSION = 2
 # A file beside each conversion, which says of what it was made.
 SOURCE = "converted_from.json"
 # Files that decide what a model, its tokenizer and its settings are.
@@ -203,6 +204,7 @@ def _deciding(found: Found) -> Iterator[Path]:
         )
         if DECIDING.fullmatch(path.name) and path.is_file() and (path == found.path or not other):
             yield path
+    yield from sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     if not (folder / MODEL).is_file():  # then the one above counts, where Meta's downloads have it
         above = (place / MODEL for place in dict.fromkeys((folder.absolute().parent, folder.resolve().parent)))
         yield from (path for path in above if path.is_file())

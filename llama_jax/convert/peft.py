@@ -40,9 +40,7 @@ DIGEST = "llama_jax_base"
 _MATRIX = "this project's adapters are a product a b of one rank beside whole matrices"
 _BASE = "it changes the base; convert the adapter with PEFT first (path_initial_model_for_weight_conversion)"
 KEYS = Keys(
-    read=names(
-        "peft_type r lora_alpha lora_dropout use_rslora base_model_name_or_path target_modules exclude_modules"
-    ),
+    read=names("peft_type r lora_alpha lora_dropout use_rslora base_model_name_or_path target_modules exclude_modules"),
     neutral={
         "bias": Neutral(("none",), "biases are not part of this project's adapters; train without them"),
         "modules_to_save": Neutral(([],), "whole matrices are not part of this project's adapters; merge it with PEFT"),
@@ -158,7 +156,9 @@ def _check_targeted(table: dict[str, Any], targets: Sequence[Target], args: Mode
         if not isinstance(found, str) and not (isinstance(found, list) and all(isinstance(m, str) for m in found)):
             raise UserError(f"{path}: {key}: expected names of matrices, or an expression, found {quoted(found)}")
         if isinstance(found, str) and (reason := why_refused(found)):
-            print(f"{'note':>10}  {key} of {path.name} is not compared with the factors, all of which are used: {reason}")
+            print(
+                f"{'note':>10}  {key} of {path.name} is not compared with the factors, all of which are used: {reason}"
+            )
             continue
         for name in targets:
             for layer in range(args.n_layers if len(PLACES[name]) > 1 else 1):

@@ -24,7 +24,16 @@ NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_t
 GENERATION, CONFIG = "generation_config.json", "config.json"
 # Settings by which transformers' generate chooses other tokens, and the values at which they change nothing: those that
 # count where it samples, and those that count always.
-SAMPLING = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "top_h": 0}
+SAMPLING = {
+    "temperature": 1,
+    "top_p": 1,
+    "top_k": 0,
+    "min_p": 0,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "top_h": 0,
+}
 CHOOSING = {
     "repetition_penalty": 1, "no_repeat_ngram_size": 0, "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [],
     "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": {}, "guidance_scale": 1, "min_length": 0,
@@ -105,9 +114,9 @@ def _beside(given: str, folder: Path) -> Path | None:
 def _template(folder: Path, warnings: list[str]) -> str:
     """Return the chat template of a folder, or "" if it has none."""
     more = folder / MORE_TEMPLATES
-    others = sorted(path.stem for path in more.glob("*.jinja") if path.stem != "default") if more.is_dir() else []
-    if others:
-        named = ", ".join(quoted(name, 30) for name in others[:4])
+    names = sorted(path.stem for path in more.glob("*.jinja") if path.stem != "default") if more.is_dir() else []
+    if names:
+        named = ", ".join(quoted(name, 30) for name in names[:4])
         warnings.append(f"{MORE_TEMPLATES}: {named}: only the default chat template is kept")
     found = [(name, text) for name, text in _templates(folder, warnings) if text.strip()]
     if len({text for _, text in found}) > 1:

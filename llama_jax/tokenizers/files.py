@@ -169,7 +169,9 @@ def decoding_told(files: Files) -> list[str]:
     kind = files.tables[TABLE]["model"].get("type", "BPE")  # of BPE it ignores the key
     if files.tables.get(CONFIG, {}).get("clean_up_tokenization_spaces") is not True or kind == "BPE":
         return []
-    return [f"{CONFIG} says clean_up_tokenization_spaces: transformers writes \" ,\" as \",\", here texts keep their spaces"]
+    return [
+        f'{CONFIG} says clean_up_tokenization_spaces: transformers writes " ," as ",", here texts keep their spaces'
+    ]
 
 
 def _texts(table: Table) -> Iterator[str]:

@@ -104,8 +104,12 @@ def test_a_model_that_changes_is_converted_again_and_nothing_else_counts(
     above = (model / "tokenizer.model").rename(model.parent / "tokenizer.model")
     assert open_checkpoint(model).folder == third, "the tokenizer of the folder above counts, and is the same"
     os.utime(above, ns=(1, 1))
-    assert open_checkpoint(model).folder != third
-    assert len(list(cache.iterdir())) == 4
+    fourth = open_checkpoint(model).folder
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "default.jinja").write_text("{{ messages[0].content }}")
+    fifth = open_checkpoint(model)
+    assert fifth.chat.template and len({third, fourth, fifth.folder}) == 3
+    assert len(list(cache.iterdir())) == 5
 
 
 def _open(model: Path, results: Any) -> None:

@@ -199,7 +199,10 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "no scale": ({"lora_alpha": -1}, "alpha"),
     "dropout": ({"lora_dropout": 2.0}, "dropout"),
     "a matrix that it does not adapt": ({"target_modules": ["q_proj"]}, "target_modules: .*does not name .*k_proj"),
-    "a matrix of one layer": ({"target_modules": r".*layers\.1\..*|lm_head"}, "target_modules: .*does not name .*layers.0"),
+    "a matrix of one layer": (
+        {"target_modules": r".*layers\.1\..*|lm_head"},
+        "target_modules: .*does not name .*layers.0",
+    ),
     "a matrix that it leaves out": ({"exclude_modules": ["v_proj"]}, "exclude_modules: .*names .*v_proj"),
     "not the output": ({"target_modules": "all-linear"}, "target_modules: .*does not name lm_head"),
     "no names": ({"target_modules": 7}, "target_modules: expected names"),

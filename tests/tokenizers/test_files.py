@@ -246,7 +246,9 @@ def test_special_tokens_that_no_file_gives_an_id_are_told(table: Table, tmp_path
     config = NAMES | {"pad_token": "[PAD]", "additional_special_tokens": [TURN, "<new>"]}
     (told,) = (note for note in Tokenizer(put(tmp_path, table, config)).notes if "gives an id" in note)
     assert told.startswith("tokenizer_config.json names '[PAD]', '<new>', which no file gives an id")
-    assert not [n for n in Tokenizer(put(tmp_path, with_pad(table), NAMES | {"pad_token": "[PAD]"})).notes if "gives an id" in n]
+    assert not [
+        n for n in Tokenizer(put(tmp_path, with_pad(table), NAMES | {"pad_token": "[PAD]"})).notes if "gives an id" in n
+    ]
 
 
 def test_spaces_that_transformers_takes_out_of_a_text_are_told_where_it_does(table: Table, tmp_path: Path) -> None:
