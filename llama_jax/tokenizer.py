@@ -76,15 +76,17 @@ class Tokenizer:
         listed = [token for token in of_files.added_of(files.tables.get(TABLE, {})) if rows is None or token.id < rows]
         name = str(files.path)
         if files.main == TABLE:
-            return _table_reader(files.tables[TABLE], name, more, rows)
+            return _table_reader(files.tables[TABLE], name, more, rows, of_files.named_specials(files))
         model = files.contents[MODEL]
         if tiktoken.is_tiktoken(model):
             return _table_reader(tiktoken.table_of(model, name), name, [], rows)
-        return SentencePieceReader(model, name, [*listed, *more], *of_files.behind_specials(files))
+        named = of_files.named_specials(files)
+        return SentencePieceReader(model, name, [*listed, *more], *of_files.behind_specials(files), named=named)
 
     def _ends(self) -> tuple[int, int, bool]:
         """Return the ids of BOS and EOS, and whether BOS begins a text."""
         reader, files = self._reader, self._files
+        self.notes += self._lost()
         if isinstance(reader, SentencePieceReader):
             # A model without BOS (T5's, for example) separates documents with EOS instead.
             bos, eos = reader.bos_id, reader.eos_id
@@ -113,7 +115,7 @@ class Tokenizer:
         first = self._reader.piece(named["bos"])
         begins = of_files.begins_with_bos(files, first)
         if begins is False:
-            self.notes.append(f"a text begins without BOS, as {of_files.CONFIG} says (add_bos_token)")
+            self.notes.append(f"a text begins without BOS, as {of_files.said_by(files)} says")
         if begins is None and of_files.around(files) == ([], []):
             self.notes.append(
                 f"{files.path.name} does not say that BOS begins a text, as it does here and in Meta's code; add_bos_token in {of_files.CONFIG} decides"
@@ -121,6 +123,14 @@ class Tokenizer:
         else:
             self.notes += of_files.other_ends(files, [] if begins is False else [first])
         return named["bos"], named["eos"], begins is not False
+
+    def _lost(self) -> list[str]:
+        """Return lines about what the files say of tokens and their text, and what is not done here."""
+        if not self._files.tables:
+            return []
+        pieces = {self.piece(i) for i in range(self.vocab_size)} | self.specials.keys()
+        told = of_files.without_id(self._files, pieces.__contains__)
+        return told + (of_files.decoding_told(self._files) if self._files.main == TABLE else [])
 
     def within(self, rows: int) -> "Tokenizer":
         """Return the tokenizer of a model with ``rows`` embeddings: without added tokens that have none.
@@ -295,7 +305,9 @@ def kept_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path.parent if found & {*of_files.KEPT[1:]} else path)
 
 
-def _table_reader(table: Mapping[str, object], name: str, more: Sequence[Added], rows: int | None) -> Reader:
+def _table_reader(
+    table: Mapping[str, object], name: str, more: Sequence[Added], rows: int | None, named: Sequence[str] = ()
+) -> Reader:
     """Return the reader of a tokenizer.json's table. The library is imported late, because not all need it."""
     from llama_jax.tokenizers.table import check_table
     from llama_jax.tokenizers.table_reader import TableReader
@@ -305,7 +317,7 @@ def _table_reader(table: Mapping[str, object], name: str, more: Sequence[Added],
     if rows is not None:
         listed = found.get("added_tokens")
         found["added_tokens"] = [token for token in listed if token["id"] < rows] if isinstance(listed, list) else None
-    return TableReader(found, name, more)
+    return TableReader(found, name, more, named)
 
 
 class TextStream:

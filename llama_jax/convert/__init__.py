@@ -31,6 +31,8 @@ from llama_jax.storage.locations import is_remote, location, on_disk
 
 Format = Literal["llama-jax", "huggingface", "meta", "peft", "llama2c"]
 CHECKS: dict[str, Callable[[ModelArgs], None]] = {"huggingface": check_config, "meta": check_writable}
+# Formats that do not keep what is known about conversations.
+NO_CHAT = {"meta": "Meta's layout", "llama2c": "llama2.c's file"}
 SOURCES: dict[str, Callable[..., Source]] = {
     "huggingface": HuggingFaceSource,
     "meta": MetaSource,
@@ -161,8 +163,8 @@ def _with_template(source: Source, args: ConvertArgs) -> Source:
         template, notes = read_template(args.chat_template, source.tokenizer)
         source.chat = replace(source.chat, template=template, has_none=False)
         source.warnings += notes
-    if args.to == "meta" and (source.chat.template or source.chat.end_ids):
-        source.warnings.append("Meta's layout has no place for a chat template and end tokens, which are left out")
+    if (whose := NO_CHAT.get(args.to)) and (source.chat.template or source.chat.end_ids):
+        source.warnings.append(f"{whose} has no place for a chat template and end tokens, which are left out")
     context = source.args.max_seq_len
     if args.to == "meta" and context != usual_context(source.args.vocab_size, source.args.rope_scaling):
         source.warnings.append(

@@ -1,6 +1,7 @@
 """Conversions of adapters that are not merged: from PEFT's layout, and to it."""
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,8 @@ from llama_jax.foreign.chat_files import read_chat
 from llama_jax.foreign.keys import read_json
 from llama_jax.lora_args import LoraArgs
 from llama_jax.programs import typed
+from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizers.files import MODEL, TABLE
 
 
 class Asked(Protocol):
@@ -62,7 +65,7 @@ def import_adapter(folder: Path, args: Asked, output: Path) -> None:
     chat, whose = _asked(chat, args, base), folder if own.template else base.folder
     of_base = f"{base.folder} (made for {made_for}, says {CONFIG})"
     _announce(f"{folder}: an adapter of PEFT", base.args, lora, of_base, chat, args.chat_template or f"{whose}")
-    for warning in warnings:
+    for warning in [*warnings, *_more_tokens(folder, base)]:
         print(f"{'warning':>10}  {warning}")
     if args.dry_run:
         return
@@ -95,6 +98,28 @@ def export_adapter(folder: Path, args: Asked, output: Path) -> None:
     with new_folder(output) as temporary, adapter.verified():
         write_peft(adapter, temporary, chat.template)
     print(f"{output}: done\nnow try:\n  peft.PeftModel.from_pretrained(model, {str(output)!r})")
+
+
+def _more_tokens(folder: Path, base: Checkpoint) -> Iterator[str]:
+    """Yield what the tokenizer beside an adapter has that the base's, which is used, has not."""
+    if not any((folder / name).is_file() for name in (MODEL, TABLE)):
+        return
+    try:
+        own = Tokenizer(folder)
+    except UserError as error:
+        yield f"the tokenizer in {folder} is not used, and cannot be read: {error}"
+        return
+    lost = sorted((i, text) for text, i in own.specials.items() if base.tokenizer.specials.get(text) != i)
+    ends = [which for which in ("bos_id", "eos_id") if getattr(own, which) != getattr(base.tokenizer, which)]
+    if lost or ends:
+        shown = [f"{quoted(text, 30)} ({i})" for i, text in lost[:4]] + [
+            f"another {which[:3].upper()}" for which in ends
+        ]
+        more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+        yield (
+            f"the tokenizer in {folder} has {', '.join(shown)}{more}, which that of the base has not, and the base's is used: "
+            f"if the adapter was trained with them, convert the base anew with --tokenizer {shlex.quote(str(folder))}"
+        )
 
 
 def _asked(chat: ChatSetup, args: Asked, model: Checkpoint) -> ChatSetup:

@@ -52,7 +52,7 @@ class HuggingFaceSource:
         raise_together(folder, CONFIG, stated(table), list(self._files.errors(expected, IGNORED.fullmatch)))
         found, said = find_tokenizer(tokenizer, folder)
         self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
-        self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size)
+        self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size, tokenizer)
         of_chat += defaults_taken(folder, self.tokenizer)
         self.dtypes, widened = types_of(self._files.types(self.args, self._name))
         if self._tied and both and is_tied(self, functools.partial(self._rows, verify=False)):

@@ -31,13 +31,14 @@ from llama_jax.foreign.chat_files import metas_chat
 from llama_jax.foreign.family import family_of, is_llama3
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import PARAMS, shard_files
-from llama_jax.foreign.params_json import check_params, read_params, stated, width, write_params
+from llama_jax.foreign.params_json import check_params, check_ties, read_params, stated, width, write_params
 from llama_jax.foreign.vocabulary import find_tokenizer, fit_vocabulary
 from llama_jax.storage.files import write_atomically
 from llama_jax.tokenizers.files import MODEL
 
 # Meta stores this next to the weights, but it is a function of the configuration.
 IGNORED = {"rope.freqs"}
+QUERIES = next(tensor for tensor in TABLE if tensor.name == "layers/attention/wq")
 
 
 class MetaSource:
@@ -59,14 +60,15 @@ class MetaSource:
         raise_together(folder, PARAMS, stated(table), list(self._errors()))
         found, said = find_tokenizer(tokenizer, folder)
         self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
-        self.chat = metas_chat(self.tokenizer)
+        self.chat, of_chat = metas_chat(folder, self.tokenizer, self.args.vocab_size, tokenizer)
         self.dtypes, widened = types_of(self._types())
         tied = tied_by_contents(self, functools.partial(self._rows, verify=False))
+        check_ties(table, self.args, folder / PARAMS)
         self.family = family_of(self.args, PARAMS)
         self.decided = decided
         self.description = f"{folder}: {len(self._shards)} shard{'s'[: len(self._shards) > 1]}"
         self.unknown = list(params.unknown)
-        self.warnings = [*params.warnings, *tied, *widened, *said, *fitted]
+        self.warnings = [*params.warnings, *tied, *widened, *said, *fitted, *of_chat]
         self.checklists = find_checklists(folder, self.tokenizer.model_path)
 
     def rows(self, tensor: Tensor, layer: int, start: int, stop: int) -> np.ndarray:
@@ -147,6 +149,7 @@ class MetaSource:
                 if view.shape != expected[name]:
                     yield f"{path.name}: {name} has shape {list(view.shape)}, expected {list(expected[name])}"
         yield from self._differing_norms(expected)
+        yield from self._equal_shards()
 
     def _differing_norms(self, expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
         for tensor, layer in all_tensors(self.args):
@@ -158,6 +161,19 @@ class MetaSource:
                 copies = {shard.read(name, verify=False).tobytes() for shard in holders}
                 if len(copies) > 1:
                     yield f"{name}: differs from shard to shard"
+
+    def _equal_shards(self) -> Iterator[str]:
+        """Yield shards that hold the same part of a matrix, as if one file had been downloaded under two names."""
+        name = QUERIES.meta.format(0)
+        seen: dict[bytes, str] = {}
+        for path, shard in zip(self._paths, self._shards, strict=True):
+            if name not in shard.tensors:
+                return
+            values = shard.read(name, verify=False)
+            digest = hashlib.sha256(values.tobytes()).digest()
+            if digest in seen and (values != values.flat[0]).any():
+                yield f"{path.name}: holds the same part of {name} as {seen[digest]}: one of them was copied twice"
+            seen.setdefault(digest, path.name)
 
 
 def shard_axis(tensor: Tensor, by_rows: bool) -> int | None:

@@ -21,7 +21,7 @@ from llama_jax.foreign.chat_files import read_chat
 from llama_jax.foreign.family import family_of
 from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.layouts import PARAMS, consolidated_files
-from llama_jax.foreign.params_json import check_params, read_params, stated
+from llama_jax.foreign.params_json import check_params, check_ties, read_params, stated
 from llama_jax.foreign.vocabulary import MODEL, find_tokenizer, fit_vocabulary
 
 # Meta's and Mistral's files may hold this function of the configuration.
@@ -43,12 +43,14 @@ class MistralSource:
             self.args = dataclasses.replace(self.args, tie_embeddings=True)
         expected = {_name(tensor, layer): tensor.matrix(self.args) for tensor, layer in all_tensors(self.args)}
         raise_together(folder, PARAMS, stated(table), list(self._files.errors(expected, IGNORED.__contains__)))
+        given = tokenizer
         tokenizer, noted = _versioned(tokenizer, folder)
         found, said = find_tokenizer(tokenizer, folder)
         self.tokenizer, fitted = fit_vocabulary(self.args, found, folder)
-        self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size)
+        self.chat, of_chat = read_chat(folder, self.tokenizer, self.args.vocab_size, given)
         self.dtypes, widened = types_of(self._files.types(self.args, _name))
         tied = tied_by_contents(self, functools.partial(self._rows, verify=False))
+        check_ties(table, self.args, folder / PARAMS)
         self.family = family_of(self.args, PARAMS, "mistral" if table.get("hidden_dim") else "llama")
         self.decided = decided
         self.description = f"{folder}: {len(names)} file{'s'[: len(names) > 1]}"

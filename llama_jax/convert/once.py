@@ -25,6 +25,7 @@ from llama_jax.convert.source import Source, unread_text
 from llama_jax.convert.summary import disk_for, stored_bytes
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
+from llama_jax.foreign.chat_files import MORE_TEMPLATES
 from llama_jax.foreign.commands import convert_command
 from llama_jax.foreign.layouts import Found, find_layout
 from llama_jax.foreign.vocabulary import MODEL
@@ -33,7 +34,7 @@ from llama_jax.storage.locations import is_remote, location
 from llama_jax.storage.owner import InUse
 
 # To be raised when the same files would become another checkpoint.
-VERSION = 1
+VERSION = 2
 # A file beside each conversion, which says of what it was made.
 SOURCE = "converted_from.json"
 # Files that decide what a model, its tokenizer and its settings are.
@@ -105,7 +106,7 @@ def _conversion(place: Path, found: Found) -> Path:
     waited = False
     while not folder.exists():
         try:
-            _convert(place, folder)
+            _convert(place, found, folder)
         except InUse as error:
             if not waited:
                 _tell(f"{place}: another process converts it, into {folder}; waiting for it ({error})")
@@ -122,7 +123,7 @@ def _conversion(place: Path, found: Found) -> Path:
     return folder
 
 
-def _convert(place: Path, folder: Path) -> None:
+def _convert(place: Path, found: Found, folder: Path) -> None:
     """Convert the model in ``place`` into ``folder``. Raises UserError, and InUse if another process does so."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         raise UserError(
@@ -149,9 +150,16 @@ def _convert(place: Path, folder: Path) -> None:
         )
         for earlier in _earlier(place, folder):
             _tell(f"{place}: an earlier conversion of it is {earlier}; delete it if nothing uses it")
-        for warning in filter(None, [unread_text(source), *source.warnings]):
+        # Where a folder holds more than one model, which one it is must be seen.
+        chosen = f"decided by {source.decided}" if "; not read: " in source.decided else ""
+        for warning in filter(None, [chosen, unread_text(source), *source.warnings]):
             _tell(f"warning: {warning}")
         reader, _ = write(source, temporary, ConvertArgs())
+        if _key(found) != folder.name:
+            raise UserError(
+                f"{place}: expected files that do not change while they are converted, found that they did; wait until its "
+                "download or copy is done, and start again"
+            )
         write_atomically(temporary / SOURCE, json.dumps({"path": str(place.absolute()), "decided": source.decided}))
         if damage := reader.not_finite():
             _tell(f"warning: {damage}")
@@ -196,6 +204,7 @@ def _deciding(found: Found) -> Iterator[Path]:
         )
         if DECIDING.fullmatch(path.name) and path.is_file() and (path == found.path or not other):
             yield path
+    yield from sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     if not (folder / MODEL).is_file():  # then the one above counts, where Meta's downloads have it
         above = (place / MODEL for place in dict.fromkeys((folder.absolute().parent, folder.resolve().parent)))
         yield from (path for path in above if path.is_file())

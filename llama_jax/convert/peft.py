@@ -6,7 +6,8 @@ Hugging Face's order of heads, which is ours.
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from llama_jax.checkpoint import Checkpoint, save_within
 from llama_jax.checkpoint.adapted import digest_of
 from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.config import ModelArgs
-from llama_jax.convert.layout import TABLE
+from llama_jax.convert.layout import TABLE, tensors_of
 from llama_jax.convert.reader import count_not_finite
 from llama_jax.convert.safetensors import SafetensorsWriter, metadata_of
 from llama_jax.convert.tensor_files import TensorFiles
@@ -31,6 +32,7 @@ from llama_jax.foreign.keys import Keys, Neutral, names, read_json, take
 from llama_jax.lora_args import MATRICES, LoraArgs, Target
 from llama_jax.storage.files import write_atomically
 from llama_jax.storage.locations import absolute
+from llama_jax.tokenizers.patterns import why_refused
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # The key of the base's digest in the metadata of the tensors' file.
@@ -38,7 +40,7 @@ DIGEST = "llama_jax_base"
 _MATRIX = "this project's adapters are a product a b of one rank beside whole matrices"
 _BASE = "it changes the base; convert the adapter with PEFT first (path_initial_model_for_weight_conversion)"
 KEYS = Keys(
-    read=names("peft_type r lora_alpha lora_dropout use_rslora base_model_name_or_path"),
+    read=names("peft_type r lora_alpha lora_dropout use_rslora base_model_name_or_path target_modules exclude_modules"),
     neutral={
         "bias": Neutral(("none",), "biases are not part of this project's adapters; train without them"),
         "modules_to_save": Neutral(([],), "whole matrices are not part of this project's adapters; merge it with PEFT"),
@@ -63,7 +65,7 @@ KEYS = Keys(
         "alora_invocation_tokens": Neutral(([],), _MATRIX),
     },
     ignored=names(
-        "target_modules exclude_modules task_type auto_mapping peft_version revision inference_mode layers_pattern "
+        "task_type auto_mapping peft_version revision inference_mode layers_pattern "
         "megatron_core eva_config qalora_group_size runtime_config"
     ),
 )
@@ -131,6 +133,7 @@ def read_peft(folder: Path, base: Checkpoint) -> tuple[LoraArgs, dict[str, Any]]
     with ExitStack() as stack:
         files = TensorFiles(folder, [_weights_in(folder)], stack)
         targets, tree = _read_factors(files, folder, base, rank)
+    _check_targeted(table, targets, base.args, path)
     _check_base(folder, base)
     unknown = [key for key in KEYS.unknown(table) if table[key] not in (None, False, [], {})]
     if unknown:
@@ -138,9 +141,46 @@ def read_peft(folder: Path, base: Checkpoint) -> tuple[LoraArgs, dict[str, Any]]
             f"{path}: {quoted(unknown[0])}: expected a key that this project knows, found {quoted(table[unknown[0]])}; it may "
             "change what the adapter computes: merge it with PEFT instead"
         )
-    lora = replace(lora, targets=targets)
-    check_targets(base.args, lora)
-    return lora, tree
+    return replace(lora, targets=targets), tree
+
+
+def _check_targeted(table: dict[str, Any], targets: Sequence[Target], args: ModelArgs, path: Path) -> None:
+    """Raise UserError if PEFT would leave out factors that are stored, by the keys that say which matrices it adapts.
+
+    See check_target_module_exists in peft/tuners/tuners_utils.py.
+    """
+    for key, wanted in (("target_modules", True), ("exclude_modules", False)):
+        found = table.get(key)
+        if found is None or (isinstance(found, list) and not found):
+            continue
+        if not isinstance(found, str) and not (isinstance(found, list) and all(isinstance(m, str) for m in found)):
+            raise UserError(f"{path}: {key}: expected names of matrices, or an expression, found {quoted(found)}")
+        if isinstance(found, str) and (reason := why_refused(found)):
+            print(
+                f"{'note':>10}  {key} of {path.name} is not compared with the factors, all of which are used: {reason}"
+            )
+            continue
+        for name in targets:
+            for layer in range(args.n_layers if len(PLACES[name]) > 1 else 1):
+                module = _huggingface(name).format(layer)
+                if _names(found, module) != wanted:
+                    says = "names" if not wanted else "does not name"
+                    raise UserError(
+                        f"{path}: {key}: expected what the stored factors are of, found that it {says} {module}, whose factors PEFT "
+                        "would not use: write the matrices that are meant, or merge it with PEFT"
+                    )
+
+
+def _names(found: str | list[str], module: str) -> bool:
+    """Return whether a key of PEFT's names a matrix: by its end in a list, or by an expression for the whole name."""
+    if found == "all-linear":
+        return module != "lm_head"
+    if isinstance(found, str):
+        try:
+            return re.fullmatch(found, module) is not None
+        except re.error:
+            return False
+    return any(module == end or module.endswith(f".{end}") for end in found)
 
 
 def _check_base(folder: Path, base: Checkpoint) -> None:
@@ -212,6 +252,7 @@ def _read_factors(files: TensorFiles, folder: Path, base: Checkpoint, rank: int)
         for part in PLACES[name][:-1]:
             inner = inner.setdefault(part, {})
         inner[PLACES[name][-1]] = factors
+    check_targets(args, LoraArgs(rank, targets=tuple(targets)))
     if left:
         raise UserError(
             f"{folder}: expected factors of the matrices {', '.join(MATRICES)} of {args.n_layers} layers, found "
@@ -230,7 +271,8 @@ def _copies(files: TensorFiles, base: Checkpoint) -> set[str]:
             f"base_model.model.{tensor.huggingface.replace('.weight', end)}"
             for end in (".weight", ".base_layer.weight")
         ]
-        for name in files.places.keys() & set(names) if not tensor.layered and base.weights == "auto" else ():
+        is_there = tensor in tensors_of(base.args) and not tensor.layered and base.weights == "auto"
+        for name in files.places.keys() & set(names) if is_there else ():
             own = np.asarray(base.open_array(tensor.name).read().result()).astype(np.float32)
             stored = np.asarray(files.read(name, 0, files.stored(name).shape[0])).astype(np.float32)
             if np.array_equal(stored.T if tensor.multiplied else stored, own):

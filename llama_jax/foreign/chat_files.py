@@ -5,6 +5,7 @@ generation_config.json over config.json.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from llama_jax.chat.renderer import MOST_TEMPLATE
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.keys import read_json
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.storage.locations import is_remote, location
+from llama_jax.tokenizer import Tokenizer, clean
 
 TEMPLATE, OLD_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
 SETTINGS, TOKENS = "tokenizer_config.json", "special_tokens_map.json"
@@ -22,29 +24,52 @@ NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_t
 GENERATION, CONFIG = "generation_config.json", "config.json"
 # Settings by which transformers' generate chooses other tokens, and the values at which they change nothing: those that
 # count where it samples, and those that count always.
-SAMPLING = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+SAMPLING = {
+    "temperature": 1,
+    "top_p": 1,
+    "top_k": 0,
+    "min_p": 0,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "top_h": 0,
+}
 CHOOSING = {
     "repetition_penalty": 1, "no_repeat_ngram_size": 0, "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [],
     "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": {}, "guidance_scale": 1, "min_length": 0,
-    "min_new_tokens": 0, "num_beams": 1, "penalty_alpha": 0, "stop_strings": [],
+    "min_new_tokens": 0, "num_beams": 1, "penalty_alpha": 0, "stop_strings": [], "max_new_tokens": None, "max_time": None,
+    "num_return_sequences": 1, "exponential_decay_length_penalty": None, "force_words_ids": [], "constraints": [],
+    "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0, "renormalize_logits": False, "dola_layers": None,
+    "token_healing": False, "watermarking_config": None,
 }  # fmt: skip
 # Those that are flags of sample.py.
-FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens")
+FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens", "max_new_tokens")
 # The tokens that end a turn in Meta's own code for LLaMA 3 (llama3/llama/tokenizer.py: stop_tokens).
 METAS_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 
-def read_chat(folder: Path, tokenizer: Tokenizer, rows: int) -> tuple[ChatSetup, list[str]]:
+def read_chat(folder: Path, tokenizer: Tokenizer, rows: int, given: str = "") -> tuple[ChatSetup, list[str]]:
     """Return what the files in ``folder`` say about conversations, and warnings.
 
-    rows: the number of embeddings, which end tokens must be among.
+    rows: the number of embeddings, which end tokens must be among. given: the path of a tokenizer that is used in place
+    of the folder's own. A template beside it counts where the folder has none.
     """
     warnings: list[str] = []
     template = _template(folder, warnings)
+    beside = _beside(given, folder)
+    if beside is not None and (other := _template(beside, [] if template else warnings)) and other != template:
+        used = f"{folder}, which is kept" if template else f"{beside}, where the tokenizer is, since {folder} has none"
+        warnings.append(f"the chat template is that of {used}; --chat-template takes another")
+        template = template or other
     ends = _end_ids(folder, rows, warnings)
     warnings += _sampling(folder)
+    if template and _json((beside or folder) / SETTINGS).get("split_special_tokens") is True:
+        warnings.append(
+            f"{SETTINGS} says split_special_tokens: transformers takes the special tokens of the chat template for text, this "
+            "project for tokens"
+        )
     tokens = tokens_of(tokenizer)
-    theirs = tokens | _tokens(folder)
+    theirs = tokens | _tokens(beside or folder)
     plain = not ends or ends == (tokenizer.eos_id,)
     return ChatSetup(template, () if plain else ends, {} if theirs == tokens else theirs, not template), warnings
 
@@ -66,17 +91,32 @@ def defaults_taken(folder: Path, tokenizer: Tokenizer) -> list[str]:
     return lines
 
 
-def metas_chat(tokenizer: Tokenizer) -> ChatSetup:
-    """Return the end tokens of Meta's own code, which has no files about them."""
+def metas_chat(folder: Path, tokenizer: Tokenizer, rows: int, given: str = "") -> tuple[ChatSetup, list[str]]:
+    """Return the end tokens of Meta's own code, which has no files about them, and a template if a file has one.
+
+    The arguments are those of ``read_chat``.
+    """
     ends = tuple(tokenizer.specials[text] for text in METAS_ENDS if text in tokenizer.specials)
-    return ChatSetup(end_ids=ends if len(ends) > 1 else ())
+    found, warnings = read_chat(folder, tokenizer, rows, given)
+    if found.template:
+        return replace(found, end_ids=found.end_ids or (ends if len(ends) > 1 else ())), warnings
+    return ChatSetup(end_ids=ends if len(ends) > 1 else ()), []
+
+
+def _beside(given: str, folder: Path) -> Path | None:
+    """Return the folder of a tokenizer that is given, or None if there is none or it is that of the weights."""
+    if not given or is_remote(place := location(given)):
+        return None
+    place = place if place.is_dir() else place.parent
+    return None if place.resolve() == folder.resolve() else place
 
 
 def _template(folder: Path, warnings: list[str]) -> str:
     """Return the chat template of a folder, or "" if it has none."""
     more = folder / MORE_TEMPLATES
-    if more.is_dir():
-        named = ", ".join(sorted(quoted(path.stem, 30) for path in more.glob("*.jinja"))[:4])
+    names = sorted(path.stem for path in more.glob("*.jinja") if path.stem != "default") if more.is_dir() else []
+    if names:
+        named = ", ".join(quoted(name, 30) for name in names[:4])
         warnings.append(f"{MORE_TEMPLATES}: {named}: only the default chat template is kept")
     found = [(name, text) for name, text in _templates(folder, warnings) if text.strip()]
     if len({text for _, text in found}) > 1:
@@ -87,8 +127,9 @@ def _template(folder: Path, warnings: list[str]) -> str:
 
 def _templates(folder: Path, warnings: list[str]) -> Iterator[tuple[str, str]]:
     """Yield the files that have a chat template, in the order in which transformers takes them, and the template."""
-    if (folder / TEMPLATE).is_file():
-        yield TEMPLATE, read_template_file(folder / TEMPLATE)
+    for name in (f"{MORE_TEMPLATES}/default.jinja", TEMPLATE):
+        if (folder / name).is_file():
+            yield name, read_template_file(folder / name)
     for name in (SETTINGS, OLD_TEMPLATE):
         found = _json(folder / name).get("chat_template")
         if isinstance(found, list):
@@ -97,7 +138,7 @@ def _templates(folder: Path, warnings: list[str]) -> Iterator[tuple[str, str]]:
             found = found.get("default")
         if isinstance(found, str) and len(found) > MOST_TEMPLATE:
             warnings.append(f"{name}: chat_template: {len(found):,} characters are too many, and are not kept")
-        elif isinstance(found, str):
+        elif isinstance(found, str) and found == clean(found):
             yield name, found
         elif found is not None:
             warnings.append(f"{name}: chat_template: expected a text, found {quoted(found, 40)}: it is not kept")

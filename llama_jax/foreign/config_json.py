@@ -50,7 +50,7 @@ SOFT_CAPS = (
 )  # fmt: skip
 NEUTRAL = {
     "hidden_act": Neutral(("silu", "swish"), "this project has SwiGLU alone"),
-    "is_causal": Neutral((True,), NO_WINDOW),
+    "is_causal": Neutral((True,), NO_WINDOW, null=False),
     "is_encoder_decoder": Neutral((False,)),
     "add_cross_attention": Neutral((False,)),
     "per_layer_config": Neutral(({},), "this project's layers are all alike"),
@@ -120,7 +120,7 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
     cannot express the model.
     """
     kind, doubt = _kind(table)
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{path}: model_type: expected 'llama' or 'mistral', found {quoted(kind)}; this project runs only LLaMA models "
             "and Mistral's of the same shape"

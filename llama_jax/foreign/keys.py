@@ -20,6 +20,8 @@ class Neutral:
 
     values: tuple[Any, ...]
     advice: str = "this project has no such model"
+    null: bool = True
+    """Whether null is as good as no key."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Keys:
     """Keys that do not change the logits."""
 
     def check(self, table: dict[str, Any], path: Path) -> None:
-        """Raise UserError if an unsupported key has a value that is not neutral. null is as good as no key."""
+        """Raise UserError if an unsupported key has a value that is not neutral."""
         for key in sorted(table.keys() & self.neutral.keys()):
             found, neutral = table[key], self.neutral[key]
-            if found is not None and not any(is_same(found, value) for value in neutral.values):
+            if (found is not None or not neutral.null) and not any(is_same(found, value) for value in neutral.values):
                 expected = " or ".join(json.dumps(value) for value in neutral.values) or "null"
                 raise UserError(f"{path}: {key}: expected {expected}, found {quoted(found)}; {neutral.advice}")
 

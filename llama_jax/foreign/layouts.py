@@ -30,6 +30,8 @@ WEIGHTS = re.compile(
     r"((model|pytorch_model|consolidated|adapter_model|tf_model|flax_model|lit_model)\b.*"
     r"\.(safetensors|bin|pth|pt|h5|msgpack|index\.json)|.*\.gguf|params\.json|config\.json|adapter_config\.json)"
 )
+# Names of files that are being downloaded.
+UNFINISHED = re.compile(r"\.(incomplete|part|crdownload|aria2|tmp|download)$")
 # Models of up to 70B have about 60 kB.
 MAX_INDEX = 10_000_000
 # No release of Meta's has more shards.
@@ -218,6 +220,10 @@ def _instead(folder: Path) -> str:
         return f"{CONSOLIDATED}, in Mistral's layout, whose configuration is {PARAMS}; download that too"
     if any(SHARD.fullmatch(path.name) for path in children(folder / "original")):
         return f"neither, but Meta's in original; type: {convert_command(folder / 'original', folder.name)}"
+    if lost := [name for name in sorted(names) if WEIGHTS.fullmatch(name) and not (folder / name).exists()]:
+        return f"{lost[0]}, a link to nothing: its download was not finished, or its target is gone; download it again"
+    if half := [name for name in sorted(names) if UNFINISHED.search(name)]:
+        return f"neither, but {quoted(half[0], 60)}, of a download that was not finished; start it again"
     others = [name for name in names if name.endswith((".safetensors", ".gguf", ".bin", ".pth", ".h5", ".msgpack"))]
     return f"neither, but {_some(sorted(others))}" if others else "neither; download the weights too"
 

@@ -14,7 +14,7 @@ from llama_jax.rope_scaling import ORIGINAL, RopeScaling
 
 READ = names(
     """dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta max_seq_len head_dim
-    hidden_dim intermediate_size sliding_window use_scaled_rope rope_scaling_factor"""
+    hidden_dim intermediate_size sliding_window use_scaled_rope rope_scaling_factor max_position_embeddings tied_embeddings"""
 )
 NO_BIAS = "Meta's code has no biases: take Hugging Face's files of this model"
 NO_ROPE = "Meta's code has no such embedding: take Hugging Face's files of this model"
@@ -35,11 +35,15 @@ NEUTRAL = {
     **dict.fromkeys(("rope_scaling", "yarn", "high_freq_factor", "low_freq_factor"), Neutral((), NO_ROPE)),
     "causal": Neutral((True,), NO_WINDOW),
     **dict.fromkeys(("attention_chunk_size", "nope_layer_interval"), Neutral((), NO_WINDOW)),
+    "_sliding_window": Neutral((), NO_WINDOW),
+    "llama_4_scaling": Neutral((), "this project does not scale attention by the position"),
+    "model_type": Neutral(("transformer", "llama", "mistral")),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), Neutral(())),
     "moe": Neutral((), NO_EXPERTS),
     **dict.fromkeys(("num_experts", "moe_args"), Neutral((), NO_EXPERTS)),
     **dict.fromkeys(("quantization_args", "quantization"), Neutral((), QUANTIZED)),
     **dict.fromkeys(("lora_args", "lora"), Neutral((), "merge the adapter into the weights first")),
-    **dict.fromkeys(("bias", "qkv_bias", "attention_bias"), Neutral((False,), NO_BIAS)),
+    **dict.fromkeys(("bias", "qkv_bias", "attention_bias", "use_biases"), Neutral((False,), NO_BIAS)),
     **dict.fromkeys(("use_qk_norm", "qk_norm"), Neutral((False,))),
     **dict.fromkeys(("act_fn", "activation", "hidden_act"), Neutral(("silu", "swish", "swiglu"), "this project has SwiGLU alone")),
     "vision_chunk_size": Neutral((-1,), "this project has no images"),
@@ -47,7 +51,7 @@ NEUTRAL = {
     **dict.fromkeys(("vision_args", "vision_encoder"), Neutral((), "this project has no images")),
     **dict.fromkeys((*SOFT_CAPS, "attn_temperature_tuning"), Neutral((False,))),
 }  # fmt: skip
-IGNORED = names("max_batch_size model_parallel_size dropout dtype vision_max_num_chunks max_position_embeddings name")
+IGNORED = names("max_batch_size model_parallel_size dropout dtype vision_max_num_chunks name use_cache")
 KEYS = Keys(READ, NEUTRAL, IGNORED)
 
 
@@ -78,6 +82,8 @@ def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len:
     scaling, told = _rope_scaling(table, path)
     # The code of LLaMA 3, which alone has this key, has another default.
     theta = 500_000.0 if "use_scaled_rope" in table else default.rope_theta
+    usual = usual_context(vocab_size, scaling)
+    context = take(table, "max_seq_len", int, path, take(table, "max_position_embeddings", int, path, usual))
     args = ModelArgs(
         dim=take(table, "dim", int, path),
         n_layers=take(table, "n_layers", int, path),
@@ -88,12 +94,14 @@ def read_params(table: dict[str, Any], path: Path, vocab_size: int, max_seq_len:
         ffn_dim_multiplier=take(table, "ffn_dim_multiplier", float, path, None),
         norm_eps=take(table, "norm_eps", float, path, default.norm_eps),
         rope_theta=take(table, "rope_theta", float, path, theta),
-        max_seq_len=max_seq_len or take(table, "max_seq_len", int, path, usual_context(vocab_size, scaling)),
+        max_seq_len=max_seq_len or context,
         rope_scaling=scaling,
         sliding_window=take(table, "sliding_window", int, path, None),
     )
-    args = _with_sizes(table, args, path)
-    check_arguments(args, path, {})
+    head_dim = take(table, "head_dim", int, path, None)
+    if head_dim is not None and head_dim * args.n_heads != args.dim:
+        args = dataclasses.replace(args, head_dim=head_dim)
+    args = check_arguments(_with_width(table, check_arguments(args, path, {}), path), path, {})
     unknown = KEYS.unknown(table) + (sorted(outer.keys() - {"model"}) if table is not outer else [])
     return Params(args, (*told, *_warnings(table, args, path)), tuple(unknown))
 
@@ -108,6 +116,15 @@ def usual_context(vocab_size: int, scaling: RopeScaling | None) -> int:
 def width(table: dict[str, Any]) -> Any:
     """Return dim as the file has it, of any type, or None."""
     return _inner(table).get("dim")
+
+
+def check_ties(table: dict[str, Any], args: ModelArgs, path: Path) -> None:
+    """Raise UserError if the file at ``path`` ties the embeddings of a model whose files hold another output matrix."""
+    if take(_inner(table), "tied_embeddings", bool, path, False) and not args.tie_embeddings:
+        raise UserError(
+            f"{path}: tied_embeddings: expected false beside an output.weight that differs from tok_embeddings.weight, found true; "
+            "write false to use both, or delete the one that does not belong to the model"
+        )
 
 
 def stated(table: dict[str, Any]) -> str:
@@ -198,11 +215,8 @@ def _inner(table: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else table
 
 
-def _with_sizes(table: dict[str, Any], args: ModelArgs, path: Path) -> ModelArgs:
-    """Return the arguments with the sizes that files of Meta's layout by others state outright."""
-    head_dim = take(table, "head_dim", int, path, None)
-    if head_dim is not None and head_dim * args.n_heads != args.dim:
-        args = dataclasses.replace(args, head_dim=head_dim)
+def _with_width(table: dict[str, Any], args: ModelArgs, path: Path) -> ModelArgs:
+    """Return the arguments with the feed-forward width that files of Meta's layout by others state outright."""
     for key in ("hidden_dim", "intermediate_size"):
         hidden = take(table, key, int, path, None)
         if hidden is not None and (args.hidden_dim is not None or hidden != args.hidden_width):
@@ -214,8 +228,9 @@ def _with_sizes(table: dict[str, Any], args: ModelArgs, path: Path) -> ModelArgs
 
 def _warnings(table: dict[str, Any], args: ModelArgs, path: Path) -> list[str]:
     warnings = []
-    if args.max_seq_len > (known := take(table, "max_seq_len", int, path, args.max_seq_len)):
-        warnings.append(f"the context is {args.max_seq_len:,} tokens, and params.json says max_seq_len {known:,}")
+    key = "max_seq_len" if table.get("max_seq_len") is not None else "max_position_embeddings"
+    if args.max_seq_len > (known := take(table, key, int, path, args.max_seq_len)):
+        warnings.append(f"the context is {args.max_seq_len:,} tokens, and params.json says {key} {known:,}")
     stated_size = take(table, "vocab_size", int, path, -1)
     if stated_size not in (-1, args.vocab_size):
         warnings.append(

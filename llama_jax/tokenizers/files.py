@@ -5,7 +5,8 @@ content). With a tokenizer.json beside it, SentencePiece's model is read unless 
 model lacks: then it is the fine-tune's, and is read in its place.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.locations import children, location, user_errors
 from llama_jax.tokenizers import tiktoken
-from llama_jax.tokenizers.reader import Added
+from llama_jax.tokenizers.reader import Added, clean
 from llama_jax.tokenizers.table import MAX_BYTES, MAX_ID, Table, added_by_decoder, added_of, parse_object
 
 MODEL, TABLE, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
@@ -133,22 +134,66 @@ def behind_specials(files: Files) -> tuple[bool, bool]:
     return then.get("prepend_scheme", "always") != "always", True
 
 
+def named_specials(files: Files) -> list[str]:
+    """Return the texts that the files next to the vocabulary name as special tokens, as far as a text may hold them.
+
+    transformers takes them for special tokens although the vocabulary may have them as ordinary pieces. A pad_token is
+    one only if it is written in brackets: some models fill rows up with an ordinary piece, such as "!".
+    """
+    tables = [files.tables.get(name, {}) for name in (CONFIG, MAP)]
+    found = [text for table in tables for which in (*TOKENS, "unk") if (text := text_of(table.get(f"{which}_token")))]
+    listed = [text for table in tables for text in _listed_texts(table)]
+    filling = [text for table in tables for text in _texts(table) if re.fullmatch(r"<.+>|\[.+\]", text)]
+    return list(dict.fromkeys(found + listed + filling))
+
+
+def without_id(files: Files, known: Callable[[str], bool]) -> list[str]:
+    """Return a line if the files name special tokens that have no id. ``known`` says whether a text has one."""
+    lines = []
+    for name in (CONFIG, MAP):
+        table = files.tables.get(name, {})
+        if files.main == MODEL:  # whose own BOS and EOS count
+            table = {key: value for key, value in table.items() if key not in ("bos_token", "eos_token")}
+        lost = [text for text in dict.fromkeys(_texts(table)) if not known(text)]
+        if lost:
+            shown = ", ".join(quoted(text, 30) for text in lost[:4]) + (f" and {len(lost) - 4} more" * (len(lost) > 4))
+            lines.append(
+                f"{name} names {shown}, which no file gives an id: transformers adds such tokens behind the vocabulary, here they "
+                "are text; save the tokenizer again with transformers if they are needed"
+            )
+    return lines[:1]
+
+
+def decoding_told(files: Files) -> list[str]:
+    """Return a line if transformers takes spaces out of the text of ids, which this project leaves as it is."""
+    kind = files.tables[TABLE]["model"].get("type", "BPE")  # of BPE it ignores the key
+    if files.tables.get(CONFIG, {}).get("clean_up_tokenization_spaces") is not True or kind == "BPE":
+        return []
+    return [
+        f'{CONFIG} says clean_up_tokenization_spaces: transformers writes " ," as ",", here texts keep their spaces'
+    ]
+
+
 def _texts(table: Table) -> Iterator[str]:
     """Yield the texts that a table names as BOS, EOS, PAD and the like."""
     for key, value in table.items():
         if key.endswith("_token") and (text := text_of(value)):
             yield text
+    yield from _listed_texts(table)
+
+
+def _listed_texts(table: Table) -> Iterator[str]:
+    """Yield the texts of a table's special tokens without a name of their own, and of those that it adds by name."""
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = table.get(key)
-        for value in listed if isinstance(listed, list) else ():
-            if text := text_of(value):
-                yield text
+        values = listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else ()
+        yield from filter(None, map(text_of, values))
 
 
 def text_of(token: Any) -> str | None:
     """Return the text of a token that a file names, by itself or with flags."""
     found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+    return clean(found) if isinstance(found, str) else None
 
 
 def named_ids(files: Files, ids: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
@@ -187,7 +232,15 @@ def begins_with_bos(files: Files, bos: str) -> bool | None:
     if isinstance(stated, bool):
         return stated
     before, _ = around(files)
-    return True if before[:1] == [bos] else None
+    if before:
+        return True if before[0] == bos else None
+    return False if _has_template(files.tables.get(TABLE, {}).get("post_processor")) else None
+
+
+def said_by(files: Files) -> str:
+    """Return what says whether BOS begins a text, for ``begins_with_bos`` that knows."""
+    stated = isinstance(files.tables.get(CONFIG, {}).get("add_bos_token"), bool)
+    return f"add_bos_token in {CONFIG}" if stated else f"the post_processor of {TABLE}"
 
 
 def around(files: Files) -> tuple[list[str], list[str]]:
@@ -221,6 +274,12 @@ def _around(processor: Any) -> tuple[list[str], list[str]]:
     texts = [special.get("id") if isinstance(special := step.get("SpecialToken"), dict) else None for step in steps]
     place = next((i for i, step in enumerate(steps) if "Sequence" in step), len(steps))
     return [str(text) for text in texts[:place] if text], [str(text) for text in texts[place + 1 :] if text]
+
+
+def _has_template(processor: Any) -> bool:
+    """Return whether a post-processor says what stands around a text, be it nothing, as files of transformers 5 do."""
+    steps = [processor, *_listed(processor.get("processors"))] if isinstance(processor, dict) else []
+    return any(isinstance(step, dict) and _listed(step.get("single")) for step in steps)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -25,6 +25,7 @@ class SentencePieceReader:
         model: the content of tokenizer.model.
         name: the file's path, for errors.
         added: tokens beyond the model's own, and flags of those that it has.
+        named: texts that other files name as special tokens. Pieces of the model with these texts are such tokens.
         joined: whether text behind a special token goes on without a space mark before its first word. Otherwise it
             begins as a text of its own does, as in Meta's code.
         spares: whether it does so where it begins with a space.
@@ -33,7 +34,13 @@ class SentencePieceReader:
     """
 
     def __init__(
-        self, model: bytes, name: str, added: Sequence[Added] = (), joined: bool = False, spares: bool = False
+        self,
+        model: bytes,
+        name: str,
+        added: Sequence[Added] = (),
+        joined: bool = False,
+        spares: bool = False,
+        named: Sequence[str] = (),
     ):
         self._model, self._joined, self._spares = model, joined, spares
         self._sp = loaded(model, name)
@@ -41,6 +48,11 @@ class SentencePieceReader:
         ids = [*range(self.own_size)]
         special = np.array(self._sp.is_control(ids)) | np.array(self._sp.is_unknown(ids))
         own = {self._sp.id_to_piece(i): i for i in np.flatnonzero(special).tolist()}
+        texts = dict.fromkeys([*named, *(token.text for token in added if token.special)])
+        pieces = {text: i for text in texts if self._sp.id_to_piece(i := self._sp.piece_to_id(text)) == text}
+        # Ordinary pieces that the files take for special tokens.
+        self._taken = {*pieces.values()} - {*own.values()}
+        own |= pieces
         # A token of the model that is listed among the added ones is found as these are.
         added = [token for token in added if token.id >= self.own_size or own.get(token.text) == token.id]
         self._added = {text: Added(i, text) for text, i in own.items()} | {token.text: token for token in added}
@@ -82,7 +94,11 @@ class SentencePieceReader:
             return token_id in self._pieces and token_id not in self._hidden
         sp = self._sp
         return not (
-            sp.is_control(token_id) or sp.is_unknown(token_id) or sp.is_byte(token_id) or sp.is_unused(token_id)
+            token_id in self._taken
+            or sp.is_control(token_id)
+            or sp.is_unknown(token_id)
+            or sp.is_byte(token_id)
+            or sp.is_unused(token_id)
         )
 
     @functools.cached_property
@@ -137,7 +153,7 @@ class SentencePieceReader:
         """Return the text of ids; see Reader."""
         shown = {*self._pieces, *(self._hidden if specials else ())}
         if not shown.intersection(ids):
-            return self._sp.decode([i for i in ids if i < self.own_size])
+            return self._sp.decode([i for i in ids if i < self.own_size and i not in self._taken])
         visible = [i for i in ids if specials or i not in self._hidden]
         text = ""
         for is_shown, group in itertools.groupby(visible, shown.__contains__):

@@ -43,14 +43,17 @@ class TableReader:
     Arguments:
         table: the content of tokenizer.json.
         name: the file's path, for errors.
-        added: tokens that other files add. Those with the ids or texts of the table's own are left out.
+        added: tokens that other files add. Those with the texts of the table's own are left out.
+        named: texts that other files name as special tokens. Pieces of the vocabulary with these texts are such tokens.
 
     Raises UserError if the library refuses the table.
     """
 
-    def __init__(self, table: Table, name: str, added: Sequence[Added] = ()):
+    def __init__(self, table: Table, name: str, added: Sequence[Added] = (), named: Sequence[str] = ()):
         self._name = name
-        self._table = _without_chance(_with_added(table, added, name))
+        wanted = {*named} - {token.text for token in added}
+        special = [Added(i, piece) for i, piece in pieces_of(table).items() if piece in wanted] if wanted else []
+        self._table = _without_chance(_with_added(table, [*added, *special], name))
         self._raw = json.dumps(self._table, ensure_ascii=False)
         self._library = self._open(specials=False)
         own = added_of(self._table)
@@ -195,9 +198,9 @@ def _with_added(table: Table, added: Sequence[Added], name: str) -> Table:
     texts = {*pieces.values()}
     more = []
     for token in sorted(added):
-        if token.text in taken or pieces.get(token.id) == token.text:
+        if token.text in taken:
             continue
-        if token.id in pieces or token.text in texts:
+        if pieces.get(token.id) != token.text and (token.id in pieces or token.text in texts):
             raise UserError(
                 f"{name}: expected {quoted(pieces.get(token.id, token.text), 40)} to have one id, found {quoted(token.text, 40)} with id {token.id} "
                 "in the files next to it; save the tokenizer again with transformers"

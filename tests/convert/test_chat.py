@@ -100,7 +100,9 @@ def test_the_converter_takes_a_template_by_name(
     out = capsys.readouterr().out
     assert "a chat template of" in out and "<|im_start|> and <|im_end|> are not" in out
     convert(ConvertArgs(str(folders / "ours"), str(tmp_path / "meta"), "meta"))
-    assert "no place for a chat template" in capsys.readouterr().out
+    assert "Meta's layout has no place for a chat template" in capsys.readouterr().out
+    convert(ConvertArgs(str(tmp_path / "chat"), to="llama2c", dry_run=True))
+    assert "llama2.c's file has no place for a chat template" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,23 @@ def test_norms_that_differ_between_shards_are_refused(
     (other / "consolidated.01.pth").rename(source / "consolidated.01.pth")
     with pytest.raises(UserError, match=r"layers\.1\.ffn_norm\.weight: differs from shard to shard"):
         run(input=source, output=tmp_path / "ours")
+
+
+def test_a_shard_that_was_downloaded_under_two_names_is_told(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    args = ModelArgs(
+        dim=32, n_layers=1, n_heads=4, multiple_of=16, max_seq_len=64, vocab_size=small_tokenizer.vocab_size
+    )
+    weights = random_weights(args, np.dtype("<f4"))
+    folder = write_meta_folder(tmp_path / "model", args, weights, 2, small_tokenizer)
+    shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.01.pth")
+    with pytest.raises(
+        UserError, match=r"consolidated\.01\.pth: holds the same part of .*wq.* as consolidated\.00\.pth"
+    ):
+        run(input=str(folder), output=str(tmp_path / "never"))
+    assert not (tmp_path / "never").exists()
+    # A matrix of one value has equal parts by itself.
+    even = {name: np.ones_like(values) for name, values in weights.items()}
+    run(input=str(write_meta_folder(tmp_path / "even", args, even, 2, small_tokenizer)), output=str(tmp_path / "read"))
 
 
 def test_rope_freqs_are_passed_over(args: ModelArgs, small_tokenizer: Tokenizer, tmp_path: Path) -> None:

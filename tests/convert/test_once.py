@@ -104,12 +104,41 @@ def test_a_model_that_changes_is_converted_again_and_nothing_else_counts(
     above = (model / "tokenizer.model").rename(model.parent / "tokenizer.model")
     assert open_checkpoint(model).folder == third, "the tokenizer of the folder above counts, and is the same"
     os.utime(above, ns=(1, 1))
-    assert open_checkpoint(model).folder != third
-    assert len(list(cache.iterdir())) == 4
+    fourth = open_checkpoint(model).folder
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "default.jinja").write_text("{{ messages[0].content }}")
+    fifth = open_checkpoint(model)
+    assert fifth.chat.template and len({third, fourth, fifth.folder}) == 3
+    assert len(list(cache.iterdir())) == 5
 
 
 def _open(model: Path, results: Any) -> None:
     results.put(str(open_checkpoint(model).folder))
+
+
+def test_of_two_models_in_a_folder_the_one_that_is_read_is_told(
+    model: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "consolidated.safetensors").write_bytes(b"")
+    open_checkpoint(model)
+    assert (
+        "warning: decided by params.json and consolidated.00.pth; not read: consolidated.safetensors"
+        in capsys.readouterr().err
+    )
+
+
+def test_files_that_change_while_they_are_converted_become_no_conversion(
+    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def writes_and_meanwhile_a_file_arrives(*args: Any) -> Any:
+        (model / "params.json").write_text((model / "params.json").read_text() + " ")
+        return write(*args)
+
+    write = once.write
+    monkeypatch.setattr(once, "write", writes_and_meanwhile_a_file_arrives)
+    with pytest.raises(UserError, match="expected files that do not change while they are converted"):
+        open_checkpoint(model)
+    assert not cache.exists() or not [*cache.iterdir()]
 
 
 def test_two_processes_at_once_make_one(model: Path, cache: Path) -> None:

@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers", reason="parity needs transfor
 peft = pytest.importorskip("peft", reason="adapters of PEFT need peft, which the test extra brings for Python 3.11")
 
 import jax  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
 import llama_jax  # noqa: E402
 from llama_jax.adapters import adapter_shapes  # noqa: E402
@@ -197,6 +198,14 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "no rank": ({"r": "4"}, "r: expected int"),
     "no scale": ({"lora_alpha": -1}, "alpha"),
     "dropout": ({"lora_dropout": 2.0}, "dropout"),
+    "a matrix that it does not adapt": ({"target_modules": ["q_proj"]}, "target_modules: .*does not name .*k_proj"),
+    "a matrix of one layer": (
+        {"target_modules": r".*layers\.1\..*|lm_head"},
+        "target_modules: .*does not name .*layers.0",
+    ),
+    "a matrix that it leaves out": ({"exclude_modules": ["v_proj"]}, "exclude_modules: .*names .*v_proj"),
+    "not the output": ({"target_modules": "all-linear"}, "target_modules: .*does not name lm_head"),
+    "no names": ({"target_modules": 7}, "target_modules: expected names"),
 }
 
 
@@ -210,6 +219,45 @@ def test_an_adapter_of_another_kind_is_refused_by_the_key(case: str, root: Path,
         run(input=str(tmp_path / "adapter"), base=str(root / "base"), output=str(tmp_path / "never"))
     assert "\n" not in str(caught.value) and str(tmp_path / "adapter") in str(caught.value)
     assert not (tmp_path / "never").exists()
+
+
+def test_the_keys_that_name_what_is_adapted_may_say_so_in_any_way(root: Path, tmp_path: Path, capsys: Any) -> None:
+    run(input=str(root / "tuned"), output=str(tmp_path / "adapter"), to="peft")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    table = json.loads(path.read_text())
+    ends = [*table["target_modules"]]
+    slow = "(" + "|".join(f"(.*)*{end}" for end in ends) + ")"
+    for i, changes in enumerate(
+        [{"target_modules": rf".*({'|'.join(ends)})"}, {"exclude_modules": ["x_proj"]}, {"target_modules": slow}]
+    ):
+        path.write_text(json.dumps(table | changes))
+        run(input=str(tmp_path / "adapter"), base=str(root / "base"), output=str(tmp_path / f"read{i}"))
+    assert capsys.readouterr().out.count("is not compared with the factors, all of which are used") == 1
+
+
+def test_an_adapter_of_the_output_of_tied_embeddings_is_refused_in_words(root: Path, tmp_path: Path) -> None:
+    base = Checkpoint.find(root / "base")
+    args = dataclasses.replace(base.args, tie_embeddings=True)
+    params = jax.tree.map(jax.numpy.asarray, numpy_llama.random_params(parameter_shapes(Llama(args))))
+    save_checkpoint(tmp_path / "tied", params, args, base.tokenizer)
+    run(input=str(root / "tuned"), output=str(tmp_path / "adapter"), to="peft")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    factors = load_file(path)
+    save_file(factors | {"base_model.model.lm_head.base_layer.weight": np.array(params["tok_embeddings"])}, path)
+    with pytest.raises(UserError, match="the output matrix of this model is its embeddings, found output"):
+        run(input=str(tmp_path / "adapter"), base=str(tmp_path / "tied"), output=str(tmp_path / "never"))
+
+
+def test_tokens_beside_an_adapter_that_the_base_has_not_are_told(root: Path, tmp_path: Path, capsys: Any) -> None:
+    run(input=str(root / "tuned"), output=str(tmp_path / "adapter"), to="peft")
+    base = Checkpoint.find(root / "base").tokenizer
+    (tmp_path / "adapter" / "tokenizer.model").write_bytes(base.model_bytes)
+    run(input=str(tmp_path / "adapter"), base=str(root / "base"), output=str(tmp_path / "same"))
+    assert "the tokenizer in" not in capsys.readouterr().out
+    (tmp_path / "adapter" / "added_tokens.json").write_text(json.dumps({"<turn>": base.vocab_size}))
+    run(input=str(tmp_path / "adapter"), base=str(root / "base"), output=str(tmp_path / "read"))
+    told = capsys.readouterr().out
+    assert f"has '<turn>' ({base.vocab_size}), which that of the base has not" in told and "--tokenizer" in told
 
 
 def test_every_key_of_peft_is_known() -> None:

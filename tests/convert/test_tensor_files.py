@@ -380,6 +380,9 @@ def test_what_a_mistral_folder_leaves_open_is_refused(model: Any, small_tokenize
     folder = mistral_folder(model, tmp_path / "experts", small_tokenizer, moe={"num_experts": 8})
     with pytest.raises(UserError, match=r"moe: .*mixtures of experts"):
         converted(folder, tmp_path / "x")
+    folder = mistral_folder(model, tmp_path / "ties", small_tokenizer, tied_embeddings=True)
+    with pytest.raises(UserError, match=r"tied_embeddings: expected false beside an output\.weight that differs"):
+        converted(folder, tmp_path / "x")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 40, 0.5, 0.999])

@@ -31,6 +31,7 @@ def read(folder: Path, tokenizer: Tokenizer, files: dict[str, Any]) -> tuple[Cha
         ({"tokenizer_config.json": {"chat_template": NAMED[1:]}}, "plain", ""),
         ({"tokenizer_config.json": {"chat_template": NAMED[:1]}}, "", "none is the default"),
         ({"tokenizer_config.json": {"chat_template": 3}}, "", "expected a text, found 3"),
+        ({"tokenizer_config.json": {"chat_template": "\ud800"}}, "", "expected a text, found"),
         ({"tokenizer_config.json": {"chat_template": "a" * 300_000}}, "", "too many"),
         ({"chat_template.json": {"chat_template": "b"}}, "b", ""),
         ({"chat_template.jinja": "c\n", "tokenizer_config.json": {"chat_template": "a"}}, "c\n",
@@ -39,6 +40,11 @@ def read(folder: Path, tokenizer: Tokenizer, files: dict[str, Any]) -> tuple[Cha
         ({"tokenizer_config.json": {"chat_template": "a"}, "chat_template.json": {"chat_template": "b"}}, "a",
          "tokenizer_config.json is kept, as by transformers; chat_template.json has another"),
         ({"chat_template.jinja": "c", "additional_chat_templates/tool.jinja": "d"}, "c", "'tool': only the default"),
+        ({"additional_chat_templates/default.jinja": "d"}, "d", ""),
+        ({"chat_template.jinja": "c", "additional_chat_templates/default.jinja": "d"}, "d",
+         "additional_chat_templates/default.jinja is kept, as by transformers; chat_template.jinja has another"),
+        ({"tokenizer_config.json": {"chat_template": "a", "split_special_tokens": True}}, "a", "split_special_tokens"),
+        ({"tokenizer_config.json": {"split_special_tokens": True}}, "", ""),
     ],
 )  # fmt: skip
 def test_the_template_is_the_one_that_transformers_takes(
@@ -89,6 +95,8 @@ def test_a_generation_config_that_names_no_end_is_told(tmp_path: Path, small_tok
         ({"repetition_penalty": 1.1}, "repetition_penalty 1.1, .*: --repetition-penalty 1.1$"),
         ({"suppress_tokens": [5], "num_beams": 4}, r"suppress_tokens \[5\], num_beams 4, .*; here flags decide$"),
         ({"suppress_tokens": [], "repetition_penalty": 1.0, "num_beams": 1, "forced_eos_token_id": None}, ""),
+        ({"max_new_tokens": 40, "token_healing": True}, "token_healing True, .*: --max-new-tokens 40$"),
+        ({"max_new_tokens": 128, "num_return_sequences": 1, "renormalize_logits": False}, ""),
         ({"repetition_penalty": "x; rm"}, r"repetition_penalty 'x; rm', .*; here flags decide$"),
     ],
     ids=str,
@@ -112,11 +120,34 @@ def test_names_of_tokens_are_kept_if_they_are_not_the_tokenizers(tmp_path: Path,
     assert chat.tokens["eos_token"] == "<|im_end|>" and chat.tokens["bos_token"] == "<s>"
 
 
-def test_metas_llama3_ends_where_metas_code_ends(small_tokenizer: Tokenizer) -> None:
+def test_metas_llama3_ends_where_metas_code_ends(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     vocabulary = Vocabulary(LLAMA3)
     ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
-    assert metas_chat(vocabulary).end_ids == tuple(vocabulary.specials[text] for text in ends)  # type: ignore[arg-type]
-    assert metas_chat(small_tokenizer) == ChatSetup()
+    chat, told = metas_chat(tmp_path, vocabulary, 128_256)  # type: ignore[arg-type]
+    assert chat == ChatSetup(end_ids=tuple(vocabulary.specials[text] for text in ends)) and not told
+    assert metas_chat(tmp_path, small_tokenizer, 400) == (ChatSetup(), [])
+    # A template that lies beside Meta's files counts.
+    (tmp_path / "chat_template.jinja").write_text("c")
+    chat, _ = metas_chat(tmp_path, vocabulary, 128_256)  # type: ignore[arg-type]
+    assert chat.template == "c" and len(chat.end_ids) == 3 and not chat.has_none
+
+
+def test_a_template_beside_a_tokenizer_that_is_given_counts_where_the_weights_have_none(
+    tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    weights, tuned = tmp_path / "weights", tmp_path / "tuned"
+    for place in (weights, tuned):
+        place.mkdir()
+    (tuned / "tokenizer_config.json").write_text(json.dumps({"chat_template": "tuned", "eos_token": "<|im_end|>"}))
+    for given in (tuned, tuned / "tokenizer.model"):
+        chat, (told,) = read_chat(weights, small_tokenizer, 400, str(given))
+        assert chat.template == "tuned" and chat.tokens["eos_token"] == "<|im_end|>"
+        assert f"the chat template is that of {tuned}, where the tokenizer is, since {weights} has none" in told
+    assert read_chat(weights, small_tokenizer, 400) == (ChatSetup(has_none=True), [])
+    (weights / "chat_template.jinja").write_text("own")
+    chat, (told,) = read_chat(weights, small_tokenizer, 400, str(tuned))
+    assert chat.template == "own" and f"that of {weights}, which is kept" in told
+    assert read_chat(weights, small_tokenizer, 400, str(weights))[1] == []
 
 
 def test_what_is_known_about_conversations_is_kept_in_files(tmp_path: Path) -> None:

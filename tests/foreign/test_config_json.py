@@ -72,7 +72,7 @@ VALUES: dict[str, list[Any]] = {
         ["full_attention"] * 2, ["sliding_attention", "full_attention"], ["attention"] * 2, ["sliding_attention"] * 2, [], None
     ],
     "attention_chunk_size": [None, 4],
-    "is_causal": [True, False],
+    "is_causal": [True, False, None],
     "pretraining_tp": [1, 2],
     "per_layer_config": [{}, {"0": {"rms_norm_eps": 0.5}}, {"1": {"intermediate_size": 8}}],
     "quantization_config": [None, {}, {"quant_method": "gptq", "bits": 4}],
@@ -81,7 +81,7 @@ VALUES: dict[str, list[Any]] = {
     "attn_softcap": [None, 5.0],
     "query_pre_attn_scalar": [8, 4],
     "num_experts": [0, 4],
-    "model_type": ["llama", "mistral", "gpt2", ...],
+    "model_type": ["llama", "mistral", "gpt2", ["llama"], {}, ...],
     "architectures": [["LlamaForCausalLM"], ["MistralForCausalLM"], None],
     "torch_dtype": ["float32", "float16", None],
     "use_cache": [True, False],
@@ -186,6 +186,8 @@ def ours(folder: Path) -> np.ndarray:
 @example({"tie_word_embeddings": True})
 @example({"num_hidden_layers": 1})
 @example({"model_type": "mistral", "sliding_window": 4})
+@example({"model_type": "mistral", "is_causal": None})
+@example({"model_type": ["llama"]})
 @example({"model_type": "mistral", "sliding_window": 4, "layer_types": ["sliding_attention"] * 2})
 @example({"model_type": "mistral", "sliding_window": 1, "max_window_layers": 0, "use_sliding_window": True})
 @example({"model_type": "mistral", "sliding_window": 4, "use_sliding_window": False})

@@ -18,6 +18,11 @@ from tests import inside
 from tests.commands import ROOT, SMALL, told
 from tests.foreign.test_layouts import CONFIG, config, meta, mistral, original, params, pickled, stale, whole
 
+
+def dangling(folder: Path) -> None:
+    (folder / "model.safetensors").symlink_to("nowhere")
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4}
 LONGROPE = {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}
 # Files of a folder, by name or by function, and what is said of it.
@@ -39,6 +44,8 @@ FOLDERS: dict[str, tuple[list[Any], str]] = {
     "awq": ([whole, ("config.json", CONFIG | {"quantization_config": {"quant_method": "awq", "bits": 4}})], r"quantization_config: .*'awq'.* --weights int8"),
     "bitsandbytes": ([whole, ("config.json", CONFIG | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})], r"quantization_config: .*bitsandbytes.* --weights int8"),
     "no configuration": ([whole], r"weights without a config\.json or params\.json"),
+    "a link to nothing": ([config, dangling], r"found model\.safetensors, a link to nothing: its download was not finished, or its target is gone"),
+    "half a download": ([config, ("model.safetensors.incomplete", "x")], r"'model\.safetensors\.incomplete', of a download that was not finished"),
     "no weights": ([config], r"found neither; download the weights too"),
     "lost shards": ([config, stale], r"expected 'model-00001-of-00002\.safetensors' beside it"),
     "meta's below": ([config, original], r"Meta's in original; .*--input model/original --output checkpoints/model$"),

@@ -47,6 +47,8 @@ def test_published_files_are_read_whole(table: dict[str, Any], hidden: int) -> N
         ("dim", "64"), ("dim", 64.0), ("dim", None), ("n_layers", 0), ("n_heads", 7), ("n_heads", True), ("n_kv_heads", 3), ("n_kv_heads", -1),
         ("multiple_of", 0), ("norm_eps", 0), ("norm_eps", "1e-5"), ("norm_eps", float("nan")), ("rope_theta", -1), ("rope_theta", "1e4"),
         ("rope_theta", float("inf")), ("ffn_dim_multiplier", -1.0), ("max_seq_len", 0.5), ("vocab_size", "32000"),
+        ("ffn_dim_multiplier", float("nan")), ("llama_4_scaling", {"beta": 0.1}), ("_sliding_window", [4, None]), ("use_biases", True),
+        ("model_type", "mamba"), ("q_lora_rank", 8),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -54,6 +56,12 @@ def test_what_is_not_supported_is_refused_by_its_key(key: str, value: Any, wrapp
     table = BASE | {key: value}
     with pytest.raises(UserError, match=rf"params\.json: .*\b{key}\b.* found|expected the key {key}, found"):
         read_params({"model": table} if wrapped else table, PATH, 400, 0)
+
+
+@pytest.mark.parametrize(("key", "value"), [("multiple_of", 0), ("ffn_dim_multiplier", float("nan")), ("n_layers", 0)])
+def test_a_width_that_is_given_outright_hides_no_wrong_key(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"\b{key}\b.* found"):
+        read_params(BASE | {"hidden_dim": 96, key: value}, PATH, 400, 0)
 
 
 def test_keys_that_are_not_known_are_listed() -> None:
@@ -69,6 +77,17 @@ def test_what_counts_against_the_file_is_told() -> None:
     (warning,) = read_params(BASE | {"norm_eps": 1e-6}, PATH, 32000, 0).warnings
     assert "llama-2-7b-chat" in warning
     assert read_params(BASE, PATH, 400, 0).args.max_seq_len == ModelArgs().max_seq_len
+
+
+def test_the_context_is_read_from_the_key_that_has_it() -> None:
+    for table, context in (
+        ({"max_position_embeddings": 777}, 777),
+        ({"max_position_embeddings": 777, "max_seq_len": 99}, 99),
+        ({"max_position_embeddings": None}, ModelArgs().max_seq_len),
+    ):
+        assert read_params(BASE | table, PATH, 400, 0).args.max_seq_len == context
+    (warning,) = read_params(BASE | {"max_position_embeddings": 256}, PATH, 400, 512).warnings
+    assert "the context is 512 tokens, and params.json says max_position_embeddings 256" in warning
 
 
 def test_a_window_is_read_and_has_no_effect_where_the_context_is_no_longer() -> None:

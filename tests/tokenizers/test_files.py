@@ -1,15 +1,19 @@
 """Which files a tokenizer is read from, which tokens are BOS and EOS, what is added, and what a checkpoint keeps."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
+import transformers
 from tokenizers import processors
 
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer, is_kept, keep_tokenizer, kept_tokenizer
+from tests.conftest import TEXT
 from tests.tokenizers.made import (
     BOS,
     CONFIG,
@@ -175,6 +179,90 @@ def test_a_table_that_does_not_put_bos_first_is_told(table: Table, tmp_path: Pat
     assert told.adds_bos and any("does not say that BOS begins a text" in note for note in told.notes)
 
 
+def test_a_template_that_puts_nothing_before_a_text_says_that_it_begins_without_bos(
+    table: Table, tmp_path: Path
+) -> None:
+    # transformers 5 writes such a template, and no add_bos_token, for a tokenizer that adds none.
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=library(table | {"post_processor": None}), bos_token=BOS, eos_token=EOS
+    )
+    made.save_pretrained(tmp_path)
+    tokenizer, again = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("a fox") == again.encode("a fox") and not tokenizer.adds_bos
+    assert "a text begins without BOS, as the post_processor of tokenizer.json says" in tokenizer.notes
+
+
+NAMES = CONFIG | {"eos_token": EOS}  # as transformers reads it
+NAMED = {
+    "bos and eos": ({"tokenizer_config": {**NAMES}}, {BOS, EOS}),
+    "in the older file": ({"special_tokens_map": {"bos_token": {"content": BOS}, "eos_token": EOS}}, {BOS, EOS}),
+    "without a name": ({"tokenizer_config": {**NAMES, "additional_special_tokens": [TURN]}}, {BOS, EOS, TURN}),
+    "with names of their own": ({"tokenizer_config": {**NAMES, "extra_special_tokens": {"turn": TURN}}}, {BOS, EOS, TURN}),
+    "to fill rows": ({"tokenizer_config": {**NAMES, "pad_token": TURN}}, {BOS, EOS, TURN}),
+    "by its number": ({"tokenizer_config": {**NAMES, "added_tokens_decoder": {"422": PAD | {"content": TURN}}}}, {BOS, EOS, TURN}),
+    "to fill rows, a letter": ({"tokenizer_config": {**NAMES, "pad_token": "a"}}, {BOS, EOS}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_pieces_that_the_files_name_as_special_tokens_are_special_tokens(
+    case: str, table: Table, tmp_path: Path
+) -> None:
+    others, special = NAMED[case]
+    own = {token["content"]: token["id"] for token in table["added_tokens"]}
+    plain = table | {"added_tokens": [], "model": table["model"] | {"vocab": table["model"]["vocab"] | own}}
+    tokenizer = Tokenizer(put(tmp_path, plain, **others))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert {*tokenizer.specials} == special
+    for text in (f"a{BOS}fox", f"{TURN} a", f"the {EOS}\n{TURN}{TURN}"):
+        ids = tokenizer.encode(text, bos=False, specials=True)
+        if case != "to fill rows, a letter":
+            assert ids == theirs.encode(text, add_special_tokens=False)
+            assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text
+
+
+def test_pieces_of_a_sentencepiece_model_that_the_files_name_are_special_tokens(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split("\n")), model_writer=model, vocab_size=420, model_type="bpe", byte_fallback=True,
+        user_defined_symbols=["<|im_end|>", "<|im_start|>"], minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    alone = Tokenizer(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": ["<|im_end|>"]}))
+    tokenizer = Tokenizer(tmp_path)
+    end, start = (alone.encode(text, bos=False)[-1] for text in ("<|im_end|>", "<|im_start|>"))
+    assert tokenizer.specials == alone.specials | {"<|im_end|>": end} and tokenizer.digest == alone.digest
+    ids = tokenizer.encode("a<|im_end|>fox<|im_start|>", bos=False, specials=True)
+    assert {end, start} < {*ids} and tokenizer.decode(ids) == "a fox<|im_start|>"
+    assert tokenizer.decode(ids, specials=True).count("<|im_end|>") == 1
+    assert not tokenizer.is_text(end) and alone.is_text(end)
+    (tmp_path / "tokenizer_config.json").write_text('{"unk_token": "\\ud800", "pad_token": 3}')
+    assert Tokenizer(tmp_path).specials == alone.specials
+
+
+def test_special_tokens_that_no_file_gives_an_id_are_told(table: Table, tmp_path: Path) -> None:
+    config = NAMES | {"pad_token": "[PAD]", "additional_special_tokens": [TURN, "<new>"]}
+    (told,) = (note for note in Tokenizer(put(tmp_path, table, config)).notes if "gives an id" in note)
+    assert told.startswith("tokenizer_config.json names '[PAD]', '<new>', which no file gives an id")
+    assert not [
+        n for n in Tokenizer(put(tmp_path, with_pad(table), NAMES | {"pad_token": "[PAD]"})).notes if "gives an id" in n
+    ]
+
+
+def test_spaces_that_transformers_takes_out_of_a_text_are_told_where_it_does(table: Table, tmp_path: Path) -> None:
+    config = NAMES | {"clean_up_tokenization_spaces": True}
+    assert not [n for n in Tokenizer(put(tmp_path, table, config)).notes if "clean_up" in n]  # of BPE it does not
+    words = {"type": "WordLevel", "vocab": {"a": 0, ",": 1, BOS: 2, EOS: 3}, "unk_token": "a"}
+    plain = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Whitespace"},
+             "post_processor": None, "decoder": None, "model": words}  # fmt: skip
+    tokenizer = Tokenizer(put(tmp_path, plain, config))
+    assert [n for n in tokenizer.notes if "clean_up_tokenization_spaces" in n]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode([0, 1, 0]) == "a , a" and theirs.decode([0, 1, 0]) == "a, a"
+
+
 def ends(before: list[str], behind: list[str]) -> Any:
     """A post-processor that puts these special tokens around a text."""
     ids = {BOS: 420, EOS: 421, TURN: 422}
@@ -202,7 +290,7 @@ def test_tokens_that_transformers_puts_around_a_text_and_this_project_does_not_a
     made.post_processor = PROCESSORS[name]
     settings = CONFIG if stated is None else CONFIG | {"add_bos_token": stated}
     tokenizer = Tokenizer(put(tmp_path, table_of(made), settings))
-    notes = [note for note in tokenizer.notes if "post_processor" in note]
+    notes = [note for note in tokenizer.notes if note.startswith("by the post_processor")]
     theirs, plain = made.encode("a fox").ids, made.encode("a fox", add_special_tokens=False).ids
     if theirs == tokenizer.encode("a fox"):
         assert not notes
@@ -212,7 +300,8 @@ def test_tokens_that_transformers_puts_around_a_text_and_this_project_does_not_a
         " and ".join(repr(made.id_to_token(i)) for i in ids) or "nothing"
         for ids in (theirs[:at], theirs[at + len(plain) :])
     )
-    ours = "nothing" if stated is False else repr(BOS)
+    ours = repr(BOS) if tokenizer.adds_bos else "nothing"
+    assert tokenizer.adds_bos is (stated if stated is not None else name != "EOS")
     assert notes == [
         f"by the post_processor of tokenizer.json, transformers 5 puts {before} before a text and {behind} behind it; this "
         f"project puts {ours} before it, and nothing behind it"
