@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from llama_jax.cli.configurations import find_config, names, shipped, stated_keys
+from llama_jax.cli.configurations import check_no_config, find_config, names, shipped, stated_keys
 from llama_jax.cli.flags import given_flags, parse_flags, take_option, texts_given_twice
 from llama_jax.config import Config, DataArgs, TrainArgs, load_toml
 from llama_jax.errors import UserError
@@ -194,11 +194,8 @@ def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
     if texts:
         config = _with(config, "data.filepath", texts[0])
         given.add("data.filepath")
-    if "data.filepath" in given and Path(config.data.filepath).suffix.lower() == ".toml" and not config.data.as_text:
-        raise UserError(
-            f"data.filepath: expected a text, found {config.data.filepath}, which has the name of a configuration; write --config "
-            f"{config.data.filepath}, or add --data.as-text to train on it as it is"
-        )
+    if "data.filepath" in given and not config.data.as_text:
+        check_no_config(config.data.filepath)
     for name in PATHS:
         # An empty path may take one of the file away. Else it is a shell's variable without a value.
         if name in given and not _get(config, name) and not _get(file, name):

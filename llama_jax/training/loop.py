@@ -136,7 +136,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     chat = chat_of(opened, base, data)
     encoded = encode_tasks(tasks, config.model, data, module, chat)
     announce(settled, data, mesh, module, opened, tuning)
-    write_start(opened, settled, data.record())
+    write_start(opened, settled, data.record(), base)
     folder = opened.folder
     if train.tensorboard and is_main():
         folder.write_events(opened.start)

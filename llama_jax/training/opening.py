@@ -366,6 +366,8 @@ def _start(run: Opened, store: Path, steps: list[int], train: TrainArgs) -> int:
                 f"leave it out{other}"
             )
     if not steps:
+        if train.hold_lr:
+            raise UserError("train.hold_lr: expected a run to resume, found a new one; leave it out")
         if run.folder.metrics_path.exists() and run.folder.metrics_path.stat().st_size:
             run.notes.append("the previous start saved no checkpoint, so the run starts again from step 0")
         return 0

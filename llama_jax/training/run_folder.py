@@ -40,6 +40,8 @@ class RunRecord:
     """The weights of a mixture's sources, from each step on at which they changed."""
     reference: dict[str, str] = dataclasses.field(default_factory=dict)
     """A description of the model that a run on preferences began with (reference.py)."""
+    began_with: str = ""
+    """The digest of the parameters of the model that the run began with (train.init_from)."""
     starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """The time, host, step and changed settings of every start."""
 
@@ -223,7 +225,7 @@ class RunFolder:
 
 
 def _is_record(found: Any) -> bool:
-    """Return whether a line of metrics.jsonl is a record: an object with a step, and numbers where they are counted on."""
+    """Return whether a line of metrics.jsonl is a record: an object with a step, and with numbers where they count."""
     if not isinstance(found, dict) or not {"tokens", "train_loss"} <= found.keys():
         return False
     numbers = ("tokens", "eval_loss", "run_seconds", "run_step_seconds")

@@ -46,8 +46,11 @@ class Change(NamedTuple):
         return f"{self.name} {self.old} -> {self.new}"
 
 
-def changes(stored: Config, now: Config, folder: Path) -> list[Change]:
-    """Return the settings that this start changes. Raises UserError if the run in ``folder`` cannot change one."""
+def changes(stored: Config, now: Config, folder: Path, began_with: str = "") -> list[Change]:
+    """Return the settings that this start changes. Raises UserError if the run in ``folder`` cannot change one.
+
+    began_with: the digest of the whole model that the run began with. Empty: unknown, or none.
+    """
     found = []
     for section in ("model", "data", "train", "mesh", "lora", "expected"):
         before, after = getattr(stored, section), getattr(now, section)
@@ -62,7 +65,7 @@ def changes(stored: Config, now: Config, folder: Path) -> list[Change]:
             if name == "lora.alpha":  # None and its value are one strength
                 continue
             if name == "train.init_from":
-                _check_begins_alike(str(old), str(new), folder)
+                _check_begins_alike(str(old), now.train, folder, "" if now.lora.rank else began_with)
                 if not now.lora.rank and now.train.objective != "dpo":
                     new = f"{new}, which is not read, as the run goes on from its own checkpoint"
             found.append(Change(name, old, new))
@@ -115,13 +118,15 @@ def check_same(stored: Config, now: Config, folder: Path, section: str, field: s
         )
 
 
-def _check_begins_alike(old: str, new: str, folder: Path) -> None:
-    """Raise UserError if the run in ``folder`` began with a model, ``old``, and this start, with ``new``, with none.
+def _check_begins_alike(old: str, now: TrainArgs, folder: Path, began_with: str) -> None:
+    """Raise UserError if the run in ``folder`` began with a model, ``old``, and this start with none.
 
-    The other way round is an error, too, and so is another model. A model that has moved is the same.
+    The other way round is an error, too, and so is another model than ``began_with``, its digest. One that moved is
+    the same.
     """
+    new = now.init_from
     if bool(old) == bool(new):
-        if _digest(old) != _digest(new) and _digest(old) and _digest(new):
+        if began_with and _digest(new) not in ("", began_with):
             raise UserError(
                 f"train.init_from: expected {old!r}, with which the run in {folder} began, found another model in {new}; give the same, "
                 "or choose another --train.save-dir"
