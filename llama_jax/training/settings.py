@@ -107,14 +107,25 @@ def _without_own(config: Config) -> Config:
     return dataclasses.replace(config, distributed=DistributedArgs(), data=data)
 
 
-def check_same(stored: Config, now: Config, folder: Path, section: str, field: str) -> None:
-    """Raise UserError if a setting has not the value with which the run in ``folder`` began."""
+def check_fixed(stored: Config, now: Config, folder: Path, continued: bool = False) -> None:
+    """Raise UserError if a setting that a run cannot change, and that no text decides, is another one.
+
+    continued: the run in ``folder`` is continued in another folder.
+    """
+    remedy = "leave it out, as a run that is continued keeps it" if continued else ""
+    for section in ("train", "lora"):
+        for field in FIXED[section]:
+            check_same(stored, now, folder, section, field, remedy)
+
+
+def check_same(stored: Config, now: Config, folder: Path, section: str, field: str, remedy: str = "") -> None:
+    """Raise UserError, with a ``remedy``, if a setting has not the value with which the run in ``folder`` began."""
     old, new = (getattr(getattr(config, section), field) for config in (stored, now))
     name = "alpha" if field == "strength" else field
     if old != new:
         raise UserError(
             f"{section}.{name}: expected {old!r}, with which the run in {folder} began, found {new!r}; "
-            f"give the same value, choose another --train.save-dir, or delete {folder}"
+            + (remedy or f"give the same value, choose another --train.save-dir, or delete {folder}")
         )
 
 

@@ -35,7 +35,7 @@ from llama_jax.training.expecting import expected_of
 from llama_jax.training.objective import NextToken, Objective, make_objective
 from llama_jax.training.opening import Opened
 from llama_jax.training.rates import decay_end, learning_rate, stable_until
-from llama_jax.training.settings import MEASURES, changes, check_same, rate_text
+from llama_jax.training.settings import MEASURES, changes, check_fixed, rate_text
 from llama_jax.training.step import TrainState, init_state, shardings_of, state_shapes
 from llama_jax.training.tuning import Tuning
 
@@ -67,8 +67,8 @@ def open_text(config: Config, base: WholeModel | None, opened: Opened) -> AnyDat
     if args.document_mask and args.tokenizer_model_path:
         check_marks(Tokenizer(args.tokenizer_model_path))  # before a text is encoded, which may take hours
     folder, preferences = opened.folder, config.train.objective == "dpo"
-    if opened.start and opened.stored is not None:
-        check_same(opened.stored, config, folder.path, "train", "objective")
+    if opened.start and opened.stored is not None:  # before a text is encoded, which may take hours
+        check_fixed(opened.stored, config, (opened.source or folder).path, opened.source is not None)
     tokens = folder.path / "tokens"
     source = "the model" if base is None else config.train.init_from or str(base.folder)
     talking = Talking(_chat_before(opened, base), source, config.model.max_seq_len, preferences)

@@ -313,6 +313,17 @@ def test_a_run_does_not_go_on_from_another_model_than_it_began_with(run: Path, w
     )
 
 
+def test_the_vocabulary_of_a_base_is_not_compared_with_one_that_nobody_trained(whole: Path, tmp_path: Path) -> None:
+    data = DataArgs(str(write_text(tmp_path)), vocab_size=2000)
+    tuned = dataclasses.replace(RUN, save_dir=str(tmp_path / "tuned"), init_from=str(whole), max_steps=2)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        loop.train(Config(MODEL, data, tuned))
+        shutil.rmtree(tmp_path / "tuned" / "tokens")
+        loop.train(Config(MODEL, data, dataclasses.replace(tuned, max_steps=3)))
+    assert "resumed  at step 2" in out.getvalue() and "was asked for" not in out.getvalue()
+
+
 def test_what_is_asked_for_and_does_not_happen_is_told(run: Path) -> None:
     out = train(run, max_steps=10, keep_every=3, profile_steps="2-4")
     assert (
