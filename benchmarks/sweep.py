@@ -52,6 +52,8 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         varied.append(_spelled(name))
         if varied.count(varied[-1]) > 1:
             parser.error(f"--vary: expected each field once, with all its values, found {name} twice")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output: expected a folder or a new one, found a file, {args.output}")
     stated = [_spelled(flag.split("=")[0].removeprefix("--")) for flag in shared if flag.startswith("--")]
     for name in ("train.seed", "train.save-dir"):
         if name in (*varied, *stated):

@@ -14,6 +14,7 @@ from llama_jax import train_args as _train_args
 from llama_jax.config import DataArgs, ModelArgs, SampleArgs, TrainArgs
 
 if _typing.TYPE_CHECKING:
+    from llama_jax import data as data
     from llama_jax import tokenizer as tokenizer
     from llama_jax.generation import Model as _Model
 
@@ -23,9 +24,9 @@ __all__ = ["DataArgs", "ModelArgs", "SampleArgs", "TrainArgs", "__version__", "l
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Import ``llama_jax.tokenizer`` on first use, because SentencePiece is slow to import."""
-    if name == "tokenizer":
-        return _importlib.import_module("llama_jax.tokenizer")
+    """Import ``llama_jax.data`` and ``llama_jax.tokenizer`` on first use, because SentencePiece is slow to import."""
+    if name in ("data", "tokenizer"):
+        return _importlib.import_module(f"llama_jax.{name}")
     raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
 
 

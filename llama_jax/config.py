@@ -114,10 +114,10 @@ class DataArgs:
             expect(bool(name), "data.mixture", "a path and its weight", "an empty path")
             expect(not SURROGATE.search(name), "data.mixture", "text in UTF-8", ascii(name))
             expect(
-                isinstance(weight, int | float) and math.isfinite(weight) and weight > 0,
+                type(weight) in (int, float) and math.isfinite(weight) and weight > 0,
                 key,
                 "a weight above 0",
-                weight,
+                repr(weight),
             )
         for name in ("filepath", "eval_filepath") if self.mixture else ():
             expect(

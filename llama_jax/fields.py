@@ -32,8 +32,12 @@ def typed(value: Any, hint: Any, where: str) -> Any:
             return value
         if float in kinds and type(value) is int and abs(value) < 1 << 1000:
             return float(value)
-        expected = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
+        expected = " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds)
     raise UserError(f"{where}: expected {expected}, found {value!r}")
+
+
+# What a TOML file and JSON call the types that have other names there.
+_WORDS = {type(None): "nothing", tuple: "a list", dict: "a table"}
 
 
 @functools.cache

@@ -408,7 +408,7 @@ def test_no_scaling_has_one_spelling():
 @pytest.mark.parametrize(
     ("scaling", "words"),
     [
-        ("linear", "expected dict or nothing, found 'linear'"),
+        ("linear", "expected a table or nothing, found 'linear'"),
         ({"rope_type": "longrope", "factor": 2.0}, "found 'longrope'"),
         ({"rope_type": 3}, "expected a rope_type of default, linear, dynamic, llama3, yarn, found 3"),
         ({"rope_type": "linear"}, "expected factor beside rope_type linear, found no factor"),

@@ -77,6 +77,7 @@ def test_the_best_value_lies_where_a_parabola_in_its_logarithm_has_its_least(swe
         (["--vary", "train.weight_decay=0,1", "--", "--train.weight-decay", "1"], "found it in both"),
         (["--vary", "train.nesterov=true,false", "--", "--train.no-nesterov"], "found it in both"),
         (["--vary", "train.lr=1e-3", "--seeds", "0"], "--seeds and --random: expected 1 or more"),
+        (["--vary", "train.lr=1e-3", "--output", __file__], "--output: expected a folder or a new one, found a file"),
     ],
 )
 def test_what_it_cannot_vary_is_refused(

@@ -38,6 +38,15 @@ def find_config(given: str) -> tuple[Path, list[str]]:
     )
 
 
+def check_no_config(text: str) -> None:
+    """Raise UserError if the path of a text has the name of a configuration, which --config takes."""
+    if Path(text).suffix.lower() == ".toml":
+        raise UserError(
+            f"data.filepath: expected a text, found {text}, which has the name of a configuration; write --config {text}, or add "
+            "--data.as-text to read it as a text"
+        )
+
+
 def stated_keys(path: Path | None) -> set[str]:
     """Return the names of the keys in a TOML file: {"data.vocab_size"}."""
     if path is None:

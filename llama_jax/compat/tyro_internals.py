@@ -21,10 +21,13 @@ KINDS = {
 def one_line(panel: str) -> str:
     """Return the message of the panel that tyro prints on an error, and the flag that it proposes, in one line."""
     lines = [line.strip("╭╮╰╯│─ ") for line in panel.splitlines()]
+    # Where the terminal has ASCII alone, lines of hyphens stand for the frame.
+    lines = ["" if set(line) == {"-"} else line for line in lines]
     parts: list[list[str]] = [[]]
     for line in lines[1:]:
         parts.append([]) if not line else parts[-1].append(line)
-    message = " ".join(parts[0]) or " ".join(filter(None, lines))
+    parts = list(filter(None, parts)) or [list(filter(None, lines))]
+    message = " ".join(parts[0])
     # The second line of a hint is the flag with the kind of its value.
     flags = {part[0].split(":")[0]: part[1] for part in parts[1:] if len(part) > 1}
     kind = flags.get("Argument helptext", "").partition(" ")[2]

@@ -171,6 +171,8 @@ def encode_text(
                     check_separator(corpus, text.source)
     tokenizer = _tokenizer(args, text, tokenizer_path, known, begun)
     trained = 0 if args.tokenizer_model_path else args.vocab_size
+    if begun and known is not None:
+        trained = known.trained_vocab_size
     tokens = prepare(
         text.corpus, tokenizer, folder, workers or os.cpu_count() or 1, trained, text.source, known if begun else None,
         text.eval_source, others, run,

@@ -11,6 +11,7 @@ from typing import Any, cast
 import jax
 
 from llama_jax.compat.jax_internals import is_described
+from llama_jax.errors import UserError
 from llama_jax.storage.files import user_cache
 
 # A layer's keys of up to this many bytes are prefetched into a TPU's vector memory, or parts of them.
@@ -28,6 +29,32 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     jax.config.update("jax_raise_persistent_cache_errors", False)
+
+
+def check_jax_settings() -> None:
+    """Raise UserError on settings of JAX with which a training step cannot be compiled."""
+    wrong = [
+        ("jax_enable_x64", True, "as parameters are trained in float32"),
+        ("jax_disable_jit", True, "as steps are compiled"),
+    ]
+    for name, value, reason in wrong:
+        if getattr(jax.config, name) == value:
+            raise UserError(f"{name.upper()}: expected to be off in training, {reason}, found it on; unset it")
+
+
+def check_devices() -> None:
+    """Start JAX's backend. Raises UserError if there is no device of the platforms that somebody asked for."""
+    asked = jax.config.jax_platforms  # type: ignore[attr-defined]
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform whose plugin is missing has a device
+        if not asked:
+            raise
+        reason = " ".join(str(error).split())[:200] or "JAX knows no such devices here"
+        raise UserError(
+            f"JAX_PLATFORMS: expected devices of {asked}, found none ({reason}); JAX_PLATFORMS=cpu takes the CPU, and without the "
+            "variable JAX takes the best that there is"
+        ) from None
 
 
 def compiler_options(device: jax.Device) -> dict[str, Any]:

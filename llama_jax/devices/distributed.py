@@ -178,6 +178,11 @@ def from_main(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def from_all(value: int) -> list[int]:
+    """Return the ``value`` of each process, in order. All wait until each has called this."""
+    return [int(each) for each in np.ravel(multihost_utils.process_allgather(np.int32(value)))]
+
+
 def text_from_main(text: str) -> str:
     """Return process 0's ``text`` on all processes. All wait until each has called this."""
     raw = np.frombuffer(text.encode(), np.uint8)

@@ -20,7 +20,7 @@ from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.config import Cache, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.convert.once import open_model
 from llama_jax.devices.absent_tpu import skip_absent_tpu
-from llama_jax.devices.compiling import use_compilation_cache
+from llama_jax.devices.compiling import check_devices, use_compilation_cache
 from llama_jax.devices.sharding import make_mesh
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.arguments import check_loading, check_one, ids_of, one_prompt, settings_of, texts_of
@@ -94,6 +94,7 @@ class Model:
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
+        check_devices()
         found = path if isinstance(path, WholeModel) else open_model(os.fspath(path), os.fspath(adapter or ""))
         if chat_template:
             read_template(chat_template)

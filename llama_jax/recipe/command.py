@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_jax.cli.configurations import find_config, stated_keys
+from llama_jax.cli.configurations import check_no_config, find_config, stated_keys
 from llama_jax.cli.flags import given_flags, parse_flags, take_option
 from llama_jax.config import Config, load_toml, to_toml
 from llama_jax.errors import UserError
@@ -56,6 +56,8 @@ def run(argv: Sequence[str]) -> None:
     budget = _budget(args)
     if not (args.data.filepath or args.data.mixture):
         raise UserError("data.filepath: expected a text, found none; give --data.filepath my.txt")
+    if "data.filepath" in given and not args.data.as_text:
+        check_no_config(args.data.filepath)
     if args.train.minutes is not None:
         raise UserError("train.minutes: expected --minutes, which recipe takes, found it; it is a flag of train")
     if args.topology and args.distributed != Config().distributed:

@@ -11,6 +11,7 @@ from llama_jax.build import count_parameters
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.config import Config, ModelArgs
 from llama_jax.devices.absent_tpu import skip_absent_tpu
+from llama_jax.devices.compiling import check_devices
 from llama_jax.devices.distributed import processes_of
 from llama_jax.devices.memory import memory_of
 from llama_jax.devices.sharding import make_mesh
@@ -65,6 +66,8 @@ def make_recipe(
     """
     _check(base, given)
     note = "" if topology else skip_absent_tpu("measuring")
+    if not topology:
+        check_devices()
     rows = _rows_of(base, topology)
     timed = budget.unit == "minutes"
     rough = replace(budget, unit="flops", amount=60 * budget.amount * _guess(topology)) if timed else budget

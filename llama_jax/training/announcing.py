@@ -237,7 +237,8 @@ def decay_lines(settled: Settled, opened: Opened) -> list[str]:
         ]
     if train.decay_from:
         planned = decay_end(replace(train, max_steps=None)) if train.decay_fraction < 1 else steps
-        text = f"the rate decays in the {steps - start:,} steps from step {start:,} to {steps:,}, {(steps - start) / steps:.0%} of all"
+        length = "1 step" if steps - start == 1 else f"{steps - start:,} steps"
+        text = f"the rate decays in the {length} from step {start:,} to {steps:,}, {(steps - start) / steps:.0%} of all"
         fits = f"; the {train.decay_fraction:.0%} of train.decay_fraction would end at --train.max-steps {planned}"
         lines.append(text + (fits if planned != steps else ""))
     return lines

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from llama_jax.cli.configurations import find_config, names, shipped, stated_keys
+from llama_jax.cli.configurations import check_no_config, find_config, names, shipped, stated_keys
 from llama_jax.cli.flags import given_flags, parse_flags, take_option, texts_given_twice
-from llama_jax.config import Config, TrainArgs, load_toml
+from llama_jax.config import Config, DataArgs, TrainArgs, load_toml
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
 from llama_jax.storage.files import is_address
@@ -80,11 +80,16 @@ def read_command(argv: Sequence[str], check: bool = True) -> tuple[Config, list[
                 file = with_tuning_rates(file, load_toml(tuning), stated)
         config, notes = _parse(rest, file)
         notes.append(_tuning_note(config, stated, tuning.stem, source.stem, tuned))
+        if unused := "data.vocab_size" in stated:
+            notes.append(
+                f"data.vocab_size {config.data.vocab_size:,} is not used, as the tokenizer is that of train.init_from {config.train.init_from}"
+            )
         train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
         # The model's shape comes from the checkpoint. Flags may only change what leaves its parameters as they are.
         _check_base(train.init_from)
         model = starting_model(train, config.lora)
         config, _ = _parse(rest, dataclasses.replace(file, model=model))
+        config = _with(config, "data.vocab_size", DataArgs.vocab_size) if unused else config
     train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
     config = dataclasses.replace(config, train=train)
     if check:
@@ -189,6 +194,8 @@ def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
     if texts:
         config = _with(config, "data.filepath", texts[0])
         given.add("data.filepath")
+    if "data.filepath" in given and not config.data.as_text:
+        check_no_config(config.data.filepath)
     for name in PATHS:
         # An empty path may take one of the file away. Else it is a shell's variable without a value.
         if name in given and not _get(config, name) and not _get(file, name):

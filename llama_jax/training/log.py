@@ -94,7 +94,7 @@ def evaluation_text(record: dict[str, Any], floor: float | None, best: bool) -> 
 
 def loss_text(record: dict[str, Any]) -> str:
     """Return a record's held-out loss, also in bits per byte if the tokenizer loses no text."""
-    bits = record["eval_bits_per_byte"]
+    bits = record.get("eval_bits_per_byte")
     return f"{record['eval_loss']:.4f} nats a {'pair' if 'eval_reward_margin' in record else 'token'}" + (
         "" if bits is None else f", {bits:.3f} bits per byte"
     )

@@ -15,7 +15,7 @@ from llama_jax.cli.stopping import StopSignals, output_may_vanish, status_of
 from llama_jax.config import Config, TrainArgs
 from llama_jax.data.batch_sizes import BatchSizes, with_size
 from llama_jax.devices.absent_tpu import skip_absent_tpu
-from llama_jax.devices.compiling import platform_of, use_compilation_cache
+from llama_jax.devices.compiling import check_devices, check_jax_settings, platform_of, use_compilation_cache
 from llama_jax.devices.distributed import (
     Consensus,
     from_main,
@@ -39,7 +39,8 @@ from llama_jax.training.opening import Opened, base_of, opening
 from llama_jax.training.profile import check_profiler
 from llama_jax.training.run import Run, Timer
 from llama_jax.training.run_folder import RunFolder
-from llama_jax.training.saving import CheckpointWriter
+from llama_jax.training.saving import CheckpointWriter, keep_every_note
+from llama_jax.training.settings import check_alike
 from llama_jax.training.start import (
     chat_of,
     evaluated,
@@ -90,9 +91,12 @@ def train(config: Config, signals: StopSignals | None = None, notes: Sequence[st
             check_installed()
         if config.train.profile_steps:
             check_profiler()
+        check_jax_settings()
         start_job(config.distributed)
+        check_devices()
         stack.enter_context(lost_processes_told())
         only_main_prints()
+        check_alike(config)
         tasks = read_on_main(config.train.eval_tasks)
         opened = stack.enter_context(opening(config.train))
         opened.notes[:0] = [*notes, *unread(config.train.eval_tasks)]
@@ -118,7 +122,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     settled = settle(config, data, opened)
     config, train = settled.config, settled.config.train
     check_divisible(mesh, config.model, train)
-    _check_profile_steps(train, settled.steps)
+    opened.notes += filter(None, [_check_profile_steps(train, settled.steps, opened.start), keep_every_note(train)])
 
     if config.lora.rank and tuning is None:
         tuning = Tuning.of(config, opened, None)
@@ -133,7 +137,7 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
     encoded = encode_tasks(tasks, config.model, data, module, chat)
     opened.notes += remarks_on(encoded, config.model.max_seq_len)
     announce(settled, data, mesh, module, opened, tuning)
-    write_start(opened, settled, data.record())
+    write_start(opened, settled, data.record(), base)
     folder = opened.folder
     if train.tensorboard and is_main():
         folder.write_events(opened.start)
@@ -158,8 +162,9 @@ def _go_on(run: Run, optimizer: Any, base: WholeModel | None) -> int:
     """
     opened, settled, start = run.opened, run.settled, run.opened.start
     owed = bool(from_main(evaluation_is_missing(opened, settled, run.data)))
-    if start >= settled.steps and not owed:
+    if start > settled.steps or (start == settled.steps and not owed):
         print(nothing_to_do_text(settled, opened.folder.checkpoints, start))
+    if start >= settled.steps and not owed:
         _finish(run, start)
         return 0
     with working(first_state_text(opened, base), shown=is_main()):
@@ -226,9 +231,15 @@ def _finish(run: Run, step: int) -> None:
     print(log.closing_text(run.folder, step, run.clock, run.prompt, context, changed, talks))
 
 
-def _check_profile_steps(args: TrainArgs, steps: int) -> None:
-    """Raise UserError if the run ends before the steps to profile."""
+def _check_profile_steps(args: TrainArgs, steps: int, start: int) -> str:
+    """Return a line if the run has the steps to profile behind it, or "".
+
+    Raises UserError if it ends before them.
+    """
     if args.profile_range and args.profile_range[0] > steps:
         raise UserError(
             f"train.profile_steps: expected steps of the run, which has {steps:,}, found {args.profile_steps}; choose others"
         )
+    if args.profile_range and args.profile_range[-1] <= start:
+        return f"train.profile_steps {args.profile_steps}: the run has {start:,} steps, and no trace is made of those behind it"
+    return ""

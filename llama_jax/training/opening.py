@@ -17,10 +17,10 @@ from typing import Any
 
 import jax
 
-from llama_jax.checkpoint import DAMAGED, ORIGIN, Checkpoint, steps_in
+from llama_jax.checkpoint import DAMAGED, ORIGIN, Checkpoint, losses_of, steps_in
 from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import working
-from llama_jax.config import Config, ModelArgs, TrainArgs
+from llama_jax.config import Config, ModelArgs, TrainArgs, from_dict
 from llama_jax.convert.once import model_arguments, open_model
 from llama_jax.data import Origin
 from llama_jax.data.opened import origins
@@ -48,6 +48,8 @@ from llama_jax.training.settings import check_made_by
 
 # What a checkpoint says of the tokens that counted in the loss of its run.
 TARGETS = "target_tokens"
+# What it says of the settings that its run had.
+SETTINGS = "settings"
 IN_USE = "wait until it ends, stop it, or choose another --train.save-dir"
 ELSEWHERE = "choose another --train.save-dir"
 
@@ -185,8 +187,13 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
         start = _start(run, store, steps, train)
         run.notes += folder.read_metrics(start)
     origin = _origin((store if run.source is None else run.source.checkpoints) / str(start)) if start else {}
-    if run.stored is None:
+    if start and run.stored is None:
+        run.stored = _settings_of(run, origin, start)
         check_made_by(origin, train, start)
+    if start:
+        interval = start if run.stored is None else run.stored.train.log_interval
+        place = store if run.source is None else run.source.checkpoints
+        run.notes += filter(None, [folder.lacks_records(start, interval, losses_of(place, steps_in(place)))])
     run.targets = origin.get(TARGETS) if start else 0
     run.texts = _texts(run, run.record.text or origin.get("text"))
     known = run.record.id or origin.get("run") or uuid.uuid4().hex
@@ -254,9 +261,15 @@ def _check_in_sight(run: Opened, store: Path, steps: list[int]) -> None:
             f"{places}; mount the disk or move them back (--train.checkpoint-dir says where they are), or {ELSEWHERE} to begin anew"
         )
     if steps and steps[-1] < saved:
+        found = "not whole" if saved in _numbered(store) else "gone"
         run.notes.append(
-            f"warning: step {saved:,} was saved, and its checkpoint is gone; the newest is of step {steps[-1]:,}"
+            f"warning: step {saved:,} was saved, and its checkpoint is {found}; the newest is of step {steps[-1]:,}"
         )
+
+
+def _numbered(store: Path) -> list[int]:
+    """Return the steps that have something in ``store``, whole or not, in ascending order."""
+    return sorted(int(path.name) for path in children(store) if path.name.isdecimal())
 
 
 def _origin(checkpoint: Path) -> dict[str, Any]:
@@ -265,6 +278,25 @@ def _origin(checkpoint: Path) -> dict[str, Any]:
         found = json.loads((checkpoint / "model" / ORIGIN).read_text())
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def _settings_of(run: Opened, origin: dict[str, Any], start: int) -> Config | None:
+    """Return the settings that the checkpoint of ``start`` tells, in place of a config.toml that is missing.
+
+    A note says so. Checkpoints of earlier versions tell none.
+    """
+    missing = f"warning: {run.folder.config_path} is missing"
+    try:
+        found = from_dict(Config, origin[SETTINGS], SETTINGS)
+    except (KeyError, UserError):
+        run.notes.append(
+            f"{missing}, and the checkpoint of step {start:,} does not tell the settings of the run: that some have changed is not noticed"
+        )
+        return None
+    run.notes.append(
+        f"{missing}: the settings of this start are compared with those that the checkpoint of step {start:,} tells"
+    )
+    return found
 
 
 def _texts(run: Opened, table: dict[str, Any] | None) -> dict[str, Origin] | None:
@@ -334,11 +366,14 @@ def _start(run: Opened, store: Path, steps: list[int], train: TrainArgs) -> int:
                 f"leave it out{other}"
             )
     if not steps:
+        if train.hold_lr:
+            raise UserError("train.hold_lr: expected a run to resume, found a new one; leave it out")
         if run.folder.metrics_path.exists() and run.folder.metrics_path.stat().st_size:
             run.notes.append("the previous start saved no checkpoint, so the run starts again from step 0")
         return 0
     start = _newest_whole(run, store, _candidates(run, store, steps, train))
-    run.later = [step for step in steps if step > start]
+    # One that is not whole though it was saved has been damaged: a save that was cut off is deleted, this is not.
+    run.later = [step for step in _numbered(store) if step > start and (step in steps or step <= run.record.saved)]
     if run.later:
         what = f"step {run.later[0]:,} is" if len(run.later) == 1 else f"steps {', '.join(map(str, run.later))} are"
         aside, records = run.aside(store)

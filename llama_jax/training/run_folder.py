@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from llama_jax.checkpoint import checkpoints_of
 from llama_jax.config import Config, load_toml, to_toml
 from llama_jax.devices.distributed import is_main
 from llama_jax.errors import UserError
+from llama_jax.fields import hints_of, typed
 from llama_jax.storage.files import write_atomically
 from llama_jax.training.tensorboard import Events
 
@@ -39,6 +40,8 @@ class RunRecord:
     """The weights of a mixture's sources, from each step on at which they changed."""
     reference: dict[str, str] = dataclasses.field(default_factory=dict)
     """A description of the model that a run on preferences began with (reference.py)."""
+    began_with: str = ""
+    """The digest of the parameters of the model that the run began with (train.init_from)."""
     starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """The time, host, step and changed settings of every start."""
 
@@ -56,6 +59,7 @@ class RunFolder:
         self.config_path = self.path / "config.toml"
         self.record_path = self.path / "run.json"
         self.records: list[dict[str, Any]] = []
+        self.told: list[dict[str, Any]] = []  # evaluations that checkpoints tell of, and no record
         self.measured_from = 0  # evaluations up to this step do not compare with those after it
         self.spent, self.spent_in_steps = 0.0, 0.0  # seconds of earlier starts: in all, and on steps that were not lost
         self._events: Events | None = None
@@ -79,8 +83,11 @@ class RunFolder:
         """Return the content of run.json. Raises UserError if it is damaged."""
         try:
             found = json.loads(self.record_path.read_text())
-            known = {field.name for field in dataclasses.fields(RunRecord)}
-            return RunRecord(**{key: value for key, value in found.items() if key in known})
+            known = hints_of(RunRecord)
+            values = {key: value for key, value in found.items() if key in known}
+            return RunRecord(
+                **{key: typed(value, known[key], f"{self.record_path}: {key}") for key, value in values.items()}
+            )
         except FileNotFoundError:
             return RunRecord()
         except (ValueError, AttributeError):
@@ -95,8 +102,18 @@ class RunFolder:
             write_atomically(self.record_path, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
 
     def stored_config(self) -> Config | None:
-        """Return the settings of the previous start, or None if there was none."""
-        return load_toml(self.config_path) if self.config_path.exists() else None
+        """Return the settings of the previous start, or None if there are none.
+
+        Raises UserError if the file is damaged.
+        """
+        if not self.config_path.exists():
+            return None
+        if (config := load_toml(self.config_path)) == Config():
+            raise UserError(
+                f"{self.config_path}: expected the settings of the run, found none; restore the file from a copy, or delete it to go on by "
+                "the settings in the newest checkpoint"
+            )
+        return config
 
     def write_config(self, config: Config) -> None:
         """Write config.toml with all values resolved."""
@@ -116,14 +133,30 @@ class RunFolder:
                 continue
             try:
                 record = json.loads(line)
+            except ValueError:
+                record = None
+            if _is_record(record):
                 if record["step"] <= step:
                     self.records.append(record)
                 self.spent = record.get("run_seconds", 0.0)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                if number < len(lines):
-                    warnings.append(f"{self.metrics_path}: line {number} is not a record and is left out")
+            elif number < len(lines):
+                warnings.append(f"{self.metrics_path}: line {number} is not a record and is left out")
         self.spent_in_steps = self.records[-1].get("run_step_seconds", 0.0) if self.records else 0.0
         return warnings
+
+    def lacks_records(self, step: int, interval: int, losses: Mapping[int, float]) -> str:
+        """Return a warning if the records end more than ``interval`` steps before ``step``, or "".
+
+        ``losses`` are the held-out losses that checkpoints tell. Those that no record has count for the best.
+        """
+        last = self.records[-1]["step"] if self.records else 0
+        self.told = [{"step": each, "eval_loss": loss} for each, loss in losses.items() if last < each <= step]
+        if last > step - interval:
+            return ""
+        return (
+            f"warning: {self.metrics_path} has no records of steps after {last:,}, up to {step:,}, which losses.png lacks from now on; the best "
+            "step is found with the losses that the checkpoints have"
+        )
 
     def write_metrics(self) -> None:
         """Rewrite metrics.jsonl with the current records."""
@@ -171,7 +204,7 @@ class RunFolder:
 
         steps: those whose records count. None: all.
         """
-        found = [r for r in self.records if "eval_loss" in r and r["step"] > self.measured_from]
+        found = [r for r in [*self.told, *self.records] if "eval_loss" in r and r["step"] > self.measured_from]
         if steps is not None:
             found = [r for r in found if r["step"] in steps]
         return min(found, key=lambda r: r["eval_loss"], default=None)
@@ -189,3 +222,11 @@ class RunFolder:
         """Return the one of ``steps`` with the best evaluation, or 0 if there is none."""
         best = self.best(steps)
         return 0 if best is None else int(best["step"])
+
+
+def _is_record(found: Any) -> bool:
+    """Return whether a line of metrics.jsonl is a record: an object with a step, and with numbers where they count."""
+    if not isinstance(found, dict) or not {"tokens", "train_loss"} <= found.keys():
+        return False
+    numbers = ("tokens", "eval_loss", "run_seconds", "run_step_seconds")
+    return type(found.get("step")) is int and all(type(found.get(name, 0.0)) in (int, float) for name in numbers)

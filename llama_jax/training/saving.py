@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import ModelFiles, ModelFilesHandler, is_whole, losses_of
 from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.compat.orbax_internals import COMMITTED, TEMPORARY
-from llama_jax.config import ModelArgs
+from llama_jax.config import ModelArgs, TrainArgs
 from llama_jax.storage.checksums import write_checksums
 from llama_jax.storage.locations import absolute, children, is_remote, user_errors
 from llama_jax.tokenizer import Tokenizer
@@ -155,6 +156,17 @@ class CheckpointWriter:
             if self._is_main:
                 with contextlib.suppress(Exception):  # the next start deletes it, too
                     self._clear_unfinished()
+
+
+def keep_every_note(train: TrainArgs) -> str:
+    """Return a line if fewer checkpoints are saved than train.keep_every would keep, or ""."""
+    every, interval = train.keep_every, train.save_interval
+    if not every or every % interval == 0:
+        return ""
+    return (
+        f"train.keep_every {every:,} keeps what is saved, which is every {interval:,} steps (train.save_interval) and at each best "
+        f"evaluation: those of every {math.lcm(every, interval):,} steps are sure to stay"
+    )
 
 
 def kept(steps: Iterable[int], losses: Mapping[int, float], keep: int, keep_every: int) -> set[int]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.checkpoint.adapted import WholeModel
+from llama_jax.checkpoint.identity import digest_of_parameters
 from llama_jax.cli.progress import working
 from llama_jax.config import Config, DataArgs, TrainArgs
 from llama_jax.data import AnyData, Data, Talking, load_data, open_data
@@ -34,7 +35,7 @@ from llama_jax.training.expecting import expected_of
 from llama_jax.training.objective import NextToken, Objective, make_objective
 from llama_jax.training.opening import Opened
 from llama_jax.training.rates import decay_end, learning_rate, stable_until
-from llama_jax.training.settings import MEASURES, changes, check_same, rate_text
+from llama_jax.training.settings import MEASURES, changes, check_fixed, rate_text
 from llama_jax.training.step import TrainState, init_state, shardings_of, state_shapes
 from llama_jax.training.tuning import Tuning
 
@@ -66,8 +67,8 @@ def open_text(config: Config, base: WholeModel | None, opened: Opened) -> AnyDat
     if args.document_mask and args.tokenizer_model_path:
         check_marks(Tokenizer(args.tokenizer_model_path))  # before a text is encoded, which may take hours
     folder, preferences = opened.folder, config.train.objective == "dpo"
-    if opened.start and opened.stored is not None:
-        check_same(opened.stored, config, folder.path, "train", "objective")
+    if opened.start and opened.stored is not None:  # before a text is encoded, which may take hours
+        check_fixed(opened.stored, config, (opened.source or folder).path, opened.source is not None)
     tokens = folder.path / "tokens"
     source = "the model" if base is None else config.train.init_from or str(base.folder)
     talking = Talking(_chat_before(opened, base), source, config.model.max_seq_len, preferences)
@@ -118,8 +119,6 @@ def settle(config: Config, data: AnyData, opened: Opened) -> Settled:
         objective=objective,
         expected=expected,
     )
-    if not opened.start and config.train.hold_lr:
-        raise UserError("train.hold_lr: expected a run to resume, found a new one; leave it out")
     if opened.start and opened.stored is not None:
         settled = _compared(settled, opened.stored, data, opened)
     # The other processes do not know the previous start, and their steps have the same rates.
@@ -132,7 +131,7 @@ def _compared(settled: Settled, stored: Config, data: AnyData, opened: Opened) -
     Raises UserError if the run cannot be resumed with it.
     """
     config, steps = settled.config, settled.steps
-    found = changes(stored, config, opened.folder.path)
+    found = changes(stored, config, opened.folder.path, opened.record.began_with)
     before = steps_of_run(_resolve(stored, data), data)
     check_decay(stored, before, config, steps, opened.start, opened.checkpoint.parent)
     held = _held_lr(config.train, stored.train, before, opened)
@@ -181,8 +180,11 @@ def _schedule(config: Config, data: AnyData, opened: Opened) -> Schedule | None:
     return Schedule.of(known, weights, opened.start, BatchSizes.of(config.train))
 
 
-def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
-    """Write what this start has decided. Nothing else changes the run folder before the first step."""
+def write_start(opened: Opened, settled: Settled, text: dict[str, Any], base: WholeModel | None = None) -> None:
+    """Write what this start has decided. Nothing else changes the run folder before the first step.
+
+    base: the model that the run begins with. None: it resumes, or begins without one.
+    """
     folder, is_copied = opened.folder, opened.source is not None
     if opened.later and is_main():
         opened.set_aside()
@@ -205,6 +207,7 @@ def write_start(opened: Opened, settled: Settled, text: dict[str, Any]) -> None:
         held_lr=settled.held_lr,
         measured_from=folder.measured_from,
         stable_until=settled.stable_until,
+        began_with=opened.record.began_with if base is None else digest_of_parameters(base.folder),
         starts=[*opened.record.starts, begun],
     )
     folder.write_record(opened.record)

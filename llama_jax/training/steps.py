@@ -3,7 +3,7 @@
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from llama_jax.training import announcing, log, samples
 from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Recorder
 from llama_jax.training.evaluating import evaluate, is_best
-from llama_jax.training.opening import TARGETS
+from llama_jax.training.opening import SETTINGS, TARGETS
 from llama_jax.training.profile import Profile
 from llama_jax.training.run import Run
 from llama_jax.training.step import StepMetrics, TrainState
@@ -211,6 +211,7 @@ def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> No
         "store": real_name(run.folder.checkpoints),
         "host": socket.gethostname(),
         "text": run.opened.record.text,
+        SETTINGS: asdict(run.config),
         "optimizer": run.config.train.optimizer,
         "products": run.config.train.products,
     } | ({} if run.opened.targets is None else {TARGETS: run.opened.targets})

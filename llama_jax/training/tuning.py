@@ -159,6 +159,8 @@ def _base_of_run(config: Config, opened: Opened) -> tuple[Checkpoint, LoraArgs]:
             f"lora.rank: expected 0, as the run in {opened.folder.path} trains the whole model, found {config.lora.rank}; "
             "choose another --train.save-dir"
         )
+    if opened.stored is not None and opened.stored.train.init_from != config.train.init_from:
+        _check_is_base(config.train.init_from, own, opened)
     problem: UserError | None = None
     for place in dict.fromkeys((own.adapter.base, config.train.init_from)):
         try:
@@ -173,3 +175,21 @@ def _base_of_run(config: Config, opened: Opened) -> tuple[Checkpoint, LoraArgs]:
         f"{own.folder}: expected the base of this run's adapters in {own.adapter.base}, found none or another one: {problem}"
         + ("" if str(problem).endswith(ELSEWHERE) else f"; {ELSEWHERE}")
     )
+
+
+def _check_is_base(asked: str, own: Checkpoint, opened: Opened) -> None:
+    """Raise UserError if ``asked``, another train.init_from than before, is another model than the base of ``own``.
+
+    Where none is found, the base is perhaps where it was.
+    """
+    assert own.adapter is not None
+    try:
+        found = Checkpoint.find(asked)
+        found = found if found.adapter is None else Checkpoint.find(found.adapter.base)
+    except UserError:
+        return
+    if digest_of(found) != own.adapter.digest:
+        raise UserError(
+            f"train.init_from: expected the base of this run's adapters, which was in {own.adapter.base}, found another model in {asked}; "
+            f"give that one, wherever it is now, or choose another --train.save-dir than {opened.folder.path}"
+        )

@@ -36,17 +36,21 @@ EXAMPLES = {
 }
 
 
-def panel_of(words: str) -> str:
-    """What tyro prints on a command line that is wrong."""
+def panel_of(words: str, encoding: str = "utf-8") -> str:
+    """What tyro prints on a command line that is wrong, where standard output has this encoding."""
     heard = io.StringIO()
-    with contextlib.redirect_stderr(heard), pytest.raises(SystemExit):
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(heard), pytest.raises(SystemExit):
         tyro.cli(Flags, args=words.split())
     return heard.getvalue()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("words", list(EXAMPLES))
-def test_an_error_of_tyro_is_told_in_one_line(words: str) -> None:
-    told = tyro_internals.one_line(panel_of(words))
+def test_an_error_of_tyro_is_told_in_one_line(words: str, encoding: str) -> None:
+    panel = panel_of(words, encoding)
+    assert panel.isascii() == (encoding == "ascii")
+    told = tyro_internals.one_line(panel)
     assert told == EXAMPLES[words], f"tyro {tyro.__version__} says {told!r}; see llama_jax/compat/tyro_internals.py"
 
 

@@ -188,6 +188,24 @@ def test_who_waits_in_vain_says_where_and_for_whom() -> None:
         assert "not all" in line
 
 
+def test_processes_with_unlike_settings_are_refused_and_the_setting_is_named(tmp_path: Path) -> None:
+    address = processes.free_address()
+    job = [f"--distributed.coordinator-address={address}", "--distributed.num-processes=2"]
+    both = [
+        start(["train.py", *flags(train__save_dir=tmp_path / "run", train__max_steps=steps), *job, f"--distributed.process-id={i}"])[0]
+        for i, steps in enumerate((2, 3))
+    ]  # fmt: skip
+    lines = []
+    for status, _, err in end(both):
+        lines += [line for line in err.splitlines() if line.startswith("error: ")]
+        assert status == 2, err
+    assert lines == [
+        "error: distributed: expected the settings of process 0 everywhere, found others in process 1; start all processes with the same settings",
+        "error: train.max_steps: expected 2, as process 0 has it, found 3 in process 1; start all processes with the same settings",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
 CLUSTERS: dict[str, tuple[dict[str, str], tuple[str, int, int]]] = {
     "slurm": (
         {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "node[07-08]", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"},

@@ -115,6 +115,7 @@ def test_only_a_recipe_that_nobody_changed_is_replaced(folder: Path) -> None:
         (["--data.filepath", "my.txt", "--flops", "1e5"], "--flops 100000: expected enough for a step"),
         (FLAGS, "data.filepath: expected a text, found none"),
         (["--data.filepath", "no.txt", *FLAGS], "no.txt"),
+        (["--data.filepath", "my.toml", *FLAGS], "data.filepath: expected a text, found my.toml, which has the name of a configuration"),
         (["--data.filepath", "chats.jsonl", *FLAGS], "data.filepath: expected a text for a recipe, found conversations"),
         (["--data.mixture", "my.txt", "1", "many", "2", *FLAGS], "data.mixture: expected one text for a recipe"),
         (["--data.filepath", "my.txt", *FLAGS, "--train.max-steps", "9"], "train.max_steps: expected none beside a recipe"),

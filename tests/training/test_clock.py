@@ -150,7 +150,10 @@ def test_the_text_beside_the_bar_is_short_and_speaks_of_trouble_only_where_there
 
 def test_the_time_of_steps_that_are_made_again_after_a_kill_is_lost(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    lines = [{"step": s, "tokens": s, "run_seconds": 10.0 * s, "run_step_seconds": 9.0 * s} for s in (1, 2, 3, 4)]
+    lines = [
+        {"step": s, "tokens": s, "train_loss": None, "run_seconds": 10.0 * s, "run_step_seconds": 9.0 * s}
+        for s in (1, 2, 3, 4)
+    ]
     folder.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert folder.read_metrics(3) == []
     assert (folder.spent, folder.spent_in_steps) == (40.0, 27.0)

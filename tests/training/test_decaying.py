@@ -104,6 +104,15 @@ def test_a_decay_in_another_folder_is_that_of_the_run_itself_which_stays_as_it_i
     assert_same(run, tmp_path / "branch", 10)
 
 
+def test_what_a_run_cannot_change_is_refused_where_it_is_continued_before_its_text_is_read(
+    run: Path, tmp_path: Path
+) -> None:
+    found = rf"train\.batch_size: expected 4, with which the run in {run} began, found 8; leave it out, as a run that is continued"
+    with pytest.raises(UserError, match=found):
+        train(tmp_path / "branch", **WSD, decay_run=str(run), decay_from=4, batch_size=8)
+    assert not (tmp_path / "branch" / "tokens").exists()
+
+
 def test_a_decay_takes_its_share_of_all_steps_if_nothing_says_where_it_ends(run: Path, tmp_path: Path) -> None:
     train(tmp_path / "branch", **WSD, decay_run=str(run), decay_from=6, max_steps=None)
     assert_same(tmp_path / "branch", run, 8)

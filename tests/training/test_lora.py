@@ -283,6 +283,7 @@ def test_a_base_that_moved_or_changed_is_refused_by_name_and_found_where_it_is_s
         np.testing.assert_array_equal(logits(root / "moved", adapter=str(root / "tuned")), found)
         shutil.copytree(root / "tuned", root / "tuned copy")
         train(root / "tuned copy", base="moved", max_steps=7)
+        assert "train.init_from: expected the base of this run's adapters" in refusal(root / "tuned copy", max_steps=8)
         with pytest.raises(UserError, match="digest"):
             llama_jax.load(str(root / "base"), adapter=str(root / "tuned"))
         with pytest.raises(UserError, match="adapter: expected a low-rank adapter"):

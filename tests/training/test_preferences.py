@@ -175,6 +175,10 @@ def test_log_likelihoods_that_are_lost_are_computed_again_by_the_model_that_the_
     assert {path.name: path.read_bytes() for path in (root / "lost" / "reference").glob("*.npy")} == kept
     shutil.rmtree(root / "lost" / "reference")
     message = refusal(root / "lost", WHOLE, base="whole", lr=5e-4, max_steps=7)
+    assert message.startswith("train.init_from: expected '") and "found another model" in message
+    record = root / "lost" / "run.json"  # of a version that did not note the model, of which the reference knows
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"began_with": ""}))
+    message = refusal(root / "lost", WHOLE, base="whole", lr=5e-4, max_steps=7)
     assert message.startswith("train.init_from: expected the model that this run began with") and "base" in message
 
 

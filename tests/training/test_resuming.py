@@ -20,6 +20,7 @@ import llama_jax
 from llama_jax.checkpoint import steps_of
 from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
+from llama_jax.storage.checksums import write_checksums
 from llama_jax.storage.owner import owning
 from llama_jax.training import loop, samples
 from llama_jax.training.clock import TIMES
@@ -246,6 +247,93 @@ def test_evaluations_that_measure_something_else_are_not_compared(run: Path) -> 
     assert json.loads((run / "run.json").read_text())["measured_from"] == 8
 
 
+def test_settings_are_compared_with_those_of_the_checkpoint_where_config_toml_is_gone(run: Path, whole: Path) -> None:
+    (run / "config.toml").unlink()
+    assert refusal(run, seed=3).startswith("train.seed: expected 0, with which the run in ")
+    out = train(run, lr=5e-3, max_steps=10)
+    assert (
+        "config.toml is missing: the settings of this start are compared with those that the checkpoint of step 8 tells"
+        in out
+    )
+    assert "changed  train.lr 0.01 -> 0.005" in out and "changed  train.max_steps 8 -> 10" in out
+    assert "config.toml is missing" not in train(run, lr=5e-3, max_steps=10), "which it is no more"
+
+
+def test_checkpoints_of_before_tell_no_settings_which_is_told(run: Path) -> None:
+    (run / "config.toml").unlink()
+    origin = run / "checkpoints" / "8" / "model" / "origin.json"
+    table = json.loads(origin.read_text())
+    assert table.pop("settings")["train"]["lr"] == 1e-2
+    origin.write_text(json.dumps(table))
+    write_checksums(origin.parents[1])
+    assert "does not tell the settings of the run: that some have changed is not noticed" in train(run)
+
+
+def test_settings_that_were_emptied_are_refused(run: Path) -> None:
+    (run / "config.toml").write_text("")
+    line = refusal(run, max_steps=12)
+    assert "config.toml: expected the settings of the run, found none" in line and "delete it to go on" in line
+
+
+@pytest.mark.parametrize("lines", [0, 5])
+def test_records_that_are_gone_are_told_and_do_not_hide_the_best(lines: int, run: Path) -> None:
+    kept_lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:lines]
+    (run / "metrics.jsonl").write_text("".join(kept_lines) + '{"step": 6, "tok')
+    before = json.loads((run / "best.json").read_text())
+    out = train(run, max_steps=12, lr=10.0, bad_steps="count")
+    assert f"metrics.jsonl has no records of steps after {lines}, up to 8, which losses.png lacks from now on" in out
+    assert "step 12: eval loss" in out and "the best so far" not in out
+    assert json.loads((run / "best.json").read_text())["step"] == before["step"] == 8
+
+
+def test_records_that_are_rarer_than_checkpoints_are_not_missed(tmp_path: Path) -> None:
+    rare = {"max_steps": 6, "log_interval": 4, "eval_interval": 100}
+    train(tmp_path / "run", **rare)
+    out = train(tmp_path / "run", **rare, resume_step=2)
+    assert [record["step"] for record in records(tmp_path / "run")] == [4, 6] and "resumed  at step 2" in out
+    assert "no records" not in out
+
+
+@pytest.mark.parametrize("record", [{"saved": "x"}, {"id": 5}, {"starts": {}}, {"held_lr": "0.1"}])
+def test_a_record_of_the_run_with_values_of_other_types_is_refused(record: dict[str, Any], run: Path) -> None:
+    table = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(table | record))
+    assert f"run.json: {next(iter(record))}: expected " in refusal(run)
+
+
+def test_a_run_does_not_go_on_from_another_model_than_it_began_with(run: Path, whole: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned"
+    train(tuned, max_steps=2, init_from=str(whole))
+    line = refusal(tuned, max_steps=4, init_from=str(whole / "checkpoints" / "2"))
+    assert f"train.init_from: expected '{whole}', with which the run in " in line and "found another model" in line
+    out = train(tuned, max_steps=4, init_from=str(run))
+    assert (
+        f"changed  train.init_from {whole} -> {run}, which is not read, as the run goes on from its own checkpoint"
+        in out
+    )
+
+
+def test_the_vocabulary_of_a_base_is_not_compared_with_one_that_nobody_trained(whole: Path, tmp_path: Path) -> None:
+    data = DataArgs(str(write_text(tmp_path)), vocab_size=2000)
+    tuned = dataclasses.replace(RUN, save_dir=str(tmp_path / "tuned"), init_from=str(whole), max_steps=2)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        loop.train(Config(MODEL, data, tuned))
+        shutil.rmtree(tmp_path / "tuned" / "tokens")
+        loop.train(Config(MODEL, data, dataclasses.replace(tuned, max_steps=3)))
+    assert "resumed  at step 2" in out.getvalue() and "was asked for" not in out.getvalue()
+
+
+def test_what_is_asked_for_and_does_not_happen_is_told(run: Path) -> None:
+    out = train(run, max_steps=10, keep_every=3, profile_steps="2-4")
+    assert (
+        "train.keep_every 3 keeps what is saved, which is every 2 steps" in out
+        and "every 6 steps are sure to stay" in out
+    )
+    assert "train.profile_steps 2-4: the run has 8 steps, and no trace is made of those behind it" in out
+    assert "keeps what is saved" not in train(run, max_steps=10, keep_every=4)
+
+
 def test_a_better_loss_of_other_tokens_does_not_hide_those_that_compare() -> None:
     folder = RunFolder("unused")
     folder.records = [{"step": step, "eval_loss": loss} for step, loss in ((4, 1.0), (8, 0.5), (12, 2.0), (16, 1.9))]
@@ -267,6 +355,10 @@ def test_fewer_steps_than_a_run_has_are_told_as_that(run: Path) -> None:
     assert "changed  train.max_steps 8 -> 6" in out
     assert "Run already complete: it has 8 steps, and 6 are asked for. Raise --train.max-steps to go on" in out
     assert steps_of(run) == [2, 4, 6, 8]
+    out = train(run, resume_step=6, max_steps=5)
+    assert "Run already complete: it has 6 steps, and 5 are asked for" in out and "step 6: eval loss" in out, (
+        "also where an evaluation is owed"
+    )
 
 
 def masked(folder: Path, document_mask: bool = True, tokenizer: str = "", **changes: Any) -> str:
@@ -418,8 +510,10 @@ def test_a_checkpoint_without_the_table_that_is_written_last_is_not_whole(run: P
     assert steps_of(run) == [2, 4, 6]
     with pytest.raises(UserError, match=r"8: expected a whole checkpoint, found no checksums\.json"):
         llama_jax.load(str(run / "checkpoints" / "8"))
-    train(run)
+    out = train(run)
+    assert "step 8 was saved, and its checkpoint is not whole; the newest is of step 6" in out
     assert_same(run, whole)
+    assert (run / "checkpoints" / "set-aside-1" / "8" / "params").is_dir(), "what was saved once is not deleted"
 
 
 def test_minutes_save_and_evaluate_where_steps_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
