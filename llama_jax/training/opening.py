@@ -6,9 +6,6 @@ another run. Otherwise it begins a run, or resumes from the newest checkpoint wh
 
 import contextlib
 import dataclasses
-import json
-import os
-import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +14,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.checkpoint import DAMAGED, ORIGIN, Checkpoint, losses_of, steps_in
+from llama_jax.checkpoint import DAMAGED, Checkpoint, losses_of, steps_in
 from llama_jax.checkpoint.adapted import WholeModel
 from llama_jax.cli.progress import working
 from llama_jax.config import Config, ModelArgs, TrainArgs, from_dict
@@ -28,30 +25,35 @@ from llama_jax.devices.distributed import from_main, on_main
 from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs
 from llama_jax.programs import typed
-from llama_jax.storage import owner
 from llama_jax.storage.checksums import verify
 from llama_jax.storage.files import remove_leftovers, write_atomically
 from llama_jax.storage.locations import (
-    PROBE,
     absolute,
     check_writable,
     children,
     is_remote,
-    location,
-    real_name,
     user_errors,
 )
 from llama_jax.storage.owner import Owner, owning
 from llama_jax.training.decaying import check_can_decay, check_is_continuation, run_to_continue
 from llama_jax.training.run_folder import RunFolder, RunRecord
 from llama_jax.training.settings import check_made_by
+from llama_jax.training.store import (
+    ELSEWHERE,
+    check_in_sight,
+    check_is_ours,
+    find_store,
+    lies_within,
+    numbered_in,
+    origin_of,
+    point_to,
+)
 
 # What a checkpoint says of the tokens that counted in the loss of its run.
 TARGETS = "target_tokens"
 # What it says of the settings that its run had.
 SETTINGS = "settings"
 IN_USE = "wait until it ends, stop it, or choose another --train.save-dir"
-ELSEWHERE = "choose another --train.save-dir"
 
 
 @dataclass
@@ -165,16 +167,16 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
         if place.is_dir():
             remove_leftovers(place)
     run.record, run.stored = folder.read_record(), folder.stored_config()
-    store = _store(folder, run.record, train.checkpoint_dir)
-    outside = not _lies_within(store, folder.path)
+    store = find_store(folder, run.record, train.checkpoint_dir)
+    outside = not lies_within(store, folder.path)
     if is_remote(store):
         check_writable(store, "train.checkpoint_dir")
     elif outside and steps_in(store):
         run.owners.append(stack.enter_context(owning(store, "train.checkpoint_dir", IN_USE)))
     steps = steps_in(store)
-    _check_in_sight(run, store, steps)
+    run.notes += filter(None, [check_in_sight(folder, run.record, store, steps)])
     if steps:
-        _check_store_is_ours(run, store, steps)
+        run.notes += filter(None, [check_is_ours(folder, run.record, store, steps)])
     if train.decay_run:
         check_is_continuation(folder, run.stored, train, steps)
     if outside and len(run.owners) == 1:
@@ -186,7 +188,7 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
     else:
         start = _start(run, store, steps, train)
         run.notes += folder.read_metrics(start)
-    origin = _origin((store if run.source is None else run.source.checkpoints) / str(start)) if start else {}
+    origin = origin_of((store if run.source is None else run.source.checkpoints) / str(start)) if start else {}
     if start and run.stored is None:
         run.stored = _settings_of(run, origin, start)
         check_made_by(origin, train, start)
@@ -199,7 +201,7 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
     known = run.record.id or origin.get("run") or uuid.uuid4().hex
     run.record = dataclasses.replace(run.record, id=known, store=str(absolute(store)) if outside else "")
     if outside:
-        _point_to(folder, store)
+        point_to(folder, store)
     return start
 
 
@@ -208,76 +210,6 @@ def _remove_empty(folder: Path) -> None:
     for place in (folder / "tokens", folder):
         with contextlib.suppress(OSError):
             place.rmdir()
-
-
-def _store(folder: RunFolder, record: RunRecord, asked: str) -> Path:
-    """Return the folder of the run's checkpoints.
-
-    Raises UserError if they are in another one than the user asks for.
-    """
-    here = folder.path / "checkpoints"
-    if not asked:
-        known = folder.checkpoints
-        return (
-            location(record.store) if record.store and not here.exists() and steps_in(location(record.store)) else known
-        )
-    there = location(asked)
-    if not here.exists():
-        if not record.id and any(path.name not in (PROBE, owner.NAME) for path in children(there)):
-            raise UserError(
-                f"train.checkpoint_dir: expected a new or an empty folder for a new run, found {asked} in use; choose another"
-            )
-        return there
-    known = folder.checkpoints
-    moved = str(absolute(known)) != str(absolute(there))
-    if moved and (steps_in(known) or not steps_in(there)):
-        raise UserError(
-            f"train.checkpoint_dir: expected {known}, where this run's checkpoints are, found {asked}; leave it out, or {ELSEWHERE}"
-        )
-    return there
-
-
-def _lies_within(store: Path, folder: Path) -> bool:
-    return not is_remote(store) and store.resolve().is_relative_to(folder.resolve())
-
-
-def _point_to(folder: RunFolder, store: Path) -> None:
-    """Write into the run folder where its checkpoints are."""
-    here = folder.path / "checkpoints"
-    if not here.is_dir():
-        write_atomically(here, f"{absolute(store)}\n")
-
-
-def _check_in_sight(run: Opened, store: Path, steps: list[int]) -> None:
-    """Raise UserError if the run has saved checkpoints and none can be found."""
-    saved = run.record.saved
-    if not saved and not steps and run.folder.best_path.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = int(json.loads(run.folder.best_path.read_text())["step"])
-    if saved and not steps:
-        places = f"{store}" + (f", or in {run.record.store}" if run.record.store not in ("", str(store)) else "")
-        raise UserError(
-            f"train.save_dir: expected the checkpoints of the run in {run.folder.path}, which saved step {saved:,}, found none in "
-            f"{places}; mount the disk or move them back (--train.checkpoint-dir says where they are), or {ELSEWHERE} to begin anew"
-        )
-    if steps and steps[-1] < saved:
-        found = "not whole" if saved in _numbered(store) else "gone"
-        run.notes.append(
-            f"warning: step {saved:,} was saved, and its checkpoint is {found}; the newest is of step {steps[-1]:,}"
-        )
-
-
-def _numbered(store: Path) -> list[int]:
-    """Return the steps that have something in ``store``, whole or not, in ascending order."""
-    return sorted(int(path.name) for path in children(store) if path.name.isdecimal())
-
-
-def _origin(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint says about the run that made it. It is empty for checkpoints of earlier versions."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((checkpoint / "model" / ORIGIN).read_text())
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _settings_of(run: Opened, origin: dict[str, Any], start: int) -> Config | None:
@@ -308,37 +240,6 @@ def _texts(run: Opened, table: dict[str, Any] | None) -> dict[str, Origin] | Non
             f"{run.folder.record_path}: expected a description of the training text under text, found something else; restore "
             f"the file from a copy, or {ELSEWHERE}"
         ) from None
-
-
-def _check_store_is_ours(run: Opened, store: Path, steps: list[int]) -> None:
-    """Raise UserError if the checkpoints belong to another run or to the run that this folder is a copy of."""
-    origin = _origin(store / str(steps[-1]))
-    maker, place = origin.get("run"), str(origin.get("folder", ""))
-    if not maker:
-        return
-    remedy = f"copy them to another folder and name it with --train.checkpoint-dir, or {ELSEWHERE}"
-    if run.record.id and maker != run.record.id:
-        raise UserError(
-            f"train.checkpoint_dir: expected the checkpoints of the run in {run.folder.path}, found those of the run in {place} "
-            f"in {store}; {remedy}"
-        )
-    if _lies_within(store, run.folder.path) or not place or _same_folder(place, run.folder.path):
-        return
-    if origin.get("store") != real_name(store):
-        return  # the checkpoints were copied or moved, so no other run has its checkpoints here
-    here = origin.get("host") == socket.gethostname()
-    there = RunFolder(place)
-    if (here or there.path.exists()) and there.read_record().id != maker:
-        run.notes.append(f"the run has moved here from {place}")
-        return
-    raise UserError(
-        f"train.checkpoint_dir: expected checkpoints of this run alone in {store}, found those of the run in "
-        f"{place}{'' if here else ' on host ' + str(origin.get('host'))}, of which {run.folder.path} is a copy; {remedy}"
-    )
-
-
-def _same_folder(place: str, folder: Path) -> bool:
-    return os.path.realpath(place) == os.path.realpath(folder)
 
 
 def _continue(run: Opened, train: TrainArgs) -> int:
@@ -373,7 +274,7 @@ def _start(run: Opened, store: Path, steps: list[int], train: TrainArgs) -> int:
         return 0
     start = _newest_whole(run, store, _candidates(run, store, steps, train))
     # One that is not whole though it was saved has been damaged: a save that was cut off is deleted, this is not.
-    run.later = [step for step in _numbered(store) if step > start and (step in steps or step <= run.record.saved)]
+    run.later = [step for step in numbered_in(store) if step > start and (step in steps or step <= run.record.saved)]
     if run.later:
         what = f"step {run.later[0]:,} is" if len(run.later) == 1 else f"steps {', '.join(map(str, run.later))} are"
         aside, records = run.aside(store)
