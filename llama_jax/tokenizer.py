@@ -128,8 +128,11 @@ class Tokenizer:
         """Return lines about what the files say of tokens and their text, and what is not done here."""
         if not self._files.tables:
             return []
-        pieces = {self.piece(i) for i in range(self.vocab_size)} | self.specials.keys()
-        told = of_files.without_id(self._files, pieces.__contains__)
+
+        def is_known(text: str) -> bool:
+            return text in self.specials or any(self.piece(i) == text for i in range(self.vocab_size))
+
+        told = of_files.without_id(self._files, is_known)
         return told + (of_files.decoding_told(self._files) if self._files.main == TABLE else [])
 
     def within(self, rows: int) -> "Tokenizer":

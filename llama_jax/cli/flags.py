@@ -68,9 +68,8 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
 
 def texts_given_twice(argv: Sequence[str]) -> str:
     """Return a warning if a flag of a text (``--filepath``) has several values, of which the last one counts."""
-    for name, values in _values(argv).items():
-        others = [value for value in dict.fromkeys(values) if value != values[-1]]
-        if others and name.endswith("filepath"):
+    for name, values, others in _given_several(argv):
+        if name.endswith("filepath"):
             return (
                 f"warning: {name} is given {len(values)} times: {values[-1]} is read, and not {', '.join(others)}; several texts are "
                 "a folder, or a glob in quotes"
@@ -84,18 +83,15 @@ def given_twice(kind: type[Any], argv: Sequence[str] | None) -> list[str]:
     ``kind`` is the dataclass of the flags.
     """
     single = {name for name, flag in _flags_of(kind) if _element_types(flag.hint) is None and flag.hint is not bool}
-    lines = []
-    for name, values in _values(sys.argv[1:] if argv is None else argv).items():
-        others = [value for value in dict.fromkeys(values) if value != values[-1]]
-        if others and name in single:
-            lines.append(
-                f"warning: {name} is given {len(values)} times: {values[-1]} counts, and not {', '.join(others)}"
-            )
-    return lines
+    return [
+        f"warning: {name} is given {len(values)} times: {values[-1]} counts, and not {', '.join(others)}"
+        for name, values, others in _given_several(sys.argv[1:] if argv is None else argv)
+        if name in single
+    ]
 
 
-def _values(argv: Sequence[str]) -> dict[str, list[str]]:
-    """Return the words that follow each flag of a command line, which are its values if it takes one."""
+def _given_several(argv: Sequence[str]) -> list[tuple[str, list[str], list[str]]]:
+    """Return each flag that unlike words follow, its values if it takes one: all, and those that are not the last."""
     given: dict[str, list[str]] = {}
     for word, following in itertools.pairwise([*argv, ""]):
         if word == "--":
@@ -103,7 +99,11 @@ def _values(argv: Sequence[str]) -> dict[str, list[str]]:
         name, equals, value = word.partition("=")
         if word.startswith("--"):
             given.setdefault(name.replace("_", "-"), []).append(value if equals else following)
-    return given
+    several = []
+    for name, values in given.items():
+        if others := [value for value in dict.fromkeys(values) if value != values[-1]]:
+            several.append((name, values, others))
+    return several
 
 
 def unescape(text: str) -> str:

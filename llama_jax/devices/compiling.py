@@ -33,12 +33,12 @@ def use_compilation_cache() -> None:
 
 def check_jax_settings() -> None:
     """Raise UserError on settings of JAX with which a training step cannot be compiled."""
-    wrong = [
-        ("jax_enable_x64", True, "as parameters are trained in float32"),
-        ("jax_disable_jit", True, "as steps are compiled"),
-    ]
-    for name, value, reason in wrong:
-        if getattr(jax.config, name) == value:
+    wrong = {
+        "jax_enable_x64": "as parameters are trained in float32",
+        "jax_disable_jit": "as steps are compiled",
+    }
+    for name, reason in wrong.items():
+        if getattr(jax.config, name):
             raise UserError(f"{name.upper()}: expected to be off in training, {reason}, found it on; unset it")
 
 
@@ -104,25 +104,25 @@ def untried_options(device: jax.Device) -> dict[str, Any]:
 class GenerationProgram:
     """``jax.jit`` with ``generation_options`` for JAX's devices.
 
-    The options are looked up at each call, because listing devices starts the backend. cache_bytes: of a decoding step,
-    a function of its arguments that returns the ``cache_bytes`` of its options.
+    The options are looked up at the first call for each ``cache_bytes``, because listing devices starts the backend.
+    cache_bytes: of a decoding step, a function of its arguments that returns the ``cache_bytes`` of its options.
     """
 
     def __init__(
         self, function: Callable[..., Any], cache_bytes: Callable[..., int] | None = None, **jit_arguments: Any
     ):
         self._function, self._cache_bytes, self._jit_arguments = function, cache_bytes, jit_arguments
-        self._jitted: dict[str, Any] = {}
+        self._jitted: dict[int | None, Any] = {}
         self._asked_for: set[Any] = set()
         functools.update_wrapper(self, function)
 
     def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the jitted function for these arguments."""
         cache_bytes = self._cache_bytes(*args, **kwargs) if self._cache_bytes is not None else None
-        options = generation_options(jax.devices()[0], cache_bytes)
-        if (key := repr(options)) not in self._jitted:
-            self._jitted[key] = jax.jit(self._function, compiler_options=options, **self._jit_arguments)
-        return self._jitted[key]
+        if cache_bytes not in self._jitted:
+            options = generation_options(jax.devices()[0], cache_bytes)
+            self._jitted[cache_bytes] = jax.jit(self._function, compiler_options=options, **self._jit_arguments)
+        return self._jitted[cache_bytes]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._program(args, kwargs)(*args, **kwargs)

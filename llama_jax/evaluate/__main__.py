@@ -196,7 +196,7 @@ def _score_tasks(args: Arguments) -> None:
 def _idle(args: Arguments, tasks: "Sequence[Task]") -> list[str]:
     """Return lines about flags without effect on the tasks. Raises UserError if a chat template cannot be read."""
     from llama_jax.chat.formats import read_template
-    from llama_jax.evaluate.tasks import DESCRIPTIONS, WITHOUT_SHOTS, read_tasks
+    from llama_jax.evaluate.tasks import DESCRIPTIONS, WITHOUT_SHOTS
 
     lines, default = [], Arguments()
     for task in tasks:
@@ -206,7 +206,8 @@ def _idle(args: Arguments, tasks: "Sequence[Task]") -> list[str]:
         read_template(args.chat_template)
         if all(task.kind != "chats" for task in tasks):
             lines.append("--chat-template: no effect, since no record has messages")
-    if args.question_format != default.question_format and read_tasks(args.tasks) == tasks:
+    asks = any(item.asks for task in tasks for item in task.items)
+    if args.question_format != default.question_format and not asks:
         lines.append("--question-format: no effect, since no record has a question")
     if args.seed != default.seed and not args.shots:
         lines.append("--seed: no effect without --shots")

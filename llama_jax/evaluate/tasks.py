@@ -13,7 +13,7 @@ and may have other keys, which are not read. All records of a file are of one ki
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,8 @@ class Item:
     """The number of the right choice, from 0."""
     messages: tuple[Message, ...] = ()
     """The conversation to answer."""
+    asks: bool = field(default=False, compare=False)
+    """Whether the prompt is a question in the format of questions."""
 
     @property
     def gold(self) -> str:
@@ -170,10 +172,11 @@ def _record(line: str, number: int, where: str, question_format: str) -> tuple[K
             f"{'both; put all of it into context' if prompts else keys}"
         )
     prompt = _text(found, prompts[0], where, blank=prompts == ["context"])
-    if prompts == ["question"]:
+    asks = prompts == ["question"]
+    if asks:
         prompt = question_format.replace("{question}", prompt)
     if "choices" not in found:
-        return "answers", Item(number, prompt, (_answer(found, where),), 0)
+        return "answers", Item(number, prompt, (_answer(found, where),), 0, asks=asks)
     choices = found["choices"]
     is_list = isinstance(choices, list) and len(choices) > 1
     if not is_list or not all(isinstance(choice, str) and choice.strip() for choice in choices):
@@ -184,7 +187,7 @@ def _record(line: str, number: int, where: str, question_format: str) -> tuple[K
             f"{where}: answer: expected the number of the right choice, 0 to {len(choices) - 1}, found "
             f"{quoted(answer) if 'answer' in found else 'none'}"
         )
-    return "choices", Item(number, prompt, tuple(map(clean, choices)), answer)
+    return "choices", Item(number, prompt, tuple(map(clean, choices)), answer, asks=asks)
 
 
 def _answer(record: dict[str, Any], where: str) -> str:

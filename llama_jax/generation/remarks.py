@@ -22,11 +22,15 @@ def told_of(asked: Sequence[Asked], context: int) -> list[str]:
         ("cut at their beginning", [one for one in asked if one.cut]),
     ):
         if those:
-            named = ", ".join(one.job.where for one in those[:NAMED]) + ("" if len(those) <= NAMED else ", ...")
+            named = _some([one.job.where for one in those])
             lines.append(
                 f"{len(those)} of {len(asked)} prompts fill the context of {context} tokens and are {what}: {named}"
             )
     return lines
+
+
+def _some(places: Sequence[str]) -> str:
+    return ", ".join(places[:NAMED]) + ("" if len(places) <= NAMED else ", ...")
 
 
 def pasted(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
@@ -84,8 +88,7 @@ def empty_prompts(jobs: Sequence[Job]) -> str:
     empty = [job.where for job in jobs if not job.prompt and not job.messages and job.suffix is None]
     if not empty:
         return ""
-    named = ", ".join(empty[:NAMED]) + ("" if len(empty) <= NAMED else ", ...")
-    return f"{len(empty)} of {len(jobs)} prompts {'is' if len(empty) == 1 else 'are'} empty: {named}"
+    return f"{len(empty)} of {len(jobs)} prompts {'is' if len(empty) == 1 else 'are'} empty: {_some(empty)}"
 
 
 def looking_like_records(jobs: Sequence[Job]) -> str:
@@ -93,10 +96,9 @@ def looking_like_records(jobs: Sequence[Job]) -> str:
     texts = [job.prompt for job in jobs]
     records = [job.where for job in jobs if key_of_records(job.prompt)]
     if records:
-        named = ", ".join(records[:NAMED]) + ("" if len(records) <= NAMED else ", ...")
         return (
             f"{len(records)} of {len(jobs)} prompts {'is a JSON object' if len(records) == 1 else 'are JSON objects'}, and read as "
-            f"text: {named}; a file that ends in .jsonl has an object a line"
+            f"text: {_some(records)}; a file that ends in .jsonl has an object a line"
         )
     if len(texts) > 1 and all(isinstance(json_of(text), str) for text in texts):
         return "every prompt is in quotation marks, which are read as a part of it"

@@ -7,6 +7,7 @@ Over a sequence there are three implementations with the same result: ``xla``, w
 B batch, T query positions, S key positions, N query heads, K KV heads, G = N/K, H head_dim.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelArgs
 from llama_jax.devices.chips import LANES
-from llama_jax.devices.sharding import gather_shards, shard_axes, shard_by_shard
+from llama_jax.devices.sharding import gather_shards, shard_axes, shard_by_shard, shards_here
 from llama_jax.errors import UserError
 from llama_jax.ops import exact
 from llama_jax.ops.blocks import ATTENTION, Span, softmax_attention
@@ -330,11 +331,8 @@ def _by_head(scales: jax.Array) -> jax.Array:
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Compute scores of q [B, K, R, H], where R may be small, and cached keys [B, K, S, H] -> float32 [B, K, R, S]."""
-
-    def product(q: jax.Array, k: jax.Array) -> jax.Array:
-        return _float32("BKRH,BKSH->BKRS", q, k)
-
-    return jax.lax.platform_dependent(q, k, tpu=_scores_by_group, default=product)
+    each = functools.partial(_float32, "BKRH,BKSH->BKRS")
+    return jax.lax.platform_dependent(q, k, tpu=_scores_by_group, default=each)
 
 
 def _scores_by_group(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -345,7 +343,7 @@ def _scores_by_group(q: jax.Array, k: jax.Array) -> jax.Array:
     sequences of 7B, which reads as much, takes a sixth longer.
     """
     B, K, R, H = q.shape
-    on_a_device = K // math.gcd(K, jax.sharding.get_abstract_mesh().size or 1)
+    on_a_device = K // math.gcd(K, shards_here("kv_heads"))
     heads = math.gcd(on_a_device, max(1, MATRIX_ROWS // R))
     own = jnp.eye(heads, dtype=q.dtype)
     rows = jnp.einsum("BXARH,AC->BXARCH", q.reshape(B, K // heads, heads, R, H), own)
@@ -360,10 +358,7 @@ def _sums_of_values(weights: jax.Array, v: jax.Array) -> jax.Array:
 
     The trick is to pad R to MATRIX_ROWS on a TPU, so that it uses its matrix unit. Otherwise it is four times slower.
     """
-    R = weights.shape[2]
-
-    def product(weights: jax.Array, v: jax.Array) -> jax.Array:
-        return _float32("BKRS,BKSH->BKRH", weights, v)
+    R, product = weights.shape[2], functools.partial(_float32, "BKRS,BKSH->BKRH")
 
     def padded(weights: jax.Array, v: jax.Array) -> jax.Array:
         return product(jnp.pad(weights, [(0, 0), (0, 0), (0, max(0, MATRIX_ROWS - R)), (0, 0)]), v)[:, :, :R]

@@ -227,7 +227,7 @@ def _rows_in_pieces(x: jax.Array, w: Matrix, inputs: str | None, outputs: str | 
     groups, shards = len(w.scales), shards_here(inputs)
     group, size = len(w.values) // groups, len(w.values) // shards
     first = 1 << (size.bit_length() - 1)
-    second = size > first and 1 << (size - first - 1).bit_length()
+    second = 1 << (size - first - 1).bit_length() if size > first else 0
     if first % group or second % group or groups % shards or shards_here("embed") > 1:
         return _rows_on_tpu(x, _spread(w.scales, group) * w.values.astype(jnp.float32))
 

@@ -188,14 +188,15 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
     else:
         start = _start(run, store, steps, train)
         run.notes += folder.read_metrics(start)
-    origin = origin_of((store if run.source is None else run.source.checkpoints) / str(start)) if start else {}
+    place = store if run.source is None else run.source.checkpoints
+    origin = origin_of(place / str(start)) if start else {}
     if start and run.stored is None:
         run.stored = _settings_of(run, origin, start)
         check_made_by(origin, train, start)
     if start:
         interval = start if run.stored is None else run.stored.train.log_interval
-        place = store if run.source is None else run.source.checkpoints
-        run.notes += filter(None, [folder.lacks_records(start, interval, losses_of(place, steps_in(place)))])
+        unrecorded = [step for step in steps_in(place) if folder.recorded < step <= start]
+        run.notes += filter(None, [folder.lacks_records(start, interval, losses_of(place, unrecorded))])
     run.targets = origin.get(TARGETS) if start else 0
     run.texts = _texts(run, run.record.text or origin.get("text"))
     known = run.record.id or origin.get("run") or uuid.uuid4().hex

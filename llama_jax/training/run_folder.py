@@ -144,13 +144,18 @@ class RunFolder:
         self.spent_in_steps = self.records[-1].get("run_step_seconds", 0.0) if self.records else 0.0
         return warnings
 
+    @property
+    def recorded(self) -> int:
+        """The step of the last record, or 0 if there is none."""
+        return self.records[-1]["step"] if self.records else 0
+
     def lacks_records(self, step: int, interval: int, losses: Mapping[int, float]) -> str:
         """Return a warning if the records end more than ``interval`` steps before ``step``, or "".
 
-        ``losses`` are the held-out losses that checkpoints tell. Those that no record has count for the best.
+        ``losses`` are the held-out losses that checkpoints after ``recorded`` tell, which count for the best.
         """
-        last = self.records[-1]["step"] if self.records else 0
-        self.told = [{"step": each, "eval_loss": loss} for each, loss in losses.items() if last < each <= step]
+        last = self.recorded
+        self.told = [{"step": each, "eval_loss": loss} for each, loss in losses.items()]
         if last > step - interval:
             return ""
         return (
