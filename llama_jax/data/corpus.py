@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from llama_jax.data.corpus_file import BOM, CorpusFile, Record
 from llama_jax.data.held_out import hash_of, is_held_out
 from llama_jax.data.kinds import bad_bytes, decoded
+from llama_jax.data.odd_bytes import check_is_text, note_odd
 from llama_jax.data.parts import EXAMPLES, SPLITS, AnyCorpus, HeldOut, Part, Skipped, TextFile, Unit
 from llama_jax.data.places import Place, at_once
 from llama_jax.data.records import Group, groups_of, lines_before, records_of, text_bytes_of
-from llama_jax.data.text import PART_BYTES, Corpus, border, check_is_text, full_name, note_odd
+from llama_jax.data.text import PART_BYTES, Corpus, border, full_name
 from llama_jax.errors import UserError
 
 # Without a separator, so many texts are documents of which some are held out. The end of fewer is.

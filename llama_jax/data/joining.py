@@ -14,10 +14,10 @@ import numpy as np
 from llama_jax.data.counts import Counts, Digests, text_counts
 from llama_jax.data.encode import Job, Result, Shard, read_result, tokens_path
 from llama_jax.data.manifest import DOCUMENTS, MANIFEST, SUMS, VERSION, Manifest, digests_of_files, sha256
+from llama_jax.data.odd_bytes import add_odd, check_is_text
 from llama_jax.data.origin import Origin, difference
 from llama_jax.data.parts import SPLITS, Skipped
 from llama_jax.data.stream import BLOCK_BYTES
-from llama_jax.data.text import add_odd, check_is_text
 from llama_jax.data.tokens import legacy_sums, shard_names
 from llama_jax.errors import UserError
 from llama_jax.storage.files import replacing

@@ -10,10 +10,10 @@ from llama_jax.data.counting import Documents, Shown, Texts, Tokens
 from llama_jax.data.finding import Text
 from llama_jax.data.lost import Losses, examples, loss_warning
 from llama_jax.data.manifest import Manifest
+from llama_jax.data.odd_bytes import replacement_warning
 from llama_jax.data.parts import SPLITS, Part, Skipped
 from llama_jax.data.records import CorpusFile
 from llama_jax.data.summary import skipped_warning
-from llama_jax.data.text import replacement_warning
 from llama_jax.tokenizer import Tokenizer
 
 # An excerpt has so many characters, escapes included.

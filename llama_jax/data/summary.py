@@ -3,8 +3,8 @@
 from llama_jax.data import Data
 from llama_jax.data.lost import loss_warning, share
 from llama_jax.data.manifest import Manifest
+from llama_jax.data.odd_bytes import replacement_warning
 from llama_jax.data.parts import Skipped
-from llama_jax.data.text import replacement_warning
 from llama_jax.data.tokens import SPLITS
 
 # A run with more epochs than this memorizes its text.

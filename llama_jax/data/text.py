@@ -18,8 +18,9 @@ from llama_jax.cli.flags import unescape
 from llama_jax.data.corpus_file import BOM, CorpusFile
 from llama_jax.data.documents import BACK_BYTES, BUFFER_BYTES, Document, Reader, Rewinding, Separator, sha256_of
 from llama_jax.data.held_out import hash_of, is_held_out
-from llama_jax.data.kinds import bad_bytes, decoded, is_too_odd
-from llama_jax.data.parts import SPLITS, AnyCorpus, HeldOut, Part, Skipped, TextFile, Unit
+from llama_jax.data.kinds import bad_bytes, decoded
+from llama_jax.data.odd_bytes import note_odd
+from llama_jax.data.parts import SPLITS, HeldOut, Part, Skipped, TextFile, Unit
 from llama_jax.data.places import Place, on_disk
 from llama_jax.data.slices import cut_near
 from llama_jax.errors import UserError, quoted
@@ -337,29 +338,6 @@ def _at_hand(documents: list[Document]) -> list[Part] | None:
     return [*map(functools.partial(tuple.__new__, Part), rows)]
 
 
-def check_is_text(name: str, read: int, bad: int) -> None:
-    """Raise UserError if too many of the bytes that were read are not UTF-8."""
-    if is_too_odd(bad, read):
-        raise UserError(
-            f"{name}: expected plain text in UTF-8, found {bad:,} of {read:,} bytes that are not; convert it, or take "
-            "it as it is with --data.as-text"
-        )
-
-
-def note_odd(corpus: AnyCorpus, name: str, unit: Unit, read: int, bad: int) -> None:
-    """Note how many of a unit's bytes are not UTF-8. Raises UserError if they are too many of a whole file."""
-    if unit.is_whole:
-        check_is_text(name, read, bad)
-    add_odd(corpus.odd, {name: (read, bad)})
-
-
-def add_odd(odd: dict[str, tuple[int, int]], more: dict[str, tuple[int, int]]) -> None:
-    """Add to ``odd`` how many bytes were read of each file, and how many of them are not UTF-8."""
-    for name, (read, bad) in more.items():
-        before = odd.get(name, (0, 0))
-        odd[name] = before[0] + read, before[1] + bad
-
-
 def full_name(file: CorpusFile) -> str:
     """Return the address of a file, or its absolute path."""
     return file.name if file.place.is_remote else str(Path(file.name).absolute())
@@ -393,11 +371,6 @@ def border(raw: bytes) -> int:
     while stop < len(raw) and raw[stop] & 0xC0 == 0x80 and stop > reach - 4:
         stop -= 1
     return stop
-
-
-def replacement_warning(replaced: int) -> str:
-    """Return a warning if bytes were replaced, else an empty text."""
-    return f"warning: {replaced:,} byte sequences are not UTF-8; each was read as U+FFFD" if replaced else ""
 
 
 def separator_bytes(separator: str) -> bytes:

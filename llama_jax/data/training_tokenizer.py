@@ -10,9 +10,9 @@ from llama_jax.cli.flags import parse_flags
 from llama_jax.cli.progress import bytes_text, working
 from llama_jax.config import DataArgs
 from llama_jax.data.finding import Text, find_text
+from llama_jax.data.odd_bytes import replacement_warning
 from llama_jax.data.reading import ReadingArgs, check_text, read_parts
 from llama_jax.data.summary import skipped_warning
-from llama_jax.data.text import replacement_warning
 from llama_jax.data.tokens import find_prepared
 from llama_jax.data.vocabulary import Sentences
 from llama_jax.errors import UserError

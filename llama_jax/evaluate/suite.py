@@ -1,4 +1,4 @@
-"""A small suite of tasks, made here, in the world of the built-in stories (data/stories.py).
+"""A small suite of tasks, made here, in the world of the built-in stories (data/story_rules.py).
 
 agreement and names are asked in the middle of stories that no training has seen. counting and arithmetic use the
 stories' words, and ask for what no story tells. All are multiple choice; the same records are made everywhere.
@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llama_jax.data.stories import BOYS, GIRLS, PLACES, RULES, story
+from llama_jax.data.stories import story
+from llama_jax.data.story_rules import BOYS, GIRLS, PLACES, RULES
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
 from llama_jax.storage.files import write_atomically

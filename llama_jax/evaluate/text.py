@@ -16,9 +16,9 @@ from jax.typing import ArrayLike
 from llama_jax.cli.progress import Progress, working
 from llama_jax.data.corpus import corpus_of
 from llama_jax.data.lost import Losses, examples, loss_warning
+from llama_jax.data.odd_bytes import replacement_warning
 from llama_jax.data.sources import find_files
 from llama_jax.data.summary import skipped_warning
-from llama_jax.data.text import replacement_warning
 from llama_jax.devices.compiling import GenerationProgram
 from llama_jax.errors import UserError
 from llama_jax.evaluate.scoring import context_of

@@ -12,7 +12,7 @@ from llama_jax.cli.progress import duration
 from llama_jax.config import Config
 from llama_jax.devices.sharding import describe
 from llama_jax.errors import UserError
-from llama_jax.plan import Decoding, Kind, Plan, Reference, extras, plan_step, probe, tables
+from llama_jax.plan import Decoding, Kind, Plan, Reference, extras, plan_step, probe, summaries, tables
 from llama_jax.plan.advice import Advice, advise_decoding, advise_training, smallest_slice
 from llama_jax.plan.apart import CompilerError, run_apart
 from llama_jax.plan.arguments import Request
@@ -200,7 +200,7 @@ def _training(request: Request, console: Console) -> Task:
         return advise_training(config, plan, args.advice, compile_)
 
     return Task(
-        config, topology, objective, before, lambda plan: tables.summary(plan, length, epoch),
+        config, topology, objective, before, lambda plan: summaries.summary(plan, length, epoch),
         lambda plan: tables.training_text(plan, length), advise, epoch,
     )  # fmt: skip
 
@@ -239,7 +239,7 @@ def _decoding(request: Request, console: Console) -> Task:
         return advise_decoding(request.config, plan, topology, args.advice, fixed, compile_)
 
     return Task(
-        config, part, wanted, before, lambda plan: tables.decode_summary(plan, topology), lambda plan: tables.decoding_text(plan, topology),
+        config, part, wanted, before, lambda plan: summaries.decode_summary(plan, topology), lambda plan: tables.decoding_text(plan, topology),
         advise,
     )  # fmt: skip
 
@@ -300,7 +300,7 @@ def _search(request: Request, console: Console, before: Rows, outputs: Outputs) 
     if args.json:
         more = {"advice": [a.summary() for a in advice], "errors": errors_summary(found)}
         entries = [
-            tables.summary(c.plan, length, epoch) | {"flags": c.candidate.flags(config)} | estimates_of(c) | more
+            summaries.summary(c.plan, length, epoch) | {"flags": c.candidate.flags(config)} | estimates_of(c) | more
             for c in best
         ]
         print(json.dumps(entries), flush=True)

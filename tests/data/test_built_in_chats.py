@@ -11,7 +11,8 @@ import pytest
 
 from llama_jax.data import built_in_chats as made
 from llama_jax.data.built_in_chats import Conversation, chat, chats, is_held_out, is_right, questions, write_chats
-from llama_jax.data.stories import BOYS, GIRLS, RULES, story, words
+from llama_jax.data.stories import story
+from llama_jax.data.story_rules import BOYS, GIRLS, RULES, words
 
 TRAIN = list(itertools.islice(chats(0), 2000))
 HELD_OUT = list(itertools.islice(chats(0, held_out=True), 1000))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data import stories as grammar
+from llama_jax.data import story_rules
 from llama_jax.data.stories import Choice, Node, Slot, Story, entropy, stories, story, vocabulary
 
 PINNED = (
@@ -69,13 +70,13 @@ def test_pronouns_agree_with_the_hero() -> None:
     pronouns = {"he", "his", "him", "she", "her"}
     for told in SAMPLE:
         hero = next(re.finditer(r"named (\w+)", told.text)).group(1)
-        own = {"he", "his", "him"} if hero in grammar.BOYS else {"she", "her"}
+        own = {"he", "his", "him"} if hero in story_rules.BOYS else {"she", "her"}
         assert pronouns & set(re.findall(r"[a-z]+", told.text.lower())) <= own, told.text
 
 
 def test_hero_and_friend_have_different_names() -> None:
-    names = set(grammar.BOYS + grammar.GIRLS)
-    assert len(names) == len(grammar.BOYS) + len(grammar.GIRLS)
+    names = set(story_rules.BOYS + story_rules.GIRLS)
+    assert len(names) == len(story_rules.BOYS) + len(story_rules.GIRLS)
     for told in SAMPLE:
         assert len(names & set(re.findall(r"[A-Z][a-z]+", told.text))) == 2, told.text
 
@@ -88,9 +89,11 @@ def test_vocabulary_holds_the_words_of_the_stories() -> None:
 
 
 def test_every_rule_is_used() -> None:
-    lines = " ".join([grammar.OPENING, *grammar.PLOTS.values(), grammar.ENDING, *grammar.RULES.values()])
+    lines = " ".join(
+        [story_rules.OPENING, *story_rules.PLOTS.values(), story_rules.ENDING, *story_rules.RULES.values()]
+    )
     used = {piece.split()[-1].rstrip("0123456789") for piece in re.findall(r"[\[{]([\w ]+)[\]}]", lines.lower())}
-    assert used - {"he", "his", "him"} == set(grammar.RULES)
+    assert used - {"he", "his", "him"} == set(story_rules.RULES)
 
 
 def test_entropy_is_the_mean_over_stories() -> None:
@@ -272,5 +275,5 @@ def _assert_spelled_out(parts: Sequence[Node]) -> None:
 
 
 def test_every_opening_names_the_hero() -> None:
-    openings = grammar.OPENING.split("\n")[1:-1]
+    openings = story_rules.OPENING.split("\n")[1:-1]
     assert all("named {name}" in line.split("{his}")[0].split("{he}")[0] for line in openings)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.data.stories import PLACES
+from llama_jax.data.story_rules import PLACES
 from llama_jax.errors import UserError
 from llama_jax.evaluate.suite import ITEMS, NUMBERS, TASKS, make_suite, records
 from llama_jax.evaluate.tasks import read_tasks

@@ -17,7 +17,8 @@ from llama_jax.plan.command import BEAT, Console, _undecided
 from llama_jax.plan.cost import Cost, Schedule
 from llama_jax.plan.extras import mask_cost, mask_rows
 from llama_jax.plan.settings import Found
-from llama_jax.plan.tables import _group_rows, advice_rows, decode_summary, figure, summary, training_text
+from llama_jax.plan.summaries import decode_summary, summary
+from llama_jax.plan.tables import _group_rows, advice_rows, figure, training_text
 from llama_jax.plan.topology import Topology
 from llama_jax.training.eight_bits import check_units
 

@@ -18,7 +18,8 @@ from llama_jax.plan.cost import Cost, Schedule
 from llama_jax.plan.estimate import training_bytes
 from llama_jax.plan.extras import reference_cost, reference_rows
 from llama_jax.plan.settings import Epoch, Found, epoch_of, run_tokens
-from llama_jax.plan.tables import summary, training_text
+from llama_jax.plan.summaries import summary
+from llama_jax.plan.tables import training_text
 from llama_jax.plan.topology import Topology
 from llama_jax.plan.tuning_data import with_masks
 from llama_jax.tokenizer import Tokenizer
