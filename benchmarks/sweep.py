@@ -25,6 +25,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llama_jax.errors import UserError, run_command
+
 ROOT = Path(__file__).resolve().parents[1]
 Settings = dict[str, str]
 # What train.py says of a run whose loss is not finite any more.
@@ -123,10 +125,9 @@ def train(run: dict[str, Any], output: Path) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     diverged = done.returncode == 2 and DIVERGED in done.stdout
     if done.returncode and not diverged:
-        print(done.stdout[-2000:], file=sys.stderr)
-        raise SystemExit(
-            f"{run['settings']}, seed {run['seed']}: train.py ended with exit status {done.returncode}, see above"
-        )
+        why = f"{_text(run['settings'])}, seed {run['seed']}: train.py ended with exit status {done.returncode}, see above"
+        print(done.stdout[-2000:], why, sep="\n", file=sys.stderr)
+        raise SystemExit(done.returncode)
     if diverged:
         return {**run, "run": folder.name, "bits_per_byte": None, "why": done.stdout.strip().splitlines()[-1]}
     return {**run, "run": folder.name, **reached(folder)}
@@ -140,10 +141,10 @@ def reached(folder: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if "eval_loss" in line]
     if not evaluations:
-        raise SystemExit(f"{folder}: expected evaluations, by which runs are compared, found none; hold text out")
+        raise UserError(f"{folder}: expected evaluations, by which runs are compared, found none; hold text out")
     last = evaluations[-1]
     if last["eval_loss"] is not None and last["eval_bits_per_byte"] is None:
-        raise SystemExit(f"{folder}: expected bits per byte, found none, as the tokenizer does not give the text back")
+        raise UserError(f"{folder}: expected bits per byte, found none, as the tokenizer does not give the text back")
     config = load_toml(folder / "config.toml")
     tflop = step_flops(config, last["tokens"], last["step"]) / 1e12
     return {
@@ -284,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -131,7 +131,7 @@ def test_a_line_that_was_cut_short_costs_itself_alone(sweep: ModuleType, tmp_pat
 
 
 def test_a_run_that_diverged_is_last_and_does_not_end_the_sweep(
-    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outputs = iter(
         [(2, "error: train: expected a finite loss, found nan at step 3"), (2, "error: train.lr: expected above 0")]
@@ -148,8 +148,9 @@ def test_a_run_that_diverged_is_last_and_does_not_end_the_sweep(
     results = [diverged, result("1e-3", 0, 2.0)]
     assert [settings["train.lr"] for settings, _, _ in sweep.medians(results)] == ["1e-3", "9"]
     sweep.plot(results, tmp_path / "sweep.png")
-    with pytest.raises(SystemExit, match="ended with exit status 2"):
+    with pytest.raises(SystemExit) as ended:
         sweep.train(one, tmp_path)
+    assert ended.value.code == 2 and "train.lr 9, seed 0: train.py ended with exit status 2" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -176,5 +177,5 @@ def test_a_second_call_trains_nothing_again_and_a_failed_run_ends_it(tmp_path: P
     again = call("1e-3")
     assert "1 runs, 1 of them done before" in again.stdout and (tmp_path / "results.jsonl").read_text() == lines
     failed = call("1e-3,-1")
-    assert failed.returncode == 1 and "train.lr: expected" in failed.stderr
+    assert failed.returncode == 2 and "train.lr: expected" in failed.stderr
     assert (tmp_path / "results.jsonl").read_text() == lines

@@ -92,6 +92,8 @@ class Checkpoint:
     """Its chat template and end tokens."""
     adapter: AdapterRecord | None = None
     """The base and settings of its parameters, if they are a low-rank adapter (adapted.py). None: a whole model."""
+    remedy: str = DAMAGED
+    """An error about damaged files ends with this advice."""
 
     @classmethod
     def find(cls, path: str | Path) -> "Checkpoint":
@@ -171,7 +173,7 @@ class Checkpoint:
 
         Raises UserError if a file is damaged.
         """
-        return checksums.verified(self.folder, DAMAGED)
+        return checksums.verified(self.folder, self.remedy)
 
     def arrays(self, item: str) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the arrays of ``item`` by name, empty if it is missing. Raises UserError if they cannot be read."""

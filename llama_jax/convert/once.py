@@ -5,6 +5,7 @@ of the model's files, the bytes of the small ones, and the version below. So a m
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
@@ -60,12 +61,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if found is None:
         return Checkpoint.find(path)
     folder = _conversion(place, found)
+    remedy = f"delete {folder}, and {place} is converted again"
     try:
-        return Checkpoint.find(folder)
+        return dataclasses.replace(Checkpoint.find(folder), remedy=remedy)
     except UserError as error:
         raise UserError(
-            f"{place}: expected its conversion in {folder} to be whole, found: {error}; delete that folder, and it is converted "
-            "again"
+            f"{place}: expected its conversion in {folder} to be whole, found: {error}; {remedy}"
         ) from error
 
 

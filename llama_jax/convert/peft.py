@@ -117,6 +117,9 @@ def read_peft(folder: Path, base: Checkpoint) -> tuple[LoraArgs, dict[str, Any]]
     if kind != "LORA":
         raise UserError(f"{path}: peft_type: expected LORA, found {quoted(kind)}; merge it with PEFT instead")
     KEYS.check(table, path)
+    for key in ("lora_alpha", "lora_dropout"):
+        if key in table and table[key] is None:
+            raise UserError(f"{path}: {key}: expected a number, found null, with which PEFT fails; write the number")
     rank = take(table, "r", int, path)
     if rank < 1:
         raise UserError(f"{path}: r: expected 1 or more, found {rank}")

@@ -72,9 +72,10 @@ NEUTRAL = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe", "moe_intermediate_size"), Neutral((0,), NO_EXPERTS)),
     **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm", "alibi", "parallel_residual", "use_parallel_residual", "parallel_attn"), Neutral((False,))),
 }  # fmt: skip
-IGNORED = names(
+DROPOUTS = ("attention_dropout", "hidden_dropout")
+IGNORED = frozenset(DROPOUTS) | names(
     """architectures transformers_version _name_or_path name_or_path _commit_hash initializer_range use_cache pad_token_id
-    pretraining_tp attention_dropout hidden_dropout output_hidden_states output_attentions return_dict chunk_size_feed_forward
+    pretraining_tp output_hidden_states output_attentions return_dict chunk_size_feed_forward
     id2label label2id num_labels problem_type attn_implementation _attn_implementation _attn_implementation_autoset
     experts_implementation max_sequence_length tie_last_hidden_states torchscript
     use_bfloat16 tf_legacy_loss finetuning_task task_specific_params prefix sep_token_id tokenizer_class decoder_start_token_id
@@ -164,6 +165,11 @@ def read_config(table: dict[str, Any], path: Path, max_seq_len: int) -> Config:
             f"the context is {max_seq_len:,} tokens, and config.json says max_position_embeddings {trained:,}"
             + (f", and is for {rope.context:,} by its rope_scaling" if rope.context != trained else "")
         )
+    warnings += [
+        f"config.json has {key} {quoted(table[key], 20)}: it is for training, where this project has no such dropout"
+        for key in DROPOUTS
+        if table.get(key)
+    ]
     if table.get("auto_map"):
         warnings.append(
             "config.json names the model's own code (auto_map): it is not run, and transformers' LLaMA is assumed"

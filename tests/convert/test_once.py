@@ -179,11 +179,17 @@ def test_what_a_killed_conversion_left_is_removed(model: Path, cache: Path) -> N
 def test_a_conversion_that_somebody_broke_is_told_with_what_to_do(model: Path, cache: Path) -> None:
     folder = open_checkpoint(model).folder
     shutil.rmtree(folder / "model")
-    with pytest.raises(UserError, match=r"expected its conversion in .* to be whole, .*; delete that folder") as told:
+    with pytest.raises(UserError, match=r"expected its conversion in .* to be whole, .*; delete .* again") as told:
         open_checkpoint(model)
     assert str(folder) in str(told.value) and "\n" not in str(told.value)
     shutil.rmtree(folder)
     assert open_checkpoint(model).folder == folder
+    largest = max((folder / "params").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    raw = largest.read_bytes()
+    largest.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"is damaged; delete .*, and .*model is converted again") as told:
+        llama_jax.load(str(model))
+    assert str(folder) in str(told.value)
 
 
 def test_too_little_disk_and_a_cache_that_cannot_be_written_are_told(

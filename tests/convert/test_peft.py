@@ -196,6 +196,7 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "another rank": ({"r": 5}, "expected the shape"),
     "rank 0": ({"r": 0}, "r: expected 1"),
     "no rank": ({"r": "4"}, "r: expected int"),
+    "a scale that is null": ({"lora_alpha": None}, "lora_alpha: expected a number, found null"),
     "no scale": ({"lora_alpha": -1}, "alpha"),
     "dropout": ({"lora_dropout": 2.0}, "dropout"),
     "a matrix that it does not adapt": ({"target_modules": ["q_proj"]}, "target_modules: .*does not name .*k_proj"),

@@ -249,6 +249,9 @@ def test_keys_that_are_not_known_are_listed_and_choices_are_told() -> None:
         "context is 8,192 tokens, and config.json says",
     ):
         assert sum(words in warning for warning in config.warnings) == 1
+    (told,) = read_config(BASE | {"attention_dropout": 0.1}, Path("config.json"), 0).warnings
+    assert "attention_dropout 0.1" in told and "no such dropout" in told
+    assert not read_config(BASE | {"attention_dropout": 0.0}, Path("config.json"), 0).warnings
     both = {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_theta": 5e5}}
     config = read_config(LLAMA2 | both, Path("config.json"), 0)
     assert config.args.rope_theta == 5e5 and "rope_parameters and another rope_scaling" in config.warnings[0]
