@@ -277,9 +277,8 @@ def cached_attention(
     B, T, N, H = q.shape
     K, S = cached_k.values.shape[1:3]
     q = q * H**-0.5
-    new = jnp.arange(T)
     if S == 0 and kernel == "splash" and T % LANES == 0:
-        tokens = (new + slot >= first[:, None]).astype(jnp.int32)
+        tokens = (jnp.arange(T) + slot >= first[:, None]).astype(jnp.int32)
         whole_length = (("batch", None, heads, None) for heads in ("heads", "kv_heads", "kv_heads"))
         local = shard_by_shard(
             lambda q, k, v, tokens: _splash(q, k, v, None, (tokens, tokens), window),
@@ -290,15 +289,7 @@ def cached_attention(
         return local(q, k.dequantized(q.dtype), v.dequantized(q.dtype), tokens)
     G = N // K
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
-    seen = (jnp.arange(S) < slot) & (jnp.arange(S) >= first[:, None])
-    of_cache = jnp.where(seen, 0.0, -jnp.inf)[:, None]
-    if window is not None:  # Queries see different slots. Each row of scores is a query of a head, [B, N T, S].
-        near = jnp.where(in_window(slot + new, jnp.arange(S), window), 0.0, -jnp.inf)
-        of_cache += jnp.tile(near, (N, 1))
-    of_new = ((new <= new[:, None]) & (new + slot >= first[:, None, None])) | (new == new[:, None])
-    if window is not None:
-        of_new &= in_window(new, new, window)
-    of_new = jnp.where(of_new, 0.0, -jnp.inf)[:, None, None]
+    of_cache, of_new = _biases_over_cache(T, S, N, slot, first, window)
 
     # Put all heads' rows on one axis, because an axis of few queries per head would use a TPU's vector registers badly.
     own = _float32("BKGTH,BSKH->BKGTS", q, k.values)
@@ -322,6 +313,24 @@ def cached_attention(
     y += _float32("BKGTS,BSKH->BKGTH", own.astype(q.dtype), v.values)
     y /= norm.reshape(B, K, G, T, 1)
     return y.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _biases_over_cache(
+    T: int, S: int, N: int, slot: jax.Array, first: jax.Array, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return what is added to scores: 0 where a query sees a key, else minus infinity; see ``cached_attention``.
+
+    Of the cache [B, 1, S], or with a window [B, N T, S], a row for each query of each head. Of new tokens
+    [B, 1, 1, T, T].
+    """
+    new, slots = jnp.arange(T), jnp.arange(S)
+    of_cache = jnp.where((slots < slot) & (slots >= first[:, None]), 0.0, -jnp.inf)[:, None]
+    of_new = ((new <= new[:, None]) & (new + slot >= first[:, None, None])) | (new == new[:, None])
+    if window is not None:
+        near = jnp.where(in_window(slot + new, slots, window), 0.0, -jnp.inf)
+        of_cache += jnp.tile(near, (N, 1))
+        of_new &= in_window(new, new, window)
+    return of_cache, jnp.where(of_new, 0.0, -jnp.inf)[:, None, None]
 
 
 def _by_head(scales: jax.Array) -> jax.Array:

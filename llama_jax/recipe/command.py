@@ -14,7 +14,8 @@ from llama_jax.config import Config, load_toml, to_toml
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
 from llama_jax.recipe.choose import DECIDED, Budget, Choice, Unit
-from llama_jax.recipe.making import Rows, make_recipe, table
+from llama_jax.recipe.making import make_recipe
+from llama_jax.recipe.telling import Rows, table
 from llama_jax.storage.files import write_atomically
 from llama_jax.storage.locations import on_disk
 

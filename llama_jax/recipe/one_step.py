@@ -10,7 +10,8 @@ from llama_jax.cli.flags import take_option
 from llama_jax.config import Config
 from llama_jax.recipe.choose import DECIDED, Budget
 from llama_jax.recipe.command import fields_given
-from llama_jax.recipe.making import make_recipe, table
+from llama_jax.recipe.making import make_recipe
+from llama_jax.recipe.telling import table
 from llama_jax.training.command import read_command
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.settings import check_same

@@ -25,6 +25,10 @@ from llama_jax.training.step import compile_train_step, init_state, make_optimiz
 SECONDS, STEPS = 4.0, 3
 # Before anything is measured: so many FLOP/s a core, and this share of an accelerator's peak.
 OF_CORE, OF_PEAK = 3e10, 0.4
+# Of the minutes, these seconds and this share of the rest are for the start, evaluations, checkpoints and samples.
+START_SECONDS, OTHER_SHARE = 15.0, 0.05
+# This share of the minutes is for steps in any case, of a budget that is too short for the start.
+LEAST_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ def guess() -> float:
     if device.platform == "cpu":
         return OF_CORE * cores()
     return OF_PEAK * (peak_flops(device) or 1e14) * jax.device_count()
+
+
+def seconds_of_steps(minutes: float, speed: Speed, spent: float = 0.0) -> float:
+    """Return the seconds of a run of some minutes in which it takes steps. ``spent``: seconds that are over."""
+    left = 60 * minutes - spent - START_SECONDS - speed.compile_seconds
+    return max(LEAST_SHARE * 60 * minutes, (1 - OTHER_SHARE) * left)
 
 
 def in_parts(config: Config) -> Config:

@@ -12,7 +12,8 @@ from llama_jax.config import Config, ModelArgs, TrainArgs, load_toml
 from llama_jax.recipe import making
 from llama_jax.recipe import speed as speed_room
 from llama_jax.recipe.choose import Budget
-from llama_jax.recipe.speed import Speed
+from llama_jax.recipe.speed import Speed, seconds_of_steps
+from llama_jax.recipe.telling import _time_rows
 from llama_jax.training.clock import TIMES
 from tests import inside
 from tests.commands import told
@@ -70,14 +71,14 @@ def test_a_stopped_run_goes_on_with_its_choice_to_the_same_bits(folder: Path, of
 def test_minutes_are_those_of_the_whole_command_and_too_few_are_said_to_be_overrun() -> None:
     """What was counted and measured before the run is a part of them."""
     speed = Speed(1e8, "measured in a test", 5.0)
-    assert making.seconds_of_steps(3, speed) - making.seconds_of_steps(3, speed, 20) == pytest.approx(0.95 * 20)
-    assert making.seconds_of_steps(0.1, speed, 20) == pytest.approx(0.3 * 6)
-    choice = SimpleNamespace(flops=1e8 * making.seconds_of_steps(0.1, speed, 20))
-    rows = making._time_rows(Budget("minutes", 0.1, "--train.minutes 0.1"), cast(Any, choice), speed, 20)
+    assert seconds_of_steps(3, speed) - seconds_of_steps(3, speed, 20) == pytest.approx(0.95 * 20)
+    assert seconds_of_steps(0.1, speed, 20) == pytest.approx(0.3 * 6)
+    choice = SimpleNamespace(flops=1e8 * seconds_of_steps(0.1, speed, 20))
+    rows = _time_rows(Budget("minutes", 0.1, "--train.minutes 0.1"), cast(Any, choice), speed, 20)
     assert "20 s were spent up to here" in rows[1][1]
     assert "this will take longer than --train.minutes 0.1, about 42 s in all" in rows[2][1]
-    choice = SimpleNamespace(flops=1e8 * making.seconds_of_steps(3, speed, 20))
-    assert len(making._time_rows(Budget("minutes", 3, "--train.minutes 3"), cast(Any, choice), speed, 20)) == 2
+    choice = SimpleNamespace(flops=1e8 * seconds_of_steps(3, speed, 20))
+    assert len(_time_rows(Budget("minutes", 3, "--train.minutes 3"), cast(Any, choice), speed, 20)) == 2
 
 
 def test_of_many_minutes_the_model_and_the_batch_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
