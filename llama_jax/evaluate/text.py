@@ -68,16 +68,35 @@ def evaluate(
         raise UserError(f"--batch-size: expected 1 or more, found {batch_size}")
     with working(f"reading {text}", sys.stderr):
         stream, scored, losses = _read(str(text), model.tokenizer, as_text, text_field, skip)
-    total, tokens = 0.0, int(scored[1:].sum())
+    tokens = int(scored[1:].sum())
     if not tokens:
         raise UserError(f"--text: expected text, found none in {text}")
-    rows = list(_windows(len(stream) - 1, window, stride))
+    total = _nats(model, stream, scored, list(_windows(len(stream) - 1, window, stride)), window, batch_size)
+    loss = total / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": None if losses.lost or losses.unknown else total / math.log(2) / losses.read,
+        "tokens": tokens,
+        "bytes": losses.read,
+        "lost_share": losses.lost / losses.compared,
+        "window": window,
+        "stride": stride,
+        "bos": "at the start of a file only",
+    }
+
+
+def _nats(
+    model: Model, stream: np.ndarray, scored: np.ndarray, rows: list[tuple[int, int, int]], window: int, batch_size: int
+) -> float:
+    """Return the sum of the losses of those tokens of a stream that count, in nats, window by window (``_windows``)."""
     # No pass has more positions, or windows, than the text fills.
     positions, batch_size = np.arange(min(window, len(stream) - 1)), min(batch_size, len(rows))
     if model.cache_dtype is None:
         score = functools.partial(_loss_sum, model.module, model.params)
     else:
         score = functools.partial(_loss_sum_over_cache, model.module, model.serving, cache_dtype=model.cache_dtype)
+    total = 0.0
     with Progress("evaluating", -(-len(rows) // batch_size), "batch", stream=sys.stderr) as progress:
         for i in range(0, len(rows), batch_size):
             batch = rows[i : i + batch_size] + [(0, 0, 0)] * (batch_size - len(rows[i : i + batch_size]))
@@ -91,18 +110,7 @@ def evaluate(
                 raise not_finite(model.source, f"in the window from token {int(starts[0, 0])} of the text on")
             total += nats
             progress.update()
-    loss = total / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": None if losses.lost or losses.unknown else total / math.log(2) / losses.read,
-        "tokens": tokens,
-        "bytes": losses.read,
-        "lost_share": losses.lost / losses.compared,
-        "window": window,
-        "stride": stride,
-        "bos": "at the start of a file only",
-    }
+    return total
 
 
 def _read(
