@@ -204,10 +204,8 @@ def _by_encoding(windows: Sequence[bytes]) -> Kind | None:
     size = sum(map(len, windows))
     bad = sum(map(_bad_in_window, windows))
     odd = is_too_odd(bad, size)
-    if odd or head.count(0) > MANY_NULS * len(head):
-        for codec in WIDE:
-            if _is_text_in(codec, head):
-                return _encoded(codec)
+    if (odd or head.count(0) > MANY_NULS * len(head)) and (codec := wide_encoding(head)):
+        return _encoded(codec)
     if sum(map(_controls, windows)) > max(FEW_CONTROLS, size * MOST_CONTROLS):
         return Kind("binary data" + (", perhaps token ids" if _are_token_ids(head) else ""), TEXT_FIRST)
     if not odd:
@@ -235,6 +233,11 @@ def _controls(raw: bytes) -> int:
     """Return the number of control characters that texts do not contain, including NUL."""
     texts = bytes(c for c in range(256) if c >= 32 and c != 127) + b"\t\n\v\f\r\b\x1b"
     return len(raw.translate(None, texts))
+
+
+def wide_encoding(head: bytes) -> str:
+    """Return the encoding of two or four bytes a character in which bytes are text, by iconv's name. "": none."""
+    return next((codec for codec in WIDE if _is_text_in(codec, head)), "")
 
 
 def _is_text_in(codec: str, head: bytes) -> bool:

@@ -13,7 +13,7 @@ from llama_jax.chat.formats import ChatFormat
 from llama_jax.chat.messages import Message, as_messages
 from llama_jax.cli.json_argument import json_argument, json_line, load_json
 from llama_jax.config import SampleArgs, from_dict
-from llama_jax.data.kinds import by_first_bytes
+from llama_jax.data.kinds import by_first_bytes, wide_encoding
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.grammar import check_schema
 from llama_jax.generation.infill import encode_infill, with_infill_end
@@ -143,17 +143,18 @@ def text_of(content: bytes, name: str, line: int = 1) -> str:
             )
     try:
         text = content.decode("utf-8-sig" if line == 1 else "utf-8")
-        at, found = text.find("\0"), "a NUL byte, as in UTF-16"
+        at, found = text.find("\0"), "a NUL byte"
+        wide = wide_encoding(content) if at >= 0 else ""
+        advice = f"convert it: iconv -f {wide} -t UTF-8" if wide else "delete it"
     except UnicodeDecodeError as error:
         at, found = error.start, f"the byte 0x{content[error.start]:02x}"
+        advice = "convert it, perhaps with iconv -f WINDOWS-1252 -t UTF-8"
     if at < 0:
         return text
     if line == 1 and (kind := by_first_bytes(content, len(content))):
         raise UserError(f"{name}: expected text in UTF-8, found {kind.name}; {kind.advice}")
     line += (content if found.startswith("the") else text.encode())[:at].count(b"\n")
-    raise UserError(
-        f"{name}: line {line}: expected text in UTF-8, found {found}; convert it: iconv -f ISO-8859-1 -t UTF-8"
-    )
+    raise UserError(f"{name}: line {line}: expected text in UTF-8, found {found}; {advice}")
 
 
 _MARKS = {
