@@ -51,6 +51,7 @@ def merge(output: Path) -> None:
         parts = [folder for folder in unfinished_in(output) if (folder / ABOUT).exists()]
         if manifest is not None and not parts:
             print(f"{output}: holds these tokens already, whole")
+            (output / UNFINISHED).unlink(missing_ok=True)  # of one that was killed when all but this was done
             tokens = open_tokens(output)
             report(Data(tokens, kept_tokenizer(output / TOKENIZER), manifest.source), output)
             return

@@ -133,6 +133,7 @@ def prepare(args: PrepareArgs) -> None:
         if _holds(output, text, args, given):
             data = Data(open_tokens(output), kept_tokenizer(output / TOKENIZER), text.source, notes=text.notes)
             print(f"{output}: holds these tokens already, whole")
+            (output / UNFINISHED).unlink(missing_ok=True)  # of one that was killed when all but this was done
         else:
             _check_free(output, given)
             run = stack.enter_context(_run_of(args))

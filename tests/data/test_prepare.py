@@ -386,6 +386,10 @@ def test_what_a_killed_prepare_left_is_gone_on_from(tmp_path, kept):
         load(tmp_path, filepath=str(tmp_path / "out"))
     told(tmp_path, *flags, "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    # The last thing that it does is to take the mark away.
+    (tmp_path / "out" / ".unfinished").touch()
+    told(tmp_path, *flags, "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_token_files_of_another_program_are_not_taken_for_ours(tmp_path):

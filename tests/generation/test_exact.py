@@ -21,7 +21,7 @@ from llama_jax.generation import Completion, Model
 from llama_jax.generation import decode as decoding
 from llama_jax.generation.serving import for_generation
 from llama_jax.generation.speculative import Draft
-from llama_jax.model import Llama
+from llama_jax.model import Llama, rms_norm
 from llama_jax.ops import exact
 from llama_jax.ops.cache import KVArray
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
@@ -172,6 +172,17 @@ def test_products_in_blocks_and_means_are_those_of_numpy(R: int) -> None:
     x, w = rng.normal(size=(R, 48)).astype(np.float32), rng.normal(size=(48, 20)).astype(np.float32)
     np.testing.assert_allclose(exact.product_in_blocks(jnp.asarray(x), jnp.asarray(w), 16), x @ w, atol=1e-5)
     np.testing.assert_allclose(exact.means(jnp.asarray(x), 16)[:, 0], x.mean(axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("D", [16, 48, 128, 288])
+def test_a_row_has_the_same_norm_to_the_bit_among_any_rows(D: int) -> None:
+    rng = np.random.default_rng(D)
+    x, weight = rng.normal(size=(48, D)).astype(np.float32), jnp.asarray(rng.normal(size=D), jnp.float32)
+    norm = jax.jit(lambda x: rms_norm(x, weight, 1e-5, 16))
+    mean = jax.jit(lambda x: exact.means(x * x, 16))
+    for R in (1, 3, 16, 17, 33):
+        np.testing.assert_array_equal(mean(x[:R]), mean(x)[:R])
+        np.testing.assert_array_equal(norm(x[:R]), norm(x)[:R])
 
 
 def test_rounding_changes_nothing_but_what_a_compiler_may_do() -> None:
