@@ -238,7 +238,7 @@ def test_remat_changes_neither_loss_nor_gradients(by_policy: dict[str, Any], pol
 def test_remat_saves_memory_and_the_more_the_more_is_computed_again(by_policy: dict[str, Any]) -> None:
     none, dots, some, attention, full = (by_policy[name][1] for name in ("none", "dots", "dots:2", "attention", "full"))
     # Two loops take a little by themselves, which counts in a model as small as this.
-    assert full < attention < dots < none and attention < some < 1.01 * dots
+    assert full < attention < dots < none and attention < some < 1.05 * dots
     assert full < by_policy["w1,attention"][1] < dots
     assert full < 0.7 * none
 

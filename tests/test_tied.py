@@ -213,6 +213,7 @@ def test_models_of_hugging_face_say_what_transformers_says_and_come_back_to_the_
 def test_a_tied_model_that_stores_both_is_tied_if_they_are_equal_as_in_transformers(
     differs: bool, small_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("torch")
     from safetensors.torch import load_file, save_file
 
     from tests import published
