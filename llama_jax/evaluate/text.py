@@ -21,7 +21,8 @@ from llama_jax.data.summary import skipped_warning
 from llama_jax.data.text import replacement_warning
 from llama_jax.devices.compiling import GenerationProgram
 from llama_jax.errors import UserError
-from llama_jax.evaluate.scoring import context_of
+from llama_jax.evaluate.scoring import context_of, whole
+from llama_jax.fields import given_path
 from llama_jax.generation import Model
 from llama_jax.generation.decode import empty_cache, next_logits, slots_read
 from llama_jax.generation.rows import not_finite
@@ -56,16 +57,21 @@ def evaluate(
         skip: leave out records that cannot be read. They are counted in a warning.
 
     Returns the object that the command prints (see ``Arguments`` in __main__.py). Raises UserError if the text is
-    missing, empty or not text, if the window does not fit the model, or if a loss is not finite.
+    missing, empty or not text, if the window does not fit the model, if an argument is of another type, or if a loss is
+    not finite.
     """
+    text = given_path(text, "--text")
     context = context_of(model)
+    window, stride, batch_size = (
+        whole("--window", window, 0),
+        whole("--stride", stride, 0),
+        whole("--batch-size", batch_size, 1),
+    )
     window, stride = window or context, stride or window or context
     if not 0 < window <= context:
         raise UserError(f"--window: expected 1 to {context}, the model's context, found {window}")
     if not 0 < stride <= window:
         raise UserError(f"--stride: expected 1 to the window of {window}, found {stride}")
-    if batch_size < 1:
-        raise UserError(f"--batch-size: expected 1 or more, found {batch_size}")
     with working(f"reading {text}", sys.stderr):
         stream, scored, losses = _read(str(text), model.tokenizer, as_text, text_field, skip)
     total, tokens = 0.0, int(scored[1:].sum())

@@ -10,6 +10,8 @@ import numpy as np
 from llama_jax.config import MeshArgs, SampleArgs
 from llama_jax.errors import UserError, quoted
 
+# The kinds of numpy's types of whole numbers. Spans of time, which numpy counts among them, are none.
+WHOLE = ("i", "u")
 ONE_EACH = "give one for all prompts, or a list with one for each"
 
 
@@ -37,7 +39,7 @@ def one_prompt(prompt: Any, number: int = 1) -> list[int]:
         ids = np.asarray(prompt)
     except ValueError:  # rows of different lengths
         ids = np.zeros((0, 0))
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in WHOLE):
         raise UserError(
             f"prompt {number}: expected token ids, a list of whole numbers, found {quoted(prompt)}; encode a text first "
             "(model.tokenizer.encode), and put the ids of each prompt in a list of their own"
