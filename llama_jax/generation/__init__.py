@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -24,7 +23,16 @@ from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import check_devices, use_compilation_cache
 from llama_jax.devices.sharding import make_mesh
 from llama_jax.errors import UserError, quoted
-from llama_jax.generation.arguments import WHOLE, check_loading, check_one, ids_of, one_prompt, settings_of, texts_of
+from llama_jax.generation.arguments import (
+    WHOLE,
+    check_loading,
+    check_one,
+    ids_of,
+    is_series,
+    one_prompt,
+    settings_of,
+    texts_of,
+)
 from llama_jax.generation.decode import Row, logits_of_tokens
 from llama_jax.generation.grammar import check_schema
 from llama_jax.generation.infill import encode_infill, with_infill_end
@@ -131,9 +139,11 @@ class Model:
         the context, an id is outside the vocabulary, or a logit is not finite.
         """
         try:
-            token_ids = np.asarray(token_ids)
+            given, token_ids = token_ids, np.asarray(token_ids)
         except ValueError:
             raise UserError("token_ids: expected integers [B, T], found rows of different lengths") from None
+        if isinstance(given, np.ma.MaskedArray):
+            raise UserError("token_ids: expected integers [B, T], found a masked array; give the tokens without a mask")
         if token_ids.ndim != 2 or token_ids.dtype.kind not in WHOLE:
             raise UserError(f"token_ids: expected integers [B, T], found {token_ids.dtype} {list(token_ids.shape)}")
         if token_ids.shape[1] > self.args.max_seq_len:
@@ -186,7 +196,7 @@ class Model:
         Example:
             (middle,) = model.infill([("def add(a, b):\\n", "\\n    return c")])
         """
-        if not isinstance(gaps, Iterable) or isinstance(gaps, str | bytes | Mapping | AbstractSet):
+        if not is_series(gaps):
             raise UserError(f"gaps: expected a list of pairs of texts (prefix, suffix), found {quoted(gaps)}")
         texts = list(gaps)
         if not all(isinstance(gap, tuple | list) and len(gap) == 2 for gap in texts):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import logging
 import pickle
 import warnings
@@ -40,7 +41,11 @@ def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("prompts", ["one", b"one", None, 5, {"one": 1}, {"one"}])
+@pytest.mark.parametrize(
+    "prompts",
+    ["one", b"one", bytearray(b"one"), None, 5, {"one": 1}, {"one"}, io.StringIO("one\ntwo\n"), np.array("one")],
+    ids=repr,
+)
 def test_what_is_no_list_of_prompts_is_refused(prompts: Any) -> None:
     for read in (texts_of, ids_of):
         with pytest.raises(UserError, match=r"prompts: expected a list of .*, found .*; put "):
@@ -65,7 +70,24 @@ def test_ids_of_any_array_are_ints(ids: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", [5, "abc", [1.0], [True], ["a"], np.array([5], "m8[s]"), [[1]], [[1], [1, 2]], None, [2**70], {1: 2}]
+    "prompt",
+    [
+        5,
+        "abc",
+        [1.0],
+        [True],
+        ["a"],
+        np.array([5], "m8[s]"),
+        b"ab",
+        bytearray(b"ab"),
+        [1, True],
+        np.ma.array([1, 5], mask=[0, 1]),
+        [[1]],
+        [[1], [1, 2]],
+        None,
+        [2**70],
+        {1: 2},
+    ],
 )
 def test_a_prompt_that_is_no_list_of_ids_is_refused_by_number(prompt: Any, model: Model) -> None:
     with pytest.raises(UserError, match="prompt 2: expected token ids, a list of whole numbers, found"):
@@ -161,6 +183,11 @@ def test_what_is_no_path_of_something_else_is_refused(name: str, folder: Path) -
 def test_exact_is_true_or_false(exact: Any, folder: Path) -> None:
     with pytest.raises(UserError, match=r"^exact: expected True or False, found "):
         llama_jax.load(folder, exact=exact)
+
+
+def test_a_masked_array_is_no_row_of_tokens(model: Model) -> None:
+    with pytest.raises(UserError, match=r"token_ids: expected integers \[B, T\], found a masked array"):
+        model.logits(np.ma.array([[1, 5]], mask=[[0, 1]]))
 
 
 def test_a_span_of_time_is_no_token(model: Model) -> None:
