@@ -20,6 +20,7 @@ from llama_jax.data.sources import find_files
 from llama_jax.data.summary import skipped_warning
 from llama_jax.data.text import replacement_warning
 from llama_jax.devices.compiling import GenerationProgram
+from llama_jax.devices.sharding import mesh_of, on_mesh
 from llama_jax.errors import UserError
 from llama_jax.evaluate.scoring import context_of, whole
 from llama_jax.fields import given_path
@@ -84,6 +85,7 @@ def evaluate(
         score = functools.partial(_loss_sum, model.module, model.params)
     else:
         score = functools.partial(_loss_sum_over_cache, model.module, model.serving, cache_dtype=model.cache_dtype)
+    mesh = mesh_of(model.params)  # the caller may have one of its own around
     with Progress("evaluating", -(-len(rows) // batch_size), "batch", stream=sys.stderr) as progress:
         for i in range(0, len(rows), batch_size):
             batch = rows[i : i + batch_size] + [(0, 0, 0)] * (batch_size - len(rows[i : i + batch_size]))
@@ -91,7 +93,7 @@ def evaluate(
             at = np.minimum(starts + positions, len(stream) - 2)
             counts = (starts + positions >= first) & (starts + positions < last)
             weights = (counts & scored[at + 1]).astype(np.float32)
-            with progress.busy("compiling") if i == 0 else contextlib.nullcontext():
+            with progress.busy("compiling") if i == 0 else contextlib.nullcontext(), on_mesh(mesh):
                 nats = float(score(stream[at], stream[at + 1], weights))
             if not math.isfinite(nats):
                 raise not_finite(model.source, f"in the window from token {int(starts[0, 0])} of the text on")

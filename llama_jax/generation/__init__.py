@@ -21,7 +21,7 @@ from llama_jax.config import Cache, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.convert.once import open_model
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import check_devices, use_compilation_cache
-from llama_jax.devices.sharding import make_mesh
+from llama_jax.devices.sharding import make_mesh, mesh_of, on_mesh
 from llama_jax.errors import UserError, quoted
 from llama_jax.generation.arguments import (
     WHOLE,
@@ -153,8 +153,10 @@ class Model:
         if not token_ids.size:
             return jnp.zeros((*token_ids.shape, self.args.vocab_size), jnp.float32)
         cache_dtype = self.cache_dtype or self.module.dtype
-        logits = logits_of_tokens(self.module, self.serving, token_ids.astype(np.int32), cache_dtype)
-        if not jnp.isfinite(logits).all():
+        with on_mesh(mesh_of(self.serving)):  # the caller may have a mesh of its own around
+            logits = logits_of_tokens(self.module, self.serving, token_ids.astype(np.int32), cache_dtype)
+            finite = bool(jnp.isfinite(logits).all())
+        if not finite:
             raise not_finite(self.source, "in the logits of these tokens")
         return logits
 

@@ -18,6 +18,7 @@ import llama_jax
 from llama_jax.checkpoint import save_checkpoint
 from llama_jax.config import MeshArgs, SampleArgs
 from llama_jax.errors import UserError
+from llama_jax.evaluate import evaluate
 from llama_jax.generation import Model
 from llama_jax.generation.arguments import ids_of, settings_of, texts_of
 from llama_jax.tokenizer import Tokenizer
@@ -158,6 +159,17 @@ def test_a_seed_names_the_text_also_where_jax_computes_in_64_bits(model: Model) 
     with jax.enable_x64(True):
         (found,) = dataclasses.replace(model).generate(["The fox"], args)
     assert found.token_ids == wanted.token_ids
+
+
+def test_a_mesh_around_the_call_changes_nothing(model: Model, tmp_path: Path) -> None:
+    (text := tmp_path / "text.txt").write_text("The fox.")
+
+    def found(model: Model) -> Any:
+        return model.generate(["The fox"], GREEDY), model.logits([[1, 5]]).tolist(), evaluate(model, text)["loss"]
+
+    wanted = found(model)
+    with jax.set_mesh(jax.make_mesh((1,), ("mine",))):
+        assert found(dataclasses.replace(model)) == wanted
 
 
 def test_an_answer_has_no_echo(model: Model) -> None:
