@@ -13,6 +13,7 @@ import pytest
 from llama_jax.adapters import init_adapter, row_keys
 from llama_jax.config import MeshArgs, ModelArgs, SampleArgs, TrainArgs
 from llama_jax.devices.sharding import make_mesh
+from llama_jax.errors import UserError
 from llama_jax.generation.sampling import make_sampler, sample
 from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
@@ -94,6 +95,12 @@ def test_a_seed_is_the_same_model_adapter_and_text_whatever_the_settings(name: s
         found = jax.tree.map(np.asarray, of_the_package())
     jax.tree.map(np.testing.assert_array_equal, found, usual)
     assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(usual)]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "0", None, True, np.int64(-1), np.float32(3), jnp.int32(3)], ids=repr)
+def test_what_is_no_seed_is_refused(seed: Any) -> None:
+    with pytest.raises(UserError, match=r"^seed: expected .*, found "):
+        random_key(seed)
 
 
 def test_every_key_of_the_package_is_made_by_random_key() -> None:
