@@ -123,6 +123,8 @@ def evaluate_task(
     Raises UserError if an argument is of another type, the task has too few records for the shots, a record does not
     fit the model, or a score is not finite.
     """
+    if not isinstance(model, Model):
+        raise UserError(f"model: expected a model that is loaded, found {quoted(model)}; llama_jax.load makes one")
     if not isinstance(task, Task):
         raise UserError(f"task: expected a Task, found {quoted(task)}; read_tasks returns a list of them")
     seed = whole("--seed", seed, 0)

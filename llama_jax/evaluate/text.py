@@ -21,9 +21,9 @@ from llama_jax.data.summary import skipped_warning
 from llama_jax.data.text import replacement_warning
 from llama_jax.devices.compiling import GenerationProgram
 from llama_jax.devices.sharding import mesh_of, on_mesh
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, quoted
 from llama_jax.evaluate.scoring import context_of, whole
-from llama_jax.fields import given_path
+from llama_jax.fields import given_path, typed
 from llama_jax.generation import Model
 from llama_jax.generation.decode import empty_cache, next_logits, slots_read
 from llama_jax.generation.rows import not_finite
@@ -62,6 +62,10 @@ def evaluate(
     not finite.
     """
     text = given_path(text, "--text")
+    if not isinstance(model, Model):
+        raise UserError(f"model: expected a model that is loaded, found {quoted(model)}; llama_jax.load makes one")
+    for name, value, kind in (("as_text", as_text, bool), ("skip", skip, bool), ("text_field", text_field, str)):
+        typed(value, kind, name)
     context = context_of(model)
     window, stride, batch_size = (
         whole("--window", window, 0),

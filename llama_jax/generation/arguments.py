@@ -23,7 +23,7 @@ def is_series(values: Any) -> bool:
 
 
 def has_whole_numbers(array: np.ndarray, given: Any) -> bool:
-    """Return whether ``array`` has whole numbers alone, all of those that are ``given``: no truth values, none masked."""
+    """Return whether an array is whole numbers alone. If True or masked elements were ``given``, it is not."""
     truths = isinstance(given, list | tuple) and any(isinstance(x, bool | np.bool_) for x in given)
     return array.dtype.kind in WHOLE and not truths and not isinstance(given, np.ma.MaskedArray)
 

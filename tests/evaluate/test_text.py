@@ -152,6 +152,17 @@ def test_a_number_of_another_type_is_named(model: Model, text: Path, name: str, 
         evaluate(model, text, **{name: value})
 
 
+@pytest.mark.parametrize("options", [{"as_text": "no"}, {"skip": 1}, {"text_field": 5}], ids=str)
+def test_a_switch_of_another_type_is_named(model: Model, text: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"^{next(iter(options))}: expected (bool|str), found "):
+        evaluate(model, text, **options)
+
+
+def test_what_is_no_model_is_refused(text: Path) -> None:
+    with pytest.raises(UserError, match=r"^model: expected a model that is loaded, found 'runs/tiny'"):
+        evaluate("runs/tiny", text)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("path", [None, 5, ["a.txt", "b.txt"], "", b"a.txt"], ids=repr)
 def test_what_is_no_path_is_no_text(model: Model, path: Any) -> None:
     with pytest.raises(UserError, match=r"^--text: expected a path, a string or a Path, found "):
