@@ -49,7 +49,7 @@ def ids_of(prompts: Any) -> list[list[int]]:
 def one_prompt(prompt: Any, number: int = 1) -> list[int]:
     """Return a prompt of token ids as ints. Raises UserError if the ``number``-th prompt is something else."""
     try:
-        ids = np.asarray(prompt) if is_series(prompt) else np.zeros((0, 0))
+        ids: Any = np.asarray(prompt) if is_series(prompt) else np.zeros((0, 0))
     except ValueError:  # rows of different lengths
         ids = np.zeros((0, 0))
     if ids.ndim != 1 or (ids.size and not has_whole_numbers(ids, prompt)):
