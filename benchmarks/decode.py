@@ -43,6 +43,7 @@ from llama_jax.generation.stats import step_bytes
 from llama_jax.model import Llama
 from llama_jax.ops.cache import CACHE_DTYPES
 from llama_jax.ops.parameters import is_vector
+from llama_jax.seeds import random_key
 from llama_jax.train_args import DType
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
@@ -203,7 +204,7 @@ def random_parameters(module: Llama, weights: Weights) -> Any:
 
     mesh = make_mesh(MeshArgs(data=1), jax.devices()[:1])
     shardings = parameter_shardings(module, mesh)
-    return for_generation(jax.jit(make, out_shardings=shardings)(jax.random.key(0)), weights)
+    return for_generation(jax.jit(make, out_shardings=shardings)(random_key(0)), weights)
 
 
 def prompts(args: Arguments, batch: int) -> np.ndarray:

@@ -48,6 +48,7 @@ def small_model(args: argparse.Namespace, folder: Path) -> Any:
     from llama_jax.data.stories import story
     from llama_jax.devices.sharding import make_mesh
     from llama_jax.generation import Model
+    from llama_jax.seeds import random_key
     from llama_jax.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer((story(0, i).text for i in range(400)), args.vocab, folder / "tokenizer.model")
@@ -59,7 +60,7 @@ def small_model(args: argparse.Namespace, folder: Path) -> Any:
         max_seq_len=2 * args.context,
     )
     module = make_model(shape, "float32", mesh=make_mesh(MeshArgs(data=1), jax.devices()[:1]))
-    params = jax.jit(module.init)(jax.random.key(0), jax.numpy.zeros((1, 1), "int32"))["params"]
+    params = jax.jit(module.init)(random_key(0), jax.numpy.zeros((1, 1), "int32"))["params"]
     from flax.linen import unbox
 
     return Model(shape, unbox(params), tokenizer, module)

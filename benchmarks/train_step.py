@@ -36,6 +36,7 @@ from llama_jax.devices.sharding import batch_sharding, make_mesh
 from llama_jax.errors import UserError, run_command
 from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
+from llama_jax.seeds import random_key
 from llama_jax.train_args import AttentionKernel, DType, Optimizer, Products, Remat
 from llama_jax.training import eight_bits
 from llama_jax.training.adapting import Adapting
@@ -244,7 +245,7 @@ def random_base(module: Llama, mesh: jax.sharding.Mesh, adapting: Adapting) -> A
         return jax.lax.map(lambda key: values(key, tuple(rest), like.dtype), jax.random.split(key, first))
 
     likes, structure = jax.tree.flatten(adapting.base_shapes(module, mesh))
-    keys = jax.random.split(jax.random.key(0), len(likes))
+    keys = jax.random.split(random_key(0), len(likes))
     made = [
         jax.jit(make, static_argnums=1, out_shardings=like.sharding)(key, like)
         for key, like in zip(keys, likes, strict=True)

@@ -15,6 +15,8 @@ from llama_jax.config import DataArgs, ModelArgs, SampleArgs, TrainArgs
 
 if _typing.TYPE_CHECKING:
     from llama_jax import data as data
+    from llama_jax import evaluate as evaluate
+    from llama_jax import generation as generation
     from llama_jax import tokenizer as tokenizer
     from llama_jax.generation import Model as _Model
 
@@ -24,8 +26,8 @@ __all__ = ["DataArgs", "ModelArgs", "SampleArgs", "TrainArgs", "__version__", "l
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Import ``llama_jax.data`` and ``llama_jax.tokenizer`` on first use, because SentencePiece is slow to import."""
-    if name in ("data", "tokenizer"):
+    """Import the parts that docs/api.md names on first use, because JAX and SentencePiece are slow to import."""
+    if name in ("data", "evaluate", "generation", "tokenizer"):
         return _importlib.import_module(f"llama_jax.{name}")
     raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
 

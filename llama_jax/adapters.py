@@ -17,6 +17,7 @@ from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs, Target
 from llama_jax.ops.parameters import AXES
 from llama_jax.ops.quantize import Adapted
+from llama_jax.seeds import random_key
 
 # Where the matrices are in the tree of parameters.
 PLACES: dict[Target, tuple[str, ...]] = {
@@ -84,10 +85,10 @@ def init_adapter(args: ModelArgs, lora: LoraArgs, seed: int) -> Any:
     tree: dict[str, Any] = {}
     for name in lora.targets:
         a, b = (at(shapes, PLACES[name])[key] for key in ("a", "b"))
-        key = jax.random.fold_in(jax.random.key(seed), _number(name))
+        key = jax.random.fold_in(random_key(seed), _number(name))
         bound = a.shape[-2] ** -0.5
         first = jax.random.uniform(key, a.shape, jnp.float32, -bound, bound)
-        _put(tree, PLACES[name], {"a": first, "b": jnp.zeros(b.shape)})
+        _put(tree, PLACES[name], {"a": first, "b": jnp.zeros(b.shape, jnp.float32)})
     return tree
 
 
@@ -141,7 +142,7 @@ def merged(w: jax.Array, factors: Any, scale: float, dtype: Any) -> jax.Array:
 
 def row_keys(seed: int, step: jax.Array, rows: jax.Array) -> jax.Array:
     """Return a random key for each row of a step's batch: int [B] -> keys [B]. Rows are numbered within the batch."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    key = jax.random.fold_in(random_key(seed), step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 

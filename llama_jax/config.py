@@ -26,7 +26,9 @@ from llama_jax.fields import (
     TINY,
     check_fields,
     expect,
+    given_path,
     hints_of,
+    own_table,
     typed,
 )
 from llama_jax.lora_args import LoraArgs
@@ -104,6 +106,9 @@ class DataArgs:
     They are kept in ~/.cache/llama_jax/tokens (or $XDG_CACHE_HOME/llama_jax/tokens).
     0: keep none, read them each time."""
 
+    def __post_init__(self) -> None:
+        own_table(self, "mixture")
+
     def check(self) -> None:
         """Raise UserError on impossible values."""
         # The vocabulary must hold 256 bytes, 3 control tokens and some characters. SentencePiece's ids have 31 bits.
@@ -111,6 +116,7 @@ class DataArgs:
         check_fields(self, "data.", ranges | {"stories": COUNT, "chats": (0, LARGEST), "cache_gb": (0.0, 1e9)})
         for name, weight in self.mixture.items():
             key = f"data.mixture, {quoted(name)}"
+            typed(name, str, "data.mixture")
             expect(bool(name), "data.mixture", "a path and its weight", "an empty path")
             expect(not SURROGATE.search(name), "data.mixture", "text in UTF-8", ascii(name))
             expect(
@@ -209,7 +215,7 @@ class SampleArgs:
     """Subtract this from the logits of tokens that the completion already contains."""
     frequency_penalty: float = 0.0
     """Subtract this from a token's logit for each time that the completion contains it."""
-    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
+    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict, hash=False)
     """Numbers to add to the logits of tokens, by token id. -inf forbids a token. As a flag: id bias id bias ..."""
     stop: tuple[str, ...] = dataclasses.field(default=(), metadata=ESCAPED)
     r"""End a completion before the first of these strings. A string may begin or end inside a token.
@@ -244,6 +250,7 @@ class SampleArgs:
         for name in ("stop", "stop_token_ids"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        own_table(self, "logit_bias")
         if isinstance(self.json_schema, dict | bool):
             object.__setattr__(self, "json_schema", json_line(self.json_schema))
 
@@ -307,7 +314,12 @@ class Config:
 
     def check(self) -> None:
         """Raise UserError on impossible values, in a section or between sections."""
-        for section in (self.model, self.data, self.train, self.mesh, self.distributed, self.lora, self.expected):
+        for name, kind in hints_of(Config).items():
+            section = getattr(self, name)
+            if not isinstance(section, kind):
+                raise UserError(
+                    f"{name}: expected {kind.__name__}, found {quoted(section)}; make it with {kind.__name__}()"
+                )
             section.check()
         if self.train.objective == "dpo" and self.data.loss_on != "answers":
             raise UserError(
@@ -337,9 +349,10 @@ class Config:
 def load_toml(path: str | Path) -> Config:
     """Read a configuration from a TOML file. Keys that the file omits keep their defaults.
 
-    Raises UserError on a missing file, invalid TOML, an unknown key or a value of the wrong type.
+    Numbers out of their ranges, and settings that contradict each other, are found by ``Config.check``. Raises
+    UserError on a missing file, invalid TOML, an unknown key or a value of the wrong type.
     """
-    path = Path(path)
+    path = Path(given_path(path, "configuration"))
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):

@@ -1,13 +1,14 @@
-"""Checks of the fields of a dataclass of settings: their types and their ranges, in one line that names the key."""
+"""Checks of settings, their types and ranges, and of paths that a caller gives, in one line that names the key."""
 
 import functools
 import math
+import os
 import re
 import types
 import typing
 from typing import Any, Literal
 
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, quoted
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 LARGEST, HUGE = (1 << 31) - 1, 1e300
@@ -47,6 +48,23 @@ def hints_of(kind: type) -> dict[str, Any]:
     Cached, because each of thousands of prompts may bring its own settings.
     """
     return typing.get_type_hints(kind)
+
+
+def given_path(path: Any, key: str) -> str:
+    """Return the path that a caller gave as text. Raises UserError, which names ``key``, if it is none, or empty.
+
+    An empty path would be the folder that the process is in.
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise UserError(f"{key}: expected a path, a string or a Path, found {quoted(path)}; give one")
+    return text
+
+
+def own_table(args: Any, name: str) -> None:
+    """Give a frozen dataclass a copy of the dict that is its field ``name``, which the caller may change later."""
+    if isinstance(table := getattr(args, name), dict):
+        object.__setattr__(args, name, dict(table))
 
 
 def check_fields(args: Any, prefix: str, ranges: dict[str, tuple[float, float]]) -> None:

@@ -5,6 +5,7 @@ import math
 from typing import Literal, get_args
 
 from llama_jax.errors import UserError, quoted
+from llama_jax.fields import hints_of, typed
 
 # The matrices that may have an adapter, by their names in the tree of parameters.
 Target = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3", "output"]
@@ -34,7 +35,8 @@ class LoraArgs:
     """Use the scale alpha / sqrt(rank) (rank-stabilized LoRA: Kalajdzievski, 2023)."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
 
     @property
     def strength(self) -> float:
@@ -65,7 +67,11 @@ class LoraArgs:
             raise UserError(f"lora.alpha: expected a number above 0, up to 1e6, found {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout: expected 0.0 or more, below 1, found {self.dropout}")
+        for name in ("base_weights", "rslora"):
+            typed(getattr(self, name), hints_of(LoraArgs)[name], f"lora.{name}")
         known = ", ".join(MATRICES)
+        if not isinstance(self.targets, tuple):
+            raise UserError(f"lora.targets: expected a list of names out of {known}, found {quoted(self.targets)}")
         for i, name in enumerate(self.targets):
             if name not in MATRICES:
                 raise UserError(f"lora.targets: expected names out of {known}, found {quoted(name)}")

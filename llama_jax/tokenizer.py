@@ -9,11 +9,13 @@ import itertools
 import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import numpy as np
 
 from llama_jax.errors import UserError, quoted
+from llama_jax.fields import given_path
 from llama_jax.storage.files import write_atomically
 from llama_jax.storage.locations import children
 from llama_jax.tokenizers import files as of_files
@@ -49,7 +51,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
-        self._open(of_files.read_files(path), None)
+        self._open(of_files.read_files(given_path(path, "tokenizer")), None)
 
     def _open(self, files: Files, rows: int | None) -> None:
         """Open the files. Added tokens whose ids are not below ``rows`` are left out."""
@@ -221,19 +223,30 @@ class Tokenizer:
         they are text. Tokens that a fine-tune added as ordinary ones are always found, as by transformers. A tokenizer
         whose files say so (``adds_bos``) begins no text with BOS. ``decode`` restores the text, except what the
         tokenizer normalizes: SentencePiece uses U+2581 for a space. Lone surrogates, which UTF-8 cannot represent,
-        become U+FFFD. Raises UserError if ``text`` is no string.
+        become U+FFFD. Raises UserError if ``text`` is no string, or another argument is neither True nor False.
         """
         if not isinstance(text, str):
             raise UserError(f"text: expected a string, found {quoted(text)}; encode one text at a time")
-        ids = self._reader.encode(clean(text), specials)
-        return self._begun(ids, bos) + [self.eos_id] * eos
+        for name, value in (("bos", bos), ("eos", eos), ("specials", specials)):
+            if not isinstance(value, bool | np.bool_):
+                raise UserError(f"{name}: expected True or False, found {quoted(value)}")
+        ids = self._reader.encode(clean(text), bool(specials))
+        return self._begun(ids, bos) + ([self.eos_id] if eos else [])
 
     def _begun(self, ids: list[int], bos: bool = True) -> list[int]:
         """Return a text's ids with BOS first, if asked and if the tokenizer does so. An empty text is BOS alone."""
         return [self.bos_id, *ids] if bos and (self.adds_bos or not ids) else ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return ``encode(text)`` for each text. It is several times faster for many short texts."""
+        """Return ``encode(text)`` for each text. It is several times faster for many short texts.
+
+        Raises UserError if ``texts`` is something else than a list of strings, or another iterable with an order.
+        """
+        if isinstance(texts, str | bytes | Mapping | AbstractSet) or not isinstance(texts, Iterable):
+            raise UserError(f"texts: expected a list of strings, found {quoted(texts)}; put the texts in a list")
+        texts = list(texts)
+        if other := [text for text in texts if not isinstance(text, str)]:
+            raise UserError(f"texts: expected strings, found {quoted(other[0])}")
         whole = {i for i, text in enumerate(texts) if len(text) > PART_CHARS}
         short = [clean(text) for i, text in enumerate(texts) if i not in whole]
         rows = iter(self.encode_parts(short, [True] * len(short)))
@@ -266,12 +279,16 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """Return the text of token ids. Control tokens such as BOS and EOS have none; invalid UTF-8 becomes U+FFFD.
 
-        ``specials``: the texts of control tokens are shown. Raises UserError on an id outside the vocabulary.
+        ``specials``: the texts of control tokens are shown. Raises UserError on an id outside the vocabulary, and on
+        what is no list of ids, or another iterable of them with an order.
         """
+        given = ids
         try:
-            ids = [operator.index(i) for i in ids]
+            if isinstance(given, str | bytes | bytearray | Mapping | AbstractSet):
+                raise TypeError
+            ids = [*map(_whole, given)]
         except TypeError:
-            raise UserError(f"token ids: expected whole numbers, found {quoted(ids)}") from None
+            raise UserError(f"token ids: expected whole numbers, found {quoted(given)}") from None
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise UserError(f"token id: expected 0 to {self.vocab_size - 1}, found {i}")
@@ -280,6 +297,13 @@ class Tokenizer:
     def stream(self, prompt_ids: Sequence[int]) -> "TextStream":
         """Return a stream that decodes the tokens after ``prompt_ids`` piece by piece."""
         return TextStream(self, prompt_ids)
+
+
+def _whole(number: object) -> int:
+    """Return a whole number as an int. Raises TypeError if it is none; True and False are none."""
+    if isinstance(number, bool):
+        raise TypeError
+    return operator.index(number)  # type: ignore[arg-type]
 
 
 def keep_tokenizer(tokenizer: Tokenizer, path: Path) -> Tokenizer:
@@ -368,6 +392,11 @@ class TextStream:
 
 
 def train_tokenizer(sentences: Iterable[str], vocab_size: int, output: Path) -> Tokenizer:
-    """Train a vocabulary (``trained_model``), save it as ``output`` and return its tokenizer."""
+    """Train a vocabulary (``trained_model``), save it as ``output`` and return its tokenizer.
+
+    Raises UserError if ``sentences`` is one text, whose characters would be taken for sentences.
+    """
+    if isinstance(sentences, str | bytes):
+        raise UserError(f"sentences: expected a list of strings, found {quoted(sentences)}; put the text in a list")
     write_atomically(output, trained_model(sentences, vocab_size))
     return Tokenizer(output)

@@ -186,6 +186,49 @@ def test_a_configuration_checks_all_its_sections():
         assert name in refusal(dataclasses.replace(Config(), **{name: section}).check)
 
 
+@pytest.mark.parametrize("section", [field.name for field in dataclasses.fields(Config)])
+@pytest.mark.parametrize("found", [{"seed": 1}, None, 5, SampleArgs()], ids=lambda x: type(x).__name__)
+def test_a_section_that_is_no_settings_is_refused(section, found):
+    with pytest.raises(UserError, match=rf"^{section}: expected \w+Args, found .*; make it with"):
+        Config(**{section: found}).check()
+
+
+@pytest.mark.parametrize(
+    "kind, name, table, key",
+    [
+        (SampleArgs, "logit_bias", {5: 1.0}, 6),
+        (DataArgs, "mixture", {"a": 1.0}, "b"),
+        (ModelArgs, "rope_scaling", {"rope_type": "linear", "factor": 2.0}, "other"),
+    ],
+)
+def test_settings_keep_their_own_table_and_are_hashed(kind, name, table, key):
+    given = dict(table)
+    made = kind(**{name: given})
+    given[key] = 2.0
+    assert getattr(made, name) == table
+    assert len({made, kind(**{name: dict(table)}), kind()}) == 2
+
+
+def test_a_text_of_a_mixture_is_named_by_a_text():
+    with pytest.raises(UserError, match=r"^data\.mixture: expected str, found 5"):
+        DataArgs(mixture={5: 1.0}).check()
+
+
+@pytest.mark.parametrize(
+    "args", [{"rslora": "no"}, {"rslora": 1}, {"base_weights": "int9"}, {"targets": "wq"}, {"targets": None}]
+)
+def test_settings_of_adapters_of_another_type_are_refused(args):
+    (name,) = args
+    with pytest.raises(UserError, match=rf"^lora\.{name}: expected .*, found "):
+        LoraArgs(rank=4, **args).check()
+
+
+@pytest.mark.parametrize("path", [None, 5, b"a", "", ["a"]], ids=repr)
+def test_what_is_no_path_is_no_configuration(path):
+    with pytest.raises(UserError, match=r"^configuration: expected a path, a string or a Path, found "):
+        load_toml(path)
+
+
 def test_hyphen_and_underscore_are_both_taken(tmp_path):
     wanted = Config(model=ModelArgs(n_layers=3), train=TrainArgs(max_steps=7))
     assert flags("--model.n-layers", "3", "--train.max-steps=7") == wanted

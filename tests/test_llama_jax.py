@@ -95,6 +95,14 @@ def test_importing_llama_jax_imports_nothing_that_takes_a_while() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_the_parts_that_the_page_names_are_attributes_of_the_package() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    names = sorted({re.match(r"llama_jax\.(\w+)", found)[1] for found in re.findall(r"^::: (\S+)", page, re.MULTILINE)})  # type: ignore[index]
+    code = "import sys, llama_jax\nfor name in sys.argv[1:]: getattr(llama_jax, name)"
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_version_stands_in_one_place() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", llama_jax.__version__)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())

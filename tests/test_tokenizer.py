@@ -3,6 +3,8 @@
 import io
 import json
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -442,3 +444,40 @@ def test_a_damaged_model_is_told_or_works(small_tokenizer, tmp_path):
         else:
             tokenizer.encode("The fox \n é 🦊")
             tokenizer.decode(range(tokenizer.vocab_size))
+
+
+@pytest.mark.parametrize("path", [None, 5, b"tokenizer.model", "", ["a"]], ids=repr)
+def test_what_is_no_path_is_no_tokenizer(path: Any) -> None:
+    with pytest.raises(UserError, match=r"^tokenizer: expected a path, a string or a Path, found "):
+        Tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "specials"])
+@pytest.mark.parametrize("value", [2, -1, None, "no", 0.5])
+def test_a_switch_of_encoding_is_true_or_false(small_tokenizer: Tokenizer, name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"^{name}: expected True or False, found "):
+        small_tokenizer.encode("a", **{name: value})
+    assert small_tokenizer.encode("a", **{name: np.bool_(True)}) == small_tokenizer.encode("a", **{name: True})
+
+
+@pytest.mark.parametrize("ids", [{5, 6}, {5: 6}, b"ab", bytearray(b"ab"), "5", [True], [5, False], 5, None], ids=repr)
+def test_what_is_no_list_of_ids_has_no_text(small_tokenizer: Tokenizer, ids: Any) -> None:
+    with pytest.raises(UserError, match=r"^token ids: expected whole numbers, found "):
+        small_tokenizer.decode(ids)
+
+
+def test_many_texts_come_from_any_order_of_them_and_from_nothing_else(small_tokenizer: Tokenizer) -> None:
+    texts = ["a fox", "", "the river"]
+    wanted = [small_tokenizer.encode(text) for text in texts]
+    for any_order in (texts, tuple(texts), iter(texts), np.array(texts)):
+        assert small_tokenizer.encode_all(any_order) == wanted  # type: ignore[arg-type]
+    for other in ("ab", b"ab", None, {"a"}, {"a": 1}, [None], ["a", b"a"]):
+        with pytest.raises(UserError, match=r"^texts: expected .*strings, found "):
+            small_tokenizer.encode_all(other)  # type: ignore[arg-type]
+
+
+def test_one_text_is_no_list_of_sentences(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^sentences: expected a list of strings, found 'Once'; put the text in a list"
+    ):
+        train_tokenizer("Once", 300, tmp_path / "tokenizer.model")

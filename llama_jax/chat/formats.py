@@ -97,7 +97,8 @@ class ChatFormat:
         if self.is_llama2:
             return llama2.encode_dialog(self.tokenizer, messages)
         if not messages or messages[-1].role in ("assistant", "system"):
-            raise UserError("messages: expected the last one from the user, to be answered, found none")
+            found = f"the {messages[-1].role}" if messages else "none"
+            raise UserError(f"messages: expected the last one from the user, to be answered, found {found}")
         self.check_roles(messages)
         return self.ids(messages)
 

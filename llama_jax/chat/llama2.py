@@ -29,7 +29,8 @@ def encode_dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     """
     turns = _turns(messages)
     if len(turns) % 2 == 0:
-        raise UserError("messages: expected the last one from the user, to be answered, found none")
+        found = f"the {messages[-1].role}" if messages else "none"
+        raise UserError(f"messages: expected the last one from the user, to be answered, found {found}")
     last = tokenizer.encode(f"{INSTRUCTION} {turns[-1].content.strip()} {END_INSTRUCTION}", bos=True)
     return _encode_pairs(tokenizer, turns[:-1]) + last
 

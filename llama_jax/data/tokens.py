@@ -8,7 +8,6 @@ text and the tokenizer and has a digest of each file and of itself. ``prepare`` 
 
 import hashlib
 import math
-import os
 import re
 import stat
 import time
@@ -36,6 +35,7 @@ from llama_jax.data.places import at_once
 from llama_jax.data.remote import Bucket, RemoteStream, cache_text, keep_small_files
 from llama_jax.data.stream import BLOCK_BYTES, Shard, TokenStream, check_in_background, checksums
 from llama_jax.errors import UserError
+from llama_jax.fields import given_path
 from llama_jax.storage.files import is_address
 
 # The check on opening takes at most this many seconds.
@@ -44,7 +44,7 @@ OPENING_SECONDS = 0.3
 FEW_DOCUMENTS = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenSet:
     """The two token streams of a text. Documents follow each other, each from BOS to EOS."""
 
@@ -124,9 +124,10 @@ def open_tokens(folder: str | Path, cache_gb: float = DataArgs.cache_gb) -> Toke
         tokens = open_tokens("tokens")
         tokens.train[:8]
     """
-    if is_address(os.fspath(folder)):
-        return _open_at(os.fspath(folder), cache_gb)
-    folder = Path(folder)
+    given = given_path(folder, "folder")
+    if is_address(given):
+        return _open_at(given, cache_gb)
+    folder = Path(given)
     manifest = read_manifest(folder)
     if manifest is None:
         inside = folder / "tokens"

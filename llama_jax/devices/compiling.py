@@ -12,20 +12,25 @@ import jax
 
 from llama_jax.compat.jax_internals import is_described
 from llama_jax.errors import UserError
-from llama_jax.storage.files import user_cache
+from llama_jax.storage.files import is_address, user_cache
 
 # A layer's keys of up to this many bytes are prefetched into a TPU's vector memory, or parts of them.
 PREFETCHED = 1 << 26
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs on disk between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/llama_jax."""
-    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    folder = Path(given) if given else user_cache() / "compiled"
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+    """Keep compiled programs on disk between runs, in the folder that the process has for them or ~/.cache/llama_jax.
+
+    The process has one by JAX_COMPILATION_CACHE_DIR, or where a program has set it by jax.config. It may be an address.
+    """
+    given = jax.config.jax_compilation_cache_dir or os.environ.get("JAX_COMPILATION_CACHE_DIR")  # type: ignore[attr-defined]
+    folder = given or os.fspath(user_cache() / "compiled")
+    if not is_address(folder):
+        with contextlib.suppress(OSError):
+            Path(folder).mkdir(parents=True, exist_ok=True)
     # If the folder cannot be written, the run continues without a cache.
-    jax.config.update("jax_compilation_cache_dir", os.fspath(folder) if os.access(folder, os.W_OK) else None)
+    usable = is_address(folder) or os.access(folder, os.W_OK)
+    jax.config.update("jax_compilation_cache_dir", folder if usable else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     jax.config.update("jax_raise_persistent_cache_errors", False)

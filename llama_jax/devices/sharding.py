@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import MeshArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
+from llama_jax.seeds import random_key
 
 # Logical axis -> the mesh axes that it is split over (None: every device holds all of it).
 RULES: dict[str, tuple[str, ...] | str | None] = {
@@ -149,7 +150,7 @@ def _boxed_shapes(model: nn.Module) -> Any:
 
     Cached, because tracing takes a tenth of a second and many functions call this.
     """
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    return jax.eval_shape(lambda: model.init(random_key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
 def parameter_shapes(model: nn.Module) -> Any:

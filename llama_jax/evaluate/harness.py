@@ -114,6 +114,18 @@ class LlamaJax(TemplateLM):
             raise UserError(f"compute_dtype: expected one of {', '.join(get_args(DType))}, found {compute_dtype!r}")
         mesh = MeshArgs(data, fsdp, tensor, sequence)
         mesh.check()
+        if model is not None:
+            loading = {
+                "ckpt": ckpt,
+                "adapter": adapter,
+                "compute_dtype": compute_dtype,
+                "weights": weights,
+                "cache": cache,
+                "data, fsdp, tensor or sequence": mesh,
+            }
+            _check_loaded(
+                model, [name for name, value in loading.items() if value not in ("", "auto", MeshArgs(data=1))]
+            )
         self.model = model or Model.load(
             str(ckpt), compute_dtype, weights, cache, None if mesh == MeshArgs(data=1) else mesh, adapter=adapter
         )
@@ -347,6 +359,16 @@ def _text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return text + tokenizer.decode(own)
 
 
+def _check_loaded(model: Any, others: Sequence[str]) -> None:
+    """Raise UserError if ``model`` is no model, or there are ``others``, arguments of loading, beside it."""
+    if not isinstance(model, Model):
+        raise UserError(f"model: expected a model that is loaded, found {quoted(model)}; give a path as ckpt")
+    if others:
+        raise UserError(
+            f"model_args: expected no {others[0]} beside a model that is loaded, found it; give it to llama_jax.load"
+        )
+
+
 def _rows(batch_size: int | str | None) -> int:
     """Return the contexts of a forward pass, 0 for as many as fill it."""
     if batch_size is None or str(batch_size).startswith("auto"):
@@ -357,10 +379,10 @@ def _rows(batch_size: int | str | None) -> int:
     return 0 if rows == 1 else rows
 
 
-def _whole(value: int | str) -> int:
-    """Return a whole number, or -1 for what is none."""
+def _whole(value: Any) -> int:
+    """Return a whole number, which may be written as text, or -1 for what is none."""
     try:
-        return int(value)
+        return int(str(value))  # of a float or a bool, int alone would make one
     except ValueError:
         return -1
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from llama_jax.chat.examples import chat_example
 from llama_jax.chat.messages import Message
-from llama_jax.errors import UserError
-from llama_jax.evaluate.scoring import Request, Score, context_of, encode_pairs, fit, score
-from llama_jax.evaluate.tasks import WITHOUT_SHOTS, Item, Task, joined, prompt_of
+from llama_jax.errors import UserError, quoted
+from llama_jax.evaluate.scoring import Request, Score, context_of, encode_pairs, fit, score, whole
+from llama_jax.evaluate.tasks import WITHOUT_SHOTS, Item, Task, check_shots, joined, prompt_of
 from llama_jax.generation import Model
 
 # e to the power of more than this is infinite.
@@ -104,7 +104,7 @@ def evaluate_task(
     shots: int = 0,
     seed: int = 0,
     rows: int = 0,
-    on_batch: Callable[[int], None] = lambda items: None,
+    on_batch: Callable[[int], None] | None = None,
     share: bool = True,
     items: Sequence[Asked] | None = None,
 ) -> Result:
@@ -116,12 +116,20 @@ def evaluate_task(
         shots: examples before each item, other records of the same file. Documents have none.
         seed: decides which examples.
         rows: items in a forward pass. 0: as many as fill it.
-        on_batch: is called after each forward pass with the number of items that it finished.
+        on_batch: is called after each forward pass with the number of items that it finished. None: nothing is.
         share: whether the choices of an item are scored together. It changes the speed alone.
         items: what ``asked`` returns for the task. None: it is asked.
 
-    Raises UserError if a record does not fit the model, or a score is not finite.
+    Raises UserError if an argument is of another type, the task has too few records for the shots, a record does not
+    fit the model, or a score is not finite.
     """
+    if not isinstance(model, Model):
+        raise UserError(f"model: expected a model that is loaded, found {quoted(model)}; llama_jax.load makes one")
+    if not isinstance(task, Task):
+        raise UserError(f"task: expected a Task, found {quoted(task)}; read_tasks returns a list of them")
+    seed = whole("--seed", seed, 0)
+    shots, rows = whole("--shots", shots, 0), whole("--batch-size", rows, 0)
+    check_shots(task, shots)
     shots = 0 if task.kind in WITHOUT_SHOTS else shots
     items = asked(model, task, shots, seed) if items is None else items
     requests = [request for item in items for request in item.requests]
@@ -131,7 +139,8 @@ def evaluate_task(
     def count(numbers: Sequence[int]) -> None:
         for number in numbers:
             left[item_of[number]] -= 1
-        on_batch(sum(left[i] == 0 for i in {item_of[number] for number in numbers}))
+        if on_batch is not None:
+            on_batch(sum(left[i] == 0 for i in {item_of[number] for number in numbers}))
 
     scores = iter(score(model, requests, rows, share, count))
     of_items = [[next(scores) for _ in item.requests] for item in items]

@@ -9,6 +9,7 @@ B rows, T tokens of a row, W predicted tokens of a row, D dim, V vocab, C positi
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +20,7 @@ import numpy as np
 from llama_jax.build import count_parameters
 from llama_jax.devices.compiling import GenerationProgram
 from llama_jax.devices.sharding import constrain, mesh_axes_of, mesh_of, on_every_device, on_mesh
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, quoted
 from llama_jax.generation import Model
 from llama_jax.generation.rows import not_finite
 from llama_jax.model import Llama
@@ -118,6 +119,17 @@ class Packed(NamedTuple):
     numbers: tuple[int, ...]  # of its requests
     tokens: int  # that are read
     predicted: int  # tokens that are scored
+
+
+def whole(key: str, value: Any, low: int) -> int:
+    """Return a whole number of ``low`` or more as an int. Raises UserError, which names ``key``, if it is none."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if isinstance(value, bool) or number < low:
+        raise UserError(f"{key}: expected a whole number, {low} or more, found {quoted(value)}")
+    return number
 
 
 def context_of(model: Model) -> int:

@@ -12,7 +12,7 @@ and may have other keys, which are not read. All records of a file are of one ki
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -72,12 +72,18 @@ class Task:
     items: tuple[Item, ...]
 
 
-def read_tasks(paths: Sequence[str], question_format: str = QUESTION, key: str = "--tasks") -> list[Task]:
+def read_tasks(paths: Iterable[str | Path], question_format: str = QUESTION, key: str = "--tasks") -> list[Task]:
     """Read the files of tasks, and those of folders. A task is named after its file, or by its path if names collide.
 
-    ``key`` names the setting in errors. Raises UserError if a file is missing or empty, or a record is not as expected.
+    ``paths`` is a list, of strings or Paths. ``key`` names the setting in errors. Raises UserError if ``paths`` is
+    something else, a file is missing or empty, or a record is not as expected.
     """
     check_format(question_format)
+    if isinstance(paths, str | bytes) or not isinstance(paths, Iterable):
+        raise UserError(f"{key}: expected a list of paths, found {quoted(paths)}; put it in a list")
+    paths = list(paths)
+    if other := [path for path in paths if not isinstance(path, str | Path)]:
+        raise UserError(f"{key}: expected paths, strings or Paths, found {quoted(other[0])}")
     files = [file for path in paths for file in _files(path, key)]
     resolved = [file.resolve() for file in files]
     for i, file in enumerate(resolved):
@@ -133,7 +139,7 @@ def parse_task(name: str, path: str, content: bytes, question_format: str = QUES
     return Task(name, path, kinds[0], tuple(items))
 
 
-def _files(path: str, key: str) -> list[Path]:
+def _files(path: str | Path, key: str) -> list[Path]:
     if not path:  # which would be the folder that one is in
         raise UserError(f"{key}: expected a path, found an empty text; give a file or a folder, or leave it out")
     given = Path(path)

@@ -20,8 +20,10 @@ from llama_jax.data.odd_bytes import replacement_warning
 from llama_jax.data.sources import find_files
 from llama_jax.data.summary import skipped_warning
 from llama_jax.devices.compiling import GenerationProgram
-from llama_jax.errors import UserError
-from llama_jax.evaluate.scoring import context_of
+from llama_jax.devices.sharding import mesh_of, on_mesh
+from llama_jax.errors import UserError, quoted
+from llama_jax.evaluate.scoring import context_of, whole
+from llama_jax.fields import given_path, typed
 from llama_jax.generation import Model
 from llama_jax.generation.decode import empty_cache, next_logits, slots_read
 from llama_jax.generation.rows import not_finite
@@ -56,16 +58,25 @@ def evaluate(
         skip: leave out records that cannot be read. They are counted in a warning.
 
     Returns the object that the command prints (see ``Arguments`` in __main__.py). Raises UserError if the text is
-    missing, empty or not text, if the window does not fit the model, or if a loss is not finite.
+    missing, empty or not text, if the window does not fit the model, if an argument is of another type, or if a loss is
+    not finite.
     """
+    text = given_path(text, "--text")
+    if not isinstance(model, Model):
+        raise UserError(f"model: expected a model that is loaded, found {quoted(model)}; llama_jax.load makes one")
+    for name, value, kind in (("as_text", as_text, bool), ("skip", skip, bool), ("text_field", text_field, str)):
+        typed(value, kind, name)
     context = context_of(model)
+    window, stride, batch_size = (
+        whole("--window", window, 0),
+        whole("--stride", stride, 0),
+        whole("--batch-size", batch_size, 1),
+    )
     window, stride = window or context, stride or window or context
     if not 0 < window <= context:
         raise UserError(f"--window: expected 1 to {context}, the model's context, found {window}")
     if not 0 < stride <= window:
         raise UserError(f"--stride: expected 1 to the window of {window}, found {stride}")
-    if batch_size < 1:
-        raise UserError(f"--batch-size: expected 1 or more, found {batch_size}")
     with working(f"reading {text}", sys.stderr):
         stream, scored, losses = _read(str(text), model.tokenizer, as_text, text_field, skip)
     tokens = int(scored[1:].sum())
@@ -97,6 +108,7 @@ def _nats(
     else:
         score = functools.partial(_loss_sum_over_cache, model.module, model.serving, cache_dtype=model.cache_dtype)
     total = 0.0
+    mesh = mesh_of(model.params)  # the caller may have one of its own around
     with Progress("evaluating", -(-len(rows) // batch_size), "batch", stream=sys.stderr) as progress:
         for i in range(0, len(rows), batch_size):
             batch = rows[i : i + batch_size] + [(0, 0, 0)] * (batch_size - len(rows[i : i + batch_size]))
@@ -104,7 +116,7 @@ def _nats(
             at = np.minimum(starts + positions, len(stream) - 2)
             counts = (starts + positions >= first) & (starts + positions < last)
             weights = (counts & scored[at + 1]).astype(np.float32)
-            with progress.busy("compiling") if i == 0 else contextlib.nullcontext():
+            with progress.busy("compiling") if i == 0 else contextlib.nullcontext(), on_mesh(mesh):
                 nats = float(score(stream[at], stream[at + 1], weights))
             if not math.isfinite(nats):
                 raise not_finite(model.source, f"in the window from token {int(starts[0, 0])} of the text on")

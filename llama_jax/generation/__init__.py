@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import jax
@@ -21,9 +21,18 @@ from llama_jax.config import Cache, MeshArgs, ModelArgs, SampleArgs, Weights
 from llama_jax.convert.once import open_model
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.devices.compiling import check_devices, use_compilation_cache
-from llama_jax.devices.sharding import make_mesh
+from llama_jax.devices.sharding import make_mesh, mesh_of, on_mesh
 from llama_jax.errors import UserError, quoted
-from llama_jax.generation.arguments import check_loading, check_one, ids_of, one_prompt, settings_of, texts_of
+from llama_jax.generation.arguments import (
+    WHOLE,
+    check_loading,
+    check_one,
+    ids_of,
+    is_series,
+    one_prompt,
+    settings_of,
+    texts_of,
+)
 from llama_jax.generation.decode import Row, logits_of_tokens
 from llama_jax.generation.grammar import check_schema
 from llama_jax.generation.infill import encode_infill, with_infill_end
@@ -44,12 +53,15 @@ from llama_jax.train_args import DType
 LOOKUP, USUAL_GUESSES, MOST_GUESSES = "lookup", 4, 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
-    """A LLaMA with its parameters and its tokenizer. ``Model.load`` or ``llama_jax.load`` makes one."""
+    """A LLaMA with its parameters and its tokenizer. ``Model.load`` or ``llama_jax.load`` makes one.
+
+    A model equals itself alone: to compare two, compare ``args`` and the arrays of ``params``.
+    """
 
     args: ModelArgs
-    params: Any
+    params: Any = field(repr=False)
     """The parameters as in a checkpoint. If quantized or on an accelerator, they are in the form for generation."""
     tokenizer: Tokenizer
     module: Llama
@@ -91,6 +103,8 @@ class Model:
             check_loading(path, mesh, adapter=adapter, draft=draft, chat_template=chat_template)
             if draft_tokens != USUAL_GUESSES and not draft:
                 warnings.warn("draft_tokens: no effect without draft", stacklevel=3)
+        if not isinstance(exact, bool):
+            raise UserError(f"exact: expected True or False, found {quoted(exact)}")
         for name, value, known in (("weights", weights, Weights), ("cache", cache, Cache)):
             if value not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, found {value!r}")
@@ -125,10 +139,12 @@ class Model:
         the context, an id is outside the vocabulary, or a logit is not finite.
         """
         try:
-            token_ids = np.asarray(token_ids)
+            given, token_ids = token_ids, np.asarray(token_ids)
         except ValueError:
             raise UserError("token_ids: expected integers [B, T], found rows of different lengths") from None
-        if token_ids.ndim != 2 or not np.issubdtype(token_ids.dtype, np.integer):
+        if isinstance(given, np.ma.MaskedArray):
+            raise UserError("token_ids: expected integers [B, T], found a masked array; give the tokens without a mask")
+        if token_ids.ndim != 2 or token_ids.dtype.kind not in WHOLE:
             raise UserError(f"token_ids: expected integers [B, T], found {token_ids.dtype} {list(token_ids.shape)}")
         if token_ids.shape[1] > self.args.max_seq_len:
             raise UserError(f"token_ids: expected up to {self.args.max_seq_len} positions, found {token_ids.shape[1]}")
@@ -137,8 +153,10 @@ class Model:
         if not token_ids.size:
             return jnp.zeros((*token_ids.shape, self.args.vocab_size), jnp.float32)
         cache_dtype = self.cache_dtype or self.module.dtype
-        logits = logits_of_tokens(self.module, self.serving, token_ids.astype(np.int32), cache_dtype)
-        if not jnp.isfinite(logits).all():
+        with on_mesh(mesh_of(self.serving)):  # the caller may have a mesh of its own around
+            logits = logits_of_tokens(self.module, self.serving, token_ids.astype(np.int32), cache_dtype)
+            finite = bool(jnp.isfinite(logits).all())
+        if not finite:
             raise not_finite(self.source, "in the logits of these tokens")
         return logits
 
@@ -180,6 +198,8 @@ class Model:
         Example:
             (middle,) = model.infill([("def add(a, b):\\n", "\\n    return c")])
         """
+        if not is_series(gaps):
+            raise UserError(f"gaps: expected a list of pairs of texts (prefix, suffix), found {quoted(gaps)}")
         texts = list(gaps)
         if not all(isinstance(gap, tuple | list) and len(gap) == 2 for gap in texts):
             raise UserError(f"gaps: expected pairs of texts (prefix, suffix), found {quoted(texts)}")
@@ -297,8 +317,12 @@ class Model:
         on_progress: OnProgress | None = None,
         end_ids: Collection[int] = (),
     ) -> Iterator[str]:
-        """Run ``stream`` for a prompt of token ids. end_ids: the tokens that end it. Empty: the model's."""
+        """Run ``stream`` for a prompt of token ids. end_ids: the tokens that end it. Empty: the model's.
+
+        Raises UserError as ``generate_ids`` does, and if one of ``end_ids`` is outside the vocabulary.
+        """
         check_one(args, "a stream")
+        end_ids = self._known(end_ids)
         (row,) = self.rows([one_prompt(prompt_ids)], args)
         start = [self.tokenizer.decode(row[0])] if args.echo else []
         return itertools.chain(start, self._engine(end_ids).stream(row, on_progress))
@@ -310,6 +334,17 @@ class Model:
         if found := pasted(self.tokenizer, [prompt]):
             warnings.warn(found, stacklevel=3)
         return self.tokenizer.encode(prompt)
+
+    def _known(self, end_ids: Collection[int]) -> list[int]:
+        """Return tokens that end a completion as ints. Raises UserError if one is outside the vocabulary."""
+        ids = np.asarray(list(end_ids) if isinstance(end_ids, Iterable) else end_ids)
+        if ids.size and (
+            ids.ndim != 1 or ids.dtype.kind not in WHOLE or not 0 <= ids.min() <= ids.max() < self.args.vocab_size
+        ):
+            raise UserError(
+                f"end_ids: expected token ids from 0 to {self.args.vocab_size - 1}, found {quoted(end_ids)}"
+            )
+        return [int(token) for token in ids.reshape(-1).tolist()]
 
     def _warn_of_stops(self, settings: Iterable[SampleArgs]) -> None:
         """Warn of stop strings that hold a token without text among others."""

@@ -15,6 +15,7 @@ from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.ops.exact import rounded
 from llama_jax.ops.loss import log_likelihood
+from llama_jax.seeds import random_key
 
 
 class Sampler(flax.struct.PyTreeNode):
@@ -128,7 +129,7 @@ def _float32(values: Iterable[float]) -> np.ndarray:
 @jax.jit
 @jax.vmap
 def _row_keys(seed: jax.Array, number: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), number)
+    return jax.random.fold_in(random_key(seed), number)
 
 
 def _make_penalties(rows: Sequence[tuple[Sequence[int], SampleArgs, int]], vocab_size: int) -> Penalties:

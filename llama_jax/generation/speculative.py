@@ -11,7 +11,7 @@ B rows, T tokens that are checked together, V vocab.
 import functools
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ from llama_jax.ops.cache import KVCache
 LONGEST_RUN = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draft:
     """The source of drafted tokens, and how many are drafted at a time.
 
@@ -52,7 +52,7 @@ class Draft:
 
     tokens: int
     model: Llama | None = None
-    params: Any = None  # in the form for generation (serving.py)
+    params: Any = field(default=None, repr=False)  # in the form for generation (serving.py)
 
 
 def generate_speculatively(

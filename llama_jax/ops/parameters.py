@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from llama_jax.ops.quantize import Weight, transposed
 
@@ -65,7 +66,7 @@ def bias(module: nn.Module, name: str, has: bool, **axes: int) -> jax.Array | No
 def _parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, axes: dict[str, int]) -> Weight:
     shape = tuple(axes.values())
     if not module.has_variable("params", name):
-        return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, tuple(axes)), shape))
+        return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, tuple(axes)), shape, jnp.float32))
     given = cast(Weight, module.get_variable("params", name))
     if given.shape != shape:
         raise ValueError(f"{name}: expected the shape {shape}, found {given.shape}")

@@ -10,6 +10,7 @@ from llama_jax.errors import UserError
 from llama_jax.ops.eight_bit import Copies, EightBit, both_ways
 from llama_jax.ops.parameters import AXES
 from llama_jax.ops.remat import PRODUCTS
+from llama_jax.seeds import random_key
 from llama_jax.train_args import TrainArgs
 from llama_jax.training.adapting import steps_taken
 
@@ -47,7 +48,7 @@ def in_step(args: TrainArgs, params: Any, made: dict[str, Copies], opt_state: An
     rows: the rows of the batch, int [B], in this part of it. Random rounding follows from the seed, the step, the first
     row, the layer and the matrix, so that it is the same on every mesh and after a resume.
     """
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(args.seed), steps_taken(opt_state)), ROUNDING)
+    key = jax.random.fold_in(jax.random.fold_in(random_key(args.seed), steps_taken(opt_state)), ROUNDING)
     of = tuple(args.products_of.split(","))
     key = jax.random.fold_in(key, rows[0])
 

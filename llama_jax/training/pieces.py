@@ -21,6 +21,7 @@ from llama_jax.config import TrainArgs
 from llama_jax.devices.sharding import replicated
 from llama_jax.ops.noise import noise
 from llama_jax.ops.parameters import is_vector
+from llama_jax.seeds import random_key
 from llama_jax.training.bad_steps import LossHistory, noted
 from llama_jax.training.moments import small_adam
 from llama_jax.training.norms import squares
@@ -117,7 +118,7 @@ class InPieces:
 
     def _key(self, state: PiecesState, purpose: int) -> jax.Array:
         """Return the key of the random bits of the next step, which follows from the seed and the step's number."""
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.args.seed), state.step), purpose)
+        return jax.random.fold_in(jax.random.fold_in(random_key(self.args.seed), state.step), purpose)
 
     def _direction(self) -> optax.GradientTransformationExtraArgs:
         """Return the chain that makes an update, for a rate of 1, from clipped gradients, all in float32."""

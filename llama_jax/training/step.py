@@ -29,6 +29,7 @@ from llama_jax.devices.sharding import (
 )
 from llama_jax.model import Llama
 from llama_jax.ops.loss import log_likelihoods
+from llama_jax.seeds import random_key
 from llama_jax.training import eight_bits
 from llama_jax.training.adapting import Adapting
 from llama_jax.training.bad_steps import LossHistory, watched
@@ -138,7 +139,7 @@ def init_state(
     def init_params() -> Any:
         if adapting is not None:
             return init_adapter(model.args, adapting.lora, seed)
-        made = nn.unbox(model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
+        made = nn.unbox(model.init(random_key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
         return narrow(made, optimizer.args) if isinstance(optimizer, InPieces) else made
 
     with on_mesh(mesh):

@@ -251,3 +251,15 @@ def test_a_damaged_token_folder_is_refused(tmp_path, small_tokenizer, damage):
     with pytest.raises(UserError) as error:
         open_tokens(folder)
     assert str(folder) in str(error.value) and "expected" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("folder", [None, 5, b"tokens", "", ["tokens"]], ids=repr)
+def test_what_is_no_path_is_no_folder_of_tokens(folder):
+    with pytest.raises(UserError, match=r"^folder: expected a path, a string or a Path, found "):
+        open_tokens(folder)
+
+
+def test_openings_of_a_folder_are_compared_and_hashed(tmp_path, small_tokenizer):
+    prepare(corpus_of(tmp_path / "text", b"The fox and the owl."), small_tokenizer, tmp_path / "tokens")
+    first, second = open_tokens(tmp_path / "tokens"), open_tokens(str(tmp_path / "tokens"))
+    assert first != second and len({first, second, first}) == 2

@@ -324,8 +324,15 @@ def test_an_answer_ends_with_its_turn_and_a_template_without_effect_is_told(
         ({"max_gen_toks": 0}, "max_gen_toks: expected 1 or more, found 0"),
         ({"max_gen_toks": "many"}, "max_gen_toks: expected 1 or more, found many"),
         ({"max_length": "long"}, "max_length: expected 2 to 128"),
+        ({"max_length": 16.7}, "max_length: expected 2 to 128"),
+        ({"max_gen_toks": True}, "max_gen_toks: expected 1 or more, found True"),
+        ({"max_gen_toks": None}, "max_gen_toks: expected 1 or more, found None"),
+        ({"ckpt": "runs/tiny"}, "model_args: expected no ckpt beside a model that is loaded"),
+        ({"weights": "int8"}, "model_args: expected no weights beside a model that is loaded"),
+        ({"tensor": 2}, "model_args: expected no data, fsdp, tensor or sequence beside a model"),
+        ({"model": "runs/tiny"}, "model: expected a model that is loaded, found 'runs/tiny'"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_at_once(model: Model, given: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        LlamaJax(model=model, **given)
+        LlamaJax(**{"model": model} | given)

@@ -174,6 +174,34 @@ def test_more_examples_than_records_are_refused() -> None:
         check_shots(task, 3)
 
 
+@pytest.mark.parametrize(
+    "options", [{"shots": -1}, {"shots": "2"}, {"seed": 0.0}, {"seed": True}, {"rows": -1}, {"rows": 2.0}], ids=str
+)
+def test_a_number_of_another_kind_is_refused(options: dict[str, Any], small_tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"^--(shots|seed|batch-size): expected a whole number, 0 or more, found "):
+        evaluate_task(build(small_tokenizer), parse_task("t", "t.jsonl", numbered(3)), **options)
+
+
+def test_what_is_scored_is_a_task_with_records_enough(small_tokenizer: Tokenizer) -> None:
+    model = build(small_tokenizer)
+    with pytest.raises(UserError, match=r"^--shots: expected up to 2, since t\.jsonl has 3 records, found 3"):
+        evaluate_task(model, parse_task("t", "t.jsonl", numbered(3)), shots=3)
+    for other in ("t.jsonl", None, [parse_task("t", "t.jsonl", numbered(3))]):
+        with pytest.raises(UserError, match=r"^task: expected a Task, found .*; read_tasks returns a list of them"):
+            evaluate_task(model, other)  # type: ignore[arg-type]
+
+
+def test_the_files_of_tasks_are_a_list_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, CHOICE)
+    assert read_tasks([Path(path)]) == read_tasks(iter([path])) == read_tasks((path,))
+    monkeypatch.chdir(tmp_path)
+    for other in (".", b".", None, 5):
+        with pytest.raises(UserError, match=r"^--tasks: expected a list of paths, found .*; put it in a list"):
+            read_tasks(other)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^--tasks: expected paths, strings or Paths, found 5"):
+        read_tasks([path, 5])  # type: ignore[list-item]
+
+
 def chat_task(answer: str) -> Task:
     messages = (Message("user", "Who came?"), Message("assistant", "The fox."), Message("user", "Where to?"))
     return Task("t", "t.jsonl", "chats", (Item(1, "", (answer,), 0, messages),))

@@ -145,6 +145,30 @@ def test_a_bad_option_is_named(model: Model, text: Path, options: dict[str, int]
         evaluate(model, text, **options)
 
 
+@pytest.mark.parametrize("name", ["window", "stride", "batch_size"])
+@pytest.mark.parametrize("value", ["8", 2.5, True, None])
+def test_a_number_of_another_type_is_named(model: Model, text: Path, name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')}: expected a whole number, . or more, found "):
+        evaluate(model, text, **{name: value})
+
+
+@pytest.mark.parametrize("options", [{"as_text": "no"}, {"skip": 1}, {"text_field": 5}], ids=str)
+def test_a_switch_of_another_type_is_named(model: Model, text: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"^{next(iter(options))}: expected (bool|str), found "):
+        evaluate(model, text, **options)
+
+
+def test_what_is_no_model_is_refused(text: Path) -> None:
+    with pytest.raises(UserError, match=r"^model: expected a model that is loaded, found 'runs/tiny'"):
+        evaluate("runs/tiny", text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", [None, 5, ["a.txt", "b.txt"], "", b"a.txt"], ids=repr)
+def test_what_is_no_path_is_no_text(model: Model, path: Any) -> None:
+    with pytest.raises(UserError, match=r"^--text: expected a path, a string or a Path, found "):
+        evaluate(model, path)
+
+
 def test_a_missing_an_empty_and_a_bare_text_are_told(model: Model, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf")

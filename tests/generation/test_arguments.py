@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import logging
 import pickle
 import warnings
@@ -17,6 +18,7 @@ import llama_jax
 from llama_jax.checkpoint import save_checkpoint
 from llama_jax.config import MeshArgs, SampleArgs
 from llama_jax.errors import UserError
+from llama_jax.evaluate import evaluate
 from llama_jax.generation import Model
 from llama_jax.generation.arguments import ids_of, settings_of, texts_of
 from llama_jax.tokenizer import Tokenizer
@@ -40,7 +42,11 @@ def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("prompts", ["one", b"one", None, 5, {"one": 1}, {"one"}])
+@pytest.mark.parametrize(
+    "prompts",
+    ["one", b"one", bytearray(b"one"), None, 5, {"one": 1}, {"one"}, io.StringIO("one\ntwo\n"), np.array("one")],
+    ids=repr,
+)
 def test_what_is_no_list_of_prompts_is_refused(prompts: Any) -> None:
     for read in (texts_of, ids_of):
         with pytest.raises(UserError, match=r"prompts: expected a list of .*, found .*; put "):
@@ -64,7 +70,26 @@ def test_ids_of_any_array_are_ints(ids: Any) -> None:
     assert row == [1, 5, 9] and all(type(token) is int for token in row)
 
 
-@pytest.mark.parametrize("prompt", [5, "abc", [1.0], [True], ["a"], [[1]], [[1], [1, 2]], None, [2**70], {1: 2}])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        5,
+        "abc",
+        [1.0],
+        [True],
+        ["a"],
+        np.array([5], "m8[s]"),
+        b"ab",
+        bytearray(b"ab"),
+        [1, True],
+        np.ma.array([1, 5], mask=[0, 1]),
+        [[1]],
+        [[1], [1, 2]],
+        None,
+        [2**70],
+        {1: 2},
+    ],
+)
 def test_a_prompt_that_is_no_list_of_ids_is_refused_by_number(prompt: Any, model: Model) -> None:
     with pytest.raises(UserError, match="prompt 2: expected token ids, a list of whole numbers, found"):
         model.generate_ids([[1], prompt], GREEDY)
@@ -136,6 +161,17 @@ def test_a_seed_names_the_text_also_where_jax_computes_in_64_bits(model: Model) 
     assert found.token_ids == wanted.token_ids
 
 
+def test_a_mesh_around_the_call_changes_nothing(model: Model, tmp_path: Path) -> None:
+    (text := tmp_path / "text.txt").write_text("The fox.")
+
+    def found(model: Model) -> Any:
+        return model.generate(["The fox"], GREEDY), model.logits([[1, 5]]).tolist(), evaluate(model, text)["loss"]
+
+    wanted = found(model)
+    with jax.set_mesh(jax.make_mesh((1,), ("mine",))):
+        assert found(dataclasses.replace(model)) == wanted
+
+
 def test_an_answer_has_no_echo(model: Model) -> None:
     tuned = dataclasses.replace(model, chat_template="plain")
     with pytest.raises(UserError, match="echo: expected prompts to complete, found a conversation"):
@@ -153,3 +189,44 @@ def test_arguments_of_loading_that_would_not_be_used_are_told(folder: Path) -> N
 def test_what_is_no_path_of_something_else_is_refused(name: str, folder: Path) -> None:
     with pytest.raises(UserError, match=f"^{name}: expected a string or a Path, found 5; give one"):
         llama_jax.load(folder, **{name: 5})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("exact", [None, 1, "no"])
+def test_exact_is_true_or_false(exact: Any, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^exact: expected True or False, found "):
+        llama_jax.load(folder, exact=exact)
+
+
+def test_a_masked_array_is_no_row_of_tokens(model: Model) -> None:
+    with pytest.raises(UserError, match=r"token_ids: expected integers \[B, T\], found a masked array"):
+        model.logits(np.ma.array([[1, 5]], mask=[[0, 1]]))
+
+
+def test_a_span_of_time_is_no_token(model: Model) -> None:
+    with pytest.raises(UserError, match=r"token_ids: expected integers \[B, T\], found timedelta64"):
+        model.logits(np.array([[5]], "m8[s]"))
+
+
+@pytest.mark.parametrize("gaps", [None, 5, "ab", {"a": "b"}, {("a", "b")}, [("a", "b", "c")], ["ab"]], ids=repr)
+def test_what_is_no_list_of_gaps_is_refused(gaps: Any, model: Model) -> None:
+    with pytest.raises(UserError, match=r"^gaps: expected .*pairs of texts"):
+        model.infill(gaps)
+
+
+@pytest.mark.parametrize("ids", [5, "a", ["a"], [2.0], [True], [-1], [10**6], [[1]], None], ids=repr)
+def test_tokens_that_end_a_stream_are_in_the_vocabulary(ids: Any, model: Model) -> None:
+    with pytest.raises(UserError, match=r"^end_ids: expected token ids from 0 to "):
+        model.stream_ids([1], GREEDY, end_ids=ids)
+
+
+def test_a_stream_ends_at_ids_of_any_array(model: Model) -> None:
+    (made,) = model.generate_ids([[1]], GREEDY)
+    first = made.token_ids[0]
+    for ids in ([first], (first,), {first}, np.array([first], np.uint16), iter([first])):
+        assert not "".join(model.stream_ids([1], GREEDY, end_ids=ids))  # type: ignore[arg-type]
+
+
+def test_models_are_compared_and_hashed_and_shown_without_their_arrays(model: Model) -> None:
+    other = dataclasses.replace(model)
+    assert model != other and len({model, other, model}) == 2
+    assert "params" not in repr(model) and len(repr(model)) < 5000
