@@ -100,7 +100,7 @@ def run_to_continue(train: TrainArgs, folder: RunFolder) -> tuple[RunFolder, Run
         keep_tokenizer(kept_tokenizer(source.tokenizer_path), folder.tokenizer_path)
     if stored is not None:  # minutes are those of a whole run, which a recipe has chosen
         stored = dataclasses.replace(stored, train=dataclasses.replace(stored.train, minutes=None))
-    return source, dataclasses.replace(record, store="", saved=0, went_back_to=0), stored
+    return source, dataclasses.replace(record, store="", saved=0, went_back_to=0, spent=0.0), stored
 
 
 def copy_checkpoint(source: Path, store: Path, step: int) -> None:

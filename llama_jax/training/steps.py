@@ -20,7 +20,7 @@ from llama_jax.training import announcing, log, samples
 from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Recorder
 from llama_jax.training.evaluating import evaluate, is_best
-from llama_jax.training.opening import SETTINGS, TARGETS
+from llama_jax.training.opening import RECORD, SETTINGS, TARGETS
 from llama_jax.training.profile import Profile
 from llama_jax.training.run import Run
 from llama_jax.training.step import StepMetrics, TrainState
@@ -212,6 +212,7 @@ def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> No
         "host": socket.gethostname(),
         "text": run.opened.record.text,
         SETTINGS: asdict(run.config),
+        RECORD: run.opened.record.kept,
         "optimizer": run.config.train.optimizer,
         "products": run.config.train.products,
     } | ({} if run.opened.targets is None else {TARGETS: run.opened.targets})

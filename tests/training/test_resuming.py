@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,6 +248,13 @@ def test_evaluations_that_measure_something_else_are_not_compared(run: Path) -> 
     assert json.loads((run / "run.json").read_text())["measured_from"] == 8
 
 
+def test_the_best_of_before_stays_until_an_evaluation_compares(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best, seen = json.loads((run / "best.json").read_text())["step"], []
+    monkeypatch.setattr(RunFolder, "write_best", lambda folder, steps: seen.append(steps))
+    train(run, max_steps=16, eval_iters=2, eval_interval=100, keep=1)
+    assert len(seen) > 3 and all(best in steps for steps in seen if steps[-1] < 16)
+
+
 def test_settings_are_compared_with_those_of_the_checkpoint_where_config_toml_is_gone(run: Path, whole: Path) -> None:
     (run / "config.toml").unlink()
     assert refusal(run, seed=3).startswith("train.seed: expected 0, with which the run in ")
@@ -257,6 +265,37 @@ def test_settings_are_compared_with_those_of_the_checkpoint_where_config_toml_is
     )
     assert "changed  train.lr 0.01 -> 0.005" in out and "changed  train.max_steps 8 -> 10" in out
     assert "config.toml is missing" not in train(run, lr=5e-3, max_steps=10), "which it is no more"
+
+
+def test_a_config_toml_that_was_edited_does_not_say_what_the_run_was(run: Path) -> None:
+    config = run / "config.toml"
+    text = config.read_text()
+    config.write_text(text.replace("seed = 0", "seed = 3").replace("lr = 0.01", "lr = 0.005"))
+    assert refusal(run, seed=3).startswith("train.seed: expected 0, with which the run in ")
+    out = train(run, lr=5e-3, max_steps=10)
+    assert (
+        "config.toml was edited after the last start: the settings of this start are compared with those that the "
+        "checkpoint of step 8 tells" in out
+    )
+    assert "changed  train.lr 0.01 -> 0.005" in out and "seed = 0" in config.read_text()
+    assert "was edited" not in train(run, lr=5e-3, max_steps=10), "it is written anew"
+
+
+def test_the_time_of_all_starts_has_what_follows_the_last_record(run: Path) -> None:
+    table = json.loads((run / "run.json").read_text())
+    assert table["spent"] > json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["run_seconds"]
+    (run / "run.json").write_text(json.dumps(table | {"spent": 5000.0}))
+    found = re.search(r"over all starts: .* of ([\d,]+) s", train(run, max_steps=10))
+    assert found is not None and int(found[1].replace(",", "")) >= 5000
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["run_seconds"] > 5000
+
+
+def test_records_that_stand_twice_count_once_which_is_told(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([*lines, *lines[2:5]]))
+    out = train(run)
+    assert "some stand twice" in out and "no records" not in out
+    assert (run / "metrics.jsonl").read_text() == "".join(lines)
 
 
 def test_checkpoints_of_before_tell_no_settings_which_is_told(run: Path) -> None:
