@@ -309,7 +309,7 @@ class _Bucket:
 
 def _moves(found: Record, folder: Path, age: Callable[[], float], stamp: Callable[[], object]) -> bool:
     """Return whether an owner on another machine shows a sign of life before it counts as dead."""
-    left = DEAD_SECONDS - age()
+    left = DEAD_SECONDS - max(0.0, age())  # a copy may have a time of another clock, in the future
     before = stamp()
     end = time.monotonic() + left
     if left > 0:
