@@ -176,6 +176,15 @@ def test_a_record_of_a_clock_that_was_ahead_is_waited_for_no_longer_than_others(
     assert "waiting up to 0 s for a sign of life" in capsys.readouterr().out
 
 
+def test_who_may_write_the_folder_may_take_over_what_a_killed_owner_left(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        with owning(tmp_path, "key", "wait"):
+            assert (tmp_path / owner.NAME).stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(before)
+
+
 def test_an_owner_touches_its_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, "BEAT_SECONDS", 0.05)
     with owning(folder, "key", "wait"):
