@@ -53,6 +53,8 @@ from llama_jax.training.store import (
 TARGETS = "target_tokens"
 # What it says of the settings that its run had.
 SETTINGS = "settings"
+# The step at which it was saved.
+STEP = "step"
 # What it says of the run's record.
 RECORD = "record"
 IN_USE = "wait until it ends, stop it, or choose another --train.save-dir"
@@ -131,9 +133,23 @@ def starting_model(train: TrainArgs, lora: LoraArgs = LoraArgs()) -> ModelArgs:
     """
     folder = RunFolder(train.save_dir)
     begun = children(folder.checkpoints) or folder.read_record().saved
-    stored = folder.stored_config() if begun else None
+    stored = settings_before(folder, train.checkpoint_dir) if begun else None
     # JAX must not start before the processes of a job have met, so that nothing is converted here.
     return model_arguments(train.init_from) if stored is None else stored.model
+
+
+def settings_before(folder: RunFolder, store: str = "") -> Config | None:
+    """Return the settings of the previous start, by the newest checkpoint where config.toml is missing.
+
+    store: train.checkpoint_dir. None: there are none, or a checkpoint of an earlier version does not tell them.
+    """
+    if (stored := folder.stored_config()) is not None:
+        return stored
+    place = find_store(folder, folder.read_record(), store)
+    origin = origin_of(place / str(steps[-1])) if (steps := steps_in(place)) else {}
+    with contextlib.suppress(KeyError, UserError):
+        return from_dict(Config, origin[SETTINGS], SETTINGS)
+    return None
 
 
 def base_of(train: TrainArgs, lora: LoraArgs = LoraArgs()) -> WholeModel:
@@ -349,6 +365,8 @@ def _newest_whole(run: Opened, store: Path, steps: list[int]) -> int:
             with working(f"verifying the checkpoint of step {step:,}"):
                 verify(store / str(step), DAMAGED)
             Checkpoint.find(store / str(step))
+            if (own := origin_of(store / str(step)).get(STEP, step)) != step:
+                raise UserError(f"{store / str(step)}: expected the checkpoint of that step, found one of step {own:,}")
             return step
         except UserError as error:
             run.notes.append(f"warning: the checkpoint of step {step:,} is not used: {error}")

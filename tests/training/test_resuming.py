@@ -255,6 +255,15 @@ def test_the_best_of_before_stays_until_an_evaluation_compares(run: Path, monkey
     assert len(seen) > 3 and all(best in steps for steps in seen if steps[-1] < 16)
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_not_taken_for_it(run: Path) -> None:
+    shutil.copytree(run / "checkpoints" / "4", run / "checkpoints" / "10")
+    out = train(run, max_steps=12)
+    assert (
+        "the checkpoint of step 10 is not used" in out and "found one of step 4" in out and "resumed  at step 8" in out
+    )
+    assert (run / "checkpoints" / "set-aside-1" / "10").is_dir()
+
+
 def test_settings_are_compared_with_those_of_the_checkpoint_where_config_toml_is_gone(run: Path, whole: Path) -> None:
     (run / "config.toml").unlink()
     assert refusal(run, seed=3).startswith("train.seed: expected 0, with which the run in ")
