@@ -35,7 +35,7 @@ from llama_jax.storage.locations import (
     user_errors,
 )
 from llama_jax.storage.owner import Owner, owning
-from llama_jax.training.decaying import check_can_decay, check_is_continuation, run_to_continue
+from llama_jax.training.decaying import check_can_decay, check_is_continuation, move_checkpoint, run_to_continue
 from llama_jax.training.run_folder import RunFolder, RunRecord
 from llama_jax.training.settings import check_made_by
 from llama_jax.training.store import (
@@ -101,7 +101,7 @@ class Opened:
         with user_errors(store, "write"):
             aside.mkdir(parents=True)
             for step in reversed(self.later):
-                (store / str(step)).rename(aside / str(step))
+                move_checkpoint(store, aside, step)
         if self.folder.metrics_path.exists():
             write_atomically(records, self.folder.metrics_path.read_bytes())
 

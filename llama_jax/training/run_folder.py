@@ -59,7 +59,7 @@ class RunRecord:
         Raises UserError, which begins with ``where``, if a value has another type, and AttributeError if it is no
         table.
         """
-        known = hints_of(cls)
+        known = hints_of(RunRecord)
         values = {key: value for key, value in table.items() if key in known}
         return cls(**{key: typed(value, known[key], f"{where}: {key}") for key, value in values.items()})
 
