@@ -185,11 +185,12 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
         if place.is_dir():
             remove_leftovers(place)
     run.record, run.stored = folder.read_record(), folder.stored_config()
-    store = find_store(folder, run.record, train.checkpoint_dir)
+    with working(f"looking for the checkpoints of {folder.path}"):  # storage that does not answer is asked for minutes
+        store = find_store(folder, run.record, train.checkpoint_dir)
+        if is_remote(store):
+            check_writable(store, "train.checkpoint_dir")
     outside = not lies_within(store, folder.path)
-    if is_remote(store):
-        check_writable(store, "train.checkpoint_dir")
-    elif outside and steps_in(store):
+    if outside and not is_remote(store) and steps_in(store):
         run.owners.append(stack.enter_context(owning(store, "train.checkpoint_dir", IN_USE)))
     steps = steps_in(store)
     run.notes += filter(None, [check_in_sight(folder, run.record, store, steps)])

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ import sentencepiece as spm
 
 import llama_jax
 from llama_jax.checkpoint import steps_of
+from llama_jax.cli import progress
 from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
 from llama_jax.storage.checksums import write_checksums
 from llama_jax.storage.owner import owning
-from llama_jax.training import loop, samples
+from llama_jax.training import loop, opening, samples
 from llama_jax.training.clock import TIMES
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.saving import CheckpointWriter, kept
@@ -261,6 +263,20 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_taken_for_it(run: Pa
         "the checkpoint of step 10 is not used" in out and "found one of step 4" in out and "resumed  at step 8" in out
     )
     assert (run / "checkpoints" / "set-aside-1" / "10").is_dir()
+
+
+def test_a_start_says_that_it_waits_for_a_store_that_does_not_answer(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = opening.find_store
+
+    def find_late(*args: Any) -> Path:
+        time.sleep(0.1)
+        return found(*args)
+
+    monkeypatch.setattr(opening, "find_store", find_late)
+    monkeypatch.setattr(progress, "BEAT", 0.01)
+    assert f"looking for the checkpoints of {run}: " in train(run)
 
 
 def test_settings_are_compared_with_those_of_the_checkpoint_where_config_toml_is_gone(run: Path, whole: Path) -> None:
