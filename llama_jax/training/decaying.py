@@ -117,8 +117,9 @@ def copy_checkpoint(source: Path, store: Path, step: int) -> None:
             return
         # Object storage cannot rename. There a checkpoint counts once its marker is written, which is the last thing.
         for path in _files(source / str(step)):
-            if path.name != COMMITTED:
-                target = epath.Path(there) / str(path.relative_to(source / str(step)))
+            inside = str(path.relative_to(source / str(step)))
+            if inside != COMMITTED:  # each of its parts has such a marker, too, which counts among its files
+                target = epath.Path(there) / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
         if (epath.Path(source) / str(step) / COMMITTED).exists():
