@@ -31,6 +31,7 @@ from tensorstore import TensorStore
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.checkpoint.stored_array import open_array, saver_of_stored_arrays
+from llama_jax.cli.progress import tell
 from llama_jax.compat.orbax_internals import COMMITTED
 from llama_jax.config import ModelArgs, Weights, from_dict
 from llama_jax.errors import UserError, quoted
@@ -298,11 +299,17 @@ def _best_step(path: Path, found: Sequence[Path]) -> Path:
     steps = _steps_in(folder, found if is_of_steps else children(folder))
     if not steps:
         raise UserError(f"{path}: expected a run folder, a step folder or a converted checkpoint, {found_in(path)}")
+    best = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if (best := json.loads((path / "best.json").read_text())["step"]) in steps:
+        if (best := int(json.loads((path / "best.json").read_text())["step"])) in steps:
             return folder / str(best)
     losses = losses_of(folder, steps)
-    return folder / str(min(losses, key=lambda step: losses[step], default=steps[-1]))
+    step = min(losses, key=lambda step: losses[step], default=steps[-1])
+    if best is not None:
+        tell(
+            f"warning: {path}: the best step is {best:,} by best.json, and its checkpoint is gone; step {step:,} is read instead"
+        )
+    return folder / str(step)
 
 
 def losses_of(store: Path, steps: Sequence[int]) -> dict[int, float]:

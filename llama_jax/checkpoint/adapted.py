@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama_jax.chat.formats import ChatSetup
-from llama_jax.checkpoint import Checkpoint
-from llama_jax.checkpoint.identity import digest_of_parameters
+from llama_jax.checkpoint import Checkpoint, steps_in
+from llama_jax.checkpoint.identity import are_parameters, digest_of_parameters
 from llama_jax.config import ModelArgs, Weights
 from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs
@@ -122,12 +122,21 @@ def base_of_adapter(tuned: Checkpoint, remedy: str) -> Checkpoint:
 def check_base(base: Checkpoint, tuned: Checkpoint, remedy: str) -> None:
     """Raise UserError if ``base`` has other parameters than the base that ``tuned`` was trained with."""
     assert tuned.adapter is not None
-    found = digest_of(base)
-    if base.adapter is not None or found != tuned.adapter.digest:
+    if base.adapter is not None or not are_parameters(base.folder, tuned.adapter.digest):
         raise UserError(
             f"{tuned.folder}: expected the base of this adapter, whose parameters have the digest {tuned.adapter.digest} "
-            f"(it was in {tuned.adapter.base}), found {found} in {base.folder}, another model or one that has changed; {remedy}"
+            f"(it was in {tuned.adapter.base}), found {digest_of(base)} in {base.folder}, another model or one that has changed; "
+            f"{_step_with(tuned.adapter.digest, base.folder) or remedy}"
         )
+
+
+def _step_with(digest: str, beside: Path) -> str:
+    """Return a line that names the step with the parameters of ``digest`` in the run of the step ``beside``, or ""."""
+    if not beside.name.isdecimal():
+        return ""
+    steps = [beside.parent / str(step) for step in steps_in(beside.parent)]
+    same = next((step for step in steps if are_parameters(step, digest)), None)
+    return "" if same is None else f"that base is an earlier step of the same run: give {same}"
 
 
 def check_whole(found: Checkpoint, what: str) -> None:

@@ -31,10 +31,22 @@ def digest_of_parameters(folder: Path) -> str:
 
     It leaves out the time at which they were written, so that another conversion of the same model has the same digest.
     """
+    return _of_parameters(folder, COMMITTED)
+
+
+def are_parameters(folder: Path, digest: str) -> bool:
+    """Return whether ``digest`` is that of the parameters in ``folder``.
+
+    Earlier versions did not leave out the time. What they have written is known by their digest.
+    """
+    return digest in (digest_of_parameters(folder), _of_parameters(folder))
+
+
+def _of_parameters(folder: Path, without: str = "") -> str:
     with user_errors(folder, "read"):
         if (table := folder / checksums.NAME).exists():
-            return _digest(_of_table(table, ("params",), COMMITTED))
-        return _digest(_of_files(folder, ("params",), COMMITTED))
+            return _digest(_of_table(table, ("params",), without))
+        return _digest(_of_files(folder, ("params",), without))
 
 
 def _digest(parts: Iterator[bytes]) -> str:

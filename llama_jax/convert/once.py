@@ -18,7 +18,7 @@ import jax
 
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.checkpoint.adapted import MOVED, WholeModel
-from llama_jax.cli.progress import bytes_text
+from llama_jax.cli.progress import bytes_text, tell
 from llama_jax.config import ModelArgs
 from llama_jax.convert import ConvertArgs, is_own, open_source, write
 from llama_jax.convert.output import new_folder
@@ -110,7 +110,7 @@ def _conversion(place: Path, found: Found) -> Path:
             _convert(place, found, folder)
         except InUse as error:
             if not waited:
-                _tell(f"{place}: another process converts it, into {folder}; waiting for it ({error})")
+                tell(f"{place}: another process converts it, into {folder}; waiting for it ({error})")
             waited = True
             time.sleep(LOOK_SECONDS)
         except UserError:
@@ -120,7 +120,7 @@ def _conversion(place: Path, found: Found) -> Path:
             _told.add(str(place))
     if str(place) not in _told:
         _told.add(str(place))
-        _tell(f"{place}: its conversion is used, {folder}")
+        tell(f"{place}: its conversion is used, {folder}")
     return folder
 
 
@@ -135,7 +135,7 @@ def _convert(place: Path, found: Found, folder: Path) -> None:
         # What the converter prints is no result of this command.
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         if note := skip_absent_tpu("converting"):
-            _tell(note)
+            tell(note)
         source = _opened(place, stack)
         need = stored_bytes(source, "llama-jax", "auto")
         _check_space(place, folder, need)
@@ -146,15 +146,15 @@ def _convert(place: Path, found: Found, folder: Path) -> None:
                 f"{folder}: expected to write a conversion of {place} there, found: {error.strerror}; set XDG_CACHE_HOME to a "
                 f"folder that you may write to, or convert it yourself: {convert_command(place)}"
             ) from error
-        _tell(
+        tell(
             f"{place}: converting {source.family.partition(':')[0]} once into {folder}, {bytes_text(need)}; it is used from now on"
         )
         for earlier in _earlier(place, folder):
-            _tell(f"{place}: an earlier conversion of it is {earlier}; delete it if nothing uses it")
+            tell(f"{place}: an earlier conversion of it is {earlier}; delete it if nothing uses it")
         # Where a folder holds more than one model, which one it is must be seen.
         chosen = f"decided by {source.decided}" if "; not read: " in source.decided else ""
         for warning in filter(None, [chosen, unread_text(source), *source.warnings]):
-            _tell(f"warning: {warning}")
+            tell(f"warning: {warning}")
         reader, _ = write(source, temporary, ConvertArgs())
         if _key(found) != folder.name:
             raise UserError(
@@ -163,7 +163,7 @@ def _convert(place: Path, found: Found, folder: Path) -> None:
             )
         write_atomically(temporary / SOURCE, json.dumps({"path": str(place.absolute()), "decided": source.decided}))
         if damage := reader.not_finite():
-            _tell(f"warning: {damage}")
+            tell(f"warning: {damage}")
 
 
 def _opened(place: Path, stack: contextlib.ExitStack) -> Source:
@@ -217,8 +217,3 @@ def _earlier(place: Path, folder: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if json.loads(record.read_text()).get("path") == str(place.absolute()):
                 yield record.parent
-
-
-def _tell(line: str) -> None:
-    if sys.stderr is not None:
-        print(line, file=sys.stderr, flush=True)

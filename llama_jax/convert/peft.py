@@ -22,6 +22,7 @@ from llama_jax.chat.formats import TEMPLATE, ChatSetup
 from llama_jax.checkpoint import Checkpoint, save_within
 from llama_jax.checkpoint.adapted import digest_of
 from llama_jax.checkpoint.adapter_record import AdapterRecord
+from llama_jax.checkpoint.identity import are_parameters
 from llama_jax.config import ModelArgs
 from llama_jax.convert.layout import TABLE, tensors_of
 from llama_jax.convert.reader import count_not_finite
@@ -189,9 +190,9 @@ def _names(found: str | list[str], module: str) -> bool:
 def _check_base(folder: Path, base: Checkpoint) -> None:
     """Raise UserError if an adapter that this project exported is one of another base than ``base``."""
     known = metadata_of(folder / WEIGHTS).get(DIGEST) if (folder / WEIGHTS).is_file() else None
-    if known is not None and known != (found := digest_of(base)):
+    if known is not None and not are_parameters(base.folder, known):
         raise UserError(
-            f"{folder}: expected the base of this adapter, whose parameters have the digest {quoted(known)}, found {found} in "
+            f"{folder}: expected the base of this adapter, whose parameters have the digest {quoted(known)}, found {digest_of(base)} in "
             f"{base.folder}, another model or one that has changed; name its own base with --base"
         )
 

@@ -160,7 +160,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 def _locked(path: Path, kind: int) -> int:
     """Open a file of locks and lock it. On a disk without locks it is open alone."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(file, kind)
     except BlockingIOError:

@@ -52,8 +52,10 @@ def make_mesh(args: MeshArgs, devices: list[jax.Device] | None = None) -> Mesh:
     if open_axes and len(devices) % known == 0:
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
+        flags = ", ".join(f"--mesh.{name}" for name, size in dataclasses.asdict(args).items() if size > 1)
         raise UserError(
             f"mesh: expected sizes whose product is {len(devices)} devices, found {describe(sizes)}; change [mesh]"
+            + (f", or give {flags}" if flags else "")
         )
     return Mesh(
         _grid(list(sizes.values()), devices), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes)

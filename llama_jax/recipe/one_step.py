@@ -13,6 +13,7 @@ from llama_jax.recipe.command import fields_given
 from llama_jax.recipe.making import make_recipe
 from llama_jax.recipe.telling import table
 from llama_jax.training.command import read_command
+from llama_jax.training.opening import settings_before
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.settings import check_same
 
@@ -30,7 +31,7 @@ def read_with_recipe(argv: Sequence[str]) -> tuple[Config, list[str]]:
         return config, notes
     given = _given(argv)
     folder = RunFolder(config.train.save_dir)
-    stored = folder.stored_config()
+    stored = settings_before(folder, config.train.checkpoint_dir)
     if stored is not None:
         check_same(stored, config, folder.path, "train", "minutes")
         what = f"the recipe of {config.train.minutes:g} minutes that the run in {folder.path} began with; nothing is measured anew"

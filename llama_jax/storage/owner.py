@@ -212,7 +212,7 @@ class _Disk:
     def _open_and_lock(self) -> bool | None:
         """Open the file. Return whether it is locked (not all disks can), or None if another process holds the lock."""
         while True:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)  # umask decides who else may take over
             locks = True
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -309,7 +309,7 @@ class _Bucket:
 
 def _moves(found: Record, folder: Path, age: Callable[[], float], stamp: Callable[[], object]) -> bool:
     """Return whether an owner on another machine shows a sign of life before it counts as dead."""
-    left = DEAD_SECONDS - age()
+    left = DEAD_SECONDS - max(0.0, age())  # a copy may have a time of another clock, in the future
     before = stamp()
     end = time.monotonic() + left
     if left > 0:

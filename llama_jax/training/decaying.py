@@ -8,6 +8,7 @@ from pathlib import Path
 from etils import epath
 
 from llama_jax.checkpoint import steps_in
+from llama_jax.cli.progress import working
 from llama_jax.compat.orbax_internals import COMMITTED, TEMPORARY
 from llama_jax.config import Config, TrainArgs
 from llama_jax.errors import UserError
@@ -15,6 +16,7 @@ from llama_jax.storage.locations import children, is_remote, real_name, user_err
 from llama_jax.tokenizer import is_kept, keep_tokenizer, kept_tokenizer
 from llama_jax.training.rates import decay_start
 from llama_jax.training.run_folder import RunFolder, RunRecord
+from llama_jax.training.saving import delete_step
 
 # Settings that move the decay, the one that most likely explains it first.
 MOVERS = ("decay_from", "max_steps", "n_epochs", "decay_fraction", "warmup_steps")
@@ -100,7 +102,7 @@ def run_to_continue(train: TrainArgs, folder: RunFolder) -> tuple[RunFolder, Run
         keep_tokenizer(kept_tokenizer(source.tokenizer_path), folder.tokenizer_path)
     if stored is not None:  # minutes are those of a whole run, which a recipe has chosen
         stored = dataclasses.replace(stored, train=dataclasses.replace(stored.train, minutes=None))
-    return source, dataclasses.replace(record, store="", saved=0, went_back_to=0), stored
+    return source, dataclasses.replace(record, store="", saved=0, went_back_to=0, spent=0.0), stored
 
 
 def copy_checkpoint(source: Path, store: Path, step: int) -> None:
@@ -115,11 +117,23 @@ def copy_checkpoint(source: Path, store: Path, step: int) -> None:
             return
         # Object storage cannot rename. There a checkpoint counts once its marker is written, which is the last thing.
         for path in _files(source / str(step)):
-            if path.name != COMMITTED:
-                target = epath.Path(there) / str(path.relative_to(source / str(step)))
+            inside = str(path.relative_to(source / str(step)))
+            if inside != COMMITTED:  # each of its parts has such a marker, too, which counts among its files
+                target = epath.Path(there) / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
-        (epath.Path(there) / COMMITTED).write_text("")
+        if (epath.Path(source) / str(step) / COMMITTED).exists():
+            (epath.Path(there) / COMMITTED).write_text("")
+
+
+def move_checkpoint(source: Path, store: Path, step: int) -> None:
+    """Move the checkpoint of ``step``, whole or not, into another folder of steps of the same disk or bucket."""
+    if not is_remote(source):
+        (source / str(step)).rename(store / str(step))
+        return
+    with working(f"moving {source / str(step)} to {store}"):
+        copy_checkpoint(source, store, step)
+    delete_step(source / str(step))
 
 
 def _files(folder: Path) -> Iterator[Path]:

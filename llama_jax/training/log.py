@@ -111,11 +111,11 @@ def trace_text(first: int, last: int, folder: Path) -> str:
     return f"trace of steps {first:,} to {last:,}: {folder} (for xprof; the perfetto_trace.json.gz in it for Perfetto)"
 
 
-def time_text(clock: Clock, total: float, spent: float, record: dict[str, Any]) -> str:
+def time_text(clock: Clock, total: float, spent: float, spent_in_steps: float) -> str:
     """Return where the ``total`` seconds went.
 
-    ``spent`` are the seconds of earlier starts. If there are any, the last record gives the share of steps in all
-    starts.
+    ``spent`` are the seconds of earlier starts, and ``spent_in_steps`` those of their steps that still count. If there
+    are any, the text has the share of steps in all starts.
     """
     names: dict[str, Activity] = {
         "start": "start", "waiting for data": "data", "evaluation": "evaluation", "saving": "saving", "samples": "sample"
@@ -123,8 +123,8 @@ def time_text(clock: Clock, total: float, spent: float, record: dict[str, Any]) 
     rest = ", ".join(f"{name} {clock.seconds[activity]:.1f} s" for name, activity in names.items())
     text = f"goodput: {clock.seconds['step'] / total:.1%} of {total:,.0f} s were spent in steps; {rest}"
     if spent:
-        share = record["run_step_seconds"] / record["run_seconds"]
-        text += f"\nover all starts: {share:.1%} of {record['run_seconds']:,.0f} s, not counting repeated steps"
+        share = (spent_in_steps + clock.seconds["step"]) / (spent + total)
+        text += f"\nover all starts: {share:.1%} of {spent + total:,.0f} s, not counting repeated steps"
     return text
 
 
@@ -161,7 +161,7 @@ def closing_text(
     if (best := folder.best()) is not None:
         lines[0] += f"; best: step {best['step']:,}, {loss_text(best)}"
     if clock.seconds["step"] and folder.records:
-        lines.append(time_text(clock, total, folder.spent, folder.records[-1]))
+        lines.append(time_text(clock, total, folder.spent, folder.spent_in_steps))
     if folder.records and folder.records[-1].get("bad_steps"):
         lines.append(bad_steps_text(folder.records[-1]))
     lines += [f"changed at this start: {change}" for change in changed]

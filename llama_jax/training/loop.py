@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -229,6 +230,8 @@ def _finish(run: Run, step: int) -> None:
         samples.draw_losses(run)
     context, changed, talks = run.config.model.max_seq_len, run.settled.changed, bool(run.questions)
     print(log.closing_text(run.folder, step, run.clock, run.prompt, context, changed, talks))
+    run.opened.record = replace(run.opened.record, spent=run.folder.spent + run.clock.total)
+    run.folder.write_record(run.opened.record)
 
 
 def _check_profile_steps(args: TrainArgs, steps: int, start: int) -> str:

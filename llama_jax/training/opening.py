@@ -35,7 +35,7 @@ from llama_jax.storage.locations import (
     user_errors,
 )
 from llama_jax.storage.owner import Owner, owning
-from llama_jax.training.decaying import check_can_decay, check_is_continuation, run_to_continue
+from llama_jax.training.decaying import check_can_decay, check_is_continuation, move_checkpoint, run_to_continue
 from llama_jax.training.run_folder import RunFolder, RunRecord
 from llama_jax.training.settings import check_made_by
 from llama_jax.training.store import (
@@ -53,6 +53,10 @@ from llama_jax.training.store import (
 TARGETS = "target_tokens"
 # What it says of the settings that its run had.
 SETTINGS = "settings"
+# The step at which it was saved.
+STEP = "step"
+# What it says of the run's record.
+RECORD = "record"
 IN_USE = "wait until it ends, stop it, or choose another --train.save-dir"
 
 
@@ -97,7 +101,7 @@ class Opened:
         with user_errors(store, "write"):
             aside.mkdir(parents=True)
             for step in reversed(self.later):
-                (store / str(step)).rename(aside / str(step))
+                move_checkpoint(store, aside, step)
         if self.folder.metrics_path.exists():
             write_atomically(records, self.folder.metrics_path.read_bytes())
 
@@ -129,9 +133,23 @@ def starting_model(train: TrainArgs, lora: LoraArgs = LoraArgs()) -> ModelArgs:
     """
     folder = RunFolder(train.save_dir)
     begun = children(folder.checkpoints) or folder.read_record().saved
-    stored = folder.stored_config() if begun else None
+    stored = settings_before(folder, train.checkpoint_dir) if begun else None
     # JAX must not start before the processes of a job have met, so that nothing is converted here.
     return model_arguments(train.init_from) if stored is None else stored.model
+
+
+def settings_before(folder: RunFolder, store: str = "") -> Config | None:
+    """Return the settings of the previous start, by the newest checkpoint where config.toml is missing.
+
+    store: train.checkpoint_dir. None: there are none, or a checkpoint of an earlier version does not tell them.
+    """
+    if (stored := folder.stored_config()) is not None:
+        return stored
+    place = find_store(folder, folder.read_record(), store)
+    origin = origin_of(place / str(steps[-1])) if (steps := steps_in(place)) else {}
+    with contextlib.suppress(KeyError, UserError):
+        return from_dict(Config, origin[SETTINGS], SETTINGS)
+    return None
 
 
 def base_of(train: TrainArgs, lora: LoraArgs = LoraArgs()) -> WholeModel:
@@ -167,14 +185,17 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
         if place.is_dir():
             remove_leftovers(place)
     run.record, run.stored = folder.read_record(), folder.stored_config()
-    store = find_store(folder, run.record, train.checkpoint_dir)
+    with working(f"looking for the checkpoints of {folder.path}"):  # storage that does not answer is asked for minutes
+        store = find_store(folder, run.record, train.checkpoint_dir)
+        if is_remote(store):
+            check_writable(store, "train.checkpoint_dir")
     outside = not lies_within(store, folder.path)
-    if is_remote(store):
-        check_writable(store, "train.checkpoint_dir")
-    elif outside and steps_in(store):
+    if outside and not is_remote(store) and steps_in(store):
         run.owners.append(stack.enter_context(owning(store, "train.checkpoint_dir", IN_USE)))
     steps = steps_in(store)
     run.notes += filter(None, [check_in_sight(folder, run.record, store, steps)])
+    if steps and not folder.record_path.exists():
+        _restore_record(run, store, steps[-1])
     if steps:
         run.notes += filter(None, [check_is_ours(folder, run.record, store, steps)])
     if train.decay_run:
@@ -191,12 +212,15 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
     place = store if run.source is None else run.source.checkpoints
     origin = origin_of(place / str(start)) if start else {}
     if start and run.stored is None:
-        run.stored = _settings_of(run, origin, start)
+        run.stored = _settings_of(run, origin, start, "is missing")
         check_made_by(origin, train, start)
+    elif start and run.source is None and folder.edited(run.record):
+        run.stored = _settings_of(run, origin, start, "was edited after the last start")
     if start:
         interval = start if run.stored is None else run.stored.train.log_interval
         unrecorded = [step for step in steps_in(place) if folder.recorded < step <= start]
         run.notes += filter(None, [folder.lacks_records(start, interval, losses_of(place, unrecorded))])
+    folder.spent = max(folder.spent, run.record.spent)
     run.targets = origin.get(TARGETS) if start else 0
     run.texts = _texts(run, run.record.text or origin.get("text"))
     known = run.record.id or origin.get("run") or uuid.uuid4().hex
@@ -213,23 +237,43 @@ def _remove_empty(folder: Path) -> None:
             place.rmdir()
 
 
-def _settings_of(run: Opened, origin: dict[str, Any], start: int) -> Config | None:
-    """Return the settings that the checkpoint of ``start`` tells, in place of a config.toml that is missing.
+def _settings_of(run: Opened, origin: dict[str, Any], start: int, what: str) -> Config | None:
+    """Return the settings that the checkpoint of ``start`` tells, in place of a config.toml that is missing or edited.
 
-    A note says so. Checkpoints of earlier versions tell none.
+    A note says so, and ``what`` became of the file. Checkpoints of earlier versions tell none: nothing changes then.
     """
-    missing = f"warning: {run.folder.config_path} is missing"
+    missing = f"warning: {run.folder.config_path} {what}"
     try:
         found = from_dict(Config, origin[SETTINGS], SETTINGS)
     except (KeyError, UserError):
         run.notes.append(
-            f"{missing}, and the checkpoint of step {start:,} does not tell the settings of the run: that some have changed is not noticed"
+            f"{missing}, and the checkpoint of step {start:,} does not tell the settings of the run: "
+            "that some have changed is not noticed"
         )
-        return None
+        return run.stored
     run.notes.append(
         f"{missing}: the settings of this start are compared with those that the checkpoint of step {start:,} tells"
     )
     return found
+
+
+def _restore_record(run: Opened, store: Path, step: int) -> None:
+    """Take the record that the newest checkpoint tells, in place of a run.json that is missing. A note says so.
+
+    Runs of the first versions had no such file. Checkpoints of later ones do not tell all of it.
+    """
+    origin = origin_of(store / str(step))
+    if "run" not in origin:
+        return
+    try:
+        run.record = RunRecord.of(origin[RECORD], RECORD)
+        which = f"it is made of what the checkpoint of step {step:,} tells"
+    except (KeyError, AttributeError, UserError):
+        which = (
+            f"the checkpoint of step {step:,} tells the run's text alone: that the weights of a mixture, a held learning rate or the model "
+            "that it began with were others is not noticed"
+        )
+    run.notes.append(f"warning: {run.folder.record_path} is missing: {which}")
 
 
 def _texts(run: Opened, table: dict[str, Any] | None) -> dict[str, Origin] | None:
@@ -322,6 +366,8 @@ def _newest_whole(run: Opened, store: Path, steps: list[int]) -> int:
             with working(f"verifying the checkpoint of step {step:,}"):
                 verify(store / str(step), DAMAGED)
             Checkpoint.find(store / str(step))
+            if (own := origin_of(store / str(step)).get(STEP, step)) != step:
+                raise UserError(f"{store / str(step)}: expected the checkpoint of that step, found one of step {own:,}")
             return step
         except UserError as error:
             run.notes.append(f"warning: the checkpoint of step {step:,} is not used: {error}")

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from llama_jax.checkpoint.adapted import WholeModel, digest_of
+from llama_jax.checkpoint.identity import are_parameters
 from llama_jax.cli.progress import Progress, bytes_text
 from llama_jax.config import Config
 from llama_jax.data import AnyData
@@ -131,8 +132,13 @@ def prepare(run: Run, parts: list[Part], found: WholeModel | None) -> bool:
 def check_reference(run: Run, found: WholeModel) -> None:
     """Raise UserError if ``found`` is not the model that the run began with."""
     table = json.loads(text_from_main(json.dumps(run.opened.record.reference)))
-    now = identity_of(run, found)
-    if any(table.get(key) != now[key] for key in ("base", "adapter", "weights")):
+    parts = {"base": found.base, "adapter": found.adapter}
+    same = all(
+        not known if part is None else are_parameters(part.folder, known)
+        for name, part in parts.items()
+        for known in [str(table.get(name, ""))]
+    )
+    if not same or table.get("weights") != identity_of(run, found)["weights"]:
         raise UserError(
             f"train.init_from: expected the model that this run began with{_named(table)}, to be the reference of more preferences, "
             f"found another one, or a changed one, in {found.folder}; name the former, or choose another --train.save-dir"

@@ -1,6 +1,7 @@
 """The run folder: config.toml, tokenizer.model, metrics.jsonl, losses.png, best.json, run.json, checkpoints/."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -42,8 +43,30 @@ class RunRecord:
     """A description of the model that a run on preferences began with (reference.py)."""
     began_with: str = ""
     """The digest of the parameters of the model that the run began with (train.init_from)."""
+    spent: float = 0.0
+    """The seconds of all starts up to the last one that ended by itself.
+
+    Records end before its last save and sample."""
+    config: str = ""
+    """The digest of config.toml as the last start wrote it."""
     starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """The time, host, step and changed settings of every start."""
+
+    @classmethod
+    def of(cls, table: dict[str, Any], where: str) -> "RunRecord":
+        """Return the record that ``table`` is; its other keys do not count.
+
+        Raises UserError, which begins with ``where``, if a value has another type, and AttributeError if it is no
+        table.
+        """
+        known = hints_of(RunRecord)
+        values = {key: value for key, value in table.items() if key in known}
+        return cls(**{key: typed(value, known[key], f"{where}: {key}") for key, value in values.items()})
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """All but the text and the starts, which checkpoints tell for the case that run.json is lost."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("text", "starts")}
 
 
 class RunFolder:
@@ -82,12 +105,7 @@ class RunFolder:
     def read_record(self) -> RunRecord:
         """Return the content of run.json. Raises UserError if it is damaged."""
         try:
-            found = json.loads(self.record_path.read_text())
-            known = hints_of(RunRecord)
-            values = {key: value for key, value in found.items() if key in known}
-            return RunRecord(
-                **{key: typed(value, known[key], f"{self.record_path}: {key}") for key, value in values.items()}
-            )
+            return RunRecord.of(json.loads(self.record_path.read_text()), str(self.record_path))
         except FileNotFoundError:
             return RunRecord()
         except (ValueError, AttributeError):
@@ -115,10 +133,16 @@ class RunFolder:
             )
         return config
 
-    def write_config(self, config: Config) -> None:
-        """Write config.toml with all values resolved."""
+    def write_config(self, config: Config) -> str:
+        """Write config.toml with all values resolved. Return its digest."""
+        text = to_toml(config).encode()
         if is_main():
-            write_atomically(self.config_path, to_toml(config))
+            write_atomically(self.config_path, text)
+        return hashlib.sha256(text).hexdigest()
+
+    def edited(self, record: RunRecord) -> bool:
+        """Return whether config.toml is another one than the last start wrote. Earlier versions did not note which."""
+        return bool(record.config) and hashlib.sha256(self.config_path.read_bytes()).hexdigest() != record.config
 
     def read_metrics(self, step: int) -> list[str]:
         """Read the records up to ``step``, from which training resumes, and the time that all records took.
@@ -141,6 +165,12 @@ class RunFolder:
                 self.spent = record.get("run_seconds", 0.0)
             elif number < len(lines):
                 warnings.append(f"{self.metrics_path}: line {number} is not a record and is left out")
+        by_step = {record["step"]: record for record in self.records}
+        if list(by_step) != sorted(by_step) or len(by_step) < len(self.records):
+            warnings.append(
+                f"{self.metrics_path}: its records are not in order of their steps, or some stand twice; of these the last counts"
+            )
+            self.records = [by_step[each] for each in sorted(by_step)]
         self.spent_in_steps = self.records[-1].get("run_step_seconds", 0.0) if self.records else 0.0
         return warnings
 

@@ -56,7 +56,10 @@ class CheckpointWriter:
             if self._is_main:
                 self._clear_unfinished()
             self._steps = sorted(int(path.name) for path in children(store) if path.name.isdecimal())
-        self._losses = losses_of(store, [step for step in self._steps if step > measured_from])
+        losses = losses_of(store, self._steps)
+        self._losses = {step: loss for step, loss in losses.items() if step > measured_from}
+        # Until an evaluation compares, the best of before stays, which best.json names.
+        self._before = {} if self._losses else losses
         handlers = ocp.CompositeCheckpointHandler(
             params=ocp.StandardCheckpointHandler(),
             state=ocp.StandardCheckpointHandler(),
@@ -126,7 +129,9 @@ class CheckpointWriter:
             if self._is_main:
                 write_checksums(self._store / str(step))
                 self._steps = sorted({*self._steps, step})
-                needed = {self._keep_step} | kept(self._steps, self._losses, self._keep, self._keep_every)
+                needed = {self._keep_step} | kept(
+                    self._steps, self._losses or self._before, self._keep, self._keep_every
+                )
                 for old in sorted(set(self._steps) - needed):
                     self._steps.remove(old)
                     delete_step(self._store / str(old))

@@ -179,8 +179,8 @@ def check_made_by(origin: dict[str, Any], train: TrainArgs, step: int) -> None:
 def rate_text(stored: Config, before: int, now: Config, steps: int, held: float | None, step: int) -> str:
     """Return the learning rate of ``step`` by the previous start's schedule (of ``before`` steps) and by this one's.
 
-    The text is empty if they are equal.
+    The text is empty if they are equal as they are printed: two computations of one rate may differ in their last bits.
     """
-    old = float(learning_rate(stored.train, before)(step))
-    new = float(learning_rate(now.train, steps, held)(step))
-    return f"learning rate at step {step:,}: {old:.3g} as it was, {new:.3g} now" if old != new else ""
+    rates = learning_rate(stored.train, before), learning_rate(now.train, steps, held)
+    old, new = (f"{float(rate(step)):.3g}" for rate in rates)
+    return f"learning rate at step {step:,}: {old} as it was, {new} now" if old != new else ""

@@ -131,6 +131,9 @@ def _compared(settled: Settled, stored: Config, data: AnyData, opened: Opened) -
     Raises UserError if the run cannot be resumed with it.
     """
     config, steps = settled.config, settled.steps
+    if config.data.mixture:  # a source under another name is the same one
+        known = renamed([{"weights": stored.data.mixture}], other_names(data, opened.texts or {}))
+        stored = replace(stored, data=replace(stored.data, mixture=known[0]["weights"]))
     found = changes(stored, config, opened.folder.path, opened.record.began_with)
     before = steps_of_run(_resolve(stored, data), data)
     check_decay(stored, before, config, steps, opened.start, opened.checkpoint.parent)
@@ -188,7 +191,7 @@ def write_start(opened: Opened, settled: Settled, text: dict[str, Any], base: Wh
     folder, is_copied = opened.folder, opened.source is not None
     if opened.later and is_main():
         opened.set_aside()
-    folder.write_config(settled.config)
+    written = folder.write_config(settled.config)
     folder.write_metrics()
     if is_main():
         keep_until(folder.samples_path, opened.start)
@@ -208,6 +211,7 @@ def write_start(opened: Opened, settled: Settled, text: dict[str, Any], base: Wh
         measured_from=folder.measured_from,
         stable_until=settled.stable_until,
         began_with=opened.record.began_with if base is None else digest_of_parameters(base.folder),
+        config=written,
         starts=[*opened.record.starts, begun],
     )
     folder.write_record(opened.record)

@@ -20,7 +20,7 @@ from llama_jax.training import announcing, log, samples
 from llama_jax.training.bad_steps import judge
 from llama_jax.training.clock import Recorder
 from llama_jax.training.evaluating import evaluate, is_best
-from llama_jax.training.opening import SETTINGS, TARGETS
+from llama_jax.training.opening import RECORD, SETTINGS, STEP, TARGETS
 from llama_jax.training.profile import Profile
 from llama_jax.training.run import Run
 from llama_jax.training.step import StepMetrics, TrainState
@@ -207,11 +207,13 @@ def _save(run: Run, state: TrainState, step: int, eval_loss: float | None) -> No
     run.opened.check_owned()
     origin = {
         "run": run.opened.record.id,
+        STEP: step,
         "folder": str(run.folder.path.absolute()),
         "store": real_name(run.folder.checkpoints),
         "host": socket.gethostname(),
         "text": run.opened.record.text,
         SETTINGS: asdict(run.config),
+        RECORD: run.opened.record.kept,
         "optimizer": run.config.train.optimizer,
         "products": run.config.train.products,
     } | ({} if run.opened.targets is None else {TARGETS: run.opened.targets})

@@ -37,11 +37,18 @@ def find_store(folder: RunFolder, record: RunRecord, asked: str) -> Path:
         return there
     known = folder.checkpoints
     moved = str(absolute(known)) != str(absolute(there))
-    if moved and (steps_in(known) or not steps_in(there)):
+    own = moved and not lies_within(known, folder.path) and _has_copies(there, record)
+    if moved and not own and (steps_in(known) or not steps_in(there)):
         raise UserError(
             f"train.checkpoint_dir: expected {known}, where this run's checkpoints are, found {asked}; leave it out, or {ELSEWHERE}"
         )
     return there
+
+
+def _has_copies(store: Path, record: RunRecord) -> bool:
+    """Return whether ``store`` has checkpoints of the run, as a copy of the run needs them for itself."""
+    steps = steps_in(store)
+    return bool(steps and record.id) and origin_of(store / str(steps[-1])).get("run") == record.id
 
 
 def lies_within(store: Path, folder: Path) -> bool:

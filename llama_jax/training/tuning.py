@@ -9,7 +9,9 @@ from llama_jax.adapters import check_targets, count_adapter
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.checkpoint.adapted import WholeModel, check_base, digest_of
 from llama_jax.checkpoint.adapter_record import AdapterRecord
+from llama_jax.checkpoint.identity import are_parameters
 from llama_jax.config import Config, ModelArgs, Weights
+from llama_jax.convert.once import open_model
 from llama_jax.devices.sharding import parameter_shapes
 from llama_jax.errors import UserError
 from llama_jax.generation.loading import load_frozen
@@ -64,10 +66,18 @@ class Tuning:
         size = self.adapting.bytes_of_state(module)["base"] / 1e6
         context, length = self.base.args.max_seq_len, module.args.max_seq_len
         kept = f"; its context of {context:,} stays, beyond the {length:,} of training" if length < context else ""
-        return [
+        rows = [
             ("adapters", lora.text(count_adapter(module.args, lora))),
             ("base", f"{self.base.folder}, frozen, {form}: {size:,.0f} MB{kept}"),
         ]
+        if self.base.folder.name.isdecimal():
+            rows.append(
+                (
+                    "",
+                    "which the adapter needs: copy it if its run is to go on, since that deletes old steps (train.keep)",
+                )
+            )
+        return rows
 
 
 def check_has_base(config: Config) -> None:
@@ -164,9 +174,7 @@ def _base_of_run(config: Config, opened: Opened) -> tuple[Checkpoint, LoraArgs]:
     problem: UserError | None = None
     for place in dict.fromkeys((own.adapter.base, config.train.init_from)):
         try:
-            base = Checkpoint.find(place)
-            if base.adapter is not None:
-                base = Checkpoint.find(base.adapter.base)
+            base = open_model(place).base
             check_base(base, own, ELSEWHERE)
             return base, own.adapter.lora
         except UserError as error:
@@ -184,11 +192,10 @@ def _check_is_base(asked: str, own: Checkpoint, opened: Opened) -> None:
     """
     assert own.adapter is not None
     try:
-        found = Checkpoint.find(asked)
-        found = found if found.adapter is None else Checkpoint.find(found.adapter.base)
+        found = open_model(asked).base
     except UserError:
         return
-    if digest_of(found) != own.adapter.digest:
+    if not are_parameters(found.folder, own.adapter.digest):
         raise UserError(
             f"train.init_from: expected the base of this run's adapters, which was in {own.adapter.base}, found another model in {asked}; "
             f"give that one, wherever it is now, or choose another --train.save-dir than {opened.folder.path}"

@@ -120,11 +120,16 @@ def test_a_run_folder_opens_its_best_step(run: Path) -> None:
 
 
 @pytest.mark.parametrize("best", [None, "", "{", "[]", "{}", '{"step": 7}', '{"step": 30}', '{"step": null}'])
-def test_a_run_folder_without_a_best_step_opens_its_last(run: Path, best: str | None) -> None:
+def test_a_run_folder_without_a_best_step_opens_its_last(
+    run: Path, best: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     if best is not None:
         (run / "best.json").write_text(best)
     assert steps_of(run) == [5, 10, 20]
     assert Checkpoint.find(run).folder == run / "checkpoints" / "20"
+    named = json.loads(best)["step"] if best in ('{"step": 7}', '{"step": 30}') else None
+    said = f"the best step is {named} by best.json, and its checkpoint is gone; step 20 is read instead"
+    assert (said in capsys.readouterr().err) == (named is not None)
 
 
 def test_a_step_folder_opens_itself(run: Path) -> None:

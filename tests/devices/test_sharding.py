@@ -83,7 +83,9 @@ def test_one_device_is_a_mesh_of_ones() -> None:
 
 @pytest.mark.parametrize("sizes", [{"data": 2}, {"tensor": 3}, {"data": 1, "fsdp": 2}])
 def test_sizes_that_do_not_make_up_the_devices_are_told(sizes: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=r"^mesh: .*1 devices"):
+    with pytest.raises(
+        UserError, match=rf"^mesh: .*1 devices.*, or give --mesh\.{max(sizes, key=lambda name: sizes[name])}$"
+    ):
         make_mesh(MeshArgs(**sizes), jax.devices()[:1])
 
 

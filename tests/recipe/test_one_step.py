@@ -66,6 +66,10 @@ def test_a_stopped_run_goes_on_with_its_choice_to_the_same_bits(folder: Path, of
     assert records(folder / "runs" / "whole") == before
     now = load_toml(folder / "runs" / "whole" / "config.toml")
     assert replace(now, train=replace(now.train, resume_step=0)) == config
+    (folder / "runs" / "whole" / "config.toml").unlink()
+    again = inside.run([*MINUTES, "--train.save-dir", "runs/whole"], folder)
+    assert again.returncode == 0 and "nothing is measured anew" in again.stdout and "already complete" in again.stdout
+    assert len(of_one_speed) == count, "each checkpoint knows the choice, too"
 
 
 def test_minutes_are_those_of_the_whole_command_and_too_few_are_said_to_be_overrun() -> None:

@@ -106,6 +106,12 @@ def test_a_run_that_is_killed_while_it_saves_and_stopped_ends_as_one_on_disk_tha
     assert steps_of(run) == steps_of(reference)
     assert steps_in(stored, "run") == set(map(str, steps_of(reference))), "nothing is left of the others"
 
+    last = {name for name in stored.objects if name.startswith("run/12/")}
+    train(run, "--train.checkpoint-dir", "gs://bucket/run", "--train.resume-step", "8")
+    assert outcome(run)[0] == expected, "back at step 8, and forth again"
+    aside = {name for name in stored.objects if name.startswith("run/set-aside-1/")}
+    assert aside == {name.replace("run/", "run/set-aside-1/", 1) for name in last}
+
 
 @pytest.mark.parametrize("folder", ["copied", "copied/checkpoints", "copied/checkpoints/BEST", "int8"])
 def test_a_checkpoint_in_a_bucket_loads_as_on_disk(

@@ -163,6 +163,28 @@ def test_a_record_that_was_old_when_the_machine_was_lost_is_not_waited_for(
     assert capsys.readouterr().out == ""
 
 
+def test_a_record_of_a_clock_that_was_ahead_is_waited_for_no_longer_than_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of a folder (rsync -a) has the times of the machine where it was."""
+    monkeypatch.setattr(owner, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(owner, "DEAD_SECONDS", 0.5)
+    elsewhere = dataclasses.replace(Record.of_this_process(), boot="another", host="elsewhere")
+    path = write_record(tmp_path, elsewhere)
+    os.utime(path, (time.time() + 100, time.time() + 100))
+    take(tmp_path)
+    assert "waiting up to 0 s for a sign of life" in capsys.readouterr().out
+
+
+def test_who_may_write_the_folder_may_take_over_what_a_killed_owner_left(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        with owning(tmp_path, "key", "wait"):
+            assert (tmp_path / owner.NAME).stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(before)
+
+
 def test_an_owner_touches_its_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, "BEAT_SECONDS", 0.05)
     with owning(folder, "key", "wait"):

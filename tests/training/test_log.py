@@ -181,9 +181,12 @@ def test_the_end_tells_how_long_the_steps_waited_for_data(monkeypatch: pytest.Mo
     with clock.spent_on("step"):
         for _ in clock.waiting_for("data", batches()):
             now += 10
-    assert time_text(clock, clock.total, 0, {}) == (
+    assert time_text(clock, clock.total, 0, 0) == (
         "goodput: 83.3% of 48 s were spent in steps; start 0.0 s, waiting for data 8.0 s, evaluation 0.0 s, saving 0.0 s, "
         "samples 0.0 s"
+    )
+    assert time_text(clock, clock.total, 52, 40).endswith(
+        "\nover all starts: 80.0% of 100 s, not counting repeated steps"
     )
 
 

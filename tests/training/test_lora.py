@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
@@ -24,6 +25,7 @@ from llama_jax.errors import UserError
 from llama_jax.generation import Model
 from llama_jax.lora_args import LoraArgs
 from llama_jax.ops.quantize import Adapted, flat
+from llama_jax.storage.checksums import write_checksums
 from llama_jax.training import loop, samples
 from llama_jax.training.clock import TIMES
 from llama_jax.training.tuning import check_arguments
@@ -293,6 +295,53 @@ def test_a_base_that_moved_or_changed_is_refused_by_name_and_found_where_it_is_s
     finally:
         shutil.rmtree(root / "base", ignore_errors=True)
         (root / "moved").rename(root / "base")
+
+
+def test_of_a_base_whose_run_has_gone_on_the_step_is_named(root: Path) -> None:
+    assert "which the adapter needs: copy it if its run is to go on" in (root / "told.txt").read_text()
+    shutil.copytree(root / "base", root / "gone on")
+    train(root / "gone on", LoraArgs(), "", "a.txt", max_steps=8)
+    for step in (root / "gone on" / "checkpoints" / "6", None):
+        with pytest.raises(UserError) as caught:
+            llama_jax.load(str(root / "gone on" / "checkpoints" / "8"), adapter=str(root / "tuned"))
+        named = f"that base is an earlier step of the same run: give {step}" in str(caught.value)
+        assert named if step else "choose an adapter of this base" in str(caught.value)
+        if step:
+            assert len(logits(step, adapter=str(root / "tuned"))) == 1
+            shutil.rmtree(step)
+
+
+def test_a_base_of_another_project_is_converted_again_where_the_cache_was_cleared(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, source in (("hf", "base"), ("other", "merged")):
+        if source == "merged":
+            convert(ConvertArgs(input=str(root / "tuned"), output=str(tmp_path / source)))
+        convert(
+            ConvertArgs(
+                input=str((tmp_path if source == "merged" else root) / source),
+                output=str(tmp_path / name),
+                to="huggingface",
+            )
+        )
+    shutil.copy(root / "b.txt", tmp_path)
+    train(tmp_path / "tuned", base="hf", max_steps=3)
+    assert "another model" in refusal(tmp_path / "tuned", base="other", max_steps=4)
+    shutil.rmtree(tmp_path / "cache" / "llama_jax" / "converted")
+    assert "resumed  at step 3" in train(tmp_path / "tuned", base="hf", max_steps=4)
+
+
+def test_an_adapter_of_an_earlier_version_knows_its_base_by_a_digest_with_the_time(root: Path, tmp_path: Path) -> None:
+    rows = json.loads((root / "base" / "checkpoints" / "6" / "checksums.json").read_text())["files"]
+    text = json.dumps({name: row for name, row in rows.items() if name.startswith("params/")}, sort_keys=True).encode()
+    earlier = hashlib.sha256(len(text).to_bytes(8, "big") + text).hexdigest()[:16]
+    step = Path(shutil.copytree(root / "tuned", tmp_path / "tuned")) / "checkpoints" / "6"
+    model, now = step / "model" / "model.json", digest_of(Checkpoint.find(root / "base" / "checkpoints" / "6"))
+    assert now != earlier and model.read_text().count(now) == 1
+    model.write_text(model.read_text().replace(now, earlier))
+    write_checksums(step)
+    np.testing.assert_array_equal(logits(step), logits(root / "tuned" / "checkpoints" / "6"))
 
 
 RELATIVES = {

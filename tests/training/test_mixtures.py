@@ -131,6 +131,20 @@ def test_a_source_that_has_changed_is_refused(copies: Path) -> None:
         run("run", WEIGHTS, max_steps=4)
 
 
+def test_without_run_json_a_mixture_is_read_on_where_it_was(copies: Path) -> None:
+    changed = {"web.jsonl": 0.5, "books.txt": 0.5}
+    for name in ("run", "whole"):
+        run(name, WEIGHTS, max_steps=4, save_interval=2)
+        run(name, changed, max_steps=6, save_interval=2)
+    whole, _ = run("whole", changed, max_steps=8)
+    before = json.loads((copies / "run" / "run.json").read_text())
+    (copies / "run" / "run.json").unlink()
+    found, said = run("run", changed, max_steps=8)
+    assert "run.json is missing: it is made of what the checkpoint of step 6 tells" in said and found == whole
+    after = json.loads((copies / "run" / "run.json").read_text())
+    assert (after["id"], after["mixture"], after["measured_from"]) == (before["id"], before["mixture"], 4)
+
+
 def test_a_source_that_was_left_out_for_a_while_is_known_when_it_comes_back(copies: Path) -> None:
     run("run", WEIGHTS, max_steps=2, save_interval=2)
     run("run", {"web.jsonl": 1.0}, max_steps=4, save_interval=2)
@@ -146,6 +160,7 @@ def test_a_source_that_moved_is_read_on_where_it_was_and_that_is_told(copies: Pa
     (copies / "web.jsonl").rename(copies / "moved" / "web.jsonl")
     moved, said = run("run", {"moved/web.jsonl": 0.75, "books.txt": 0.25}, **every, resume_step=3)
     assert "moved/web.jsonl has the text of web.jsonl, and is read on where that was" in said
+    assert "changed" not in said, "the evaluations measure what they did"
     assert [r["train_loss"] for r in moved] == [r["train_loss"] for r in whole]
     stretches = json.loads((copies / "run" / "run.json").read_text())["mixture"]
     assert [stretch["weights"] for stretch in stretches] == [{"moved/web.jsonl": 0.75, "books.txt": 0.25}]

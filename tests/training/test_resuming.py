@@ -6,7 +6,9 @@ import io
 import json
 import os
 import random
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ import sentencepiece as spm
 
 import llama_jax
 from llama_jax.checkpoint import steps_of
+from llama_jax.cli import progress
 from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
 from llama_jax.storage.checksums import write_checksums
 from llama_jax.storage.owner import owning
-from llama_jax.training import loop, samples
+from llama_jax.training import loop, opening, samples
 from llama_jax.training.clock import TIMES
 from llama_jax.training.run_folder import RunFolder
 from llama_jax.training.saving import CheckpointWriter, kept
@@ -167,7 +170,6 @@ def test_a_copy_of_a_run_does_not_share_its_store(tmp_path: Path) -> None:
     assert "is a copy" in line and str(run) in line and str(store) in line
     assert "is a copy" in refusal(copy, checkpoint_dir=str(store))
     shutil.copytree(store, tmp_path / "own store")
-    (copy / "checkpoints").unlink()
     train(copy, checkpoint_dir=str(tmp_path / "own store"), max_steps=6)
     assert steps_of(run) == [2, 4] and steps_of(copy) == [2, 4, 6]
 
@@ -247,6 +249,36 @@ def test_evaluations_that_measure_something_else_are_not_compared(run: Path) -> 
     assert json.loads((run / "run.json").read_text())["measured_from"] == 8
 
 
+def test_the_best_of_before_stays_until_an_evaluation_compares(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best, seen = json.loads((run / "best.json").read_text())["step"], []
+    monkeypatch.setattr(RunFolder, "write_best", lambda folder, steps: seen.append(steps))
+    train(run, max_steps=16, eval_iters=2, eval_interval=100, keep=1)
+    assert len(seen) > 3 and all(best in steps for steps in seen if steps[-1] < 16)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_taken_for_it(run: Path) -> None:
+    shutil.copytree(run / "checkpoints" / "4", run / "checkpoints" / "10")
+    out = train(run, max_steps=12)
+    assert (
+        "the checkpoint of step 10 is not used" in out and "found one of step 4" in out and "resumed  at step 8" in out
+    )
+    assert (run / "checkpoints" / "set-aside-1" / "10").is_dir()
+
+
+def test_a_start_says_that_it_waits_for_a_store_that_does_not_answer(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = opening.find_store
+
+    def find_late(*args: Any) -> Path:
+        time.sleep(0.1)
+        return found(*args)
+
+    monkeypatch.setattr(opening, "find_store", find_late)
+    monkeypatch.setattr(progress, "BEAT", 0.01)
+    assert f"looking for the checkpoints of {run}: " in train(run)
+
+
 def test_settings_are_compared_with_those_of_the_checkpoint_where_config_toml_is_gone(run: Path, whole: Path) -> None:
     (run / "config.toml").unlink()
     assert refusal(run, seed=3).startswith("train.seed: expected 0, with which the run in ")
@@ -257,6 +289,37 @@ def test_settings_are_compared_with_those_of_the_checkpoint_where_config_toml_is
     )
     assert "changed  train.lr 0.01 -> 0.005" in out and "changed  train.max_steps 8 -> 10" in out
     assert "config.toml is missing" not in train(run, lr=5e-3, max_steps=10), "which it is no more"
+
+
+def test_a_config_toml_that_was_edited_does_not_say_what_the_run_was(run: Path) -> None:
+    config = run / "config.toml"
+    text = config.read_text()
+    config.write_text(text.replace("seed = 0", "seed = 3").replace("lr = 0.01", "lr = 0.005"))
+    assert refusal(run, seed=3).startswith("train.seed: expected 0, with which the run in ")
+    out = train(run, lr=5e-3, max_steps=10)
+    assert (
+        "config.toml was edited after the last start: the settings of this start are compared with those that the "
+        "checkpoint of step 8 tells" in out
+    )
+    assert "changed  train.lr 0.01 -> 0.005" in out and "seed = 0" in config.read_text()
+    assert "was edited" not in train(run, lr=5e-3, max_steps=10), "it is written anew"
+
+
+def test_the_time_of_all_starts_has_what_follows_the_last_record(run: Path) -> None:
+    table = json.loads((run / "run.json").read_text())
+    assert table["spent"] > json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["run_seconds"]
+    (run / "run.json").write_text(json.dumps(table | {"spent": 5000.0}))
+    found = re.search(r"over all starts: .* of ([\d,]+) s", train(run, max_steps=10))
+    assert found is not None and int(found[1].replace(",", "")) >= 5000
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["run_seconds"] > 5000
+
+
+def test_records_that_stand_twice_count_once_which_is_told(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([*lines, *lines[2:5]]))
+    out = train(run)
+    assert "some stand twice" in out and "no records" not in out
+    assert (run / "metrics.jsonl").read_text() == "".join(lines)
 
 
 def test_checkpoints_of_before_tell_no_settings_which_is_told(run: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from llama_jax.config import Config, TrainArgs
 from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs
-from llama_jax.training.settings import changes
+from llama_jax.training.settings import changes, rate_text
 
 RUN = Path("runs/x")
 BEGAN = Config(train=TrainArgs(init_from="base"), lora=LoraArgs(rank=8))
@@ -37,3 +37,13 @@ def test_a_run_begins_with_a_model_or_without(before: str, now: str) -> None:
 def test_a_base_that_was_moved_is_told() -> None:
     moved = dataclasses.replace(BEGAN, train=TrainArgs(init_from="elsewhere"))
     assert [str(change) for change in changes(BEGAN, moved, RUN)] == ["train.init_from base -> elsewhere"]
+
+
+@pytest.mark.parametrize(("step", "told"), [(5, ""), (6, "learning rate at step 6: 0.0004 as it was, 0.004 now")])
+def test_a_rate_that_is_the_same_in_what_is_printed_is_not_told_as_another(step: int, told: str) -> None:
+    """The sixth of six steps is the decay of wsd, which of twelve begins at the tenth."""
+    runs = [
+        Config(train=TrainArgs(schedule="wsd", lr=4e-3, warmup_steps=2, max_steps=steps, min_lr_ratio=0.1))
+        for steps in (6, 12)
+    ]
+    assert rate_text(runs[0], 6, runs[1], 12, None, step) == told
