@@ -81,7 +81,7 @@ def load_data(
     if begun and known and "" not in known:
         raise UserError(
             f"data.mixture: expected the mixture that the run began with ({', '.join(known)}), found a single text; choose another "
-            "--train.save-dir, or go on from this run's weights with --train.init-from"
+            "--train.save-dir; there, --train.init-from goes on from this run's weights"
         )
     return load(args, folder, begun, known.get(""))
 
@@ -277,7 +277,7 @@ def _refuse(found: str) -> None:
     if found:
         raise UserError(
             f"data.filepath: expected the text, separator and train_size that the run began with, found that {found}; choose "
-            "another --train.save-dir, or go on from this run's weights with --train.init-from"
+            "another --train.save-dir; there, --train.init-from goes on from this run's weights"
         )
 
 
