@@ -126,7 +126,7 @@ def check_base(base: Checkpoint, tuned: Checkpoint, remedy: str) -> None:
     if base.adapter is not None or found != tuned.adapter.digest:
         raise UserError(
             f"{tuned.folder}: expected the base of this adapter, whose parameters have the digest {tuned.adapter.digest} "
-            f"(it was in {tuned.adapter.base}), found {found} in {base.folder}, another model or one that has changed; {remedy}"
+            f"(it was in {tuned.adapter.base}), found {found} in {base.folder}, another model, one that has changed, or the same in other files, as a conversion writes it; {remedy}"
         )
 
 
