@@ -55,7 +55,7 @@ class LoraArgs:
 
     @property
     def flags(self) -> str:
-        """The flags that give these adapters to another run: what they compute, and neither dropout nor the base's type."""
+        """The flags that give another run adapters of this form. It may choose another dropout and base_weights."""
         words = [f"--lora.rank {self.rank}"]
         if self.strength != 2.0 * self.rank:
             words.append(f"--lora.alpha {self.strength}")

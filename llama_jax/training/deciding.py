@@ -1,4 +1,4 @@
-"""Which of two settings counts, where both decide the same thing."""
+"""Settings of which two decide the same thing: one of them counts, which is told."""
 
 import dataclasses
 from typing import Any
