@@ -55,6 +55,18 @@ class LoraArgs:
             f"{parameters:,} parameters: rank {self.rank}, scale {self.scale:g}{dropout}, on {', '.join(self.targets)}"
         )
 
+    @property
+    def flags(self) -> str:
+        """The flags that give another run adapters of this form. It may choose another dropout and base_weights."""
+        words = [f"--lora.rank {self.rank}"]
+        if self.strength != 2.0 * self.rank:
+            words.append(f"--lora.alpha {self.strength}")
+        if self.rslora:
+            words.append("--lora.rslora")
+        if {*self.targets} != {*LoraArgs.targets}:
+            words.append(f"--lora.targets {' '.join(self.targets)}")
+        return " ".join(words)
+
     def check(self) -> None:
         """Raise UserError on impossible values."""
         if not (type(self.rank) is int and 0 <= self.rank < 1 << 31):

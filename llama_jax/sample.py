@@ -55,7 +55,7 @@ class Arguments:
     The escapes \n, \r, \t and \\ mean line feed, carriage return, tab and backslash."""
     messages: str = ""
     """With --chat: a JSON file with a conversation to answer. It is a list of {"role": "...", "content": "..."}.
-    The role is "system", "user" or "assistant"."""
+    The role is "system", "user", "assistant", or another that the format knows, such as "tool"."""
     prompts_file: str = ""
     """File with one prompt per line. -: standard input.
     In a .jsonl file, each line is a JSON object with "prompt" and, optionally, its own settings, such as "top_p".

@@ -125,8 +125,8 @@ def check_base(base: Checkpoint, tuned: Checkpoint, remedy: str) -> None:
     if base.adapter is not None or not are_parameters(base.folder, tuned.adapter.digest):
         raise UserError(
             f"{tuned.folder}: expected the base of this adapter, whose parameters have the digest {tuned.adapter.digest} "
-            f"(it was in {tuned.adapter.base}), found {digest_of(base)} in {base.folder}, another model or one that has changed; "
-            f"{_step_with(tuned.adapter.digest, base.folder) or remedy}"
+            f"(it was in {tuned.adapter.base}), found {digest_of(base)} in {base.folder}, another model, one that has changed, or the "
+            f"same in other files, as a conversion writes it; {_step_with(tuned.adapter.digest, base.folder) or remedy}"
         )
 
 

@@ -25,7 +25,7 @@ from llama_jax.convert.source import Source
 from llama_jax.devices.absent_tpu import skip_absent_tpu
 from llama_jax.errors import UserError
 from llama_jax.foreign.folders import found_in, hub_hint
-from llama_jax.foreign.layouts import Layout, find_layout, is_adapter
+from llama_jax.foreign.layouts import Found, Layout, find_layout, is_adapter
 from llama_jax.foreign.params_json import check_writable, usual_context
 from llama_jax.storage.locations import is_remote, location, on_disk
 
@@ -138,6 +138,8 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
     if not is_remote(folder) and not folder.is_dir() and find_layout(folder) is None:
         raise UserError(f"--input: {folder}: expected a folder, {found_in(folder)}")
     found = None if args.layout == "auto" and is_own(folder) else find_layout(folder, args.layout)
+    if args.layout != "auto":
+        _check_layout(folder, args.layout, found)
     if found is None:
         return _own(folder, args)
     if args.base:
@@ -149,6 +151,16 @@ def open_source(folder: Path, args: ConvertArgs, stack: contextlib.ExitStack) ->
             f"--input: expected Meta's or Hugging Face's files on disk, found {folder}; copy them (gcloud storage cp -r)"
         )
     return SOURCES[found.layout](found.path, found.decided, args.tokenizer, args.max_seq_len, stack)
+
+
+def _check_layout(folder: Path, wanted: Layout, found: Found | None) -> None:
+    """Raise UserError if ``folder`` holds no files of the ``wanted`` layout, of which ``found`` was found."""
+    if found is not None or (wanted == "llama-jax" and is_own(folder)):
+        return
+    if other := "llama-jax" if is_own(folder) else getattr(find_layout(folder), "layout", ""):
+        raise UserError(
+            f"--layout: expected files of {wanted} in {folder}, found those of {other} alone; leave it out to read these"
+        )
 
 
 def is_own(folder: Path) -> bool:

@@ -50,11 +50,18 @@ def import_adapter(folder: Path, args: Asked, output: Path) -> None:
         raise UserError(
             f"--to: expected llama-jax with an adapter of PEFT as --input, found {args.to}; convert it first, and the result then"
         )
-    made_for = quoted(str(read_json(folder / CONFIG).get("base_model_name_or_path")))
+    place = str(read_json(folder / CONFIG).get("base_model_name_or_path"))
+    made_for = quoted(place)
     if not args.base:
+        is_ours = (Path(place) / "model" / "model.json").is_file()
+        advice = (
+            f"name it: --base {shlex.quote(place)}"
+            if is_ours
+            else "convert that model, and name it: --base checkpoints/x"
+        )
         raise UserError(
             f"--base: expected the checkpoint of the model that the adapter in {folder} adapts ({made_for}, it says), found "
-            "none; convert that model, and name it: --base checkpoints/x"
+            f"none; {advice}"
         )
     base = Checkpoint.find(args.base)
     check_whole(base, "--base")

@@ -193,7 +193,8 @@ def _check_base(folder: Path, base: Checkpoint) -> None:
     if known is not None and not are_parameters(base.folder, known):
         raise UserError(
             f"{folder}: expected the base of this adapter, whose parameters have the digest {quoted(known)}, found {digest_of(base)} in "
-            f"{base.folder}, another model or one that has changed; name its own base with --base"
+            f"{base.folder}, another model, one that has changed, or the same in other files, as a conversion writes it; name its own base "
+            "with --base"
         )
 
 

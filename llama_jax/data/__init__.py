@@ -42,6 +42,7 @@ __all__ = [
 
 # Of the token files of other programs, so many tokens are shown.
 SHOWN_TOKENS = 40
+RESTORE = "restore it from model/ of a checkpoint, each of which has a copy"
 NOT_PREFERENCES = (
     "data.{}: expected preferences (records with prompt, chosen and rejected), of which train.objective dpo learns, found "
     "{} in {}; give others, or leave --train.objective out"
@@ -81,7 +82,7 @@ def load_data(
     if begun and known and "" not in known:
         raise UserError(
             f"data.mixture: expected the mixture that the run began with ({', '.join(known)}), found a single text; choose another "
-            "--train.save-dir, or go on from this run's weights with --train.init-from"
+            "--train.save-dir; there, --train.init-from goes on from this run's weights"
         )
     return load(args, folder, begun, known.get(""))
 
@@ -277,7 +278,7 @@ def _refuse(found: str) -> None:
     if found:
         raise UserError(
             f"data.filepath: expected the text, separator and train_size that the run began with, found that {found}; choose "
-            "another --train.save-dir, or go on from this run's weights with --train.init-from"
+            "another --train.save-dir; there, --train.init-from goes on from this run's weights"
         )
 
 
@@ -285,7 +286,10 @@ def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, beg
     """Return the tokenizer that the user gives, the one at ``path`` if it still fits, or a new one."""
     given = Tokenizer(args.tokenizer_model_path) if args.tokenizer_model_path else None
     if (begun or _is_vocabulary_of(args, text.corpus, known)) and is_kept(path):
-        kept = kept_tokenizer(path)
+        try:
+            kept = kept_tokenizer(path)
+        except UserError as error:
+            raise UserError(f"{error}; {RESTORE}" if begun else str(error)) from None
         if given is not None and given.digest != kept.digest:
             raise UserError(
                 f"data.tokenizer_model_path: expected the tokenizer that {path} holds, found another in "
@@ -295,8 +299,7 @@ def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, beg
             return kept
         if begun:
             raise UserError(
-                f"{path}: expected the tokenizer that the run began with, found another, or a damaged one; restore it from a "
-                "checkpoint, each of which has a copy"
+                f"{path}: expected the tokenizer that the run began with, found another, or a damaged one; {RESTORE}"
             )
         print(
             f"warning: {path}: expected the tokenizer that made these tokens, found another: trained again", flush=True
@@ -309,8 +312,7 @@ def _tokenizer(args: DataArgs, text: Text, path: Path, known: Origin | None, beg
     if begun and known is not None and known.tokenizer_sha256 not in ("", made.digest):
         path.unlink()
         raise UserError(
-            f"{path}: expected the tokenizer that the run began with, found none, and a newly trained one differs; restore it "
-            "from a checkpoint, each of which has a copy"
+            f"{path}: expected the tokenizer that the run began with, found none, and a newly trained one differs; {RESTORE}"
         )
     return made
 

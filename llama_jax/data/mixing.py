@@ -35,7 +35,7 @@ def load_mixture(
     if begun and "" in began_with:
         raise UserError(
             f"data.mixture: expected none, as the run began with a single text, {began_with[''].source}; choose another "
-            "--train.save-dir, or go on from this run's weights with --train.init-from"
+            "--train.save-dir; there, --train.init-from goes on from this run's weights"
         )
     tokenizer = _tokenizer(args, folder, tokenizer_path, begun)
     sources = {}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama_jax.cli.flags import parse_flags, refuse_empty
+from llama_jax.cli.flags import given_flags, parse_flags, refuse_empty
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
 from llama_jax.data import Data, Text, encode_text, find_text, origin_of
@@ -92,6 +92,8 @@ def main(argv: Sequence[str]) -> None:
     for name in ("filepath", "output"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
+    if args.tokenizer_model_path and "vocab_size" in given_flags(argv):
+        print(f"--vocab-size: no effect beside --tokenizer-model-path {args.tokenizer_model_path}, which decides it")
     if args.workers < 1:
         raise UserError(f"--workers: expected 1 or more, found {args.workers}")
     if args.ray:

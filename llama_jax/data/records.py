@@ -127,6 +127,11 @@ def with_field(file: CorpusFile, wanted: str, key: str = "data.filepath") -> Cor
     )
 
 
+def fields_of_texts(file: CorpusFile) -> list[str]:
+    """Return the names of the fields of texts that the first records of ``file`` have."""
+    return [*_fields(file, "").texts]
+
+
 def also_chats(file: CorpusFile) -> str:
     """Return the fields of a conversation that records have beside the text that is taken, or an empty text."""
     if file.format == "text" or file.chats or file.field != TEXT:

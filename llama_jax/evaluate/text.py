@@ -17,6 +17,7 @@ from llama_jax.cli.progress import Progress, working
 from llama_jax.data.corpus import corpus_of
 from llama_jax.data.lost import Losses, examples, loss_warning
 from llama_jax.data.odd_bytes import replacement_warning
+from llama_jax.data.records import fields_of_texts
 from llama_jax.data.sources import find_files
 from llama_jax.data.summary import skipped_warning
 from llama_jax.devices.compiling import GenerationProgram
@@ -125,6 +126,13 @@ def _nats(
     return total
 
 
+def _texts_advice(names: list[str]) -> str:
+    """Return what to do with records of conversations that have texts in the fields ``names``, perhaps none."""
+    if names:
+        return f"; for the loss of a field of texts, name it with --text-field: {' or '.join(names)}"
+    return "; answers are scored as a task (--tasks), whose records have messages and answer"
+
+
 def _read(
     filepath: str, tokenizer: Tokenizer, as_text: bool, text_field: str, skip: bool
 ) -> tuple[np.ndarray, np.ndarray, Losses]:
@@ -136,7 +144,7 @@ def _read(
     if chats := [file for file in files if file.chats]:
         raise UserError(
             f"--text: expected text, found conversations ({chats[0].chats}) in {chats[0].name}; training evaluates held-out ones "
-            "(eval_filepath of its data); for the loss of a field, name it with --text-field"
+            f"(eval_filepath of its data){_texts_advice(fields_of_texts(chats[0]))}"
         )
     ids: list[np.ndarray] = []
     corpus = corpus_of(files, skip=skip, any_bytes=as_text)

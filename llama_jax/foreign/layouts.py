@@ -69,7 +69,7 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
     shards = [name for name in names if SHARD.fullmatch(name)]
     config = (folder / CONFIG).is_file()
     read = _read_by_transformers(folder)
-    if wanted == "huggingface" or (wanted == "auto" and config and read):
+    if (wanted == "huggingface" and (config or read)) or (wanted == "auto" and config and read):
         if wanted == "auto" and ADAPTER in names:
             raise UserError(
                 f"{folder}: expected one model, found an adapter ({ADAPTER}) beside {read[0]}, which peft would add to it; "
@@ -77,18 +77,21 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
             )
         decided = f"{CONFIG} and {_some(read or [SINGLE])}, which transformers would load"
         return Found("huggingface", decided + _not_read(names, [CONFIG, *read, *_index_of_read(names, read)]), folder)
-    if wanted == "meta" or (wanted == "auto" and shards):
+    mistral = [name for name in names if name in (CONSOLIDATED, CONSOLIDATED_INDEX) or NUMBERED.fullmatch(name)]
+    has_params = (folder / PARAMS).is_file()
+    if (wanted == "meta" and (shards or (has_params and not mistral))) or (wanted == "auto" and shards):
         return Found(
             "meta",
             f"{PARAMS} and {_some(shards or ['consolidated.00.pth'])}{_not_read(names, [PARAMS, *shards])}",
             folder,
         )
-    mistral = [name for name in names if name in (CONSOLIDATED, CONSOLIDATED_INDEX) or NUMBERED.fullmatch(name)]
-    if wanted == "mistral" or (wanted == "auto" and mistral and (folder / PARAMS).is_file()):
+    if (wanted == "mistral" and (mistral or (has_params and not shards))) or (
+        wanted == "auto" and mistral and has_params
+    ):
         return Found(
             "mistral", f"{PARAMS} and {_some(mistral or [CONSOLIDATED])}{_not_read(names, [PARAMS, *mistral])}", folder
         )
-    if wanted == "auto" and (config or (folder / PARAMS).is_file()):
+    if wanted == "auto" and (config or has_params):
         return Found("huggingface", CONFIG, folder) if config else Found("meta", PARAMS, folder)
     return _llama2c(folder) if wanted in ("auto", "llama2c") else None
 

@@ -10,6 +10,7 @@ from llama_jax.errors import UserError
 from llama_jax.plan.topology import EXAMPLES, Topology
 from llama_jax.programs import named as program_named
 from llama_jax.programs import typed
+from llama_jax.training.deciding import decide
 
 DESCRIPTION = """Plan a run for a TPU slice, or for GPUs, that you need not have: does it fit, and how fast can it be?
 
@@ -76,7 +77,7 @@ def read_request(argv: Sequence[str]) -> Request:
     path, notes = find_config(named) if named else (None, [])
     file = load_toml(path) if path else None
     base, given = file or Config(), given_flags(rest)
-    args = _parse(rest, base, given)
+    args = _parse(rest, base)
     if args.train.init_from:
         from llama_jax.convert.once import model_arguments  # imported here, because orbax takes seconds
 
@@ -84,12 +85,14 @@ def read_request(argv: Sequence[str]) -> Request:
         if not args.decode:
             base, more = _as_tuned(args, base, named, given | stated_keys(path))
             notes = notes + more
-        args = _parse(rest, dataclasses.replace(base, model=model_arguments(args.train.init_from)), given)
+        args = _parse(rest, dataclasses.replace(base, model=model_arguments(args.train.init_from)))
     if not args.topology.strip():
         raise UserError(f"--topology: expected a slice such as {EXAMPLES}, found none")
     _check(args, given)
-    config = Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
-    return Request(args, config, Topology.parse(args.topology), given, given | stated_keys(path), file, notes)
+    names = [field.name for field in dataclasses.fields(Config)]
+    config, more = decide(Config(**{name: getattr(args, name) for name in names}), given)
+    args = dataclasses.replace(args, **{name: getattr(config, name) for name in names})
+    return Request(args, config, Topology.parse(args.topology), given, given | stated_keys(path), file, notes + more)
 
 
 def _as_tuned(args: PlanConfig, base: Config, named: str | None, stated: set[str]) -> tuple[Config, list[str]]:
@@ -108,22 +111,19 @@ def _as_tuned(args: PlanConfig, base: Config, named: str | None, stated: set[str
     return (with_tuning_rates(base, load_toml(tuning), stated) if is_tuning(args) else base), []
 
 
-def _parse(argv: list[str], base: Config, given: set[str]) -> PlanConfig:
+def _parse(argv: list[str], base: Config) -> PlanConfig:
     """Read flags over ``base``, without the settings of ``base`` that do not apply.
 
-    For decoding these are the mesh and the data type; otherwise, settings that a flag overrides.
+    For decoding these are the mesh and the data type.
     """
     default = PlanConfig(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
     args = parse_flags(PlanConfig, argv, default, typed("plan"), DESCRIPTION)
-    data, train, mesh = base.data, base.train, base.mesh
-    if args.decode:
-        train, mesh = dataclasses.replace(train, compute_dtype="auto"), MeshArgs()
-    if "train.n_epochs" in given:
-        train = dataclasses.replace(train, max_steps=None)
-    if "data.vocab_size" in given:
-        data = dataclasses.replace(data, tokenizer_model_path="")
-    counts = dataclasses.replace(default, data=data, train=train, mesh=mesh)
-    return args if counts == default else parse_flags(PlanConfig, argv, counts, typed("plan"), DESCRIPTION)
+    if not args.decode:
+        return args
+    train = dataclasses.replace(base.train, compute_dtype="auto")
+    return parse_flags(
+        PlanConfig, argv, dataclasses.replace(default, train=train, mesh=MeshArgs()), typed("plan"), DESCRIPTION
+    )
 
 
 def _check(args: PlanConfig, given: set[str]) -> None:
@@ -140,7 +140,7 @@ def _check(args: PlanConfig, given: set[str]) -> None:
     if args.train.minutes is not None and args.train.max_steps is None:
         raise UserError(
             f"train.minutes: expected a run whose steps are known, found minutes; {typed('recipe')} --topology {args.topology} "
-            "chooses them"
+            f"--minutes {args.train.minutes:g} --data.filepath {args.data.filepath or 'my.txt'} chooses them"
         )
     if args.advice < 0:
         raise UserError(f"--advice: expected 0 or more, found {args.advice}")

@@ -54,13 +54,13 @@ def run(argv: Sequence[str]) -> None:
     base = RecipeConfig(**{field.name: getattr(default, field.name) for field in dataclasses.fields(Config)})
     args = parse_flags(RecipeConfig, rest, base, typed("recipe"), DESCRIPTION)
     given = fields_given(rest) | frozenset(stated_keys(path))
+    if args.train.minutes is not None:
+        raise UserError("train.minutes: expected --minutes, which recipe takes, found it; it is a flag of train")
     budget = _budget(args)
     if not (args.data.filepath or args.data.mixture):
         raise UserError("data.filepath: expected a text, found none; give --data.filepath my.txt")
     if "data.filepath" in given and not args.data.as_text:
         check_no_config(args.data.filepath)
-    if args.train.minutes is not None:
-        raise UserError("train.minutes: expected --minutes, which recipe takes, found it; it is a flag of train")
     if args.topology and args.distributed != Config().distributed:
         raise UserError("distributed: expected none beside --topology, found some; leave it out")
     config = Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})

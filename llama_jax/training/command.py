@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -14,6 +14,7 @@ from llama_jax.config import Config, DataArgs, TrainArgs, load_toml
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
 from llama_jax.storage.files import is_address
+from llama_jax.training.deciding import decide, get, with_value
 
 # The shipped configurations that give the settings of a run without --config, and of one that starts from a checkpoint.
 # The third one trains adapters, the last two train on preferences, without and with adapters.
@@ -26,21 +27,6 @@ ORIGINS = {
 RATES = ("lr", "min_lr_ratio", "warmup_steps", "n_epochs", "weight_decay", "beta2", "eps")
 # Settings that a start which decays another run does not take over from it.
 NOT_CONTINUED = ("save_dir", "checkpoint_dir", "max_steps", "minutes", "resume_step", "decay_from", "profile_steps")
-# Pairs of settings that decide the same thing. If both are given, the second one wins.
-PAIRS = (
-    ("train.n_epochs", "train.max_steps"),
-    ("train.n_epochs", "train.decay_from"),
-    ("data.vocab_size", "data.tokenizer_model_path"),
-    ("data.stories", "data.filepath"),
-    ("data.stories", "data.mixture"),
-    ("data.stories", "data.chats"),
-    ("data.chats", "data.filepath"),
-    ("data.chats", "data.mixture"),
-    ("data.filepath", "data.chats"),
-    ("data.mixture", "data.chats"),
-    ("data.filepath", "data.mixture"),
-    ("data.mixture", "data.filepath"),
-)
 # Without them, a run takes something else: the built-in stories, the end of the text, a new vocabulary, a new model.
 PATHS = ("data.filepath", "data.eval_filepath", "data.tokenizer_model_path", "train.init_from", "train.decay_run")
 
@@ -89,7 +75,7 @@ def read_command(argv: Sequence[str], check: bool = True) -> tuple[Config, list[
         _check_base(train.init_from)
         model = starting_model(train, config.lora)
         config, _ = _parse(rest, dataclasses.replace(file, model=model))
-        config = _with(config, "data.vocab_size", DataArgs.vocab_size) if unused else config
+        config = with_value(config, "data.vocab_size", DataArgs.vocab_size) if unused else config
     train = dataclasses.replace(config.train, save_dir=config.train.save_dir or f"runs/{source.stem}")
     config = dataclasses.replace(config, train=train)
     if check:
@@ -113,6 +99,10 @@ def _continuation(argv: list[str], run: str) -> tuple[Config, list[str]]:
     if not config.train.save_dir:
         raise UserError(
             f"train.save_dir: expected a new folder in which the run in {run} is continued, found none; give --train.save-dir"
+        )
+    if file.train.schedule != "wsd":  # before the checks, whose advice would be to change it
+        raise UserError(
+            f"train.decay_run: expected a run with train.schedule wsd, found {file.train.schedule} in {run}; name one with wsd"
         )
     config.check()
     return config, [f"settings of {path}, but for where it ends; flags override them", *notes]
@@ -192,22 +182,22 @@ def _parse(argv: list[str], file: Config) -> tuple[Config, list[str]]:
         found = " and ".join(texts) if len(texts) < 4 else f"{texts[0]}, {texts[1]} and {len(texts) - 2} others"
         raise UserError(f"data.filepath: expected one text, found {found}; name their folder, or quote the glob")
     if texts:
-        config = _with(config, "data.filepath", texts[0])
+        config = with_value(config, "data.filepath", texts[0])
         given.add("data.filepath")
     if "data.filepath" in given and not config.data.as_text:
         check_no_config(config.data.filepath)
     for name in PATHS:
         # An empty path may take one of the file away. Else it is a shell's variable without a value.
-        if name in given and not _get(config, name) and not _get(file, name):
+        if name in given and not get(config, name) and not get(file, name):
             raise UserError(f"{name}: expected a path, found an empty text; give a path, or leave the flag out")
-    config, notes = _without_expectation(*_decide(config, given), file)
+    config, notes = _without_expectation(*decide(config, given), file)
     return config, [*notes, *filter(None, [texts_given_twice(argv)])]
 
 
 def _without_expectation(config: Config, notes: list[str], file: Config) -> tuple[Config, list[str]]:
     """Return the configuration without the expectation of its file, and a note, if it reads another text than that."""
     for name in ("data.filepath", "data.eval_filepath") if file.expected.tokens else ():
-        was, found = _get(file, name), _get(config, name)
+        was, found = get(file, name), get(config, name)
         if found != was and config.expected == file.expected:
             note = (
                 f"no loss is expected: [expected] of the file is for {name} {was or 'none'}, and this run has {found or 'none'}; make a new "
@@ -215,33 +205,3 @@ def _without_expectation(config: Config, notes: list[str], file: Config) -> tupl
             )
             return dataclasses.replace(config, expected=Config().expected), [*notes, note]
     return config, notes
-
-
-def _decide(config: Config, given: set[str]) -> tuple[Config, list[str]]:
-    """Resolve conflicts between two settings that decide the same thing: a flag wins.
-
-    Return a note for each conflict.
-    """
-    notes = []
-    for first, second in PAIRS:
-        if first in given and _get(config, second):
-            if second in given:
-                notes.append(
-                    f"{first} {_get(config, first)} is not used, as {second} {_get(config, second)} decides the same"
-                )
-            else:
-                notes.append(
-                    f"{second} {_get(config, second)} of the file is not used, as --{first} {_get(config, first)} decides the same"
-                )
-                config = _with(config, second, _get(Config(), second))
-    return config, notes
-
-
-def _get(config: Config, name: str) -> Any:
-    section, field = name.split(".")
-    return getattr(getattr(config, section), field)
-
-
-def _with(config: Config, name: str, value: Any) -> Config:
-    section, field = name.split(".")
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})

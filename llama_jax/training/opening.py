@@ -159,7 +159,7 @@ def base_of(train: TrainArgs, lora: LoraArgs = LoraArgs()) -> WholeModel:
         if found.lora is not None:
             raise UserError(
                 f"train.init_from: expected a whole model, to train without adapters, found an adapter in {found.folder}; "
-                f"train it further with --lora.rank {found.lora.rank}, or merge it first: "
+                f"train it further with {found.lora.flags}, or merge it first: "
                 f"{typed('convert')} --input {train.init_from} --output merged"
             )
         if found.base.weights != "auto":

@@ -52,6 +52,8 @@ def changes(stored: Config, now: Config, folder: Path, began_with: str = "") -> 
     began_with: the digest of the whole model that the run began with. Empty: unknown, or none.
     """
     found = []
+    if stored.train.init_from != now.train.init_from:  # first, as other settings follow from it
+        _check_begins_alike(stored.train.init_from, now.train, folder, "" if now.lora.rank else began_with)
     for section in ("model", "data", "train", "mesh", "lora", "expected"):
         before, after = getattr(stored, section), getattr(now, section)
         for field in dataclasses.fields(before):
@@ -64,10 +66,8 @@ def changes(stored: Config, now: Config, folder: Path, began_with: str = "") -> 
                 check_same(stored, now, folder, section, key)
             if name == "lora.alpha":  # None and its value are one strength
                 continue
-            if name == "train.init_from":
-                _check_begins_alike(str(old), now.train, folder, "" if now.lora.rank else began_with)
-                if not now.lora.rank and now.train.objective != "dpo":
-                    new = f"{new}, which is not read, as the run goes on from its own checkpoint"
+            if name == "train.init_from" and not now.lora.rank and now.train.objective != "dpo":
+                new = f"{new}, which is not read, as the run goes on from its own checkpoint"
             found.append(Change(name, old, new))
     return found
 

@@ -141,8 +141,8 @@ def _continued(lora: LoraArgs, before: LoraArgs, found: WholeModel) -> LoraArgs:
         if (sorted(old) != sorted(new)) if name == "targets" else old != new:
             key = "alpha" if name == "strength" else name
             raise UserError(
-                f"lora.{key}: expected {_shown(old)}, as the adapter in {found.folder} has it, found {_shown(new)}; give the "
-                "same value, or begin a new adapter on its base"
+                f"lora.{key}: expected {_shown(old)}, as the adapter in {found.folder} has it, found {_shown(new)}; give "
+                f"{before.flags}, or begin a new adapter on its base, --train.init-from {found.base.folder}"
             )
     if lora.base_weights not in ("auto", before.base_weights):
         raise UserError(

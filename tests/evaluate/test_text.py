@@ -237,9 +237,18 @@ def test_records_that_cannot_be_read_end_the_evaluation_or_are_left_out_and_told
 
 def test_conversations_are_no_text_to_score_but_a_field_of_texts_is(model: Model, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "The fox", "completion": "ran."}\n')
-    with pytest.raises(UserError, match=r"^--text: expected text, found conversations \(prompt and completion\) in"):
+    with pytest.raises(
+        UserError, match=r"^--text: expected text, found conversations \(prompt and completion\) in"
+    ) as told:
         evaluate(model, tmp_path / "a.jsonl")
+    assert str(told.value).endswith("name it with --text-field: prompt or completion")
     assert evaluate(model, tmp_path / "a.jsonl", text_field="completion")["bytes"] == len("ran.")
+    (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "Who ran?"}]}\n')
+    with pytest.raises(
+        UserError, match=r"found conversations \(messages\) in .*; answers are scored as a task"
+    ) as told:
+        evaluate(model, tmp_path / "b.jsonl")
+    assert "--text-field" not in str(told.value)
 
 
 def test_of_a_folder_that_is_split_what_is_held_out_is_scored(

@@ -178,6 +178,16 @@ def test_an_adapter_beside_a_model_is_refused_and_either_can_be_chosen(folder: P
         assert mark(source) == 1 and "not read: adapter_config.json" in source.decided
 
 
+def test_a_layout_that_is_not_there_is_refused_and_not_taken_for_another(folder: Path) -> None:
+    meta(folder)
+    for layout in ("huggingface", "mistral", "llama2c", "llama-jax"):
+        refused = pytest.raises(
+            UserError, match=rf"^--layout: expected files of {layout} in .*, found those of meta alone;"
+        )
+        with refused, opened(folder, layout=layout):
+            pass
+
+
 def test_the_layout_chooses_between_two_models(folder: Path) -> None:
     config(folder)
     whole(folder)

@@ -109,6 +109,7 @@ def test_only_a_recipe_that_nobody_changed_is_replaced(folder: Path) -> None:
     ("argv", "words"),
     [
         (["--data.filepath", "my.txt"], "--minutes: expected one of --minutes, --tokens, --flops, --parameters, found none"),
+        (["--data.filepath", "my.txt", "--train.minutes", "3"], "train.minutes: expected --minutes, which recipe takes"),
         (["--data.filepath", "my.txt", "--tokens", "3", "--flops", "3"], "found --tokens and --flops; give one"),
         (["--data.filepath", "my.txt", "--flops", "-1"], "--flops: expected a number above 0, found -1"),
         (["--data.filepath", "my.txt", "--flops", "nan"], "--flops: expected a number above 0, found nan"),

@@ -94,6 +94,15 @@ def test_of_two_flags_that_decide_the_same_the_one_that_does_not_count_is_told()
     assert "train.n_epochs 3 is not used, as train.decay_from 400 decides the same" in read_command(argv)[1]
 
 
+def test_a_run_whose_rate_does_not_stay_is_not_told_to_change_its_schedule(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[train]\nschedule = "linear"\n')
+    argv = [f"--train.decay-run={tmp_path}", "--train.decay-from=400", "--train.save-dir=new"]
+    with pytest.raises(
+        UserError, match=r"^train\.decay_run: expected a run with train\.schedule wsd, found linear in "
+    ):
+        read_command(argv)
+
+
 def test_what_a_recipe_expects_of_its_text_is_not_expected_of_another_one(tmp_path: Path) -> None:
     curve = "[expected]\ntokens = [10, 20]\nlow = [1.0, 1.0]\nbits_per_byte = [2.0, 2.0]\nhigh = [3.0, 3.0]\n"
     (tmp_path / "my.toml").write_text('[data]\nfilepath = "my.txt"\n' + curve)

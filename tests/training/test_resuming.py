@@ -174,6 +174,13 @@ def test_a_copy_of_a_run_does_not_share_its_store(tmp_path: Path) -> None:
     assert steps_of(run) == [2, 4] and steps_of(copy) == [2, 4, 6]
 
 
+def test_a_damaged_tokenizer_is_restored_from_where_the_error_says(run: Path, whole: Path) -> None:
+    (run / "tokenizer.model").write_text("damaged")
+    assert refusal(run).endswith("restore it from model/ of a checkpoint, each of which has a copy")
+    shutil.copy(run / "checkpoints" / str(steps_of(run)[-1]) / "model" / "tokenizer.model", run)
+    assert (run / "tokenizer.model").read_bytes() == (whole / "tokenizer.model").read_bytes()
+
+
 def test_a_copy_of_a_run_whose_checkpoints_are_a_link_does_not_share_them(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (tmp_path / "disk").mkdir()

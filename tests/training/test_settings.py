@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.config import Config, TrainArgs
+from llama_jax.config import Config, DataArgs, ModelArgs, TrainArgs
 from llama_jax.errors import UserError
 from llama_jax.lora_args import LoraArgs
 from llama_jax.training.settings import changes, rate_text
@@ -32,6 +32,13 @@ def test_a_run_begins_with_a_model_or_without(before: str, now: str) -> None:
         UserError, match=r"^train\.init_from: expected .*, found .*; .*choose another --train\.save-dir"
     ):
         changes(old, new, RUN)
+
+
+def test_a_model_that_a_run_did_not_begin_with_is_refused_before_what_follows_from_it() -> None:
+    # The vocabulary of a start with a model is the model's, so that another size could not be given back.
+    old = Config(data=DataArgs(vocab_size=300), model=ModelArgs(dim=32, n_heads=2))
+    with pytest.raises(UserError, match=r"^train\.init_from: expected none, .* leave it out to resume that run"):
+        changes(old, Config(train=TrainArgs(init_from="base")), RUN)
 
 
 def test_a_base_that_was_moved_is_told() -> None:
