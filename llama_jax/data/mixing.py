@@ -1,5 +1,6 @@
 """Opens the sources of a mixture, each with tokens of its own, and their tokenizer."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,12 +16,13 @@ from llama_jax.data.origin import Origin
 from llama_jax.data.parts import AnyCorpus
 from llama_jax.data.tokens import find_prepared
 from llama_jax.data.vocabulary import Sentences
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import write_atomically
 from llama_jax.tokenizer import Tokenizer, is_kept, kept_tokenizer, train_tokenizer
 
 # What the vocabulary of a mixture was trained on.
 VOCABULARY = "vocabulary.json"
+FILEPATH = "data.filepath:"
 # Loads the data of one source: its arguments, its folder, whether the run has read it before, and what it was then.
 Load = Callable[[DataArgs, Path, bool, Origin | None], Data]
 
@@ -43,7 +45,8 @@ def load_mixture(
         print(f"source {name}", flush=True)
         given = replace(source_args(args, name), tokenizer_model_path=str(tokenizer.place))
         known = began_with.get(name)
-        sources[name] = load(given, folder_of(folder, name), begun and known is not None, known)
+        with _of_source(name):
+            sources[name] = load(given, folder_of(folder, name), begun and known is not None, known)
     texts: dict[str, str] = {}
     for name, data in sources.items():
         if (first := texts.setdefault(data.tokens.manifest.text_sha256, name)) != name:
@@ -86,10 +89,25 @@ def _tokenizer(args: DataArgs, folder: Path, path: Path, begun: bool) -> Tokeniz
     return _trained(args, folder, path)
 
 
+@contextlib.contextmanager
+def _of_source(name: str) -> Iterator[None]:
+    """Have an error about ``filepath`` name the source of the mixture, which is what the person wrote."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if type(error) is not UserError or not text.startswith(FILEPATH):
+            raise
+        raise UserError(f"data.mixture, {quoted(name)}:{text.removeprefix(FILEPATH)}") from error
+
+
 def _trained(args: DataArgs, folder: Path, path: Path) -> Tokenizer:
     """Return a vocabulary trained on all sources by their shares, the one at ``path`` if it was trained on the same."""
     shares = shares_of(args)
-    corpora = {name: find_text(source_args(args, name), folder_of(folder, name)).corpus for name in args.mixture}
+    corpora = {}
+    for name in args.mixture:
+        with _of_source(name):
+            corpora[name] = find_text(source_args(args, name), folder_of(folder, name)).corpus
     with working(f"reading {len(corpora)} sources"):
         of = [(corpora[name].digest(), shares[name]) for name in corpora]
     key = sha256(repr((of, args.vocab_size)).encode())

@@ -114,7 +114,7 @@ def job_of(
     for other in unfinished_in(folder):
         if other == results:
             continue
-        found = f"unfinished tokens of {_source_of(other)}, of another state of it or with other settings,"
+        found = _described(other, are_parts="data" in about)
         if others is not None:
             raise UserError(
                 f"{others.key}: expected a new folder, or one with the requested tokens, found {found} in {other}; repeat their command "
@@ -134,11 +134,15 @@ def unfinished_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{UNFINISHED_TASKS}*") if path.is_dir())
 
 
-def _source_of(results: Path) -> str:
-    try:
-        return str(json.loads((results / ABOUT).read_bytes())["source"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "a text"
+def _described(results: Path, are_parts: bool) -> str:
+    """Return what the results of another job are, for an error. ``are_parts`` says whether parts were asked for."""
+    about: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        about = json.loads((results / ABOUT).read_bytes())
+    source = about.get("source", "a text")
+    if "data" in about and not are_parts:
+        return f"parts of {source}, which prepare --part made of it, and which merge joins,"
+    return f"unfinished tokens of {source}, of another state of it or with other settings,"
 
 
 def tasks_of(units: Sequence[Unit], largest: int) -> tuple[tuple[Unit, ...], ...]:

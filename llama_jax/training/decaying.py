@@ -100,9 +100,13 @@ def run_to_continue(train: TrainArgs, folder: RunFolder) -> tuple[RunFolder, Run
     check_can_decay(train.decay_from, source, record, stored, steps_in(source.checkpoints))
     if is_kept(source.tokenizer_path):
         keep_tokenizer(kept_tokenizer(source.tokenizer_path), folder.tokenizer_path)
-    if stored is not None:  # minutes are those of a whole run, which a recipe has chosen
-        stored = dataclasses.replace(stored, train=dataclasses.replace(stored.train, minutes=None))
+    stored = None if stored is None else without_minutes(stored)
     return source, dataclasses.replace(record, store="", saved=0, went_back_to=0, spent=0.0), stored
+
+
+def without_minutes(config: Config) -> Config:
+    """Return settings without the minutes, which are those of a whole run, and which a recipe has chosen."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, minutes=None))
 
 
 def copy_checkpoint(source: Path, store: Path, step: int) -> None:

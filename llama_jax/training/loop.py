@@ -61,7 +61,7 @@ from llama_jax.training.step import (
     make_optimizer,
 )
 from llama_jax.training.steps import take_steps
-from llama_jax.training.tasks import encode_tasks, read_on_main, remarks_on
+from llama_jax.training.tasks import changed_tasks, digests_of, encode_tasks, read_on_main, remarks_on
 from llama_jax.training.tensorboard import check_installed
 from llama_jax.training.tuning import Tuning, check_arguments, check_has_base
 
@@ -136,7 +136,8 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
         announce_needs(config, mesh, None if tuning is None else tuning.adapting.bytes_of_state(module))
     chat = chat_of(opened, base, data)
     encoded = encode_tasks(tasks, config.model, data, module, chat)
-    opened.notes += remarks_on(encoded, config.model.max_seq_len)
+    opened.notes += [*remarks_on(encoded, config.model.max_seq_len), *changed_tasks(tasks, opened.record.tasks)]
+    opened.record = replace(opened.record, tasks=opened.record.tasks | digests_of(tasks))
     announce(settled, data, mesh, module, opened, tuning)
     write_start(opened, settled, data.record(), base)
     folder = opened.folder

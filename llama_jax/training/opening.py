@@ -35,7 +35,13 @@ from llama_jax.storage.locations import (
     user_errors,
 )
 from llama_jax.storage.owner import Owner, owning
-from llama_jax.training.decaying import check_can_decay, check_is_continuation, move_checkpoint, run_to_continue
+from llama_jax.training.decaying import (
+    check_can_decay,
+    check_is_continuation,
+    move_checkpoint,
+    run_to_continue,
+    without_minutes,
+)
 from llama_jax.training.run_folder import RunFolder, RunRecord
 from llama_jax.training.settings import check_made_by
 from llama_jax.training.store import (
@@ -214,7 +220,7 @@ def _open(run: Opened, train: TrainArgs, stack: contextlib.ExitStack) -> int:
     if start and run.stored is None:
         run.stored = _settings_of(run, origin, start, "is missing")
         check_made_by(origin, train, start)
-    elif start and run.source is None and folder.edited(run.record):
+    elif start and (run.source or folder).edited(run.record):
         run.stored = _settings_of(run, origin, start, "was edited after the last start")
     if start:
         interval = start if run.stored is None else run.stored.train.log_interval
@@ -242,7 +248,7 @@ def _settings_of(run: Opened, origin: dict[str, Any], start: int, what: str) -> 
 
     A note says so, and ``what`` became of the file. Checkpoints of earlier versions tell none: nothing changes then.
     """
-    missing = f"warning: {run.folder.config_path} {what}"
+    missing = f"warning: {(run.source or run.folder).config_path} {what}"
     try:
         found = from_dict(Config, origin[SETTINGS], SETTINGS)
     except (KeyError, UserError):
@@ -254,7 +260,7 @@ def _settings_of(run: Opened, origin: dict[str, Any], start: int, what: str) -> 
     run.notes.append(
         f"{missing}: the settings of this start are compared with those that the checkpoint of step {start:,} tells"
     )
-    return found
+    return found if run.source is None else without_minutes(found)
 
 
 def _restore_record(run: Opened, store: Path, step: int) -> None:

@@ -49,6 +49,8 @@ class RunRecord:
     Records end before its last save and sample."""
     config: str = ""
     """The digest of config.toml as the last start wrote it."""
+    tasks: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The digest of each task that was scored last by its name (train.eval_tasks)."""
     starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """The time, host, step and changed settings of every start."""
 

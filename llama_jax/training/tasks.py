@@ -1,7 +1,8 @@
 """Tasks that are scored at every evaluation of a run (train.eval_tasks)."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,6 +72,22 @@ def encode_tasks(
         )
     untrained = Model(model, None, data.tokenizer, module, setup=chat)
     return [EncodedTask(task, asked(untrained, task)) for task in tasks]
+
+
+def digests_of(tasks: Sequence[Task]) -> dict[str, str]:
+    """Return a digest of the items of each task, by its name."""
+    return {task.name: hashlib.sha256(repr((task.kind, task.items)).encode()).hexdigest()[:16] for task in tasks}
+
+
+def changed_tasks(tasks: Sequence[Task], before: Mapping[str, str]) -> list[str]:
+    """Return lines about tasks with other items than when they were scored last, whose digests were ``before``."""
+    now = digests_of(tasks)
+    return [
+        f"warning: {SETTING}: {task.path} has other items than when it was scored last: its scores of before and of now "
+        "cannot be compared"
+        for task in tasks
+        if before.get(task.name, now[task.name]) != now[task.name]
+    ]
 
 
 def remarks_on(tasks: Sequence[EncodedTask], context: int) -> list[str]:

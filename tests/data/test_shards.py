@@ -323,6 +323,15 @@ def test_a_text_that_changes_between_the_parts_is_refused(folder, tmp_path, smal
             command()
 
 
+def test_a_prepare_of_its_own_over_parts_says_that_they_are_parts(folder, tmp_path, small_tokenizer):
+    part(folder, tmp_path / "out", "1/2", small_tokenizer)
+    flags = ["--filepath", str(folder / "a.jsonl"), "--tokenizer-model-path", str(small_tokenizer.model_path)]
+    with pytest.raises(
+        UserError, match=r"found parts of .*a\.jsonl, which prepare --part made of it, and which merge joins"
+    ):
+        main(["prepare", *flags, "--output", str(tmp_path / "out")])
+
+
 def test_merge_of_nothing_is_refused(tmp_path):
     for output, words in ((tmp_path / "none", "found none at"), (tmp_path, "found no parts in")):
         with pytest.raises(UserError, match=words):

@@ -113,6 +113,15 @@ def test_what_a_run_cannot_change_is_refused_where_it_is_continued_before_its_te
     assert not (tmp_path / "branch" / "tokens").exists()
 
 
+def test_settings_that_were_edited_in_the_run_to_decay_are_told(run: Path, tmp_path: Path) -> None:
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("seed = 0", "seed = 3"))
+    with pytest.raises(UserError, match=rf"train\.seed: expected 0, with which the run in {run} began, found 3"):
+        train(tmp_path / "refused", **WSD, decay_run=str(run), decay_from=4, seed=3)
+    out = train(tmp_path / "branch", **WSD, decay_run=str(run), decay_from=4)
+    assert f"warning: {config} was edited after the last start" in out
+
+
 def test_a_decay_takes_its_share_of_all_steps_if_nothing_says_where_it_ends(run: Path, tmp_path: Path) -> None:
     train(tmp_path / "branch", **WSD, decay_run=str(run), decay_from=6, max_steps=None)
     assert_same(tmp_path / "branch", run, 8)

@@ -234,6 +234,6 @@ def test_two_sources_of_one_text_are_told(folder: Path) -> None:
 
 
 def test_a_missing_source_is_named(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"found nothing at nowhere\.txt"):
+    with pytest.raises(UserError, match=r"^data\.mixture, 'nowhere\.txt': .*found nothing at nowhere\.txt"):
         run("missing", {"web.jsonl": 0.5, "nowhere.txt": 0.5})
     assert not (folder / "missing").exists()

@@ -88,6 +88,21 @@ def test_a_run_that_goes_on_with_tasks_is_the_one_that_never_stopped(folder: Pat
     assert parameters(path) == parameters(whole)
 
 
+def test_a_task_whose_items_have_changed_since_it_was_scored_is_told(folder: Path) -> None:
+    own = folder / "own.jsonl"
+    own.write_text((folder / "counting.jsonl").read_text())
+    start(folder, "changed", eval_tasks=(str(own),), max_steps=2)
+    _, printed = start(folder, "changed", eval_tasks=(str(own),), max_steps=3)
+    assert "has other items" not in printed
+    start(folder, "changed", max_steps=4)  # without it for a while
+    own.write_text("".join(own.read_text().splitlines(keepends=True)[1:]))
+    path, printed = start(folder, "changed", eval_tasks=(str(own),), max_steps=5)
+    assert f"warning: train.eval_tasks: {own} has other items than when it was scored last" in printed
+    assert "task/own/accuracy" in metrics(path)[-1]
+    _, printed = start(folder, "changed", eval_tasks=(str(own),), max_steps=6)
+    assert "has other items" not in printed
+
+
 def test_tasks_are_checked_before_anything_begins(folder: Path) -> None:
     (folder / "bad.jsonl").write_text('{"context": "a", "answer": 3}\n')
     (folder / "long.jsonl").write_text(json.dumps({"context": "a", "answer": "b " * 99}) + "\n")
