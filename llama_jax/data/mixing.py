@@ -91,7 +91,7 @@ def _tokenizer(args: DataArgs, folder: Path, path: Path, begun: bool) -> Tokeniz
 
 @contextlib.contextmanager
 def _of_source(name: str) -> Iterator[None]:
-    """Have an error about ``filepath`` name the source of the mixture, which is what the person wrote."""
+    """Let an error about ``filepath`` name the source of the mixture, which is what the person wrote."""
     try:
         yield
     except UserError as error:

@@ -45,7 +45,7 @@ def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "prompts",
     ["one", b"one", bytearray(b"one"), None, 5, {"one": 1}, {"one"}, io.StringIO("one\ntwo\n"), np.array("one")],
-    ids=repr,
+    ids=lambda given: type(given).__name__,
 )
 def test_what_is_no_list_of_prompts_is_refused(prompts: Any) -> None:
     for read in (texts_of, ids_of):
