@@ -92,8 +92,11 @@ def main(argv: Sequence[str]) -> None:
     for name in ("filepath", "output"):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected a path, found none")
+    notes = []
     if args.tokenizer_model_path and "vocab_size" in given_flags(argv):
-        print(f"--vocab-size: no effect beside --tokenizer-model-path {args.tokenizer_model_path}, which decides it")
+        notes.append(
+            f"--vocab-size: no effect beside --tokenizer-model-path {args.tokenizer_model_path}, which decides it"
+        )
     if args.workers < 1:
         raise UserError(f"--workers: expected 1 or more, found {args.workers}")
     if args.ray:
@@ -102,8 +105,9 @@ def main(argv: Sequence[str]) -> None:
         refuse_empty(argv, args, ("eval_filepath", "tokenizer_model_path"))
     if args.part:
         prepare_part(args.data, folder_on_disk(args.output, "--output"), PartOf.parse(args.part), args.workers)
+        print(*notes, sep="\n", end="\n" * len(notes))
     else:
-        prepare(args)
+        prepare(args, notes)
 
 
 def _check_ray(args: PrepareArgs) -> None:
@@ -119,8 +123,11 @@ def _check_ray(args: PrepareArgs) -> None:
         )
 
 
-def prepare(args: PrepareArgs) -> None:
-    """Make the tokens unless they exist. Raises UserError, and changes nothing, if the folder holds other tokens."""
+def prepare(args: PrepareArgs, notes: Sequence[str] = ()) -> None:
+    """Make the tokens unless they exist, and print ``notes`` where that begins.
+
+    Raises UserError, and changes nothing, if the folder holds other tokens.
+    """
     data_args = args.data
     output = folder_on_disk(args.output, "--output")
     if args.filepath != STANDARD_INPUT:
@@ -138,6 +145,8 @@ def prepare(args: PrepareArgs) -> None:
             (output / UNFINISHED).unlink(missing_ok=True)  # of one that was killed when all but this was done
         else:
             _check_free(output, given)
+            for note in notes:
+                print(note, flush=True)
             run = stack.enter_context(_run_of(args))
             with _unfinished(output):
                 data = encode_text(

@@ -287,6 +287,8 @@ def test_finished_tokens_of_something_else_are_not_replaced(tmp_path, small_toke
     (tmp_path / "other.model").write_bytes(small_tokenizer.model_bytes)
     flags = ["--filepath", "a.txt", "--output", "out", "--vocab-size", "300"]
     told(tmp_path, *flags)
+    beside = told(tmp_path, *flags, "--output", "beside", "--tokenizer-model-path", "other.model")
+    assert "--vocab-size: no effect beside --tokenizer-model-path other.model, which decides it" in beside
     before = contents(tmp_path / "out")
     line = told(tmp_path, *flags, *change, status=2)
     assert (
