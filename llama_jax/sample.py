@@ -13,6 +13,7 @@ import tyro
 
 from llama_jax.cli.flags import ESCAPED, given_twice, parse_flags, refuse_empty
 from llama_jax.cli.json_argument import json_argument
+from llama_jax.cli.telling import tell
 from llama_jax.config import Cache, MeshArgs, SampleArgs, Weights
 from llama_jax.errors import UserError
 from llama_jax.programs import typed
@@ -105,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse_flags(Arguments, argv, Arguments(), program, description)
     refuse_empty(argv, args, ("adapter", "chat_template", "messages", "output", "prompts_file", "draft"))
     for line in given_twice(Arguments, argv):
-        _tell(line)
+        tell(line)
     refuse_empty(argv, args.sample, ("json_schema",))
     if args.sample.json_schema:
         schema = json_argument(args.sample.json_schema, "json_schema")
@@ -117,7 +118,7 @@ def main(argv: Sequence[str]) -> None:
         and args.prompts_file in ("", "-")
         and _is_terminal()
     ):
-        _tell("reading prompts from standard input, one a line; Ctrl-D ends them, Ctrl-C the program")
+        tell("reading prompts from standard input, one a line; Ctrl-D ends them, Ctrl-C the program")
 
     from llama_jax.chat.formats import template_digest
     from llama_jax.checkpoint.identity import identity
@@ -128,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
     args = _with_chat(args, jobs)
     checkpoint = open_model(args.ckpt, args.adapter)
     if note := checkpoint.note(args.weights):
-        _tell(note)
+        tell(note)
     asked = _ask(args, argv, jobs, checkpoint)
     if not args.output:
         _generate(args, checkpoint, asked)
@@ -138,7 +139,7 @@ def main(argv: Sequence[str]) -> None:
     made_with["chat_template"] = template_digest(args.chat_template) if args.chat_template else ""
     results = Results(args.output, asked, made_with)
     if results.all_done:
-        _tell(f"{args.output} holds all {results.done} results already")
+        tell(f"{args.output} holds all {results.done} results already")
         return
     with results:
         _generate(args, checkpoint, asked, results)
@@ -235,7 +236,7 @@ def _ask(args: Arguments, argv: Sequence[str], jobs: "list[Job]", checkpoint: "W
     if args.too_long != "refuse" and not jobs:
         lines.append("--too-long: no effect on a conversation, which forgets its oldest turns")
     for line in filter(None, lines):
-        _tell(line)
+        tell(line)
     return asked
 
 
@@ -270,8 +271,3 @@ def _generate(
 
 def _is_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
-
-
-def _tell(line: str) -> None:
-    if sys.stderr is not None:  # if it is closed, print would write to standard output instead
-        print(line, file=sys.stderr, flush=True)

@@ -31,7 +31,7 @@ from tensorstore import TensorStore
 from llama_jax.chat.formats import ChatSetup
 from llama_jax.checkpoint.adapter_record import AdapterRecord
 from llama_jax.checkpoint.stored_array import open_array, saver_of_stored_arrays
-from llama_jax.cli.progress import tell
+from llama_jax.cli.telling import tell
 from llama_jax.compat.orbax_internals import COMMITTED
 from llama_jax.config import ModelArgs, Weights, from_dict
 from llama_jax.errors import UserError, quoted

@@ -39,7 +39,7 @@ def are_parameters(folder: Path, digest: str) -> bool:
 
     Earlier versions did not leave out the time. What they have written is known by their digest.
     """
-    return digest in (digest_of_parameters(folder), _of_parameters(folder))
+    return digest == digest_of_parameters(folder) or digest == _of_parameters(folder)
 
 
 def _of_parameters(folder: Path, without: str = "") -> str:

@@ -192,12 +192,6 @@ def _ticking(tell: Callable[[float], None], every: float) -> Iterator[None]:
         thread.join()
 
 
-def tell(line: str) -> None:
-    """Print a decision of a library on standard error, which is no result of the command."""
-    if sys.stderr is not None:  # if it is closed, print would use standard output instead
-        print(line, file=sys.stderr, flush=True)
-
-
 def duration(seconds: float) -> str:
     """Return seconds as text: 90 -> "1 min 30 s"."""
     minutes, seconds = divmod(math.ceil(seconds), 60)

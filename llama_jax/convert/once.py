@@ -18,7 +18,8 @@ import jax
 
 from llama_jax.checkpoint import Checkpoint
 from llama_jax.checkpoint.adapted import MOVED, WholeModel
-from llama_jax.cli.progress import bytes_text, tell
+from llama_jax.cli.progress import bytes_text
+from llama_jax.cli.telling import tell
 from llama_jax.config import ModelArgs
 from llama_jax.convert import ConvertArgs, is_own, open_source, write
 from llama_jax.convert.output import new_folder

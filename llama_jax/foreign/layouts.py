@@ -69,7 +69,12 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
     shards = [name for name in names if SHARD.fullmatch(name)]
     config = (folder / CONFIG).is_file()
     read = _read_by_transformers(folder)
-    if (wanted == "huggingface" and (config or read)) or (wanted == "auto" and config and read):
+
+    def is_it(layout: Layout, whole: object, half: object) -> bool:
+        """Return whether it is this layout: by files that are whole, or half of them where the person names it."""
+        return bool(whole if wanted == "auto" else wanted == layout and (whole or half))
+
+    if is_it("huggingface", config and read, config or read):
         if wanted == "auto" and ADAPTER in names:
             raise UserError(
                 f"{folder}: expected one model, found an adapter ({ADAPTER}) beside {read[0]}, which peft would add to it; "
@@ -79,15 +84,13 @@ def find_layout(folder: Path, wanted: Layout = "auto") -> Found | None:
         return Found("huggingface", decided + _not_read(names, [CONFIG, *read, *_index_of_read(names, read)]), folder)
     mistral = [name for name in names if name in (CONSOLIDATED, CONSOLIDATED_INDEX) or NUMBERED.fullmatch(name)]
     has_params = (folder / PARAMS).is_file()
-    if (wanted == "meta" and (shards or (has_params and not mistral))) or (wanted == "auto" and shards):
+    if is_it("meta", shards, has_params and not mistral):
         return Found(
             "meta",
             f"{PARAMS} and {_some(shards or ['consolidated.00.pth'])}{_not_read(names, [PARAMS, *shards])}",
             folder,
         )
-    if (wanted == "mistral" and (mistral or (has_params and not shards))) or (
-        wanted == "auto" and mistral and has_params
-    ):
+    if is_it("mistral", mistral and has_params, mistral or (has_params and not shards)):
         return Found(
             "mistral", f"{PARAMS} and {_some(mistral or [CONSOLIDATED])}{_not_read(names, [PARAMS, *mistral])}", folder
         )

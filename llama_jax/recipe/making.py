@@ -21,6 +21,7 @@ from llama_jax.recipe.speed import Speed, guess, in_parts, measure, planned, sec
 from llama_jax.recipe.telling import Rows, lines_of
 from llama_jax.recipe.text import Counted, count_text
 from llama_jax.training.account import state_bytes
+from llama_jax.training.deciding import get
 
 # The share of the memory that parameters, gradients and the optimizer's state may take beside activations.
 STATE_SHARE = 0.6
@@ -116,10 +117,9 @@ def _check(base: Config, given: frozenset[str]) -> None:
         part.check()  # the model's settings are checked with those that are chosen beside them
     for name in ("train.max_steps", "train.n_epochs"):
         if name in given:
-            section, field = name.split(".")
             raise UserError(
                 f"{name}: expected none beside a recipe, which decides how long to train, found "
-                f"{getattr(getattr(base, section), field)}; leave it out"
+                f"{get(base, name)}; leave it out"
             )
     if base.expected != ExpectedArgs():
         raise UserError(

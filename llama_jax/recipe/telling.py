@@ -3,12 +3,12 @@
 import math
 
 from llama_jax.cli.progress import bytes_text, duration
-from llama_jax.config import Config
 from llama_jax.recipe.choose import Budget, Choice, Task, all_shapes, parameters_of
 from llama_jax.recipe.laws import LAWS
 from llama_jax.recipe.speed import OTHER_SHARE, START_SECONDS, Speed
 from llama_jax.recipe.text import Counted
 from llama_jax.training.announcing import rate_text
+from llama_jax.training.deciding import get
 
 # The beginnings of settings that the laws take into account, or that change no loss. Of any other one of the person's, the
 # laws know nothing: their runs had the recipe's own.
@@ -116,7 +116,7 @@ def _training_rows(budget: Budget, choice: Choice) -> Rows:
 def _expected_rows(task: Task, choice: Choice) -> Rows:
     """Return what the person gave and is kept, the loss to expect, and what the laws know nothing of."""
     kept = sorted(name for name in task.given if name not in TOLD)
-    values = ", ".join(f"{name} {_value(choice.config, name)}" for name in kept)
+    values = ", ".join(f"{name} {get(choice.config, name)}" for name in kept)
     rows = [("kept", f"as you gave them: {values}")] if kept else []
     outside = not task.laws.least_flops <= choice.flops <= task.laws.most_flops
     far = "; outside of the FLOPs of their runs, so wider" if outside else ""
@@ -152,11 +152,6 @@ def _number(value: float) -> str:
     """Return a number of FLOPs with a prefix: "16.3 T"."""
     power = min(5, max(0, math.floor(math.log10(max(1.0, value)) / 3)))
     return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}"
-
-
-def _value(config: Config, name: str) -> object:
-    section, field = name.split(".")
-    return getattr(getattr(config, section), field)
 
 
 def table(rows: Rows) -> str:

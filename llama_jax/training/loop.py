@@ -136,8 +136,12 @@ def _train(config: Config, clock: Clock, opened: Opened, signals: StopSignals, t
         announce_needs(config, mesh, None if tuning is None else tuning.adapting.bytes_of_state(module))
     chat = chat_of(opened, base, data)
     encoded = encode_tasks(tasks, config.model, data, module, chat)
-    opened.notes += [*remarks_on(encoded, config.model.max_seq_len), *changed_tasks(tasks, opened.record.tasks)]
-    opened.record = replace(opened.record, tasks=opened.record.tasks | digests_of(tasks))
+    digests = digests_of(tasks)
+    opened.notes += [
+        *remarks_on(encoded, config.model.max_seq_len),
+        *changed_tasks(tasks, digests, opened.record.tasks),
+    ]
+    opened.record = replace(opened.record, tasks=opened.record.tasks | digests)
     announce(settled, data, mesh, module, opened, tuning)
     write_start(opened, settled, data.record(), base)
     folder = opened.folder

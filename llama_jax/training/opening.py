@@ -152,7 +152,11 @@ def settings_before(folder: RunFolder, store: str = "") -> Config | None:
     if (stored := folder.stored_config()) is not None:
         return stored
     place = find_store(folder, folder.read_record(), store)
-    origin = origin_of(place / str(steps[-1])) if (steps := steps_in(place)) else {}
+    return _settings_in(origin_of(place / str(steps[-1]))) if (steps := steps_in(place)) else None
+
+
+def _settings_in(origin: dict[str, Any]) -> Config | None:
+    """Return the settings that a checkpoint tells. Those of earlier versions tell none."""
     with contextlib.suppress(KeyError, UserError):
         return from_dict(Config, origin[SETTINGS], SETTINGS)
     return None
@@ -249,9 +253,8 @@ def _settings_of(run: Opened, origin: dict[str, Any], start: int, what: str) -> 
     A note says so, and ``what`` became of the file. Checkpoints of earlier versions tell none: nothing changes then.
     """
     missing = f"warning: {(run.source or run.folder).config_path} {what}"
-    try:
-        found = from_dict(Config, origin[SETTINGS], SETTINGS)
-    except (KeyError, UserError):
+    found = _settings_in(origin)
+    if found is None:
         run.notes.append(
             f"{missing}, and the checkpoint of step {start:,} does not tell the settings of the run: "
             "that some have changed is not noticed"

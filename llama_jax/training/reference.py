@@ -94,7 +94,7 @@ def identity_of(run: Run, found: WholeModel) -> dict[str, str]:
         "model": str(found.folder.absolute()),
         "base": digest_of(found.base),
         "adapter": "" if found.adapter is None else digest_of(found.adapter),
-        "weights": "auto" if run.tuning is None else run.tuning.adapting.weights,
+        "weights": _weights(run),
         "dtype": run.module.dtype.name,
     }
 
@@ -132,17 +132,17 @@ def prepare(run: Run, parts: list[Part], found: WholeModel | None) -> bool:
 def check_reference(run: Run, found: WholeModel) -> None:
     """Raise UserError if ``found`` is not the model that the run began with."""
     table = json.loads(text_from_main(json.dumps(run.opened.record.reference)))
-    parts = {"base": found.base, "adapter": found.adapter}
-    same = all(
-        not known if part is None else are_parameters(part.folder, known)
-        for name, part in parts.items()
-        for known in [str(table.get(name, ""))]
-    )
-    if not same or table.get("weights") != identity_of(run, found)["weights"]:
+    base, adapter = (str(table.get(name, "")) for name in ("base", "adapter"))
+    same = table.get("weights") == _weights(run) and are_parameters(found.base.folder, base)
+    if not same or not (not adapter if found.adapter is None else are_parameters(found.adapter.folder, adapter)):
         raise UserError(
             f"train.init_from: expected the model that this run began with{_named(table)}, to be the reference of more preferences, "
             f"found another one, or a changed one, in {found.folder}; name the former, or choose another --train.save-dir"
         )
+
+
+def _weights(run: Run) -> str:
+    return "auto" if run.tuning is None else run.tuning.adapting.weights
 
 
 def _named(table: dict[str, Any]) -> str:

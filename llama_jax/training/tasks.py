@@ -79,9 +79,8 @@ def digests_of(tasks: Sequence[Task]) -> dict[str, str]:
     return {task.name: hashlib.sha256(repr((task.kind, task.items)).encode()).hexdigest()[:16] for task in tasks}
 
 
-def changed_tasks(tasks: Sequence[Task], before: Mapping[str, str]) -> list[str]:
-    """Return lines about tasks with other items than when they were scored last, whose digests were ``before``."""
-    now = digests_of(tasks)
+def changed_tasks(tasks: Sequence[Task], now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
+    """Return lines about tasks with other items than when they were scored last, by the digests of ``now`` and then."""
     return [
         f"warning: {SETTING}: {task.path} has other items than when it was scored last: its scores of before and of now "
         "cannot be compared"

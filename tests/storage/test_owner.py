@@ -119,13 +119,23 @@ def test_of_many_threads_one_becomes_the_owner(folder: Path) -> None:
     assert (len(owners), len(refused)) == (1, 7)
 
 
-def test_an_owner_on_another_machine_is_waited_for_until_it_counts_as_dead(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def elsewhere() -> Record:
+    """The record of an owner on another machine."""
+    return dataclasses.replace(Record.of_this_process(), boot="another", host="elsewhere")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner counts as dead after half a second."""
     monkeypatch.setattr(owner, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(owner, "DEAD_SECONDS", 0.5)
-    elsewhere = dataclasses.replace(Record.of_this_process(), boot="another", host="elsewhere")
-    write_record(folder, elsewhere)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_owner_on_another_machine_is_waited_for_until_it_counts_as_dead(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(folder, elsewhere())
     take(folder)
     assert "was in use by process" in capsys.readouterr().out
 
@@ -135,13 +145,13 @@ def test_an_owner_on_another_machine_that_shows_signs_of_life_is_in_use(
 ) -> None:
     monkeypatch.setattr(owner, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(owner, "DEAD_SECONDS", 30)
-    elsewhere = dataclasses.replace(Record.of_this_process(), boot="another", host="elsewhere")
-    path = write_record(folder, elsewhere)
+    other = elsewhere()
+    path = write_record(folder, other)
     over = threading.Event()
 
     def live() -> None:
         while not over.wait(0.1):
-            path.write_bytes(elsewhere.to_bytes())
+            path.write_bytes(other.to_bytes())
 
     thread = threading.Thread(target=live)
     thread.start()
@@ -156,21 +166,18 @@ def test_an_owner_on_another_machine_that_shows_signs_of_life_is_in_use(
 def test_a_record_that_was_old_when_the_machine_was_lost_is_not_waited_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    elsewhere = dataclasses.replace(Record.of_this_process(), boot="another", host="elsewhere")
-    path = write_record(tmp_path, elsewhere)
+    path = write_record(tmp_path, elsewhere())
     os.utime(path, (time.time() - 3600, time.time() - 3600))
     take(tmp_path)
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_record_of_a_clock_that_was_ahead_is_waited_for_no_longer_than_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A copy of a folder (rsync -a) has the times of the machine where it was."""
-    monkeypatch.setattr(owner, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(owner, "DEAD_SECONDS", 0.5)
-    elsewhere = dataclasses.replace(Record.of_this_process(), boot="another", host="elsewhere")
-    path = write_record(tmp_path, elsewhere)
+    path = write_record(tmp_path, elsewhere())
     os.utime(path, (time.time() + 100, time.time() + 100))
     take(tmp_path)
     assert "waiting up to 0 s for a sign of life" in capsys.readouterr().out
