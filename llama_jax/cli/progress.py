@@ -143,6 +143,17 @@ class _Bar(tqdm):
         )
 
 
+# Bars are drawn by threads of one process. tqdm's own lock also takes a semaphore of the system, which a process that
+# ends at once would leave behind: on macOS Python warns of it, behind the error.
+_Bar.set_lock(threading.RLock())
+
+
+def print_above(text: str, file: TextIO | None = None) -> None:
+    """Print a line, by default on standard output, without breaking a bar."""
+    with _Bar.external_write_mode(file):
+        print(text, file=file, flush=True)
+
+
 @contextlib.contextmanager
 def working(what: str, stream: TextIO | None = None, shown: bool = True) -> Iterator[None]:
     """Show that ``what`` is in progress while the block, which prints nothing itself, runs for a second or longer.

@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import TextIO
 
-from tqdm import tqdm
-
 from llama_jax.chat.messages import Message
-from llama_jax.cli.progress import Progress, working
+from llama_jax.cli.progress import Progress, print_above, working
 from llama_jax.config import SampleArgs
 from llama_jax.errors import UserError
 from llama_jax.generation import Completion, Model, stripped
@@ -272,7 +270,7 @@ def _is_utf8(stream: TextIO | None) -> bool:
 
 def _tell(text: str) -> None:
     if sys.stderr is not None:  # if it is closed, print would use standard output instead
-        tqdm.write(text, file=sys.stderr)  # above the bar, if there is one
+        print_above(text, sys.stderr)
 
 
 def _lines(interactive: bool) -> Iterator[str]:

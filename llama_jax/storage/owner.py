@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import socket
+import subprocess
 import threading
 import time
 import uuid
@@ -345,8 +346,14 @@ def _started(pid: int) -> str:
         # dead.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]
-    if not Path("/proc/self/stat").exists():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 0)
-            return "alive"
+    return "" if Path("/proc/self/stat").exists() else _started_by_ps(pid)
+
+
+def _started_by_ps(pid: int) -> str:
+    """Return what ``_started`` does on a system without /proc, such as macOS."""
+    command = ["ps", "-o", "state=", "-o", "lstart=", "-p", str(pid)]
+    with contextlib.suppress(OSError):
+        told = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stdout
+        state, _, when = told.strip().partition(" ")
+        return "" if state[:1] == "Z" else when.strip()
     return ""

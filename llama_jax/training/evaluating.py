@@ -4,7 +4,7 @@ import math
 import time
 from typing import Any
 
-from llama_jax.cli.progress import working
+from llama_jax.cli.progress import print_above, working
 from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.batches import OwnRows, eval_batches
 from llama_jax.data.conversations import Stream
@@ -79,9 +79,9 @@ def is_best(run: Run, record: dict[str, Any]) -> bool:
     best = run.folder.best()
     # Process 0 decides for all, since only it knows the records of earlier starts.
     improved = bool(from_main(best is None or record["eval_loss"] < best["eval_loss"]))
-    log.say(log.evaluation_text(record, run.data.floor, improved))
+    print_above(log.evaluation_text(record, run.data.floor, improved))
     if leaving := leaving_text(run.folder.records, record):
-        log.say(leaving)
+        print_above(leaving)
     return improved
 
 

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llama_jax.cli.progress import bytes_text, duration
 from llama_jax.data import AnyData
 from llama_jax.data.batches import windows_of
@@ -98,12 +96,6 @@ def loss_text(record: dict[str, Any]) -> str:
     return f"{record['eval_loss']:.4f} nats a {'pair' if 'eval_reward_margin' in record else 'token'}" + (
         "" if bits is None else f", {bits:.3f} bits per byte"
     )
-
-
-def say(text: str) -> None:
-    """Print a line without breaking the progress bar."""
-    with tqdm.external_write_mode():
-        print(text, flush=True)
 
 
 def trace_text(first: int, last: int, folder: Path) -> str:

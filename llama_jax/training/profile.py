@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.cli.progress import print_above
 from llama_jax.compat.jax_internals import libtpu_version
 from llama_jax.devices.distributed import is_main
 from llama_jax.errors import UserError
@@ -70,7 +71,7 @@ class Profile:
         if is_main():
             with self._clock.spent_on("saving"):
                 jax.profiler.stop_trace()
-            log.say(log.trace_text(self._traced[0], self._traced[-1], self._folder))
+            print_above(log.trace_text(self._traced[0], self._traced[-1], self._folder))
         self._traced = []
 
     def __enter__(self) -> "Profile":

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from llama_jax.cli.progress import print_above
 from llama_jax.config import SampleArgs
 from llama_jax.data.opened import chat_format_of
 from llama_jax.devices.distributed import is_main
@@ -49,20 +50,20 @@ def show(run: Run, sample: Any, step: int) -> int:
                 elif run.prompt:
                     args = SampleArgs(temperature=0.7, max_new_tokens=SAMPLE_TOKENS, seed=run.config.train.seed)
                     (completion,) = model.generate([run.prompt], args, heed)
-                    log.say(log.quoted_lines(run.prompt + completion.text))
+                    print_above(log.quoted_lines(run.prompt + completion.text))
         plot = run.folder.plot_path
         if not plot.exists() or time.time() - plot.stat().st_mtime > PLOT_SECONDS:
             draw_losses(run)
     except StopAsked:
         pass
     except (UserError, OSError) as error:
-        log.say(f"no sample or plot: {error}")
+        print_above(f"no sample or plot: {error}")
     return stop
 
 
 def _tell_answers(run: Run, step: int, given: Sequence[str]) -> None:
     """Print the first answer, and add all to samples.jsonl."""
-    log.say(log.quoted_lines(f"{run.questions[0].text}[[{given[0]}]]"))
+    print_above(log.quoted_lines(f"{run.questions[0].text}[[{given[0]}]]"))
     if is_main():
         append(run.folder.samples_path, step, run.questions, given)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.cli.progress import Progress
+from llama_jax.cli.progress import Progress, print_above
 from llama_jax.cli.stopping import NAMES
 from llama_jax.data.batch_sizes import BatchSizes
 from llama_jax.data.batches import OwnRows, train_batches
@@ -58,7 +58,7 @@ def take_steps(run: Run, programs: dict[int, jax.stages.Compiled], state: TrainS
             _note_saved(run)
             stop = after.do(due, state, step) if due.anything else 0
             for line in log.epochs_text(run.data, run.settled.schedule, run.config.model.max_seq_len, step):
-                log.say(line)
+                print_above(line)
             progress.update()
             if stop:
                 break
@@ -144,7 +144,7 @@ class _After:
         if due.checkpoint or improved or stop:
             self.save(state, step, record.get("eval_loss"))
         if due.decay and not stop:
-            log.say(announcing.decay_begins_text(run.settled, run.folder.checkpoints))
+            print_above(announcing.decay_begins_text(run.settled, run.folder.checkpoints))
         if due.evaluation and not stop:
             with run.clock.spent_on("sample"), self.progress.busy("making a sample"):
                 stop = samples.show(run, run.whole(state.params), step)
@@ -157,14 +157,14 @@ class _After:
         run = self.run
         found = self.fetch()
         for line in judge(run.config.train, found, step - len(found) + 1, self.saved_at, run.best_saved()):
-            log.say(line)
+            print_above(line)
         record = self._recorder.record(step, found[-1])
         record |= {} if run.opened.targets is None else {TARGETS: run.opened.targets}
         left = (self.sizes.rows(run.steps) - self.sizes.rows(step)) * run.positions / record["tokens_per_second"]
         self.progress.note(log.progress_text(record, run.mesh.devices.size), left / max(1, run.steps - step))
         if not self.announced:
             self.announced = True
-            log.say(log.expected_time_text(left))
+            print_above(log.expected_time_text(left))
         return record
 
     def fetch(self) -> list[StepMetrics]:

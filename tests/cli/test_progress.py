@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from llama_jax.cli import progress as module
 from llama_jax.cli.progress import Progress, bytes_text, duration, working
+from tests.commands import ROOT
 
 # What a step of a large run on a TPU has to say, of trouble too.
 LONG = "loss 2.345, 1,234,567 tokens/s a device, 12 bad, data 4 s, saving 31 s, MFU 45%, 78.12 GB"
@@ -189,3 +191,18 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 )
 def test_sizes_read_well(count: int, text: str) -> None:
     assert bytes_text(count) == text
+
+
+def test_a_bar_takes_nothing_of_the_system_that_a_sudden_end_would_leave_behind() -> None:
+    """On macOS, where processes are spawned, Python warned of a semaphore behind each error."""
+    code = """if True:
+        import multiprocessing, os, sys
+        multiprocessing.set_start_method("spawn")
+        from llama_jax.cli.progress import Progress, print_above
+        with Progress("reading", total=1, unit="B") as progress:
+            progress.update(1)
+            print_above("error: one line", sys.stderr)
+        os._exit(2)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: one line\n")

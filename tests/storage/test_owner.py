@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,20 @@ def test_a_dead_process_that_nobody_has_waited_for_is_dead(folder: Path) -> None
         time.sleep(0.01)
     take(folder)
     process.wait()
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs the command ps")
+def test_without_proc_a_process_is_known_by_when_it_started() -> None:
+    """As on macOS. A process number alone says little after a restart of the machine, when others have it."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    mine, theirs = owner._started_by_ps(os.getpid()), owner._started_by_ps(process.pid)
+    assert mine and theirs and mine == owner._started_by_ps(os.getpid())
+    process.kill()
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    assert owner._started_by_ps(process.pid) == ""
+    process.wait()
+    assert owner._started_by_ps(process.pid) == ""
 
 
 def test_of_many_threads_one_becomes_the_owner(folder: Path) -> None:
