@@ -133,9 +133,9 @@ def more_tokens(files: Files) -> list[Added]:
 
 
 def flagged_tokens(files: Files) -> list[Added]:
-    """Return added tokens with the flags that count: transformers adds these once more, and those with a name as special.
+    """Return added tokens with the flags that count: of tokenizer_config.json if it lists any, else of tokenizer.json.
 
-    They are those that tokenizer_config.json lists, whose flags may be others, or else those of tokenizer.json.
+    transformers adds these once more, and those with a name as special.
     """
     config, names = files.tables.get(CONFIG, {}), {*names_of(files.tables, {}).values()}
     listed = added_by_decoder(config) if DECODER in config else added_of(files.tables.get(TABLE, {}))

@@ -1,7 +1,7 @@
 """The special tokens that the files next to a vocabulary name, by the rules of transformers.
 
-special_tokens_map.json wins over tokenizer_config.json unless the latter lists added tokens (added_tokens_decoder): then
-transformers does not read the former (PreTrainedTokenizerBase, ``_from_pretrained``).
+special_tokens_map.json wins over tokenizer_config.json unless the latter lists added tokens (added_tokens_decoder):
+then transformers does not read the former (PreTrainedTokenizerBase, ``_from_pretrained``).
 """
 
 from collections.abc import Iterator, Mapping
