@@ -75,14 +75,16 @@ class Tokenizer:
 
     def _read(self, files: Files, rows: int | None) -> Reader:
         more = [token for token in of_files.more_tokens(files) if rows is None or token.id < rows]
-        listed = [token for token in of_files.added_of(files.tables.get(TABLE, {})) if rows is None or token.id < rows]
+        flagged = of_files.flagged_tokens(files)
         name = str(files.path)
         if files.main == TABLE:
-            return _table_reader(files.tables[TABLE], name, more, rows, of_files.named_specials(files))
+            return _table_reader(files.tables[TABLE], name, more, rows, of_files.named_specials(files), flagged)
         model = files.contents[MODEL]
         if tiktoken.is_tiktoken(model):
             return _table_reader(tiktoken.table_of(model, name), name, [], rows)
         named = of_files.named_specials(files)
+        listed = [*of_files.added_of(files.tables.get(TABLE, {})), *flagged]
+        listed = [token for token in listed if rows is None or token.id < rows]
         return SentencePieceReader(model, name, [*listed, *more], *of_files.behind_specials(files), named=named)
 
     def _ends(self) -> tuple[int, int, bool]:
@@ -135,7 +137,9 @@ class Tokenizer:
             return text in self.specials or any(self.piece(i) == text for i in range(self.vocab_size))
 
         told = of_files.without_id(self._files, is_known)
-        return told + (of_files.decoding_told(self._files) if self._files.main == TABLE else [])
+        if self._files.main != TABLE:
+            return told
+        return told + of_files.decoding_told(self._files) + of_files.pipeline_told(self._files)
 
     def within(self, rows: int) -> "Tokenizer":
         """Return the tokenizer of a model with ``rows`` embeddings: without added tokens that have none.
@@ -163,7 +167,12 @@ class Tokenizer:
             added = [token for token in added if token.id >= self._reader.own_size or not token.special]
         if self._files.main == MODEL and not added:
             return main
-        about = [main, self.bos_id, self.eos_id, self.adds_bos, [list(token) for token in added]]
+        # The flag normalized came later: of what earlier versions have encoded, the digest must stay.
+        about = [main, self.bos_id, self.eos_id, self.adds_bos, [list(token[:6]) for token in added]]
+        if self._files.main == TABLE:
+            own = {token.text: token.normalized for token in of_files.added_of(self._files.tables[TABLE])}
+            others = [token.text for token in added if token.normalized != own.get(token.text, False)]
+            about += [others] if others else []
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     @property
@@ -333,7 +342,12 @@ def kept_tokenizer(path: Path) -> Tokenizer:
 
 
 def _table_reader(
-    table: Mapping[str, object], name: str, more: Sequence[Added], rows: int | None, named: Sequence[str] = ()
+    table: Mapping[str, object],
+    name: str,
+    more: Sequence[Added],
+    rows: int | None,
+    named: Sequence[str] = (),
+    flagged: Sequence[Added] = (),
 ) -> Reader:
     """Return the reader of a tokenizer.json's table. The library is imported late, because not all need it."""
     from llama_jax.tokenizers.table import check_table
@@ -344,7 +358,7 @@ def _table_reader(
     if rows is not None:
         listed = found.get("added_tokens")
         found["added_tokens"] = [token for token in listed if token["id"] < rows] if isinstance(listed, list) else None
-    return TableReader(found, name, more, named)
+    return TableReader(found, name, more, named, flagged)
 
 
 class TextStream:

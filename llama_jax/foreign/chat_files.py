@@ -16,11 +16,13 @@ from llama_jax.errors import UserError, quoted
 from llama_jax.foreign.keys import read_json
 from llama_jax.storage.locations import is_remote, location
 from llama_jax.tokenizer import Tokenizer, clean
+from llama_jax.tokenizers.names import CONFIG as SETTINGS
+from llama_jax.tokenizers.names import MAP as TOKENS
+from llama_jax.tokenizers.names import OWN_RULES, names_of
+from llama_jax.words import SPACE_MARK
 
 TEMPLATE, OLD_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
-SETTINGS, TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 MAX_JSON = 200_000_000
-NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 GENERATION, CONFIG = "generation_config.json", "config.json"
 # Settings by which transformers' generate chooses other tokens, and the values at which they change nothing: those that
 # count where it samples, and those that count always.
@@ -68,8 +70,9 @@ def read_chat(folder: Path, tokenizer: Tokenizer, rows: int, given: str = "") ->
             f"{SETTINGS} says split_special_tokens: transformers takes the special tokens of the chat template for text, this "
             "project for tokens"
         )
+    warnings += _marks_behind_specials(beside or folder, tokenizer, template)
     tokens = tokens_of(tokenizer)
-    theirs = tokens | _tokens(beside or folder)
+    theirs = names_of({name: _json((beside or folder) / name) for name in (SETTINGS, TOKENS)}, tokens)
     plain = not ends or ends == (tokenizer.eos_id,)
     return ChatSetup(template, () if plain else ends, {} if theirs == tokens else theirs, not template), warnings
 
@@ -178,6 +181,10 @@ def _sampling(folder: Path) -> Iterator[str]:
     name = GENERATION if (folder / GENERATION).is_file() else CONFIG
     table = _json(folder / name)
     counting = CHOOSING | (SAMPLING if table.get("do_sample") is True else {})
+    context, most = _json(folder / CONFIG).get("max_position_embeddings"), table.get("max_length")
+    # The context ends a text as well. 20 is the default, which old files spell out.
+    if type(context) is int and type(most) is int and 20 != most < context:
+        counting = counting | {"max_length": None}
     here = SampleArgs()
     found = [
         key for key, neutral in counting.items() if table.get(key) not in (None, neutral, getattr(here, key, neutral))
@@ -194,18 +201,35 @@ def _sampling(folder: Path) -> Iterator[str]:
         )
 
 
-def _tokens(folder: Path) -> dict[str, str]:
-    """Return the texts of special tokens by their names, as far as the files have them."""
-    return dict(_named(folder, TOKENS)) | dict(_named(folder, SETTINGS))
+def _marks_behind_specials(folder: Path, tokenizer: Tokenizer, template: str) -> list[str]:
+    """Return a line if text behind a special token of the template has other space marks in transformers 5 than here.
 
-
-def _named(folder: Path, name: str) -> Iterator[tuple[str, str]]:
-    table = _json(folder / name)
-    for key in NAMES:
-        token = table.get(key)
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            yield key, text
+    Its LlamaTokenizer has a rule of its own, whatever tokenizer.json says: no mark, or with ``legacy`` one.
+    """
+    if "_token" not in template and not any(text in template for text in tokenizer.specials):
+        return []
+    settings = _json(folder / SETTINGS)
+    kind, special = settings.get("tokenizer_class", OWN_RULES[0]), tokenizer.piece(tokenizer.bos_id)
+    marked = tokenizer.encode("a", bos=False)
+    if (
+        kind not in OWN_RULES
+        or special not in tokenizer.specials
+        or not tokenizer.piece(marked[0]).startswith(SPACE_MARK)
+    ):
+        return []
+    behind, spaced = (tokenizer.encode(special + text, bos=False, specials=True)[1:] for text in ("a", " a"))
+    anew = settings.get("legacy") is True
+    if (behind == marked) is anew and spaced == marked:
+        return []
+    if (behind == marked) is anew:
+        theirs, ours = "one space mark before it where it begins with a space", "there are two"
+    else:
+        theirs, ours = ("a space mark", "there is none") if anew else ("no space mark", "there is one")
+        theirs += " before it"
+    return [
+        f"text behind a special token of the chat template: by tokenizer_class {kind}, transformers 5 puts {theirs}; here {ours}, as "
+        "the tokenizer's files and earlier versions have it"
+    ]
 
 
 def _json(path: Path) -> dict[str, Any]:

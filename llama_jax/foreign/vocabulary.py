@@ -15,7 +15,8 @@ from llama_jax.foreign.keys import read_json
 from llama_jax.foreign.tokenizer_json import SPACE, merges, pipeline, why_not_written
 from llama_jax.sentencepiece_settings import BPE, Settings
 from llama_jax.tokenizer import Tokenizer
-from llama_jax.tokenizers.files import ADDED, CONFIG, IDS, MAP, MODEL, TABLE
+from llama_jax.tokenizers.files import ADDED, IDS, MODEL, TABLE
+from llama_jax.tokenizers.names import CONFIG, MAP
 
 # Files of other kinds of vocabularies.
 OTHERS = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model")

@@ -6,7 +6,7 @@ model lacks: then it is the fine-tune's, and is read in its place.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,22 @@ from typing import Any
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.locations import children, location, user_errors
 from llama_jax.tokenizers import tiktoken
-from llama_jax.tokenizers.reader import Added, clean
+from llama_jax.tokenizers.names import (
+    CONFIG,
+    DECODER,
+    MAP,
+    OWN_RULES,
+    listed_texts,
+    names_of,
+    order_of,
+    text_of,
+    texts_in,
+)
+from llama_jax.tokenizers.reader import Added
 from llama_jax.tokenizers.table import MAX_BYTES, MAX_ID, Table, added_by_decoder, added_of, parse_object
+from llama_jax.words import SPACE_MARK
 
-MODEL, TABLE, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
+MODEL, TABLE, ADDED = "tokenizer.model", "tokenizer.json", "added_tokens.json"
 # What a checkpoint keeps of a tokenizer. The last two only where nothing else names BOS and EOS.
 KEPT = (MODEL, TABLE, CONFIG, MAP, ADDED)
 IDS = ("generation_config.json", "config.json")
@@ -109,16 +120,26 @@ def _pieces_in(model: bytes) -> int:
 
 def more_tokens(files: Files) -> list[Added]:
     """Return the tokens that the files next to the vocabulary add to it."""
-    listed = added_by_decoder(files.tables.get(CONFIG, {}))
+    listed = flagged_tokens(files) if DECODER in files.tables.get(CONFIG, {}) else []
     known = {token.text for token in listed}
     plain = files.tables.get(ADDED, {})
-    named = {text for table in files.tables.values() for text in _texts(table)}
+    named = {text for table in files.tables.values() for text in texts_in(table)}
     return listed + [
         # transformers takes the tokens of this file for special if the tokenizer uses them as such.
         Added(i, text, special=text in named)
         for text, i in plain.items()
         if type(i) is int and 0 <= i < MAX_ID and text and text not in known
     ]
+
+
+def flagged_tokens(files: Files) -> list[Added]:
+    """Return added tokens with the flags that count: of tokenizer_config.json if it lists any, else of tokenizer.json.
+
+    transformers adds these once more, and those with a name as special.
+    """
+    config, names = files.tables.get(CONFIG, {}), {*names_of(files.tables, {}).values()}
+    listed = added_by_decoder(config) if DECODER in config else added_of(files.tables.get(TABLE, {}))
+    return [token._replace(special=token.special or token.text in names) for token in listed]
 
 
 def behind_specials(files: Files) -> tuple[bool, bool]:
@@ -142,8 +163,8 @@ def named_specials(files: Files) -> list[str]:
     """
     tables = [files.tables.get(name, {}) for name in (CONFIG, MAP)]
     found = [text for table in tables for which in (*TOKENS, "unk") if (text := text_of(table.get(f"{which}_token")))]
-    listed = [text for table in tables for text in _listed_texts(table)]
-    filling = [text for table in tables for text in _texts(table) if re.fullmatch(r"<.+>|\[.+\]", text)]
+    listed = [text for table in tables for text in listed_texts(table)]
+    filling = [text for table in tables for text in texts_in(table) if re.fullmatch(r"<.+>|\[.+\]", text)]
     return list(dict.fromkeys(found + listed + filling))
 
 
@@ -154,7 +175,7 @@ def without_id(files: Files, known: Callable[[str], bool]) -> list[str]:
         table = files.tables.get(name, {})
         if files.main == MODEL:  # whose own BOS and EOS count
             table = {key: value for key, value in table.items() if key not in ("bos_token", "eos_token")}
-        lost = [text for text in dict.fromkeys(_texts(table)) if not known(text)]
+        lost = [text for text in dict.fromkeys(texts_in(table)) if not known(text)]
         if lost:
             shown = ", ".join(quoted(text, 30) for text in lost[:4]) + (f" and {len(lost) - 4} more" * (len(lost) > 4))
             lines.append(
@@ -174,28 +195,6 @@ def decoding_told(files: Files) -> list[str]:
     ]
 
 
-def _texts(table: Table) -> Iterator[str]:
-    """Yield the texts that a table names as BOS, EOS, PAD and the like."""
-    for key, value in table.items():
-        if key.endswith("_token") and (text := text_of(value)):
-            yield text
-    yield from _listed_texts(table)
-
-
-def _listed_texts(table: Table) -> Iterator[str]:
-    """Yield the texts of a table's special tokens without a name of their own, and of those that it adds by name."""
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        listed = table.get(key)
-        values = listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else ()
-        yield from filter(None, map(text_of, values))
-
-
-def text_of(token: Any) -> str | None:
-    """Return the text of a token that a file names, by itself or with flags."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return clean(found) if isinstance(found, str) else None
-
-
 def named_ids(files: Files, ids: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
     """Return the ids of "bos" and "eos" that the files name, and what is worth telling.
 
@@ -211,9 +210,34 @@ def named_ids(files: Files, ids: Mapping[str, int]) -> tuple[dict[str, int], lis
     return {which: named[0] for which, named in found.items() if named is not None}, told
 
 
+def pipeline_told(files: Files) -> list[str]:
+    """Return a line if transformers 5 replaces the rules of tokenizer.json, by its class, with others than these."""
+    table, kind = files.tables[TABLE], files.tables.get(CONFIG, {}).get("tokenizer_class")
+    first, then = table.get("normalizer"), table.get("pre_tokenizer")
+    if kind not in OWN_RULES or "ByteLevel" in f"{first} {then}" or is_plain_metaspace(first, then):
+        return []
+    return [
+        f"{CONFIG} says tokenizer_class {kind}, for which transformers 5 puts rules of its own in the place of the normalizer and "
+        f"pre_tokenizer of {TABLE}: its ids are others; here those of the file count, as with PreTrainedTokenizerFast"
+    ]
+
+
+def is_plain_metaspace(first: Any, then: Any) -> bool:
+    """Return whether text is only given space marks, as by transformers for LLaMA 2's vocabulary, in either way.
+
+    first, then: the normalizer and the pre_tokenizer of a table.
+    """
+    if first is None:
+        return isinstance(then, dict) and then.get("type") == "Metaspace" and then.get("replacement") == SPACE_MARK
+    steps = first.get("normalizers") if isinstance(first, dict) and first.get("type") == "Sequence" else [first]
+    prepend = {"type": "Prepend", "prepend": SPACE_MARK}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
+    return then is None and steps in ([prepend, replace], [replace])
+
+
 def _id_of(files: Files, which: str, ids: Mapping[str, int] | None) -> tuple[int, str, str] | None:
     """Return the id of BOS or EOS, its text, and the file that names it. Without ``ids``, any id will do."""
-    for name in (CONFIG, MAP):
+    for name in order_of(files.tables):
         text = text_of(files.tables.get(name, {}).get(f"{which}_token"))
         if text and (ids is None or text in ids):
             return (-1 if ids is None else ids[text]), text, name

@@ -26,6 +26,7 @@ class Added(NamedTuple):
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
+    normalized: bool = False
 
 
 class Finder:

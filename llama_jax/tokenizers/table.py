@@ -99,7 +99,7 @@ def _added(number: Any, token: Table) -> Added | None:
     if type(number) is not int or not 0 <= number < MAX_ID or not isinstance(text, str) or not text:
         return None
     flags = {flag: token.get(flag) is True for flag in ("special", "lstrip", "rstrip", "single_word")}
-    return Added(number, text, **flags)
+    return Added(number, text, **flags, normalized=token.get("normalized", not flags["special"]) is True)
 
 
 def _check_vocabulary(model: Table, name: str) -> None:

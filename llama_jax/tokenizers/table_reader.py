@@ -14,10 +14,11 @@ import tokenizers
 
 from llama_jax.errors import UserError, quoted
 from llama_jax.tokenizers import borders
+from llama_jax.tokenizers.files import is_plain_metaspace
 from llama_jax.tokenizers.reader import Added
 from llama_jax.tokenizers.table import Table, added_of, pieces_of
 from llama_jax.tokenizers.tiktoken import byte_letters
-from llama_jax.words import NOTHING, SPACE_MARK, Encoded
+from llama_jax.words import NOTHING, Encoded
 
 # Candidate marks to encode a part after, where the whole text is not known; see borders.find_marks.
 MARKS = (borders.NO_MARKS, ("\n", "a"), ("\n", "\n"), ("a\n", "a"))
@@ -44,13 +45,22 @@ class TableReader:
         table: the content of tokenizer.json.
         name: the file's path, for errors.
         added: tokens that other files add. Those with the texts of the table's own are left out.
+        flagged: tokens whose flags count before those of the table's own.
         named: texts that other files name as special tokens. Pieces of the vocabulary with these texts are such tokens.
 
     Raises UserError if the library refuses the table.
     """
 
-    def __init__(self, table: Table, name: str, added: Sequence[Added] = (), named: Sequence[str] = ()):
+    def __init__(
+        self,
+        table: Table,
+        name: str,
+        added: Sequence[Added] = (),
+        named: Sequence[str] = (),
+        flagged: Sequence[Added] = (),
+    ):
         self._name = name
+        table = _with_flags(table, flagged)
         wanted = {*named} - {token.text for token in added}
         special = [Added(i, piece) for i, piece in pieces_of(table).items() if piece in wanted] if wanted else []
         self._table = _without_chance(_with_added(table, [*added, *special], name))
@@ -205,9 +215,19 @@ def _with_added(table: Table, added: Sequence[Added], name: str) -> Table:
                 f"{name}: expected {quoted(pieces.get(token.id, token.text), 40)} to have one id, found {quoted(token.text, 40)} with id {token.id} "
                 "in the files next to it; save the tokenizer again with transformers"
             )
-        more.append(token._asdict() | {"content": token.text, "normalized": False})
+        more.append(token._asdict() | {"content": token.text})
     entries = [{key: value for key, value in token.items() if key != "text"} for token in more]
     return table | {"added_tokens": [*(table.get("added_tokens") or []), *entries]} if entries else table
+
+
+def _with_flags(table: Table, flagged: Sequence[Added]) -> Table:
+    """Return the table with the flags of ``flagged`` in place of its own."""
+    flags = {token.text: token._asdict() for token in flagged}
+    own = table.get("added_tokens") or []
+    entries = [
+        token | {k: v for k, v in flags.get(token["content"], {}).items() if k not in ("id", "text")} for token in own
+    ]
+    return table | {"added_tokens": entries} if entries else table
 
 
 def _without_chance(table: Table) -> Table:
@@ -240,17 +260,7 @@ def _cuts_exactly(table: Table, pieces: Mapping[int, str], always: Sequence[Adde
             and steps[1].get("add_prefix_space") is False
             and steps[1].get("use_regex") is False
         )
-    return _is_plain_metaspace(first, then) and not any(borders.ACROSS.search(piece) for piece in pieces.values())
-
-
-def _is_plain_metaspace(first: Any, then: Any) -> bool:
-    """Return whether text is only given space marks, as by transformers for LLaMA 2's vocabulary, in either way."""
-    if first is None:
-        return isinstance(then, dict) and then.get("type") == "Metaspace" and then.get("replacement") == SPACE_MARK
-    steps = first.get("normalizers") if isinstance(first, dict) and first.get("type") == "Sequence" else [first]
-    prepend = {"type": "Prepend", "prepend": SPACE_MARK}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
-    return then is None and steps in ([prepend, replace], [replace])
+    return is_plain_metaspace(first, then) and not any(borders.ACROSS.search(piece) for piece in pieces.values())
 
 
 @contextlib.contextmanager

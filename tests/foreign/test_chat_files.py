@@ -2,15 +2,18 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama_jax.chat.formats import ChatSetup, tokens_of
+from llama_jax.chat.formats import ChatSetup, choose, tokens_of
+from llama_jax.chat.messages import Message
 from llama_jax.foreign.chat_files import defaults_taken, metas_chat, read_chat
 from llama_jax.tokenizer import Tokenizer
 from tests.chat.vocabularies import LLAMA3, Vocabulary
+from tests.tokenizers.made import put, spaced
 
 NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
 
@@ -110,14 +113,101 @@ def test_settings_of_generation_that_are_not_kept_are_told(
     assert not words or warnings[0].startswith(f"{name} has ")
 
 
+@pytest.mark.parametrize(("most", "told"), [(512, True), (4096, False), (20, False)])
+def test_a_length_that_ends_texts_before_the_context_is_told(
+    most: int, told: bool, tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    files = {
+        "config.json": {"max_position_embeddings": 4096},
+        "generation_config.json": {"max_length": most, "eos_token_id": 2},
+    }
+    _, warnings = read(tmp_path, small_tokenizer, files)
+    assert (
+        warnings
+        == [
+            f"generation_config.json has max_length {most}, which transformers' generate takes by itself; here flags decide"
+        ]
+        * told
+    )
+
+
 def test_names_of_tokens_are_kept_if_they_are_not_the_tokenizers(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
-    same = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": None}
+    same = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
     assert read(tmp_path, small_tokenizer, {"tokenizer_config.json": same})[0] == ChatSetup(has_none=True)
     other = same | {"eos_token": "<|im_end|>", "pad_token": {"content": "<pad>"}}
-    chat, _ = read(tmp_path, small_tokenizer, {"special_tokens_map.json": other, "tokenizer_config.json": same})
-    assert chat.tokens == tokens_of(small_tokenizer) | {"pad_token": "<pad>"}
     chat, _ = read(tmp_path, small_tokenizer, {"tokenizer_config.json": other})
-    assert chat.tokens["eos_token"] == "<|im_end|>" and chat.tokens["bos_token"] == "<s>"
+    assert chat.tokens == tokens_of(small_tokenizer) | {"eos_token": "<|im_end|>", "pad_token": "<pad>"}
+
+
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+NAMINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a token of another name": ({"tool_token": "<unk>"}, {}),
+    "names in a table": ({"extra_special_tokens": {"tool_token": "<unk>"}}, {}),
+    "names in the other file": ({}, {"eos_token": {"content": "<unk>", **FLAGS}, "pad_token": "</s>"}),
+    "the other file beside a list of added tokens": (
+        {"added_tokens_decoder": {}},
+        {"eos_token": "<unk>", "pad_token": "<s>"},
+    ),
+    "no BOS": ({"bos_token": None}, {}),
+    "names that LLaMA's class has": ({"tokenizer_class": "LlamaTokenizer"}, {}),
+}
+
+
+@pytest.mark.parametrize("name", NAMINGS)
+def test_a_template_knows_tokens_by_the_names_that_transformers_gives_them(
+    name: str, tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers, which the test extra brings")
+    settings, others = NAMINGS[name]
+    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    put(tmp_path, spaced(small_tokenizer), config)
+    if others:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(others))
+    tokenizer, template = (
+        Tokenizer(tmp_path),
+        "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}|{{ tool_token }}",
+    )
+    messages = [{"role": "user", "content": "a fox"}]
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        messages, chat_template=template, tokenize=False
+    )
+    chat, _ = read_chat(tmp_path, tokenizer, 400)
+    assert choose(tokenizer, replace(chat, template=template), "", "x").render([Message("user", "a fox")]) == expected
+    if name == "names in the other file":
+        assert tokenizer.piece(tokenizer.eos_id) == "<unk>"
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+@pytest.mark.parametrize("way", ["", "prepend", "always", "first"])
+@pytest.mark.parametrize("model", [True, False], ids=["with a model", "a table alone"])
+def test_space_marks_behind_special_tokens_are_told_where_transformers_has_others(
+    model: bool, way: str, legacy: bool | None, tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers, which the test extra brings")
+    if not model and not way:
+        pytest.skip("there is no vocabulary")
+    if model:
+        (tmp_path / "tokenizer.model").write_bytes(small_tokenizer.model_bytes)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
+    put(
+        tmp_path, spaced(small_tokenizer, way) if way else None, config | ({} if legacy is None else {"legacy": legacy})
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    tokenizer, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    chat, warnings = read_chat(tmp_path, tokenizer, 400)
+    differ = False
+    for text in ("a fox", " a fox"):
+        messages = [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": text},
+            {"role": "user", "content": text},
+        ]
+        expected = theirs.apply_chat_template(messages, return_dict=False)
+        found = choose(tokenizer, chat, "", "x").encode([Message(**message) for message in messages])
+        differ |= found != expected
+    assert ["behind a special token" in line for line in warnings] == [True] * differ
 
 
 def test_metas_llama3_ends_where_metas_code_ends(small_tokenizer: Tokenizer, tmp_path: Path) -> None:

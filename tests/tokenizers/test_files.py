@@ -99,16 +99,44 @@ def test_text_around_special_tokens_is_what_tokenizer_json_makes_of_it(
         )
 
 
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"pad_token": "<|x|>"}, {"image_token": "<|x|>"}], ids=["plain", "pad", "image"]
+)
+@pytest.mark.parametrize("listed", [True, False], ids=["in both", "in the settings alone"])
+@pytest.mark.parametrize("flag", [*FLAGS, ""])
+def test_flags_of_added_tokens_are_those_of_the_settings_as_in_transformers(
+    flag: str, listed: bool, settings: Table, table: Table, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers, which the test extra brings")
+    table = json.loads(json.dumps(table))
+    number = max(token["id"] for token in table["added_tokens"]) + 1
+    if listed:
+        table["added_tokens"].append(FLAGS | {"id": number, "content": "<|x|>"})
+    table["normalizer"] = {"type": "Lowercase"}
+    decoder = {"added_tokens_decoder": {str(number): FLAGS | {"content": "<|x|>"} | ({flag: True} if flag else {})}}
+    put(tmp_path, table, CONFIG | {"eos_token": EOS} | settings | (decoder if flag or not listed else {}))
+    ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ["a<|x|>b", "a <|x|> b", "the <|X|> fox", "<|x|>", " <|x|>."]:
+        for specials in (True, False):
+            expected = theirs(text, add_special_tokens=False, split_special_tokens=not specials)["input_ids"]
+            assert ours.encode(text, bos=False, specials=specials) == expected, (text, specials)
+        assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_added_tokens_of_a_sentencepiece_model_alone(special: bool, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(small_tokenizer.model_bytes)
     decoder = {"400": PAD | {"content": "<|im_end|>", "special": special}}
-    config = LLAMA2 | {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"}
+    # A token that has a name is special, as in transformers.
+    config = LLAMA2 | {"added_tokens_decoder": decoder} | ({"eos_token": "<|im_end|>"} if special else {})
     tokenizer = Tokenizer(put(tmp_path, None, config))
     assert (
         tokenizer.vocab_size == 401 and tokenizer.specials["<|im_end|>"] == 400 and tokenizer.piece(400) == "<|im_end|>"
     )
-    assert tokenizer.eos_id == 400 and tokenizer.bos_id == small_tokenizer.bos_id
+    assert tokenizer.eos_id == (400 if special else 2) and tokenizer.bos_id == small_tokenizer.bos_id
     text = "the fox<|im_end|> owl"
     asked = [1, *small_tokenizer.encode("the fox", bos=False), 400, *small_tokenizer.encode(" owl", bos=False)]
     assert tokenizer.encode(text, specials=True) == asked
@@ -249,6 +277,20 @@ def test_special_tokens_that_no_file_gives_an_id_are_told(table: Table, tmp_path
     assert not [
         n for n in Tokenizer(put(tmp_path, with_pad(table), NAMES | {"pad_token": "[PAD]"})).notes if "gives an id" in n
     ]
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_rules_of_a_table_that_transformers_replaces_by_its_own_are_told(
+    kind: str, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    table = spaced(small_tokenizer)
+    table["normalizer"]["normalizers"].insert(0, {"type": "Lowercase"})
+    put(tmp_path, table, LLAMA2 | {"tokenizer_class": kind})
+    ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs("The Owl", add_special_tokens=False)["input_ids"]
+    same = ours.encode("The Owl", bos=False) == expected
+    assert same is (kind != "LlamaTokenizer")
+    assert ["rules of its own" in line for line in ours.notes].count(True) == (not same)
 
 
 def test_spaces_that_transformers_takes_out_of_a_text_are_told_where_it_does(table: Table, tmp_path: Path) -> None:
