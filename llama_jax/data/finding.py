@@ -30,7 +30,8 @@ STORIES_SEED = 0
 class Text:
     """A text whose files were found and not yet read.
 
-    ``eval_source`` is a held-out text of its own, as the user named it.
+    ``eval_source`` is a held-out text of its own, as the user named it. ``of`` is what progress says of a source of a
+    mixture, such as " of web.jsonl".
     """
 
     corpus: AnyCorpus
@@ -38,6 +39,7 @@ class Text:
     floor: float | None = None
     notes: tuple[str, ...] = ()
     eval_source: str = ""
+    of: str = ""
 
 
 def is_chats(text: Text) -> bool:
