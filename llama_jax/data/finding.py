@@ -61,6 +61,11 @@ def find_text(args: DataArgs, folder: Path, begun: bool = False) -> Text:
                 raise UserError(
                     f"data.{name}: expected none with the built-in stories, found {quoted(getattr(args, name))}; name a text"
                 )
+        # The settings of such a run tell the stories' own separator.
+        if separator_bytes(args.separator) not in (b"", STORY_SEPARATOR.encode()) and not begun:
+            raise UserError(
+                f"data.separator: expected none with the built-in stories, found {quoted(args.separator)}; name a text"
+            )
         with working(f"writing {args.stories:,} stories"):
             path, floor = write_stories(folder / "stories.txt", args.stories)
         corpus = Corpus([path], separator_bytes(STORY_SEPARATOR), args.train_size)
