@@ -160,7 +160,7 @@ def _check_options(args: DataArgs, corpora: list[AnyCorpus]) -> None:
         )
     if args.separator and any(isinstance(corpus, Records) for corpus in corpora):
         raise UserError(
-            f"data.separator: expected none, as a record is a document, found {quoted(args.separator)}; leave it out"
+            f"data.separator: expected none, as a record is a document, found {quoted(args.separator)} beside {args.filepath}; leave it out"
         )
 
 

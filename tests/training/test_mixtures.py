@@ -243,6 +243,9 @@ def test_a_source_is_refused_without_a_line_before(folder: Path, capsys: pytest.
         with pytest.raises(UserError, match="text_field"):
             loop.train(given)
         assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"^data\.separator: expected none.* beside web\.jsonl"):
+        loop.train(config("refused", WEIGHTS, {"separator": "took"}))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_missing_source_is_named(folder: Path) -> None:
