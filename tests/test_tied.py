@@ -14,16 +14,19 @@ import numpy as np
 import pytest
 
 import llama_jax
+from llama_jax.adapters import adapter_shapes
 from llama_jax.build import count_parameters, make_model
 from llama_jax.checkpoint import Checkpoint, save_checkpoint
 from llama_jax.config import Config, MeshArgs, ModelArgs, SampleArgs
 from llama_jax.convert import ConvertArgs, convert
+from llama_jax.convert.peft import save_adapter
 from llama_jax.devices.sharding import make_mesh, on_mesh, parameter_shapes, parameter_shardings
 from llama_jax.evaluate import evaluate
 from llama_jax.generation import Model
 from llama_jax.generation.serving import for_generation, generation_shapes
 from llama_jax.generation.speculative import Draft
 from llama_jax.generation.stats import step_bytes
+from llama_jax.lora_args import LoraArgs
 from llama_jax.model import Llama
 from llama_jax.ops.loss import loss_sum
 from llama_jax.ops.quantize import Matrix
@@ -328,6 +331,22 @@ def main(every: bool) -> None:
 @pytest.fixture(scope="module")
 def on_eight() -> Any:
     return run_on_eight_devices("tests.test_tied", "all")
+
+
+def test_a_merge_says_that_the_output_matrix_is_no_longer_quantized(model: Model, tmp_path: Path, capsys: Any) -> None:
+    save_checkpoint(tmp_path / "base", model.params, model.args, model.tokenizer)
+    ids, told = np.array([[1, 5, 9, 40, 33, 7]]), []
+    for weights in ("auto", "int8"):
+        adapter, merged = tmp_path / weights, tmp_path / f"{weights} merged"
+        adapter.mkdir()
+        lora = LoraArgs(rank=2, base_weights=weights)
+        factors = jax.tree.map(lambda s: jnp.full(s.shape, 0.02), adapter_shapes(model.args, lora))
+        save_adapter(adapter, Checkpoint.find(tmp_path / "base"), lora, factors)
+        run(input=adapter, output=merged)
+        told.append("the tied embeddings again" in capsys.readouterr().out)
+        one, other = (llama_jax.load(str(path)).logits(ids) for path in (adapter, merged))
+        assert bool(np.abs(one - other).max() > 1e-4) == told[-1]
+    assert told == [False, True]
 
 
 def test_two_meshes_of_eight_devices_say_the_same_as_one_device() -> None:

@@ -54,6 +54,11 @@ class MergedSource(OwnSource):
                 f"the adapter was trained beside matrices in {self._weights}: it is merged into those, and the result is stored "
                 f"as {kept.name}"
             )
+            if self.args.tie_embeddings:  # which are looked up plain, and multiplied by quantized
+                self.warnings.append(
+                    f"the output matrix was one of {self._weights}, too; merged, it is the tied embeddings again, so that logits differ by "
+                    "that rounding"
+                )
         elif kept.itemsize < 4:
             self.warnings.append(f"the merged matrices are rounded to {kept.name}, in which the base is stored")
 

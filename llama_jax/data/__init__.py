@@ -75,7 +75,8 @@ def load_data(
     known = began_with or {}
 
     def load(given: DataArgs, at: Path, has_begun: bool, origin: Origin | None) -> Data:
-        return _load_one(given, at, tokenizer_path, workers, has_begun, origin, talking)
+        of = f" of {given.filepath}" if args.mixture else ""
+        return _load_one(given, at, tokenizer_path, workers, has_begun, origin, talking, of)
 
     if args.mixture:
         return load_mixture(args, folder, tokenizer_path, begun, known, load)
@@ -95,8 +96,9 @@ def _load_one(
     begun: bool,
     began_with: Origin | None,
     talking: Talking | None,
+    of: str,
 ) -> Data:
-    """Return the data of one text; see ``load_data``."""
+    """Return the data of one text; see ``load_data``, and ``Text`` for ``of``."""
     if talking is not None and talking.preferences and (find_prepared(args.filepath) or find_pretokenized(args)):
         raise UserError(NOT_PREFERENCES.format("filepath", "tokens of a text", args.filepath))
     if (prepared := find_prepared(args.filepath)) is not None:
@@ -104,7 +106,7 @@ def _load_one(
     elif files := find_pretokenized(args):
         data = _load_pretokenized(args, files, folder, tokenizer_path, begun, began_with)
     else:
-        text = find_text(args, folder, begun)
+        text = replace(find_text(args, folder, begun), of=of)
         if talking is not None and is_chats(text):
             data = _load_chats(args, text, folder, tokenizer_path, begun, began_with, talking, workers)
         elif talking is not None and talking.preferences:
@@ -176,7 +178,7 @@ def encode_text(
         trained = known.trained_vocab_size
     tokens = prepare(
         text.corpus, tokenizer, folder, workers or os.cpu_count() or 1, trained, text.source, known if begun else None,
-        text.eval_source, others, run,
+        text.eval_source, others, run, text.of,
     )  # fmt: skip
     return Data(tokens, tokenizer, text.source, text.floor, text.notes)
 

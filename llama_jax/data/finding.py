@@ -30,7 +30,8 @@ STORIES_SEED = 0
 class Text:
     """A text whose files were found and not yet read.
 
-    ``eval_source`` is a held-out text of its own, as the user named it.
+    ``eval_source`` is a held-out text of its own, as the user named it. ``of`` is what progress says of a source of a
+    mixture, such as " of web.jsonl".
     """
 
     corpus: AnyCorpus
@@ -38,6 +39,7 @@ class Text:
     floor: float | None = None
     notes: tuple[str, ...] = ()
     eval_source: str = ""
+    of: str = ""
 
 
 def is_chats(text: Text) -> bool:
@@ -59,6 +61,11 @@ def find_text(args: DataArgs, folder: Path, begun: bool = False) -> Text:
                 raise UserError(
                     f"data.{name}: expected none with the built-in stories, found {quoted(getattr(args, name))}; name a text"
                 )
+        # The settings of such a run tell the stories' own separator.
+        if separator_bytes(args.separator) not in (b"", STORY_SEPARATOR.encode()) and not begun:
+            raise UserError(
+                f"data.separator: expected none with the built-in stories, found {quoted(args.separator)}; name a text"
+            )
         with working(f"writing {args.stories:,} stories"):
             path, floor = write_stories(folder / "stories.txt", args.stories)
         corpus = Corpus([path], separator_bytes(STORY_SEPARATOR), args.train_size)
@@ -153,7 +160,7 @@ def _check_options(args: DataArgs, corpora: list[AnyCorpus]) -> None:
         )
     if args.separator and any(isinstance(corpus, Records) for corpus in corpora):
         raise UserError(
-            f"data.separator: expected none, as a record is a document, found {quoted(args.separator)}; leave it out"
+            f"data.separator: expected none, as a record is a document, found {quoted(args.separator)} beside {args.filepath}; leave it out"
         )
 
 

@@ -42,11 +42,12 @@ def load_mixture(
     tokenizer = _tokenizer(args, folder, tokenizer_path, begun)
     sources = {}
     for name in args.mixture:
-        print(f"source {name}", flush=True)
         given = replace(source_args(args, name), tokenizer_model_path=str(tokenizer.place))
         known = began_with.get(name)
         with _of_source(name):
             sources[name] = load(given, folder_of(folder, name), begun and known is not None, known)
+    if not args.tokenizer_model_path and (prepared := _prepared_in(args)):
+        print(f"the tokenizer of {prepared} is that of all sources", flush=True)
     texts: dict[str, str] = {}
     for name, data in sources.items():
         if (first := texts.setdefault(data.tokens.manifest.text_sha256, name)) != name:
@@ -80,13 +81,16 @@ def _tokenizer(args: DataArgs, folder: Path, path: Path, begun: bool) -> Tokeniz
     """Return the tokenizer of all sources: the given one, that of the prepared ones, or one trained on the mixture."""
     if args.tokenizer_model_path:
         return Tokenizer(args.tokenizer_model_path)
-    for name in args.mixture:
-        if (prepared := find_prepared(name)) is not None:
-            print(f"the tokenizer of {name} is that of all sources", flush=True)
-            return kept_tokenizer(prepared / TOKENIZER)
+    if (prepared := find_prepared(_prepared_in(args))) is not None:
+        return kept_tokenizer(prepared / TOKENIZER)
     if begun and is_kept(path):
         return kept_tokenizer(path)  # each source's tokens tell whether it is the one that they began with
     return _trained(args, folder, path)
+
+
+def _prepared_in(args: DataArgs) -> str:
+    """Return the first source that has prepared tokens, or ""."""
+    return next((name for name in args.mixture if find_prepared(name) is not None), "")
 
 
 @contextlib.contextmanager

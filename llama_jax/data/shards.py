@@ -56,13 +56,14 @@ def prepare(
     eval_source: str = "",
     others: RefuseOthers | None = None,
     run: Run = run_tasks,
+    of: str = "",
 ) -> TokenSet:
     """Return the tokens of ``corpus``, from ``folder`` if it holds exactly these, else newly made there.
 
     Memory is bounded for any length of text. Unfinished tokens never look finished, and old files stay until the new
     tokens are complete. Tasks that an earlier start finished are not done again. ``others`` says what to do about
     unfinished tokens of another text, which are removed without it. ``expected`` is what the tokens must be; raises
-    UserError if they are not. ``run`` encodes the tasks.
+    UserError if they are not. ``run`` encodes the tasks. Progress says ``of`` what.
     """
     text_sha256, tokenizer_sha256 = corpus.digest(), tokenizer.digest
     if (kept := _kept(folder, corpus, tokenizer_sha256, expected)) is not None:
@@ -70,7 +71,7 @@ def prepare(
         return kept
     job = job_of(corpus, tokenizer, folder, f"{text_sha256} {tokenizer_sha256}", others, {"source": source})
     with _results_kept(job):
-        encode_tasks(job, range(len(job.tasks)), tokenizer, workers, run)
+        encode_tasks(job, range(len(job.tasks)), tokenizer, workers, run, of)
     with _results_kept(job, unless=UserError):
         corpus.check_unchanged()
         manifest = join(
@@ -158,14 +159,16 @@ def tasks_of(units: Sequence[Unit], largest: int) -> tuple[tuple[Unit, ...], ...
     return tuple(tuple(task) for task in tasks)
 
 
-def encode_tasks(job: Job, chosen: Sequence[int], tokenizer: Tokenizer, workers: int, run: Run = run_tasks) -> None:
-    """Encode the chosen tasks by ``run``, apart from those that are done."""
+def encode_tasks(
+    job: Job, chosen: Sequence[int], tokenizer: Tokenizer, workers: int, run: Run = run_tasks, of: str = ""
+) -> None:
+    """Encode the chosen tasks by ``run``, apart from those that are done. Progress says ``of`` what."""
     waiting = [task for task in chosen if read_result(job, task) is None]
     if done := len(chosen) - len(waiting):
         print(f"{job.folder.parent}: {done:,} of {len(chosen):,} shards are there from an earlier start", flush=True)
     sizes = {task: sum(unit.size for unit in job.tasks[task]) for task in chosen}
     start = sum(sizes.values()) - sum(sizes[task] for task in waiting)
-    with Progress("tokens", sum(sizes.values()), "B", start) as progress:
+    with Progress(f"tokens{of}", sum(sizes.values()), "B", start) as progress:
         run(job, waiting, tokenizer, workers, progress.update)
 
 

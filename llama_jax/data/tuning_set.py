@@ -128,7 +128,7 @@ def encode_chats(
         encoder = _Encoder(args, chat_format, length, writers, talking.preferences, seen=seen)
         for number, corpus in enumerate(corpora):
             assert isinstance(corpus, Chats)
-            encoder.add_all(corpus, "eval" if number else None, workers or os.cpu_count() or 1)
+            encoder.add_all(corpus, "eval" if number else None, workers or os.cpu_count() or 1, text.of)
         encoder.check(text.source, text.corpus.skipped)
         sums = np.concatenate([writers[split].finish() for split in SPLITS])
         starts = np.concatenate([np.array(writers[split].starts, "<u8") for split in SPLITS])
@@ -231,10 +231,10 @@ class _Encoder:
     seen: set[bytes] | None = None
     """The digests of records to train on, with which held-out ones are compared. None: a hash keeps copies together."""
 
-    def add_all(self, corpus: Chats, split: str | None, workers: int) -> None:
+    def add_all(self, corpus: Chats, split: str | None, workers: int, of: str) -> None:
         """Encode the records of a corpus, and write those that are not left out.
 
-        ``split`` is that of all. None: a hash decides.
+        ``split`` is that of all. None: a hash decides. Progress says ``of`` what.
         """
 
         def tasks() -> Iterator[Task[Found | Wrong]]:
@@ -242,7 +242,7 @@ class _Encoder:
                 yield Task(found, UserError(found.fault) if isinstance(found, Wrong) else self._asked(found))
 
         total = corpus.count()
-        with Progress("conversations", total, "conversations") as progress:
+        with Progress(f"conversations{of}", total, "conversations") as progress:
             began = time.monotonic()
             for done, (found, encoded) in enumerate(encode_tasks(tasks(), self.chat_format, workers), 1):
                 if isinstance(encoded, UserError) or isinstance(found, Wrong):

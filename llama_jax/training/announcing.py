@@ -156,7 +156,7 @@ def _text_rows(data: AnyData, settled: Settled, length: int) -> list[tuple[str, 
             rows += [("documents", documents_text(manifest)), ("held out", held_out_text(manifest))]
         else:
             rows += chat_rows(text, settled.config, length)
-    return [*rows, *_of_text_alone(settled.config, data)]
+    return [*rows, *_of_text_alone(settled.config, data), *_of_records_alone(settled.config, data)]
 
 
 def _of_text_alone(config: Config, data: AnyData) -> list[tuple[str, str]]:
@@ -167,6 +167,15 @@ def _of_text_alone(config: Config, data: AnyData) -> list[tuple[str, str]]:
         return []
     more = f"; {', '.join(f'data.{name}' for name in unused)}: not used" if unused else ""
     return [("loss", f"on every token, as the data are text, not conversations{more}")]
+
+
+def _of_records_alone(config: Config, data: AnyData) -> list[tuple[str, str]]:
+    """Return what is said of a setting of records where no text has any."""
+    if config.data.bad_records == DataArgs.bad_records or chats_in(data):
+        return []
+    if any(text.tokens.manifest.text_field for text in data.sources.values()):
+        return []
+    return [("records", f"there are none: data.bad_records {config.data.bad_records} is not used")]
 
 
 def _epochs(text: Data, schedule: Schedule | None, name: str, steps: int, length: int) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +53,7 @@ def read_command(argv: Sequence[str], check: bool = True) -> tuple[Config, list[
     file = load_toml(source)
     config, notes = _parse(rest, file)
     if config.train.decay_run and named is None:
-        return _continuation(rest, config.train.decay_run)
+        return _continuation(rest, config.train.decay_run, config.train.save_dir)
     if config.train.init_from:
         from llama_jax.training.opening import starting_model
 
@@ -83,12 +84,15 @@ def read_command(argv: Sequence[str], check: bool = True) -> tuple[Config, list[
     return config, found + notes
 
 
-def _continuation(argv: list[str], run: str) -> tuple[Config, list[str]]:
-    """Return the configuration of a start that decays the run in the folder ``run``, with its settings, and notes.
+def _continuation(argv: list[str], run: str, place: str) -> tuple[Config, list[str]]:
+    """Return the configuration of a start that decays the run in the folder ``run`` in another, ``place``, and notes.
 
-    Its own folders and its number of steps are left out. Raises UserError if there is no such run.
+    Its settings are the run's, but for its own folders and its number of steps. A decay that has begun goes on with the
+    settings with which it began, as the run itself may go on with others. Raises UserError if there is no such run.
     """
-    path = Path(run).expanduser() / "config.toml"
+    begun, path = (Path(folder).expanduser() / "config.toml" for folder in (place, run))
+    if place and begun.is_file() and (of := load_toml(begun).train.decay_run):
+        path = begun if os.path.realpath(of) == os.path.realpath(run) else path
     if not path.is_file():
         raise UserError(
             f"train.decay_run: expected a run folder, with {path.name}, found none in {run}; name the --train.save-dir of the run"

@@ -397,6 +397,15 @@ def test_what_is_named_held_out_is_not_trained_on(tmp_path: Path, name: str) -> 
     assert [os.path.basename(file.name) for file in files] == ["train.jsonl"] and f"({name})" in " ".join(notes)
 
 
+def test_the_built_in_stories_have_a_separator_of_their_own(tmp_path: Path) -> None:
+    for separator in ("took", "\\n"):
+        with pytest.raises(UserError, match=r"^data\.separator: expected none with the built-in stories, found"):
+            find_text(DataArgs(stories=20, separator=separator), tmp_path)
+    for separator in ("", "\\n\\n"):  # a run's settings tell it
+        find_text(DataArgs(stories=20, separator=separator), tmp_path)
+    find_text(DataArgs(stories=20, separator="took"), tmp_path, begun=True)
+
+
 def test_a_file_that_is_trained_on_and_held_out_is_told(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"The fox of {name}")

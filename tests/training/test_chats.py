@@ -186,6 +186,14 @@ def test_a_text_says_that_every_token_counts_and_which_settings_it_does_not_use(
     assert f"loss  {wanted}\n" in said
 
 
+def test_a_setting_of_records_is_told_where_there_are_none(folder: Path) -> None:
+    (folder / "plain.txt").write_text("The fox saw the owl by the river, under an old tree.\n" * 60)
+    for name, told in (("plain.txt", True), ("text.jsonl", False), ("chats.jsonl", False)):
+        chat = {} if name == "chats.jsonl" else {"chat_template": ""}
+        _, said = run(f"skip {name}", {"filepath": name, "bad_records": "skip", **chat}, max_steps=1)
+        assert ("there are none: data.bad_records skip is not used" in said) == told, name
+
+
 def test_where_nothing_is_held_out_nothing_is_said_of_answers(folder: Path) -> None:
     _, said = run("no answers", {"train_size": 1.0}, max_steps=1)
     assert "nothing is held out" in said and "answers: " not in said

@@ -1,5 +1,7 @@
 """A run of wsd is continued at its stable rate, and decayed from any step of its stable phase, here or in another folder."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +12,8 @@ import pytest
 from llama_jax.checkpoint import steps_of
 from llama_jax.errors import UserError
 from llama_jax.recipe.one_step import read_with_recipe
-from llama_jax.training import start
+from llama_jax.training import loop, start
+from llama_jax.training.command import read_command
 from tests import processes
 from tests.training.test_resuming import assert_same, content, records, refusal, train, undrawn  # noqa: F401
 
@@ -142,6 +145,27 @@ def test_a_run_of_so_many_minutes_decays_in_another_folder_without_them(tmp_path
     assert (config.train.minutes, config.train.max_steps, config.train.schedule) == (None, None, "wsd")
     train(tmp_path / "branch", **WSD, decay_run=str(tmp_path / "run"), decay_from=6, max_steps=None)
     assert_same(tmp_path / "branch", tmp_path / "run", 8)
+
+
+def test_a_decay_that_was_stopped_goes_on_as_it_began_whatever_has_become_of_the_run(run: Path, tmp_path: Path) -> None:
+    def decay(folder: str) -> str:
+        flags = {"decay-run": run, "decay-from": 4, "max-steps": 8, "save-dir": tmp_path / folder}
+        argv = [f"--train.{name}={value}" for name, value in flags.items()]
+        config, notes = read_command(argv)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            loop.train(config, notes=notes)
+        return out.getvalue()
+
+    assert f"settings of {run / 'config.toml'}, but for where it ends" in decay("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    forget(tmp_path / "stopped", 6, 8)
+    train(run, **WSD, max_steps=10, resume_step=6, weight_decay=0.5, eval_iters=2)
+    assert "changed  " not in decay("stopped")
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+    shutil.rmtree(run)
+    forget(tmp_path / "stopped", 6, 8)
+    decay("stopped")
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_a_copy_that_is_cut_short_is_begun_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,21 @@ def test_two_sources_of_one_text_are_told(folder: Path) -> None:
     assert "are the same text" not in said
 
 
+def test_a_source_is_refused_without_a_line_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llama_jax.data.__main__ import main
+
+    main(["prepare", "--filepath", "more.txt", "--output", "of more", "--vocab-size", "300", "--workers", "1"])
+    capsys.readouterr()
+    for mixture in (WEIGHTS, {"of more": 0.5, "web.jsonl": 0.5}):
+        given = config("refused", mixture, {"bad_records": "skip", "text_field": "body"})
+        with pytest.raises(UserError, match="text_field"):
+            loop.train(given)
+        assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"^data\.separator: expected none.* beside web\.jsonl"):
+        loop.train(config("refused", WEIGHTS, {"separator": "took"}))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_missing_source_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.mixture, 'nowhere\.txt': .*found nothing at nowhere\.txt"):
         run("missing", {"web.jsonl": 0.5, "nowhere.txt": 0.5})
