@@ -41,13 +41,18 @@ def is_unfinished(name: str) -> bool:
     return UNFINISHED.fullmatch(os.path.basename(name)) is not None
 
 
+def is_describing(name: str) -> bool:
+    """Return whether a file's name says that it describes the files beside it, such as README.txt."""
+    return DESCRIBING.fullmatch(name) is not None
+
+
 def texts_beside(files: Sequence[CorpusFile]) -> list[str]:
     """Return lines about plain texts that are read, though they may not be meant to be.
 
     Those are texts that describe the others by their names, and all texts beside records.
     """
     texts = [file for file in files if file.format == "text"]
-    describing = [file for file in texts if DESCRIBING.fullmatch(os.path.basename(file.name))]
+    describing = [file for file in texts if is_describing(os.path.basename(file.name))]
     lines = []
     if 0 < len(describing) < len(files):
         lines.append(

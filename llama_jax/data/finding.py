@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
+from llama_jax.data.beside import is_describing
 from llama_jax.data.built_in_chats import write_chats
 from llama_jax.data.chats import Chats
 from llama_jax.data.corpus import Records, WithHeldOut, corpus_of
@@ -205,7 +206,9 @@ def write_stories(path: Path, count: int) -> tuple[Path, float]:
 def _check_finished(folder: Path) -> None:
     """Raise UserError on a folder that holds tokens without a manifest, and no text."""
     unfinished = (folder / UNFINISHED).exists()
-    if not (unfinished or any(folder.glob("train.bin*"))) or any(folder.rglob("*.txt")):
+    if not (unfinished or any(folder.glob("train.bin*"))):
+        return
+    if not all(is_describing(path.name) for path in folder.rglob("*.txt")):
         return
     if unfinished:
         raise UserError(
