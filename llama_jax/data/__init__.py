@@ -374,7 +374,7 @@ def _load_pretokenized(
 ) -> Data:
     """Open token files of other programs. The run gets a description of them, and a copy of their tokenizer."""
     known = _known(folder, begun, began_with)
-    tokens = open_pretokenized(args, files)
+    tokens = open_pretokenized(args, files, at_end=known is not None and begun and known.held_out == "end")
     if begun and known is not None:
         _refuse(difference(known, tokens.manifest.origin))
     folder.mkdir(parents=True, exist_ok=True)

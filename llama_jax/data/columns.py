@@ -64,7 +64,9 @@ def columns_of(schema: Any) -> Fields:
     """Return which columns hold texts, also within structures, and of which types the others are."""
     fields = Fields()
     for column in schema:
-        if _is_text(column.type):
+        if schema.names.count(column.name) > 1:
+            fields.others[column.name] = "in two columns"
+        elif _is_text(column.type):
             fields.texts[column.name] = None
         else:
             fields.others[column.name] = f"of the type {column.type}"[:60]

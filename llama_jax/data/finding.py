@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
+from llama_jax.data.beside import is_describing
 from llama_jax.data.built_in_chats import write_chats
 from llama_jax.data.chats import Chats
 from llama_jax.data.corpus import Records, WithHeldOut, corpus_of
@@ -96,10 +97,10 @@ def _built_in_chats(args: DataArgs, folder: Path, begun: bool) -> Text:
     return replace(found, source=f"{args.chats:,} built-in conversations")
 
 
-def _found_text(args: DataArgs, as_text: bool, by_split: bool = True) -> Text:
-    """Find the text of ``args``, and its held-out text if it has one of its own. See ``find_files`` on ``by_split``."""
+def _found_text(args: DataArgs, as_text: bool, by_name: bool = True) -> Text:
+    """Find the text of ``args``, and its held-out text if it has one of its own. See ``find_files`` on ``by_name``."""
     if not args.eval_filepath:
-        corpus, notes = _corpus_of(args, args.filepath, "data.filepath", args.train_size, as_text, by_split)
+        corpus, notes = _corpus_of(args, args.filepath, "data.filepath", args.train_size, as_text, by_name)
         _check_options(args, [corpus])
         return Text(corpus, args.filepath, notes=notes)
     if args.train_size not in (DataArgs.train_size, 1.0):
@@ -107,8 +108,8 @@ def _found_text(args: DataArgs, as_text: bool, by_split: bool = True) -> Text:
             f"data.train_size: expected none beside data.eval_filepath, which is all that is held out, found {args.train_size}; "
             "leave one of the two out"
         )
-    corpus, notes = _corpus_of(args, args.filepath, "data.filepath", 1.0, as_text, by_split)
-    held_out, more = _corpus_of(args, args.eval_filepath, "data.eval_filepath", 1.0, as_text, by_split)
+    corpus, notes = _corpus_of(args, args.filepath, "data.filepath", 1.0, as_text, by_name)
+    held_out, more = _corpus_of(args, args.eval_filepath, "data.eval_filepath", 1.0, as_text, by_name)
     _check_options(args, [corpus, held_out])
     if isinstance(corpus, Chats) != isinstance(held_out, Chats):
         words = ["conversations" if isinstance(each, Chats) else "text" for each in (corpus, held_out)]
@@ -131,10 +132,10 @@ def _file_at(place: Place) -> str:
 
 
 def _corpus_of(
-    args: DataArgs, filepath: str, key: str, train_size: float, as_text: bool, by_split: bool
+    args: DataArgs, filepath: str, key: str, train_size: float, as_text: bool, by_name: bool
 ) -> tuple[AnyCorpus, tuple[str, ...]]:
     """Return the corpus of a path or an address, and lines about what was left out."""
-    files, found = find_files(filepath, key, as_text, args.text_field, by_split)
+    files, found = find_files(filepath, key, as_text, args.text_field, by_name)
     notes = tuple(f"{filepath}: {note}" for note in found)
     if any(file.chats for file in files):
         return _chats_of(args, files, key, train_size), notes
@@ -172,7 +173,7 @@ def as_before(known: Origin, text: Text, args: DataArgs) -> Iterator[AnyCorpus]:
     with contextlib.suppress(UserError):
         found.append(_found_text(args, as_text=True))
     with contextlib.suppress(UserError):
-        found.append(_found_text(args, args.as_text, by_split=False))
+        found.append(_found_text(args, args.as_text, by_name=False))
     for each in found:
         yield from (each.corpus, cut_at_end(each).corpus)
     if not known.files and isinstance(text.corpus, Corpus):
@@ -212,7 +213,9 @@ def write_stories(path: Path, count: int) -> tuple[Path, float]:
 def _check_finished(folder: Path) -> None:
     """Raise UserError on a folder that holds tokens without a manifest, and no text."""
     unfinished = (folder / UNFINISHED).exists()
-    if not (unfinished or any(folder.glob("train.bin*"))) or any(folder.rglob("*.txt")):
+    if not (unfinished or any(folder.glob("train.bin*"))):
+        return
+    if not all(is_describing(path.name) for path in folder.rglob("*.txt")):
         return
     if unfinished:
         raise UserError(

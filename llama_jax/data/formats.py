@@ -9,7 +9,7 @@ from llama_jax.data.compression import compression_of, decompressed
 from llama_jax.data.corpus_file import BOM, CorpusFile
 from llama_jax.data.kinds import FORMATS, WHOLE, Kind, kind_of, kind_of_bytes
 from llama_jax.data.places import Place
-from llama_jax.data.records import TEXT
+from llama_jax.data.record_fields import TEXT, content_of
 
 # A first look at a file, for whether it may be something to read.
 LOOK_BYTES = 4096
@@ -78,7 +78,7 @@ def is_read_in_a_folder(file: CorpusFile, text_field: str) -> bool:
         record = json.loads(lines[0].decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return True
-    return isinstance(record, dict) and isinstance(record.get(text_field or TEXT), str)
+    return isinstance(record, dict) and isinstance(content_of(record, text_field or TEXT), str)
 
 
 def _unread(kind: Kind | None) -> Kind | None:

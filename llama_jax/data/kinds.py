@@ -1,9 +1,6 @@
 """Recognizes by their bytes files that are not plain text in UTF-8, so that nobody trains on them by accident."""
 
 import codecs
-import csv
-import io
-import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -13,6 +10,8 @@ from typing import Literal
 
 import numpy as np
 
+from llama_jax.data.tables import columns_in_json, is_table
+
 # Files up to WHOLE bytes are examined in full, larger ones in WINDOWS windows of WINDOW bytes, spread evenly.
 WHOLE, WINDOWS, WINDOW = 1 << 20, 16, 1 << 16
 # Plain text has at most this share, or at most so few, bytes that are not UTF-8, and likewise control characters.
@@ -20,7 +19,7 @@ MOST_BAD, FEW_BAD = 0.005, 2
 MOST_CONTROLS, FEW_CONTROLS = 0.1, 8
 # From this share of NUL bytes a file may be UTF-16.
 MANY_NULS = 0.02
-# Number of lines of JSON lines, and rows of a table, to examine.
+# Number of lines of JSON lines to examine.
 LINES = 200
 
 
@@ -99,26 +98,17 @@ JSON_LINES = Kind("JSON lines", "write their texts to a .txt file first", "json 
 # Encodings by byte order mark, and by trying to decode. The first that fits wins.
 MARKS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
+COLUMNS = Kind(
+    "a table in JSON, column by column", "write a record a line (pandas: to_json(orient='records', lines=True))"
+)
 TABLE = Kind("a table", "write its column of texts to a .txt file, or its rows as JSON lines, first")
-# The names of columns of a table in a file of any name, of which one is usual for texts, and the fewest rows below them.
-NAME = re.compile(r"\w[\w .-]{0,40}|")
-COLUMNS = {
-    "text",
-    "content",
-    "body",
-    "document",
-    "title",
-    "id",
-    "url",
-    "label",
-    "prompt",
-    "completion",
-    "question",
-    "answer",
-}
-FEWEST_ROWS = 3
 # A line that is an object, but perhaps not JSON: a comma follows, or Python printed it.
 OBJECT = re.compile(r"\s*\{\s*[\"'].*\}\s*,?\s*")
+# What a page of HTML begins with, comments aside.
+HTML = re.compile(r"(?:<!--.*?-->\s*)*<(?:!doctype html|(?:html|head|body)\b[^<>]*>)", re.IGNORECASE | re.DOTALL)
+# Whole numbers and what stands between them, of which so many are not the digits of one.
+NUMBERS = re.compile(r"[\d\s,;\[\]()]+")
+FEWEST_NUMBERS = 64
 # Short texts that servers send in place of a file.
 NO_FILE = re.compile(
     r"(4\d\d[: ].{0,40}|not found|(entry|repository|revision) not found\W*|access denied\W*|accessdenied|forbidden|unauthorized|"
@@ -182,7 +172,7 @@ def by_first_bytes(head: bytes, size: int) -> Kind | None:
         return Kind("a picture (BMP)", TEXT_FIRST)
     if re.match(rb"[\x50-\x5f]\x2a\x4d\x18", head):
         return Kind("a zstd or lz4 file", UNPACK)
-    if re.match(rb"\x80[\2-\5][\x95}\](cX\x8a]", head):
+    if re.match(rb"\x80[\2-\5][\x95}\](cX\x8a]|\((?:lp|dp)\d+\n", head):
         return Kind("a pickle (or a .pt, .bin or .pth file of PyTorch)", EXTRACT)
     if (
         re.match(rb"(?s).{8}\{\s*\"", head)
@@ -268,10 +258,14 @@ def _are_token_ids(head: bytes) -> bool:
 def _by_structure(head: bytes, whole: bool, name: str) -> Kind | None:
     """Recognize files that are text, but not the text that a person means."""
     text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
-    if re.match(r"<!doctype html|<html\b", text, re.IGNORECASE):
+    if HTML.match(text):
         return Kind("a page of HTML", "see whether a download failed; " + EXTRACT)
     if text.startswith("<?xml"):
         return Kind("XML", "see whether a download failed; " + EXTRACT)
+    if text.startswith("WARC/1."):
+        return Kind("a web archive (WARC)", EXTRACT)
+    if re.match(r"<doc id=\"[^<>]*>\s", text):
+        return Kind("articles between tags, as WikiExtractor writes them", "write them with its option --json")
     if text.startswith("version https://git-lfs.github.com/spec/"):
         return Kind("a pointer of Git LFS in place of the file", "fetch the file itself (git lfs pull)")
     if whole and len(text) < 200 and NO_FILE.fullmatch(text.strip()):
@@ -279,9 +273,10 @@ def _by_structure(head: bytes, whole: bool, name: str) -> Kind | None:
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if found := _json_lines(text, whole, bool({".jsonl", ".ndjson"} & {*suffixes})) or _json(text, whole):
         return found
-    if suffixes and suffixes[-1] in (".csv", ".tsv"):
-        return _table(text, whole, "\t" if suffixes[-1] == ".tsv" else ",")
-    return _headed_table(head.decode("utf-8", "replace").lstrip("\ufeff\r\n"), whole)  # a tab may begin a row
+    if NUMBERS.fullmatch(text) and len(re.findall(r"\d+", text)) >= FEWEST_NUMBERS:
+        return Kind("numbers, perhaps token ids", TEXT_FIRST)
+    # White space may begin a row.
+    return TABLE if is_table(head.decode("utf-8", "replace").lstrip("\ufeff\r\n"), whole, suffixes[-1:]) else None
 
 
 def _json_lines(text: str, whole: bool, named: bool) -> Kind | None:
@@ -290,6 +285,8 @@ def _json_lines(text: str, whole: bool, named: bool) -> Kind | None:
     if not complete and text.startswith("{") and _is_cut_record(text):
         return JSON_LINES  # the first record is longer than the sample
     lines = [line for line in complete.split("\n") if line.strip()][:LINES]
+    if len(lines) == 1 and not named and columns_in_json(lines[0]):
+        return COLUMNS
     records = sum(_is_record(line) for line in lines)
     if records and (named or (records >= 0.5 * len(lines) and (len(lines) > 1 or text.startswith("{")))):
         return JSON_LINES
@@ -339,33 +336,3 @@ def _is_cut_record(text: str) -> bool:
     except (RecursionError, ValueError):  # too deep, or a number of too many digits
         return False
     return False
-
-
-def _headed_table(text: str, whole: bool) -> Kind | None:
-    """Recognize a table in a file of any name: rows of one length below the names of columns, one of which is usual."""
-    heading, _, below = (text if whole else text.rpartition("\n")[0]).partition("\n")
-    for delimiter in ",\t;|":
-        names = [name.strip(' "\r\ufeff') for name in heading.split(delimiter)]
-        if len(names) < 2 or not all(map(NAME.fullmatch, names)) or not {name.lower() for name in names} & COLUMNS:
-            continue
-        try:
-            rows = [row for row in itertools.islice(csv.reader(io.StringIO(below), delimiter=delimiter), LINES) if row]
-        except csv.Error:
-            continue
-        rows = rows if whole else rows[:-1]  # the last one may be cut
-        if len(rows) >= FEWEST_ROWS and {len(row) for row in rows} == {len(names)}:
-            return TABLE
-    return None
-
-
-def _table(text: str, whole: bool, delimiter: str) -> Kind | None:
-    """Recognize a table: a .csv or .tsv file with rows of one length or quoted fields."""
-    lines = (text if whole else text.rpartition("\n")[0]).splitlines()[:LINES]
-    try:
-        widths = {len(row) for row in csv.reader(lines, delimiter=delimiter) if row}
-    except csv.Error:
-        return None
-    quoted = any(line.startswith('"') for line in lines)
-    if widths and (quoted or (len(widths) == 1 and max(widths) > 1)):
-        return TABLE
-    return None

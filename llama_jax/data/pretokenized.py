@@ -41,12 +41,16 @@ def find_pretokenized(args: DataArgs) -> list[TokenFile]:
     return files
 
 
-def open_pretokenized(args: DataArgs, files: Sequence[TokenFile], manifest: Manifest | None = None) -> TokenSet:
+def open_pretokenized(
+    args: DataArgs, files: Sequence[TokenFile], manifest: Manifest | None = None, at_end: bool = False
+) -> TokenSet:
     """Open token files without a copy. Their ids are read once, unless their ``manifest`` is known.
+
+    ``at_end``: their end is held out, as earlier versions held it out where no file was named train.
 
     Raises UserError if an id is outside the tokenizer's vocabulary.
     """
-    parts = _split(args, files)
+    parts = _split(args, files, at_end or (manifest is not None and manifest.held_out == "end"))
     if manifest is not None:
         return TokenSet(parts.train, parts.eval, manifest)
     tokenizer = Tokenizer(args.tokenizer_model_path)
@@ -91,7 +95,7 @@ class _Parts(NamedTuple):
     eval_source: str
 
 
-def _split(args: DataArgs, files: Sequence[TokenFile]) -> _Parts:
+def _split(args: DataArgs, files: Sequence[TokenFile], at_end: bool) -> _Parts:
     """Return the tokens to train on and those that are held out. Raises UserError if options contradict the files."""
     how: HeldOut = "own"
     if args.eval_filepath:
@@ -103,9 +107,10 @@ def _split(args: DataArgs, files: Sequence[TokenFile]) -> _Parts:
             )
     else:
         named, how = by_split(files), "given"
-        held_out = (named.get("validation") or named.get("test") or []) if "train" in named else []
-        if held_out:
-            files = [*named["train"], *named.get("", [])]
+        rest = [*named.get("train", []), *named.get("", [])]
+        by_name = "train" in named or (bool(rest) and not at_end)
+        held_out = (named.get("validation") or named.get("test") or []) if by_name else []
+        files = rest if held_out else files
     if not held_out:
         return _Parts(*cut_at(files, args.train_size), "end", "")
     names = ", ".join(file.path.name for file in held_out[:3]) + (", ..." if len(held_out) > 3 else "")
@@ -120,6 +125,10 @@ def _split(args: DataArgs, files: Sequence[TokenFile]) -> _Parts:
 def _check_ids(args: DataArgs, tokenizer: Tokenizer, *found: Examined) -> None:
     """Raise UserError if an id is not one of the tokenizer's."""
     largest, smallest = max(each.largest for each in found), min(each.smallest for each in found)
+    if largest == 0:
+        raise UserError(
+            f"data.filepath: expected token ids, found nothing but 0 in {args.filepath}; download or make it again"
+        )
     if smallest < 0 or largest >= tokenizer.vocab_size:
         raise UserError(
             f"data.tokenizer_model_path: expected the tokenizer of {args.filepath}, found ids from {smallest} to {largest:,} there "

@@ -25,7 +25,7 @@ from llama_jax.data.corpus_file import BOM, CorpusFile, Record, opened_at
 from llama_jax.data.kinds import Format, decoded
 from llama_jax.data.parts import Unit
 from llama_jax.data.places import BLOCK_BYTES
-from llama_jax.data.record_fields import Fields, content_of, named
+from llama_jax.data.record_fields import TEXT, Fields, content_of, named
 from llama_jax.errors import UserError, quoted
 from llama_jax.tokenizer import clean
 
@@ -39,7 +39,6 @@ MOST_BYTES = 1 << 27
 ROWS_AT_ONCE = 256
 # The field with the text is chosen by this many records, or fewer if they are this long together.
 SAMPLE, SAMPLE_BYTES = 200, 1 << 22
-TEXT = "text"
 # What a file of each format is called.
 NAMES: dict[Format, str] = {
     "text": "text", "json lines": "JSON lines", "json": "a JSON array", "parquet": "a parquet file",
@@ -115,9 +114,8 @@ def with_field(file: CorpusFile, wanted: str, key: str = "data.filepath") -> Cor
         return replace(file, field=", ".join(KINDS[kind]), chats=kind, chosen=True)
     if not wanted and TEXT not in strings and (kind := kind_of_fields(every)):
         return replace(file, field=", ".join(KINDS[kind]), chats=kind)
-    chosen = TEXT if TEXT in strings else strings[0] if len(strings) == 1 else ""
-    if chosen and not wanted:
-        return replace(file, field=chosen)
+    if fields.chosen and not wanted:
+        return replace(file, field=fields.chosen)
     asked = f"texts in the field {quoted(wanted)}" if wanted else "texts in a field text, or in one field alone"
     conversations = f", or conversations ({KNOWN})" if not wanted else ""
     raise UserError(

@@ -14,16 +14,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_jax.data.beside import (
+    BLOBS,
+    DELTA,
+    ENGINES,
+    REVISIONS,
+    earlier_revisions,
+    is_unfinished,
+    names_of,
+    texts_beside,
+)
 from llama_jax.data.corpus_file import CorpusFile
 from llama_jax.data.formats import examine, is_read_in_a_folder, may_be_read
 from llama_jax.data.places import Place, at_once, files_at
-from llama_jax.data.records import TEXT, also_chats, with_field
+from llama_jax.data.record_fields import TEXT
+from llama_jax.data.records import also_chats, with_field
 from llama_jax.data.splits import missing_shards, of_one_split
 from llama_jax.errors import UserError, quoted
 from llama_jax.storage.files import is_address
 
-# A note shows this many names.
-SHOWN = 3
+# A note counts this many kinds of files.
+KINDS = 5
 # The names of files of records end so.
 RECORDS = {".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather"}
 
@@ -41,15 +52,16 @@ class Found(NamedTuple):
 
 
 def find_files(
-    filepath: str, key: str = "data.filepath", as_text: bool = False, text_field: str = "", by_split: bool = True
+    filepath: str, key: str = "data.filepath", as_text: bool = False, text_field: str = "", by_name: bool = True
 ) -> Found:
     """Find the text files of ``filepath`` (a file, a folder or a glob, on disk or behind an address).
 
     ``as_text`` accepts files that do not look like text, as text. ``text_field`` is the field of records with the text.
-    ``by_split``: of files that are named by their splits, only one split is read. Raises a UserError that names the
-    option ``key`` if there are no files, if one cannot be read, or if one is neither plain text nor records.
+    ``by_name``: of files that are named by their splits, only one split is read, and what by its name is no part of a
+    folder's corpus is not. Raises a UserError that names the option ``key`` if there are no files, if one cannot be
+    read, or if one is neither plain text nor records.
     """
-    search = _Search(key, text_field, as_text)
+    search = _Search(key, text_field, as_text, by_name)
     _check_name(filepath, search)
     if is_address(filepath):
         places = list(search.find_remote(filepath))
@@ -61,13 +73,13 @@ def find_files(
     if not any(place.size for place in places):
         raise UserError(f"{key}: expected text, found {filepath} empty")
     files = at_once(lambda place: search.known.get(place.name) or _examined(place, key, as_text), places)
-    if len(files) > 1 and by_split:
+    if len(files) > 1 and by_name:
         files, notes = of_one_split(files, held_out=key != "data.filepath")
         search.splits += notes
     if os.path.basename(filepath) != os.path.basename(files[0].name):  # a single file was meant to be one
         search.splits += missing_shards(files)
     if not as_text:
-        search.splits += [*_named_otherwise(files), *_also_unpacked(files)]
+        search.splits += [*_named_otherwise(files), *_also_unpacked(files), *texts_beside(files)]
         files = at_once(lambda file: file if file.format == "text" else with_field(file, text_field, key), files)
         search.splits += [] if text_field else _fields_taken(files)
         if not text_field and (beside := also_chats(files[0])):
@@ -102,7 +114,7 @@ def _named_otherwise(files: Sequence[CorpusFile]) -> list[str]:
         for file in files
         if file.format == "text" and RECORDS & {suffix.lower() for suffix in Path(file.name).suffixes}
     ]
-    return [f"read as plain text, though named as records: {_names(named)}"] if named else []
+    return [f"read as plain text, though named as records: {names_of(named)}"] if named else []
 
 
 def _also_unpacked(files: Sequence[CorpusFile]) -> list[str]:
@@ -110,7 +122,7 @@ def _also_unpacked(files: Sequence[CorpusFile]) -> list[str]:
     names = {file.name for file in files}
     both = [file.name for file in files if file.compression and os.path.splitext(file.name)[0] in names]
     return [
-        f"warning: read compressed and decompressed, perhaps the same twice: {_names(list(map(os.path.basename, both)))}"
+        f"warning: read compressed and decompressed, perhaps the same twice: {names_of(list(map(os.path.basename, both)))}"
     ] if both else []  # fmt: skip
 
 
@@ -146,10 +158,14 @@ class _Search:
     key: str
     text_field: str = ""
     as_text: bool = False
+    by_name: bool = True
     expected: str = "a text file, a folder or a glob"
     known: dict[str, CorpusFile] = field(default_factory=dict)
     splits: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
+    engines: list[str] = field(default_factory=list)
+    revisions: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
     others: collections.Counter[str] = field(default_factory=collections.Counter)
     folders: list[str] = field(default_factory=list)
     again: list[str] = field(default_factory=list)
@@ -173,6 +189,8 @@ class _Search:
             inside = place.name.removeprefix(found.root).strip("/").split("/")
             if len(found.places) > 1 and any(part.startswith(".") for part in inside):
                 self.hidden.append(inside[-1])
+            elif len(found.places) > 1 and self.by_name and (kept := ENGINES.intersection(inside)):
+                self._left_to_engines(sorted(kept))
             else:
                 shown.append(place)
         return iter(self._taken(shown) if found.is_folder else shown)
@@ -194,21 +212,29 @@ class _Search:
     def notes(self) -> list[str]:
         """Return a line for each kind of thing left out."""
         told = {
-            "not read, as they are hidden: ": _names(self.hidden),
+            "not read, as they are hidden: ": names_of(self.hidden),
+            "not read, as Spark, Dask or Delta Lake keep them beside their data: ": names_of(self.engines),
+            "not read, as the hub's cache has the files of the main revision by their names: ": names_of(
+                self.revisions
+            ),
+            "not read, as their names say that they are unfinished, or copies: ": names_of(self.unfinished),
             "not read, as their names do not end in .txt: ": self._others(),
-            "not read, as they are folders (** in a glob goes into them): ": _names(self.folders),
-            "read once, though more than one name or link leads to them: ": _names(self.again),
+            "not read, as they are folders (** in a glob goes into them): ": names_of(self.folders),
+            "read once, though more than one name or link leads to them: ": names_of(self.again),
         }
         return [words + names for words, names in told.items() if names] + self.splits
 
     def left_out(self) -> str:
         """Return what was left out, for an error if nothing was found."""
-        parts = {"hidden ones": _names(self.hidden), "others": self._others(), "folders": _names(self.folders)}
+        parts = {
+            "hidden ones": names_of(self.hidden), "unfinished ones": names_of(self.unfinished), "others": self._others(),
+            "folders": names_of(self.folders),
+        }  # fmt: skip
         found = [f"{words} ({names})" for words, names in parts.items() if names]
         return "only " + " and ".join(found) if found else ""
 
     def _others(self) -> str:
-        return ", ".join(f"{count:,} {kind}" for kind, count in self.others.most_common(SHOWN + 2))
+        return ", ".join(f"{count:,} {kind}" for kind, count in self.others.most_common(KINDS))
 
     def _in_folder(self, folder: Path) -> Iterator[Path]:
         paths = list(self._walk(folder, with_hidden=False))
@@ -219,6 +245,9 @@ class _Search:
     def _taken(self, places: Sequence[Place]) -> Iterator[Place]:
         """Yield the files in a folder that are read: *.txt, also compressed, and records. Count the others."""
         for place, file in zip(places, at_once(self._recognized, places), strict=True):
+            if file is not None and self.by_name and is_unfinished(place.name):
+                self.unfinished.append(os.path.basename(place.name))
+                continue
             if file is not None:
                 self.known[place.name] = file
             if file is not None or place.name.endswith(".txt"):
@@ -267,10 +296,34 @@ class _Search:
                     self.hidden += [name for name in sorted(names + files) if name.startswith(".")]
                     names[:] = [name for name in names if not name.startswith(".")]
                     files = [name for name in files if not name.startswith(".")]
+                if self.by_name:
+                    files = self._without_others(Path(folder), names, files)
                 linked = [name for name in sorted(names) if os.path.islink(os.path.join(folder, name))]
                 waiting.extend(Path(folder, name) for name in linked)
                 names[:] = sorted(set(names) - set(linked))
                 yield from (Path(folder, name) for name in files)
+
+    def _without_others(self, folder: Path, names: list[str], files: list[str]) -> list[str]:
+        """Take out of the ``names`` of folders those with no part of the corpus, and return ``files`` without them."""
+        if {BLOBS, REVISIONS} <= {*names}:
+            self.revisions.append(BLOBS)
+            names.remove(BLOBS)
+        if folder.name == REVISIONS and (folder.parent / BLOBS).is_dir():
+            earlier = earlier_revisions(folder.parent)
+            self.revisions += earlier
+            names[:] = [name for name in names if name not in earlier]
+        self._left_to_engines(sorted(ENGINES.intersection([*names, *files])))
+        names[:] = [name for name in names if name not in ENGINES]
+        return [name for name in files if name not in ENGINES]
+
+    def _left_to_engines(self, names: list[str]) -> None:
+        """Note what an engine keeps. Beside a log of Delta Lake, there may be files that the table no longer has."""
+        self.engines += [name for name in names if name not in self.engines]
+        if DELTA in names:
+            self.splits.append(
+                "warning: a table of Delta Lake: all its files are read, also those that later versions removed; export the current "
+                "version to read it alone"
+            )
 
     def _raise(self, error: OSError) -> None:
         raise UserError(
@@ -290,12 +343,6 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
         return _matches(parts, pattern[1:]) or (not hidden and _matches(parts[1:], pattern))
     fits = fnmatch.fnmatchcase(parts[0], pattern[0]) and (not hidden or pattern[0].startswith("."))
     return fits and _matches(parts[1:], pattern[1:])
-
-
-def _names(names: list[str]) -> str:
-    """Return "3 (a, b, c)", or an empty text if there are none."""
-    shown = ", ".join(ascii(name)[1:-1] for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    return f"{len(names):,} ({shown})" if names else ""
 
 
 def _size(path: Path, key: str) -> int:

@@ -4,30 +4,36 @@ import os
 import re
 from collections.abc import Sequence
 
+from llama_jax.data.beside import SHOWN, names_of
 from llama_jax.data.corpus_file import CorpusFile
 
 SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation", "heldout"),
+    "train": ("train", "training", "trainset"),
+    "validation": ("validation", "valid", "val", "dev", "validset", "valset", "devset"),
+    "test": ("test", "testing", "eval", "evaluation", "heldout", "holdout", "testset", "evalset"),
 }
-HELD_OUT = re.compile(r"held[-_ ]out")
-# A note shows this many names.
-SHOWN = 3
+HELD_OUT = re.compile(r"(held|hold)[-_. ]out")
+# A word begins here, too: trainData.
+INSIDE = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 def split_of(name: str) -> str:
     """Return the split that a path within a data set names, else an empty text.
 
-    The file's name decides ("train-00000-of-00012.parquet"), and then the folders above it, the nearest first.
+    The file's name decides ("train-00000-of-00012.parquet", "wiki.train.jsonl"), and then the folders above it, the
+    nearest first.
     """
-    *folders, file = name.split("/")
-    for part in [file.split(".")[0], *reversed(folders)]:
-        words = re.split(r"[^a-z]+", HELD_OUT.sub("heldout", part.lower()))
+    for part in reversed(name.split("/")):
+        words = _words(part)
         for split, keywords in SPLITS.items():
             if any(word in keywords for word in words):
                 return split
     return ""
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name in small letters, each but the first after what stands between it and the last one."""
+    return re.split(r"([^a-z]+)", HELD_OUT.sub(r"\1out", INSIDE.sub(" ", name).lower()))
 
 
 def of_one_split(files: Sequence[CorpusFile], held_out: bool = False) -> tuple[list[CorpusFile], list[str]]:
@@ -46,15 +52,16 @@ def of_one_split(files: Sequence[CorpusFile], held_out: bool = False) -> tuple[l
     named = [split for split in ("validation", "test") if split in splits.values()]
     if "train" not in splits.values():
         mixed = len({*splits.values()}) > 1 and not held_out
-        return list(files), [_also_read(inside, splits, split) for split in named if mixed]
+        notes = [_also_read(inside, splits, split) for split in named if mixed]
+        return list(files), notes or ([] if held_out else _doubtful(inside, files))
     taken = {named[0]} if held_out and named else {"", "train"}
     kept = [file for file in files if splits[file.name] in taken]
-    notes = []
+    notes = [] if held_out else _doubtful(inside, kept)
     for split in ("train", *named):
         names = [inside[file.name] for file in files if splits[file.name] == split]
         if split not in taken:
             hint = "" if held_out else "; evaluate on them with --data.eval-filepath"
-            notes.append(f"not read, as their names say that they are the {split} split: {_shown(names)}{hint}")
+            notes.append(f"not read, as their names say that they are the {split} split: {names_of(names)}{hint}")
     folders = sorted({os.path.dirname(inside[file.name]) for file in kept if splits[file.name] == "train"})
     if len(folders) > 1 and not texts:
         notes.append(
@@ -68,32 +75,36 @@ def _also_read(inside: dict[str, str], splits: dict[str, str], split: str) -> st
     """Return a warning about the files of a split, which are read as there is no train split to read alone."""
     names = [inside[name] for name, of in splits.items() if of == split]
     return (
-        f"warning: read to train on, though their names say that they are the {split} split: {_shown(names)}; move them elsewhere, "
+        f"warning: read to train on, though their names say that they are the {split} split: {names_of(names)}; move them elsewhere, "
         "and evaluate on them with --data.eval-filepath"
     )
 
 
-def _shown(names: Sequence[str]) -> str:
-    shown = ", ".join(ascii(name)[1:-1] for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    return f"{len(names):,} ({shown})"
+def _doubtful(inside: dict[str, str], files: Sequence[CorpusFile]) -> list[str]:
+    """Return warnings about plain texts among ``files`` that have the word of a held-out split, beside one of train."""
+    words = {file.name: split_of(os.path.basename(file.name)) for file in files if file.format == "text"}
+    beside_train = "train" in words.values()
+    return [_also_read(inside, words, s) for s in ("validation", "test") if beside_train and s in words.values()]
 
 
 def _splits_of_texts(names: Sequence[str]) -> dict[str, str]:
     """Return the splits of plain texts, "" for none.
 
-    Any text may have "test" or "train" in its name. They are splits if a folder has the split as its name, or if the
-    names of two files are the same but for the split: stories-train.txt, stories-valid.txt.
+    Any text may have "test" or "train" in its name. They are splits if a folder or a file has the split as its name, or
+    if the names of two files are the same but for the split: stories-train.txt, stories-valid.txt.
     """
     found = dict.fromkeys(names, "")
     alike: dict[str, dict[str, str]] = {}
     for name in names:
         *folders, file = name.split("/")
-        words = re.split(r"([^a-z]+)", file.lower())
+        words = _words(file)
         marked = next((i for i, word in enumerate(words) if _split_named(word)), None)
-        if marked is not None:
-            rest = "/".join([*folders, "".join([*words[:marked], *words[marked + 1 :]])])
-            alike.setdefault(rest, {})[name] = _split_named(words[marked])
-        found[name] = next(filter(None, map(_split_named, map(str.lower, reversed(folders)))), "")
+        split = _split_named(words[marked]) if marked is not None else ""
+        rest = words if marked is None else [*words[:marked], *words[marked + 1 :]]
+        alike.setdefault("/".join([*folders, " ".join(re.findall(r"[a-z0-9]+", "".join(rest)))]), {})[name] = split
+        if not re.search("[a-z]", "".join(rest).partition(".")[0]):
+            found[name] = split
+        found[name] = next(filter(None, map(_split_named, map(str.lower, reversed(folders)))), found[name])
     for group in alike.values():
         if len(set(group.values())) > 1:
             found |= group

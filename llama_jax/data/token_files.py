@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.data.beside import is_describing
 from llama_jax.data.kinds import kind_of
 from llama_jax.data.parts import TextFile
 from llama_jax.data.splits import split_of
@@ -95,12 +96,13 @@ class JoinedStream(TokenStream):
 def find_token_files(filepath: str) -> list[TokenFile]:
     """Return the token files of a path: a file, a folder, a glob, or the path of Megatron's two files without .bin.
 
-    It is empty if it is none of them, or if there are texts in the folder. Raises UserError if one is damaged.
+    It is empty if it is none of them, or if there are texts in the folder. Raises UserError if one is damaged, or is
+    something else than the others.
     """
     path = Path(filepath).expanduser()
     if path.is_dir():
         paths = sorted(path.glob("*.bin"))
-        if not paths or any(TEXTS & {*other.suffixes} for other in path.rglob("*")):
+        if not paths or any(TEXTS & {*other.suffixes} and not is_describing(other.name) for other in path.rglob("*")):
             return []
     elif path.exists():
         paths = [path.with_suffix(".bin") if path.suffix == ".idx" else path]
@@ -108,8 +110,14 @@ def find_token_files(filepath: str) -> list[TokenFile]:
         paths = [path.with_name(path.name + ".bin")]
     else:
         paths = sorted(p for p in map(Path, glob.glob(os.fspath(path), recursive=True)) if p.suffix == ".bin")
-    found = [_opened(path) for path in paths if path.is_file() and os.access(path, os.R_OK)]
-    return [] if None in found else [file for file in found if file is not None]
+    found = {path: _opened(path) for path in paths if path.is_file() and os.access(path, os.R_OK)}
+    files = [file for file in found.values() if file is not None]
+    if files and (others := [path for path, file in found.items() if file is None]):
+        raise UserError(
+            f"{others[0]}: expected token files alone, as {files[0].path.name} of {files[0].program} is one, found something else; move "
+            "it elsewhere"
+        )
+    return files
 
 
 def by_split(files: Sequence[TokenFile]) -> dict[str, list[TokenFile]]:
@@ -188,6 +196,10 @@ def _opened(path: Path) -> TokenFile | None:
             f"{path}: expected ids of two bytes, as nanoGPT writes them, found ids of four or eight; write them with numpy as uint16, "
             "or behind a header of llm.c"
         )
+    if _is_narrower(np.frombuffer(head, "u1")):
+        raise UserError(
+            f"{path}: expected ids of two bytes, as nanoGPT writes them, found ids of one; write them with numpy as uint16"
+        )
     return TokenFile(path, "nanoGPT", np.dtype("<u2"), 0, size // 2)
 
 
@@ -195,6 +207,15 @@ def _is_wider(pairs: np.ndarray) -> bool:
     """Return whether the beginning of a file, as uint16, is of wider ids: the second of each two is next to nothing."""
     low, high = pairs[::2], pairs[1::2]
     return bool(len(high) >= 8 and high.max() <= 3 and low.max() > 3)
+
+
+def _is_narrower(numbers: np.ndarray) -> bool:
+    """Return whether the beginning of a file, as bytes, is of ids of one byte: first and second ones are alike.
+
+    Of ids of two bytes, the first ones are spread over all values, or the second ones are 0.
+    """
+    low, high = numbers[: len(numbers) // 2 * 2 : 2], numbers[1::2]
+    return bool(len(high) >= 64 and low.max() < 200 and high.max() > low.max() // 2)
 
 
 def _llm_c(path: Path, header: np.ndarray, size: int) -> TokenFile:

@@ -258,7 +258,9 @@ def test_a_data_set_that_its_own_library_saved_is_read(tmp_path: Path) -> None:
         ("train-00000-of-00012.parquet", "train"), ("data/test-0.parquet", "test"), ("en/validation/0000.parquet", "validation"),
         ("c4-train.00000-of-01024.json.gz", "train"), ("dev.jsonl", "validation"), ("val_1.jsonl.zst", "validation"),
         ("train/test.jsonl", "test"), ("books.jsonl", ""), ("pretraining.jsonl", ""), ("contest.parquet", ""),
-        ("eval.jsonl", "test"), ("my-training-set.parquet", "train"),
+        ("eval.jsonl", "test"), ("my-training-set.parquet", "train"), ("wiki.train.jsonl", "train"), ("a.b.val.0.jsonl.gz", "validation"),
+        ("trainData.jsonl", "train"), ("holdout.jsonl", "test"), ("hold-out/0.jsonl", "test"), ("testset_1.parquet", "test"),
+        ("TestData.parquet", "test"), ("greatest.jsonl", ""), ("heldout.train.jsonl", "train"),
     ],
 )  # fmt: skip
 def test_a_split_is_a_word_of_the_name(name: str, split: str) -> None:
@@ -386,6 +388,27 @@ def test_of_a_folder_without_a_train_split_what_is_named_for_evaluation_is_read_
         (True, False), (False, True),
     ]  # fmt: skip
     assert not find_files(str(tmp_path / "test.jsonl")).notes
+
+
+@pytest.mark.parametrize(
+    ("names", "taken", "told"),
+    [
+        (("train.jsonl", "test.txt"), ["train.jsonl"], "not read, as their names say that they are the test split: 1 (test.txt)"),
+        (("wiki.train.jsonl", "wiki.test.jsonl"), ["wiki.train.jsonl"], "the test split: 1 (wiki.test.jsonl)"),
+        (("a.txt", "a.test.txt"), ["a.test.txt", "a.txt"], "warning: read to train on, though their names say that they are the test"),
+        (("a.txt", "a_heldout.txt"), ["a.txt", "a_heldout.txt"], "they are the test split: 1 (a_heldout.txt)"),
+        (("fox-train.txt", "owl-test.txt"), ["fox-train.txt", "owl-test.txt"], "warning: read to train on, though their names say"),
+        (("a.txt", "crash test.txt"), ["a.txt", "crash test.txt"], ""),
+    ],
+)  # fmt: skip
+def test_held_out_splits_are_left_out_or_told_however_the_files_are_named(
+    tmp_path: Path, names: tuple[str, ...], taken: list[str], told: str
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
+    files, notes = find_files(str(tmp_path))
+    assert [os.path.basename(file.name) for file in files] == taken
+    assert told in " / ".join(notes) if told else not notes
 
 
 @pytest.mark.parametrize("name", ["heldout.jsonl", "held_out.jsonl", "held-out-1.jsonl", "held out/0.jsonl"])

@@ -111,6 +111,15 @@ OTHERS: dict[str, tuple[bytes, str]] = {
     "a JSON array, indented": (json.dumps(RECORDS * 900, indent=1).encode(), "JSON"),
     "a JSON object": (json.dumps(RECORDS[0]).encode(), "JSON"),
     "HTML": (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "HTML"),
+    "HTML behind a comment": (b"<!-- saved from -->\n<html lang='en'><body>Sign in</body></html>", "HTML"),
+    "HTML without a beginning": (b"<head><title>Sign in</title></head><body></body>", "HTML"),
+    "a web archive": (b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: 8\r\n\r\nThe fox.\r\n", "WARC"),
+    "WikiExtractor's articles": (b'<doc id="12" url="https://x" title="Fox">\nFox\n\nThe fox.\n</doc>\n', "WikiExtractor"),
+    "token ids in a text": (" ".join(map(str, range(300))).encode(), "numbers"),
+    "token ids, a document a line": (b"5, 17, 3, 12\n" * 40, "numbers"),
+    "a table without the names of columns": (b"The fox went.\tDer Fuchs ging.\n" * 20, "a table"),
+    "a table in JSON by columns, of pandas": (b'{"text":{"0":"The fox","1":"The owl"},"n":{"0":1,"1":2}}', "column by column"),
+    "a table in JSON by columns, of lists": (b'{"text":["The fox","The owl"],"n":[1,2]}\n', "column by column"),
     "XML": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "XML"),
     "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS"),
     "an answer of GitHub": (b"404: Not Found", "server's answer"),
@@ -140,6 +149,11 @@ def test_a_pickle_is_named(tmp_path: Path, protocol: int) -> None:
     assert "pickle" in (kind_in(tmp_path, pickle.dumps({"a": [1, 2]}, protocol)) or "")
 
 
+def test_a_pickle_of_the_protocol_that_is_text_is_named(tmp_path: Path) -> None:
+    assert "pickle" in (kind_in(tmp_path, pickle.dumps(["The fox", "The owl"], 0)) or "")
+    assert "pickle" in (kind_in(tmp_path, pickle.dumps({"a": [1, 2]}, 0)) or "")
+
+
 def test_a_database_and_a_tokenizer_and_a_program_are_named(tmp_path: Path, small_tokenizer) -> None:
     assert "SQLite" in (kind_in(tmp_path, sqlite_file(tmp_path)) or "")
     assert "SentencePiece" in (kind_in(tmp_path, small_tokenizer.model_bytes) or "")
@@ -150,6 +164,7 @@ def test_a_database_and_a_tokenizer_and_a_program_are_named(tmp_path: Path, smal
 def test_a_table_that_is_named_one_is_a_table(tmp_path: Path, name: str) -> None:
     mark = "," if name == "a.csv" else "\t"
     assert kind_in(tmp_path, f"text{mark}label\nThe fox{mark}1\nThe owl{mark}2\n".encode(), name) == "a table"
+    assert kind_in(tmp_path, b"text\nThe fox went\nto the river\n", name) == "a table", "of one column, with its name"
     assert kind_in(tmp_path, b"The fox went\nto the river\nand saw an owl\n", name) is None
 
 
@@ -162,6 +177,9 @@ TEXTS = {
     "braces": "{ this is no JSON }\nmore", "brackets": "[Chapter 1]\nOnce", "a list": "[1] Introduction\n[2] More\n",
     "LaTeX": "{\\bf the fox} went", "JSON in prose": '{"a": 1}\nand then prose\nmore prose\n',
     "quotations": '"The fox."\n"The owl."\n', "commas": "one, two\nthree, four\n", "a wiki": "<mediawiki xmlns='x'>\n text",
+    "digits": "3.14159 26535 89793 23846\n" * 20, "a sum": "12 + 30 = 42\n" * 40, "one number": "31415926535" * 40,
+    "tabs that indent": "for fox in foxes:\n\tprint(fox)\n" * 20, "tabs in some lines": "The\tfox\nwent\n" * 20,
+    "a tag": "<doc>\nThe fox\n</doc>\n", "a heading": "<header>\nThe fox\n", "WARC in prose": "WARC is a format",
     "not found": "Not found was the fox, and the owl was sad all day long.", "Markdown": "# Title\n\ntext", "code": "import os\n",
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import builtins
 import errno
 import gzip
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -214,11 +215,11 @@ def test_a_plain_text_that_is_named_as_records_is_told(tmp_path: Path) -> None:
 
 
 def test_a_field_that_is_taken_because_it_alone_has_texts_is_told(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"meta": {"text": "The fox"}, "url": "x"}\n' * 2)
-    assert "the text is taken from the field 'url', the only one with texts; --data.text-field" in notes(
+    (tmp_path / "a.jsonl").write_text('{"meta": {"author": "A fox"}, "story": "x"}\n' * 2)
+    assert "the text is taken from the field 'story', the only one with texts; --data.text-field" in notes(
         tmp_path, "a.jsonl"
     )
-    assert not find_files(str(tmp_path / "a.jsonl"), text_field="url").notes
+    assert not find_files(str(tmp_path / "a.jsonl"), text_field="story").notes
     (tmp_path / "b.jsonl").write_text('{"text": "The fox", "url": "x"}\n' * 2)
     assert not find_files(str(tmp_path / "b.jsonl")).notes
 
@@ -228,3 +229,86 @@ def test_a_file_that_is_there_compressed_too_is_told(tmp_path: Path) -> None:
     assert "compressed" not in notes(tmp_path)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     assert "read compressed and decompressed, perhaps the same twice: 1 (a.jsonl.gz)" in notes(tmp_path)
+
+
+def test_plain_texts_that_describe_the_others_or_stand_beside_records_are_told(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt", "README.txt", "LICENSE.txt", "sha256sums.txt", "notice of a fox.md")
+    said = "warning: read, though their names say that they describe the other files: 3 (LICENSE.txt, README.txt, sha256sums.txt)"
+    assert said in notes(tmp_path) and "beside the records" not in notes(tmp_path)
+    (tmp_path / "b.jsonl").write_text('{"text": "the fox"}\n')
+    assert said in notes(tmp_path) and "read beside the records, a document each: 1 (a.txt)" in notes(tmp_path)
+    make(tmp_path / "readmes", "a/README.txt", "b/README.txt")
+    assert notes(tmp_path / "readmes") == "", "a corpus of such files is one"
+
+
+def test_unfinished_downloads_and_copies_of_records_are_not_read_and_are_told(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl.part", "c.jsonl.incomplete", "d.jsonl~", "e.jsonl.bak", "party.jsonl"):
+        (tmp_path / name).write_text('{"text": "the fox"}\n')
+    assert found(tmp_path) == ["a.jsonl", "party.jsonl"] and found(tmp_path, "e.jsonl.bak") == ["e.jsonl.bak"]
+    assert "not read, as their names say that they are unfinished, or copies: 4 (" in notes(tmp_path)
+    assert len(find_files(str(tmp_path), by_name=False).files) == 6, "a run that began with them goes on"
+
+
+def test_what_spark_dask_and_delta_lake_keep_beside_their_data_is_not_read(tmp_path: Path) -> None:
+    for name in ("part-0.json", "_temporary/0/part-1.json", "deep/_metadata", "deep/part-2.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "the fox"}\n' * 2)
+    assert found(tmp_path) == ["deep/part-2.json", "part-0.json"]
+    assert "keep them beside their data: 2 (_temporary, _metadata)" in notes(tmp_path) and "warning" not in notes(
+        tmp_path
+    )
+    (tmp_path / "_delta_log").mkdir()
+    (tmp_path / "_delta_log" / "0.json").write_text('{"add": {"path": "part-0.json"}}\n')
+    assert "warning: a table of Delta Lake: all its files are read" in notes(tmp_path)
+
+
+def test_of_a_data_set_in_the_hubs_cache_the_train_split_of_its_main_revision_is_read(tmp_path: Path) -> None:
+    hub = tmp_path / "datasets--owls--foxes"
+    for revision, split, blob in (("old", "train", "3c"), ("new", "train", "2b"), ("new", "test", "1a")):
+        (hub / "blobs").mkdir(parents=True, exist_ok=True)
+        (hub / "blobs" / blob).write_text('{"text": "the fox"}\n' * 2)
+        link = hub / "snapshots" / revision / f"{split}.jsonl"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(hub / "blobs" / blob)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("new")
+    name = "datasets--owls--foxes/snapshots/new/train.jsonl"
+    assert found(tmp_path) == found(tmp_path, hub.name) == found(tmp_path, f"{hub.name}/snapshots") == [name]
+    assert "has the files of the main revision by their names: 2 (blobs, old)" in notes(tmp_path)
+    assert "they are the test split: 1 (test.jsonl)" in notes(tmp_path)
+    (hub / "refs" / "main").unlink()
+    assert "the train splits of 2 folders are read" in notes(tmp_path), "nothing tells which revision is meant"
+
+
+def test_of_records_that_stand_alone_in_their_file_a_text_within_a_field_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"meta": {"text": "the fox"}}')
+    assert len(find_files(str(tmp_path), text_field="meta.text").files) == 1
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ('"text": ["the fox"], "title": "fox"', "text (a list)"),
+        ('"text": null, "title": "fox"', "text (null)"),
+        ('"input_ids": [1, 2], "source": "web"', "input_ids (a list) without texts) from line 1 on"),
+        ('"meta": {"text": "the fox"}, "title": "fox"', "--data.text-field meta.text"),
+        ('"docId": "7", "n": 3', "the field docId, which by its name describes the text"),
+        ('"source_url": "https://fox", "n": 3', "the field source_url, which by its name"),
+    ],
+)
+def test_the_only_field_with_texts_is_not_taken_where_another_one_is_meant(
+    tmp_path: Path, others: str, words: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(f"{{{others}}}\n" * 3)
+    with pytest.raises(UserError) as error:
+        find_files(str(tmp_path / "a.jsonl"))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    field = next(name for name in ("title", "source", "docId", "source_url") if name in json.loads(f"{{{others}}}"))
+    assert find_files(str(tmp_path / "a.jsonl"), text_field=field).files[0].field == field, "it can be asked for"
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table([["the fox"], ["the owl"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"text \(in two columns\)"):
+        find_files(str(tmp_path / "a.parquet"))

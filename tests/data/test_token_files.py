@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.config import DataArgs
-from llama_jax.data import Data, load_data, open_data
+from llama_jax.data import Data, find_text, load_data, open_data
 from llama_jax.data.batches import eval_batches, train_batches
+from llama_jax.data.manifest import write_manifest
+from llama_jax.data.pretokenized import open_pretokenized
 from llama_jax.data.summary import held_out_text, remarks
 from llama_jax.data.token_files import JoinedStream, TokenFile, cut_at, find_token_files
 from llama_jax.errors import UserError
@@ -151,6 +153,55 @@ def test_damaged_headers_and_indexes_are_named(tmp_path: Path, small_tokenizer: 
     (tmp_path / "b.bin").write_bytes(bytes(100))
     with pytest.raises(UserError, match=r"b\.bin: expected the 20,000 tokens of its index"):
         load(tmp_path, small_tokenizer, tmp_path / "b")
+
+
+def test_ids_of_one_byte_are_not_taken_for_nano_gpts(tmp_path: Path, llama2_tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.bin").write_bytes(np.random.default_rng(0).integers(0, 65, 5000).astype("u1").tobytes())
+    with pytest.raises(UserError, match="expected ids of two bytes, as nanoGPT writes them, found ids of one"):
+        load(tmp_path, llama2_tokenizer, tmp_path / "a.bin")
+    nano_gpt(tmp_path / "a.bin", np.random.default_rng(0).integers(0, 65, 5000))
+    assert load(tmp_path, llama2_tokenizer, tmp_path / "a.bin").tokens.train.size == 4500
+
+
+def test_a_file_of_nothing_but_zeros_is_no_token_file(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    nano_gpt(tmp_path / "a.bin", np.zeros(5000))
+    with pytest.raises(UserError, match="expected token ids, found nothing but 0"):
+        load(tmp_path, small_tokenizer, tmp_path / "a.bin")
+
+
+def test_a_file_that_is_named_for_it_is_held_out_whatever_the_others_are_named(
+    tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "set").mkdir()
+    nano_gpt(tmp_path / "set" / "a.bin", IDS[:18_000])
+    nano_gpt(tmp_path / "set" / "val.bin", IDS[18_000:])
+    data = load(tmp_path / "new", small_tokenizer, tmp_path / "set")
+    assert np.array_equal(data.tokens.train, IDS[:18_000]) and np.array_equal(data.tokens.eval, IDS[18_000:])
+    # A run of an earlier version held out the last tenth of both, and goes on so.
+    args = DataArgs(str(tmp_path / "set"), tokenizer_model_path=str(small_tokenizer.model_path))
+    before = open_pretokenized(args, find_token_files(str(tmp_path / "set")), at_end=True)
+    (tmp_path / "run" / "tokens").mkdir(parents=True)
+    write_manifest(tmp_path / "run" / "tokens", before.manifest)
+    again = load(tmp_path, small_tokenizer, tmp_path / "set", begun=True)
+    assert again.tokens.manifest == before.manifest and np.array_equal(again.tokens.train, IDS[:18_000])
+    assert again.tokens.train.size == 18_000 and again.tokens.manifest.held_out == "end"
+    other = open_data(args, tmp_path / "run" / "tokens", tmp_path / "run" / "tokenizer.model")
+    assert other.tokens.manifest == before.manifest
+
+
+def test_what_describes_token_files_is_not_read_in_their_place(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    nano_gpt(tmp_path / "train.bin", IDS)
+    (tmp_path / "README.txt").write_text("Tokens of the fox's tales.")
+    assert load(tmp_path / "new", small_tokenizer, tmp_path).tokens.train.size == 18_000
+    with pytest.raises(UserError, match=r"found token files without manifest\.json"):
+        find_text(DataArgs(str(tmp_path)), tmp_path)
+
+
+def test_another_file_beside_token_files_is_named(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    nano_gpt(tmp_path / "train.bin", IDS)
+    (tmp_path / "weights.bin").write_bytes(b"PK\3\4" + bytes(100))
+    with pytest.raises(UserError, match=r"weights\.bin: expected token files alone, as train\.bin of nanoGPT is one"):
+        load(tmp_path / "new", small_tokenizer, tmp_path)
 
 
 def test_a_run_that_has_begun_keeps_its_token_files(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
