@@ -4,6 +4,7 @@ A process finds both ends of its slice by itself, and the slices of all processe
 """
 
 import re
+import unicodedata
 
 from llama_jax.data.documents import Reader, Separator
 
@@ -12,6 +13,8 @@ WINDOW_BYTES = 1 << 22
 WORDS_BYTES = 1 << 18
 # Tokens never cross these borders, as in text.border. Text goes on behind them, so that a document does not end there.
 WORD_BORDER = re.compile(rb"(?<=[!-~])(?:\n(?=[!-~])|(?= [!-~]))")
+# The same between letters or digits of any script.
+LETTER_BORDER = re.compile(r"(?<=[^\W_])(?:\n(?=[^\W_])|(?= [^\W_]))")
 
 
 def cut_near(data: Reader, at: int, end: int, separator: Separator | None, within: bool = True) -> tuple[int, bool]:
@@ -47,4 +50,20 @@ def _word_border(data: Reader, at: int, stop: int, separator: Separator | None) 
         begins = separator is not None and separator.first_start(data, max(0, border - 1), border) is not None
         if at <= border < stop and not begins:
             return border
+    return None
+
+
+def letter_border(raw: bytes, start: int) -> int | None:
+    """Return the first border of ``raw``, in UTF-8, from ``start`` on between two words in letters of any script.
+
+    None if there is none. Letters that a tokenizer's normalizer may change, such as full-width ones, make no border.
+    """
+    while start < len(raw) and raw[start] & 0xC0 == 0x80:
+        start += 1
+    text = raw[start:].decode(errors="surrogateescape")  # each byte that is no character counts as one byte
+    for found in LETTER_BORDER.finditer(text):
+        end = found.end()
+        behind = text[end] if text[end] != " " else text[end + 1]
+        if unicodedata.is_normalized("NFKC", text[found.start() - 1] + behind):
+            return start + len(text[:end].encode(errors="surrogateescape"))
     return None

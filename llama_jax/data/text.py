@@ -22,7 +22,7 @@ from llama_jax.data.kinds import bad_bytes, decoded
 from llama_jax.data.odd_bytes import note_odd
 from llama_jax.data.parts import SPLITS, HeldOut, Part, Skipped, TextFile, Unit
 from llama_jax.data.places import Place, on_disk
-from llama_jax.data.slices import cut_near
+from llama_jax.data.slices import cut_near, letter_border
 from llama_jax.errors import UserError, quoted
 
 # A document is read in parts of about this many bytes.
@@ -367,6 +367,8 @@ def border(raw: bytes) -> int:
             if after not in white and after.isascii() and (shift or (before not in white and before.isascii())):
                 return at + shift
             at += 1
+    if (among_letters := letter_border(raw[:reach], PART_BYTES)) is not None:
+        return among_letters
     stop = reach
     while stop < len(raw) and raw[stop] & 0xC0 == 0x80 and stop > reach - 4:
         stop -= 1

@@ -114,6 +114,40 @@ def test_a_document_read_in_parts_has_the_ids_of_the_whole(
             assert tokens.train.tolist() == tokenizer.encode(text, bos=True, eos=True)
 
 
+@settings(max_examples=30)
+@given(
+    words=st.lists(
+        st.sampled_from(
+            [
+                "который",
+                "воспоминания",
+                "λόγος",
+                "मैं",
+                "हिन्दी",
+                "שלום",
+                "اللغة",
+                "한국어",
+                "\uff37ide",
+                "\u3164",
+                "e\u0301",
+            ]
+        ),
+        min_size=20,
+        max_size=60,
+    ),
+    gaps=st.lists(st.sampled_from([" ", " ", "\n", ", ", "\u3000", "\xa0 "]), min_size=60, max_size=60),
+)
+def test_words_in_letters_of_any_script_are_never_cut(tmp_path_factory, small_tokenizer, llama2_tokenizer, words, gaps):
+    """Where no two letters of ASCII's stand around a space, documents were cut every four parts, within words."""
+    text = "".join(f"{word}{gap}слово слово" for word, gap in zip(words, gaps, strict=False))
+    folder = tmp_path_factory.mktemp("letters")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "PART_BYTES", 32)
+        for i, tokenizer in enumerate((small_tokenizer, llama2_tokenizer)):
+            tokens = prepare(corpus_of(folder / "text", text.encode(), train_size=1.0), tokenizer, folder / str(i))
+            assert tokens.train.tolist() == tokenizer.encode(text, bos=True, eos=True)
+
+
 @settings(max_examples=40)
 @given(content=st.binary(max_size=200), train_size=st.floats(0.05, 1), part_bytes=st.integers(4, 40))
 def test_any_bytes_become_tokens_of_the_text_that_they_decode_to(
