@@ -7,7 +7,7 @@ from typing import Any
 
 # The field that holds the text, if a record has it.
 TEXT = "text"
-# What tokenizers make. A list in a field of such a name is token ids.
+# What tokenizers make. A list of numbers in a field of such a name is token ids.
 TOKENS = {"input_ids", "token_ids", "tokens"}
 # The last word of a field's name that says that what it holds is no text to train on, but describes it.
 DESCRIBES = {
@@ -52,7 +52,8 @@ class Fields:
 
     def _ids(self) -> list[str]:
         """Return the fields that hold token ids, by their names."""
-        return [name for name, kind in self.others.items() if name in TOKENS and "list" in kind]
+        lists = [name for name, kind in self.others.items() if "list" in kind and not re.search("texts|string", kind)]
+        return [name for name in lists if name in TOKENS]
 
     def add(self, value: dict[str, Any]) -> int:
         """Add the fields of a record. Return how many characters its texts have."""
@@ -118,6 +119,8 @@ def content_of(value: dict[str, Any], name: str) -> Any:
 
 def named(value: Any) -> str:
     """Return what a value is, in words."""
+    if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
+        return "a list of texts"
     names = {
         type(None): "null",
         bool: "true or false",

@@ -328,7 +328,8 @@ def test_a_field_with_a_point_in_its_name_is_that_field(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(["a", "b"], r"text \((a list|of the type list.*)\)"), (b"a", r"text \(of the type binary\)")]
+    ("value", "words"),
+    [(["a", "b"], r"text \((a list of texts|of the type list.*)\)"), (b"a", r"text \(of the type binary\)")],
 )
 def test_a_field_that_holds_something_else_than_texts_is_told_with_what_it_holds(
     tmp_path: Path, value, words: str

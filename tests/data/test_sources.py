@@ -288,7 +288,7 @@ def test_of_records_that_stand_alone_in_their_file_a_text_within_a_field_is_foun
 @pytest.mark.parametrize(
     ("others", "words"),
     [
-        ('"text": ["the fox"], "title": "fox"', "text (a list)"),
+        ('"text": ["the fox"], "title": "fox"', "text (a list of texts)"),
         ('"text": null, "title": "fox"', "text (null)"),
         ('"input_ids": [1, 2], "source": "web"', "input_ids (a list) without texts) from line 1 on"),
         ('"meta": {"text": "the fox"}, "title": "fox"', "--data.text-field meta.text"),
@@ -305,6 +305,15 @@ def test_the_only_field_with_texts_is_not_taken_where_another_one_is_meant(
     assert words in str(error.value) and "\n" not in str(error.value)
     field = next(name for name in ("title", "source", "docId", "source_url") if name in json.loads(f"{{{others}}}"))
     assert find_files(str(tmp_path / "a.jsonl"), text_field=field).files[0].field == field, "it can be asked for"
+
+
+def test_words_in_a_list_are_no_token_ids(tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    record = {"id": 3, "tokens": ["the", "fox"], "sentence": "the fox"}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(record)}\n" * 3)
+    parquet.write_table(pa.Table.from_pylist([record] * 3), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert find_files(str(tmp_path / name)).files[0].field == "sentence"
 
 
 def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
