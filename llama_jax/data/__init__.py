@@ -22,7 +22,7 @@ from llama_jax.data.mixing import load_mixture, open_mixture
 from llama_jax.data.opened import AnyData, Data, MixedData
 from llama_jax.data.origin import Origin, difference
 from llama_jax.data.parts import AnyCorpus
-from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized
+from llama_jax.data.pretokenized import find_pretokenized, open_pretokenized, remarks
 from llama_jax.data.shards import RefuseOthers, prepare
 from llama_jax.data.text import Corpus, check_separator
 from llama_jax.data.token_files import TokenFile
@@ -374,13 +374,15 @@ def _load_pretokenized(
 ) -> Data:
     """Open token files of other programs. The run gets a description of them, and a copy of their tokenizer."""
     known = _known(folder, begun, began_with)
-    tokens = open_pretokenized(args, files, at_end=known is not None and begun and known.held_out == "end")
+    earlier = known if begun else None
+    tokens = open_pretokenized(args, files, begun=earlier)
     if begun and known is not None:
         _refuse(difference(known, tokens.manifest.origin))
     folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder, tokens.manifest)
     tokenizer = keep_tokenizer(Tokenizer(args.tokenizer_model_path), path)
-    return Data(tokens, tokenizer, args.filepath, notes=(_beginning(args.filepath, tokens, tokenizer),))
+    notes = (*remarks(args, files, earlier), _beginning(args.filepath, tokens, tokenizer))
+    return Data(tokens, tokenizer, args.filepath, notes=notes)
 
 
 def _beginning(source: str, tokens: TokenSet, tokenizer: Tokenizer) -> str:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
+from llama_jax.data.beside import names_of
 from llama_jax.data.manifest import UNFINISHED, VERSION, Manifest
+from llama_jax.data.origin import Origin
 from llama_jax.data.parts import SPLITS, HeldOut
 from llama_jax.data.token_files import Examined, JoinedStream, TokenFile, by_split, cut_at, examined, find_token_files
 from llama_jax.data.tokens import TokenSet
@@ -42,15 +44,15 @@ def find_pretokenized(args: DataArgs) -> list[TokenFile]:
 
 
 def open_pretokenized(
-    args: DataArgs, files: Sequence[TokenFile], manifest: Manifest | None = None, at_end: bool = False
+    args: DataArgs, files: Sequence[TokenFile], manifest: Manifest | None = None, begun: Origin | None = None
 ) -> TokenSet:
     """Open token files without a copy. Their ids are read once, unless their ``manifest`` is known.
 
-    ``at_end``: their end is held out, as earlier versions held it out where no file was named train.
+    ``begun`` is the origin of the tokens of a run that has begun with them, perhaps by an earlier version.
 
     Raises UserError if an id is outside the tokenizer's vocabulary.
     """
-    parts = _split(args, files, at_end or (manifest is not None and manifest.held_out == "end"))
+    parts = _split(args, files, begun if manifest is None else manifest.origin)
     if manifest is not None:
         return TokenSet(parts.train, parts.eval, manifest)
     tokenizer = Tokenizer(args.tokenizer_model_path)
@@ -86,40 +88,79 @@ def open_pretokenized(
     )
 
 
+def remarks(args: DataArgs, files: Sequence[TokenFile], begun: Origin | None = None) -> list[str]:
+    """Return what to tell of the token files: which are not read, and which are also held out."""
+    parts = _split(args, files, begun)
+    used = {file.path for file in (*parts.files, *parts.held_out)}
+    unread = [file.path.name for file in files if file.path not in used]
+    both = {file.path.resolve() for file in parts.files} & {file.path.resolve() for file in parts.held_out}
+    lines = []
+    if unread:
+        lines.append(f"{args.filepath}: not read, as their names say that they are held out: {names_of(unread)}")
+    if both and parts.how == "own":
+        names = names_of(sorted(path.name for path in both))
+        lines.append(
+            f"warning: {args.eval_filepath}: also trained on, so that the held-out loss is too low: {names}; leave them out of one"
+        )
+    return lines
+
+
 class _Parts(NamedTuple):
-    """The tokens to train on and those that are held out, how these were chosen, and what they are called."""
+    """The tokens to train on and those that are held out, of which files, how these were chosen, and their name."""
 
     train: JoinedStream
     eval: JoinedStream
+    files: Sequence[TokenFile]
+    held_out: Sequence[TokenFile]
     how: HeldOut
     eval_source: str
 
 
-def _split(args: DataArgs, files: Sequence[TokenFile], at_end: bool) -> _Parts:
-    """Return the tokens to train on and those that are held out. Raises UserError if options contradict the files."""
-    how: HeldOut = "own"
+def _split(args: DataArgs, files: Sequence[TokenFile], known: Origin | None = None) -> _Parts:
+    """Return the tokens to train on and those that are held out. Raises UserError if options contradict the files.
+
+    Of a run that earlier versions began, whose tokens' origin is ``known``, they are what they were then.
+    """
+    now = _chosen(args, files, by_name=True)
+    if known is None or _is_of(now, known):
+        return now
+    before = _chosen(args, files, by_name=False)
+    return before if _is_of(before, known) else now
+
+
+def _is_of(parts: _Parts, known: Origin) -> bool:
+    return parts.how == known.held_out and {"train": parts.train.size, "eval": parts.eval.size} == known.tokens
+
+
+def _chosen(args: DataArgs, files: Sequence[TokenFile], by_name: bool) -> _Parts:
+    """Return the parts of the files, ``by_name`` as today.
+
+    Earlier versions had held-out files only beside one that is named train, and trained on all files where others were
+    given to be held out.
+    """
+    how: HeldOut = "given"
+    named, held_out = by_split(files), list[TokenFile]()
+    rest = [*named.get("train", []), *named.get("", [])]
     if args.eval_filepath:
-        held_out = find_token_files(args.eval_filepath)
+        how, held_out = "own", find_token_files(args.eval_filepath)
         if not held_out:
             raise UserError(
                 f"data.eval_filepath: expected token files, as data.filepath has, found none in {args.eval_filepath}; give some, "
                 "or leave it out"
             )
-    else:
-        named, how = by_split(files), "given"
-        rest = [*named.get("train", []), *named.get("", [])]
-        by_name = "train" in named or (bool(rest) and not at_end)
-        held_out = (named.get("validation") or named.get("test") or []) if by_name else []
+        files = rest if rest and by_name else files
+    elif "train" in named or (rest and by_name):
+        held_out = named.get("validation") or named.get("test") or []
         files = rest if held_out else files
     if not held_out:
-        return _Parts(*cut_at(files, args.train_size), "end", "")
+        return _Parts(*cut_at(files, args.train_size), files, files, "end", "")
     names = ", ".join(file.path.name for file in held_out[:3]) + (", ..." if len(held_out) > 3 else "")
     if args.train_size not in (DataArgs.train_size, 1.0):
         raise UserError(
             f"data.train_size: expected none, as {args.eval_filepath or names} is held out, found {args.train_size}; leave it out"
         )
     train, other = (JoinedStream([(file, 0, file.count) for file in part]) for part in (files, held_out))
-    return _Parts(train, other, how, args.eval_filepath or names)
+    return _Parts(train, other, files, held_out, how, args.eval_filepath or names)
 
 
 def _check_ids(args: DataArgs, tokenizer: Tokenizer, *found: Examined) -> None:

@@ -13,6 +13,7 @@ from llama_jax.config import DataArgs
 from llama_jax.data import Data, find_text, load_data, open_data
 from llama_jax.data.batches import eval_batches, train_batches
 from llama_jax.data.manifest import write_manifest
+from llama_jax.data.origin import Origin
 from llama_jax.data.pretokenized import open_pretokenized
 from llama_jax.data.summary import held_out_text, remarks
 from llama_jax.data.token_files import JoinedStream, TokenFile, cut_at, find_token_files
@@ -179,7 +180,8 @@ def test_a_file_that_is_named_for_it_is_held_out_whatever_the_others_are_named(
     assert np.array_equal(data.tokens.train, IDS[:18_000]) and np.array_equal(data.tokens.eval, IDS[18_000:])
     # A run of an earlier version held out the last tenth of both, and goes on so.
     args = DataArgs(str(tmp_path / "set"), tokenizer_model_path=str(small_tokenizer.model_path))
-    before = open_pretokenized(args, find_token_files(str(tmp_path / "set")), at_end=True)
+    earlier = Origin(held_out="end", tokens={"train": 18_000, "eval": 2_000})
+    before = open_pretokenized(args, find_token_files(str(tmp_path / "set")), begun=earlier)
     (tmp_path / "run" / "tokens").mkdir(parents=True)
     write_manifest(tmp_path / "run" / "tokens", before.manifest)
     again = load(tmp_path, small_tokenizer, tmp_path / "set", begun=True)
@@ -187,6 +189,31 @@ def test_a_file_that_is_named_for_it_is_held_out_whatever_the_others_are_named(
     assert again.tokens.train.size == 18_000 and again.tokens.manifest.held_out == "end"
     other = open_data(args, tmp_path / "run" / "tokens", tmp_path / "run" / "tokenizer.model")
     assert other.tokens.manifest == before.manifest
+
+
+def test_files_that_are_named_for_it_are_not_trained_on_beside_a_held_out_file_either(
+    tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "set").mkdir()
+    for name, ids in {"train": IDS[:16_000], "val": IDS[16_000:18_000], "test": IDS[18_000:]}.items():
+        nano_gpt(tmp_path / "set" / f"{name}.bin", ids)
+    by_name = load(tmp_path / "by name", small_tokenizer, tmp_path / "set")
+    given = load(tmp_path / "new", small_tokenizer, tmp_path / "set", eval_filepath=str(tmp_path / "set" / "val.bin"))
+    for data, unread in ((by_name, "1 (test.bin)"), (given, "1 (test.bin)")):
+        assert np.array_equal(data.tokens.train, IDS[:16_000]) and np.array_equal(data.tokens.eval, IDS[16_000:18_000])
+        assert f"not read, as their names say that they are held out: {unread}" in "\n".join(data.notes)
+    # A run of an earlier version trained on all three, and goes on so, which is told.
+    args = DataArgs(
+        str(tmp_path / "set"),
+        tokenizer_model_path=str(small_tokenizer.model_path),
+        eval_filepath=str(tmp_path / "set" / "val.bin"),
+    )
+    earlier = Origin(held_out="own", tokens={"train": 20_000, "eval": 2_000})
+    before = open_pretokenized(args, find_token_files(args.filepath), begun=earlier)
+    (tmp_path / "run" / "tokens").mkdir(parents=True)
+    write_manifest(tmp_path / "run" / "tokens", before.manifest)
+    again = load(tmp_path, small_tokenizer, tmp_path / "set", begun=True, eval_filepath=args.eval_filepath)
+    assert again.tokens.train.size == 20_000 and "also trained on" in "\n".join(again.notes)
 
 
 def test_what_describes_token_files_is_not_read_in_their_place(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
