@@ -1,15 +1,18 @@
 """Opens the sources of a mixture, each with tokens of its own, and their tokenizer."""
 
 import contextlib
+import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from llama_jax.cli.progress import working
 from llama_jax.config import DataArgs
+from llama_jax.data.beside import names_of
 from llama_jax.data.finding import find_text
-from llama_jax.data.manifest import TOKENIZER, sha256
+from llama_jax.data.manifest import TOKENIZER, Manifest, sha256
 from llama_jax.data.mixture import folder_of, parts_of
 from llama_jax.data.opened import Data, MixedData
 from llama_jax.data.origin import Origin
@@ -48,11 +51,27 @@ def load_mixture(
             sources[name] = load(given, folder_of(folder, name), begun and known is not None, known)
     if not args.tokenizer_model_path and (prepared := _prepared_in(args)):
         print(f"the tokenizer of {prepared} is that of all sources", flush=True)
-    texts: dict[str, str] = {}
-    for name, data in sources.items():
-        if (first := texts.setdefault(data.tokens.manifest.text_sha256, name)) != name:
-            print(f"warning: {first} and {name} are the same text: its share is that of both", flush=True)
+    for line in _in_common({name: data.tokens.manifest for name, data in sources.items()}):
+        print(line, flush=True)
     return MixedData(sources, shares_of(args), kept_tokenizer(tokenizer_path))
+
+
+def _in_common(sources: dict[str, Manifest]) -> Iterator[str]:
+    """Yield warnings about each two sources that are one text, or that have files of the same content."""
+    for (first, one), (second, other) in itertools.combinations(sources.items(), 2):
+        if one.text_sha256 == other.text_sha256:
+            yield f"warning: {first} and {second} are the same text: its share is that of both"
+            continue
+        there = {file.sha256 for file in one.text_files if file.bytes} - {""}
+        names = [os.path.basename(file.path) for file in other.text_files if file.sha256 in there]
+        if names:
+            # By a hash, a document is held out in both or in none.
+            apart = {one.held_out, other.held_out} != {"documents"} or one.train_size != other.train_size
+            yield (
+                f"warning: {first} and {second} both have the files {names_of(names)}: their share is that of both"
+                + ", and what one of them holds out the other may train on, so that losses are too low; leave them out of one"
+                * apart
+            )
 
 
 def open_mixture(

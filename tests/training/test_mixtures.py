@@ -233,6 +233,18 @@ def test_two_sources_of_one_text_are_told(folder: Path) -> None:
     assert "are the same text" not in said
 
 
+def test_sources_that_have_a_file_in_common_are_told(folder: Path) -> None:
+    (folder / "both").mkdir()
+    for name in ("fox.txt", "owl.txt"):
+        (folder / "both" / name).write_text(f"The {name} went to the river. " * 40)
+    (folder / "elsewhere.txt").write_bytes((folder / "both" / "owl.txt").read_bytes())
+    _, said = run("in common", {"both": 0.5, "elsewhere.txt": 0.5}, max_steps=1)
+    told = "both and elsewhere.txt both have the files 1 (elsewhere.txt): their share is that of both, and what one of them"
+    assert f"warning: {told}" in said and "losses are too low" in said
+    _, said = run("not in common", {"both/fox.txt": 0.5, "elsewhere.txt": 0.5}, max_steps=1)
+    assert "both have" not in said
+
+
 def test_a_source_is_refused_without_a_line_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from llama_jax.data.__main__ import main
 
