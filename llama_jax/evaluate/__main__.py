@@ -149,6 +149,7 @@ def _score_text(args: Arguments) -> None:
     """Print a line per checkpoint about a text. With several, each line names its own."""
     from llama_jax.convert.once import open_model
     from llama_jax.evaluate.text import evaluate
+    from llama_jax.evaluate.trained_on import trained_on
 
     for path, checkpoint in [(path, open_model(path, args.adapter)) for path in args.ckpt]:
         model = _load(args, path, checkpoint)
@@ -156,6 +157,7 @@ def _score_text(args: Arguments) -> None:
             model, args.text, args.window, args.stride, args.batch_size or WINDOWS, args.as_text, args.text_field,
             args.bad_records == "skip",
         )  # fmt: skip
+        _tell(f"{path}: {line}" for line in trained_on(checkpoint, args.text, args.as_text, args.text_field))
         named = {"ckpt": path} if len(args.ckpt) > 1 else {}
         print(json.dumps(named | found, allow_nan=False), flush=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import inside
-from tests.commands import told
+from tests.commands import SMALL, told
 
 LINE = ["task", "ckpt", "kind", "n", "accuracy", "stderr", "accuracy_norm", "stderr_norm", "loss", "perplexity",
         "bits_per_byte", "shots", "seed", "cut"]  # fmt: skip
@@ -103,3 +103,24 @@ def test_several_checkpoints_are_named_in_the_lines_about_a_text(files: Path) ->
 def test_what_is_wrong_is_told_in_one_line(argv: list[str], words: str, files: Path) -> None:
     line = told(inside.run(["-m", "llama_jax.evaluate", "--ckpt", "runs/tiny", *argv], files))
     assert line.startswith("error: ") and words in line
+
+
+def test_a_text_that_the_model_was_trained_on_is_told_also_as_a_copy(files: Path) -> None:
+    for name, end in (("train.txt", ""), ("own.txt", " An owl."), ("other.txt", " A fox.")):
+        (files / name).write_text("The fox went to the river. " * 60 + end)
+    argv = ["train.py", *SMALL, "--train.max-steps=2", "--data.filepath=train.txt", "--data.eval-filepath=own.txt"]
+    result = inside.run([*argv, "--train.save-dir=runs/of_train"], files)
+    assert result.returncode == 0, result.stderr
+    (files / "copies").mkdir()
+    (files / "copies" / "a.txt").write_bytes((files / "train.txt").read_bytes())
+    argv = ["-m", "llama_jax.evaluate", "--ckpt", "runs/of_train", "--text"]
+    for text in ("train.txt", "copies"):
+        result = inside.run([*argv, text], files)
+        assert (
+            f"runs/of_train: note: the model was trained on 1 ({'a' * (text == 'copies') or 'train'}.txt) of {text}: this is"
+            in result.stderr
+        )
+        assert json.loads(result.stdout)["loss"] > 0
+    for text in ("own.txt", "other.txt"):
+        result = inside.run([*argv, text], files)
+        assert result.returncode == 0 and "note" not in result.stderr
