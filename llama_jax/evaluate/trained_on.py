@@ -33,7 +33,7 @@ def trained_on(checkpoint: WholeModel, text: str, as_text: bool = False, text_fi
 
 
 def _origins(checkpoint: Path) -> list[Origin]:
-    """Return the texts that a checkpoint says it was trained on. There are none if it does not say, as a converted one."""
+    """Return the texts that a checkpoint says it was trained on. A converted one says nothing, and has none."""
     try:
         return [*origins(json.loads((checkpoint / "model" / ORIGIN).read_text())["text"]).values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
