@@ -38,10 +38,17 @@ def find_tokenizer(given: str, folder: Path) -> tuple[Tokenizer, list[str]]:
     elif (folder / TABLE).is_file():
         try:
             tokenizer = Tokenizer(folder)
-        except UserError:  # it names no EOS, perhaps; then the folder above may hold the same vocabulary with more
+        except (
+            UserError
+        ) as error:  # it names no EOS, perhaps; then the folder above may hold the same vocabulary with more
             if not any((place / MODEL).is_file() for place in _places_above(folder)):
                 raise
-            return _above(folder)
+            try:
+                return _above(folder)
+            except UserError:
+                if any(table.get("eos_token") for table in _small_files(folder)[0].values()):
+                    raise error from None  # it is something else that is wrong
+                raise
         return tokenizer, [*_contradictions(folder, tokenizer), *tokenizer.notes]
     else:
         return _above(folder)

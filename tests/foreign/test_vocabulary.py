@@ -204,6 +204,19 @@ def test_a_tokenizer_that_was_not_downloaded_is_not_replaced(folder: Path, small
     assert find_tokenizer("", folder)[0].model_bytes == small_tokenizer.model_bytes
 
 
+def test_what_is_wrong_with_a_folder_s_own_tokenizer_is_told_whatever_lies_above(
+    folder: Path, small_tokenizer: Tokenizer, table: Table
+) -> None:
+    put(folder.parent, small_tokenizer)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    put_table(folder, table | {"model": {"type": "Fox"}})
+    with pytest.raises(UserError) as own:
+        Tokenizer(folder)
+    with pytest.raises(UserError) as told:
+        find_tokenizer("", folder)
+    assert str(told.value) == str(own.value)
+
+
 def test_above_a_linked_folder_means_above_what_it_points_to_as_well(
     tmp_path: Path, folder: Path, small_tokenizer: Tokenizer, other_tokenizer: Tokenizer
 ) -> None:
