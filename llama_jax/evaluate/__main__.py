@@ -151,15 +151,16 @@ def _score_text(args: Arguments) -> None:
     from llama_jax.evaluate.text import evaluate
     from llama_jax.evaluate.trained_on import trained_on
 
-    for path, checkpoint in [(path, open_model(path, args.adapter)) for path in args.ckpt]:
+    opened = {path: open_model(path, args.adapter) for path in args.ckpt}
+    for path, checkpoint in opened.items():
         model = _load(args, path, checkpoint)
         found = evaluate(
             model, args.text, args.window, args.stride, args.batch_size or WINDOWS, args.as_text, args.text_field,
             args.bad_records == "skip",
         )  # fmt: skip
-        _tell(f"{path}: {line}" for line in trained_on(checkpoint, args.text, args.as_text, args.text_field))
         named = {"ckpt": path} if len(args.ckpt) > 1 else {}
         print(json.dumps(named | found, allow_nan=False), flush=True)
+    _tell(trained_on(opened, args.text, args.as_text, args.text_field))
 
 
 def _score_tasks(args: Arguments) -> None:

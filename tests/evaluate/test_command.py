@@ -124,3 +124,5 @@ def test_a_text_that_the_model_was_trained_on_is_told_also_as_a_copy(files: Path
     for text in ("own.txt", "other.txt"):
         result = inside.run([*argv, text], files)
         assert result.returncode == 0 and "note" not in result.stderr
+    refused = inside.run([*argv, "train.txt", "--window", "9999"], files)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --window") and refused.stderr.count("\n") == 1
